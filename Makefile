@@ -1,0 +1,36 @@
+# `make demo` and `make test` work from nothing: they make the virtual environment, install, and run.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/shapes
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test train-shapes lint clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/nextflow-hf demo $(ARGS)
+
+test: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+train-shapes: $(VENV)/installed-train
+	$(VENV)/bin/python -m nextflow_hf.training.train_shapes --output-dir $(RUN) $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: the second run installs nothing. The sources are not listed: the installation is editable.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e ".[$*]"
+	touch $@

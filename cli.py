@@ -1,0 +1,31 @@
+"""`nextflow-hf`: one sub-command per task. Knows only where each is; what it needs is imported when it runs."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nextflow_hf import __version__
+
+
+# Sub-command -> (module with `main(argv)`, what `--help` says).
+COMMANDS = {
+    "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sub-command named by the first of `argv` (`sys.argv[1:]` by default), with the others as its own."""
+    parser = argparse.ArgumentParser(prog="nextflow-hf", description="NextFlow for Hugging Face.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (_, summary) in COMMANDS.items():
+        # Its own parser answers `nextflow-hf <name> --help`.
+        commands.add_parser(name, help=summary, add_help=False)
+    arguments, rest = parser.parse_known_args(argv)
+    module, _ = COMMANDS[arguments.command]
+    return importlib.import_module(module).main(rest) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Configurations of the transformer (`nextflow`) and of the vision tokenizer (`nextflow_vision_tokenizer`).
+
+Inert data. Defaults are the paper's model: Qwen2.5-VL-7B's language model with 32,768 image codes. Where the paper is
+silent the docstring says so; every such choice is a named field.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, Qwen2Config, Siglip2VisionConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+@strict
+class NextFlowConfig(Qwen2Config):
+    r"""
+    Configuration of [`NextFlowModel`]: a Qwen2.5 decoder whose vocabulary is text, then image codes, then `<boi>`, `<eoi>`.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 184834):
+            `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2).
+        text_vocab_size (`int`, *optional*, defaults to 152064):
+            Rows of the language model the text part comes from, its padding included. Image code `c` is token
+            `text_vocab_size + c`.
+        codebook_size (`int`, *optional*, defaults to 32768):
+            Number of image codes (not specified by the paper; TokenFlow's releases).
+        semantic_code_dim (`int`, *optional*, defaults to 32): Width of the semantic codebook.
+        pixel_code_dim (`int`, *optional*, defaults to 8): Width of the pixel codebook.
+        boi_token_id (`int`, *optional*, defaults to 184832): `<boi>`, begin of image. Its slot predicts the 1x1 scale.
+        eoi_token_id (`int`, *optional*, defaults to 184833): `<eoi>`, end of image.
+        image_token_id (`int`, *optional*, defaults to 151655):
+            Placeholder in `input_ids` for every cell of scales 2..K.
+        max_scales (`int`, *optional*, defaults to 18): Rows of the scale embedding; the longest schedule (table 14).
+        spatial_rope_extent (`float`, *optional*, defaults to 64.0):
+            C of equation 1: row and column coordinates of a square image span [0, C] at every resolution (value not
+            specified by the paper).
+        scale_loss_alpha (`float`, *optional*, defaults to 0.9):
+            Scale reweight `k_s = (h_s * w_s) ** -alpha` (§3.2.3). 0 weighs every code alike.
+        connector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation between the connector's two layers (not specified by the paper; TokenFlow).
+        boi_scale_embedding (`bool`, *optional*, defaults to `True`):
+            Whether `<boi>` receives the embedding of scale 1, which it predicts (not specified by the paper).
+        train_codebook (`bool`, *optional*, defaults to `True`):
+            Whether the transformer's own copy of the codebook is trained (not specified by the paper).
+    """
+
+    model_type = "nextflow"
+    default_theta = 1_000_000.0
+    ignore_keys_at_rope_validation = {"mrope_section"}
+
+    vocab_size: int = 184834
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    max_position_embeddings: int = 128000
+    rope_parameters: RopeParameters | dict | None = None
+    eos_token_id: int | list[int] | None = 151645
+    pad_token_id: int | None = 151643
+
+    text_vocab_size: int = 152064
+    codebook_size: int = 32768
+    semantic_code_dim: int = 32
+    pixel_code_dim: int = 8
+    boi_token_id: int = 184832
+    eoi_token_id: int = 184833
+    image_token_id: int = 151655
+    max_scales: int = 18
+    spatial_rope_extent: float = 64.0
+    scale_loss_alpha: float = 0.9
+    connector_hidden_act: str = "gelu"
+    boi_scale_embedding: bool = True
+    train_codebook: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.rope_parameters is None:
+            # (scale, row, column) share of the rotary frequencies, interleaved: with contiguous sections the column
+            # axis would sit on frequencies too slow to tell two cells apart (not specified by the paper).
+            self.rope_parameters = {
+                "rope_type": "default",
+                "rope_theta": self.default_theta,
+                "mrope_section": [24, 20, 20],
+            }
+        super().__post_init__(**kwargs)
+        expected = self.text_vocab_size + self.codebook_size + 2
+        if self.vocab_size != expected:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}, expected text_vocab_size + codebook_size + 2 = {expected}"
+            )
+
+
+@strict
+class NextFlowVisionTokenizerConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`NextFlowVisionTokenizer`]: dual-codebook multi-scale residual tokenizer after TokenFlow (§2.1).
+
+    Args:
+        semantic_config (`Siglip2VisionConfig` or `dict`, *optional*):
+            The semantic encoder. Defaults to SigLIP2-so400m-patch16-naflex without its pooling head. Its `patch_size`
+            must equal the pixel branch's stride, `2 ** (len(channel_multipliers) - 1)`.
+        codebook_size (`int`, *optional*, defaults to 32768): Number of codes; one index addresses both codebooks.
+        semantic_code_dim (`int`, *optional*, defaults to 32): Width of the semantic codebook.
+        pixel_code_dim (`int`, *optional*, defaults to 8): Width of the pixel codebook.
+        semantic_distance_weight (`float`, *optional*, defaults to 1.0): Weight of the semantic distance in the search.
+        pixel_distance_weight (`float`, *optional*, defaults to 1.0): Weight of the pixel distance in the search.
+        semantic_decoder_layers (`int`, *optional*, defaults to 3): Blocks of the semantic decoder.
+        latent_channels (`int`, *optional*, defaults to 256): Channels between the CNN and the 1x1 quant convolutions.
+        encoder_channels (`int`, *optional*, defaults to 128): Base channels of the pixel encoder.
+        encoder_res_blocks (`int`, *optional*, defaults to 2): Residual blocks a level of the pixel encoder.
+        decoder_channels (`int`, *optional*, defaults to 256): Base channels of the pixel decoder (128 is TokenFlow's
+            plain decoder; 256 with 4 blocks the enhanced one that §3.1 calls doubled).
+        decoder_res_blocks (`int`, *optional*, defaults to 4): Residual blocks a level of the pixel decoder (one more is
+            built, as usual in this family).
+        channel_multipliers (`list[int]`, *optional*, defaults to `[1, 1, 2, 2, 4]`): Channels of each level.
+        self_correction_top_k (`int`, *optional*, defaults to 10): Codes among which self-correction samples (§3.2.1).
+        self_correction_ratio (`float`, *optional*, defaults to 0.6): Share of the tokens of a scale that are sampled.
+        scale_dropout (`float`, *optional*, defaults to 0.5): Probability that training drops a scale that is neither
+            first nor last (§3.1; the paper gives the share, not the procedure).
+        quantizer_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the codebook term.
+        commitment_loss_weight (`float`, *optional*, defaults to 0.25): Weight of the commitment term.
+        accumulated_loss_weight (`float`, *optional*, defaults to 1.0):
+            Share of the squared error between the features and the accumulated codes in the codebook and in the
+            commitment term, as in VAR (not specified by the paper; TokenFlow's tokenizer is 0).
+        semantic_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the distillation term (1 - cosine).
+        search_chunk_size (`int`, *optional*, defaults to 4096): Tokens whose distances exist at the same time.
+    """
+
+    model_type = "nextflow_vision_tokenizer"
+    sub_configs_defaults = {"semantic_config": Siglip2VisionConfig}
+
+    semantic_config: dict | PreTrainedConfig | None = None
+    codebook_size: int = 32768
+    semantic_code_dim: int = 32
+    pixel_code_dim: int = 8
+    semantic_distance_weight: float = 1.0
+    pixel_distance_weight: float = 1.0
+    semantic_decoder_layers: int = 3
+    latent_channels: int = 256
+    encoder_channels: int = 128
+    encoder_res_blocks: int = 2
+    decoder_channels: int = 256
+    decoder_res_blocks: int = 4
+    channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    self_correction_top_k: int = 10
+    self_correction_ratio: float = 0.6
+    scale_dropout: float = 0.5
+    quantizer_loss_weight: float = 1.0
+    commitment_loss_weight: float = 0.25
+    accumulated_loss_weight: float = 1.0
+    semantic_loss_weight: float = 1.0
+    search_chunk_size: int = 4096
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.semantic_config is None:
+            self.semantic_config = {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "patch_size": 16,
+                "num_patches": 256,
+                "vision_use_head": False,
+            }
+        if isinstance(self.semantic_config, dict):
+            self.semantic_config = Siglip2VisionConfig(**self.semantic_config)
+        super().__post_init__(**kwargs)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per cell of the last grid, along each axis."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+__all__ = ["NextFlowConfig", "NextFlowVisionTokenizerConfig"]

@@ -1,0 +1,513 @@
+"""The NextFlow transformer: a Qwen2.5 decoder over one sequence of text tokens and image codes (§2.2).
+
+Only what NextFlow adds to Qwen2.5 is written here: how codes become inputs (codebook features of the previous scale,
+upsampled, through a connector), the block attention rule and the loss. It knows codes, never pixels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nextflow import NextFlowConfig
+from .generation_nextflow import NextFlowGenerationMixin
+from .loss_nextflow import IGNORE_INDEX, get_targets, linear_cross_entropy, mean_by_scale
+from .rope_nextflow import ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
+
+
+@dataclass
+class NextFlowCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of [`NextFlowForCausalLM`].
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): Weighted cross-entropy over the supervised tokens.
+        logits (`torch.FloatTensor` of shape `(batch, kept, vocab_size)`, *optional*):
+            Scores of the one head. `None` in training with labels, where nobody reads them.
+        past_key_values (`Cache`, *optional*): Keys and values so far.
+        hidden_states, attentions (`tuple`, *optional*): As everywhere in transformers.
+        scale_losses (`torch.FloatTensor` of shape `(max_scales + 1,)`, *optional*):
+            Unweighted mean cross-entropy of text (entry 0) and of each scale, detached.
+        scale_counts (`torch.LongTensor` of shape `(max_scales + 1,)`, *optional*): Supervised tokens behind each.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    scale_losses: torch.FloatTensor | None = None
+    scale_counts: torch.LongTensor | None = None
+
+
+class NextFlowConnector(nn.Module):
+    """Codebook features -> hidden size."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.semantic_code_dim + config.pixel_code_dim, config.hidden_size)
+        self.act = ACT2FN[config.connector_hidden_act]
+        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class NextFlowPreTrainedModel(PreTrainedModel):
+    config: NextFlowConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": Qwen2Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NextFlowModel):
+            init.normal_(module.scale_embedding.weight, std=module.scale_embedding_std)
+            init.normal_(module.image_codebook.weight)  # only its directions count
+
+
+class NextFlowModel(NextFlowPreTrainedModel):
+    """The decoder without its head. See [`NextFlowForCausalLM.forward`] for the inputs."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.image_codebook = nn.Embedding(config.codebook_size, config.semantic_code_dim + config.pixel_code_dim)
+        self.image_codebook.weight.requires_grad_(config.train_codebook)
+        self.connector = NextFlowConnector(config)
+        self.scale_embedding = nn.Embedding(config.max_scales, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [Qwen2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = NextFlowRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def scale_embedding_std(self) -> float:
+        return math.sqrt(1 / (3 * self.config.hidden_size))
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        layout = self.get_image_layout(input_ids, image_grids) if image_grids is not None else None
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout)
+        if position_ids is None:
+            position_ids = self.get_position_ids(input_ids, inputs_embeds, image_grids, attention_mask, past_key_values)
+        elif position_ids.ndim == 2:  # plain text positions: the same on every axis
+            position_ids = position_ids.expand(4, inputs_embeds.shape[0], -1)
+        masks = attention_mask
+        if not isinstance(attention_mask, dict):
+            mask = self.get_mask(inputs_embeds, attention_mask, position_ids, past_key_values, layout, **kwargs)
+            masks = {"full_attention": mask}
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
+        for layer, layer_type in zip(self.layers, self.config.layer_types):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def get_image_layout(self, input_ids: torch.LongTensor, image_grids: torch.LongTensor) -> ImageLayout | None:
+        if len(image_grids) == 0:
+            return None
+        if input_ids is None:
+            raise ValueError("image_grids describe input_ids: with inputs_embeds, pass position_ids and no image_grids")
+        return get_image_layout(
+            input_ids,
+            image_grids,
+            boi_token_id=self.config.boi_token_id,
+            image_token_id=self.config.image_token_id,
+        )
+
+    def get_position_ids(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.FloatTensor:
+        """Positions (4, batch, length) from the tokens alone; see [`rope_nextflow.get_position_ids`]."""
+        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if input_ids is None or (past_length and image_grids is None):
+            # Text on top of a cache: its place follows from the mask if there is one, else from the cache's length.
+            reference = inputs_embeds[..., 0] if input_ids is None else input_ids
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+            else:
+                positions = (torch.arange(length, device=reference.device) + past_length).expand(len(reference), -1)
+            return positions.float().expand(4, -1, -1)
+        if past_length:
+            raise ValueError("images on top of a cache need position_ids: their place depends on what the cache holds")
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        return get_position_ids(
+            input_ids,
+            image_grids,
+            mask,
+            boi_token_id=self.config.boi_token_id,
+            image_token_id=self.config.image_token_id,
+            extent=self.config.spatial_rope_extent,
+        )
+
+    def get_mask(
+        self,
+        inputs_embeds: torch.FloatTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+        layout: ImageLayout | None,
+        is_causal: bool = True,
+        **kwargs,
+    ):
+        """The attention rule: a query sees a key of its own document iff `block_id[key] <= block_id[query]`.
+
+        `is_causal=False` is one block on top of a cache: it sees everything, so there is no mask at all unless some of
+        it is padding. Packed rows are told apart by the restarts of `position_ids[0]` and take no `attention_mask`.
+        """
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        common = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            # transformers looks for packed documents only where there is no cache; an empty one changes nothing else.
+            "past_key_values": None if isinstance(past_key_values, DynamicCache) and not past_length else past_key_values,
+        }
+        if not is_causal:
+            return create_bidirectional_mask(**common)
+        text_positions = position_ids[0] if len(position_ids) == 4 else None
+        if layout is None:
+            return create_causal_mask(**common, position_ids=text_positions)
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"{self.config._attn_implementation!r} ignores the block mask of images and would attend causally "
+                "inside a scale: use 'sdpa', 'flex_attention' or 'eager' (cached image generation needs no mask)"
+            )
+        block_ids = F.pad(layout.block_ids, (int(past_length), 0), value=-1)
+        return create_causal_mask(**common, position_ids=text_positions, block_sequence_ids=block_ids)
+
+    def embed_inputs(
+        self,
+        input_ids: torch.LongTensor,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        layout: ImageLayout | None = None,
+    ) -> torch.FloatTensor:
+        """Text rows of the embedding, and at every cell of scale k the upsampled features of the codes of scale k - 1.
+
+        Returns (batch, length, hidden). Raises `ValueError` where tokens, grids and codes do not fit together.
+        """
+        inputs_embeds = self.embed_tokens(input_ids)
+        if layout is None:
+            self._check_no_images(input_ids)
+            return inputs_embeds
+        codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
+        images = self._present_grids(input_ids, codes, image_grids, layout)
+
+        is_boi = layout.scale == 1
+        boi_term = self.scale_length_encoding(image_grids)
+        if self.config.boi_scale_embedding:
+            boi_term = boi_term + self.scale_embedding.weight[0]
+        inputs_embeds = inputs_embeds.masked_scatter(
+            is_boi[..., None], (inputs_embeds[is_boi] + boi_term).to(inputs_embeds.dtype)
+        )
+        if not any(len(grids) > 1 for grids, _ in images):
+            return inputs_embeds
+        cells = self._embed_cells(codes, images)
+        length_term = self.scale_length_encoding(image_grids)[layout.image_index[layout.is_cell]]
+        scale_term = self.scale_embedding(layout.scale[layout.is_cell] - 1)
+        cells = (cells + scale_term + length_term).to(inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(layout.is_cell[..., None], cells)
+
+    def _embed_cells(
+        self, codes: torch.LongTensor, images: list[tuple[list[tuple[int, int]], int]]
+    ) -> torch.FloatTensor:
+        """Connector outputs (cells of scales 2..m of all images, hidden), images with one schedule in one go."""
+        per_image = codes.split([count for _, count in images])
+        groups: dict[tuple, list[int]] = {}
+        for index, (grids, _) in enumerate(images):
+            groups.setdefault(tuple(grids), []).append(index)
+        embedded: list[torch.Tensor | None] = [None] * len(images)
+        for grids, members in groups.items():
+            if len(grids) == 1:
+                continue
+            stacked = torch.stack([per_image[index] for index in members])
+            features, start = [], 0
+            for grid, next_grid in zip(grids, grids[1:]):
+                cells = grid[0] * grid[1]
+                features.append(self.upsampled_features(stacked[:, start : start + cells], grid, next_grid))
+                start += cells
+            for index, rows in zip(members, self.connector(torch.cat(features, dim=1))):
+                embedded[index] = rows
+        return torch.cat([rows for rows in embedded if rows is not None])
+
+    def upsampled_features(
+        self, codes: torch.LongTensor, grid: tuple[int, int], next_grid: tuple[int, int]
+    ) -> torch.FloatTensor:
+        """Codebook features of the codes (batch, h*w) of one scale, residual and not accumulated, at the next grid.
+
+        Bicubic in fp32; both halves l2-normalised as the tokenizer looks them up. Returns (batch, h'*w', code_dim).
+        """
+        semantic, pixel = self.image_codebook(codes).float().split(
+            [self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1
+        )
+        features = torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
+        features = features.transpose(1, 2).unflatten(2, grid)  # (batch, code_dim, h, w)
+        features = F.interpolate(features, size=next_grid, mode="bicubic", align_corners=False)
+        return features.flatten(2).transpose(1, 2).to(self.connector.linear_1.weight.dtype)
+
+    def embed_scale(
+        self, codes: torch.LongTensor, image_grids: torch.LongTensor, *, scale: int, grids: list[tuple[int, int]]
+    ) -> torch.FloatTensor:
+        """Inputs (batch, h*w, hidden) of the block that predicts `scale` (2..K), from the codes of the scale before.
+
+        `image_grids` (batch or 1, max_scales, 2) are the full schedules: the number of scales is part of the input.
+        """
+        features = self.upsampled_features(codes, grids[scale - 2], grids[scale - 1])
+        embeds = self.connector(features)
+        term = self.scale_embedding.weight[scale - 1] + self.scale_length_encoding(image_grids)
+        return (embeds + term[:, None]).to(embeds.dtype)
+
+    def scale_length_encoding(self, image_grids: torch.LongTensor) -> torch.FloatTensor:
+        """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale
+        embedding (amplitude not specified by the paper)."""
+        hidden = self.config.hidden_size
+        num_scales = (image_grids[..., 0] > 0).sum(-1, keepdim=True).float()  # (n_images, 1)
+        exponent = torch.arange(0, hidden, 2, device=image_grids.device).float() / hidden
+        angle = num_scales * 10000.0**-exponent
+        encoding = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :hidden]
+        return encoding * self.scale_embedding_std
+
+    def _check_no_images(self, input_ids: torch.LongTensor) -> None:
+        stray = (input_ids == self.config.image_token_id) | (input_ids == self.config.boi_token_id)
+        if stray.any():
+            raise ValueError(
+                f"input_ids hold {int(stray.sum())} <boi> or image placeholder tokens, but no image_grids were given"
+            )
+
+    def _present_grids(
+        self,
+        input_ids: torch.LongTensor,
+        codes: torch.LongTensor,
+        image_grids: torch.LongTensor,
+        layout: ImageLayout,
+    ) -> list[tuple[list[tuple[int, int]], int]]:
+        """Per image: the grids of the scales that are present in `input_ids`, and how many codes it brings.
+
+        A closed image (its `<eoi>` is there) has all its scales and the codes of all; an open one, still being drawn,
+        the scales up to its last block and the codes that are inputs: those of the scales before.
+        """
+        num_images = int((layout.scale == 1).sum())
+        if num_images != len(image_grids):
+            raise ValueError(f"input_ids hold {num_images} <boi> tokens, but image_grids has {len(image_grids)} rows")
+        if (layout.image_index[layout.is_cell] < 0).any():
+            raise ValueError("input_ids hold image placeholder tokens before the first <boi>")
+        cells = torch.bincount(layout.image_index[layout.is_cell], minlength=num_images).tolist()
+        after_eoi = layout.image_index[input_ids == self.config.eoi_token_id]
+        closed = torch.bincount(after_eoi.clamp(min=0), minlength=num_images).tolist()
+        images = []
+        for index, rows in enumerate(image_grids.tolist()):
+            grids = [(height, width) for height, width in rows if height * width > 0]
+            if not grids or grids[0] != (1, 1):
+                raise ValueError(f"the schedule of image {index} must start with the grid (1, 1), got {grids[:1]}")
+            present, count = 1, 0
+            while present < len(grids) and count < cells[index]:
+                count += grids[present][0] * grids[present][1]
+                present += 1
+            whole = sum(height * width for height, width in grids[1:])
+            if count != cells[index] or (closed[index] and count != whole):
+                raise ValueError(
+                    f"image {index} has {cells[index]} placeholder tokens, which do not fill its scales: its grids "
+                    f"{grids} need {whole}"
+                )
+            last = grids[present - 1][0] * grids[present - 1][1]
+            images.append((grids[:present], 1 + count if closed[index] else 1 + count - last))
+        expected = sum(count for _, count in images)
+        if len(codes) != expected:
+            raise ValueError(f"the images in input_ids need {expected} codes, got image_codes of length {len(codes)}")
+        if expected and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
+            raise ValueError(
+                f"image_codes must lie in [0, {self.config.codebook_size}), got {int(codes.min())} to {int(codes.max())}"
+            )
+        return images
+
+
+class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
+    """NextFlow with its one head: next-token prediction for text, next-scale prediction for images."""
+
+    output_modalities = ("image", "text")
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    loss_chunk_size = 4096  # tokens whose logits exist at the same time in the loss
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        self.model = NextFlowModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_qwen2_5_vl(cls, pretrained_model_name_or_path, codebook: torch.Tensor | None = None, **kwargs):
+        """The model alignment starts from; see [`conversion_nextflow.from_qwen2_5_vl`]."""
+        from .conversion_nextflow import from_qwen2_5_vl
+
+        return from_qwen2_5_vl(pretrained_model_name_or_path, codebook, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        image_target_codes: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs,
+    ) -> NextFlowCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                Text tokens; an image is `<boi>`, one placeholder per cell of scales 2..K, `<eoi>`.
+            attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*): 0 at padding.
+            position_ids (`torch.Tensor` of shape `(4, batch, length)` or `(batch, length)`, *optional*):
+                Token positions, then the rotary axes (scale, row, column). Derived from the tokens if absent. Restarts
+                of the first row mark packed documents, which then take no `attention_mask`.
+            image_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*):
+                Input codes of all images in reading order: scale-major, row-major.
+            image_grids (`torch.LongTensor` of shape `(n_images, max_scales, 2)`, *optional*):
+                One row per `<boi>`: (height, width) of every scale, zero past the last.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                As for any causal model, shifted inside, -100 where there is no loss. An image is trained on when the
+                label at its `<boi>` is not -100; labels at its placeholders and `<eoi>` are not read.
+            image_target_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*):
+                Targets where self-correction makes them differ from `image_codes`.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Supervised tokens of the whole optimisation step, the loss's denominator. Defaults to this batch's.
+            skip_logits (`bool`, *optional*):
+                Leave `logits` out. Defaults to `True` in training with labels, where only the loss is read.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_codes=image_codes,
+            image_grids=image_grids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        result = NextFlowCausalLMOutputWithPast(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        if labels is not None:
+            target_codes = image_codes if image_target_codes is None else image_target_codes
+            self._compute_loss(result, hidden_states, input_ids, labels, target_codes, image_grids, num_items_in_batch)
+        if not (self.training and labels is not None if skip_logits is None else skip_logits):
+            result.logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        return result
+
+    def _compute_loss(
+        self,
+        result: NextFlowCausalLMOutputWithPast,
+        hidden_states: torch.FloatTensor,
+        input_ids: torch.LongTensor | None,
+        labels: torch.LongTensor,
+        target_codes: torch.LongTensor | None,
+        image_grids: torch.LongTensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> None:
+        targets, weights, scale = self.get_targets(input_ids, labels, target_codes, image_grids)
+        supervised = targets != IGNORE_INDEX
+        losses = linear_cross_entropy(
+            hidden_states[supervised], self.lm_head, targets[supervised], chunk_size=self.loss_chunk_size
+        )
+        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+        result.loss = (losses * weights[supervised]).sum() / count
+        result.scale_losses, result.scale_counts = mean_by_scale(losses, scale[supervised], self.config.max_scales)
+
+    def get_targets(
+        self,
+        input_ids: torch.LongTensor | None,
+        labels: torch.LongTensor,
+        target_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+    ) -> tuple[torch.LongTensor, torch.FloatTensor, torch.LongTensor]:
+        """Target id, loss weight and scale (0 for text) of every position, each (batch, length)."""
+        layout = self.model.get_image_layout(input_ids, image_grids) if image_grids is not None else None
+        targets, weights = get_targets(
+            input_ids,
+            labels,
+            layout,
+            target_codes,
+            image_grids,
+            text_vocab_size=self.config.text_vocab_size,
+            alpha=self.config.scale_loss_alpha,
+        )
+        return targets, weights, layout.scale if layout is not None else torch.zeros_like(targets)
+
+    def image_logits(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""
+        first, last = self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size
+        if type(self.lm_head) is nn.Linear:
+            return F.linear(hidden_states, self.lm_head.weight[first:last])
+        return self.lm_head(hidden_states)[..., first:last]  # an adapter or a quantised head has no rows to slice
+
+
+__all__ = ["NextFlowPreTrainedModel", "NextFlowModel", "NextFlowForCausalLM"]

@@ -1,0 +1,871 @@
+"""Dual-codebook multi-scale residual vision tokenizer (§2.1, after TokenFlow): pixels in, codes out, and back.
+
+One index per cell addresses a semantic and a pixel codebook. Every image comes with its row of `image_grids`, the
+(height, width) grids of its scales; images that share a row are processed as one plain stack, so a batch of mixed
+aspect ratios gives what its images give alone. Nothing here knows buckets, text, or who trains it. Gradients are the
+caller's: use `torch.no_grad()` around `encode` and `decode` when they are not wanted.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel, Siglip2VisionConfig, Siglip2VisionModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.siglip2.modeling_siglip2 import eager_attention_forward
+from transformers.utils import ModelOutput
+
+from .configuration_nextflow import NextFlowVisionTokenizerConfig
+
+
+Schedule = tuple[tuple[int, int], ...]
+
+
+@dataclass
+class NextFlowQuantizerOutput(ModelOutput):
+    """
+    What [`NextFlowMultiScaleQuantizer`] returns for a stack of `n` images of one schedule.
+
+    Args:
+        quantized (`torch.FloatTensor` of shape `(n, code_dim, height, width)`):
+            Sum of the codes of all scales on the last grid, float32; its gradient goes straight to the features.
+        image_codes (`torch.LongTensor` of shape `(n, cells)`): Codes, scale-major; -1 at the cells of dropped scales.
+        image_target_codes (`torch.LongTensor` of shape `(n, cells)`): Nearest code of the residual actually reached.
+        quantizer_loss (`torch.FloatTensor` of shape `()`): Codebook term.
+        commitment_loss (`torch.FloatTensor` of shape `()`): Commitment term.
+    """
+
+    quantized: torch.FloatTensor | None = None
+    image_codes: torch.LongTensor | None = None
+    image_target_codes: torch.LongTensor | None = None
+    quantizer_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class NextFlowVisionTokenizerEncoderOutput(ModelOutput):
+    """
+    Codes of a batch of images, flat: images in order, scale-major and row-major inside an image.
+
+    Args:
+        image_codes (`torch.LongTensor` of shape `(total_codes,)`): The codes an image is rebuilt from.
+        image_target_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*, returned with `self_correction`):
+            What a transformer should answer: the nearest code of the residual that the input codes left (§3.2.1).
+    """
+
+    image_codes: torch.LongTensor | None = None
+    image_target_codes: torch.LongTensor | None = None
+
+
+@dataclass
+class NextFlowVisionTokenizerFeatures(ModelOutput):
+    """
+    The maps behind the codes on each image's last grid, in the top-left corner, zero-padded to the largest: the
+    condition of the diffusion decoder (§2.3).
+
+    Args:
+        semantic_embeds (`torch.FloatTensor` of shape `(n, semantic_code_dim, max_height, max_width)`): Quantised map.
+        pixel_embeds (`torch.FloatTensor` of shape `(n, pixel_code_dim, max_height, max_width)`): Quantised map.
+        semantic_features (`torch.FloatTensor` of shape `(n, semantic_hidden_size, max_height, max_width)`):
+            The teacher's features as the semantic decoder predicts them.
+    """
+
+    semantic_embeds: torch.FloatTensor | None = None
+    pixel_embeds: torch.FloatTensor | None = None
+    semantic_features: torch.FloatTensor | None = None
+
+
+@dataclass
+class NextFlowVisionTokenizerOutput(ModelOutput):
+    """
+    Output of a training forward.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): Weighted sum of the parts below.
+        reconstruction_loss (`torch.FloatTensor` of shape `()`): Mean squared error in pixels.
+        quantizer_loss (`torch.FloatTensor` of shape `()`): Codebook term, unweighted.
+        commitment_loss (`torch.FloatTensor` of shape `()`): Commitment term, unweighted.
+        semantic_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `semantic_targets`):
+            1 - cosine to the teacher's features, unweighted.
+        reconstruction (`torch.FloatTensor` of shape `(n, 3, max_height, max_width)`):
+            Unclamped float32 pixels, zero outside of each image; further losses attach here.
+        image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes; -1 at the cells of dropped scales.
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    quantizer_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    semantic_loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    image_codes: torch.LongTensor | None = None
+
+
+def schedules_from_grids(image_grids: torch.LongTensor) -> list[Schedule]:
+    """Scale schedules, one tuple of (height, width) an image, from `image_grids` (n, max_scales, 2), zero-padded."""
+    if image_grids.ndim != 3 or image_grids.shape[-1] != 2:
+        raise ValueError(f"image_grids has shape {tuple(image_grids.shape)}, expected (n_images, max_scales, 2)")
+    schedules = []
+    for index, rows in enumerate(image_grids.tolist()):
+        grids = tuple((height, width) for height, width in rows if height or width)
+        if not grids or min(min(grid) for grid in grids) < 1 or any(any(row) for row in rows[len(grids) :]):
+            raise ValueError(f"image_grids[{index}] is {rows}, expected positive grids and then zero rows only")
+        schedules.append(grids)
+    return schedules
+
+
+def count_codes(schedule: Schedule) -> int:
+    """Codes of an image: the cells of all its scales."""
+    return sum(height * width for height, width in schedule)
+
+
+def split_image_codes(image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> list[list[torch.LongTensor]]:
+    """Flat codes (total_codes,) as one list an image of (height, width) maps, coarse to fine (§2.1)."""
+    schedules = schedules_from_grids(image_grids)
+    code_maps = []
+    for codes, schedule in zip(_split_images(image_codes, schedules), schedules, strict=True):
+        scales = codes.split([math.prod(grid) for grid in schedule])
+        code_maps.append([scale.view(grid) for scale, grid in zip(scales, schedule, strict=True)])
+    return code_maps
+
+
+def join_image_codes(code_maps: Sequence[Sequence[torch.LongTensor]]) -> torch.LongTensor:
+    """Inverse of [`split_image_codes`]."""
+    return torch.cat([code_map.reshape(-1) for maps in code_maps for code_map in maps])
+
+
+def _split_images(image_codes: torch.LongTensor, schedules: Sequence[Schedule]) -> tuple[torch.LongTensor, ...]:
+    sizes = [count_codes(schedule) for schedule in schedules]
+    if image_codes.ndim != 1 or image_codes.numel() != sum(sizes):
+        raise ValueError(f"image_codes has shape {tuple(image_codes.shape)}, image_grids asks for ({sum(sizes)},)")
+    return image_codes.split(sizes)
+
+
+def _group_by_schedule(schedules: Sequence[Schedule]) -> list[tuple[Schedule, list[int]]]:
+    groups: dict[Schedule, list[int]] = {}
+    for index, schedule in enumerate(schedules):
+        groups.setdefault(schedule, []).append(index)
+    return list(groups.items())
+
+
+def _pad_maps(stacks: Sequence[torch.Tensor], groups: Sequence[tuple[Schedule, list[int]]]) -> torch.Tensor:
+    """Stacks (n_group, channels, height, width) as one zero-padded batch in the order of the images."""
+    if len(stacks) == 1:
+        return stacks[0]
+    count = sum(len(indices) for _, indices in groups)
+    height, width = (max(stack.shape[axis] for stack in stacks) for axis in (2, 3))
+    padded = stacks[0].new_zeros(count, stacks[0].shape[1], height, width)
+    for stack, (_, indices) in zip(stacks, groups, strict=True):
+        padded[indices, :, : stack.shape[2], : stack.shape[3]] = stack
+    return padded
+
+
+def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(n, channels, height, width) to (n, patches, patch_size**2 * channels), in the order of Siglip2's processor."""
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
+
+
+class NextFlowResnetBlock(GradientCheckpointingLayer):
+    """GroupNorm, swish, 3x3 convolution, twice, around a residual (VQGAN)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = _group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.shortcut(hidden_states)
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
+        hidden_states = self.conv2(F.silu(self.norm2(hidden_states)))
+        return residual + hidden_states
+
+
+class NextFlowAttentionBlock(GradientCheckpointingLayer):
+    """Single-head self-attention over the cells of a map, around a residual (VQGAN)."""
+
+    is_causal = False
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig, channels: int):
+        super().__init__()
+        self.config = config
+        self.scaling = channels**-0.5
+        self.norm = _group_norm(channels)
+        self.q_proj = nn.Conv2d(channels, channels, 1)
+        self.k_proj = nn.Conv2d(channels, channels, 1)
+        self.v_proj = nn.Conv2d(channels, channels, 1)
+        self.out_proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        # (batch, channels, height, width) -> (batch, 1 head, height * width, channels)
+        query, key, value = (
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, _ = attention_interface(self, query, key, value, None, scaling=self.scaling, is_causal=False)
+        # (batch, height * width, 1 head, channels) -> (batch, channels, height, width)
+        attended = attended.squeeze(2).transpose(1, 2).unflatten(2, hidden_states.shape[2:])
+        return hidden_states + self.out_proj(attended)
+
+
+class NextFlowCNNLevel(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where asked, then a change of resolution."""
+
+    def __init__(
+        self,
+        config: NextFlowVisionTokenizerConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_blocks: int,
+        attention: bool,
+        resample: nn.Module,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            NextFlowResnetBlock(in_channels if index == 0 else out_channels, out_channels)
+            for index in range(num_blocks)
+        )
+        self.attentions = nn.ModuleList(
+            NextFlowAttentionBlock(config, out_channels) if attention else nn.Identity() for _ in range(num_blocks)
+        )
+        self.resample = resample
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            hidden_states = attention(block(hidden_states))
+        return self.resample(hidden_states)
+
+
+class NextFlowDownsample(nn.Module):
+    """Halves both axes with a strided convolution, zero-padded right and below only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+class NextFlowUpsample(nn.Module):
+    """Doubles both axes by repetition, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class NextFlowPixelEncoder(nn.Module):
+    """CNN from pixels (n, 3, height, width) to the latents of the last grid; attention in the last level only."""
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig):
+        super().__init__()
+        widths = [config.encoder_channels * multiplier for multiplier in config.channel_multipliers]
+        deepest = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.encoder_channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            NextFlowCNNLevel(
+                config,
+                widths[index - 1] if index else config.encoder_channels,
+                width,
+                num_blocks=config.encoder_res_blocks,
+                attention=index == deepest,
+                resample=nn.Identity() if index == deepest else NextFlowDownsample(width),
+            )
+            for index, width in enumerate(widths)
+        )
+        self.middle = nn.Sequential(
+            NextFlowResnetBlock(widths[-1], widths[-1]),
+            NextFlowAttentionBlock(config, widths[-1]),
+            NextFlowResnetBlock(widths[-1], widths[-1]),
+        )
+        self.norm_out = _group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(pixel_values)
+        for level in self.levels:
+            hidden_states = level(hidden_states)
+        hidden_states = self.middle(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+class NextFlowPixelDecoder(nn.Module):
+    """Mirror of the encoder with its own width and one more block a level; unclamped pixels out."""
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig):
+        super().__init__()
+        widths = [config.decoder_channels * multiplier for multiplier in reversed(config.channel_multipliers)]
+        shallowest = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.middle = nn.Sequential(
+            NextFlowResnetBlock(widths[0], widths[0]),
+            NextFlowAttentionBlock(config, widths[0]),
+            NextFlowResnetBlock(widths[0], widths[0]),
+        )
+        self.levels = nn.ModuleList(
+            NextFlowCNNLevel(
+                config,
+                widths[max(index - 1, 0)],
+                width,
+                num_blocks=config.decoder_res_blocks + 1,
+                attention=index == 0,
+                resample=nn.Identity() if index == shallowest else NextFlowUpsample(width),
+            )
+            for index, width in enumerate(widths)
+        )
+        self.norm_out = _group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.middle(self.conv_in(latents))
+        for level in self.levels:
+            hidden_states = level(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    # 32 groups as everywhere in this family, but never fewer than 4 channels a group (the full-size minimum): a group
+    # of one channel would erase the mean of that channel, and with it the colour of the image.
+    groups = max(1, min(32, channels // 4))
+    if channels % groups:
+        raise ValueError(f"a CNN level has {channels} channels, expected a multiple of its {groups} norm groups")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class NextFlowMultiScaleQuantizer(nn.Module):
+    """
+    Multi-scale residual quantiser with two codebooks and one shared index (§2.1).
+
+    Per scale: average the residual down to the grid, l2-normalise its semantic and its pixel part, take the code with
+    the least weighted sum of squared distances, add its unit vectors, bicubically enlarged, to the sum, and subtract
+    them from the residual. The whole module computes in float32 whatever the dtype of its input, of its parameters
+    or of an enclosing autocast. PyTorch's process-wide TF32 switch is left as it is: turned on, it also rounds the
+    products of the search.
+    """
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.semantic_codebook = nn.Embedding(config.codebook_size, config.semantic_code_dim)
+        self.pixel_codebook = nn.Embedding(config.codebook_size, config.pixel_code_dim)
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        schedule: Schedule,
+        *,
+        noise: torch.Tensor | None = None,
+        dropped: Sequence[bool] | None = None,
+    ) -> NextFlowQuantizerOutput:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(n, semantic_code_dim + pixel_code_dim, height, width)`):
+                Continuous features on the last grid of `schedule`, any dtype.
+            schedule (`tuple[tuple[int, int], ...]`): Grids, coarse to fine.
+            noise (`torch.Tensor` of shape `(n, cells, 2)`, *optional*):
+                Uniform numbers in [0, 1) for the self-correcting encoder: the first decides whether a cell's code is
+                sampled, the second which of the nearest codes it becomes (§3.2.1).
+            dropped (`Sequence[bool]`, *optional*): Scales that contribute nothing; the first and last never drop.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            codebook = self.codebook()
+            target = features.detach()
+            residual, total = features, torch.zeros_like(target)
+            codes, target_codes, quantizer_losses, commitment_losses = [], [], [], []
+            start = 0
+            for index, grid in enumerate(schedule):
+                last = index == len(schedule) - 1
+                cells = slice(start, start + math.prod(grid))
+                start = cells.stop
+                if dropped is not None and dropped[index] and 0 < index and not last:
+                    skipped = torch.full((len(features), math.prod(grid)), -1, device=features.device)
+                    codes.append(skipped)
+                    target_codes.append(skipped)
+                    continue
+
+                # (n, code_dim, height, width) -> (n, cells, code_dim)
+                query = residual if grid == schedule[-1] else F.interpolate(residual, grid, mode="area")
+                query = self.normalize(query.flatten(2).transpose(1, 2))
+                sampling = None if noise is None or last else noise[:, cells]
+                scale_codes, scale_targets = self.search(query.detach(), codebook, noise=sampling)
+                code_vectors = self.lookup(scale_codes)
+                up = self.upsample(code_vectors, grid, schedule[-1])
+                total = total + up
+                residual = residual - up.detach()
+
+                codes.append(scale_codes)
+                target_codes.append(scale_targets)
+                quantizer_losses.append(self._error(code_vectors, query.detach()))
+                commitment_losses.append(self._error(query, code_vectors.detach()))
+
+            # The lookup ignores lengths, so directions do not tie the features to the sum that stands in for them.
+            weight = self.config.accumulated_loss_weight
+            quantizer_loss = torch.stack(quantizer_losses).mean() + weight * F.mse_loss(total, target)
+            commitment_loss = torch.stack(commitment_losses).mean() + weight * F.mse_loss(features, total.detach())
+            return NextFlowQuantizerOutput(
+                # Straight through; written so that the value is the sum to the last bit: features - target is zero.
+                quantized=total.detach() + (features - target),
+                image_codes=torch.cat(codes, 1),
+                image_target_codes=torch.cat(target_codes, 1),
+                quantizer_loss=quantizer_loss,
+                commitment_loss=commitment_loss,
+            )
+
+    def decode(
+        self, image_codes: torch.LongTensor, schedule: Schedule, *, num_scales: int | None = None
+    ) -> torch.Tensor:
+        """
+        Codes (n, cells of the first `num_scales` scales) to their sum on the last grid, float32 (n, code_dim, height,
+        width), bit for bit what quantising gave.
+        """
+        grids = schedule[:num_scales]
+        with torch.autocast(image_codes.device.type, enabled=False):
+            scales = image_codes.split([math.prod(grid) for grid in grids], 1)
+            return sum(
+                self.upsample(self.lookup(codes), grid, schedule[-1])
+                for codes, grid in zip(scales, grids, strict=True)
+            )
+
+    def codebook(self) -> torch.Tensor:
+        """Unit semantic and unit pixel vectors of every code, float32 (codebook_size, code_dim)."""
+        return self.normalize(torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], -1))
+
+    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Codes (...) to their rows of [`codebook`], float32 (..., code_dim)."""
+        return self.normalize(torch.cat([self.semantic_codebook(codes), self.pixel_codebook(codes)], -1))
+
+    def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Both parts of (..., code_dim) to length one, in float32."""
+        split = [self.config.semantic_code_dim, self.config.pixel_code_dim]
+        return torch.cat([F.normalize(part, dim=-1) for part in vectors.float().split(split, -1)], -1)
+
+    def upsample(self, code_vectors: torch.Tensor, grid: tuple[int, int], last_grid: tuple[int, int]) -> torch.Tensor:
+        """(n, cells of grid, code_dim) to (n, code_dim, *last_grid)."""
+        code_map = code_vectors.transpose(1, 2).unflatten(2, grid)
+        return code_map if grid == last_grid else F.interpolate(code_map, last_grid, mode="bicubic")
+
+    def search(
+        self, query: torch.Tensor, codebook: torch.Tensor, *, noise: torch.Tensor | None = None
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        Input and target codes (n, cells) of normalised vectors (n, cells, code_dim): the same nearest code, unless
+        `noise` (n, cells, 2) makes a share of the input codes a draw among the nearest.
+        """
+        # Between unit vectors |z - e|^2 = 2 - 2 z.e, so the weighted sum of both distances is a constant minus twice
+        # one inner product, with the weights folded into the query.
+        semantic_dim = self.config.semantic_code_dim
+        weighted = torch.cat(
+            [
+                query[..., :semantic_dim] * self.config.semantic_distance_weight,
+                query[..., semantic_dim:] * self.config.pixel_distance_weight,
+            ],
+            -1,
+        ).flatten(0, 1)
+        codebook = codebook.detach().T
+        inputs, targets = [], []
+        for start in range(0, len(weighted), self.config.search_chunk_size):
+            cells = slice(start, start + self.config.search_chunk_size)
+            similarity = weighted[cells] @ codebook
+            nearest = similarity.argmax(-1)
+            targets.append(nearest)
+            if noise is not None:
+                nearest = self._self_correct(similarity, nearest, noise.flatten(0, 1)[cells])
+            inputs.append(nearest)
+        return torch.cat(inputs).view(query.shape[:2]), torch.cat(targets).view(query.shape[:2])
+
+    def _self_correct(
+        self, similarity: torch.Tensor, nearest: torch.LongTensor, noise: torch.Tensor
+    ) -> torch.LongTensor:
+        top_k = min(self.config.self_correction_top_k, self.config.codebook_size)
+        candidates = similarity.topk(top_k, -1)
+        # p ~ softmax(-distance), drawn by inverting the cumulative sum: one uniform number a cell.
+        cumulative = (2 * candidates.values).softmax(-1).cumsum(-1)
+        drawn = (cumulative < noise[:, 1:]).sum(-1, keepdim=True).clamp(max=top_k - 1)
+        sampled = candidates.indices.gather(-1, drawn).squeeze(-1)
+        return torch.where(noise[:, 0] < self.config.self_correction_ratio, sampled, nearest)
+
+    def _error(self, vectors: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the semantic part plus that of the pixel part."""
+        semantic_dim = self.config.semantic_code_dim
+        semantic, pixel = (vectors - target).square().split([semantic_dim, self.config.pixel_code_dim], -1)
+        return semantic.mean() + pixel.mean()
+
+
+class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
+    config: NextFlowVisionTokenizerConfig
+    base_model_prefix = "vision_tokenizer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    output_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["NextFlowResnetBlock", "NextFlowAttentionBlock", "NextFlowMultiScaleQuantizer"]
+    # A codebook rounded to half precision would give other codes (§2.1 quantises in float32).
+    _keep_in_fp32_modules_strict = ["quantizer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            # PyTorch's default, which this family of autoencoders is trained with.
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            # The only embeddings here are the codebooks: directions uniform on the sphere, length about one.
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
+
+
+class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
+    """
+    Dual-codebook multi-scale vision tokenizer (§2.1): SigLIP2 and a CNN encode, one index a cell addresses both
+    codebooks, a CNN decodes pixels and a small ViT the teacher's features.
+
+    Pixels are float (n, 3, max_height, max_width) in [-1, 1]; image i occupies the top-left corner, `patch_size` times
+    its last grid, the rest is ignored. `image_grids` is (n, max_scales, 2), rows after an image's last scale zero.
+    """
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig):
+        super().__init__(config)
+        semantic_config = config.semantic_config
+        if semantic_config.patch_size != config.patch_size:
+            raise ValueError(
+                f"semantic_config.patch_size is {semantic_config.patch_size}, expected the pixel branch's stride "
+                f"2 ** (len(channel_multipliers) - 1) = {config.patch_size}"
+            )
+        if semantic_config.num_hidden_layers < 2:
+            raise ValueError(
+                f"semantic_config.num_hidden_layers is {semantic_config.num_hidden_layers}, expected at least 2: the "
+                "features are those before the last layer"
+            )
+        hidden_size = semantic_config.hidden_size
+        code_dim = config.semantic_code_dim
+
+        # The features are SigLIP2's last but one hidden state, so neither its last layer nor its last norm is built:
+        # `last_hidden_state` of this model is `hidden_states[-2]` of the whole one, and a whole checkpoint loads.
+        self.semantic_encoder = Siglip2VisionModel._from_config(
+            _siglip2_variant(semantic_config, num_hidden_layers=semantic_config.num_hidden_layers - 1)
+        )
+        self.semantic_encoder.post_layernorm = nn.Identity()
+        self.encode_task_layer = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, code_dim)
+        )
+        self.pixel_encoder = NextFlowPixelEncoder(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.pixel_code_dim, 1)
+
+        self.quantizer = NextFlowMultiScaleQuantizer(config)
+
+        # A pre-norm ViT whose "image" is the quantised map: one patch a cell, the code's dimensions its channels.
+        self.semantic_decoder = Siglip2VisionModel._from_config(
+            _siglip2_variant(
+                semantic_config,
+                num_hidden_layers=config.semantic_decoder_layers,
+                num_channels=code_dim,
+                patch_size=1,
+            )
+        )
+        self.decode_task_layer = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.post_quant_conv = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
+        self.pixel_decoder = NextFlowPixelDecoder(config)
+        self.post_init()
+
+    @property
+    def codebook(self) -> torch.FloatTensor:
+        """Unit semantic and unit pixel vectors of every code, float32 (codebook_size, semantic + pixel code_dim)."""
+        return self.quantizer.codebook()
+
+    def encode(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grids: torch.LongTensor,
+        *,
+        self_correction: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> NextFlowVisionTokenizerEncoderOutput:
+        """
+        Codes of every image.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(n, 3, max_height, max_width)`): Padded pixels in [-1, 1].
+            image_grids (`torch.LongTensor` of shape `(n, max_scales, 2)`): Scale schedule of every image.
+            self_correction (`bool`, *optional*, defaults to `False`):
+                Whether to sample `self_correction_ratio` of the codes of every scale but the last among their
+                `self_correction_top_k` nearest, and to return the targets that correct for it (§3.2.1).
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the samples; a list has one per image, whose codes then do not depend on the batch.
+
+        Raises:
+            `ValueError`: on pixels that are not finite or do not fit their grids.
+        """
+        schedules = self._check_pixels(pixel_values, image_grids)
+        noise = self._draw_noise(schedules, generator) if self_correction else None
+        codes, targets = [None] * len(schedules), [None] * len(schedules)
+        for schedule, indices in _group_by_schedule(schedules):
+            features = self._encode_features(self._crop(pixel_values, schedule, indices))
+            group_noise = None if noise is None else torch.stack([noise[i] for i in indices]).to(features.device)
+            output = self.quantizer(features, schedule, noise=group_noise)
+            for row, index in enumerate(indices):
+                codes[index], targets[index] = output.image_codes[row], output.image_target_codes[row]
+        return NextFlowVisionTokenizerEncoderOutput(
+            image_codes=torch.cat(codes), image_target_codes=torch.cat(targets) if self_correction else None
+        )
+
+    def decode(
+        self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, *, num_scales: int | None = None
+    ) -> torch.FloatTensor:
+        """
+        Pixels of every image, float32 (n, 3, max_height, max_width) in [-1, 1], zero outside of each image.
+
+        Args:
+            image_codes (`torch.LongTensor` of shape `(total_codes,)`):
+                All codes or, with `num_scales`, also only those of the first `num_scales` scales of every image.
+            image_grids (`torch.LongTensor` of shape `(n, max_scales, 2)`): Scale schedule of every image, in full.
+            num_scales (`int`, *optional*):
+                Decode only the first so many scales: a preview at full size.
+
+        Raises:
+            `ValueError`: on codes outside the codebook and on a count that does not match the grids.
+        """
+        maps, groups = self._decode_codes(image_codes, image_grids, num_scales)
+        pixels = [self._decode_pixels(quantized).float().clamp(-1, 1) for quantized in maps]
+        return _pad_maps(pixels, groups)
+
+    def decode_features(
+        self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, *, num_scales: int | None = None
+    ) -> NextFlowVisionTokenizerFeatures:
+        """
+        The maps behind the codes, for a diffusion decoder (§2.3). Arguments and errors as in
+        [`~NextFlowVisionTokenizer.decode`].
+        """
+        maps, groups = self._decode_codes(image_codes, image_grids, num_scales)
+        semantic_dim = self.config.semantic_code_dim
+        features = [
+            self._decode_semantics(quantized).transpose(1, 2).unflatten(2, quantized.shape[2:]) for quantized in maps
+        ]
+        return NextFlowVisionTokenizerFeatures(
+            semantic_embeds=_pad_maps([quantized[:, :semantic_dim] for quantized in maps], groups),
+            pixel_embeds=_pad_maps([quantized[:, semantic_dim:] for quantized in maps], groups),
+            semantic_features=_pad_maps(features, groups),
+        )
+
+    def get_teacher_features(
+        self, teacher: Siglip2VisionModel, pixel_values: torch.FloatTensor, image_grids: torch.LongTensor
+    ) -> list[torch.FloatTensor]:
+        """
+        What [`~NextFlowVisionTokenizer.forward`] takes as `semantic_targets`: the last but one hidden state of a whole
+        `Siglip2VisionModel`, one (height * width, hidden_size) tensor an image. Wrap it in `torch.no_grad()`.
+        """
+        schedules = self._check_pixels(pixel_values, image_grids)
+        targets = [None] * len(schedules)
+        for schedule, indices in _group_by_schedule(schedules):
+            patches = patchify(self._crop(pixel_values, schedule, indices), self.config.patch_size)
+            output = teacher(patches, None, _spatial_shapes(len(indices), schedule[-1]), output_hidden_states=True)
+            for row, index in enumerate(indices):
+                targets[index] = output.hidden_states[-2][row]
+        return targets
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grids: torch.LongTensor,
+        semantic_targets: torch.FloatTensor | list[torch.FloatTensor] | None = None,
+        drop_scales: torch.BoolTensor | Sequence[bool] | None = None,
+    ) -> NextFlowVisionTokenizerOutput:
+        r"""
+        Reconstruction and losses.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(n, 3, max_height, max_width)`): Padded pixels in [-1, 1].
+            image_grids (`torch.LongTensor` of shape `(n, max_scales, 2)`): Scale schedule of every image.
+            semantic_targets (`torch.FloatTensor` or list of `torch.FloatTensor`, *optional*):
+                Shape `(n, max_cells, hidden_size)`, or one of `(cells, hidden_size)` an image: the frozen teacher's
+                features of the cells of the last grid, row-major. Without them the semantic decoder does not run.
+            drop_scales (`torch.BoolTensor` of shape `(max_scales,)`, *optional*):
+                Scales that contribute nothing in this step; an image's first and last scale always stay. By default
+                each scale drops with probability `scale_dropout` in training and none in evaluation.
+        """
+        schedules = self._check_pixels(pixel_values, image_grids)
+        dropped = self._dropped_scales(drop_scales, image_grids.shape[1])
+        groups = _group_by_schedule(schedules)
+        codes: list[torch.LongTensor | None] = [None] * len(schedules)
+        reconstructions, losses = [], []
+        for schedule, indices in groups:
+            pixels = self._crop(pixel_values, schedule, indices)
+            features = self._encode_features(pixels)
+            quantization = self.quantizer(features, schedule, dropped=dropped)
+            reconstruction = self._decode_pixels(quantization.quantized).float()
+            parts = [
+                F.mse_loss(reconstruction, pixels.float()),
+                quantization.quantizer_loss,
+                quantization.commitment_loss,
+            ]
+            if semantic_targets is not None:
+                predicted = self._decode_semantics(quantization.quantized)
+                cells = math.prod(schedule[-1])
+                target = torch.stack([semantic_targets[index][:cells] for index in indices])
+                parts.append(1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean())
+            reconstructions.append(reconstruction)
+            losses.append(torch.stack(parts) * (len(indices) / len(schedules)))
+            for row, index in enumerate(indices):
+                codes[index] = quantization.image_codes[row]
+
+        reconstruction_loss, quantizer_loss, commitment_loss, *semantic_loss = torch.stack(losses).sum(0)
+        loss = (
+            reconstruction_loss
+            + self.config.quantizer_loss_weight * quantizer_loss
+            + self.config.commitment_loss_weight * commitment_loss
+        )
+        if semantic_loss:
+            loss = loss + self.config.semantic_loss_weight * semantic_loss[0]
+        return NextFlowVisionTokenizerOutput(
+            loss=loss,
+            reconstruction_loss=reconstruction_loss,
+            quantizer_loss=quantizer_loss,
+            commitment_loss=commitment_loss,
+            semantic_loss=semantic_loss[0] if semantic_loss else None,
+            reconstruction=_pad_maps(reconstructions, groups),
+            image_codes=torch.cat(codes),
+        )
+
+    def _encode_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (n, 3, height, width) to continuous features (n, code_dim, rows, columns) of both branches."""
+        pixels = pixels.to(self.quant_conv.weight.dtype)
+        pixel_map = self.quant_conv(self.pixel_encoder(pixels))
+        grid = tuple(pixel_map.shape[2:])
+        patches = patchify(pixels, self.config.patch_size)
+        hidden_states = self.semantic_encoder(patches, None, _spatial_shapes(len(pixels), grid)).last_hidden_state
+        semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
+        return torch.cat([semantic_map.float(), pixel_map.float()], 1)
+
+    def _decode_pixels(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
+        pixel_map = quantized[:, self.config.semantic_code_dim :].to(self.post_quant_conv.weight.dtype)
+        return self.pixel_decoder(self.post_quant_conv(pixel_map))
+
+    def _decode_semantics(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Quantised map (n, code_dim, rows, columns) to the teacher's features (n, rows * columns, hidden_size)."""
+        cells = quantized[:, : self.config.semantic_code_dim].flatten(2).transpose(1, 2)
+        cells = cells.to(self.decode_task_layer[0].weight.dtype)
+        shapes = _spatial_shapes(len(quantized), tuple(quantized.shape[2:]))
+        return self.decode_task_layer(self.semantic_decoder(cells, None, shapes).last_hidden_state)
+
+    def _decode_codes(
+        self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, num_scales: int | None
+    ) -> tuple[list[torch.Tensor], list[tuple[Schedule, list[int]]]]:
+        """Quantised maps of every group of images with one schedule, and those groups."""
+        schedules = schedules_from_grids(image_grids)
+        if num_scales is not None and num_scales < 1:
+            raise ValueError(f"num_scales is {num_scales}, expected at least 1")
+        prefixes = [schedule[:num_scales] for schedule in schedules]
+        lengths = [count_codes(prefix) for prefix in prefixes]
+        full = sum(count_codes(schedule) for schedule in schedules)
+        if image_codes.numel() == full:
+            codes_of_images = _split_images(image_codes, schedules)
+            per_image = [codes[:length] for codes, length in zip(codes_of_images, lengths, strict=True)]
+        else:
+            per_image = _split_images(image_codes, prefixes)
+        low, high = (int(bound) for bound in image_codes.aminmax())
+        if low < 0 or high >= self.config.codebook_size:
+            raise ValueError(f"image_codes span {low} to {high}, expected 0 to {self.config.codebook_size - 1}")
+        groups = _group_by_schedule(schedules)
+        maps = [
+            self.quantizer.decode(torch.stack([per_image[i] for i in indices]), schedule, num_scales=num_scales)
+            for schedule, indices in groups
+        ]
+        return maps, groups
+
+    def _check_pixels(self, pixel_values: torch.Tensor, image_grids: torch.LongTensor) -> list[Schedule]:
+        schedules = schedules_from_grids(image_grids)
+        patch_size = self.config.patch_size
+        height, width = (patch_size * max(schedule[-1][axis] for schedule in schedules) for axis in (0, 1))
+        expected = (len(schedules), 3, height, width)
+        if tuple(pixel_values.shape) != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected}: patch size {patch_size} "
+                f"times the last grids of the {len(schedules)} rows of image_grids"
+            )
+        if not torch.isfinite(pixel_values).all():
+            bad = int((~torch.isfinite(pixel_values)).sum())
+            raise ValueError(f"pixel_values has {bad} non-finite of {pixel_values.numel()} values, expected none")
+        return schedules
+
+    def _crop(self, pixel_values: torch.Tensor, schedule: Schedule, indices: list[int]) -> torch.Tensor:
+        height, width = (self.config.patch_size * cells for cells in schedule[-1])
+        stack = pixel_values if len(indices) == len(pixel_values) else pixel_values[indices]
+        return stack[:, :, :height, :width]
+
+    def _dropped_scales(
+        self, drop_scales: torch.BoolTensor | Sequence[bool] | None, max_scales: int
+    ) -> list[bool] | None:
+        if drop_scales is None:
+            if not self.training or self.config.scale_dropout == 0:
+                return None
+            drop_scales = torch.rand(max_scales) < self.config.scale_dropout
+        if len(drop_scales) != max_scales:
+            raise ValueError(f"drop_scales has {len(drop_scales)} entries, expected one per scale: {max_scales}")
+        return [bool(drop) for drop in drop_scales]
+
+    def _draw_noise(
+        self, schedules: Sequence[Schedule], generator: torch.Generator | list[torch.Generator] | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Two uniform numbers for every code of every image, drawn in the order of the images."""
+        sizes = [count_codes(schedule) for schedule in schedules]
+        generators = generator if isinstance(generator, list) else [generator] * len(sizes)
+        if len(generators) != len(sizes):
+            raise ValueError(f"generator has {len(generators)} entries, expected one per image: {len(sizes)}")
+        return tuple(
+            torch.rand(size, 2, generator=source, device=self.device if source is None else source.device)
+            for size, source in zip(sizes, generators, strict=True)
+        )
+
+
+def _siglip2_variant(config: Siglip2VisionConfig, **changes: int) -> Siglip2VisionConfig:
+    variant = copy.deepcopy(config)
+    variant.vision_use_head = False
+    for name, value in changes.items():
+        setattr(variant, name, value)
+    return variant
+
+
+def _spatial_shapes(count: int, grid: tuple[int, int]) -> torch.LongTensor:
+    # On the CPU: Siglip2 reads them as Python numbers.
+    return torch.tensor([grid]).expand(count, 2)
+
+
+__all__ = [
+    "NextFlowVisionTokenizer",
+    "NextFlowVisionTokenizerEncoderOutput",
+    "NextFlowVisionTokenizerFeatures",
+    "NextFlowVisionTokenizerOutput",
+    "NextFlowVisionTokenizerPreTrainedModel",
+    "count_codes",
+    "join_image_codes",
+    "patchify",
+    "schedules_from_grids",
+    "split_image_codes",
+]

@@ -1,0 +1,146 @@
+"""Where every token of an interleaved sequence stands: image layout, attention blocks, multiscale 3D positions (§2.2).
+
+Pure functions of `input_ids` and `image_grids`; nothing here knows weights, codes or pixels. The layout they read is
+the processor's: `<boi>`, one placeholder for every cell of scales 2..K, `<eoi>`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+
+@dataclass
+class ImageLayout:
+    """Per-token description of the images in `input_ids`; every tensor is (batch, length).
+
+    Attributes:
+        image_index: row of `image_grids` of the image a token belongs to (the last `<boi>` at or before it).
+        scale: the scale that the token's output predicts: 1 at `<boi>`, 2..K at cells, 0 elsewhere.
+        row, column: place of a cell in its grid; 0 elsewhere.
+        block_ids: one id for all cells of one scale of one image, increasing along the row; -1 for every other token.
+    """
+
+    image_index: torch.LongTensor
+    scale: torch.LongTensor
+    row: torch.LongTensor
+    column: torch.LongTensor
+    block_ids: torch.LongTensor
+
+    @property
+    def is_cell(self) -> torch.BoolTensor:
+        return self.block_ids >= 0
+
+    @property
+    def is_slot(self) -> torch.BoolTensor:
+        """Tokens whose output predicts an image code."""
+        return self.scale > 0
+
+
+def get_image_layout(
+    input_ids: torch.LongTensor, image_grids: torch.LongTensor, *, boi_token_id: int, image_token_id: int
+) -> ImageLayout:
+    """Read the image layout off `input_ids` (batch, length) and `image_grids` (n_images, max_scales, 2).
+
+    Vectorised and free of device synchronisation; that the two fit is checked where codes are embedded.
+    """
+    is_boi = input_ids == boi_token_id
+    is_cell = input_ids == image_token_id
+    image_index = is_boi.flatten().cumsum(0).view_as(input_ids) - 1
+    grids = image_grids[image_index.clamp(min=0, max=len(image_grids) - 1)]  # (batch, length, max_scales, 2)
+    if grids.shape[2] == 1:
+        grids = torch.nn.functional.pad(grids, (0, 0, 0, 1))
+
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    boi_position = torch.where(is_boi, positions, -1).cummax(dim=1).values
+    offset = positions - boi_position - 1  # of a cell among the cells of its image
+    block_end = grids[:, :, 1:].prod(-1).cumsum(-1)  # (batch, length, max_scales - 1), cells up to and including scale k
+    block = (offset[..., None] >= block_end).sum(-1).clamp(max=block_end.shape[-1] - 1)  # 0 is scale 2
+
+    height_width = grids[:, :, 1:].gather(2, block[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
+    block_start = block_end.gather(2, block[..., None])[..., 0] - height_width.prod(-1)
+    cell = offset - block_start
+    width = height_width[..., 1].clamp(min=1)
+    block_ids = (is_cell & (cell == 0)).long().cumsum(1) - 1
+
+    zero = torch.zeros_like(input_ids)
+    return ImageLayout(
+        image_index=image_index,
+        scale=torch.where(is_cell, block + 2, is_boi.long()),
+        row=torch.where(is_cell, cell // width, zero),
+        column=torch.where(is_cell, cell % width, zero),
+        block_ids=torch.where(is_cell, block_ids, zero - 1),
+    )
+
+
+def cell_coordinates(
+    row: torch.Tensor, column: torch.Tensor, height: torch.Tensor, width: torch.Tensor, *, extent: float
+) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    """Equation 1: centre of a cell in a frame of constant area `extent ** 2`, whatever the grid."""
+    unit = extent / (height * width).float().clamp(min=1).sqrt()
+    return unit * (row + 0.5), unit * (column + 0.5)
+
+
+def get_position_ids(
+    input_ids: torch.LongTensor,
+    image_grids: torch.LongTensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    boi_token_id: int,
+    image_token_id: int,
+    extent: float,
+) -> torch.FloatTensor:
+    """Positions (4, batch, length), float32: the plain token position, then the rotary axes (scale, row, column).
+
+    Text at position t is (t, t, t). A whole block of cells takes ONE step of the first axis, counted on from its
+    `<boi>`, so an image of K scales takes K + 1 steps in all; rows and columns follow [`cell_coordinates`] and do not
+    depend on t. Padding (`attention_mask == 0`) takes no step.
+    """
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    token_position = (real.cumsum(1) - 1).clamp(min=0).float()
+    if image_grids is None or len(image_grids) == 0:
+        return token_position.expand(4, -1, -1)
+
+    layout = get_image_layout(input_ids, image_grids, boi_token_id=boi_token_id, image_token_id=image_token_id)
+    first_of_block = layout.is_cell & (layout.row == 0) & (layout.column == 0)
+    step = torch.where(layout.is_cell, first_of_block.long(), real)
+    axis = (step.cumsum(1) - 1).clamp(min=0).float()
+
+    index = layout.image_index.clamp(min=0)
+    grid = image_grids[index, (layout.scale - 1).clamp(min=0)]
+    row, column = cell_coordinates(layout.row, layout.column, grid[..., 0], grid[..., 1], extent=extent)
+    return torch.stack(
+        [token_position, axis, torch.where(layout.is_cell, row, axis), torch.where(layout.is_cell, column, axis)]
+    )
+
+
+class NextFlowRotaryEmbedding(Qwen2RotaryEmbedding):
+    """Qwen2's rotary embedding with its frequencies dealt out in turn to (scale, row, column).
+
+    Equal coordinates, as text has them, give plain RoPE for any split, so the language model is kept exactly.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mrope_section = list(config.rope_parameters["mrope_section"])
+        if sum(self.mrope_section) != len(self.inv_freq):
+            raise ValueError(
+                f"mrope_section {self.mrope_section} sums to {sum(self.mrope_section)}, expected half the head "
+                f"dimension = {len(self.inv_freq)}"
+            )
+        if max(self.mrope_section[1:]) * 3 > len(self.inv_freq) + 2:
+            raise ValueError(f"mrope_section {self.mrope_section} cannot be interleaved: its first entry is too small")
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids` (3, batch, length) -> cos, sin (batch, length, head_dim) in the dtype of `x`."""
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = freqs[0].clone()
+        for axis, first in ((1, 1), (2, 2)):
+            own = slice(first, self.mrope_section[axis] * 3, 3)
+            angles[..., own] = freqs[axis][..., own]
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)

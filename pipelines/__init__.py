@@ -1,0 +1,10 @@
+"""Prompts and images in, images out: the lifecycle of a call. The work is done by the components it is given."""
+
+# First, before any of our modules: importing diffusers registers them with its loader (registration.py).
+import diffusers  # noqa: F401
+
+from .pipeline_nextflow import NextFlowPipeline
+from .pipeline_nextflow_output import NextFlowPipelineOutput
+
+
+__all__ = ["NextFlowPipeline", "NextFlowPipelineOutput"]

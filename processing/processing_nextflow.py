@@ -1,0 +1,747 @@
+"""Messages with images <-> the sequence the model reads (§2.1; chat format not specified by the paper).
+
+Owns the layout: an image is `<boi>`, one `<|image_pad|>` per cell of scales 2..K, `<eoi>`, and one row of
+    `image_grids` per
+`<boi>`. Only the template writes control tokens: the same characters in somebody's message stay text. Knows nothing of
+codes beyond their token names, and nothing of the model.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers.image_processing_base import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
+from .scale_schedule import num_cells
+
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100
+# Cuts the rendered chat into pieces that are tokenized on their own. A Unicode noncharacter: no text may contain it.
+_CUT = "\ufdd0"
+_IMAGE_KEYS = ("image", "path", "url", "base64")
+_GENERATION_MODES = (None, "text", "image", "interleaved")
+_TEXT_OPTIONS = {
+    "padding",
+    "padding_side",
+    "pad_to_multiple_of",
+    "max_length",
+    "return_tensors",
+    "return_attention_mask",
+    "return_mm_token_type_ids",
+}
+
+
+class NextFlowProcessorKwargs(ProcessingKwargs, total=False):
+    r"""
+    generation_mode (`str`, *optional*):
+        `"image"` ends every row in `<boi>` and adds the schedule of the image to draw to `image_grids`; `"text"` and
+        `"interleaved"` end in the assistant's header.
+    height (`int`, *optional*): Height in pixels of the image to draw, snapped to the nearest bucket. Needs `width`.
+    width (`int`, *optional*): Width in pixels of the image to draw. Needs `height`.
+    aspect_ratio (`str`, *optional*): `"width:height"` of the image to draw, such as `"16:9"`, instead of its size.
+    target_grids (`list[tuple[int, int]]`, *optional*): The schedule of the image to draw itself, coarse to fine.
+    """
+
+    images_kwargs: NextFlowImageProcessorKwargs
+
+    generation_mode: str | None
+    height: int | None
+    width: int | None
+    aspect_ratio: str | None
+    target_grids: list | tuple | None
+
+
+# Every option of `NextFlowProcessor.__call__`, flat or in its group.
+_OPTIONS = {
+    option
+    for group in (NextFlowProcessorKwargs, NextFlowImageProcessorKwargs, TextKwargs)
+    for option in group.__annotations__
+} | {"common_kwargs"}
+
+
+class NextFlowProcessor(ProcessorMixin):
+    r"""
+    A tokenizer and a [`NextFlowImageProcessor`] behind one `messages` format, for prompts, data sets and outputs.
+
+    Args:
+        image_processor ([`NextFlowImageProcessor`]): Pixels and schedules.
+        tokenizer ([`PreTrainedTokenizerBase`]): One that went through [`extend_tokenizer`].
+        chat_template (`str`, *optional*): Defaults to ChatML without a default system prompt (`chat_template.jinja`).
+        image_token (`str`, *optional*, defaults to `"<|image_pad|>"`): Placeholder of one cell of scales 2..K.
+        boi_token (`str`, *optional*, defaults to `"<boi>"`): Begin of image.
+        eoi_token (`str`, *optional*, defaults to `"<eoi>"`): End of image.
+    """
+
+    valid_processor_kwargs = NextFlowProcessorKwargs
+    text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<|image_pad|>",
+        boi_token: str = "<boi>",
+        eoi_token: str = "<eoi>",
+        **kwargs,
+    ):
+        self.image_token = image_token
+        self.boi_token = boi_token
+        self.eoi_token = eoi_token
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in (image_token, boi_token, eoi_token) if token not in vocabulary]
+        if missing:
+            raise ValueError(f"the tokenizer has no {', '.join(missing)}: prepare it with `extend_tokenizer`")
+        self.image_token_id = vocabulary[image_token]
+        self.boi_token_id = vocabulary[boi_token]
+        self.eoi_token_id = vocabulary[eoi_token]
+        if chat_template is None:
+            chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    # ---- text and images in
+
+    def __call__(
+        self,
+        images: Any | None = None,
+        text: str | list[str] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Rendered prompts and their images to model inputs; [`~NextFlowProcessor.apply_chat_template`] does both steps.
+
+        Args:
+            images (image or (nested) list of images, *optional*):
+                One for every `<boi><|image_pad|><eoi>` of the text, in reading order. A list per prompt is checked per
+                prompt.
+            text (`str` or `list[str]`, *optional*):
+                Trusted text: control tokens in it are control tokens. A `<boi>` at the very end is an image to draw.
+            kwargs: See [`NextFlowProcessorKwargs`] and the options of tokenizer and image processor (`padding`,
+                `padding_side`, `max_length`, `return_tensors`, `resolution`, `return_mm_token_type_ids`, ...).
+
+        Returns:
+            [`BatchFeature`] with `input_ids` and `attention_mask` (batch, length), padded on the left; `image_grids`
+            (number of `<boi>`, max_scales, 2), in reading order; `pixel_values` (images, 3, height, width).
+
+        Raises:
+            `ValueError` where images and placeholders differ in number, where an image is not laid out as above, and
+            where a row with all its image cells is longer than the tokenizer's `model_max_length`: nothing is
+            truncated.
+        """
+        if text is None:
+            if images is None:
+                raise ValueError("got neither text nor images")
+            options = self._options(kwargs)
+            return self.image_processor(images, **options["images_kwargs"])
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(row, str) for row in texts):
+            raise ValueError("text must be a string or a non-empty list of strings")
+        return self._model_inputs(texts, images, self._options(kwargs))
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tools: list[dict] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = "auto",
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
+        images: Any | None = None,
+        return_labels: bool = False,
+        train_on: str = "responses",
+        **kwargs,
+    ) -> BatchFeature | str | list[str] | list[list[int]] | torch.Tensor:
+        r"""
+        One conversation, or a list of them, to model inputs.
+
+        A message is `{"role": "system" | "user" | "assistant", "content": ...}`, its content a string or a list of
+        parts `{"type": "text", "text": ...}` and `{"type": "image", "image": PIL image | path | array}` (`"path"`,
+        `"url"` and `"base64"` work as keys too). An image part without data takes the next one of `images`.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): The messages.
+            add_generation_prompt (`bool`, *optional*): End in the assistant's header. Implied by `generation_mode`.
+            continue_final_message (`bool` or `str`, *optional*): Leave the final message open instead; with
+                `generation_mode="image"` the image is drawn after it.
+            tokenize, return_dict, return_tensors: As in transformers: a string, the ids, or a `BatchFeature`.
+            processor_kwargs (`dict`, *optional*): Options of `__call__`; they may also be given directly.
+            sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
+                Control tokens spelled out in messages are tokenized as the plain text they are. Without `tokenize`
+                that cannot be expressed, and they are refused.
+            images (image or (nested) list of images, *optional*): Data for the image parts that carry none.
+            return_labels (`bool`, *optional*): Add `labels` (batch, length), Hugging Face convention: not shifted,
+                -100 where nothing is learned. `<|image_pad|>`, `<eoi>` and padding always have -100; `<boi>` stands
+                for its image.
+            train_on (`str`, *optional*, defaults to `"responses"`):
+                `"responses"`: what follows an assistant's header, through `<|im_end|>`; `"all"`: every token.
+            return_assistant_tokens_mask (`bool`, *optional*): Add `assistant_masks`, 1 in assistant responses.
+            kwargs: Options of `__call__`, such as `generation_mode`, `height`, `width`, `resolution`; variables of a
+                custom template.
+        """
+        template = self._resolve_chat_template(chat_template)
+        kwargs = {**kwargs, **(processor_kwargs or {})}
+        images = kwargs.pop("images", images)
+        options, variables = self._split_kwargs(template, kwargs)
+        if return_tensors != "auto":
+            options["return_tensors"] = return_tensors
+        options = self._options(options)
+        mark_responses = return_labels or return_assistant_tokens_mask
+        self._check_template_options(
+            template, options, train_on, mark_responses=mark_responses, as_features=tokenize and return_dict
+        )
+        if options.get("generation_mode") is not None and not continue_final_message:
+            add_generation_prompt = True
+        if mark_responses and (add_generation_prompt or continue_final_message):
+            raise ValueError("labels and masks need finished conversations: without generation prompt or open message")
+
+        # 1. Take the images out, and mark the control tokens that the messages spell out
+        if len(conversation) == 0:
+            raise ValueError("got 0 messages, expected at least 1")
+        conversations, is_batched = self._normalize_conversations(conversation)
+        row_images = self._images_of(conversations, images)
+        if sanitize_control_tokens:
+            conversations = [[self._as_text(message, refuse=not tokenize) for message in row] for row in conversations]
+            tools, documents, variables = (
+                self._cut_control_tokens(given, refuse=not tokenize) for given in (tools, documents, variables)
+            )
+
+        # 2. Render
+        tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
+        texts, responses = render_jinja_template(
+            conversations=conversations,
+            tools=tools,
+            documents=documents,
+            chat_template=template,
+            return_assistant_tokens_mask=mark_responses,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **tokens, **variables},
+        )
+        if not tokenize:
+            if options.get("generation_mode") == "image":
+                texts = [text + self.boi_token for text in texts]
+            return texts if is_batched else texts[0]
+
+        # 3. Tokenize
+        inputs = self._model_inputs(
+            texts,
+            row_images,
+            options,
+            responses=responses if mark_responses else None,
+            train_on=train_on if return_labels else None,
+            return_mask=return_assistant_tokens_mask,
+        )
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`kwargs` sorted into ours, the tokenizer's and the image processor's; one nobody knows is an error."""
+        if unknown := sorted(set(kwargs) - _OPTIONS):
+            raise TypeError(f"got unexpected options {unknown}")
+        # Without the tokenizer's own settings: its `padding_side` must not undo ours.
+        options = self._merge_kwargs(**kwargs)
+        text_options = options["text_kwargs"]
+        if text_options.pop("truncation", None) not in (None, False, "do_not_truncate"):
+            raise ValueError("truncation would cut images apart: shorten the conversation or lower the resolution")
+        text_options.pop("add_special_tokens", None)  # the template writes them all
+        if unknown := sorted(name for name, value in text_options.items() if value and name not in _TEXT_OPTIONS):
+            raise TypeError(f"got unsupported tokenizer options {unknown}")
+        options["images_kwargs"]["return_tensors"] = text_options.get("return_tensors")
+        mode = options.get("generation_mode")
+        if mode not in _GENERATION_MODES:
+            raise ValueError(f"generation_mode is {mode!r}, expected one of {list(_GENERATION_MODES)}")
+        return options
+
+    def _split_kwargs(self, template: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Keyword arguments -> (options of `__call__`, variables of the template)."""
+        options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
+        variables = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
+        if unknown := sorted(name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)):
+            raise TypeError(f"got unexpected options {unknown}, which the chat template does not use either")
+        return options, variables
+
+    @staticmethod
+    def _check_template_options(
+        template: str, options: dict[str, Any], train_on: str, *, mark_responses: bool, as_features: bool
+    ) -> None:
+        if train_on not in ("responses", "all"):
+            raise ValueError(f'train_on is {train_on!r}, expected "responses" or "all"')
+        if mark_responses and not as_features:
+            raise ValueError("labels and masks come with tokenize=True and return_dict=True")
+        if mark_responses and options.get("generation_mode") is not None:
+            raise ValueError(f"labels and masks exclude a generation_mode, got {options['generation_mode']!r}")
+        if mark_responses and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            raise ValueError("labels and masks need a chat template with {% generation %} around assistant responses")
+
+    # ---- what messages are not allowed to do
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern:
+        """
+        Matches the empty string in front of every special token. Numbered families (image codes) are one alternative.
+        """
+        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        tokens |= {self.image_token, self.boi_token, self.eoi_token}
+        families = {r"\d+".join(map(re.escape, re.split(r"\d+", token))) for token in tokens}
+        return re.compile(f"(?={'|'.join(sorted(families, key=len, reverse=True))})")
+
+    def _cut_control_tokens(self, given: Any, *, refuse: bool) -> Any:
+        """Strings in `given` with a cut inside every control token, so that the tokenizer never sees it whole."""
+        if isinstance(given, str):
+            given = given.replace(_CUT, "")
+            found = self._control_tokens.search(given)
+            if found is None:
+                return given
+            if refuse:
+                raise ValueError(
+                    f"a message contains the control token {given[found.start() : found.start() + 24]!r}: as text it "
+                    "is safe only with tokenize=True; if it is meant, pass sanitize_control_tokens=False"
+                )
+            starts = {match.start() for match in self._control_tokens.finditer(given)}
+            return "".join(letter + _CUT if index in starts else letter for index, letter in enumerate(given))
+        if isinstance(given, dict):
+            return {name: self._cut_control_tokens(value, refuse=refuse) for name, value in given.items()}
+        if isinstance(given, (list, tuple)):
+            return [self._cut_control_tokens(value, refuse=refuse) for value in given]
+        return given
+
+    def _as_text(self, message: dict[str, Any], *, refuse: bool) -> dict[str, Any]:
+        """
+        A message whose text cannot become control tokens: none inside a string, none across the seam of two parts, and
+        every text starts on a token of its own (so a response's first token never merges with the header's line
+        break).
+        """
+        message = self._cut_control_tokens(message, refuse=refuse)
+        if refuse:  # the plain rendered string: no cuts, but the seams of its parts still count
+            joined = message.get("content")
+            if isinstance(joined, list):
+                self._cut_control_tokens("".join(part.get("text") or "" for part in joined), refuse=True)
+            return message
+        content = message.get("content")
+        if isinstance(content, str):
+            return {**message, "content": _CUT + content + _CUT}
+        parts = [
+            {**part, "text": _CUT + part["text"] + _CUT} if part.get("type") == "text" else part
+            for part in content or []
+        ]
+        return {**message, "content": parts}
+
+    def _images_of(self, conversations: list[list[dict[str, Any]]], images: Any | None) -> list[list[Any]]:
+        """Images of every conversation, in reading order, and parts checked and stripped of them in place."""
+        spare = [] if images is None else flatten_images(images)
+        rows, num_empty = [], 0
+        for conversation in conversations:
+            row = []
+            for index, message in enumerate(conversation):
+                if "role" not in message or "content" not in message:
+                    raise ValueError(f"message {index} has the keys {sorted(message)}, expected role and content")
+                content = message["content"]
+                if isinstance(content, str):
+                    continue
+                parts = []
+                for part in content:
+                    if part.get("type") == "text" and not isinstance(part.get("text"), str):
+                        raise ValueError(
+                            f"message {index} has a text part with text={part.get('text')!r}, expected a string"
+                        )
+                    if part.get("type") == "image":
+                        data = [part[key] for key in _IMAGE_KEYS if part.get(key) is not None]
+                        if len(data) > 1:
+                            raise ValueError(f"message {index} has an image part with {len(data)} sources, expected 1")
+                        if data and part.get("base64") is not None:
+                            data = [f"data:image/any;base64,{data[0].rpartition(',')[2]}"]
+                        if not data:
+                            data = spare[num_empty : num_empty + 1]
+                            num_empty += 1
+                        row.extend(data)
+                        part = {"type": "image"}
+                    parts.append(part)
+                message["content"] = parts
+            rows.append(row)
+        if num_empty != len(spare):
+            raise ValueError(f"the messages have {num_empty} image parts without data, but images= holds {len(spare)}")
+        return rows
+
+    # ---- the sequence
+
+    def _model_inputs(
+        self,
+        texts: list[str],
+        images: Any | None,
+        options: dict[str, Any],
+        *,
+        responses: list[list[tuple[int, int]]] | None = None,
+        train_on: str | None = None,
+        return_mask: bool = False,
+    ) -> BatchFeature:
+        # 1. Tokens, with one placeholder per image
+        rows, in_response = [], []
+        for index, text in enumerate(texts):
+            ids, mask = self._encode(text, [] if responses is None else responses[index])
+            if options.get("generation_mode") == "image" and ids[-1:] != [self.boi_token_id]:
+                ids.append(self.boi_token_id)
+                mask.append(False)
+            rows.append(ids)
+            in_response.append(mask)
+        self._check_layout(rows)
+        if train_on == "responses" and not all(map(any, in_response)):
+            empty = [index for index, mask in enumerate(in_response) if not any(mask)]
+            raise ValueError(f"conversations {empty} have no assistant response to train on")
+
+        # 2. Pixels and schedules
+        flat_images = self._check_images(rows, images)
+        data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
+        closed = iter(data["image_grids"].tolist() if flat_images else [])
+        image_grids = []
+
+        # 3. Every placeholder becomes the cells of its image
+        for index, ids in enumerate(rows):
+            schedules = [next(closed) for token in ids if token == self.image_token_id]
+            repeats = iter([num_cells(grids) - 1 for grids in schedules])
+            repeats = [next(repeats) if token == self.image_token_id else 1 for token in ids]
+            if ids[-1:] == [self.boi_token_id]:
+                schedules.append(self._target_grids(options, schedules))
+                self._check_length(index, sum(repeats), num_cells(schedules[-1]), options["text_kwargs"])
+            else:
+                self._check_length(index, sum(repeats), 0, options["text_kwargs"])
+            rows[index] = [token for token, count in zip(ids, repeats, strict=True) for _ in range(count)]
+            in_response[index] = [
+                inside for inside, count in zip(in_response[index], repeats, strict=True) for _ in range(count)
+            ]
+            image_grids += schedules
+        if self._wishes(options) and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
+            raise ValueError(f"{self._wishes(options)} describe an image to draw, but no row ends in {self.boi_token}")
+
+        # 4. Padding
+        text_options = dict(options["text_kwargs"])
+        return_tensors = text_options.pop("return_tensors", None)
+        return_types = text_options.pop("return_mm_token_type_ids", None) or options.get("return_mm_token_type_ids")
+        padded = self.tokenizer.pad({"input_ids": rows}, **text_options)
+        data = {"input_ids": padded["input_ids"], "attention_mask": padded.get("attention_mask"), **data}
+        if data["attention_mask"] is None:
+            del data["attention_mask"]
+        on_left = text_options.get("padding_side", self.tokenizer.padding_side) == "left"
+
+        def pad(values: list[list[int]], filler: int) -> list[list[int]]:
+            fill = [[filler] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], values, strict=True)]
+            return [extra + row if on_left else row + extra for extra, row in zip(fill, values, strict=True)]
+
+        if train_on is not None:
+            silent = (self.image_token_id, self.eoi_token_id)  # never predicted: `<boi>` stands for the whole image
+            labels = [
+                [
+                    token if token not in silent and (inside or train_on == "all") else IGNORE_INDEX
+                    for token, inside in zip(ids, mask, strict=True)
+                ]
+                for ids, mask in zip(rows, in_response, strict=True)
+            ]
+            data["labels"] = pad(labels, IGNORE_INDEX)
+        if return_mask:
+            data["assistant_masks"] = pad([list(map(int, mask)) for mask in in_response], 0)
+        if return_types:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(padded["input_ids"])
+        if image_grids:
+            data["image_grids"] = image_grids
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _encode(self, text: str, responses: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """
+        Token ids of a rendered chat, and which of them lie in `responses` (character spans). Text is tokenized in
+        pieces that end at the spans and at the cuts, so that no token is half inside.
+        """
+        ids, mask, position = [], [], 0
+        for start, end in [*responses, (len(text), len(text))]:
+            for piece, inside in ((text[position:start], False), (text[start:end], True)):
+                for part in piece.split(_CUT):
+                    tokens = self.tokenizer.encode(part, add_special_tokens=False) if part else []
+                    ids += tokens
+                    mask += [inside] * len(tokens)
+            position = end
+        return ids, mask
+
+    def _check_layout(self, rows: list[list[int]]) -> None:
+        """Every image is `<boi><|image_pad|><eoi>`, or the `<boi>` that ends its row; no code is written by name."""
+        code_ids = range(self._first_code_id, self.boi_token_id)
+        whole = [self.boi_token_id, self.image_token_id, self.eoi_token_id]
+        for index, ids in enumerate(rows):
+            position = 0
+            while position < len(ids):
+                token = ids[position]
+                if ids[position : position + 3] == whole:
+                    position += 3
+                    continue
+                to_draw = token == self.boi_token_id and position == len(ids) - 1
+                if token in code_ids or (token in whole and not to_draw):
+                    raise ValueError(
+                        f"row {index} has {self.tokenizer.convert_ids_to_tokens(token)} at token {position}, expected "
+                        f"images as {self.boi_token}{self.image_token}{self.eoi_token}, or {self.boi_token} as the "
+                        "last token"
+                    )
+                position += 1
+
+    @cached_property
+    def _first_code_id(self) -> int:
+        return self.tokenizer.get_vocab().get(_code_token(0), self.boi_token_id)
+
+    def _check_images(self, rows: list[list[int]], images: Any | None) -> list[Any]:
+        """`images` as a flat list, as many as there are placeholders, per row where they are given per row."""
+        expected = [ids.count(self.image_token_id) for ids in rows]
+        flat = [] if images is None else flatten_images(images)
+        if len(flat) != sum(expected):
+            raise ValueError(f"got {len(flat)} images for {sum(expected)} image placeholders (by row: {expected})")
+        if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
+            given = [len(flatten_images(row)) for row in images]
+            if len(given) != len(expected) or given != expected:
+                raise ValueError(f"got images by row {given} for image placeholders by row {expected}")
+        return flat
+
+    def _check_length(self, index: int, length: int, to_draw: int, text_options: dict[str, Any]) -> None:
+        """`to_draw` counts the cells of scales 2..K and the `<eoi>` that will follow."""
+        limit = self.tokenizer.model_max_length
+        if text_options.get("max_length") is not None:
+            limit = min(limit, text_options["max_length"])
+        if length + to_draw > limit:
+            more = f" and the image to draw {to_draw} more" if to_draw else ""
+            raise ValueError(f"row {index} has {length} tokens, image cells included{more}, expected at most {limit}")
+
+    @staticmethod
+    def _wishes(options: dict[str, Any]) -> list[str]:
+        """Names of the options given that describe the image to draw."""
+        names = ("target_grids", "aspect_ratio", "height", "width")
+        return [name for name in names if options.get(name) is not None]
+
+    def _target_grids(self, options: dict[str, Any], previous: list[list[list[int]]]) -> list[list[int]]:
+        """Row of `image_grids` of the image to draw; without wishes that of the last image before it, else square."""
+        images_kwargs = {name: value for name, value in options["images_kwargs"].items() if value is not None}
+        resolution = images_kwargs.get("resolution")
+        schedule = self.image_processor.schedule
+        wishes = self._wishes(options)
+        if len(wishes) > 1 and wishes != ["height", "width"]:
+            raise ValueError(f"got {wishes}, expected one of target_grids, aspect_ratio, or height and width")
+        num_scales = schedule.num_scales(resolution or self.image_processor.resolution)
+        if "target_grids" in wishes:
+            grids = schedule.check_grids(options["target_grids"])
+        elif "aspect_ratio" in wishes:
+            grids = schedule.grids(schedule.bucket_from_aspect_ratio(options["aspect_ratio"]), num_scales)
+        elif len(wishes) == 1:
+            raise ValueError(f"got only {wishes[0]}, expected height and width")
+        elif wishes:
+            grids = self._grids_of_size(options["height"], options["width"], resolution=resolution)
+        elif previous:
+            return previous[-1]
+        else:
+            grids = schedule.grids(schedule.nearest_bucket(1, 1), num_scales)
+        return schedule.image_grids([grids])[0]
+
+    def _grids_of_size(self, height: int, width: int, *, resolution: int | None) -> list[tuple[int, int]]:
+        """
+        The schedule of a size in pixels: the nearest bucket, at `resolution` if given, else at the level that has
+            exactly
+        this size, else at the processor's resolution or the halving of it that is nearest in area.
+        """
+        schedule = self.image_processor.schedule
+        bucket = schedule.nearest_bucket(height, width)
+        sizes = {level: schedule.pixel_size(bucket, schedule.num_scales(level)) for level in schedule.resolutions}
+        exact = [level for level, size in sizes.items() if size == (height, width)]
+        if resolution is None and exact:
+            resolution = exact[-1]
+        elif resolution is None:
+            own = self.image_processor.resolution
+            levels = [
+                level for level in schedule.resolutions if any(level << n == own for n in range(own.bit_length()))
+            ]
+
+            def distance(level: int) -> float:
+                area = sizes[level][0] * sizes[level][1]
+                return max(area / (height * width), height * width / area)
+
+            resolution = min(levels, key=distance)
+        if sizes[resolution] != (height, width):
+            logger.warning(
+                f"the image to draw is {sizes[resolution][0]} x {sizes[resolution][1]} pixels (height x width), the "
+                f"size of the bucket nearest to the {height} x {width} asked for"
+            )
+        return schedule.grids(bucket, schedule.num_scales(resolution))
+
+    # ---- back again
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        output_type: str = "pil",
+        **kwargs,
+    ) -> list[str] | list[Any] | list[list[dict[str, Any]]]:
+        """
+        What a model generated, for people.
+
+        Args:
+            generated_outputs (`torch.Tensor`, `np.ndarray` or `list`):
+                Token ids (batch, length); for `generation_mode="image"` the pixels (images, 3, height, width).
+            skip_special_tokens (`bool`, *optional*, defaults to `True`): Leave control tokens out of the text.
+            generation_mode (`str`, *optional*):
+                `"text"` (default): a string per row. `"image"`: a flat list of images. `"interleaved"`: per row the
+                content of a message, `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` parts in
+                order.
+            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`, *optional*):
+                For `"interleaved"`: one for each finished image in `generated_outputs`, in reading order.
+            image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`, *optional*):
+                Schedules of the images, to crop the padding. Without it nothing is cropped.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"` images.
+        """
+        if generation_mode in (None, "text"):
+            return self.post_process_image_text_to_text(
+                generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+            )
+        if generation_mode == "image":
+            return self._images_from(generated_outputs, image_grids, output_type)
+        if generation_mode == "interleaved":
+            images = [] if pixel_values is None else self._images_from(pixel_values, image_grids, output_type)
+            rows = generated_outputs if isinstance(generated_outputs, list) else generated_outputs.tolist()
+            rows = [
+                row if isinstance(row, list) else row.tolist()
+                for row in ([rows] if isinstance(rows[0], int) else rows)
+            ]
+            drawn = sum(isinstance(segment, tuple) for row in rows for segment in self._segments(row))
+            if drawn != len(images):
+                raise ValueError(f"got {len(images)} images for {drawn} finished images in the generated tokens")
+            remaining = iter(images)
+            return [self._content_of(row, remaining, skip_special_tokens, **kwargs) for row in rows]
+        raise ValueError(f"generation_mode is {generation_mode!r}, expected one of {list(_GENERATION_MODES)}")
+
+    def _images_from(
+        self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None, output_type: str
+    ) -> list[Any]:
+        pixel_values = torch.as_tensor(pixel_values)
+        if image_grids is None:
+            patch_size = self.image_processor.patch_size
+            grid = [side // patch_size for side in pixel_values.shape[-2:]]
+            image_grids = torch.tensor([[grid]] * len(pixel_values)).view(-1, 1, 2)
+        return self.image_processor.post_process_images(pixel_values, image_grids, output_type=output_type)
+
+    def _segments(self, ids: list[int]) -> Iterator[list[int] | tuple[int, int]]:
+        """
+        Runs of text ids (lists), and a tuple for each finished image. What follows an unfinished `<boi>` is dropped.
+        """
+        position = 0
+        while position < len(ids):
+            start = ids.index(self.boi_token_id, position) if self.boi_token_id in ids[position:] else len(ids)
+            if start > position:
+                yield ids[position:start]
+            if self.eoi_token_id not in ids[start:]:
+                return
+            position = ids.index(self.eoi_token_id, start) + 1
+            yield start, position
+
+    def _content_of(
+        self, ids: list[int], images: Iterator[Any], skip_special_tokens: bool, **kwargs
+    ) -> list[dict[str, Any]]:
+        parts = []
+        for segment in self._segments(ids):
+            if isinstance(segment, tuple):
+                parts.append({"type": "image", "image": next(images)})
+            elif text := self.tokenizer.decode(segment, skip_special_tokens=skip_special_tokens, **kwargs):
+                parts.append({"type": "text", "text": text})
+        return parts
+
+    # ---- transformers' hooks
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
+        """The text that one `<|image_pad|>` stands for: as many as the image has cells in scales 2..K."""
+        return self.image_token * (num_cells(image_inputs["image_grids"][image_idx]) - 1)
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """Number of `<|image_pad|>` for images of the given (height, width)."""
+        if image_sizes is None:
+            return MultiModalData()
+        images_kwargs = {
+            name: value for name, value in kwargs.items() if name in NextFlowImageProcessorKwargs.__annotations__
+        }
+        return MultiModalData(
+            num_image_tokens=[
+                self.image_processor.get_number_of_image_tokens(*size, images_kwargs) for size in image_sizes
+            ],
+            num_image_patches=[1] * len(image_sizes),
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
+
+
+def _code_token(code: int) -> str:
+    return f"<|image_code_{code}|>"
+
+
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, text_vocab_size: int, codebook_size: int
+) -> PreTrainedTokenizerBase:
+    """
+    Makes a text tokenizer NextFlow's, in place: `len(tokenizer) == text_vocab_size + codebook_size + 2`, as in the
+    model.
+
+    Chat markers and `<|image_pad|>` are added where missing, the text range is filled up to `text_vocab_size` (the
+    language model's padded vocabulary), then come `<|image_code_0|>` ..., `<boi>` and `<eoi>`, all special.
+    `<|im_end|>` becomes the end-of-sequence token and `<|endoftext|>` the padding token. A tokenizer that is already
+    extended is left as it is.
+    """
+    expected = text_vocab_size + codebook_size + 2
+    if "<boi>" in (vocabulary := tokenizer.get_vocab()):
+        found = (len(tokenizer), vocabulary["<boi>"], vocabulary.get(_code_token(0)))
+        if found != (expected, expected - 2, text_vocab_size):
+            raise ValueError(
+                f"the tokenizer is extended for other sizes: (length, <boi>, first code) is {found}, expected "
+                f"{(expected, expected - 2, text_vocab_size)}"
+            )
+        return tokenizer
+
+    def add(tokens: list[str]) -> None:
+        tokenizer.add_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in tokens], special_tokens=True
+        )
+
+    add(
+        [
+            token
+            for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
+            if token not in vocabulary
+        ]
+    )
+    if len(tokenizer) > text_vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, expected at most text_vocab_size = {text_vocab_size}"
+        )
+    add([f"<|text_filler_{index}|>" for index in range(len(tokenizer), text_vocab_size)])
+    add([*map(_code_token, range(codebook_size)), "<boi>", "<eoi>"])
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.pad_token = "<|endoftext|>"
+
+    ids = tokenizer.convert_tokens_to_ids([_code_token(0), "<boi>", "<eoi>"])
+    if len(tokenizer) != expected or ids != [text_vocab_size, expected - 2, expected - 1]:
+        raise ValueError(
+            f"the tokenizer's ids have gaps: (length, first code, <boi>, <eoi>) is {(len(tokenizer), *ids)}, expected "
+            f"{(expected, text_vocab_size, expected - 2, expected - 1)}"
+        )
+    return tokenizer
+
+
+__all__ = ["NextFlowProcessor", "NextFlowProcessorKwargs", "extend_tokenizer"]

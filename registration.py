@@ -1,0 +1,103 @@
+"""After `import nextflow_hf`, transformers' auto classes and diffusers' loader know NextFlow.
+
+Registering takes our classes, and those take torch. So that `import nextflow_hf` itself stays free of them, a library
+that is not imported yet gets its registration when it is. The one file that touches private API: diffusers' table of
+loadable libraries.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def register_with_transformers() -> None:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor
+
+    # From the modules, not from the packages: those may be half imported when this runs.
+    from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
+    from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+    from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+    from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
+    from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
+
+    AutoConfig.register(NextFlowConfig.model_type, NextFlowConfig, exist_ok=True)
+    AutoConfig.register(NextFlowVisionTokenizerConfig.model_type, NextFlowVisionTokenizerConfig, exist_ok=True)
+    AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
+    AutoModel.register(NextFlowVisionTokenizerConfig, NextFlowVisionTokenizer, exist_ok=True)
+    AutoModelForCausalLM.register(NextFlowConfig, NextFlowForCausalLM, exist_ok=True)
+    AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
+    backends: dict[str, type] = {"pil": NextFlowImageProcessorPil}
+    if NextFlowImageProcessor is not NextFlowImageProcessorPil:  # an alias where torchvision is missing
+        backends["torchvision"] = NextFlowImageProcessor
+    AutoImageProcessor.register(NextFlowConfig, image_processor_classes=backends, exist_ok=True)
+
+
+def register_with_diffusers() -> None:
+    import diffusers
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+    from transformers import ImageProcessingMixin, PreTrainedModel, ProcessorMixin
+
+    from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
+
+    # The loader imports only libraries of this table, and saves the others' classes under their full module path.
+    # It looks the base classes up as attributes of the library itself, with no default.
+    library = sys.modules["nextflow_hf"]
+    bases = (diffusers.ModelMixin, PreTrainedModel, ProcessorMixin, ImageProcessingMixin)
+    for base in bases:
+        setattr(library, base.__name__, base)
+    LOADABLE_CLASSES["nextflow_hf"] = {base.__name__: ["save_pretrained", "from_pretrained"] for base in bases}
+    # `DiffusionPipeline.from_pretrained` looks `_class_name` up in `diffusers` alone.
+    diffusers.NextFlowPipeline = NextFlowPipeline
+
+
+class _RegisteringLoader(Loader):
+    """Executes a module as its own loader does, then registers."""
+
+    def __init__(self, loader: Loader, register: Callable[[], None]):
+        self.loader = loader
+        self.register = register
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader  # the module shall not see the detour
+        self.loader.exec_module(module)
+        self.register()
+
+
+class _RegisteringFinder(MetaPathFinder):
+    """
+    Lets a registration run at the end of the import of its library, where that was not imported before.
+
+    Sound because `transformers` and `diffusers` are lazy packages: where their `__init__` ends, none of their
+    submodules is half imported. Of ours, only the `__init__` of an island can be: each opens with the import of the
+    library that it registers with (tests/test_packaging.py checks it), so that its modules are still untouched.
+    """
+
+    def __init__(self, pending: dict[str, Callable[[], None]]):
+        self.pending = pending
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.pending:
+            return None
+        # Being found is not being imported (`importlib.util.find_spec` asks, too): nothing is forgotten here.
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                spec.loader = _RegisteringLoader(spec.loader, self.pending[fullname])
+                return spec
+        return None
+
+
+def install() -> None:
+    """Register with what is imported already now, with the rest when it is imported."""
+    registrations = {"transformers": register_with_transformers, "diffusers": register_with_diffusers}
+    for name in [name for name in registrations if name in sys.modules]:
+        registrations.pop(name)()
+    if registrations:
+        sys.meta_path.insert(0, _RegisteringFinder(registrations))

@@ -1,0 +1,245 @@
+"""Drawing: the cached loop against one teacher-forced forward, guidance, sampling, and text generation."""
+
+import pytest
+import torch
+from toy import (
+    BOI,
+    CODES,
+    EOS,
+    SQUARE,
+    TEXT,
+    WIDE,
+    grids_tensor,
+    image_tokens,
+    random_codes,
+    toy_config,
+    toy_model,
+)
+
+from nextflow_hf.modeling_nextflow.generation_nextflow import ScaleStep, guide, sample_codes, scale_plan
+from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+
+
+NO_SAMPLING = {"guidance_scale": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+
+
+@pytest.fixture(scope="module")
+def model() -> NextFlowForCausalLM:
+    return toy_model()
+
+
+def recorded_logits(model, monkeypatch) -> list[torch.Tensor]:
+    """Every call of `image_logits` while drawing, in order."""
+    seen, original = [], model.image_logits
+
+    def record(hidden_states):
+        seen.append(original(hidden_states))
+        return seen[-1]
+
+    monkeypatch.setattr(model, "image_logits", record)
+    return seen
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("schedule", [SQUARE, WIDE], ids=["square", "wide"])
+@pytest.mark.parametrize("context", [None, WIDE], ids=["text", "image"])
+def test_cached_drawing_equals_the_teacher_forced_forward(model, monkeypatch, attn_implementation, schedule, context):
+    model.set_attn_implementation(attn_implementation)
+    seen = recorded_logits(model, monkeypatch)
+    prompt, schedules, codes = [5, 6, 7], [schedule], torch.zeros(0, dtype=torch.long)
+    if context:
+        prompt, schedules, codes = [5, *image_tokens(context), 6], [context, schedule], random_codes(context)
+    grids = grids_tensor(*schedules)
+    drawn = model.generate_images(
+        torch.tensor([[*prompt, BOI]]), image_grids=grids, image_codes=codes, **NO_SAMPLING
+    ).image_codes
+    whole = model(
+        input_ids=torch.tensor([[*prompt, *image_tokens(schedule)]]),
+        image_codes=torch.cat([codes, drawn]),
+        image_grids=grids,
+    ).logits[0, len(prompt) : -1, TEXT : TEXT + CODES]
+    assert len(seen) == len(schedule)
+    torch.testing.assert_close(torch.cat(seen, dim=1)[0], whole, atol=1e-4, rtol=1e-4)
+    assert torch.equal(whole.argmax(-1), drawn)
+    model.set_attn_implementation("sdpa")
+
+
+def test_guided_logits_equal_two_plain_forwards(model, monkeypatch):
+    grids = grids_tensor(SQUARE)
+    prompt, negative = [5, 6, 7, 8], [9]
+    out = model.generate_images(
+        torch.tensor([[*prompt, BOI]]), image_grids=grids, negative_input_ids=torch.tensor([[*negative, BOI]]),
+        **{**NO_SAMPLING, "guidance_scale": 3.0},
+    )  # fmt: skip
+    logits = [
+        model(
+            input_ids=torch.tensor([[*p, *image_tokens(SQUARE)]]), image_codes=out.image_codes, image_grids=grids
+        ).logits[0, len(p) : -1, TEXT : TEXT + CODES]
+        for p in (prompt, negative)
+    ]
+    expected = logits[1] + 3.0 * (logits[0] - logits[1])
+    top = expected.topk(2).values
+    assert (top[:, 0] - top[:, 1]).min() > 1e-3  # no tie that rounding could turn
+    assert torch.equal(expected.argmax(-1), out.image_codes)
+
+
+def test_guidance_that_ends_early_drops_the_unconditional_rows(model, monkeypatch):
+    rows = []
+    original = model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, **k: rows.append(len(k.get("input_ids", k.get("inputs_embeds")))) or original(*a, **k)
+    )  # fmt: skip
+    negative = torch.tensor([[9, BOI]])
+    arguments = {"image_grids": grids_tensor(SQUARE), "negative_input_ids": negative, "temperature": 0.0}
+    early = model.generate_images(torch.tensor([[5, 6, BOI]]), guidance_scale=[3.0, 3.0, 1.0, 1.0], **arguments)
+    assert rows == [2, 2, 1, 1]
+    # The same draw with the unconditional rows kept: their weight is zero where guidance is (all but) 1.
+    kept = model.generate_images(torch.tensor([[5, 6, BOI]]), guidance_scale=[3.0, 3.0, 1.0, 1.0 + 1e-7], **arguments)
+    assert torch.equal(early.image_codes, kept.image_codes)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(model):
+    prompts = [[5, 6, 7, 8], [9], [10, 11]]
+    length = max(map(len, prompts)) + 1
+    ids = torch.tensor([[0] * (length - len(p) - 1) + p + [BOI] for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p) - 1) + [1] * (len(p) + 1) for p in prompts])
+    arguments = {"negative_input_ids": torch.tensor([[12, BOI]]), "guidance_scale": 2.0, "top_k": 7, "top_p": 0.9}
+    batch = model.generate_images(
+        ids, mask, image_grids=grids_tensor(SQUARE, SQUARE, SQUARE),
+        generator=[torch.Generator().manual_seed(s) for s in range(3)], **arguments,
+    ).image_codes.view(3, -1)  # fmt: skip
+    for seed, prompt in enumerate(prompts):
+        single = model.generate_images(
+            torch.tensor([[*prompt, BOI]]), image_grids=grids_tensor(SQUARE),
+            generator=torch.Generator().manual_seed(seed), **arguments,
+        ).image_codes  # fmt: skip
+        assert torch.equal(single, batch[seed])
+
+
+def test_drawing_with_a_generator_leaves_the_global_one_alone(model):
+    before = torch.get_rng_state()
+    model.generate_images(
+        torch.tensor([[5, BOI]]), image_grids=grids_tensor(SQUARE), generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_sampling_follows_the_distribution_and_its_cuts():
+    probabilities = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
+    logits = probabilities.log().expand(1, 40000, 5)
+
+    def frequencies(**settings):
+        step = ScaleStep((1, 1), **{"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings})
+        codes = sample_codes(logits, step, [torch.Generator().manual_seed(0)])
+        return torch.bincount(codes[0], minlength=5) / 40000
+
+    torch.testing.assert_close(frequencies(), probabilities, atol=0.01, rtol=0)
+    two = torch.tensor([0, 0.4, 0, 0.25, 0]) / 0.65
+    torch.testing.assert_close(frequencies(top_k=2), two, atol=0.01, rtol=0)
+    three = torch.tensor([0, 0.4, 0, 0.25, 0.2]) / 0.85  # 0.4 + 0.25 < 0.7 <= 0.85
+    torch.testing.assert_close(frequencies(top_p=0.7), three, atol=0.01, rtol=0)
+    cold = (probabilities**2) / (probabilities**2).sum()
+    torch.testing.assert_close(frequencies(temperature=0.5), cold, atol=0.01, rtol=0)
+    assert frequencies(temperature=0.0).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_scale_plan_fans_out():
+    plan = scale_plan(SQUARE, guidance_scale=5.0, guidance_schedule="linear", top_k=[4, 3, 2, 1], temperature=0.5)
+    assert [step.guidance_scale for step in plan] == pytest.approx([1, 1 + 4 / 3, 1 + 8 / 3, 5])
+    assert [step.top_k for step in plan] == [4, 3, 2, 1]
+    assert [step.grid for step in plan] == SQUARE and {step.temperature for step in plan} == {0.5}
+    with pytest.raises(ValueError, match="top_p has 2 entries, expected one for each of the 4 scales"):
+        scale_plan(SQUARE, top_p=[0.5, 0.6])
+    with pytest.raises(ValueError, match=r"top_p must lie in \[0.0, 1.0\], got 2"):
+        scale_plan(SQUARE, top_p=2)
+    with pytest.raises(ValueError, match="'constant' or 'linear'"):
+        scale_plan(SQUARE, guidance_schedule="cosine")
+
+
+def test_guide_is_the_textbook_formula():
+    cond, uncond = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(guide(cond, uncond, 2.5), uncond + 2.5 * (cond - uncond))
+    assert guide(cond, None, 2.5) is cond
+
+
+def test_callback_sees_every_scale_and_can_change_the_rest(model):
+    seen = []
+
+    def callback(index, step, codes):
+        seen.append((index, step.grid, codes.shape[1]))
+        return [] if index == 1 else None  # stop after two scales
+
+    out = model.generate_images(torch.tensor([[5, BOI]]), image_grids=grids_tensor(SQUARE), callback=callback)
+    assert seen == [(0, (1, 1), 1), (1, (2, 2), 5)]
+    assert len(out.image_codes) == 5 and out.image_grids[0].tolist() == [[1, 1], [2, 2], [0, 0], [0, 0], [0, 0]]
+
+
+def test_toy_model_overfits_one_image_and_reproduces_its_codes():
+    torch.manual_seed(0)
+    model = NextFlowForCausalLM(toy_config()).train()
+    codes, grids = random_codes(SQUARE, seed=5), grids_tensor(SQUARE)
+    row = torch.tensor([[5, 6, *image_tokens(SQUARE)]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = model(input_ids=row, image_codes=codes, image_grids=grids, labels=row).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = model.eval().generate_images(torch.tensor([[5, 6, BOI]]), image_grids=grids, **NO_SAMPLING).image_codes
+    assert loss < 0.1
+    assert torch.equal(drawn, codes)
+
+
+def test_text_generation_never_draws_image_tokens(model):
+    prompt = torch.tensor([[5, 6]])
+    out = model.generate(prompt, max_new_tokens=20, do_sample=True, top_k=0, temperature=5.0, eos_token_id=EOS)
+    assert (out < TEXT).all() and not (out[:, 2:] == 2).any()
+
+
+def test_text_after_an_image_is_the_same_with_and_without_cache(model):
+    row, grids = torch.tensor([[5, *image_tokens(SQUARE), 6]]), grids_tensor(SQUARE)
+    arguments = {"image_codes": random_codes(SQUARE), "image_grids": grids, "max_new_tokens": 6, "do_sample": False}
+    cached = model.generate(row, **arguments)
+    plain = model.generate(row, use_cache=False, **arguments)
+    assert torch.equal(cached, plain) and cached.shape[1] > row.shape[1]
+    ids = row
+    for _ in range(cached.shape[1] - row.shape[1]):  # greedy by hand, one whole forward a token
+        logits = model(input_ids=ids, image_codes=arguments["image_codes"], image_grids=grids).logits[0, -1]
+        logits[TEXT:] = logits[2] = -float("inf")
+        ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+    assert torch.equal(cached, ids)
+
+
+def test_image_mode_of_generate_reads_the_generation_config(model, monkeypatch):
+    seen = recorded_logits(model, monkeypatch)
+    monkeypatch.setattr(model.generation_config, "image_temperature", 0.0, raising=False)
+    inputs = {"input_ids": torch.tensor([[5, BOI]]), "image_grids": grids_tensor(SQUARE)}
+    drawn = model.generate(**inputs, generation_mode="image").image_codes
+    assert torch.equal(torch.cat(seen, dim=1)[0].argmax(-1), drawn)
+
+
+BAD_CALLS = {
+    "no boi": ({"input_ids": torch.tensor([[5, 6]])}, "must end in <boi>"),
+    "right padding": ({"attention_mask": torch.tensor([[1, 0]])}, "padded on the left"),
+    "grids missing": ({"image_grids": grids_tensor()}, "1 <boi> tokens, image_grids has 0 rows"),
+    "no negative": ({"guidance_scale": 2.0}, "needs negative_input_ids"),
+    "generators": ({"generator": [torch.Generator()] * 2}, "got 2 generators for a batch of 1"),
+    "mode": ({"generation_mode": "video"}, "'text' or 'image', got 'video'"),
+    "two schedules": (
+        {"input_ids": torch.tensor([[5, BOI], [6, BOI]]), "image_grids": grids_tensor(SQUARE, WIDE)},
+        "must share one schedule",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_are_refused(model, case):
+    change, message = BAD_CALLS[case]
+    arguments = {
+        "input_ids": torch.tensor([[5, BOI]]),
+        "image_grids": grids_tensor(SQUARE),
+        "generation_mode": "image",
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        model.generate(**arguments)

@@ -1,0 +1,340 @@
+"""The transformer: layout, positions, mask, inputs, weights and loss against obvious restatements and hand-worked numbers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toy import (
+    BOI,
+    CODES,
+    EOI,
+    EOS,
+    IDS,
+    IMAGE,
+    PAD,
+    SQUARE,
+    TEXT,
+    WIDE,
+    grids_tensor,
+    image_tokens,
+    random_codes,
+    toy_config,
+    toy_model,
+)
+
+from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
+from nextflow_hf.modeling_nextflow.loss_nextflow import get_targets, linear_cross_entropy, scale_weights
+from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout, get_position_ids
+
+
+@pytest.fixture(scope="module")
+def model() -> NextFlowForCausalLM:
+    return toy_model()
+
+
+def test_default_config_is_the_7b_model():
+    with torch.device("meta"):
+        model = NextFlowForCausalLM(NextFlowConfig())
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584
+    body = 28 * layer + 3584
+    connector = 40 * 3584 + 3584 + 3584 * 3584 + 3584
+    expected = body + 2 * 184834 * 3584 + connector + 32768 * 40 + 18 * 3584
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == expected
+    assert total / 1e9 == pytest.approx(7.85, abs=0.02)
+    assert body / 1e9 == pytest.approx(6.526, abs=1e-3)
+
+
+def test_positions_of_figure_5():
+    # <boi> at 0, a 2x2 and a 3x3 map, <eoi>, five text tokens, a second image: figure 5 of the paper, C = 6.
+    schedule = SQUARE[:3]
+    input_ids = torch.tensor([[*image_tokens(schedule), 5, 6, 7, 8, 9, *image_tokens(schedule)]])
+    positions = get_position_ids(input_ids, grids_tensor(schedule, schedule), extent=6.0, **IDS)
+    assert positions.shape == (4, 1, 15 + 5 + 15)
+    assert positions[0, 0].tolist() == list(range(35))
+    image = [(0, 0, 0)]
+    image += [(1, row, column) for row in (1.5, 4.5) for column in (1.5, 4.5)]
+    image += [(2, row, column) for row in (1, 3, 5) for column in (1, 3, 5)]
+    image += [(3, 3, 3)]
+    text = [(t, t, t) for t in range(4, 9)]
+    second = [(s + 9, r, c) if s in (1, 2) else (s + 9, r + 9, c + 9) for s, r, c in image]
+    expected = torch.tensor(image + text + second, dtype=torch.float).T
+    torch.testing.assert_close(positions[1:, 0], expected)
+
+
+def test_positions_of_a_wide_grid_keep_the_area():
+    # Equation 1 divides both axes by sqrt(h * w): 1:4 spans C/2 rows and 2C columns.
+    schedule = [(1, 1), (4, 16)]
+    positions = get_position_ids(torch.tensor([image_tokens(schedule)]), grids_tensor(schedule), extent=64.0, **IDS)
+    rows, columns = positions[2, 0, 1:-1], positions[3, 0, 1:-1]
+    assert rows.min() == 4 and rows.max() == 28 and columns.min() == 4 and columns.max() == 124
+
+
+def test_left_padding_takes_no_position():
+    schedule = SQUARE[:3]
+    row = [5, 6, *image_tokens(schedule), 7]
+    alone = get_position_ids(torch.tensor([row]), grids_tensor(schedule), extent=8.0, **IDS)
+    mask = torch.tensor([[0] * 3 + [1] * len(row)])
+    padded = get_position_ids(torch.tensor([[PAD] * 3 + row]), grids_tensor(schedule), mask, extent=8.0, **IDS)
+    torch.testing.assert_close(padded[:, :, 3:], alone)
+
+
+def reference_blocks(row: list[int], schedules: list) -> list[tuple[int, int]]:
+    """(block id, document order) worked out token by token: the definition of the attention rule."""
+    blocks, block, schedules = [], 0, iter(schedules)
+    cells: list[int] = []
+    for token in row:
+        if token == BOI:
+            block += 1
+            cells = list(itertools.chain.from_iterable([k] * (h * w) for k, (h, w) in enumerate(next(schedules)[1:])))
+            blocks.append(block)
+        elif token == IMAGE:
+            scale = cells.pop(0)
+            blocks.append(block + 1 + scale)
+            if not cells:
+                block += 1 + scale
+        else:
+            block += 1
+            blocks.append(block)
+    return blocks
+
+
+def test_mask_is_the_block_rule(model):
+    row = [5, 6, *image_tokens(SQUARE), 7, *image_tokens(WIDE), 8, 9]
+    grids = grids_tensor(SQUARE, WIDE)
+    input_ids = torch.tensor([row])
+    layout = get_image_layout(input_ids, grids, **IDS)
+    position_ids = model.model.get_position_ids(input_ids, image_grids=grids)
+    embeds = torch.zeros(1, len(row), 32)
+    mask = model.model.get_mask(embeds, None, position_ids, None, layout)
+    blocks = torch.tensor(reference_blocks(row, [SQUARE, WIDE]))
+    assert torch.equal(mask[0, 0].bool(), blocks[None, :] <= blocks[:, None])
+
+
+def test_no_mask_is_made_where_none_is_needed(model):
+    embeds = torch.zeros(1, 9, 32)
+    positions = torch.arange(9.0).expand(4, 1, -1)
+    assert model.model.get_mask(embeds, None, positions, None, None) is None
+    assert model.model.get_mask(embeds, None, positions, None, None, is_causal=False) is None
+
+
+def test_cell_inputs_are_upsampled_residual_features(model):
+    codes = random_codes(WIDE, seed=3)
+    base = model.model
+    embeds = base.embed_inputs(
+        torch.tensor([image_tokens(WIDE)]), codes, grids_tensor(WIDE),
+        get_image_layout(torch.tensor([image_tokens(WIDE)]), grids_tensor(WIDE), **IDS),
+    )  # fmt: skip
+    angles = [3 / 10000 ** (2 * i / 32) for i in range(16)]  # three scales
+    length = torch.tensor([f(a) for a in angles for f in (math.sin, math.cos)]) * math.sqrt(1 / 96)
+    torch.testing.assert_close(embeds[0, 0], base.embed_tokens.weight[BOI] + base.scale_embedding.weight[0] + length)
+
+    table = torch.cat([F.normalize(base.image_codebook.weight[:, :6]), F.normalize(base.image_codebook.weight[:, 6:])], 1)
+    start = 1
+    for scale, (grid, next_grid, first) in enumerate([((1, 1), (1, 3), 0), ((1, 3), (2, 5), 1)], start=1):
+        features = table[codes[first : first + grid[0] * grid[1]]].T.reshape(1, 10, *grid)
+        up = F.interpolate(features, size=next_grid, mode="bicubic", align_corners=False)[0].flatten(1).T
+        expected = base.connector(up) + base.scale_embedding.weight[scale] + length
+        count = next_grid[0] * next_grid[1]
+        torch.testing.assert_close(embeds[0, start : start + count], expected)
+        start += count
+
+
+def test_last_scale_is_never_an_input(model):
+    row, grids = torch.tensor([[5, *image_tokens(SQUARE), 6]]), grids_tensor(SQUARE)
+    codes = random_codes(SQUARE)
+    changed = codes.clone()
+    changed[-16:] = (changed[-16:] + 1) % CODES
+    logits = [model(input_ids=row, image_codes=c, image_grids=grids).logits for c in (codes, changed)]
+    torch.testing.assert_close(*logits)
+
+
+def test_scale_weights_of_decisions_section_1():
+    schedule = [(b, b) for b in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)]
+    grids = torch.tensor([schedule])
+    weight = scale_weights(grids, 0.9)[0]
+    cells = grids[0].prod(-1)
+    share = weight * cells / (weight * cells).sum()
+    assert (weight * cells).sum().item() == pytest.approx(10084, rel=1e-5)
+    assert share[0].item() == pytest.approx(0.034, abs=5e-4)
+    assert share[:8].sum().item() == pytest.approx(0.36, abs=5e-3)
+    assert share[-1].item() == pytest.approx(0.078, abs=5e-4)
+    assert weight[0].item() == pytest.approx(344, abs=1) and weight[-1].item() == pytest.approx(0.19, abs=5e-3)
+    torch.testing.assert_close(scale_weights(grids, 0.0), torch.ones(1, 18))
+
+
+def test_targets_by_hand():
+    schedule = [(1, 1), (1, 2)]
+    row = [5, BOI, IMAGE, IMAGE, EOI, 6, BOI, IMAGE, IMAGE, EOI, EOS]
+    labels = [-100, -100, -100, -100, -100, 6, BOI, -100, -100, -100, EOS]  # the first image is context
+    grids = grids_tensor(schedule, schedule)
+    input_ids, codes = torch.tensor([row]), torch.tensor([1, 2, 3, 4, 5, 6])
+    layout = get_image_layout(input_ids, grids, **IDS)
+    targets, weights = get_targets(
+        input_ids, torch.tensor([labels]), layout, codes, grids, text_vocab_size=TEXT, alpha=1.0
+    )
+    x = -100
+    assert targets[0].tolist() == [x, x, x, x, 6, BOI, TEXT + 4, TEXT + 5, TEXT + 6, EOS, x]
+    # alpha 1: k = 1, 1/2, 1/2; normalised to three codes: 3/2 and twice 3/4. Text weighs 1.
+    torch.testing.assert_close(weights[0, [4, 5, 6, 7, 8, 9]], torch.tensor([1, 1, 1.5, 0.75, 0.75, 1]))
+
+
+def test_loss_is_the_weighted_mean_over_supervised_tokens(model):
+    row = [5, 6, *image_tokens(SQUARE), 7, EOS]
+    labels = torch.tensor([[-100, 6, BOI, *[-100] * 30, 7, EOS]])
+    codes, targets = random_codes(SQUARE), random_codes(SQUARE, seed=9)
+    grids = grids_tensor(SQUARE)
+    out = model(
+        input_ids=torch.tensor([row]), image_codes=codes, image_grids=grids, labels=labels, image_target_codes=targets
+    )
+    log_probs = out.logits[0].log_softmax(-1)
+    weight = scale_weights(grids, 0.9)[0]
+    scale_of = [k for k, (h, w) in enumerate(SQUARE) for _ in range(h * w)]
+    boi, eoi = row.index(BOI), row.index(EOI)  # cell i of the image sits i places after <boi>
+    total = -sum(weight[k] * log_probs[boi + i, TEXT + targets[i]] for i, k in enumerate(scale_of))
+    total -= log_probs[0, 6] + log_probs[1, BOI] + log_probs[eoi, 7] + log_probs[eoi + 1, EOS]
+    count = 30 + 4
+    torch.testing.assert_close(out.loss, total / count)
+    halved = model(
+        input_ids=torch.tensor([row]), image_codes=codes, image_grids=grids, labels=labels,
+        image_target_codes=targets, num_items_in_batch=2 * count,
+    )  # fmt: skip
+    torch.testing.assert_close(halved.loss, out.loss / 2)
+    assert out.scale_counts.tolist() == [4, 1, 4, 9, 16, 0]
+
+
+def test_chunked_cross_entropy_equals_the_plain_one():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=False)
+    targets = torch.randint(50, (37,))
+    results = []
+    for chunk_size in (100, 8):
+        hidden = torch.randn(37, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        head.zero_grad()
+        loss = linear_cross_entropy(hidden, head, targets, chunk_size=chunk_size)
+        (loss * torch.arange(37)).sum().backward()
+        results.append((loss.detach(), hidden.grad, head.weight.grad.clone()))
+    for plain, chunked in zip(*results):
+        torch.testing.assert_close(plain, chunked)
+
+
+def test_logits_are_skipped_in_training(model):
+    row = torch.tensor([[5, 6, 7]])
+    model.train()
+    assert model(input_ids=row, labels=row).logits is None
+    assert model(input_ids=row, labels=row, skip_logits=False).logits is not None
+    model.eval()
+    assert model(input_ids=row, labels=row).logits is not None
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_mixed_batch_equals_single(model, attn_implementation):
+    model.set_attn_implementation(attn_implementation)
+    rows = [[5, 6, *image_tokens(SQUARE), 7, EOS], [8, *image_tokens(WIDE), 9], [10, 11, 12]]
+    grids = [grids_tensor(SQUARE), grids_tensor(WIDE), None]
+    codes = [random_codes(SQUARE), random_codes(WIDE, seed=1), None]
+    singles = [
+        model(input_ids=torch.tensor([r]), image_codes=c, image_grids=g).logits[0]
+        for r, c, g in zip(rows, codes, grids)
+    ]
+    length = max(map(len, rows))
+    for side in ("left", "right"):
+        pads = [[PAD] * (length - len(r)) for r in rows]
+        ids = torch.tensor([p + r if side == "left" else r + p for r, p in zip(rows, pads)])
+        mask = torch.tensor(
+            [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pads)]
+        )
+        batch = model(
+            input_ids=ids, attention_mask=mask, image_codes=torch.cat(codes[:2]), image_grids=torch.cat(grids[:2])
+        ).logits
+        for index, single in enumerate(singles):
+            torch.testing.assert_close(batch[index][mask[index].bool()], single, atol=1e-5, rtol=1e-4)
+    model.set_attn_implementation("sdpa")
+
+
+def test_packed_row_equals_its_parts(model):
+    rows = [[5, 6, *image_tokens(SQUARE), 7, EOS], [8, *image_tokens(WIDE), 9], [10, 11, 12]]
+    grids = [grids_tensor(SQUARE), grids_tensor(WIDE), None]
+    codes = [random_codes(SQUARE), random_codes(WIDE, seed=1), None]
+    parts, positions = [], []
+    for r, c, g in zip(rows, codes, grids):
+        parts.append(model(input_ids=torch.tensor([r]), image_codes=c, image_grids=g).logits[0])
+        positions.append(model.model.get_position_ids(torch.tensor([r]), image_grids=g))
+    packed = model(
+        input_ids=torch.tensor([sum(rows, [])]),
+        position_ids=torch.cat(positions, dim=-1),
+        image_codes=torch.cat(codes[:2]),
+        image_grids=torch.cat(grids[:2]),
+    ).logits[0]
+    torch.testing.assert_close(packed, torch.cat(parts), atol=1e-5, rtol=1e-4)
+
+
+def test_open_image_equals_the_closed_one_up_to_there(model):
+    codes, grids = random_codes(SQUARE), grids_tensor(SQUARE)
+    whole = model(input_ids=torch.tensor([[5, *image_tokens(SQUARE)]]), image_codes=codes, image_grids=grids).logits
+    open_ids = torch.tensor([[5, BOI, *[IMAGE] * (4 + 9)]])  # scales 1..3 of 4, so the codes of 1 and 2 are inputs
+    part = model(input_ids=open_ids, image_codes=codes[: 1 + 4], image_grids=grids).logits
+    torch.testing.assert_close(part, whole[:, : part.shape[1]], atol=1e-5, rtol=1e-4)
+
+
+def test_save_and_load_are_bit_exact(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = NextFlowForCausalLM.from_pretrained(tmp_path)
+    ours, theirs = model.config.to_dict(), loaded.config.to_dict()
+    assert {**ours, "_name_or_path": ""} == {**theirs, "_name_or_path": ""}
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), loaded.state_dict().items()):
+        assert torch.equal(ours, theirs), name
+    row, grids, codes = torch.tensor([[5, *image_tokens(SQUARE)]]), grids_tensor(SQUARE), random_codes(SQUARE)
+    outputs = [m(input_ids=row, image_codes=codes, image_grids=grids).logits for m in (model, loaded)]
+    assert torch.equal(*outputs)
+
+
+def test_every_parameter_gets_a_gradient(model):
+    row = torch.tensor([[5, *image_tokens(SQUARE), 6]])
+    out = model(input_ids=row, image_codes=random_codes(SQUARE), image_grids=grids_tensor(SQUARE), labels=row)
+    out.loss.backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    model.zero_grad()
+    assert not missing
+
+
+BAD_INPUTS = {
+    "no grids": ({"image_grids": None}, "no image_grids were given"),
+    "too many grids": ({"image_grids": grids_tensor(SQUARE, SQUARE)}, "1 <boi> tokens, but image_grids has 2 rows"),
+    "other grids": ({"image_grids": grids_tensor(WIDE)}, "do not fill its scales"),
+    "too few codes": ({"image_codes": random_codes(SQUARE)[:-1]}, "need 30 codes, got image_codes of length 29"),
+    "code out of range": ({"image_codes": random_codes(SQUARE) + CODES}, r"must lie in \[0, 24\)"),
+    "negative code": ({"image_codes": random_codes(SQUARE) - CODES}, r"must lie in \[0, 24\)"),
+    "no 1x1 scale": ({"image_grids": grids_tensor([(2, 2), *SQUARE[1:]])}, r"must start with the grid \(1, 1\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_inputs_that_do_not_fit_are_refused(model, case):
+    change, message = BAD_INPUTS[case]
+    inputs = {
+        "input_ids": torch.tensor([[5, *image_tokens(SQUARE)]]),
+        "image_codes": random_codes(SQUARE),
+        "image_grids": grids_tensor(SQUARE),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+def test_flash_attention_is_refused_for_images(model):
+    layout = get_image_layout(torch.tensor([image_tokens(SQUARE)]), grids_tensor(SQUARE), **IDS)
+    model.config._attn_implementation = "flash_attention_2"
+    try:
+        with pytest.raises(ValueError, match="ignores the block mask"):
+            model.model.get_mask(torch.zeros(1, 31, 32), None, torch.zeros(4, 1, 31), None, layout)
+    finally:
+        model.config._attn_implementation = "sdpa"
+
+
+def test_rotary_split_must_fit_the_head():
+    with pytest.raises(ValueError, match="sums to 64, expected half the head dimension = 4"):
+        NextFlowForCausalLM(toy_config(rope_parameters=None))

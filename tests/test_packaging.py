@@ -1,0 +1,218 @@
+"""What keeps the package importable from everywhere: clone, editable install, wheel, and the Hub's remote code."""
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import nextflow_hf
+from nextflow_hf import cli, hub_cards
+
+
+ROOT = Path(__file__).parents[1]
+ISLANDS = ("modeling_nextflow", "processing", "pipelines")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+# Folders of the clone that are no part of the package.
+NOT_SHIPPED = {"tests", "benchmarks", "build", "dist", "runs"}
+
+
+def island_modules(*islands: str) -> list[Path]:
+    return [path for island in islands for path in sorted((ROOT / island).glob("*.py"))]
+
+
+def run_python(code: str, cwd: Path) -> str:
+    """Standard output of `code` in a fresh interpreter."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_listed_packages_are_the_folders_with_an_init():
+    inits = (path.relative_to(ROOT).parts[:-1] for path in ROOT.rglob("__init__.py"))
+    folders = {parts for parts in inits if not parts or not (parts[0] in NOT_SHIPPED or parts[0].startswith("."))}
+    assert set(PYPROJECT["packages"]) == {".".join(("nextflow_hf", *parts)) for parts in folders}
+
+
+def test_islands_import_siblings_by_name_and_nothing_else_of_ours():
+    """`from .sibling import name` is the form that the Hub's remote code copies; `ast.walk` enters functions, too."""
+    ours = {"nextflow_hf", "training", "hub_cards", *ISLANDS}
+    for path in island_modules(*ISLANDS):
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module and "." not in node.module, where
+                assert (path.parent / f"{node.module}.py").is_file(), where
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] not in ours, where
+            elif isinstance(node, ast.Import):
+                assert not ours & {alias.name.split(".")[0] for alias in node.names}, where
+
+
+@pytest.mark.parametrize(
+    ("island", "library"),
+    [("modeling_nextflow", "transformers"), ("processing", "transformers"), ("pipelines", "diffusers")],
+)
+def test_an_island_first_imports_the_library_that_it_registers_with(island, library):
+    """registration.py relies on it: see `_RegisteringFinder`."""
+    tree = ast.parse((ROOT / island / "__init__.py").read_text())
+    first = next(node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    assert isinstance(first, ast.Import) and [alias.name for alias in first.names] == [library]
+
+
+def test_module_names_are_unique_across_islands():
+    """The Hub's remote code is one flat folder."""
+    counts = Counter(path.name for path in island_modules(*ISLANDS) if path.name != "__init__.py")
+    assert not [name for name, count in counts.items() if count > 1]
+
+
+def test_no_training_module_shadows_a_library():
+    """`python training/x.py` puts its folder first on `sys.path`."""
+    taken = {"accelerate", "datasets", "diffusers", "evaluate", "peft", "torch", "transformers", "trl"}
+    assert not taken & {path.stem for path in (ROOT / "training").glob("*.py")}
+
+
+@pytest.mark.parametrize("name", nextflow_hf._MODULE_OF_NAME)
+def test_public_name_is_defined_where_the_root_looks(name):
+    assert name in dir(nextflow_hf)
+    assert getattr(nextflow_hf, name) is getattr(sys.modules[f"nextflow_hf.{nextflow_hf._MODULE_OF_NAME[name]}"], name)
+
+
+def test_unknown_name_raises():
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        nextflow_hf.NoSuchName  # noqa: B018
+
+
+def test_importing_the_root_loads_no_library(tmp_path):
+    code = "import sys, nextflow_hf; print({'torch', 'transformers', 'diffusers', 'numpy'} & set(sys.modules))"
+    assert run_python(code, tmp_path).strip() == "set()"
+
+
+def test_a_second_import_of_the_root_under_another_name_is_inert(tmp_path):
+    """pytest does that, under the name of the clone's folder."""
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("clone", {str(ROOT / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["clone"] = module
+finders = list(sys.meta_path)
+spec.loader.exec_module(module)
+assert sys.meta_path == finders
+assert not [name for name in sys.modules if name.startswith(("nextflow_hf", "clone."))]
+"""
+    run_python(code, tmp_path)
+
+
+REGISTERED = """
+import diffusers, nextflow_hf
+from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple, simple_get_class_obj
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+# None of ours has been asked for here: it is the import of the libraries that has registered them.
+config_class, tokenizer_config_class = (
+    type(AutoConfig.for_model(name)) for name in ("nextflow", "nextflow_vision_tokenizer")
+)
+assert config_class is nextflow_hf.NextFlowConfig
+assert tokenizer_config_class is nextflow_hf.NextFlowVisionTokenizerConfig
+assert AutoModel._model_mapping[config_class] is nextflow_hf.NextFlowModel
+assert AutoModel._model_mapping[tokenizer_config_class] is nextflow_hf.NextFlowVisionTokenizer
+assert AutoModelForCausalLM._model_mapping[config_class] is nextflow_hf.NextFlowForCausalLM
+assert PROCESSOR_MAPPING[config_class] is nextflow_hf.NextFlowProcessor
+assert IMAGE_PROCESSOR_MAPPING[config_class]["pil"] is nextflow_hf.NextFlowImageProcessorPil
+
+assert diffusers.NextFlowPipeline is nextflow_hf.NextFlowPipeline
+for name in ("NextFlowForCausalLM", "NextFlowVisionTokenizer", "NextFlowProcessor"):
+    component = getattr(nextflow_hf, name)
+    assert _fetch_class_library_tuple(component) == ("nextflow_hf", name)
+    assert simple_get_class_obj("nextflow_hf", name) is component
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import nextflow_hf, importlib.util; importlib.util.find_spec('transformers')",
+        "import diffusers, transformers, nextflow_hf",
+        "from nextflow_hf.processing.scale_schedule import ScaleSchedule",
+        "from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline",
+    ],
+)
+def test_registered_in_every_order_of_imports(imports, tmp_path):
+    run_python(f"{imports}\n{REGISTERED}", tmp_path)
+
+
+def test_command_line_starts_without_torch(tmp_path):
+    code = """
+import sys
+from nextflow_hf import cli
+try:
+    cli.main(["--version"])
+except SystemExit as stop:
+    assert not stop.code
+assert "torch" not in sys.modules
+"""
+    assert run_python(code, tmp_path).strip() == f"nextflow-hf {nextflow_hf.__version__}"
+
+
+def test_commands_have_their_modules():
+    for module, _ in cli.COMMANDS.values():
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The clone under another name; the shipped model's files are there, but empty."""
+    clone = tmp_path_factory.mktemp("clones") / "any-name of.a clone"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "nextflow-shapes")
+    shutil.copytree(ROOT, clone, ignore=ignored)
+    model = Path("hub_cards", "nextflow-shapes")
+    files = [path.relative_to(ROOT) for path in (ROOT / model).rglob("*") if path.is_file()]
+    for file in [*files, model / "model_index.json", model / "vision_tokenizer" / "model.safetensors"]:
+        (clone / file).parent.mkdir(parents=True, exist_ok=True)
+        (clone / file).touch()
+    return clone
+
+
+@pytest.fixture(scope="module")
+def wheel(clone) -> zipfile.ZipFile:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(clone.parent), str(clone)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = clone.parent.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_the_package_whole_and_nothing_else(wheel, clone):
+    folders = [name.removeprefix("nextflow_hf.").split(".")[0] for name in PYPROJECT["packages"][1:]]
+    expected = {path for folder in folders for path in (clone / folder).rglob("*") if path.is_file()}
+    expected |= set(clone.glob("*.py"))
+    shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert shipped == {f"nextflow_hf/{path.relative_to(clone).as_posix()}" for path in expected}
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert tops == {"nextflow_hf", f"nextflow_hf-{nextflow_hf.__version__}.dist-info"}
+
+
+def test_installed_wheel_finds_its_model(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from nextflow_hf.hub_cards import shapes_model_path
+print(shapes_model_path())
+"""
+    found = run_python(code, tmp_path).strip()
+    assert found == str(tmp_path / "nextflow_hf" / "hub_cards" / "nextflow-shapes")
+
+
+def test_missing_model_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub_cards, "files", lambda package: tmp_path)
+    with pytest.raises(FileNotFoundError, match="nextflow-shapes"):
+        hub_cards.shapes_model_path()

@@ -1,0 +1,1 @@
+"""From rows of `messages` and `images` to batches of tokens and codes."""

@@ -1,0 +1,197 @@
+"""What a Shapes picture is: objects on a plain background, and how it is drawn.
+
+Everything is in relative units: x and y are fractions of the width and of the height, a radius is a fraction of the
+shorter side, so one scene can be drawn at any size and aspect ratio. Knows nothing about language.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+
+COLORS = {
+    "red": (214, 32, 44),
+    "green": (28, 158, 60),
+    "blue": (36, 64, 214),
+    "yellow": (250, 222, 40),
+    "purple": (138, 36, 164),
+    "orange": (250, 130, 16),
+    "cyan": (32, 204, 222),
+}
+
+BACKGROUNDS = {
+    "white": (246, 246, 246),
+    "black": (14, 14, 14),
+    "gray": (128, 128, 128),
+    "pink": (255, 186, 208),
+}
+
+# PLACES[row][column] of the 3x3 lattice.
+PLACES = (
+    ("top left corner", "top center", "top right corner"),
+    ("middle left", "center", "middle right"),
+    ("bottom left corner", "bottom center", "bottom right corner"),
+)
+CELLS = {name: (row, column) for row, names in enumerate(PLACES) for column, name in enumerate(names)}
+
+MAX_OBJECTS = 4
+REFERENCE_SIZE = 64  # the pixel numbers below are meant at this size
+SINGLE_RADIUS = (10 / REFERENCE_SIZE, 14 / REFERENCE_SIZE)
+RADIUS = (8 / REFERENCE_SIZE, 10 / REFERENCE_SIZE)
+MIN_GAP = 2 / REFERENCE_SIZE  # between two objects, and to the border
+JITTER = 2.5 / REFERENCE_SIZE
+
+# Proportions that give the five shapes about the same visual weight. All fit the box of half-width `radius`.
+SQUARE_HALF_SIDE = 0.86
+TRIANGLE_HALF_HEIGHT = 0.866  # equilateral: base 2 radius
+CROSS_HALF_THICKNESS = 0.36
+
+
+@dataclass(frozen=True)
+class ShapeObject:
+    """One object.
+
+    Args:
+        shape (`str`): One of `SHAPES`.
+        color (`str`): One of `COLORS`.
+        x (`float`): Centre, as a fraction of the width.
+        y (`float`): Centre, as a fraction of the height; 0 is the top.
+        radius (`float`): Half the side of the box around it, as a fraction of the shorter side of the picture.
+    """
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    radius: float
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise ValueError(f"unknown shape {self.shape!r}, expected one of {SHAPES}")
+        if self.color not in COLORS:
+            raise ValueError(f"unknown color {self.color!r}, expected one of {tuple(COLORS)}")
+
+    @property
+    def place(self) -> str:
+        return place_of(self.x, self.y)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background (one of `BACKGROUNDS`) and up to `MAX_OBJECTS` objects that do not touch."""
+
+    background: str
+    objects: tuple[ShapeObject, ...]
+
+    def __post_init__(self) -> None:
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"unknown background {self.background!r}, expected one of {tuple(BACKGROUNDS)}")
+        if len(self.objects) > MAX_OBJECTS:
+            raise ValueError(f"a scene has at most {MAX_OBJECTS} objects, got {len(self.objects)}")
+
+
+def place_of(x: float, y: float) -> str:
+    """Name of the lattice cell that holds a point given in relative units."""
+    return PLACES[min(2, max(0, int(y * 3)))][min(2, max(0, int(x * 3)))]
+
+
+def far_enough(first: ShapeObject, second: ShapeObject) -> bool:
+    """Whether the boxes of two objects keep `MIN_GAP` (then also at any aspect ratio)."""
+    gap = max(abs(first.x - second.x), abs(first.y - second.y)) - first.radius - second.radius
+    return gap >= MIN_GAP - 1e-9
+
+
+def fits(candidate: ShapeObject, others: tuple[ShapeObject, ...]) -> bool:
+    """Whether `candidate` keeps `MIN_GAP` to the border and to all `others`."""
+    margin = candidate.radius + MIN_GAP - 1e-9
+    inside = margin <= candidate.x <= 1 - margin and margin <= candidate.y <= 1 - margin
+    return inside and all(far_enough(candidate, other) for other in others)
+
+
+def place_object(
+    rng: np.random.Generator,
+    shape: str,
+    color: str,
+    *,
+    cell: tuple[int, int],
+    others: tuple[ShapeObject, ...] = (),
+    radius_range: tuple[float, float] = RADIUS,
+    attempts: int = 24,
+) -> ShapeObject | None:
+    """An object somewhere in the (row, column) `cell`, clear of `others`; None when no attempt fits."""
+    smallest, largest = radius_range
+    row, column = cell
+    for attempt in range(attempts):
+        # Crowded rows only take small objects: the later the attempt, the smaller the object.
+        radius = smallest + (largest - smallest) * rng.random() * (1 - attempt / attempts)
+        low, high = radius + MIN_GAP, 1 - radius - MIN_GAP
+        x = min(max((column + 0.5) / 3 + JITTER * (2 * rng.random() - 1), low), high)
+        y = min(max((row + 0.5) / 3 + JITTER * (2 * rng.random() - 1), low), high)
+        candidate = ShapeObject(shape, color, x, y, radius)
+        if fits(candidate, others):
+            return candidate
+    return None
+
+
+def place_objects(
+    rng: np.random.Generator, looks: list[tuple[str, str]], cells: list[tuple[int, int]]
+) -> tuple[ShapeObject, ...]:
+    """Places one object per (shape, color) of `looks` in the cell of the same index. The cells must differ."""
+    if len(looks) != len(cells) or len(set(cells)) != len(cells):
+        raise ValueError(f"need one free cell per object, got {len(looks)} objects and cells {cells}")
+    while True:
+        objects: tuple[ShapeObject, ...] = ()
+        radius_range = SINGLE_RADIUS if len(looks) == 1 else RADIUS
+        for (shape, color), cell in zip(looks, cells, strict=True):
+            placed = place_object(rng, shape, color, cell=cell, others=objects, radius_range=radius_range)
+            if placed is None:
+                break
+            objects += (placed,)
+        else:
+            return objects
+
+
+def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
+    """Distance to the outline of a shape centred at the origin, negative inside; `dy` grows downwards. Broadcasts."""
+    if shape == "circle":
+        return np.sqrt(dx * dx + dy * dy) - radius
+    ax, ay = np.abs(dx), np.abs(dy)
+    if shape == "square":
+        return np.maximum(ax, ay) - SQUARE_HALF_SIDE * radius
+    if shape == "diamond":
+        return (ax + ay - radius) * np.sqrt(0.5, dtype=np.float32)
+    if shape == "triangle":  # the base, and the two sides at 60 degrees from the apex (0, -half_height)
+        half_height = TRIANGLE_HALF_HEIGHT * radius
+        return np.maximum(dy - half_height, np.float32(0.866) * ax - 0.5 * (dy + half_height))
+    if shape == "cross":  # the longer coordinate runs along an arm
+        return np.maximum(np.maximum(ax, ay) - radius, np.minimum(ax, ay) - CROSS_HALF_THICKNESS * radius)
+    raise ValueError(f"unknown shape {shape!r}, expected one of {SHAPES}")
+
+
+def coverage(signed_distances: np.ndarray) -> np.ndarray:
+    """Share of each pixel that is inside, from the distance (in pixels) of its centre: the anti-aliasing."""
+    return np.clip(0.5 - signed_distances, 0, 1)
+
+
+def render(scene: Scene, height: int = 64, width: int = 64) -> np.ndarray:
+    """Draws a scene, anti-aliased.
+
+    Returns:
+        `np.ndarray`: uint8, (height, width, 3).
+    """
+    canvas = np.empty((height, width, 3), dtype=np.float32)
+    canvas[:] = BACKGROUNDS[scene.background]
+    for item in scene.objects:
+        radius = item.radius * min(height, width)
+        center_x, center_y = item.x * width, item.y * height
+        # Only the box around the object is touched.
+        left, right = max(0, int(center_x - radius) - 1), min(width, int(center_x + radius) + 3)
+        top, bottom = max(0, int(center_y - radius) - 1), min(height, int(center_y + radius) + 3)
+        dx = np.arange(left, right, dtype=np.float32) + np.float32(0.5 - center_x)
+        dy = np.arange(top, bottom, dtype=np.float32) + np.float32(0.5 - center_y)
+        alpha = coverage(signed_distance(item.shape, dx[None, :], dy[:, None], np.float32(radius)))[:, :, None]
+        window = canvas[top:bottom, left:right]
+        window += alpha * (np.array(COLORS[item.color], dtype=np.float32) - window)
+    return (canvas + 0.5).astype(np.uint8)
