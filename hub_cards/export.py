@@ -41,8 +41,8 @@ def export_pipeline(
         output_dir (`str` or `Path`): Created where missing; files of the same name are overwritten.
         card_context (`Mapping`): Numbers of the model card, see [`create_card`].
         dtype (`torch.dtype` or `dict[str, torch.dtype]`, *optional*):
-            Of the weights in the files, or one for each component and `"default"`, as diffusers writes it. Modules that
-            their class keeps in float32 stay so. By default weights are saved as they are.
+            Of the weights in the files, or one for each component and `"default"`, as diffusers writes it. Modules
+            that their class keeps in float32 stay so. By default weights are saved as they are.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): Of one file of weights.
 
     Returns:
@@ -61,13 +61,17 @@ def export_pipeline(
             component.save_pretrained(folder, max_shard_size=max_shard_size)
         else:
             component.save_pretrained(folder)
+    # What is marked as derived from the model's config is derived again on loading, without our `image_*` settings.
+    generation_config = copy.deepcopy(pipeline.transformer.generation_config)
+    generation_config._from_model_config = None
+    generation_config.save_pretrained(output_dir)
     (output_dir / "model_index.json").write_text(model_index(pipeline), encoding="utf-8")
     card.save(output_dir / "README.md")
     return output_dir
 
 
 def model_index(pipeline: NextFlowPipeline) -> str:
-    """`model_index.json`: diffusers' own, with the classes under the package's name and no trace of where it came from."""
+    """`model_index.json`: diffusers' own, with the classes under the package's name and no trace of the source."""
     index = json.loads(pipeline.to_json_string())
     index.pop("_name_or_path", None)
     index |= {name: ["nextflow_hf", type(component).__name__] for name, component in pipeline.components.items()}

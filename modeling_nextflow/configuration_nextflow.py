@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import RopeParameters
 @strict
 class NextFlowConfig(Qwen2Config):
     r"""
-    Configuration of [`NextFlowModel`]: a Qwen2.5 decoder whose vocabulary is text, then image codes, then `<boi>`, `<eoi>`.
+    Configuration of [`NextFlowModel`]: a Qwen2.5 decoder whose vocabulary is text, image codes, `<boi>`, `<eoi>`.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 184834):
@@ -108,9 +108,12 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         encoder_res_blocks (`int`, *optional*, defaults to 2): Residual blocks a level of the pixel encoder.
         decoder_channels (`int`, *optional*, defaults to 256): Base channels of the pixel decoder (128 is TokenFlow's
             plain decoder; 256 with 4 blocks the enhanced one that §3.1 calls doubled).
-        decoder_res_blocks (`int`, *optional*, defaults to 4): Residual blocks a level of the pixel decoder (one more is
-            built, as usual in this family).
+        decoder_res_blocks (`int`, *optional*, defaults to 4): Residual blocks a level of the pixel decoder (one more
+            is built, as usual in this family).
         channel_multipliers (`list[int]`, *optional*, defaults to `[1, 1, 2, 2, 4]`): Channels of each level.
+        norm_num_groups (`int`, *optional*, defaults to 32):
+            Groups of the CNN's GroupNorm; 0 leaves it out. A narrow CNN has so few channels a group that the
+            statistics carry a flat picture's colour away.
         self_correction_top_k (`int`, *optional*, defaults to 10): Codes among which self-correction samples (§3.2.1).
         self_correction_ratio (`float`, *optional*, defaults to 0.6): Share of the tokens of a scale that are sampled.
         scale_dropout (`float`, *optional*, defaults to 0.5): Probability that training drops a scale that is neither
@@ -140,6 +143,7 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     decoder_channels: int = 256
     decoder_res_blocks: int = 4
     channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    norm_num_groups: int = 32
     self_correction_top_k: int = 10
     self_correction_ratio: float = 0.6
     scale_dropout: float = 0.5

@@ -94,8 +94,8 @@ def from_qwen2_5_vl(
         config_overrides (`dict`, *optional*): Fields of [`NextFlowConfig`], such as `semantic_code_dim`.
         kwargs: Further arguments of `Qwen2_5_VLForConditionalGeneration.from_pretrained`.
 
-    The rows of image codes, `<boi>` and `<eoi>` in embedding and head are drawn from a normal distribution with the mean
-    and the (per-channel) deviation of the text rows (not specified by the paper).
+    The rows of image codes, `<boi>` and `<eoi>` in embedding and head are drawn from a normal distribution with the
+    mean and the deviation of the text rows, per channel (not specified by the paper).
     """
     source = Qwen2_5_VLForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
     overrides = dict(config_overrides or {})

@@ -1,4 +1,4 @@
-"""Drawing by next-scale prediction: `embed_scale -> forward -> guide -> sample`, one pass a scale, on one cache (§2.2).
+"""Drawing by next-scale prediction: `embed_scale -> forward -> guide -> sample`, a pass a scale, on one cache (§2.2).
 
 The loop reads a list of [`ScaleStep`] and nothing else; state (cache, positions, codes) is passed, never stored on the
 model. It knows codes, not pixels. Text comes from transformers' own `generate`.
@@ -299,7 +299,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         if not is_boi[:, -1].all():
             raise ValueError("every row of input_ids must end in <boi> to draw an image (pad on the left)")
         if int(is_boi.sum()) != len(image_grids):
-            raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
+            count = int(is_boi.sum())
+            raise ValueError(f"input_ids hold {count} <boi> tokens, image_grids has {len(image_grids)} rows")
         target_grids = image_grids[is_boi.sum(1).cumsum(0) - 1]
         if not (target_grids == target_grids[:1]).all():
             raise ValueError("the images of one batch must share one schedule: draw other sizes in another call")
@@ -321,7 +322,7 @@ class NextFlowGenerationMixin(GenerationMixin):
     def _prefill_rows(
         self, rows: _PromptRows, cache: DynamicCache
     ) -> tuple[torch.FloatTensor, torch.LongTensor | None, torch.FloatTensor]:
-        """Hidden state (rows, 1, hidden) of `<boi>`, the mask if any row is padded, and `<boi>`'s position (rows, 1)."""
+        """Hidden state (rows, 1, hidden) of `<boi>`, the mask if a row is padded, and `<boi>`'s position (rows, 1)."""
         mask = None if rows.attention_mask.all() else rows.attention_mask
         position_ids = self.model.get_position_ids(
             rows.input_ids, image_grids=rows.image_grids, attention_mask=rows.attention_mask

@@ -58,9 +58,7 @@ def get_targets(
     trained = (boi_labels != IGNORE_INDEX)[layout.image_index.clamp(min=0)]
     targets = torch.where(is_slot, torch.where(trained, code_targets, IGNORE_INDEX), targets)
     scale = (layout.scale - 1).clamp(min=0)
-    weights = torch.where(
-        is_slot, scale_weights(image_grids, alpha)[layout.image_index.clamp(min=0), scale], weights
-    )
+    weights = torch.where(is_slot, scale_weights(image_grids, alpha)[layout.image_index.clamp(min=0), scale], weights)
     return targets, weights
 
 

@@ -131,7 +131,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout)
         if position_ids is None:
-            position_ids = self.get_position_ids(input_ids, inputs_embeds, image_grids, attention_mask, past_key_values)
+            position_ids = self.get_position_ids(
+                input_ids, inputs_embeds, image_grids, attention_mask, past_key_values
+            )
         elif position_ids.ndim == 2:  # plain text positions: the same on every axis
             position_ids = position_ids.expand(4, inputs_embeds.shape[0], -1)
         masks = attention_mask
@@ -157,7 +159,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if len(image_grids) == 0:
             return None
         if input_ids is None:
-            raise ValueError("image_grids describe input_ids: with inputs_embeds, pass position_ids and no image_grids")
+            raise ValueError("image_grids describe input_ids: with inputs_embeds pass position_ids instead")
         return get_image_layout(
             input_ids,
             image_grids,
@@ -212,12 +214,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
         it is padding. Packed rows are told apart by the restarts of `position_ids[0]` and take no `attention_mask`.
         """
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(past_key_values, DynamicCache) and not past_length:
+            # transformers looks for packed documents only where there is no cache; an empty one changes nothing else.
+            past_key_values = None
         common = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            # transformers looks for packed documents only where there is no cache; an empty one changes nothing else.
-            "past_key_values": None if isinstance(past_key_values, DynamicCache) and not past_length else past_key_values,
+            "past_key_values": past_key_values,
         }
         if not is_causal:
             return create_bidirectional_mask(**common)
@@ -294,8 +298,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
         Bicubic in fp32; both halves l2-normalised as the tokenizer looks them up. Returns (batch, h'*w', code_dim).
         """
-        semantic, pixel = self.image_codebook(codes).float().split(
-            [self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1
+        semantic, pixel = (
+            self.image_codebook(codes)
+            .float()
+            .split([self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1)
         )
         features = torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
         features = features.transpose(1, 2).unflatten(2, grid)  # (batch, code_dim, h, w)
@@ -372,9 +378,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if len(codes) != expected:
             raise ValueError(f"the images in input_ids need {expected} codes, got image_codes of length {len(codes)}")
         if expected and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
-            raise ValueError(
-                f"image_codes must lie in [0, {self.config.codebook_size}), got {int(codes.min())} to {int(codes.max())}"
-            )
+            found = f"{int(codes.min())} to {int(codes.max())}"
+            raise ValueError(f"image_codes must lie in [0, {self.config.codebook_size}), got {found}")
         return images
 
 
@@ -390,6 +395,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         super().__init__(config)
         self.model = NextFlowModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Else transformers drops the `image_*` settings of a saved generation config when it is loaded again.
+        self.generation_config._from_model_config = False
         self.post_init()
 
     @classmethod

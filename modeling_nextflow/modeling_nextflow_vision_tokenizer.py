@@ -177,11 +177,11 @@ def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 class NextFlowResnetBlock(GradientCheckpointingLayer):
     """GroupNorm, swish, 3x3 convolution, twice, around a residual (VQGAN)."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, config: NextFlowVisionTokenizerConfig, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = _group_norm(in_channels)
+        self.norm1 = _group_norm(config, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _group_norm(out_channels)
+        self.norm2 = _group_norm(config, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -201,7 +201,7 @@ class NextFlowAttentionBlock(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.scaling = channels**-0.5
-        self.norm = _group_norm(channels)
+        self.norm = _group_norm(config, channels)
         self.q_proj = nn.Conv2d(channels, channels, 1)
         self.k_proj = nn.Conv2d(channels, channels, 1)
         self.v_proj = nn.Conv2d(channels, channels, 1)
@@ -238,7 +238,7 @@ class NextFlowCNNLevel(nn.Module):
     ):
         super().__init__()
         self.blocks = nn.ModuleList(
-            NextFlowResnetBlock(in_channels if index == 0 else out_channels, out_channels)
+            NextFlowResnetBlock(config, in_channels if index == 0 else out_channels, out_channels)
             for index in range(num_blocks)
         )
         self.attentions = nn.ModuleList(
@@ -294,11 +294,11 @@ class NextFlowPixelEncoder(nn.Module):
             for index, width in enumerate(widths)
         )
         self.middle = nn.Sequential(
-            NextFlowResnetBlock(widths[-1], widths[-1]),
+            NextFlowResnetBlock(config, widths[-1], widths[-1]),
             NextFlowAttentionBlock(config, widths[-1]),
-            NextFlowResnetBlock(widths[-1], widths[-1]),
+            NextFlowResnetBlock(config, widths[-1], widths[-1]),
         )
-        self.norm_out = _group_norm(widths[-1])
+        self.norm_out = _group_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -318,9 +318,9 @@ class NextFlowPixelDecoder(nn.Module):
         shallowest = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = nn.Sequential(
-            NextFlowResnetBlock(widths[0], widths[0]),
+            NextFlowResnetBlock(config, widths[0], widths[0]),
             NextFlowAttentionBlock(config, widths[0]),
-            NextFlowResnetBlock(widths[0], widths[0]),
+            NextFlowResnetBlock(config, widths[0], widths[0]),
         )
         self.levels = nn.ModuleList(
             NextFlowCNNLevel(
@@ -333,7 +333,7 @@ class NextFlowPixelDecoder(nn.Module):
             )
             for index, width in enumerate(widths)
         )
-        self.norm_out = _group_norm(widths[-1])
+        self.norm_out = _group_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -343,10 +343,12 @@ class NextFlowPixelDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(hidden_states)))
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    # 32 groups as everywhere in this family, but never fewer than 4 channels a group (the full-size minimum): a group
-    # of one channel would erase the mean of that channel, and with it the colour of the image.
-    groups = max(1, min(32, channels // 4))
+def _group_norm(config: NextFlowVisionTokenizerConfig, channels: int) -> nn.Module:
+    if config.norm_num_groups == 0:
+        return nn.Identity()
+    # Never fewer than 4 channels a group (the full-size minimum): a group of one channel would erase the mean of that
+    # channel, and with it the colour of the image.
+    groups = max(1, min(config.norm_num_groups, channels // 4))
     if channels % groups:
         raise ValueError(f"a CNN level has {channels} channels, expected a multiple of its {groups} norm groups")
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -376,6 +378,7 @@ class NextFlowMultiScaleQuantizer(nn.Module):
         *,
         noise: torch.Tensor | None = None,
         dropped: Sequence[bool] | None = None,
+        quantize: bool = True,
     ) -> NextFlowQuantizerOutput:
         """
         Args:
@@ -386,6 +389,9 @@ class NextFlowMultiScaleQuantizer(nn.Module):
                 Uniform numbers in [0, 1) for the self-correcting encoder: the first decides whether a cell's code is
                 sampled, the second which of the nearest codes it becomes (§3.2.1).
             dropped (`Sequence[bool]`, *optional*): Scales that contribute nothing; the first and last never drop.
+            quantize (`bool`, *optional*, defaults to `True`):
+                `False` passes the features on as they are, with a commitment to the sum that a perfect codebook, one
+                that has every direction, would give: how an autoencoder starts before it has a codebook.
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -407,9 +413,13 @@ class NextFlowMultiScaleQuantizer(nn.Module):
                 # (n, code_dim, height, width) -> (n, cells, code_dim)
                 query = residual if grid == schedule[-1] else F.interpolate(residual, grid, mode="area")
                 query = self.normalize(query.flatten(2).transpose(1, 2))
-                sampling = None if noise is None or last else noise[:, cells]
-                scale_codes, scale_targets = self.search(query.detach(), codebook, noise=sampling)
-                code_vectors = self.lookup(scale_codes)
+                if quantize:
+                    sampling = None if noise is None or last else noise[:, cells]
+                    scale_codes, scale_targets = self.search(query.detach(), codebook, noise=sampling)
+                    code_vectors = self.lookup(scale_codes)
+                else:
+                    scale_codes = scale_targets = torch.full(query.shape[:2], -1, device=features.device)
+                    code_vectors = query.detach()
                 up = self.upsample(code_vectors, grid, schedule[-1])
                 total = total + up
                 residual = residual - up.detach()
@@ -425,7 +435,7 @@ class NextFlowMultiScaleQuantizer(nn.Module):
             commitment_loss = torch.stack(commitment_losses).mean() + weight * F.mse_loss(features, total.detach())
             return NextFlowQuantizerOutput(
                 # Straight through; written so that the value is the sum to the last bit: features - target is zero.
-                quantized=total.detach() + (features - target),
+                quantized=total.detach() + (features - target) if quantize else features,
                 image_codes=torch.cat(codes, 1),
                 image_target_codes=torch.cat(target_codes, 1),
                 quantizer_loss=quantizer_loss,
@@ -530,10 +540,13 @@ class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
-            # PyTorch's default, which this family of autoencoders is trained with.
-            bound = 1 / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, NextFlowResnetBlock):
+            # Residual branches start at zero: the CNN learns several times faster (not specified by the paper).
+            init.zeros_(module.conv2.weight)
+        elif isinstance(module, NextFlowAttentionBlock):
+            init.zeros_(module.out_proj.weight)
         elif isinstance(module, nn.Embedding):
             # The only embeddings here are the codebooks: directions uniform on the sphere, length about one.
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
@@ -695,6 +708,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         image_grids: torch.LongTensor,
         semantic_targets: torch.FloatTensor | list[torch.FloatTensor] | None = None,
         drop_scales: torch.BoolTensor | Sequence[bool] | None = None,
+        quantize: bool = True,
     ) -> NextFlowVisionTokenizerOutput:
         r"""
         Reconstruction and losses.
@@ -708,6 +722,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             drop_scales (`torch.BoolTensor` of shape `(max_scales,)`, *optional*):
                 Scales that contribute nothing in this step; an image's first and last scale always stay. By default
                 each scale drops with probability `scale_dropout` in training and none in evaluation.
+            quantize (`bool`, *optional*, defaults to `True`):
+                `False` trains the branches as autoencoders, before there is a codebook; all codes are then -1.
         """
         schedules = self._check_pixels(pixel_values, image_grids)
         dropped = self._dropped_scales(drop_scales, image_grids.shape[1])
@@ -717,7 +733,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         for schedule, indices in groups:
             pixels = self._crop(pixel_values, schedule, indices)
             features = self._encode_features(pixels)
-            quantization = self.quantizer(features, schedule, dropped=dropped)
+            quantization = self.quantizer(features, schedule, dropped=dropped, quantize=quantize)
             reconstruction = self._decode_pixels(quantization.quantized).float()
             parts = [
                 F.mse_loss(reconstruction, pixels.float()),

@@ -55,7 +55,7 @@ def get_image_layout(
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     boi_position = torch.where(is_boi, positions, -1).cummax(dim=1).values
     offset = positions - boi_position - 1  # of a cell among the cells of its image
-    block_end = grids[:, :, 1:].prod(-1).cumsum(-1)  # (batch, length, max_scales - 1), cells up to and including scale k
+    block_end = grids[:, :, 1:].prod(-1).cumsum(-1)  # cells up to and with scale k: (batch, length, max_scales - 1)
     block = (offset[..., None] >= block_end).sum(-1).clamp(max=block_end.shape[-1] - 1)  # 0 is scale 2
 
     height_width = grids[:, :, 1:].gather(2, block[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]

@@ -86,9 +86,12 @@ def test_guided_logits_equal_two_plain_forwards(model, monkeypatch):
 def test_guidance_that_ends_early_drops_the_unconditional_rows(model, monkeypatch):
     rows = []
     original = model.model.forward
-    monkeypatch.setattr(
-        model.model, "forward", lambda *a, **k: rows.append(len(k.get("input_ids", k.get("inputs_embeds")))) or original(*a, **k)
-    )  # fmt: skip
+
+    def forward(**inputs):
+        rows.append(len(inputs.get("input_ids", inputs.get("inputs_embeds"))))
+        return original(**inputs)
+
+    monkeypatch.setattr(model.model, "forward", forward)
     negative = torch.tensor([[9, BOI]])
     arguments = {"image_grids": grids_tensor(SQUARE), "negative_input_ids": negative, "temperature": 0.0}
     early = model.generate_images(torch.tensor([[5, 6, BOI]]), guidance_scale=[3.0, 3.0, 1.0, 1.0], **arguments)
@@ -216,6 +219,14 @@ def test_image_mode_of_generate_reads_the_generation_config(model, monkeypatch):
     inputs = {"input_ids": torch.tensor([[5, BOI]]), "image_grids": grids_tensor(SQUARE)}
     drawn = model.generate(**inputs, generation_mode="image").image_codes
     assert torch.equal(torch.cat(seen, dim=1)[0].argmax(-1), drawn)
+
+
+def test_image_settings_are_saved_and_loaded(model, tmp_path):
+    model.generation_config.image_guidance_scale = 4.5
+    model.save_pretrained(tmp_path)
+    del model.generation_config.image_guidance_scale
+    loaded = NextFlowForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.image_guidance_scale == 4.5
 
 
 BAD_CALLS = {

@@ -1,4 +1,5 @@
-"""The transformer: layout, positions, mask, inputs, weights and loss against obvious restatements and hand-worked numbers."""
+"""The transformer: layout, positions, mask, inputs, weights and loss against obvious restatements and hand-worked
+numbers."""
 
 import itertools
 import math
@@ -132,7 +133,7 @@ def test_cell_inputs_are_upsampled_residual_features(model):
     length = torch.tensor([f(a) for a in angles for f in (math.sin, math.cos)]) * math.sqrt(1 / 96)
     torch.testing.assert_close(embeds[0, 0], base.embed_tokens.weight[BOI] + base.scale_embedding.weight[0] + length)
 
-    table = torch.cat([F.normalize(base.image_codebook.weight[:, :6]), F.normalize(base.image_codebook.weight[:, 6:])], 1)
+    table = torch.cat([F.normalize(half) for half in base.image_codebook.weight.split([6, 4], dim=1)], dim=1)
     start = 1
     for scale, (grid, next_grid, first) in enumerate([((1, 1), (1, 3), 0), ((1, 3), (2, 5), 1)], start=1):
         features = table[codes[first : first + grid[0] * grid[1]]].T.reshape(1, 10, *grid)
@@ -243,10 +244,9 @@ def test_mixed_batch_equals_single(model, attn_implementation):
     length = max(map(len, rows))
     for side in ("left", "right"):
         pads = [[PAD] * (length - len(r)) for r in rows]
-        ids = torch.tensor([p + r if side == "left" else r + p for r, p in zip(rows, pads)])
-        mask = torch.tensor(
-            [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pads)]
-        )
+        padded = [p + r if side == "left" else r + p for r, p in zip(rows, pads)]
+        ids = torch.tensor(padded)
+        mask = (ids != PAD).long()
         batch = model(
             input_ids=ids, attention_mask=mask, image_codes=torch.cat(codes[:2]), image_grids=torch.cat(grids[:2])
         ).logits

@@ -398,16 +398,16 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_learns_one_batch():
     model = build(scale_dropout=0.0).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedules, losses = [TALL, TALL], []
     pixel_values = F.interpolate(torch.rand(2, 3, 1, 1) * 2 - 1, (20, 8))
-    for _ in range(25):
+    for _ in range(15):
         output = model(pixel_values, grids(*schedules))
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
         losses.append(output.reconstruction_loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 # ---- The semantic branch ----

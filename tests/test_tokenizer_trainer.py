@@ -1,4 +1,4 @@
-"""The tokenizer's trainer: its stages train what they should, the codebook stays alive, and resuming changes nothing."""
+"""The tokenizer's trainer: stages train what they should, the codebook stays alive, resuming changes nothing."""
 
 import math
 
@@ -159,8 +159,22 @@ def test_evaluation_is_the_mean_over_images_for_every_prefix_of_scales(make_trai
     assert {"eval_psnr_scale_1", "eval_psnr_scale_2", "eval_psnr_scale_3"} <= set(metrics)
 
 
-def test_resumed_training_is_uninterrupted_training(make_trainer):
+def test_codebook_waits_for_the_continuous_steps(make_trainer, make_tokenizer):
+    before = make_tokenizer().codebook
+    waiting = make_trainer("waiting", continuous_steps=4, max_steps=2, weight_decay=0.0)
+    waiting.train()
+    torch.testing.assert_close(waiting.model.codebook, before)
+    assert waiting.steps_unused.sum() == 0 and not waiting.scale_code_counts
+    begun = make_trainer("begun", continuous_steps=2, max_steps=3, weight_decay=0.0)
+    begun.train()
+    assert (begun.model.codebook - before).abs().amax(-1).min() > 1e-3  # every code came from the data
+
+
+# Interrupted before, and after, the codebook is in use.
+@pytest.mark.parametrize("continuous_steps", [0, 2, 3])
+def test_resumed_training_is_uninterrupted_training(make_trainer, continuous_steps):
     options = {"save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, "dead_code_until": 1.0}
+    options["continuous_steps"] = continuous_steps
     whole = make_trainer("whole", **options)
     whole.train()
     again = make_trainer("again", **options)

@@ -1,4 +1,4 @@
-"""A toy NextFlow: 24 codes, grids up to 4x4. Shared by the tests of the transformer, its generation and its pipeline."""
+"""A toy NextFlow: 24 codes, grids up to 4x4. Shared by the tests of the transformer and of its generation."""
 
 import torch
 

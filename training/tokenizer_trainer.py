@@ -45,8 +45,11 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
             Weight of the mean absolute error, beside the model's own mean squared error.
         edge_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the mean absolute error of the image gradients: sharp outlines.
+        continuous_steps (`int`, *optional*, defaults to 0):
+            Steps that train the branches as plain autoencoders, before the codebook is initialised from what they
+            have learnt and quantising begins (not specified by the paper).
         codebook_init_batches (`int`, *optional*, defaults to 8):
-            Batches whose features the codebook is initialised from before the first step. 0 keeps it as it is.
+            Batches whose features the codebook is initialised from when quantising begins. 0 keeps it as it is.
         codebook_init_iterations (`int`, *optional*, defaults to 5):
             k-means iterations of that initialisation. 0 picks features at random.
         dead_code_steps (`int`, *optional*, defaults to 100):
@@ -60,6 +63,7 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
     stage: str = field(default="joint", metadata={"help": "One of pixel, joint, decoder."})
     l1_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the mean absolute error."})
     edge_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the error of the image gradients."})
+    continuous_steps: int = field(default=0, metadata={"help": "Steps as an autoencoder, before quantising begins."})
     codebook_init_batches: int = field(default=8, metadata={"help": "Batches that initialise the codebook."})
     codebook_init_iterations: int = field(default=5, metadata={"help": "k-means iterations of the initialisation."})
     dead_code_steps: int = field(default=100, metadata={"help": "Unused steps after which a code restarts."})
@@ -173,15 +177,21 @@ class NextFlowVisionTokenizerTrainer(Trainer):
             with torch.no_grad():
                 targets = tokenizer.get_teacher_features(self.semantic_teacher, pixel_values, image_grids)
         with self._capture_features(tokenizer.quantizer):
-            outputs = model(pixel_values, image_grids, semantic_targets=targets)
+            outputs = model(pixel_values, image_grids, semantic_targets=targets, quantize=self.quantizes)
 
         patch_size = tokenizer.config.patch_size
         l1_loss, edge_loss = pixel_losses(outputs.reconstruction, pixel_values, image_grids, patch_size)
         loss = outputs.loss + self.args.l1_loss_weight * l1_loss + self.args.edge_loss_weight * edge_loss
         if model.training:
             self._accumulate_logs(outputs, {"l1_loss": l1_loss, "edge_loss": edge_loss})
-            self._count_codes(outputs.image_codes, image_grids)
+            if self.quantizes:
+                self._count_codes(outputs.image_codes, image_grids)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the codebook is in use yet."""
+        return self.state.global_step >= self.args.continuous_steps
 
     @contextmanager
     def _capture_features(self, quantizer: NextFlowMultiScaleQuantizer) -> Iterator[None]:
@@ -219,9 +229,10 @@ class NextFlowVisionTokenizerTrainer(Trainer):
                     usage, perplexity = codebook_statistics(counts)
                     logs[f"usage_scale_{index + 1}"] = round(usage, 4)
                     logs[f"perplexity_scale_{index + 1}"] = round(perplexity, 1)
-            total = self.accelerator.reduce(sum(self.scale_code_counts.values()).to(self.args.device), "sum").cpu()
-            usage, perplexity = codebook_statistics(total)
-            logs |= {"codebook_usage": round(usage, 4), "codebook_perplexity": round(perplexity, 1)}
+            if self.scale_code_counts:
+                total = self.accelerator.reduce(sum(self.scale_code_counts.values()).to(self.args.device), "sum").cpu()
+                usage, perplexity = codebook_statistics(total)
+                logs |= {"codebook_usage": round(usage, 4), "codebook_perplexity": round(perplexity, 1)}
             logs["restarted_codes"] = self.restarted_codes
             self.logged_sums, self.scale_code_counts, self.logged_steps, self.restarted_codes = {}, {}, 0, 0
         super().log(logs, start_time)
@@ -315,8 +326,9 @@ class NextFlowVisionTokenizerTrainer(Trainer):
                 batch = self._prepare_inputs(batch)
                 pixel_values, image_grids = batch["pixel_values"], batch["image_grids"]
                 codes = tokenizer.encode(pixel_values, image_grids).image_codes
-                lengths = torch.tensor([len(schedule) for schedule in schedules_from_grids(image_grids)])
-                for scales in range(1, int(lengths.max()) + 1):
+                # The processes see different schedules, and must all take part in every gathering.
+                longest = torch.tensor(image_grids.shape[1], device=image_grids.device)
+                for scales in range(1, int(self.accelerator.gather(longest[None]).max()) + 1):
                     decoded = tokenizer.decode(codes, image_grids, num_scales=scales)
                     values = peak_signal_to_noise(decoded, pixel_values, image_grids, tokenizer.config.patch_size)
                     values = self.accelerator.gather_for_metrics(values)
@@ -374,7 +386,7 @@ class NextFlowVisionTokenizerTrainer(Trainer):
 
 
 class _CodebookCallback(TrainerCallback):
-    """Calls the trainer where `Trainer` has no method to override: before the first step and after each."""
+    """Calls the trainer where `Trainer` has no method to override: before and after each step."""
 
     def __init__(self, trainer: NextFlowVisionTokenizerTrainer):
         self.trainer = trainer
@@ -385,7 +397,12 @@ class _CodebookCallback(TrainerCallback):
         trainer = self.trainer
         if trainer.ema is not None:
             trainer.ema.to(args.device)
-        if state.global_step == 0 and args.codebook_init_batches and args.stage != "decoder":
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        trainer = self.trainer
+        if state.global_step == args.continuous_steps and args.codebook_init_batches and args.stage != "decoder":
             trainer.initialize_codebook()
             if trainer.ema is not None:  # the average must not remember the random codebook
                 trainer.ema.shadow_params = [p.detach().clone() for p in trainer.model.parameters()]
@@ -395,7 +412,7 @@ class _CodebookCallback(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         restarts = args.dead_code_steps and args.stage != "decoder"
-        if restarts and state.global_step < args.dead_code_until * state.max_steps:
+        if restarts and args.continuous_steps < state.global_step < args.dead_code_until * state.max_steps:
             trainer.restarted_codes += trainer.restart_dead_codes()
         if trainer.ema is not None:
             trainer.ema.step(trainer.accelerator.unwrap_model(trainer.model).parameters())

@@ -57,9 +57,7 @@ class NextFlowTrainer(Trainer):
         return targets
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and outputs.get("scale_losses") is not None:
             counts = outputs["scale_counts"]
             sums = outputs["scale_losses"] * counts

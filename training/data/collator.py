@@ -18,14 +18,15 @@ class NextFlowDataCollator:
     pad_token_id: int
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        # `torch.tensor` copies: rows of a memory-mapped data set are read-only.
         lengths = [len(row["input_ids"]) for row in rows]
         shape = (len(rows), max(lengths))
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE_INDEX)
         attention_mask = torch.zeros(shape, dtype=torch.long)
         for index, (row, length) in enumerate(zip(rows, lengths)):
-            input_ids[index, :length] = torch.as_tensor(row["input_ids"])
-            labels[index, :length] = torch.as_tensor(row["labels"])
+            input_ids[index, :length] = torch.tensor(row["input_ids"])
+            labels[index, :length] = torch.tensor(row["labels"])
             attention_mask[index, :length] = 1
         batch = {"input_ids": input_ids, "labels": labels}
         if min(lengths) < max(lengths):
@@ -33,5 +34,5 @@ class NextFlowDataCollator:
         with_images = [row for row in rows if len(row["image_grids"])]
         if with_images:
             for name in ("image_codes", "image_target_codes", "image_grids"):
-                batch[name] = torch.cat([torch.as_tensor(row[name]).long() for row in with_images])
+                batch[name] = torch.cat([torch.tensor(row[name]) for row in with_images])
         return batch

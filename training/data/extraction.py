@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from .messages import drop_condition
 
 
@@ -78,10 +80,10 @@ def extract_codes(
             "seed": seed,
         },
     )
-    shards = []
-    for shard, start in enumerate(tqdm(range(0, num_rows, rows_per_shard), desc="shards", unit="shard")):
+    state = PartialState()  # under torchrun or accelerate launch every process takes its share of the shards
+    shards = list(enumerate(range(0, num_rows, rows_per_shard)))[state.process_index :: state.num_processes]
+    for shard, start in tqdm(shards, desc="shards", unit="shard", disable=not state.is_local_main_process):
         path = output_dir / f"shard-{shard:05d}.parquet"
-        shards.append(str(path))
         if path.exists():
             continue
         generator = torch.Generator(device=vision_tokenizer.device).manual_seed(seed * 1_000_003 + shard)
@@ -91,13 +93,21 @@ def extract_codes(
             batch = []
             for index in indices:
                 rng = np.random.default_rng((seed, 1, index))
-                batch.append(
-                    drop_condition(get_row(index), rng, text_rate=text_drop_rate, image_rate=image_drop_rate)
-                )
+                batch.append(drop_condition(get_row(index), rng, text_rate=text_drop_rate, image_rate=image_drop_rate))
             rows += _encode_batch(batch, processor, vision_tokenizer, self_correction, generator)
         temporary = path.with_suffix(".tmp")
         Dataset.from_list(rows).to_parquet(str(temporary))
         os.replace(temporary, path)
+    state.wait_for_everyone()
+    return load_codes(output_dir)
+
+
+def load_codes(folder: str | os.PathLike) -> Dataset:
+    """The shards of [`extract_codes`]: `input_ids`, `labels`, `image_codes`, `image_target_codes`, `image_grids`,
+    `length`."""
+    shards = sorted(str(path) for path in Path(folder).glob("shard-*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"no shard-*.parquet in {folder}: extract the codes first")
     return Dataset.from_parquet(shards).with_format("numpy")
 
 
@@ -107,12 +117,11 @@ def _check_manifest(path: Path, manifest: dict) -> None:
         if found != manifest:
             differing = sorted(key for key in manifest if found.get(key) != manifest[key])
             raise ValueError(
-                f"{path} was written with other settings ({', '.join(differing)} differ: "
-                f"{[found.get(key) for key in differing]}, expected {[manifest[key] for key in differing]}): remove the "
-                "folder or name another one"
+                f"{path} was written with other settings: {[(key, found.get(key)) for key in differing]}, expected "
+                f"{[(key, manifest[key]) for key in differing]}. Remove the folder or name another one"
             )
         return
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(temporary, path)
 
@@ -125,55 +134,56 @@ def _encode_batch(
     self_correction: bool,
     generator: torch.Generator,
 ) -> list[dict]:
-    """Rows of plain lists. One encoder pass over all images of the batch."""
+    """Rows of plain lists. Every image is encoded once: those that are trained on with self-correction."""
     tokens = [
         processor.apply_chat_template(
             messages, images=images or None, tokenize=True, return_dict=True, return_labels=True, return_tensors="pt"
         )
         for messages, images in batch
     ]
-    with_images = [row for row in tokens if "image_grids" in row and len(row["image_grids"])]
-    clean, inputs, targets = iter(()), iter(()), iter(())
-    if with_images:
-        grids = torch.cat([row["image_grids"] for row in with_images])
-        height, width = (max(row["pixel_values"].shape[side] for row in with_images) for side in (2, 3))
-        pixels = torch.cat(
-            [
-                torch.nn.functional.pad(
-                    row["pixel_values"], (0, width - row["pixel_values"].shape[3], 0, height - row["pixel_values"].shape[2])
-                )
-                for row in with_images
-            ]
-        ).to(vision_tokenizer.device, vision_tokenizer.dtype)
-        counts = grids.prod(-1).sum(-1).tolist()
-        encoded = vision_tokenizer.encode(pixels, grids.to(pixels.device))
-        clean = iter(encoded.image_codes.cpu().split(counts))
-        if self_correction:
-            encoded = vision_tokenizer.encode(
-                pixels, grids.to(pixels.device), self_correction=True, generator=generator
-            )
-            inputs = iter(encoded.image_codes.cpu().split(counts))
-            targets = iter(encoded.image_target_codes.cpu().split(counts))
+    pixels, grids, trained = [], [], []
+    for row in tokens:
+        pixels += list(row.get("pixel_values", []))
+        grids += list(row.get("image_grids", []))
+        trained += (row["labels"] != IGNORE_INDEX)[row["input_ids"] == processor.boi_token_id].tolist()
+    codes: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(pixels)
+    for corrected in (False, True):
+        members = [index for index, is_target in enumerate(trained) if (is_target and self_correction) == corrected]
+        if not members:
+            continue
+        group = torch.stack([grids[index] for index in members])
+        padded = _pad_images([pixels[index] for index in members])
+        encoded = vision_tokenizer.encode(
+            padded.to(vision_tokenizer.device, vision_tokenizer.dtype),
+            group.to(vision_tokenizer.device),
+            **({"self_correction": True, "generator": generator} if corrected else {}),
+        )
+        counts = group.prod(-1).sum(-1).tolist()
+        inputs = encoded.image_codes.cpu().split(counts)
+        targets = encoded.image_target_codes.cpu().split(counts) if corrected else inputs
+        for index, pair in zip(members, zip(inputs, targets)):
+            codes[index] = pair
+    remaining = iter(codes)
     rows = []
     for row in tokens:
-        input_ids, labels = row["input_ids"][0], row["labels"][0]
-        image_grids = row["image_grids"] if "image_grids" in row else torch.zeros(0, 0, 2, dtype=torch.long)
-        trained = (labels[input_ids == processor.boi_token_id] != -100).tolist()
-        codes, target_codes = [], []
-        for is_target in trained:
-            exact = next(clean)
-            sampled = (next(inputs), next(targets)) if self_correction else (exact, exact)
-            image_codes, image_targets = sampled if is_target else (exact, exact)
-            codes += image_codes.tolist()
-            target_codes += image_targets.tolist()
+        image_grids = row.get("image_grids", torch.zeros(0, 0, 2, dtype=torch.long))
+        pairs = [next(remaining) for _ in image_grids]
         rows.append(
             {
-                "input_ids": input_ids.tolist(),
-                "labels": labels.tolist(),
-                "image_codes": codes,
-                "image_target_codes": target_codes,
+                "input_ids": row["input_ids"][0].tolist(),
+                "labels": row["labels"][0].tolist(),
+                "image_codes": [code for inputs, _ in pairs for code in inputs.tolist()],
+                "image_target_codes": [code for _, targets in pairs for code in targets.tolist()],
                 "image_grids": image_grids.tolist(),
-                "length": len(input_ids),
+                "length": row["input_ids"].shape[1],
             }
         )
     return rows
+
+
+def _pad_images(images: list[torch.Tensor]) -> torch.Tensor:
+    """Images (3, height, width) in the top-left corners of one batch."""
+    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
+    return torch.stack(
+        [torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
+    )

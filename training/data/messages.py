@@ -8,9 +8,9 @@ def drop_condition(
 ) -> tuple[list[dict], list]:
     """The row's messages and images, some without their condition, for classifier-free guidance.
 
-    With probability `text_rate` the user's text goes; with probability `image_rate` the user's images go as well (rates
-    as in TokenFlow, VAR and Infinity; not specified by the paper). What is left is what the pipeline's unconditional
-    prompt looks like.
+    With probability `text_rate` the user's text goes; with probability `image_rate` the user's images go as well
+    (rates as in TokenFlow, VAR and Infinity; not specified by the paper). What is left is what the pipeline's
+    unconditional prompt looks like.
     """
     draw = rng.random()
     drop_images = draw < image_rate and any(part["type"] == "image" for part in _user_parts(row["messages"]))

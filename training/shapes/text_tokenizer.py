@@ -1,7 +1,7 @@
 """The text tokenizer of the Shapes world: byte-level BPE, 512 tokens, every frequent word one token.
 
 A vocabulary this small has no room for the intermediate merges of a hundred words. So the words enter the vocabulary
-whole (`ignore_merges`: a piece that is in the vocabulary is emitted as it is, as in Llama 3), then trained merges, then
+whole (`ignore_merges`: a piece that is in the vocabulary is emitted as it is, as in Llama 3), then trained merges and
 reserved tokens fill the rows, and the 256 bytes make any text encodable. It knows nothing about images: the processor
 appends the image codes.
 """

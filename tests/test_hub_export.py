@@ -1,0 +1,169 @@
+"""The exported repository: both libraries load the same bits from it, offline, and the demo draws with it."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from toy_pipeline import toy_pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
+
+from nextflow_hf import NextFlowPipeline, cli, hub_cards
+from nextflow_hf.hub_cards.export import export_pipeline
+
+
+ROW = {"passed": 19, "total": 20, "rate": 0.95, "interval": (0.764, 0.991), "checks": {}}
+JUDGE = {
+    "seed": 7,
+    "prompt": {"overall": 0.9512, "all": ROW, "categories": {"single_object": ROW, "counting": ROW}},
+    "edit": {"overall": 0.8123, "all": ROW, "categories": {"recolor": ROW}},
+}
+CONTEXT = {"judge": JUDGE, "reconstruction_psnr": 27.345, "pictures": {"samples.png": "Samples"}}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("tried to reach the network"))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> NextFlowPipeline:
+    pipe = toy_pipeline()
+    pipe.transformer.generation_config.image_guidance_scale = 2.5
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    return export_pipeline(pipe, tmp_path_factory.mktemp("export") / "nextflow-toy", CONTEXT)
+
+
+def assert_equal_weights(model: PreTrainedModel, expected: PreTrainedModel):
+    assert type(model) is type(expected)
+    weights = expected.state_dict()
+    assert model.state_dict().keys() == weights.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == weights[name].dtype and torch.equal(tensor, weights[name]), name
+
+
+def draw(pipe: NextFlowPipeline) -> torch.LongTensor:
+    pipe.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (20, 12), "red")
+    return pipe("a", image=image, generator=torch.Generator().manual_seed(0), output_type="codes").image_codes
+
+
+def test_layout(folder):
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "model_index.json", "README.md"} <= files
+    assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= files
+    assert {name for name in files if "/" in name} == {
+        "vision_tokenizer/config.json",
+        "vision_tokenizer/model.safetensors",
+    }
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index.pop("_diffusers_version")
+    assert index == {
+        "_class_name": "NextFlowPipeline",
+        "processor": ["nextflow_hf", "NextFlowProcessor"],
+        "transformer": ["nextflow_hf", "NextFlowForCausalLM"],
+        "vision_tokenizer": ["nextflow_hf", "NextFlowVisionTokenizer"],
+    }
+
+
+@pytest.mark.parametrize("loader", [NextFlowPipeline, DiffusionPipeline])
+def test_diffusers_loads_it(pipe, folder, loader):
+    loaded = loader.from_pretrained(folder)
+    assert type(loaded) is NextFlowPipeline
+    assert_equal_weights(loaded.transformer, pipe.transformer)
+    assert_equal_weights(loaded.vision_tokenizer, pipe.vision_tokenizer)
+    assert torch.equal(draw(loaded), draw(pipe))
+    assert loaded.guidance_scale == 2.5
+
+
+def test_transformers_loads_it(pipe, folder):
+    assert_equal_weights(AutoModelForCausalLM.from_pretrained(folder), pipe.transformer)
+    assert_equal_weights(AutoModel.from_pretrained(folder / "vision_tokenizer"), pipe.vision_tokenizer)
+    processor = AutoProcessor.from_pretrained(folder)
+    assert type(processor) is type(pipe.processor)
+    messages = [{"role": "user", "content": "a"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "generation_mode": "image"}
+    inputs = processor.apply_chat_template(messages, **options)
+    expected = pipe.processor.apply_chat_template(messages, **options)
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in inputs)
+
+
+def test_a_second_export_and_a_nested_copy_are_the_same(pipe, folder, tmp_path):
+    loaded = NextFlowPipeline.from_pretrained(folder)
+    export_pipeline(loaded, tmp_path / "again", CONTEXT)
+    for path in folder.rglob("*"):
+        # But for what transformers notes in a configuration on loading it
+        if path.is_file() and path.parent == folder and path.name != "tokenizer_config.json":
+            assert (tmp_path / "again" / path.relative_to(folder)).read_bytes() == path.read_bytes(), path.name
+    loaded.save_pretrained(tmp_path / "nested")
+    nested = DiffusionPipeline.from_pretrained(tmp_path / "nested")
+    assert_equal_weights(nested.transformer, pipe.transformer)
+    assert torch.equal(draw(nested), draw(pipe))
+
+
+def test_no_local_path_is_written(folder, tmp_path):
+    loaded = NextFlowPipeline.from_pretrained(folder)
+    export_pipeline(loaded, tmp_path / "again", CONTEXT)
+    for path in (tmp_path / "again").rglob("*"):
+        if path.is_file():
+            assert str(folder.parent).encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, {"transformer": torch.bfloat16}], ids=["all", "transformer"])
+def test_half_precision(pipe, dtype, tmp_path):
+    loaded = NextFlowPipeline.from_pretrained(export_pipeline(pipe, tmp_path, CONTEXT, dtype=dtype))
+    assert loaded.transformer.dtype == torch.bfloat16
+    assert loaded.vision_tokenizer.dtype == (torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
+    for name, parameter in loaded.vision_tokenizer.named_parameters():
+        expected = pipe.vision_tokenizer.get_parameter(name)
+        if name.startswith("quantizer."):  # the codebooks lose nothing
+            assert torch.equal(parameter, expected)
+        assert torch.equal(parameter, expected.to(parameter.dtype))
+    assert pipe.transformer.dtype == torch.float32
+    assert draw(loaded).shape == (1 + 2 * 2 + 2 * 4 + 3 * 5,)
+
+
+def test_card(folder):
+    card = (folder / "README.md").read_text()
+    assert "{{" not in card and "{%" not in card
+    metadata = card.split("---")[1]
+    for line in ("pipeline_tag: any-to-any", "library_name: diffusers", "license: apache-2.0", "- text-to-image"):
+        assert line in metadata
+    assert "| single object | 19 | 20 | 0.950 | 0.764 to 0.991 |\n| counting |" in card
+    assert "| **mean** | | | **0.951** | |\n\n| Editing |" in card
+    assert "27.3 dB" in card and "![Samples](samples.png)" in card
+    assert "16 x 16 pixels in 4 scales, 1, 2, 3, 4 cells wide: 30 codes" in card
+
+
+@pytest.mark.parametrize("context", [{}, {**CONTEXT, "scores": 1}])
+def test_card_context_is_checked_before_anything_is_written(pipe, context, tmp_path):
+    with pytest.raises(ValueError, match="card_context lacks"):
+        export_pipeline(pipe, tmp_path / "export", context)
+    assert not (tmp_path / "export").exists()
+
+
+def test_demo(folder, tmp_path, monkeypatch, capsys):
+    assert cli.main(["demo", "--model", str(folder), "--output-dir", str(tmp_path / "first")]) == 0
+    output = capsys.readouterr()
+    assert str(tmp_path / "first" / "contact_sheet.png") in output.out
+    assert "8 pictures, scale" in output.err and "4 edits, scale" in output.err and "4x4" in output.err
+    files = sorted((tmp_path / "first").iterdir())
+    assert len(files) == 13 and files[0].name == "01-a-red-circle.png"
+    assert Image.open(files[0]).size == (64, 64)
+    monkeypatch.setattr(hub_cards, "shapes_model_path", lambda: folder)
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "second")]) == 0
+    for file in files:
+        assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_demo_without_the_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(hub_cards, "files", lambda package: tmp_path)
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "out")]) == 1
+    assert "no Shapes model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
