@@ -16,7 +16,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -467,7 +466,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             target_codes = image_codes if image_target_codes is None else image_target_codes
             self._compute_loss(result, hidden_states, input_ids, labels, target_codes, image_grids, num_items_in_batch)
         if not (self.training and labels is not None if skip_logits is None else skip_logits):
-            result.logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.lm_head(hidden_states[:, kept])
         return result
 
     def _compute_loss(

@@ -19,7 +19,7 @@ import yaml
 from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, TrainingArguments, set_seed
+from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..hub_cards.export import export_pipeline
@@ -121,25 +121,39 @@ def teacher_stage(folder: Path) -> None:
 def tokenizer_stage(folder: Path) -> None:
     """The dual-codebook vision tokenizer, distilled from the teacher."""
     recipe = load_recipe("tokenizer")
-    pictures, _ = draw_pictures(folder)
-    numbers = load_recipe("pictures")["schedule"]
-    schedule = ScaleSchedule(**{**numbers, "scale_bases": tuple(numbers["scale_bases"])})
-    args = NextFlowVisionTokenizerTrainingArguments(
-        output_dir=folder / "tokenizer_run", **device_arguments(), **recipe["training"]
-    )
-    set_seed(args.seed)
     teacher = Siglip2Model.from_pretrained(folder / "teacher").vision_model
     config = NextFlowVisionTokenizerConfig(semantic_config=teacher.config.to_dict(), **recipe["model"])
     # On a CPU, eager attention trains in bf16 1.5 times as fast as sdpa, and channels-last small convolutions twice.
     model = NextFlowVisionTokenizer._from_config(config, attn_implementation="eager")
-    model = model.to(memory_format=torch.channels_last)
     # The semantic encoder starts as the teacher, whose last layer and last norm it does not have (§2.1).
     model.semantic_encoder.load_state_dict(
         {name: value for name, value in teacher.state_dict().items() if name in model.semantic_encoder.state_dict()}
     )
+    train_tokenizer(folder, model, teacher, recipe["training"], "tokenizer_run", "vision_tokenizer_start")
+
+
+def sharpen_stage(folder: Path) -> None:
+    """The vision tokenizer again, for outlines: the search listens to the pixels, the loss to the edges."""
+    recipe = load_recipe("sharpen")
+    teacher = Siglip2Model.from_pretrained(folder / "teacher").vision_model
+    model = NextFlowVisionTokenizer.from_pretrained(
+        folder / "vision_tokenizer_start", attn_implementation="eager", **recipe["model"]
+    )
+    train_tokenizer(folder, model, teacher, recipe["training"], "sharpen_run", "vision_tokenizer")
+
+
+def train_tokenizer(
+    folder: Path, model: NextFlowVisionTokenizer, teacher: Siglip2VisionModel, training: dict, run: str, result: str
+) -> None:
+    """Train `model` in the folder `run` and save it as `result`."""
+    pictures, _ = draw_pictures(folder)
+    numbers = load_recipe("pictures")["schedule"]
+    schedule = ScaleSchedule(**{**numbers, "scale_bases": tuple(numbers["scale_bases"])})
+    args = NextFlowVisionTokenizerTrainingArguments(output_dir=folder / run, **device_arguments(), **training)
+    set_seed(args.seed)
     num_eval = load_recipe("pictures")["num_eval"]
     trainer = NextFlowVisionTokenizerTrainer(
-        model,
+        model.to(memory_format=torch.channels_last),
         args,
         semantic_teacher=teacher,
         train_dataset=Pictures(pictures[:-num_eval], schedule),
@@ -147,7 +161,7 @@ def tokenizer_stage(folder: Path) -> None:
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.evaluate()
-    trainer.save_model(folder / "vision_tokenizer")
+    trainer.save_model(folder / result)
     trainer.save_state()
 
 
@@ -284,7 +298,8 @@ def export_stage(folder: Path) -> None:
 STAGES = {
     "text-tokenizer": (text_tokenizer_stage, "text_tokenizer/tokenizer.json"),
     "teacher": (teacher_stage, "teacher/model.safetensors"),
-    "tokenizer": (tokenizer_stage, "vision_tokenizer/model.safetensors"),
+    "tokenizer": (tokenizer_stage, "vision_tokenizer_start/model.safetensors"),
+    "sharpen": (sharpen_stage, "vision_tokenizer/model.safetensors"),
     "extract": (extract_stage, "codes/finished"),
     "transformer": (transformer_stage, "transformer/model.safetensors"),
     "export": (export_stage, "nextflow-shapes/model_index.json"),

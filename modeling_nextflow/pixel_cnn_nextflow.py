@@ -1,0 +1,193 @@
+"""The pixel branch of the vision tokenizer: VQGAN's CNN encoder and decoder, as TokenFlow has them (§2.1).
+
+Maps in, maps out. Knows channels and resolutions; nothing of codes or grids.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.siglip2.modeling_siglip2 import eager_attention_forward
+
+from .configuration_nextflow import NextFlowVisionTokenizerConfig
+
+
+class NextFlowResnetBlock(GradientCheckpointingLayer):
+    """GroupNorm, swish, 3x3 convolution, twice, around a residual (VQGAN)."""
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = _group_norm(config, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _group_norm(config, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.shortcut(hidden_states)
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
+        hidden_states = self.conv2(F.silu(self.norm2(hidden_states)))
+        return residual + hidden_states
+
+
+class NextFlowAttentionBlock(GradientCheckpointingLayer):
+    """Single-head self-attention over the cells of a map, around a residual (VQGAN)."""
+
+    is_causal = False
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig, channels: int):
+        super().__init__()
+        self.config = config
+        self.scaling = channels**-0.5
+        self.norm = _group_norm(config, channels)
+        self.q_proj = nn.Conv2d(channels, channels, 1)
+        self.k_proj = nn.Conv2d(channels, channels, 1)
+        self.v_proj = nn.Conv2d(channels, channels, 1)
+        self.out_proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        # (batch, channels, height, width) -> (batch, 1 head, height * width, channels)
+        query, key, value = (
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, _ = attention_interface(self, query, key, value, None, scaling=self.scaling, is_causal=False)
+        # (batch, height * width, 1 head, channels) -> (batch, channels, height, width)
+        attended = attended.squeeze(2).transpose(1, 2).unflatten(2, hidden_states.shape[2:])
+        return hidden_states + self.out_proj(attended)
+
+
+class NextFlowCNNLevel(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where asked, then a change of resolution."""
+
+    def __init__(
+        self,
+        config: NextFlowVisionTokenizerConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_blocks: int,
+        attention: bool,
+        resample: nn.Module,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            NextFlowResnetBlock(config, in_channels if index == 0 else out_channels, out_channels)
+            for index in range(num_blocks)
+        )
+        self.attentions = nn.ModuleList(
+            NextFlowAttentionBlock(config, out_channels) if attention else nn.Identity() for _ in range(num_blocks)
+        )
+        self.resample = resample
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            hidden_states = attention(block(hidden_states))
+        return self.resample(hidden_states)
+
+
+class NextFlowDownsample(nn.Module):
+    """Halves both axes with a strided convolution, zero-padded right and below only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+class NextFlowUpsample(nn.Module):
+    """Doubles both axes by repetition, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class NextFlowPixelEncoder(nn.Module):
+    """CNN from pixels (n, 3, height, width) to the latents of the last grid; attention in the last level only."""
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig):
+        super().__init__()
+        widths = [config.encoder_channels * multiplier for multiplier in config.channel_multipliers]
+        deepest = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.encoder_channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            NextFlowCNNLevel(
+                config,
+                widths[index - 1] if index else config.encoder_channels,
+                width,
+                num_blocks=config.encoder_res_blocks,
+                attention=index == deepest,
+                resample=nn.Identity() if index == deepest else NextFlowDownsample(width),
+            )
+            for index, width in enumerate(widths)
+        )
+        self.middle = nn.Sequential(
+            NextFlowResnetBlock(config, widths[-1], widths[-1]),
+            NextFlowAttentionBlock(config, widths[-1]),
+            NextFlowResnetBlock(config, widths[-1], widths[-1]),
+        )
+        self.norm_out = _group_norm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(pixel_values)
+        for level in self.levels:
+            hidden_states = level(hidden_states)
+        hidden_states = self.middle(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+class NextFlowPixelDecoder(nn.Module):
+    """Mirror of the encoder with its own width and one more block a level; unclamped pixels out."""
+
+    def __init__(self, config: NextFlowVisionTokenizerConfig):
+        super().__init__()
+        widths = [config.decoder_channels * multiplier for multiplier in reversed(config.channel_multipliers)]
+        shallowest = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.middle = nn.Sequential(
+            NextFlowResnetBlock(config, widths[0], widths[0]),
+            NextFlowAttentionBlock(config, widths[0]),
+            NextFlowResnetBlock(config, widths[0], widths[0]),
+        )
+        self.levels = nn.ModuleList(
+            NextFlowCNNLevel(
+                config,
+                widths[max(index - 1, 0)],
+                width,
+                num_blocks=config.decoder_res_blocks + 1,
+                attention=index == 0,
+                resample=nn.Identity() if index == shallowest else NextFlowUpsample(width),
+            )
+            for index, width in enumerate(widths)
+        )
+        self.norm_out = _group_norm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.middle(self.conv_in(latents))
+        for level in self.levels:
+            hidden_states = level(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+def _group_norm(config: NextFlowVisionTokenizerConfig, channels: int) -> nn.Module:
+    if config.norm_num_groups == 0:
+        return nn.Identity()
+    # Never fewer than 4 channels a group (the full-size minimum): a group of one channel would erase the mean of that
+    # channel, and with it the colour of the image.
+    groups = max(1, min(config.norm_num_groups, channels // 4))
+    if channels % groups:
+        raise ValueError(f"a CNN level has {channels} channels, expected a multiple of its {groups} norm groups")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
