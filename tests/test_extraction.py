@@ -81,6 +81,14 @@ def test_another_tokenizer_or_setting_is_refused(tmp_path):
         extract(tmp_path, vision_tokenizer=other)
 
 
+def test_a_decoder_that_was_trained_on_keeps_its_codes(tmp_path):
+    extract(tmp_path)
+    other = toy_vision_tokenizer()
+    with torch.no_grad():
+        other.pixel_decoder.conv_in.weight.add_(1)
+    assert len(extract(tmp_path, vision_tokenizer=other)) == 10
+
+
 def test_loading_an_empty_folder_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="extract the codes first"):
         load_codes(tmp_path)

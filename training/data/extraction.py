@@ -19,18 +19,22 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ...processing.processing_nextflow import NextFlowProcessor
 from .messages import drop_condition
 
 
 logger = logging.get_logger(__name__)
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Hash of all weights, the same for the same model wherever it was loaded from."""
+def codes_fingerprint(vision_tokenizer: NextFlowVisionTokenizer) -> str:
+    """Hash of the weights that decide the codes, wherever they were loaded from. Decoders may be trained on (§3.1)."""
+    decoders = ("post_quant_conv.", "pixel_decoder.", "semantic_decoder.", "decode_task_layer.")
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(vision_tokenizer.state_dict().items()):
+        if not name.startswith(decoders):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -39,8 +43,8 @@ def extract_codes(
     num_rows: int,
     output_dir: str | os.PathLike,
     *,
-    processor,
-    vision_tokenizer,
+    processor: NextFlowProcessor,
+    vision_tokenizer: NextFlowVisionTokenizer,
     self_correction: bool = True,
     text_drop_rate: float = 0.1,
     image_drop_rate: float = 0.05,
@@ -71,7 +75,7 @@ def extract_codes(
     _check_manifest(
         output_dir / "manifest.json",
         {
-            "vision_tokenizer": weights_fingerprint(vision_tokenizer),
+            "vision_tokenizer": codes_fingerprint(vision_tokenizer),
             "num_rows": num_rows,
             "rows_per_shard": rows_per_shard,
             "self_correction": self_correction,
@@ -129,8 +133,8 @@ def _check_manifest(path: Path, manifest: dict) -> None:
 @torch.inference_mode()
 def _encode_batch(
     batch: list[tuple[list[dict], list]],
-    processor,
-    vision_tokenizer,
+    processor: NextFlowProcessor,
+    vision_tokenizer: NextFlowVisionTokenizer,
     self_correction: bool,
     generator: torch.Generator,
 ) -> list[dict]:

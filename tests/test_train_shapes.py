@@ -1,0 +1,61 @@
+"""The whole training of the small model in miniature: every stage runs, is skipped when finished, and ends in a
+repository that draws."""
+
+import json
+
+import pytest
+import torch
+
+from nextflow_hf import NextFlowPipeline
+from nextflow_hf.training import train_shapes
+
+
+@pytest.fixture
+def tiny_recipes(monkeypatch):
+    """The recipes with numbers for seconds: two steps a stage, few pictures, few codes."""
+    load = train_shapes.load_recipe
+
+    def load_tiny(stage: str) -> dict:
+        recipe = load(stage)
+        if "training" in recipe and stage != "export":
+            recipe["training"].pop("num_train_epochs", None)
+            recipe["training"] |= {"max_steps": 2, "warmup_steps": 0, "logging_steps": 1, "save_steps": 1}
+            recipe["training"] |= {"per_device_train_batch_size": 4}
+        if stage == "pictures":
+            recipe |= {"num_train": 700, "num_eval": 12}
+        if stage == "text-tokenizer":
+            recipe |= {"num_texts": 300}
+        if stage in ("tokenizer", "sharpen", "decoder"):
+            recipe["training"] |= {"eval_steps": 2}
+        if stage == "tokenizer":
+            recipe["model"] |= {"codebook_size": 64}
+            recipe["training"] |= {"continuous_steps": 1, "codebook_init_batches": 2}
+        if stage == "transformer":
+            recipe["data"] |= {"num_rows": 8, "rows_per_shard": 4}
+            recipe["model"] |= {"num_hidden_layers": 1}
+        if stage == "export":
+            recipe["judge"] |= {"num_prompts": 6, "num_edits": 6}
+        return recipe
+
+    monkeypatch.setattr(train_shapes, "load_recipe", load_tiny)
+
+
+def test_from_nothing_to_a_repository(tiny_recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_shapes", "--output-dir", str(tmp_path)])
+    train_shapes.main()
+    for _, finished in train_shapes.STAGES.values():
+        assert (tmp_path / finished).exists()
+    repository = tmp_path / "nextflow-shapes"
+    losses = json.loads((tmp_path / "transformer_run" / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in losses if "loss" in entry]) == 2
+    card = (repository / "README.md").read_text()
+    assert "dB PSNR" in card and (repository / "edits.png").exists()
+    pipe = NextFlowPipeline.from_pretrained(repository)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.dtype == torch.bfloat16
+    assert pipe("a red circle").images[0].size == (64, 64)
+
+    # A second call finds everything finished and touches nothing.
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    train_shapes.main()
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
