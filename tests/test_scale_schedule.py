@@ -113,3 +113,12 @@ def test_image_grids_pads_with_zeros():
 def test_refusals_name_both_numbers(call, message: str):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_papers_own_cost_estimate():
+    # Appendix A.2 counts, per layer and over the hidden size, 12 per token and 4 per query-key pair, with 100 tokens
+    # of text: its two totals are exact only for 18 scales of h * w slots each, the 1x1 scale being one query.
+    schedule = ScaleSchedule()
+    slots = [height * width for height, width in schedule.grids(schedule.nearest_bucket(1, 1), 18)]
+    assert 12 * (sum(slots) + 100) == 122_208
+    assert 4 * (100**2 + sum(count * (100 + sum(slots[: k + 1])) for k, count in enumerate(slots))) == 256_215_912

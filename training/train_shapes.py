@@ -10,7 +10,6 @@ numbers are in `recipes/shapes_<stage>.yaml`; they fit one CPU core, and a GPU i
 import argparse
 import json
 import logging
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..hub_cards.export import export_pipeline
+from ..hub_cards.export import cast_copy, export_pipeline
 from ..modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -31,7 +30,7 @@ from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor, extend_tokenizer
 from ..processing.scale_schedule import ScaleSchedule
 from .data.extraction import extract_codes, load_codes
-from .evaluation.shapes import evaluate_shapes
+from .evaluation.shapes import evaluate_shapes, pipeline_functions
 from .shapes import describe, render, sample_edit, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
 from .shapes.teacher import CaptionedPictures, train_teacher
@@ -241,9 +240,6 @@ def transformer_stage(folder: Path) -> None:
     # The visual embedding starts from the tokenizer's codebook (§2.2).
     with torch.no_grad():
         model.model.image_codebook.weight.copy_(vision_tokenizer.codebook)
-    model.generation_config = GenerationConfig(
-        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, **recipe["generation"]
-    )
     trainer = NextFlowTrainer(model, args, train_dataset=load_codes(folder / "codes"))
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model(folder / "transformer")
@@ -270,20 +266,19 @@ def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: in
 def export_stage(folder: Path) -> None:
     """Judge the model, and write it with its card as one Hub repository."""
     recipe, size = load_recipe("export"), load_recipe("pictures")["size"]
-    transformer = NextFlowForCausalLM.from_pretrained(folder / "transformer")
-    pipeline = NextFlowPipeline(
-        transformer, NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer"), make_processor(folder)
+    # What is judged is what is written: half precision, codebooks apart.
+    transformer = cast_copy(NextFlowForCausalLM.from_pretrained(folder / "transformer"), torch.bfloat16)
+    tokenizer = cast_copy(NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer"), torch.bfloat16)
+    transformer.generation_config = GenerationConfig(
+        eos_token_id=transformer.config.eos_token_id,
+        pad_token_id=transformer.config.pad_token_id,
+        **recipe["generation"],
     )
+    pipeline = NextFlowPipeline(transformer, tokenizer, make_processor(folder))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to("cpu" if not torch.accelerator.is_available() else torch.accelerator.current_accelerator())
-    pipeline.to(dtype=torch.bfloat16)  # what is judged is what is written
-
-    def draw(texts: list[str], images: list | None = None) -> list:
-        # One generator a picture, from what it shows: the batch it is in does not change it.
-        generators = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in texts]
-        return pipeline(prompt=texts, image=images, generator=generators).images
-
-    report = evaluate_shapes(draw, lambda images, texts: draw(texts, images), size=(size, size), **recipe["judge"])
+    pipeline.to(PartialState(cpu=not torch.accelerator.is_available()).device)
+    generate, edit = pipeline_functions(pipeline, recipe["judge"]["seed"])
+    report = evaluate_shapes(generate, edit, size=(size, size), **recipe["judge"])
     logger.info("\n%s", report.to_markdown())
     pictures, _ = draw_pictures(folder)
     held_out = np.array(pictures[-load_recipe("pictures")["num_eval"] :])

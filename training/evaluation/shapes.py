@@ -214,29 +214,35 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def pipeline_functions(pipe, seed: int, **options) -> tuple[Callable, Callable]:
+    """The two functions that `evaluate_shapes` takes, of a [`NextFlowPipeline`] called with `options`."""
+    import torch
+
+    drawn = 0
+
+    def draw(texts: list[str], **inputs) -> list[Image.Image]:
+        nonlocal drawn
+        # One generator per picture: the batch size does not change the result.
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + drawn + i) for i in range(len(texts))]
+        drawn += len(texts)
+        return pipe(prompt=texts, generator=generators, **inputs, **options).images
+
+    return draw, lambda images, texts: draw(texts, image=images)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-    import torch
 
     from nextflow_hf.pipelines import NextFlowPipeline
 
     pipe = NextFlowPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     options = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
-    drawn = 0
-
-    def draw(texts: list[str], **inputs) -> list[Image.Image]:
-        nonlocal drawn
-        # One generator per picture: the batch size does not change the result.
-        generators = [torch.Generator().manual_seed(args.seed * 1_000_003 + drawn + i) for i in range(len(texts))]
-        drawn += len(texts)
-        return pipe(prompt=texts, generator=generators, **inputs, **options).images
-
+    generate, edit = pipeline_functions(pipe, args.seed, **options)
     report = evaluate_shapes(
-        draw if args.num_prompts else None,
-        (lambda images, texts: draw(texts, image=images)) if args.num_edits else None,
+        generate if args.num_prompts else None,
+        edit if args.num_edits else None,
         num_prompts=args.num_prompts,
         num_edits=args.num_edits,
         seed=args.seed,
