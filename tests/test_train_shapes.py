@@ -46,10 +46,10 @@ def test_from_nothing_to_a_repository(tiny_recipes, tmp_path, monkeypatch):
     for _, finished in train_shapes.STAGES.values():
         assert (tmp_path / finished).exists()
     repository = tmp_path / "nextflow-shapes"
-    losses = json.loads((tmp_path / "transformer_run" / "trainer_state.json").read_text())["log_history"]
+    losses = json.loads((tmp_path / "transformer" / "trainer_state.json").read_text())["log_history"]
     assert len([entry for entry in losses if "loss" in entry]) == 2
     card = (repository / "README.md").read_text()
-    assert "dB PSNR" in card and (repository / "edits.png").exists()
+    assert "dB PSNR" in card and "| scale 7 |" in card and (repository / "edits.png").exists()
     pipe = NextFlowPipeline.from_pretrained(repository)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.dtype == torch.bfloat16

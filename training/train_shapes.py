@@ -243,7 +243,7 @@ def transformer_stage(folder: Path) -> None:
     trainer = NextFlowTrainer(model, args, train_dataset=load_codes(folder / "codes"))
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model(folder / "transformer")
-    trainer.save_state()
+    trainer.state.save_to_json(folder / "transformer" / "trainer_state.json")
 
 
 def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: int = 32) -> tuple[float, np.ndarray]:
@@ -261,6 +261,18 @@ def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: in
         )
         images += processor.post_process_images(decoded, inputs["image_grids"], output_type="np")
     return torch.cat(ratios).mean().item(), np.stack(images)
+
+
+def training_curve(folder: Path, points: int = 8) -> str:
+    """The transformer's losses over its training, as a Markdown table."""
+    history = json.loads((folder / "transformer" / "trainer_state.json").read_text())["log_history"]
+    entries = [entry for entry in history if "image_loss" in entry]
+    scales = sorted(int(name.removeprefix("loss_scale_")) for name in entries[-1] if name.startswith("loss_scale_"))
+    picked = [entries[round(index * (len(entries) - 1) / (points - 1))] for index in range(points)]
+    names = ["text_loss", "image_loss", *(f"loss_scale_{scale}" for scale in scales)]
+    head = ["step", "text", "all codes", *(f"scale {scale}" for scale in scales)]
+    rows = [[str(entry["step"]), *(f"{entry.get(name, float('nan')):.2f}" for name in names)] for entry in picked]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---:"] * len(head), *rows])
 
 
 def export_stage(folder: Path) -> None:
@@ -287,7 +299,7 @@ def export_stage(folder: Path) -> None:
     context = {
         "judge": report.to_dict(),
         "reconstruction_psnr": psnr,
-        "training": recipe["training"],
+        "training": f"{recipe['training']}\nCross-entropy of the transformer in nats:\n\n{training_curve(folder)}",
         "pictures": {
             "prompts.png": "Held-out prompts; green frames passed the judge",
             "edits.png": "Held-out edits: source and result",
