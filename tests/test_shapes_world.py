@@ -22,6 +22,7 @@ from nextflow_hf.training.shapes import (
 )
 from nextflow_hf.training.shapes.captions import RELATIONS
 from nextflow_hf.training.shapes.dataset import shapes_sample, shapes_samples
+from nextflow_hf.training.shapes.scene import RADIUS
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_objects_keep_their_distance(rng):
     for scene in scenes:
         assert 1 <= len(scene.objects) <= 4
         for index, item in enumerate(scene.objects):
-            assert 8 / 64 <= item.radius <= 14 / 64
+            assert item.radius == RADIUS
             for center in (item.x, item.y):
                 assert 2 / 64 - 1e-6 <= center - item.radius and center + item.radius <= 62 / 64 + 1e-6
             for other in scene.objects[:index]:

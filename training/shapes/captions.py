@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, ShapeObject, place_objects
+from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, ShapeObject, place_object
 
 
 CATEGORIES = ("single_object", "colors", "two_objects", "color_attribution", "counting", "position")
@@ -203,7 +203,7 @@ def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
     else:
         cells = random_cells(rng, len(looks))
     background = prompt.background if prompt.background is not None else pick(rng, BACKGROUNDS)
-    return Scene(background, place_objects(rng, looks, cells))
+    return Scene(background, tuple(place_object(*look, cell) for look, cell in zip(looks, cells, strict=True)))
 
 
 def random_cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:

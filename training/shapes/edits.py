@@ -19,7 +19,7 @@ from .captions import (
     random_cells,
     related_cells,
 )
-from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, ShapeObject, fits, place_object
+from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, ShapeObject, place_object
 
 
 EDIT_TASKS = ("recolor", "add", "remove", "move", "swap", "background")
@@ -148,16 +148,11 @@ def _instruct(
 
 
 def _source_scene(rng: np.random.Generator, count: int) -> Scene:
-    """`count` objects, no two alike, at the size of objects that have company (so that others can be added)."""
-    while True:
-        objects: tuple[ShapeObject, ...] = ()
-        for cell in random_cells(rng, count):
-            shape, color = _new_look(rng, objects)
-            placed = place_object(rng, shape, color, cell=cell, others=objects)
-            if placed is not None:
-                objects += (placed,)
-        if len(objects) == count:
-            return Scene(pick(rng, BACKGROUNDS), objects)
+    """`count` objects, no two alike."""
+    objects: tuple[ShapeObject, ...] = ()
+    for cell in random_cells(rng, count):
+        objects += (place_object(*_new_look(rng, objects), cell),)
+    return Scene(pick(rng, BACKGROUNDS), objects)
 
 
 def _new_look(rng: np.random.Generator, objects: tuple[ShapeObject, ...]) -> tuple[str, str]:
@@ -180,7 +175,7 @@ def _replace(scene: Scene, old: tuple[ShapeObject, ...], new: tuple[ShapeObject,
 
 
 def _propose(rng: np.random.Generator, task: str) -> Edit | None:
-    """One attempt at an edit; None when the drawn objects do not fit or cannot be named."""
+    """One attempt at an edit; None when there is no place for an object or no name."""
     count = int(rng.integers(2 if task in ("remove", "swap") else 1, 4))
     source = _source_scene(rng, count)
     order = [source.objects[int(index)] for index in rng.permutation(count)]
@@ -207,9 +202,7 @@ def _propose(rng: np.random.Generator, task: str) -> Edit | None:
             cell = CELLS[place]
         if cell in _occupied(source):
             return None
-        added = place_object(rng, shape, color, cell=cell, others=source.objects)
-        if added is None:
-            return None
+        added = place_object(shape, color, cell)
         before, after = (), (added,)
         target = Scene(background, (*source.objects, added))
     elif task == "remove":
@@ -219,24 +212,14 @@ def _propose(rng: np.random.Generator, task: str) -> Edit | None:
         place = pick(rng, CELLS)
         if CELLS[place] in _occupied(source):
             return None
-        size = (subject.radius, subject.radius)
-        moved = place_object(
-            rng, subject.shape, subject.color, cell=CELLS[place], others=others, radius_range=size
-        )  # fmt: skip
-        if moved is None:
-            return None
-        before, after = (subject,), (moved,)
+        before, after = (subject,), (place_object(subject.shape, subject.color, CELLS[place]),)
         target = _replace(source, before, after)
     elif task == "swap":
-        first, second = subject, others[0]
-        before = (first, second)
+        first, second = before = (subject, others[0])
         after = (
             ShapeObject(first.shape, first.color, second.x, second.y, first.radius),
             ShapeObject(second.shape, second.color, first.x, first.y, second.radius),
         )
-        rest = others[1:]
-        if not (fits(after[0], (*rest, after[1])) and fits(after[1], rest)):
-            return None
         target = _replace(source, before, after)
     else:
         before = after = ()
