@@ -19,7 +19,6 @@ SPLITS = ("train", "test")
 HELD_OUT_PERCENT = 5
 
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
-PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 PHRASINGS = ("{}", "{}", "a picture of {}", "an image of {}", "draw {}", "show {}")
 BACKGROUND_PHRASINGS = ("{} on a {} background", "{} in front of a {} background")
 RELATION_PHRASINGS = {
@@ -85,7 +84,7 @@ def pick_two(rng: np.random.Generator, options: tuple[str, ...] | dict) -> tuple
 
 def noun_phrase(shape: str, color: str | None = None, count: int = 1) -> str:
     """`a circle`, `an orange circle`, `three green triangles`."""
-    noun = shape if count == 1 else PLURALS[shape]
+    noun = shape if count == 1 else f"{shape}s"
     words = f"{color} {noun}" if color is not None else noun
     if count > 1:
         return f"{COUNT_WORDS[count]} {words}"
