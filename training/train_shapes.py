@@ -131,12 +131,22 @@ def tokenizer_stage(folder: Path) -> None:
     train_tokenizer(folder, model, teacher, recipe["training"], "tokenizer_run", "vision_tokenizer_start")
 
 
+def sharpen_stage(folder: Path) -> None:
+    """The vision tokenizer again, for outlines: every scale in every step, and a louder loss on the edges."""
+    recipe = load_recipe("sharpen")
+    teacher = Siglip2Model.from_pretrained(folder / "teacher").vision_model
+    model = NextFlowVisionTokenizer.from_pretrained(
+        folder / "vision_tokenizer_start", attn_implementation="eager", **recipe["model"]
+    )
+    train_tokenizer(folder, model, teacher, recipe["training"], "sharpen_run", "vision_tokenizer_sharp")
+
+
 def decoder_stage(folder: Path) -> None:
     """The pixel decoder alone, deeper, on fixed codes: the last of the paper's three stages (§3.1)."""
     recipe = load_recipe("decoder")
     # The blocks that are new start at zero, so the deeper decoder begins as the one before.
     model = NextFlowVisionTokenizer.from_pretrained(
-        folder / "vision_tokenizer_start", attn_implementation="eager", **recipe["model"]
+        folder / "vision_tokenizer_sharp", attn_implementation="eager", **recipe["model"]
     )
     train_tokenizer(folder, model, None, recipe["training"], "decoder_run", "vision_tokenizer")
 
@@ -311,6 +321,7 @@ STAGES = {
     "text-tokenizer": (text_tokenizer_stage, "text_tokenizer/tokenizer.json"),
     "teacher": (teacher_stage, "teacher/model.safetensors"),
     "tokenizer": (tokenizer_stage, "vision_tokenizer_start/model.safetensors"),
+    "sharpen": (sharpen_stage, "vision_tokenizer_sharp/model.safetensors"),
     "decoder": (decoder_stage, "vision_tokenizer/model.safetensors"),
     "extract": (extract_stage, "codes/finished"),
     "transformer": (transformer_stage, "transformer/model.safetensors"),
