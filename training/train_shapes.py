@@ -138,23 +138,13 @@ def sharpen_stage(folder: Path) -> None:
     model = NextFlowVisionTokenizer.from_pretrained(
         folder / "vision_tokenizer_start", attn_implementation="eager", **recipe["model"]
     )
-    train_tokenizer(folder, model, teacher, recipe["training"], "sharpen_run", "vision_tokenizer_sharp")
-
-
-def decoder_stage(folder: Path) -> None:
-    """The pixel decoder alone, deeper, on fixed codes: the last of the paper's three stages (§3.1)."""
-    recipe = load_recipe("decoder")
-    # The blocks that are new start at zero, so the deeper decoder begins as the one before.
-    model = NextFlowVisionTokenizer.from_pretrained(
-        folder / "vision_tokenizer_sharp", attn_implementation="eager", **recipe["model"]
-    )
-    train_tokenizer(folder, model, None, recipe["training"], "decoder_run", "vision_tokenizer")
+    train_tokenizer(folder, model, teacher, recipe["training"], "sharpen_run", "vision_tokenizer")
 
 
 def train_tokenizer(
     folder: Path,
     model: NextFlowVisionTokenizer,
-    teacher: Siglip2VisionModel | None,
+    teacher: Siglip2VisionModel,
     training: dict,
     run: str,
     result: str,
@@ -321,8 +311,7 @@ STAGES = {
     "text-tokenizer": (text_tokenizer_stage, "text_tokenizer/tokenizer.json"),
     "teacher": (teacher_stage, "teacher/model.safetensors"),
     "tokenizer": (tokenizer_stage, "vision_tokenizer_start/model.safetensors"),
-    "sharpen": (sharpen_stage, "vision_tokenizer_sharp/model.safetensors"),
-    "decoder": (decoder_stage, "vision_tokenizer/model.safetensors"),
+    "sharpen": (sharpen_stage, "vision_tokenizer/model.safetensors"),
     "extract": (extract_stage, "codes/finished"),
     "transformer": (transformer_stage, "transformer/model.safetensors"),
     "export": (export_stage, "nextflow-shapes/model_index.json"),
