@@ -227,9 +227,13 @@ def transformer_stage(folder: Path) -> None:
     # On a CPU, eager attention trains in bf16 1.5 times as fast as sdpa.
     attention = {} if torch.accelerator.is_available() else {"attn_implementation": "eager"}
     model = NextFlowForCausalLM._from_config(config, **attention)
-    # The visual embedding starts from the tokenizer's codebook (§2.2).
+    # The visual embedding starts from the tokenizer's codebook (§2.2). So does the head, through a random projection:
+    # what is learnt of one code then holds for its neighbours too, among which the finer scales often choose.
     with torch.no_grad():
-        model.model.image_codebook.weight.copy_(vision_tokenizer.codebook)
+        codebook = vision_tokenizer.codebook
+        model.model.image_codebook.weight.copy_(codebook)
+        projection = torch.randn(codebook.shape[1], config.hidden_size) * config.initializer_range
+        model.lm_head.weight[config.text_vocab_size :][: len(codebook)] = codebook @ projection
     trainer = NextFlowTrainer(model, args, train_dataset=load_codes(folder / "codes"))
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model(folder / "transformer")
