@@ -80,6 +80,10 @@ class NextFlowProcessor(ProcessorMixin):
         image_token (`str`, *optional*, defaults to `"<|image_pad|>"`): Placeholder of one cell of scales 2..K.
         boi_token (`str`, *optional*, defaults to `"<boi>"`): Begin of image.
         eoi_token (`str`, *optional*, defaults to `"<eoi>"`): End of image.
+        append_last_scale (`bool`, *optional*, defaults to `False`):
+            Whether an image that is given, and not trained on, gets one scale more: its last grid again. A scale's
+            input is the codes of the one before, so the codes of the last scale are seen only then (not specified by
+            the paper; costs the cells of the last grid). The model's `max_scales` must be [`max_scales`].
     """
 
     valid_processor_kwargs = NextFlowProcessorKwargs
@@ -93,8 +97,10 @@ class NextFlowProcessor(ProcessorMixin):
         image_token: str = "<|image_pad|>",
         boi_token: str = "<boi>",
         eoi_token: str = "<eoi>",
+        append_last_scale: bool = False,
         **kwargs,
     ):
+        self.append_last_scale = append_last_scale
         self.image_token = image_token
         self.boi_token = boi_token
         self.eoi_token = eoi_token
@@ -108,6 +114,11 @@ class NextFlowProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def max_scales(self) -> int:
+        """Scales of the longest image: the number of rows of an image in `image_grids`."""
+        return self.image_processor.schedule.max_scales + self.append_last_scale
 
     # ---- text and images in
 
@@ -407,15 +418,20 @@ class NextFlowProcessor(ProcessorMixin):
         flat_images = self._check_images(rows, images)
         data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
         closed = iter(data["image_grids"].tolist() if flat_images else [])
-        image_grids = []
+        image_grids, max_scales = [], self.max_scales
 
         # 3. Every placeholder becomes the cells of its image
         for index, ids in enumerate(rows):
-            schedules = [next(closed) for token in ids if token == self.image_token_id]
+            places = [position for position, token in enumerate(ids) if token == self.image_token_id]
+            shown = [next(closed) for _ in places]
+            schedules = [
+                grids if in_response[index][position] or train_on == "all" else self._as_context(grids)
+                for position, grids in zip(places, shown, strict=True)
+            ]
             repeats = iter([num_cells(grids) - 1 for grids in schedules])
             repeats = [next(repeats) if token == self.image_token_id else 1 for token in ids]
             if ids[-1:] == [self.boi_token_id]:
-                schedules.append(self._target_grids(options, schedules))
+                schedules.append(self._target_grids(options, shown))
                 self._check_length(index, sum(repeats), num_cells(schedules[-1]), options["text_kwargs"])
             else:
                 self._check_length(index, sum(repeats), 0, options["text_kwargs"])
@@ -423,7 +439,7 @@ class NextFlowProcessor(ProcessorMixin):
             in_response[index] = [
                 inside for inside, count in zip(in_response[index], repeats, strict=True) for _ in range(count)
             ]
-            image_grids += schedules
+            image_grids += [grids + [[0, 0]] * (max_scales - len(grids)) for grids in schedules]
         if self._wishes(options) and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
             raise ValueError(f"{self._wishes(options)} describe an image to draw, but no row ends in {self.boi_token}")
 
@@ -509,6 +525,18 @@ class NextFlowProcessor(ProcessorMixin):
             if len(given) != len(expected) or given != expected:
                 raise ValueError(f"got images by row {given} for image placeholders by row {expected}")
         return flat
+
+    def _as_context(self, grids: list[list[int]]) -> list[list[int]]:
+        """The schedule (a row of `image_grids`) in the sequence of an image that is given."""
+        grids = [[int(height), int(width)] for height, width in grids if height > 0]
+        return [*grids, grids[-1]] if self.append_last_scale else grids
+
+    def target_image_grids(self, image_grids: torch.LongTensor) -> torch.LongTensor:
+        """Rows of `image_grids` (images, max_scales, 2) of given images, as those of images to draw at their size."""
+        if not self.append_last_scale:
+            return image_grids
+        is_last = (image_grids[..., 0] > 0).sum(-1, keepdim=True) - 1 == torch.arange(image_grids.shape[1])
+        return image_grids.masked_fill(is_last[..., None], 0)
 
     def _check_length(self, index: int, length: int, to_draw: int, text_options: dict[str, Any]) -> None:
         """`to_draw` counts the cells of scales 2..K and the `<eoi>` that will follow."""
@@ -667,7 +695,7 @@ class NextFlowProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
         """The text that one `<|image_pad|>` stands for: as many as the image has cells in scales 2..K."""
-        return self.image_token * (num_cells(image_inputs["image_grids"][image_idx]) - 1)
+        return self.image_token * (num_cells(self._as_context(image_inputs["image_grids"][image_idx])) - 1)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """Number of `<|image_pad|>` for images of the given (height, width)."""
@@ -678,7 +706,8 @@ class NextFlowProcessor(ProcessorMixin):
         }
         return MultiModalData(
             num_image_tokens=[
-                self.image_processor.get_number_of_image_tokens(*size, images_kwargs) for size in image_sizes
+                num_cells(self._as_context(self.image_processor.get_image_grids(*size, images_kwargs))) - 1
+                for size in image_sizes
             ],
             num_image_patches=[1] * len(image_sizes),
         )

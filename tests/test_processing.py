@@ -515,3 +515,27 @@ def test_hooks(processor: NextFlowProcessor):
     assert set(only_images) == {"pixel_values", "image_grids"}
     with pytest.raises(ValueError, match="neither text nor images"):
         processor()
+
+
+def test_appended_last_scale(processor: NextFlowProcessor, tmp_path):
+    """Images that are given get their last grid twice; what is drawn or trained on does not."""
+    plain = tokenized(processor, [user(image(picture()), text("draw"))], generation_mode="image")
+    processor.append_last_scale = True
+    assert processor.max_scales == 5
+    inputs = tokenized(processor, [user(image(picture()), text("draw"))], generation_mode="image")
+    given, to_draw = inputs["image_grids"].tolist()
+    assert given == [[1, 1], [2, 2], [3, 3], [4, 4], [4, 4]]
+    assert to_draw == [[1, 1], [2, 2], [3, 3], [4, 4], [0, 0]]
+    assert processor.target_image_grids(inputs["image_grids"][:1]).tolist() == [to_draw]
+    assert inputs["input_ids"].shape[1] == plain["input_ids"].shape[1] + 16
+    assert processor.replace_image_token(inputs, 1) == "<|image_pad|>" * 45
+    assert processor._get_num_multimodal_tokens([[40, 40]])["num_image_tokens"] == [45]
+
+    messages = [user(image(picture()), text("draw")), assistant(image(picture()))]
+    both = tokenized(processor, messages, return_labels=True)
+    assert both["image_grids"].tolist() == [given, to_draw]
+    everything = tokenized(processor, messages, return_labels=True, train_on="all")
+    assert everything["image_grids"].tolist() == [to_draw, to_draw]
+
+    processor.save_pretrained(tmp_path)
+    assert NextFlowProcessor.from_pretrained(tmp_path).append_last_scale

@@ -177,7 +177,8 @@ def make_processor(folder: Path) -> NextFlowProcessor:
         tokenizer, text_vocab_size=load_recipe("text-tokenizer")["vocab_size"], codebook_size=codebook_size
     )
     image_processor = NextFlowImageProcessor(resolution=load_recipe("pictures")["size"], **schedule)
-    return NextFlowProcessor(image_processor, tokenizer)
+    # An edit must see the finest codes of its source: with four scales they hold most of the outlines.
+    return NextFlowProcessor(image_processor, tokenizer, append_last_scale=True)
 
 
 def extract_stage(folder: Path) -> None:
@@ -210,7 +211,7 @@ def transformer_stage(folder: Path) -> None:
         codebook_size=vision_tokenizer.config.codebook_size,
         semantic_code_dim=vision_tokenizer.config.semantic_code_dim,
         pixel_code_dim=vision_tokenizer.config.pixel_code_dim,
-        max_scales=processor.image_processor.schedule.max_scales,
+        max_scales=processor.max_scales,
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,
         image_token_id=processor.image_token_id,
