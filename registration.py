@@ -33,6 +33,16 @@ def register_with_transformers() -> None:
         backends["torchvision"] = NextFlowImageProcessor
     AutoImageProcessor.register(NextFlowConfig, image_processor_classes=backends, exist_ok=True)
 
+    # `save_pretrained` then writes the code beside the weights: the folder also loads where this package is missing.
+    for config in (NextFlowConfig, NextFlowVisionTokenizerConfig):
+        config.register_for_auto_class()
+    NextFlowModel.register_for_auto_class("AutoModel")
+    NextFlowForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    NextFlowVisionTokenizer.register_for_auto_class("AutoModel")
+    NextFlowProcessor.register_for_auto_class()
+    for backend in backends.values():
+        backend.register_for_auto_class()
+
 
 def register_with_diffusers() -> None:
     import diffusers

@@ -1,24 +1,35 @@
 """One repository for two libraries: what transformers and diffusers load by the same name.
 
 The transformer and the processor's files lie at the root, where transformers looks, the vision tokenizer in its
-sub-folder; diffusers takes a component without a folder from the root. A process that loads it imports `nextflow_hf`.
+sub-folder; diffusers takes a component without a folder from the root.
+
+The code lies there, too: transformers loads the repository with `trust_remote_code=True` where `nextflow_hf` is not
+installed. `save_pretrained` alone writes the code of the object it saves (registration.py), and so does a plain
+`push_to_hub`; what only the whole repository can know is added here. diffusers' own loader needs the package: it wants
+a component's code in the component's folder, and a component that has one is no longer taken from the root.
 """
 
 import copy
 import json
+import re
+import shutil
+import tempfile
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowModel
 from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
 
 
 SHAPES_CARD = Path(__file__).with_name("shapes_card.md")
 ROOT_COMPONENTS = ("transformer", "processor")
+ISLANDS = ("modeling_nextflow", "processing", "pipelines")
 # What the card needs from outside, and what it may get.
 REQUIRED_CONTEXT = {"judge", "reconstruction_psnr"}
 OPTIONAL_CONTEXT = {"pictures", "training", "repo_id"}
@@ -31,6 +42,7 @@ def export_pipeline(
     *,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_size: str = "5GB",
+    include_code: bool = True,
 ) -> Path:
     """
     Writes `pipeline` as one Hub repository, for `NextFlowPipeline`, `DiffusionPipeline`, `AutoModelForCausalLM` and
@@ -44,6 +56,8 @@ def export_pipeline(
             Of the weights in the files, or one for each component and `"default"`, as diffusers writes it. Modules
             that their class keeps in float32 stay so. By default weights are saved as they are.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): Of one file of weights.
+        include_code (`bool`, *optional*, defaults to `True`):
+            See [`write_code`]. Without, the repository is one for places that have the package.
 
     Returns:
         `Path`: `output_dir`.
@@ -67,7 +81,67 @@ def export_pipeline(
     generation_config.save_pretrained(output_dir)
     (output_dir / "model_index.json").write_text(model_index(pipeline), encoding="utf-8")
     card.save(output_dir / "README.md")
+    write_code(output_dir)
+    if not include_code:
+        for path in output_dir.rglob("*.py"):
+            if path.name in code_files():
+                path.unlink()
     return output_dir
+
+
+def push_pipeline(
+    pipeline: NextFlowPipeline,
+    repo_id: str,
+    card_context: Mapping[str, Any],
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload NextFlow",
+    **export_kwargs: Any,
+) -> CommitInfo:
+    """
+    [`export_pipeline`] to the Hub: the whole repository in one upload. It is created where it does not exist.
+
+    `pipeline.push_to_hub` uploads diffusers' own layout instead, a folder for each component, which only
+    `NextFlowPipeline` loads.
+
+    Args:
+        pipeline ([`NextFlowPipeline`]): It is left as it is.
+        repo_id (`str`): `"user/name"`.
+        card_context (`Mapping`): Numbers of the model card, see [`create_card`].
+        private (`bool`, *optional*): Of a new repository.
+        token (`str` or `bool`, *optional*): Defaults to the one of `hf auth login`.
+        commit_message (`str`, *optional*, defaults to `"Upload NextFlow"`): Of the upload.
+        export_kwargs: `dtype` and `max_shard_size` of [`export_pipeline`].
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        export_pipeline(pipeline, folder, {"repo_id": repo_id, **card_context}, **export_kwargs)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+def code_files() -> dict[str, Path]:
+    """Every module of the islands by its name. One flat folder holds them: no two have one name."""
+    paths = [Path(str(path)) for island in ISLANDS for path in files(f"nextflow_hf.{island}").iterdir()]
+    return {path.name: path for path in paths if path.suffix == ".py" and path.name != "__init__.py"}
+
+
+def write_code(folder: str | Path) -> None:
+    """
+    Puts into the repository `folder` what [`~PreTrainedModel.save_pretrained`] of its parts leaves out.
+
+    At the root lies the code of every class, also that of the vision tokenizer, since the Hub's loader looks there for
+    `subfolder="vision_tokenizer"`, and that of the pipeline. A model class has one auto class for which its
+    configuration is saved: `AutoModel` is added, for the transformer without its head.
+    """
+    folder = Path(folder)
+    for name, path in code_files().items():
+        shutil.copyfile(path, folder / name)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["auto_map"]["AutoModel"] = f"{NextFlowModel.__module__.split('.')[-1]}.{NextFlowModel.__name__}"
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_index(pipeline: NextFlowPipeline) -> str:
@@ -81,9 +155,11 @@ def model_index(pipeline: NextFlowPipeline) -> str:
 def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy of `model` in `dtype`, but for the modules that its class keeps in float32 whatever it is loaded in."""
     model = copy.deepcopy(model)
-    kept = set(model._keep_in_fp32_modules_strict or ())
+    kept = set(model._keep_in_fp32_modules_strict)
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not kept & set(name.split(".")):
+        if parameter.is_floating_point() and not any(re.search(pattern, name) for pattern in kept):
             parameter.data = parameter.data.to(dtype)
     return model
 
@@ -140,4 +216,4 @@ def create_card(pipeline: NextFlowPipeline, context: Mapping[str, Any]) -> Model
     )
 
 
-__all__ = ["cast_copy", "create_card", "export_pipeline", "model_index"]
+__all__ = ["cast_copy", "create_card", "export_pipeline", "model_index", "push_pipeline", "write_code"]

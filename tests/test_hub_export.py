@@ -57,7 +57,7 @@ def test_layout(folder):
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"config.json", "generation_config.json", "model.safetensors", "model_index.json", "README.md"} <= files
     assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= files
-    assert {name for name in files if "/" in name} == {
+    assert {name for name in files if "/" in name and not name.endswith(".py")} == {
         "vision_tokenizer/config.json",
         "vision_tokenizer/model.safetensors",
     }
@@ -105,6 +105,29 @@ def test_a_second_export_and_a_nested_copy_are_the_same(pipe, folder, tmp_path):
     nested = DiffusionPipeline.from_pretrained(tmp_path / "nested")
     assert_equal_weights(nested.transformer, pipe.transformer)
     assert torch.equal(draw(nested), draw(pipe))
+
+
+def test_without_code(pipe, folder, tmp_path):
+    bare = export_pipeline(pipe, tmp_path, CONTEXT, include_code=False)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    left = {path.relative_to(bare).as_posix() for path in bare.rglob("*") if path.is_file()}
+    assert left == {name for name in files if not name.endswith(".py")} != files
+    assert torch.equal(draw(NextFlowPipeline.from_pretrained(bare)), draw(pipe))
+
+
+def test_shards(pipe, tmp_path):
+    export_pipeline(pipe, tmp_path, CONTEXT, max_shard_size="60KB")
+    for name, part in [("", pipe.transformer), ("vision_tokenizer", pipe.vision_tokenizer)]:
+        shards = list((tmp_path / name).glob("model-*-of-*.safetensors"))
+        assert len(shards) > 1 and not (tmp_path / name / "model.safetensors").exists()
+        assert_equal_weights(type(part).from_pretrained(tmp_path, subfolder=name), part)
+    loaded = NextFlowPipeline.from_pretrained(tmp_path)
+    assert torch.equal(draw(loaded), draw(pipe))
+    loaded.save_pretrained(tmp_path / "nested", max_shard_size="60KB")  # diffusers' own layout
+    nested = NextFlowPipeline.from_pretrained(tmp_path / "nested")
+    assert len(list((tmp_path / "nested" / "transformer").glob("model-*"))) > 1
+    assert_equal_weights(nested.transformer, pipe.transformer)
+    assert_equal_weights(nested.vision_tokenizer, pipe.vision_tokenizer)
 
 
 def test_no_local_path_is_written(folder, tmp_path):

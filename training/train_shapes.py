@@ -313,7 +313,8 @@ def export_stage(folder: Path) -> None:
     Image.fromarray(np.concatenate(rows)).resize((12 * 2 * size, 4 * size), Image.NEAREST).save(
         output_dir / "reconstruction.png"
     )
-    export_pipeline(pipeline, output_dir, context)
+    # It ships inside the package, which is its code.
+    export_pipeline(pipeline, output_dir, context, include_code=False)
 
 
 # Stage -> its function and the file that is there when it is finished.
