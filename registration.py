@@ -1,4 +1,4 @@
-"""After `import nextflow_hf`, transformers' auto classes and diffusers' loader know NextFlow.
+"""After `import nextflow_hf`, transformers' auto classes, diffusers' loader and peft know NextFlow.
 
 Registering takes our classes, and those take torch. So that `import nextflow_hf` itself stays free of them, a library
 that is not imported yet gets its registration when it is. The one file that touches private API: diffusers' table of
@@ -62,6 +62,15 @@ def register_with_diffusers() -> None:
     diffusers.NextFlowPipeline = NextFlowPipeline
 
 
+def register_with_peft() -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # Every matrix of the decoder, for a `LoraConfig()` that names none. Not the connector, which is small and new and
+    # best trained whole (training/adapters.py). "nextflow" is the model type; peft does without our classes.
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["nextflow"] = names
+
+
 class _RegisteringLoader(Loader):
     """Executes a module as its own loader does, then registers."""
 
@@ -106,7 +115,11 @@ class _RegisteringFinder(MetaPathFinder):
 
 def install() -> None:
     """Register with what is imported already now, with the rest when it is imported."""
-    registrations = {"transformers": register_with_transformers, "diffusers": register_with_diffusers}
+    registrations = {
+        "transformers": register_with_transformers,
+        "diffusers": register_with_diffusers,
+        "peft": register_with_peft,
+    }
     for name in [name for name in registrations if name in sys.modules]:
         registrations.pop(name)()
     if registrations:

@@ -17,28 +17,28 @@ import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel
 
+from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowModel
 from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
 
 
-SHAPES_CARD = Path(__file__).with_name("shapes_card.md")
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ROOT_COMPONENTS = ("transformer", "processor")
 ISLANDS = ("modeling_nextflow", "processing", "pipelines")
-# What the card needs from outside, and what it may get.
-REQUIRED_CONTEXT = {"judge", "reconstruction_psnr"}
-OPTIONAL_CONTEXT = {"pictures", "training", "repo_id"}
 
 
 def export_pipeline(
     pipeline: NextFlowPipeline,
     output_dir: str | Path,
-    card_context: Mapping[str, Any],
+    card: ModelCard,
     *,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_size: str = "5GB",
@@ -51,7 +51,7 @@ def export_pipeline(
     Args:
         pipeline ([`NextFlowPipeline`]): It is left as it is.
         output_dir (`str` or `Path`): Created where missing; files of the same name are overwritten.
-        card_context (`Mapping`): Numbers of the model card, see [`create_card`].
+        card (`ModelCard`): See [`~hub_cards.cards.create_card`].
         dtype (`torch.dtype` or `dict[str, torch.dtype]`, *optional*):
             Of the weights in the files, or one for each component and `"default"`, as diffusers writes it. Modules
             that their class keeps in float32 stay so. By default weights are saved as they are.
@@ -65,7 +65,6 @@ def export_pipeline(
     output_dir = Path(output_dir)
     if output_dir.is_file():
         raise NotADirectoryError(f"output_dir is the file {output_dir}, expected a folder")
-    card = create_card(pipeline, card_context)  # first: a context that lacks something leaves no files
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, component in pipeline.components.items():
         folder = output_dir if name in ROOT_COMPONENTS else output_dir / name
@@ -92,7 +91,7 @@ def export_pipeline(
 def push_pipeline(
     pipeline: NextFlowPipeline,
     repo_id: str,
-    card_context: Mapping[str, Any],
+    card: ModelCard | None = None,
     *,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -108,17 +107,46 @@ def push_pipeline(
     Args:
         pipeline ([`NextFlowPipeline`]): It is left as it is.
         repo_id (`str`): `"user/name"`.
-        card_context (`Mapping`): Numbers of the model card, see [`create_card`].
+        card (`ModelCard`, *optional*): By default one with the sizes of the parts and a snippet.
         private (`bool`, *optional*): Of a new repository.
         token (`str` or `bool`, *optional*): Defaults to the one of `hf auth login`.
         commit_message (`str`, *optional*, defaults to `"Upload NextFlow"`): Of the upload.
         export_kwargs: `dtype` and `max_shard_size` of [`export_pipeline`].
     """
+    if card is None:
+        card = create_card("model", repo_id=repo_id, facts=pipeline_facts(pipeline))
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        export_pipeline(pipeline, folder, {"repo_id": repo_id, **card_context}, **export_kwargs)
+        export_pipeline(pipeline, folder, card, **export_kwargs)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+def export_adapter(model: "PeftModel", output_dir: str | Path, card: ModelCard, *, base_model: str) -> Path:
+    """
+    Writes the adapters of `model`, with their rows of the embedding and of the head, and a card of kind `"adapter"`.
+
+    `model.save_pretrained` alone would note where this machine loaded the model from.
+
+    Args:
+        model (`PeftModel`): Wraps a [`NextFlowForCausalLM`]; it is left as it is.
+        output_dir (`str` or `Path`): Created where missing; files of the same name are overwritten.
+        card (`ModelCard`): See [`~hub_cards.cards.create_card`].
+        base_model (`str`): `"user/name"` of the model that the adapter goes on.
+
+    Returns:
+        `Path`: `output_dir`.
+    """
+    output_dir = Path(output_dir)
+    # The rows are in the adapter: PEFT need not ask the Hub whether the vocabulary has grown.
+    model.save_pretrained(output_dir, save_embedding_layers=False)
+    for config_file in output_dir.rglob("adapter_config.json"):
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        # With its task named, `AutoPeftModelForCausalLM` finds the class through the model's own repository.
+        config |= {"base_model_name_or_path": base_model, "task_type": "CAUSAL_LM", "auto_mapping": None}
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card.save(output_dir / "README.md")
+    return output_dir
 
 
 def code_files() -> dict[str, Path]:
@@ -164,56 +192,4 @@ def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def create_card(pipeline: NextFlowPipeline, context: Mapping[str, Any]) -> ModelCard:
-    """
-    The model card: `shapes_card.md` with the model's numbers and those of `context`.
-
-    Args:
-        context (`Mapping`):
-            `judge` (`dict`): `ShapesReport.to_dict()` of the evaluation. `reconstruction_psnr` (`float`): in dB, of
-            held-out pictures through the vision tokenizer. Optional: `pictures` (`dict` of captions by file names
-            relative to the repository), `training` (`str`, Markdown: how it was trained), `repo_id` (`str`).
-
-    Raises:
-        `ValueError`: where an entry is missing or unknown.
-    """
-    missing = sorted(REQUIRED_CONTEXT - set(context))
-    unknown = sorted(set(context) - REQUIRED_CONTEXT - OPTIONAL_CONTEXT)
-    if missing or unknown:
-        raise ValueError(
-            f"card_context lacks {missing} and has unknown {unknown}, expected {sorted(REQUIRED_CONTEXT)} and perhaps "
-            f"{sorted(OPTIONAL_CONTEXT)}"
-        )
-    metadata = ModelCardData(
-        license="apache-2.0",
-        language="en",
-        library_name="diffusers",
-        pipeline_tag="any-to-any",
-        tags=[
-            "nextflow",
-            "transformers",
-            "text-to-image",
-            "image-to-image",
-            "next-scale-prediction",
-            "autoregressive",
-            "arxiv:2601.02204",
-        ],
-    )
-    image_processor = pipeline.processor.image_processor
-    schedule = image_processor.schedule
-    square = schedule.grids(schedule.nearest_bucket(1, 1), schedule.num_scales(image_processor.resolution))
-    return ModelCard.from_template(
-        metadata,
-        template_path=str(SHAPES_CARD),
-        transformer=pipeline.transformer.config,
-        codebook_size=pipeline.vision_tokenizer.config.codebook_size,
-        resolution=image_processor.resolution,
-        sides=[height for height, _ in square],
-        num_codes=sum(height * width for height, width in square),
-        transformer_parameters=pipeline.transformer.num_parameters(),
-        tokenizer_parameters=pipeline.vision_tokenizer.num_parameters(),
-        **{"pictures": {}, "training": None, "repo_id": None, **context},
-    )
-
-
-__all__ = ["cast_copy", "create_card", "export_pipeline", "model_index", "push_pipeline", "write_code"]
+__all__ = ["cast_copy", "export_adapter", "export_pipeline", "model_index", "push_pipeline", "write_code"]

@@ -10,12 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, hf_api
 from PIL import Image
-from test_hub_export import CONTEXT
 from toy_hub import ToyHub
 from toy_pipeline import toy_pipeline
 from transformers import AutoModelForCausalLM
 
 from nextflow_hf import NextFlowPipeline
+from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import code_files, export_pipeline, push_pipeline
 
 
@@ -65,9 +65,9 @@ loaded["refused"] = refused
 assert "diffusers" not in sys.modules
 
 from diffusers import DiffusionPipeline
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-NextFlowPipeline = get_class_from_dynamic_module("pipeline_nextflow.NextFlowPipeline", repo)
-pipe = NextFlowPipeline(model, vision_tokenizer, processor)
+from huggingface_hub import hf_hub_download
+card = open(hf_hub_download(repo, "README.md"), encoding="utf-8").read()
+exec(card.split("```python\\n")[2].split("```")[0])  # its snippet for here makes `pipe`
 pipe.set_progress_bar_config(disable=True)
 options = {{"generator": torch.Generator().manual_seed(0), "output_type": "codes"}}
 drawn["pipeline"] = [pipe("a", image=Image.new("RGB", (20, 12), "red"), **options).image_codes]
@@ -101,7 +101,7 @@ def hub(pipe):
         patch.setattr(hf_api.api, "endpoint", hub.url)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        push_pipeline(pipe, "toy/nextflow", CONTEXT, token=TOKEN, max_shard_size="60KB")
+        push_pipeline(pipe, "toy/nextflow", token=TOKEN, max_shard_size="60KB")
         yield hub
 
 
@@ -109,7 +109,7 @@ def hub(pipe):
 def without_the_package(pipe, hub, tmp_path_factory) -> tuple[dict, dict]:
     """What a process without the package drew and loaded, from an export, plain saves and the Hub."""
     folder = tmp_path_factory.mktemp("remote")
-    local = export_pipeline(pipe, folder / "a model.v1", CONTEXT)
+    local = export_pipeline(pipe, folder / "a model.v1", create_card("model", repo_id="toy/nextflow"))
     plain = folder / "plain"
     pipe.transformer.save_pretrained(plain)
     pipe.processor.save_pretrained(plain)
@@ -149,7 +149,7 @@ def test_code_runs_only_where_it_is_trusted(without_the_package):
     assert without_the_package[1]["refused"] == [True, True]
 
 
-def test_the_pipeline_is_made_from_its_parts_without_the_package(pipe, without_the_package):
+def test_the_cards_snippet_makes_the_pipeline_without_the_package(pipe, without_the_package):
     options = {"generator": torch.Generator().manual_seed(0), "output_type": "codes"}
     expected = pipe("a", image=Image.new("RGB", (20, 12), "red"), **options).image_codes
     assert torch.equal(without_the_package[0]["pipeline"][0], expected)
