@@ -7,11 +7,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from toy import IDS, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_config, toy_model
 from toy_pipeline import toy_pipeline
+from transformers import TrainingArguments
 
 from nextflow_hf import NextFlowForCausalLM, NextFlowPipeline
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_adapter, export_pipeline
 from nextflow_hf.training.adapters import IMAGE_MODULES, image_token_rows
+from nextflow_hf.training.trainer import NextFlowTrainer
 
 
 MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -150,6 +152,51 @@ def test_merged_and_saved_it_is_the_same(adapter, tmp_path):
     loaded = NextFlowForCausalLM.from_pretrained(tmp_path / "merged")
     assert loaded.config.tie_word_embeddings == overrides["tie_word_embeddings"]
     assert torch.equal(logits(loaded), logits(merged))
+
+
+@pytest.mark.parametrize("kind", ["lora", "whole"])
+def test_checkpointing_changes_no_gradient(kind):
+    gradients = []
+    for checkpointing in (False, True):
+        model = toy_model()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(0)
+        model = get_peft_model(model, config_for(model, kind)).train()
+        model(**INPUTS, labels=IDS_OF_TWO).loss.backward()
+        gradients.append({name: one.grad for name, one in model.named_parameters() if one.requires_grad})
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys()
+    assert any(gradient.abs().max() > 0 for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+
+def test_the_trainer_trains_an_adapter(tmp_path):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "plain"), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_steps=2,
+        max_steps=2, learning_rate=1e-2,
+    )  # fmt: skip
+    ids = [5, 7, *image_tokens(SQUARE), 1]
+    labels = [token if token == IDS["boi_token_id"] else -100 for token in ids]
+    codes, grids = random_codes(SQUARE), grids_tensor(SQUARE)
+    row = {"input_ids": ids, "labels": labels, "image_codes": codes.tolist(), "image_grids": grids.tolist()}
+    row |= {"image_target_codes": codes.tolist(), "length": len(ids)}
+    losses = []
+    for adapt in (False, True):
+        model = toy_model()
+        if adapt:
+            model = get_peft_model(model, config_for(model, "whole"))
+            arguments.output_dir = str(tmp_path / "adapter")
+        trainer = NextFlowTrainer(model=model, args=arguments, train_dataset=[row] * 4)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0][0] == losses[1][0]  # an untrained adapter is none
+    assert losses[1][1] < losses[1][0]
+    files = {path.name for path in (tmp_path / "adapter" / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    loaded = PeftModel.from_pretrained(toy_model(), tmp_path / "adapter" / "checkpoint-2").eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
 
 
 def test_exported_adapter_on_the_exported_model(tmp_path):
