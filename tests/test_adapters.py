@@ -174,9 +174,15 @@ def test_checkpointing_changes_no_gradient(kind):
 
 def test_the_trainer_trains_an_adapter(tmp_path):
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "plain"), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_steps=2,
-        max_steps=2, learning_rate=1e-2,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "plain"),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        save_steps=2,
+        max_steps=2,
+        learning_rate=1e-2,
+    )
     ids = [5, 7, *image_tokens(SQUARE), 1]
     labels = [token if token == IDS["boi_token_id"] else -100 for token in ids]
     codes, grids = random_codes(SQUARE), grids_tensor(SQUARE)
