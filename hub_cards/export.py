@@ -80,11 +80,11 @@ def export_pipeline(
     generation_config.save_pretrained(output_dir)
     (output_dir / "model_index.json").write_text(model_index(pipeline), encoding="utf-8")
     card.save(output_dir / "README.md")
-    write_code(output_dir)
-    if not include_code:
-        for path in output_dir.rglob("*.py"):
-            if path.name in code_files():
-                path.unlink()
+    if include_code:
+        write_code(output_dir)
+    else:  # `save_pretrained` has written that of the components
+        for path in [path for name in code_files() for path in output_dir.rglob(name)]:
+            path.unlink()
     return output_dir
 
 
