@@ -1,4 +1,4 @@
-"""After `import nextflow_hf`, transformers' auto classes and diffusers' loader know NextFlow.
+"""After `import nextflow_hf`, transformers' auto classes, diffusers' loader and peft know NextFlow.
 
 Registering takes our classes, and those take torch. So that `import nextflow_hf` itself stays free of them, a library
 that is not imported yet gets its registration when it is. The one file that touches private API: diffusers' table of
@@ -33,6 +33,16 @@ def register_with_transformers() -> None:
         backends["torchvision"] = NextFlowImageProcessor
     AutoImageProcessor.register(NextFlowConfig, image_processor_classes=backends, exist_ok=True)
 
+    # `save_pretrained` then writes the code beside the weights: the folder also loads where this package is missing.
+    for config in (NextFlowConfig, NextFlowVisionTokenizerConfig):
+        config.register_for_auto_class()
+    NextFlowModel.register_for_auto_class("AutoModel")
+    NextFlowForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    NextFlowVisionTokenizer.register_for_auto_class("AutoModel")
+    NextFlowProcessor.register_for_auto_class()
+    for backend in backends.values():
+        backend.register_for_auto_class()
+
 
 def register_with_diffusers() -> None:
     import diffusers
@@ -50,6 +60,15 @@ def register_with_diffusers() -> None:
     LOADABLE_CLASSES["nextflow_hf"] = {base.__name__: ["save_pretrained", "from_pretrained"] for base in bases}
     # `DiffusionPipeline.from_pretrained` looks `_class_name` up in `diffusers` alone.
     diffusers.NextFlowPipeline = NextFlowPipeline
+
+
+def register_with_peft() -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # Every matrix of the decoder, for a `LoraConfig()` that names none. Not the connector, which is small and new and
+    # best trained whole (training/adapters.py). "nextflow" is the model type; peft does without our classes.
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["nextflow"] = names
 
 
 class _RegisteringLoader(Loader):
@@ -96,7 +115,11 @@ class _RegisteringFinder(MetaPathFinder):
 
 def install() -> None:
     """Register with what is imported already now, with the rest when it is imported."""
-    registrations = {"transformers": register_with_transformers, "diffusers": register_with_diffusers}
+    registrations = {
+        "transformers": register_with_transformers,
+        "diffusers": register_with_diffusers,
+        "peft": register_with_peft,
+    }
     for name in [name for name in registrations if name in sys.modules]:
         registrations.pop(name)()
     if registrations:

@@ -169,6 +169,14 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
             self.semantic_config = Siglip2VisionConfig(**self.semantic_config)
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        # transformers takes a class with "Tokenizer" in its name for one of text, and maps it to (slow, fast) classes.
+        for name, reference in output.get("auto_map", {}).items():
+            if not isinstance(reference, str):
+                output["auto_map"][name] = reference[0]
+        return output
+
     @property
     def patch_size(self) -> int:
         """Pixels per cell of the last grid, along each axis."""

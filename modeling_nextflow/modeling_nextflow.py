@@ -71,6 +71,9 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # Patterns. Quantisation leaves these modules alone, and float16 keeps them in float32: codes are cast to the
+    # connector's dtype, which must be one to compute in. The head is left alone as every output embedding is.
+    _keep_in_fp32_modules = [rf"(?:\w+\.){{0,4}}{name}" for name in ("connector", "scale_embedding", "image_codebook")]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -317,7 +320,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         features = self.upsampled_features(codes, grids[scale - 2], grids[scale - 1])
         embeds = self.connector(features)
         term = self.scale_embedding.weight[scale - 1] + self.scale_length_encoding(image_grids)
-        return (embeds + term[:, None]).to(embeds.dtype)
+        return (embeds + term[:, None]).to(self.norm.weight.dtype)
 
     def scale_length_encoding(self, image_grids: torch.LongTensor) -> torch.FloatTensor:
         """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..hub_cards.cards import shapes_card
 from ..hub_cards.export import cast_copy, export_pipeline
 from ..modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
@@ -308,7 +309,8 @@ def export_stage(folder: Path) -> None:
     Image.fromarray(np.concatenate(rows)).resize((12 * 2 * size, 4 * size), Image.NEAREST).save(
         output_dir / "reconstruction.png"
     )
-    export_pipeline(pipeline, output_dir, context)
+    # It ships inside the package, which is its code.
+    export_pipeline(pipeline, output_dir, shapes_card(pipeline, context), include_code=False)
 
 
 # Stage -> its function and the file that is there when it is finished.
