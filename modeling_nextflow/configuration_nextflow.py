@@ -6,6 +6,7 @@ silent the docstring says so; every such choice is a named field.
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config, Siglip2VisionConfig
+from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
 
 
@@ -89,14 +90,45 @@ class NextFlowConfig(Qwen2Config):
 
 
 @strict
+class NextFlowViTConfig(Siglip2VisionConfig):
+    r"""
+    Configuration of [`NextFlowViT`]: SigLIP2's, and what CLIP and BEiT have besides.
+
+    Args:
+        class_token (`bool`, *optional*, defaults to `False`): Whether a learned token stands before the patches.
+        pre_layernorm (`bool`, *optional*, defaults to `False`): Whether a norm precedes the first layer, as in CLIP.
+    """
+
+    class_token: bool = False
+    pre_layernorm: bool = False
+
+
+@strict
 class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     r"""
     Configuration of [`NextFlowVisionTokenizer`]: dual-codebook multi-scale residual tokenizer after TokenFlow (§2.1).
 
     Args:
-        semantic_config (`Siglip2VisionConfig` or `dict`, *optional*):
+        semantic_config (`NextFlowViTConfig` or `dict`, *optional*):
             The semantic encoder. Defaults to SigLIP2-so400m-patch16-naflex without its pooling head. Its `patch_size`
-            must equal the pixel branch's stride, `2 ** (len(channel_multipliers) - 1)`.
+            must equal the pixel branch's stride, `2 ** (len(channel_multipliers) - 1)`, unless there is an
+            `image_size`.
+        semantic_layer (`int`, *optional*, defaults to -2):
+            Which of its hidden states is the feature: -2, the input of its last layer, as it is; -1, the output of
+            its last layer, through its last norm (TokenFlow's CLIP).
+        semantic_feature_size (`int`, *optional*):
+            Width of the features that the semantic decoder predicts. Defaults to the encoder's hidden size.
+        semantic_decoder_config (`NextFlowViTConfig` or `dict`, *optional*):
+            The semantic decoder where it is not the encoder's layers, `semantic_decoder_layers` of them, on cells.
+        clamp_semantic_pixels (`bool`, *optional*, defaults to `False`):
+            Whether the semantic encoder sees pixels limited to [-1, 1], as TokenFlow's SigLIP does.
+        image_size (`int`, *optional*):
+            Side in pixels of the only, square images that a tokenizer of fixed size takes and gives. The pixel branch
+            works at its stride times the semantic encoder's grid; where that is another size, images are resized to
+            it and back bicubically. By default every image is the stride times its last grid.
+        scale_sides (`list[int]`, *optional*):
+            Sides of the square grids that a tokenizer of fixed size was trained with, coarse to fine: what
+            [`~NextFlowVisionTokenizer.get_image_grids`] gives.
         codebook_size (`int`, *optional*, defaults to 32768): Number of codes; one index addresses both codebooks.
         semantic_code_dim (`int`, *optional*, defaults to 32): Width of the semantic codebook.
         pixel_code_dim (`int`, *optional*, defaults to 8): Width of the pixel codebook.
@@ -128,9 +160,18 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     """
 
     model_type = "nextflow_vision_tokenizer"
-    sub_configs_defaults = {"semantic_config": Siglip2VisionConfig}
+    sub_configs_defaults = {
+        "semantic_config": NextFlowViTConfig,
+        "semantic_decoder_config": SubConfigSpec(config_class=NextFlowViTConfig, optional=True),
+    }
 
     semantic_config: dict | PreTrainedConfig | None = None
+    semantic_layer: int = -2
+    semantic_feature_size: int | None = None
+    semantic_decoder_config: dict | PreTrainedConfig | None = None
+    clamp_semantic_pixels: bool = False
+    image_size: int | None = None
+    scale_sides: list[int] | tuple[int, ...] | None = None
     codebook_size: int = 32768
     semantic_code_dim: int = 32
     pixel_code_dim: int = 8
@@ -165,14 +206,18 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
                 "num_patches": 256,
                 "vision_use_head": False,
             }
-        if isinstance(self.semantic_config, dict):
-            self.semantic_config = Siglip2VisionConfig(**self.semantic_config)
+        for name in ("semantic_config", "semantic_decoder_config"):
+            value = getattr(self, name)
+            if isinstance(value, Siglip2VisionConfig) and not isinstance(value, NextFlowViTConfig):
+                value = value.to_dict()
+            if isinstance(value, dict):
+                setattr(self, name, NextFlowViTConfig(**value))
         super().__post_init__(**kwargs)
 
     @property
     def patch_size(self) -> int:
-        """Pixels per cell of the last grid, along each axis."""
+        """The pixel branch's stride: its pixels per cell of the last grid, along each axis."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
-__all__ = ["NextFlowConfig", "NextFlowVisionTokenizerConfig"]
+__all__ = ["NextFlowConfig", "NextFlowViTConfig", "NextFlowVisionTokenizerConfig"]
