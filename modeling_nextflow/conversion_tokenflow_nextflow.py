@@ -7,7 +7,6 @@ plans a conversion. Checkpoints are read without running anything that they cont
 import argparse
 import math
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -146,7 +145,7 @@ def load_tokenflow(checkpoint: str | os.PathLike) -> dict[str, torch.Tensor]:
             # Nothing but tensors and containers, and the plain attributes of the arguments of their training script.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # bytes that are something else can fail in any way
             raise ValueError(
                 f"{path} is no PyTorch checkpoint of tensors alone and is not loaded. Save its weights as safetensors "
                 f"where you trust it. The reason: {str(error).splitlines()[0] if str(error) else repr(error)}"

@@ -143,7 +143,7 @@ def tiny_checkpoint(encoder: str, *, cells: int, decoder_channels: int = CHANNEL
 
 
 class Reference:
-    """TokenFlow's `encode` and `decode_code` for one image; `sides` are its scales, `pixels` the side of its images."""
+    """Encoding and decoding of one image; `sides` are its scales, `pixels` the side of its images."""
 
     def __init__(self, state: dict[str, torch.Tensor], *, sides: Sequence[int], pixels: int):
         self.state = {name.replace("vision_model.", ""): value.double() for name, value in state.items()}
