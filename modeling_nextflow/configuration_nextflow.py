@@ -18,6 +18,12 @@ class NextFlowConfig(Qwen2Config):
     Args:
         vocab_size (`int`, *optional*, defaults to 184834):
             `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2).
+        head_dim (`int`, *optional*):
+            Width of an attention head. Defaults to `hidden_size // num_attention_heads`.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether the layers are Qwen3's, which norm queries and keys, in the place of Qwen2.5's.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether Qwen3's projections have a bias. Qwen2.5's queries, keys and values always have one.
         text_vocab_size (`int`, *optional*, defaults to 152064):
             Rows of the language model the text part comes from, its padding included. Image code `c` is token
             `text_vocab_size + c`.
@@ -58,6 +64,9 @@ class NextFlowConfig(Qwen2Config):
     eos_token_id: int | list[int] | None = 151645
     pad_token_id: int | None = 151643
 
+    head_dim: int | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
     text_vocab_size: int = 152064
     codebook_size: int = 32768
     semantic_code_dim: int = 32
@@ -73,6 +82,8 @@ class NextFlowConfig(Qwen2Config):
     train_codebook: bool = True
 
     def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.rope_parameters is None:
             # (scale, row, column) share of the rotary frequencies, interleaved: with contiguous sections the column
             # axis would sit on frequencies too slow to tell two cells apart (not specified by the paper).

@@ -75,7 +75,7 @@ KEYS = {
     "decode_task_layer.*": "decode_task_layer.*",
 }
 
-# Stored by them and read by nothing that encodes or decodes; so is SigLIP's last layer.
+# Stored by them and read by nothing that encodes or decodes; so is SigLIP's last layer, see `target_names`.
 LEFT_BEHIND = (
     "quantize.codebook_used",  # statistics of the training
     "quantize.embedding_vqkd.initted",  # of a codebook trained by k-means
@@ -124,13 +124,23 @@ def from_tokenflow(
     """
     state = load_tokenflow(checkpoint)
     config = config_from_tokenflow(state, image_size=image_size, **(config_overrides or {}))
-    with torch.device("meta"):
-        model = NextFlowVisionTokenizer(config)
+    model = empty_tokenizer(config)
     model.load_state_dict(convert_tokenflow(state, model), assign=True)
+    return cast(model, dtype).eval()
+
+
+def empty_tokenizer(config: NextFlowVisionTokenizerConfig) -> NextFlowVisionTokenizer:
+    """The tokenizer without weights: names and shapes."""
+    with torch.device("meta"):
+        return NextFlowVisionTokenizer(config)
+
+
+def cast(model: NextFlowVisionTokenizer, dtype: torch.dtype) -> NextFlowVisionTokenizer:
+    """`model` itself in `dtype`, its codebooks in float32."""
     for name, module in model.named_children():
         module.to(torch.float32 if name in model._keep_in_fp32_modules_strict else dtype)
     model.config.dtype = dtype
-    return model.eval()
+    return model
 
 
 def load_tokenflow(checkpoint: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -221,10 +231,10 @@ def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTo
     converted: dict[str, torch.Tensor] = {}
     unknown = []
     for name, tensor in state.items():
-        targets = target_names(name)
+        targets = target_names(name, model.config)
         if targets is None:
             unknown.append(name)
-        elif targets and not _is_last_siglip_layer(name, model.config):
+        elif targets:
             parts = tensor.chunk(3) if len(targets) == 3 else (tensor,)
             converted.update(zip(targets, parts, strict=True))
     if unknown:
@@ -249,9 +259,10 @@ def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTo
     return {name: converted[name].contiguous() for name in expected}
 
 
-def target_names(name: str) -> list[str] | None:
+def target_names(name: str, config: NextFlowVisionTokenizerConfig) -> list[str] | None:
     """Where a tensor of theirs goes: to three places, to one, to none (left behind); `None` if it is not known."""
-    if any(_pattern(row).fullmatch(name) for row in LEFT_BEHIND):
+    last_layer = f"encoder_vqkd.encoder.layers.{config.semantic_config.num_hidden_layers - 1}.*"
+    if any(_pattern(row).fullmatch(name) for row in (*LEFT_BEHIND, last_layer)):
         return []
     for theirs, ours in KEYS.items():
         match = _pattern(theirs).fullmatch(name)
@@ -320,10 +331,6 @@ def _siglip_fields(state: Mapping[str, torch.Tensor]) -> dict:
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
     }
-
-
-def _is_last_siglip_layer(name: str, config: NextFlowVisionTokenizerConfig) -> bool:
-    return name.startswith(f"encoder_vqkd.encoder.layers.{config.semantic_config.num_hidden_layers - 1}.")
 
 
 @cache

@@ -138,19 +138,16 @@ def test_every_released_key_has_one_place(variant: str):
 
     assert len(keys) == {"clipb_224": 550, "clipb_224_enhanced": 650, "siglip_384": 848}[variant]
     # one to one: no two of theirs have one place, and what has no place is known
-    targets = [target for name in state for target in target_names(name)]
+    targets = [target for name in state for target in target_names(name, config)]
     assert len(targets) == len(set(targets))
-    left = {name for name in state if not target_names(name)}
+    left = {name for name in state if not target_names(name, config)}
+    assert set(targets) <= set(converted)
     if variant == "siglip_384":
-        assert left == {
-            name for name in state if ".head." in name or "post_layernorm" in name or "scaling_layer" in name
-        } | {"quantize.codebook_used"}
-        assert {target for target in targets if target not in converted} == {
-            target for target in targets if ".layers.26." in target
-        }
+        parts = ("encoder_vqkd.encoder.layers.26.", "encoder_vqkd.post_layernorm.", "encoder_vqkd.head.")
+        unused = {name for name in state if name.startswith(("scaling_layer.", *parts))}
     else:
-        assert left == {"encoder_vqkd.proj", "quantize.codebook_used"}
-        assert set(targets) <= set(converted)
+        unused = {"encoder_vqkd.proj"}
+    assert left == unused | {"quantize.codebook_used"}
     # what is not theirs is zero: biases of keys, and of CLIP's patches
     added = {name for name in converted if name not in targets}
     assert all(name.endswith(("k_proj.bias", "patch_embedding.bias")) for name in added), added
