@@ -58,6 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, or say what would be; returns the exit status, 1 where the checkpoint is not what it should be."""
+    from safetensors import SafetensorError
+
     args = make_parser().parse_args(argv)
     # Weights are read where they lie while the output is written: into the same folder would destroy both.
     if not args.dry_run and args.output.exists() and (args.output.is_file() or any(args.output.iterdir())):
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         (convert_tokenflow if args.source == "tokenflow" else convert_qwen)(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"nextflow-hf convert: {error}", file=sys.stderr)
         return 1
     return 0

@@ -40,7 +40,7 @@ QWEN_FIELDS = (
 )
 
 # Prefix in the checkpoint -> prefix here, the first that fits; nothing: left behind. The vision models of transformers
-# 5 have `language_model.` where the released files and the text models have not.
+# 5 and the files of Qwen3-VL have `language_model.`, the files of Qwen2.5-VL and of text models have not.
 QWEN_PREFIXES = {
     "model.language_model.": "model.",
     "model.visual.": None,
@@ -87,7 +87,7 @@ def config_from_qwen(config: PreTrainedConfig, *, codebook_size: int, **override
         "boi_token_id": text.vocab_size + codebook_size,
         "eoi_token_id": text.vocab_size + codebook_size + 1,
         "rope_parameters": rope,
-        "bos_token_id": text.bos_token_id,
+        "bos_token_id": getattr(text, "bos_token_id", None),
         "tie_word_embeddings": False,
     }
     if third_generation:
@@ -157,13 +157,14 @@ def from_qwen(
     generator = torch.Generator().manual_seed(seed)
     for name in GROWN_TABLES:
         state[name] = _grow(state[name], config.vocab_size, generator)
+    if codebook is not None:
+        state["model.image_codebook.weight"] = codebook.detach()
     dtype = state[GROWN_TABLES[0]].dtype if dtype == "auto" else dtype
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of the modules that the checkpoint does not have
         model = NextFlowForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    if codebook is not None:
-        with torch.no_grad():
-            model.model.image_codebook.weight.copy_(codebook)
+        # Loading initialises only modules that have parameters of their own; this one's scale is known to its parent.
+        torch.nn.init.normal_(model.model.scale_embedding.weight, std=model.model.scale_embedding_std)
     logger.info(
         "kept %d layers and %d text rows, added %d image codes",
         config.num_hidden_layers, config.text_vocab_size, codebook_size,

@@ -96,6 +96,8 @@ SCALE_SIDES = {
     ("clip", 256): (1, 2, 4, 6, 8, 10, 12, 14, 16),
     ("siglip", 384): (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27),
 }
+# Layers of their semantic encoders and decoders, by width: a checkpoint that ends early is not taken for a shorter one.
+KNOWN_DEPTHS = {768: (12, 3), 1152: (27, 3)}
 # Of CLIP the released weights are used at 256 pixels, two cells a side more than its position tables have.
 DEFAULT_IMAGE_SIZE = {"clip": 256, "siglip": 384}
 
@@ -148,18 +150,19 @@ def load_tokenflow(checkpoint: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected a TokenFlow checkpoint, .pt or .safetensors")
-    if path.suffix == ".safetensors":
-        content = load_file(path)
-    else:
-        try:
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
             # Nothing but tensors and containers, and the plain attributes of the arguments of their training script.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:  # bytes that are something else can fail in any way
-            raise ValueError(
-                f"{path} is no PyTorch checkpoint of tensors alone and is not loaded. Save its weights as safetensors "
-                f"where you trust it. The reason: {str(error).splitlines()[0] if str(error) else repr(error)}"
-            ) from error
+    except Exception as error:  # bytes that are something else can fail in any way
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(
+            f"{path} is no checkpoint of tensors alone and is not loaded ({reason}). If you trust it, save its "
+            "weights as safetensors."
+        ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
     state = next((content[name] for name in ("ema", "model", "state_dict") if name in content), content)
@@ -173,7 +176,17 @@ def config_from_tokenflow(
     state: Mapping[str, torch.Tensor], *, image_size: int | None = None, **overrides
 ) -> NextFlowVisionTokenizerConfig:
     """The config of the tokenizer in `state`. `overrides` are fields of [`NextFlowVisionTokenizerConfig`]."""
-    _refuse_incomplete(state, ("quantize.embedding_vqkd.weight", "encoder.conv_in.weight", "decoder.conv_in.weight"))
+    try:
+        values = _read_fields(state, image_size, known_size="scale_sides" not in overrides)
+    except KeyError as error:
+        raise ValueError(
+            f"not a whole TokenFlow tokenizer: {error.args[0]} is missing among {_first(state)}"
+        ) from None
+    return NextFlowVisionTokenizerConfig(**{**values, **overrides})
+
+
+def _read_fields(state: Mapping[str, torch.Tensor], image_size: int | None, *, known_size: bool) -> dict:
+    codebook_size, semantic_code_dim = state["quantize.embedding_vqkd.weight"].shape
     if "encoder_vqkd.class_embedding" in state:
         encoder, semantic = "clip", _clip_fields(state)
     elif "encoder_vqkd.embeddings.patch_embedding.weight" in state:
@@ -182,14 +195,15 @@ def config_from_tokenflow(
         found = _first(name for name in state if name.startswith("encoder_vqkd."))
         raise ValueError(f"the semantic encoder has {found}, expected CLIP's or SigLIP's: ViTamin is not supported")
     image_size = DEFAULT_IMAGE_SIZE[encoder] if image_size is None else image_size
-    if (encoder, image_size) not in SCALE_SIDES and "scale_sides" not in overrides:
+    if known_size and (encoder, image_size) not in SCALE_SIDES:
         sizes = [size for known, size in SCALE_SIDES if known == encoder]
         raise ValueError(f"image_size is {image_size}, expected one of {sizes} for a tokenizer with {encoder}")
     cells = (image_size // semantic["patch_size"]) ** 2
+    width = len(state["decoder_vqkd.fc_norm.weight"])
     decoder = {
-        "hidden_size": len(state["decoder_vqkd.fc_norm.weight"]),
+        "hidden_size": width,
         "intermediate_size": len(state["decoder_vqkd.blocks.0.mlp.fc1.weight"]),
-        "num_hidden_layers": _count(state, "decoder_vqkd.blocks"),
+        "num_hidden_layers": KNOWN_DEPTHS.get(width, (0, _count(state, "decoder_vqkd.blocks")))[1],
         "num_attention_heads": 12,
         "num_patches": cells,
         "hidden_act": "gelu",
@@ -198,7 +212,7 @@ def config_from_tokenflow(
     }
     levels = _count(state, "encoder.conv_blocks")
     encoder_channels = len(state["encoder.conv_in.weight"])
-    values = {
+    return {
         "semantic_config": {**semantic, "num_patches": cells, "vision_use_head": False},
         "semantic_layer": -1 if encoder == "clip" else -2,
         "semantic_feature_size": len(state["decode_task_layer.2.weight"]),
@@ -207,8 +221,8 @@ def config_from_tokenflow(
         "clamp_semantic_pixels": encoder == "siglip",
         "image_size": image_size,
         "scale_sides": SCALE_SIDES.get((encoder, image_size)),
-        "codebook_size": len(state["quantize.embedding_vqkd.weight"]),
-        "semantic_code_dim": state["quantize.embedding_vqkd.weight"].shape[1],
+        "codebook_size": codebook_size,
+        "semantic_code_dim": semantic_code_dim,
         "pixel_code_dim": state["quantize.embedding_vqgan.weight"].shape[1],
         "latent_channels": len(state["encoder.conv_out.weight"]),
         "encoder_channels": encoder_channels,
@@ -222,7 +236,6 @@ def config_from_tokenflow(
         "norm_num_groups": 32,
         "accumulated_loss_weight": 0.0,
     }
-    return NextFlowVisionTokenizerConfig(**{**values, **overrides})
 
 
 def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTokenizer) -> dict[str, torch.Tensor]:
@@ -310,7 +323,7 @@ def _clip_fields(state: Mapping[str, torch.Tensor]) -> dict:
     return {
         "hidden_size": len(weight),
         "intermediate_size": len(state["encoder_vqkd.transformer.resblocks.0.mlp.c_fc.weight"]),
-        "num_hidden_layers": _count(state, "encoder_vqkd.transformer.resblocks"),
+        "num_hidden_layers": KNOWN_DEPTHS.get(len(weight), (_count(state, "encoder_vqkd.transformer.resblocks"),))[0],
         "num_attention_heads": len(weight) // 64,  # as in all of OpenAI's
         "patch_size": weight.shape[-1],
         "hidden_act": "quick_gelu",
@@ -325,7 +338,7 @@ def _siglip_fields(state: Mapping[str, torch.Tensor]) -> dict:
     return {
         "hidden_size": len(weight),
         "intermediate_size": len(state["encoder_vqkd.encoder.layers.0.mlp.fc1.weight"]),
-        "num_hidden_layers": _count(state, "encoder_vqkd.encoder.layers"),
+        "num_hidden_layers": KNOWN_DEPTHS.get(len(weight), (_count(state, "encoder_vqkd.encoder.layers"),))[0],
         "num_attention_heads": 16,
         "patch_size": weight.shape[-1],
         "hidden_act": "gelu_pytorch_tanh",
@@ -341,12 +354,6 @@ def _pattern(row: str) -> re.Pattern:
 
 def _count(state: Mapping[str, torch.Tensor], prefix: str) -> int:
     return len({name[len(prefix) + 1 :].split(".")[0] for name in state if name.startswith(f"{prefix}.")})
-
-
-def _refuse_incomplete(state: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> None:
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise ValueError(f"not a TokenFlow tokenizer: {', '.join(missing)} missing among {_first(state)}")
 
 
 def _first(names: Iterable[str]) -> str:

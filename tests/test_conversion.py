@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from toy import SQUARE, grids_tensor, image_tokens
 from transformers import (
     AutoModelForCausalLM,
@@ -140,38 +140,35 @@ def test_a_converted_model_is_saved_and_loaded_as_any_other(source, tmp_path):
     assert all(torch.equal(one, two) for one, two in zip(model.state_dict().values(), loaded.state_dict().values()))
 
 
-def test_the_released_layout_of_names_is_read_as_well(checkpoint, tmp_path):
-    """transformers 5 writes `model.language_model.` and `model.visual.`; the files on the Hub have them not."""
-    folder, _ = checkpoint
+def test_both_layouts_of_names_are_read(checkpoint, tmp_path):
+    """Files have the released names, `model.` and `visual.`; the model in memory has `model.language_model.`."""
+    folder, qwen = checkpoint
+    assert {"model.norm.weight", "visual.patch_embed.proj.weight", "lm_head.weight"} <= read_checkpoint(folder).keys()
     shutil.copy(folder / "config.json", tmp_path)
-    state = {}
-    for file in folder.glob("*.safetensors"):
-        state |= load_file(file)
-    released = {
-        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
-        for name, value in state.items()
-    }
-    assert {"model.norm.weight", "visual.patch_embed.proj.weight", "lm_head.weight"} <= released.keys()
-    save_file(released, tmp_path / "model.safetensors")
+    assert "model.language_model.norm.weight" in qwen.state_dict()
+    save_file(qwen.state_dict(), tmp_path / "model.safetensors")
     one, two = (from_qwen(each, codebook_size=24) for each in (folder, tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_weights_stay_in_the_files(checkpoint):
-    """Only the tables that grow take memory: a copy of everything would show as another file descriptor's pages."""
+def test_weights_stay_in_the_files(checkpoint, tmp_path):
+    """No copy of the layers is made: their memory is the files', and is copied where it is written to."""
     folder, _ = checkpoint
-    before = mapped(folder)
-    model = from_qwen(folder, codebook_size=24)
-    assert mapped(folder) > before
-    model.model.layers[0].mlp.up_proj.weight.data.zero_()  # copied when written: the checkpoint stays as it is
-    again = from_qwen(folder, codebook_size=24)
-    assert again.model.layers[0].mlp.up_proj.weight.abs().min() >= 0
-    assert not torch.equal(again.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    model = from_qwen(tmp_path, codebook_size=24)
+    kept = [value for name, value in model.named_parameters() if name.startswith(("model.layers.", "model.norm."))]
+    ranges = mapped(tmp_path)
+    assert ranges and all(any(low <= value.data_ptr() < high for low, high in ranges) for value in kept)
+    assert not any(low <= model.lm_head.weight.data_ptr() < high for low, high in ranges)
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    assert from_qwen(tmp_path, codebook_size=24).model.layers[0].mlp.up_proj.weight.std() > 0
 
 
-def mapped(folder) -> int:
-    with open("/proc/self/maps") as maps:
-        return sum(str(folder) in line for line in maps)
+def mapped(folder) -> list[tuple[int, int]]:
+    """Addresses at which files of the folder are mapped."""
+    with open("/proc/self/maps") as lines:
+        ranges = [line.split()[0].split("-") for line in lines if str(folder) in line]
+    return [(int(low, 16), int(high, 16)) for low, high in ranges]
 
 
 def test_new_rows_look_like_text_rows(checkpoint):
@@ -185,6 +182,8 @@ def test_new_rows_look_like_text_rows(checkpoint):
     assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
     std = model.model.scale_embedding.weight.std()
     torch.testing.assert_close(std, torch.tensor(model.model.scale_embedding_std), atol=0.01, rtol=0)
+    weights = {name: value for name, value in model.named_parameters() if name.startswith("model.connector.linear")}
+    assert all((value == 0).all() if "bias" in name else value.std() > 0.01 for name, value in weights.items())
 
 
 def test_dtype_is_that_of_the_files_or_the_one_asked_for(checkpoint):
@@ -291,7 +290,7 @@ def test_incomplete_checkpoints_are_refused_with_what_is_missing(checkpoint, tmp
     folder, _ = checkpoint
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    lost = index["weight_map"]["model.language_model.norm.weight"]
+    lost = index["weight_map"]["model.norm.weight"]
     (tmp_path / lost).unlink()
     with pytest.raises(FileNotFoundError, match=f"lacks 1 of .* files of weights: .'{lost}'"):
         from_qwen(tmp_path, codebook_size=24)
@@ -300,7 +299,7 @@ def test_incomplete_checkpoints_are_refused_with_what_is_missing(checkpoint, tmp
 
     state = read_checkpoint(folder)
     model = empty_model(config_from_qwen(FAMILIES["qwen2.5-vl"][1](), codebook_size=24))
-    norm = state.pop("model.language_model.norm.weight")
+    norm = state.pop("model.norm.weight")
     with pytest.raises(ValueError, match="1 tensors are missing: model.norm.weight$"):
         convert_qwen(state, model, tied=False)
     with pytest.raises(ValueError, match="1 tensors have no place: model.norms.weight$"):

@@ -15,6 +15,7 @@ from nextflow_hf.modeling_nextflow.conversion_tokenflow_nextflow import (
     _pattern,
     config_from_tokenflow,
     convert_tokenflow,
+    empty_tokenizer,
     from_tokenflow,
     load_tokenflow,
     target_names,
@@ -186,7 +187,7 @@ class Malicious:
 def test_nothing_in_a_checkpoint_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {}, "args": Malicious()}, "bad.pt")
-    with pytest.raises(ValueError, match="bad.pt is no PyTorch checkpoint of tensors alone"):
+    with pytest.raises(ValueError, match="bad.pt is no checkpoint of tensors alone"):
         from_tokenflow("bad.pt")
     assert not Path("unpickled").exists()
 
@@ -208,7 +209,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file .*nowhere.pt"):
         from_tokenflow(tmp_path / "nowhere.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match="text.pt is no PyTorch checkpoint"):
+    with pytest.raises(ValueError, match="text.pt is no checkpoint"):
         from_tokenflow(tmp_path / "text.pt")
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list, expected a dictionary"):
@@ -216,11 +217,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     torch.save({"weights": {"a": torch.ones(2)}, "step": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="has weights, step at its top, expected ema, model or state_dict"):
         from_tokenflow(tmp_path / "other.pt")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match="text.safetensors is no checkpoint"):
+        from_tokenflow(tmp_path / "text.safetensors")
     torch.save({"a": torch.ones(2)}, tmp_path / "flat.pt")
-    with pytest.raises(
-        ValueError, match="not a TokenFlow tokenizer: quantize.embedding_vqkd.weight, .* missing among a"
-    ):
+    with pytest.raises(ValueError, match="not a whole .*: quantize.embedding_vqkd.weight is missing among a$"):
         from_tokenflow(tmp_path / "flat.pt")
+
+
+@pytest.mark.parametrize("layer", ["encoder_vqkd.transformer.resblocks.11.", "decoder_vqkd.blocks.2."])
+def test_a_checkpoint_that_ends_early_is_not_taken_for_a_shorter_one(layer: str):
+    state = {name: torch.empty(shape, device="meta") for name, shape in released_keys("clipb_224").items()}
+    state = {name: value for name, value in state.items() if not name.startswith(layer)}
+    with pytest.raises(ValueError, match=r"16 tensors are missing: semantic_.*layers\.(11|2)\.layer_norm1"):
+        convert_tokenflow(state, empty_tokenizer(config_from_tokenflow(state)))
 
 
 def test_incomplete_and_foreign_tensors_are_named(tmp_path):
