@@ -96,7 +96,7 @@ SCALE_SIDES = {
     ("clip", 256): (1, 2, 4, 6, 8, 10, 12, 14, 16),
     ("siglip", 384): (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27),
 }
-# Layers of their semantic encoders and decoders, by width: a checkpoint that ends early is not taken for a shorter one.
+# Layers of their semantic encoder and decoder, by width: a checkpoint that ends early is not taken for a shorter one.
 KNOWN_DEPTHS = {768: (12, 3), 1152: (27, 3)}
 # Of CLIP the released weights are used at 256 pixels, two cells a side more than its position tables have.
 DEFAULT_IMAGE_SIZE = {"clip": 256, "siglip": 384}
