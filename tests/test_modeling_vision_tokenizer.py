@@ -589,7 +589,7 @@ def test_bad_configs_raise():
         NextFlowVisionTokenizer(config(semantic_config={**config().semantic_config.to_dict(), "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match="semantic_layer is -3, expected -1 or -2"):
         NextFlowVisionTokenizer(config(semantic_layer=-3))
-    with pytest.raises(ValueError, match="image_size 20 has 5 patches of 4 pixels a side, .* num_patches = 16"):
+    with pytest.raises(ValueError, match="image_size 20 has 5 patches of 4 pixels a side, .*num_patches = 16"):
         NextFlowVisionTokenizer(config(image_size=20))
     with pytest.raises(ValueError, match="130 channels, expected a multiple of its 32 norm groups"):
         NextFlowVisionTokenizer(config(encoder_channels=130))
