@@ -6,6 +6,7 @@ silent the docstring says so; every such choice is a named field.
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config, Siglip2VisionConfig
+from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
 
 
@@ -17,6 +18,12 @@ class NextFlowConfig(Qwen2Config):
     Args:
         vocab_size (`int`, *optional*, defaults to 184834):
             `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2).
+        head_dim (`int`, *optional*):
+            Width of an attention head. Defaults to `hidden_size // num_attention_heads`.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether the layers are Qwen3's, which norm queries and keys, in the place of Qwen2.5's.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether Qwen3's projections have a bias. Qwen2.5's queries, keys and values always have one.
         text_vocab_size (`int`, *optional*, defaults to 152064):
             Rows of the language model the text part comes from, its padding included. Image code `c` is token
             `text_vocab_size + c`.
@@ -57,6 +64,9 @@ class NextFlowConfig(Qwen2Config):
     eos_token_id: int | list[int] | None = 151645
     pad_token_id: int | None = 151643
 
+    head_dim: int | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
     text_vocab_size: int = 152064
     codebook_size: int = 32768
     semantic_code_dim: int = 32
@@ -72,6 +82,8 @@ class NextFlowConfig(Qwen2Config):
     train_codebook: bool = True
 
     def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.rope_parameters is None:
             # (scale, row, column) share of the rotary frequencies, interleaved: with contiguous sections the column
             # axis would sit on frequencies too slow to tell two cells apart (not specified by the paper).
@@ -89,14 +101,45 @@ class NextFlowConfig(Qwen2Config):
 
 
 @strict
+class NextFlowViTConfig(Siglip2VisionConfig):
+    r"""
+    Configuration of [`NextFlowViT`]: SigLIP2's, and what CLIP and BEiT have besides.
+
+    Args:
+        class_token (`bool`, *optional*, defaults to `False`): Whether a learned token stands before the patches.
+        pre_layernorm (`bool`, *optional*, defaults to `False`): Whether a norm precedes the first layer, as in CLIP.
+    """
+
+    class_token: bool = False
+    pre_layernorm: bool = False
+
+
+@strict
 class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     r"""
     Configuration of [`NextFlowVisionTokenizer`]: dual-codebook multi-scale residual tokenizer after TokenFlow (§2.1).
 
     Args:
-        semantic_config (`Siglip2VisionConfig` or `dict`, *optional*):
+        semantic_config (`NextFlowViTConfig` or `dict`, *optional*):
             The semantic encoder. Defaults to SigLIP2-so400m-patch16-naflex without its pooling head. Its `patch_size`
-            must equal the pixel branch's stride, `2 ** (len(channel_multipliers) - 1)`.
+            must equal the pixel branch's stride, `2 ** (len(channel_multipliers) - 1)`, unless there is an
+            `image_size`.
+        semantic_layer (`int`, *optional*, defaults to -2):
+            Which of its hidden states is the feature: -2, the input of its last layer, as it is; -1, the output of
+            its last layer, through its last norm (TokenFlow's CLIP).
+        semantic_feature_size (`int`, *optional*):
+            Width of the features that the semantic decoder predicts. Defaults to the encoder's hidden size.
+        semantic_decoder_config (`NextFlowViTConfig` or `dict`, *optional*):
+            The semantic decoder where it is not the encoder's layers, `semantic_decoder_layers` of them, on cells.
+        clamp_semantic_pixels (`bool`, *optional*, defaults to `False`):
+            Whether the semantic encoder sees pixels limited to [-1, 1], as TokenFlow's SigLIP does.
+        image_size (`int`, *optional*):
+            Side in pixels of the only, square images that a tokenizer of fixed size takes and gives. The pixel branch
+            works at its stride times the semantic encoder's grid; where that is another size, images are resized to
+            it and back bicubically. By default every image is the stride times its last grid.
+        scale_sides (`list[int]`, *optional*):
+            Sides of the square grids that a tokenizer of fixed size was trained with, coarse to fine: what
+            [`~NextFlowVisionTokenizer.get_image_grids`] gives.
         codebook_size (`int`, *optional*, defaults to 32768): Number of codes; one index addresses both codebooks.
         semantic_code_dim (`int`, *optional*, defaults to 32): Width of the semantic codebook.
         pixel_code_dim (`int`, *optional*, defaults to 8): Width of the pixel codebook.
@@ -128,9 +171,18 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     """
 
     model_type = "nextflow_vision_tokenizer"
-    sub_configs_defaults = {"semantic_config": Siglip2VisionConfig}
+    sub_configs_defaults = {
+        "semantic_config": NextFlowViTConfig,
+        "semantic_decoder_config": SubConfigSpec(config_class=NextFlowViTConfig, optional=True),
+    }
 
     semantic_config: dict | PreTrainedConfig | None = None
+    semantic_layer: int = -2
+    semantic_feature_size: int | None = None
+    semantic_decoder_config: dict | PreTrainedConfig | None = None
+    clamp_semantic_pixels: bool = False
+    image_size: int | None = None
+    scale_sides: list[int] | tuple[int, ...] | None = None
     codebook_size: int = 32768
     semantic_code_dim: int = 32
     pixel_code_dim: int = 8
@@ -165,8 +217,12 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
                 "num_patches": 256,
                 "vision_use_head": False,
             }
-        if isinstance(self.semantic_config, dict):
-            self.semantic_config = Siglip2VisionConfig(**self.semantic_config)
+        for name in ("semantic_config", "semantic_decoder_config"):
+            value = getattr(self, name)
+            if isinstance(value, Siglip2VisionConfig) and not isinstance(value, NextFlowViTConfig):
+                value = value.to_dict()
+            if isinstance(value, dict):
+                setattr(self, name, NextFlowViTConfig(**value))
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:
@@ -179,8 +235,8 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
 
     @property
     def patch_size(self) -> int:
-        """Pixels per cell of the last grid, along each axis."""
+        """The pixel branch's stride: its pixels per cell of the last grid, along each axis."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
-__all__ = ["NextFlowConfig", "NextFlowVisionTokenizerConfig"]
+__all__ = ["NextFlowConfig", "NextFlowViTConfig", "NextFlowVisionTokenizerConfig"]

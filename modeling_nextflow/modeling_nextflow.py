@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -69,7 +70,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2DecoderLayer"]
+    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     # Patterns. Quantisation leaves these modules alone, and float16 keeps them in float32: codes are cast to the
     # connector's dtype, which must be one to compute in. The head is left alone as every output embedding is.
@@ -78,7 +79,10 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": Qwen2Attention}
+    _can_record_outputs = {
+        "hidden_states": [Qwen2DecoderLayer, Qwen3DecoderLayer],
+        "attentions": [Qwen2Attention, Qwen3Attention],
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -98,9 +102,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.image_codebook.weight.requires_grad_(config.train_codebook)
         self.connector = NextFlowConnector(config)
         self.scale_embedding = nn.Embedding(config.max_scales, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [Qwen2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
+        layer_class = Qwen3DecoderLayer if config.qk_norm else Qwen2DecoderLayer
+        self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = NextFlowRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -402,11 +405,11 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_qwen2_5_vl(cls, pretrained_model_name_or_path, codebook: torch.Tensor | None = None, **kwargs):
-        """The model alignment starts from; see [`conversion_nextflow.from_qwen2_5_vl`]."""
-        from .conversion_nextflow import from_qwen2_5_vl
+    def from_qwen(cls, pretrained_model_name_or_path, codebook: torch.Tensor | None = None, **kwargs):
+        """The model alignment starts from; see [`conversion_nextflow.from_qwen`]."""
+        from .conversion_nextflow import from_qwen
 
-        return from_qwen2_5_vl(pretrained_model_name_or_path, codebook, **kwargs)
+        return from_qwen(pretrained_model_name_or_path, codebook, **kwargs)
 
     @can_return_tuple
     def forward(
