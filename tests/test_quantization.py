@@ -16,13 +16,15 @@ from nextflow_hf import NextFlowForCausalLM, NextFlowModel, NextFlowPipeline
 LAYER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 LAYER += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 DECODER = {f"layers.{index}.{name}" for index in range(2) for name in LAYER}
+# Four-bit weights come in blocks of 64, and a row must be whole blocks.
+BLOCKS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
 PROMPT = torch.tensor([[5, 7, IDS["boi_token_id"]]])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    toy_model().save_pretrained(folder)
+    toy_model(**BLOCKS).save_pretrained(folder)
     return folder
 
 
@@ -107,7 +109,7 @@ def test_float16_keeps_the_small_modules_in_float32(folder):
     assert kept == {f"model.{name}" for name in (*linears, "scale_embedding.weight", "image_codebook.weight")}
     assert model.dtype == torch.float16
     assert draw(model).shape == (30,)
-    torch.testing.assert_close(logits(model), logits(toy_model()), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(logits(model), logits(toy_model(**BLOCKS)), atol=0.05, rtol=0.05)
 
 
 def test_bfloat16_is_bfloat16_all_over(folder):
@@ -134,7 +136,7 @@ def test_bitsandbytes(folder, bits, tmp_path):
     # Before the first pass: on a CPU it repacks four-bit weights, and what is saved after it is wrong.
     model.save_pretrained(tmp_path)
     again = NextFlowForCausalLM.from_pretrained(tmp_path).eval()
-    expected = logits(toy_model())
+    expected = logits(toy_model(**BLOCKS))
     found = logits(model.eval())
     assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > (0.99 if bits == 8 else 0.9)
     torch.testing.assert_close(logits(again), found, atol=1e-2, rtol=1e-2)
@@ -145,7 +147,7 @@ def test_a_pipeline_with_a_four_bit_transformer(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from diffusers import PipelineQuantizationConfig
 
-    toy_pipeline().save_pretrained(tmp_path)
+    toy_pipeline(**BLOCKS).save_pretrained(tmp_path)
     config = PipelineQuantizationConfig(
         quant_backend="bitsandbytes_4bit",
         quant_kwargs={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -184,7 +186,7 @@ def test_torchao(folder):
     model = NextFlowForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
     quantised = {name for name, one in model.named_modules() if isinstance(one, nn.Linear) and _is_quantised(one)}
     assert quantised == {f"model.{name}" for name in DECODER}
-    torch.testing.assert_close(logits(model), logits(toy_model()), atol=0.2, rtol=0.2)
+    torch.testing.assert_close(logits(model), logits(toy_model(**BLOCKS)), atol=0.2, rtol=0.2)
     assert draw(model).shape == (30,)
 
 
