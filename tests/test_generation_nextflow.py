@@ -230,12 +230,12 @@ def test_image_settings_are_saved_and_loaded(model, tmp_path):
 
 
 BAD_CALLS = {
-    "no boi": ({"input_ids": torch.tensor([[5, 6]])}, "must end in <boi>"),
+    "no boi": ({"input_ids": torch.tensor([[5, 6]])}, "hold 0 <boi> tokens, image_grids has 1 rows"),
     "right padding": ({"attention_mask": torch.tensor([[1, 0]])}, "padded on the left"),
     "grids missing": ({"image_grids": grids_tensor()}, "1 <boi> tokens, image_grids has 0 rows"),
     "no negative": ({"guidance_scale": 2.0}, "needs negative_input_ids"),
     "generators": ({"generator": [torch.Generator()] * 2}, "got 2 generators for a batch of 1"),
-    "mode": ({"generation_mode": "video"}, "'text' or 'image', got 'video'"),
+    "mode": ({"generation_mode": "video"}, "'image' or 'interleaved', got 'video'"),
     "two schedules": (
         {"input_ids": torch.tensor([[5, BOI], [6, BOI]]), "image_grids": grids_tensor(SQUARE, WIDE)},
         "must share one schedule",
