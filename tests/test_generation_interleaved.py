@@ -27,8 +27,11 @@ def model() -> NextFlowForCausalLM:
 
 
 def draw_after_some(ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-    """Rows whose last token is a multiple of three begin an image. A property of the row alone."""
-    boost = torch.where(ids[:, -1] % 3 == 0, 1e4, -1e4)
+    """A row begins an image after a multiple of three and after a token twice in a row: a property of it alone."""
+    begins = ids[:, -1] % 3 == 0
+    if ids.shape[1] > 1:
+        begins = begins | (ids[:, -1] == ids[:, -2])
+    boost = torch.where(begins, 1e4, -1e4)
     scores = scores.clone()
     scores[:, BOI] = scores[:, BOI] + boost
     return scores
