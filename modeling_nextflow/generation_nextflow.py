@@ -40,21 +40,21 @@ GENERATION_MODES = ("text", "image", "interleaved")
 
 
 @dataclass
-class NextFlowImageGenerationOutput(ModelOutput):
+class NextFlowImageGenerationOutput:
     r"""
-    Images drawn by [`NextFlowGenerationMixin.generate_images`].
+    Images drawn by [`NextFlowGenerationMixin.generate_images`]. No `ModelOutput`: `pipeline("any-to-any")` would make
+    a plain one of it, and asks for `to`.
 
     Args:
         image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes of all images, in order, scale-major.
         image_grids (`torch.LongTensor` of shape `(batch, max_scales, 2)`): Their schedules.
     """
 
-    image_codes: torch.LongTensor | None = None
-    image_grids: torch.LongTensor | None = None
+    image_codes: torch.LongTensor
+    image_grids: torch.LongTensor
 
-    def to(self, *args, **kwargs) -> "NextFlowImageGenerationOutput":
-        """The same on another device, as `pipeline("any-to-any")` asks for."""
-        return type(self)(**{name: tensor.to(*args, **kwargs) for name, tensor in self.items()})
+    def to(self, device: torch.device | str) -> "NextFlowImageGenerationOutput":
+        return NextFlowImageGenerationOutput(self.image_codes.to(device), self.image_grids.to(device))
 
 
 class TextOnlyLogitsProcessor(LogitsProcessor):
@@ -89,7 +89,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         *,
         generation_mode: str = "text",
         **kwargs,
-    ) -> torch.LongTensor | ModelOutput:
+    ) -> torch.LongTensor | ModelOutput | NextFlowImageGenerationOutput:
         r"""
         Write, draw, or both.
 

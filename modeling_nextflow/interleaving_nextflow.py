@@ -254,9 +254,10 @@ def generate_interleaved(
     waiting = torch.zeros_like(writing)
     while True:
         # 2a. A token for each row that writes
-        scores = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-        _keep_text(scores, num_images < drawing.max_images, model)
-        scores = logits_processor(answers.ids, scores)
+        scores = logits.to(dtype=torch.float32, device=input_ids.device)
+        may_draw = num_images < drawing.max_images
+        scores = logits_processor(answers.ids, _keep_text(scores, may_draw, model))
+        scores = _keep_text(scores, may_draw, model)  # whatever the processors wish
         tokens = _choose(scores, writing, drawing.generators) if generation_config.do_sample else scores.argmax(-1)
         answers.write(tokens[:, None], writing)
         begun = writing & (tokens == model.config.boi_token_id)
@@ -296,13 +297,15 @@ def generate_interleaved(
     )
 
 
-def _keep_text(scores: torch.FloatTensor, may_draw: torch.BoolTensor, model: PreTrainedModel) -> None:
-    """Rule out, in place, all that is no text but, in rows that `may_draw`, `<boi>`."""
+def _keep_text(scores: torch.FloatTensor, may_draw: torch.BoolTensor, model: PreTrainedModel) -> torch.FloatTensor:
+    """Scores in which all is ruled out that is no text but, in rows that `may_draw`, `<boi>`."""
     config = model.config
+    scores = scores.clone()
     boi = scores[:, config.boi_token_id].where(may_draw, -float("inf"))
     scores[:, config.text_vocab_size :] = -float("inf")
     scores[:, config.image_token_id] = -float("inf")
     scores[:, config.boi_token_id] = boi
+    return scores
 
 
 def _choose(
