@@ -229,16 +229,30 @@ class NextFlowGenerationMixin(GenerationMixin):
             return {**arguments, "input_ids": input_ids}
         if ends.any():
             raise ValueError(f"{int(ends.sum())} of {len(ends)} prompts end in <boi>, expected all or none")
-        mask = arguments.get("attention_mask")
-        image_grids = arguments.get("image_grids")
-        target_grids = self._targets(input_ids, arguments.get("image_codes"), image_grids, target_grids, config)
+        target_grids = self._targets(
+            input_ids, arguments.get("image_codes"), arguments.get("image_grids"), target_grids, config
+        )
+        prompts = self._append_boi({**arguments, "input_ids": input_ids}, target_grids)
+        prompts.setdefault("image_grids", target_grids)
+        if "negative_input_ids" in arguments:
+            prompts = self._append_boi(prompts, target_grids, prefix="negative_")
+        return prompts
+
+    def _append_boi(self, prompts: dict[str, Any], target_grids: torch.LongTensor, prefix: str = "") -> dict[str, Any]:
+        """Prompts with a `<boi>` at their end and, where they have images, its grids behind those of the row."""
+        boi = self.config.boi_token_id
+        input_ids, attention_mask, image_codes, image_grids = (
+            prompts.get(f"{prefix}{name}") for name in ("input_ids", "attention_mask", "image_codes", "image_grids")
+        )
+        appended = {f"{prefix}input_ids": F.pad(input_ids, (0, 1), value=boi)}
+        if attention_mask is not None:
+            appended[f"{prefix}attention_mask"] = F.pad(attention_mask, (0, 1), value=1)
         if image_grids is not None:
-            _, by_row = split_images(input_ids, arguments.get("image_codes"), image_grids, boi_token_id=boi)
-            target_grids = torch.cat([torch.cat([row, own[None]]) for row, own in zip(by_row, target_grids)])
-        arguments = {**arguments, "input_ids": F.pad(input_ids, (0, 1), value=boi), "image_grids": target_grids}
-        if mask is not None:
-            arguments["attention_mask"] = F.pad(mask, (0, 1), value=1)
-        return arguments
+            _, by_row = split_images(input_ids, image_codes, image_grids, boi_token_id=boi)
+            appended[f"{prefix}image_grids"] = torch.cat(
+                [grids for row, own in zip(by_row, target_grids) for grids in (row, own[None])]
+            )
+        return {**prompts, **appended}
 
     def _targets(
         self,
@@ -358,7 +372,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         plans = [plan_for(schedule_of(row)) for row in target_grids]
         drawing = Drawing(target_grids, plan_for, _one_per_row(generator, len(input_ids)), max_images)
         if any(step.guidance_scale != 1 for plan in plans for step in plan):
-            drawing.negative = self._negative_context(target_grids, **negative)
+            images = arguments.get("image_codes"), arguments.get("image_grids")
+            drawing.negative = self._negative_context(input_ids, *images, target_grids, negative)
         if streamer is not None:
             streamer = TextStreamer(streamer, self._is_text)
         decode = functools.partial(generate_interleaved, drawing=drawing, streamer=streamer)
@@ -378,25 +393,23 @@ class NextFlowGenerationMixin(GenerationMixin):
 
     def _negative_context(
         self,
-        target_grids: torch.LongTensor,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
+        input_ids: torch.LongTensor,
         image_codes: torch.LongTensor | None,
         image_grids: torch.LongTensor | None,
+        target_grids: torch.LongTensor,
+        negative: dict[str, torch.Tensor | None],
     ) -> PromptRows:
-        """The unconditional prompts with a `<boi>` at their end, one for each row of `target_grids`."""
-        if input_ids is None:
+        """The unconditional prompts with a `<boi>` at their end, one for each prompt."""
+        if negative["input_ids"] is None:
             raise ValueError("image_guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt")
-        boi = self.config.boi_token_id
-        if (input_ids[:, -1] == boi).any():
+        if (negative["input_ids"][:, -1] == self.config.boi_token_id).any():
             raise ValueError("in interleaved mode negative_input_ids must not end in <boi>: it is put there")
-        by_row = [target_grids[:0]] * len(input_ids)
-        if image_grids is not None:
-            _, by_row = split_images(input_ids, image_codes, image_grids, boi_token_id=boi)
-        grids = torch.cat([torch.cat([row, own[None]]) for row, own in zip(by_row, target_grids)])
-        mask = None if attention_mask is None else F.pad(attention_mask, (0, 1), value=1)
-        rows = self._prompt_rows(F.pad(input_ids, (0, 1), value=boi), mask, image_codes, grids)
-        return repeat_rows(rows, len(target_grids))
+        prompts = self._append_boi(
+            {"input_ids": input_ids, "image_codes": image_codes, "image_grids": image_grids}, target_grids
+        )
+        grids = target_grids if image_grids is None else prompts["image_grids"]
+        rows = self._prompt_rows(prompts["input_ids"], None, image_codes, grids)
+        return self._negative_rows(rows, **self._append_boi(negative, target_grids))
 
     def _is_text(self, token_ids: torch.LongTensor) -> torch.BoolTensor:
         return (token_ids < self.config.text_vocab_size) & (token_ids != self.config.image_token_id)

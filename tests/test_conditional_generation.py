@@ -226,6 +226,43 @@ def test_interleaved_answer_becomes_text_and_pictures(pipe, model):
     assert model.generate(**following, do_sample=False, max_new_tokens=2).shape[0] == 1
 
 
+@pytest.mark.parametrize("mode", ["image", "text"], ids=["prompt ends in boi", "boi is put there"])
+def test_guidance_is_the_pipelines(pipe, model, mode):
+    drawn = pipe(
+        "ab", image=Image.new("RGB", (16, 16), "red"), guidance_scale=3.0, temperature=0.0, output_type="codes"
+    )
+    prompts = {
+        name: inputs_of(pipe, messages("<image>", "ab"), generation_mode="image", **options)
+        for name, options in {"plain": {}, "guided": {"negative_prompt": ""}}.items()
+    }
+    inputs = prompts["guided"]
+    assert set(inputs) - set(prompts["plain"]) == {"negative_input_ids", "negative_attention_mask"}
+    if mode == "text":
+        inputs = {name: value[:, :-1] if value.ndim == 2 else value for name, value in inputs.items()}
+        inputs["image_grids"] = inputs["image_grids"][:1]
+    settings = {"image_temperature": 0.0, "generation_mode": "image"}
+    found = model.generate(**inputs, image_guidance_scale=3.0, **settings)
+    assert torch.equal(found.image_codes, drawn.image_codes)
+    plain = model.generate(**prompts["plain"], **settings)
+    assert not torch.equal(plain.image_codes, drawn.image_codes)
+
+
+def test_interleaved_guidance_sees_the_images_of_the_prompt(pipe, model):
+    def begin(ids, scores):
+        scores = scores.clone()
+        scores[:, pipe.processor.boi_token_id] = 1e4
+        return scores
+
+    inputs = inputs_of(pipe, messages("<image>", "ab"), generation_mode="interleaved", negative_prompt="x")
+    settings = {"image_guidance_scale": 3.0, "image_temperature": 0.0}
+    out = model.generate(
+        **inputs, **settings, generation_mode="interleaved", max_new_tokens=1, logits_processor=[begin]
+    )
+    drawing = inputs_of(pipe, messages("<image>", "ab"), generation_mode="image", negative_prompt="x")
+    expected = model.generate(**drawing, **settings, generation_mode="image")
+    assert torch.equal(out.answer().image_codes, expected.image_codes)
+
+
 BAD_CALLS = {
     "both": ({"image_codes": torch.zeros(30, dtype=torch.long)}, "pass one, `get_image_tokens` gives codes"),
     "no grids": ({"image_grids": None}, "need input_ids and image_grids"),
