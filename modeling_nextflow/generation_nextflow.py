@@ -460,7 +460,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         input_ids,
         next_sequence_length=None,
         past_key_values=None,
-        *args,
+        attention_mask=None,
+        inputs_embeds=None,
         is_first_iteration=False,
         use_cache=True,
         **kwargs,
@@ -472,11 +473,22 @@ class NextFlowGenerationMixin(GenerationMixin):
                 kwargs["image_codes"], kwargs["image_grids"] = self._images_after(
                     input_ids, next_sequence_length, kwargs.get("image_codes"), kwargs["image_grids"]
                 )
+        if kwargs.get("image_grids") is not None and past_key_values is not None and past_key_values.is_compileable:
+            # For such a cache transformers builds the mask itself, and knows nothing of blocks.
+            length = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
+            attention_mask = self.model.get_mask(
+                torch.empty(len(input_ids), length, 0, dtype=self.dtype, device=input_ids.device),
+                attention_mask,
+                kwargs["position_ids"][..., -length:],
+                past_key_values,
+                self.model.get_image_layout(input_ids[:, -length:], kwargs["image_grids"]),
+            )
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length,
             past_key_values,
-            *args,
+            attention_mask,
+            inputs_embeds,
             is_first_iteration=is_first_iteration,
             use_cache=use_cache,
             **kwargs,

@@ -290,7 +290,7 @@ def test_image_mode_takes_settings_under_both_names_and_greedy(model):
     assert torch.equal(several.image_codes, expected.repeat(3)) and len(several.image_grids) == 3
 
 
-IMAGE_PROMPTS = torch.tensor([[5, *image_tokens(WIDE), 6, 7], [0] * 13 + [8, 9, 10]])
+IMAGE_PROMPTS = torch.tensor([[5, *image_tokens(WIDE), 6, 7], [0] * 15 + [8, 9, 10]])
 IMAGE_PROMPTS = {
     "input_ids": IMAGE_PROMPTS,
     "attention_mask": (IMAGE_PROMPTS != 0).long(),
@@ -309,7 +309,7 @@ def test_beams_and_returned_sequences_repeat_the_images_of_a_row(model):
             "image_codes": random_codes(WIDE),
             "image_grids": grids_tensor(WIDE),
         },
-        {"input_ids": IMAGE_PROMPTS["input_ids"][1:, 13:]},
+        {"input_ids": IMAGE_PROMPTS["input_ids"][1:, 15:]},
     ]
     for index, row in enumerate(rows):
         alone = model.generate(**row, **settings, output_scores=True, return_dict_in_generate=True)
