@@ -57,6 +57,10 @@ def messages(*parts, color: str = "red"):
     return [{"role": "user", "content": content}]
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def inputs_of(pipe, conversation, **options):
     return pipe.processor.apply_chat_template(
         conversation, tokenize=True, return_dict=True, return_tensors="pt", **{"generation_mode": "text", **options}
@@ -179,10 +183,13 @@ def test_generate_with_pixels_equals_generate_with_codes(pipe, model, mode):
     sources = torch.cat([grids[:1] for grids in inputs["image_grids"].split(counts)])
     codes = {name: value for name, value in inputs.items() if name != "pixel_values"}
     codes["image_codes"] = pipe.vision_tokenizer.encode(inputs["pixel_values"], sources).image_codes
-    settings = {**GREEDY, "generation_mode": mode}
+    settings = {"generation_mode": mode}
     if mode != "image":
-        settings["max_new_tokens"] = 6
-    expected, found = pipe.transformer.generate(**codes, **settings), model.generate(**inputs, **settings)
+        settings |= {"max_new_tokens": 6, "do_sample": False}
+    expected, found = (
+        generate(**given, **settings, **({} if mode == "text" else {"generator": [seeded(0), seeded(1)]}))
+        for generate, given in ((pipe.transformer.generate, codes), (model.generate, inputs))
+    )
     if mode == "text":
         assert torch.equal(found, expected)
     else:
@@ -228,9 +235,8 @@ def test_interleaved_answer_becomes_text_and_pictures(pipe, model):
 
 @pytest.mark.parametrize("mode", ["image", "text"], ids=["prompt ends in boi", "boi is put there"])
 def test_guidance_is_the_pipelines(pipe, model, mode):
-    drawn = pipe(
-        "ab", image=Image.new("RGB", (16, 16), "red"), guidance_scale=3.0, temperature=0.0, output_type="codes"
-    )
+    source = Image.new("RGB", (16, 16), "red")
+    drawn = pipe("ab", image=source, guidance_scale=3.0, generator=seeded(0), output_type="codes").image_codes
     prompts = {
         name: inputs_of(pipe, messages("<image>", "ab"), generation_mode="image", **options)
         for name, options in {"plain": {}, "guided": {"negative_prompt": ""}}.items()
@@ -240,11 +246,11 @@ def test_guidance_is_the_pipelines(pipe, model, mode):
     if mode == "text":
         inputs = {name: value[:, :-1] if value.ndim == 2 else value for name, value in inputs.items()}
         inputs["image_grids"] = inputs["image_grids"][:1]
-    settings = {"image_temperature": 0.0, "generation_mode": "image"}
-    found = model.generate(**inputs, image_guidance_scale=3.0, **settings)
-    assert torch.equal(found.image_codes, drawn.image_codes)
-    plain = model.generate(**prompts["plain"], **settings)
-    assert not torch.equal(plain.image_codes, drawn.image_codes)
+    seed = int(torch.randint(2**63 - 1, (), generator=seeded(0)))  # the pipeline's way to a generator for each image
+    found = model.generate(**inputs, generation_mode="image", image_guidance_scale=3.0, generator=seeded(seed))
+    assert torch.equal(found.image_codes, drawn)
+    plain = model.generate(**prompts["plain"], generation_mode="image", generator=seeded(seed))
+    assert not torch.equal(plain.image_codes, drawn)
 
 
 def test_interleaved_guidance_sees_the_images_of_the_prompt(pipe, model):
@@ -254,13 +260,15 @@ def test_interleaved_guidance_sees_the_images_of_the_prompt(pipe, model):
         return scores
 
     inputs = inputs_of(pipe, messages("<image>", "ab"), generation_mode="interleaved", negative_prompt="x")
-    settings = {"image_guidance_scale": 3.0, "image_temperature": 0.0}
-    out = model.generate(
-        **inputs, **settings, generation_mode="interleaved", max_new_tokens=1, logits_processor=[begin]
-    )
+    settings = {"image_guidance_scale": 3.0, "generation_mode": "interleaved", "max_new_tokens": 1}
+    out = model.generate(**inputs, **settings, logits_processor=[begin], generator=seeded(1))
     drawing = inputs_of(pipe, messages("<image>", "ab"), generation_mode="image", negative_prompt="x")
-    expected = model.generate(**drawing, **settings, generation_mode="image")
+    expected = model.generate(**drawing, image_guidance_scale=3.0, generation_mode="image", generator=seeded(1))
     assert torch.equal(out.answer().image_codes, expected.image_codes)
+    blind = {**inputs, "negative_input_ids": inputs["negative_input_ids"][:, -3:]}
+    del blind["negative_attention_mask"]
+    other = model.generate(**blind, **settings, logits_processor=[begin], generator=seeded(1))
+    assert not torch.equal(other.image_codes, out.image_codes)
 
 
 BAD_CALLS = {
