@@ -13,11 +13,20 @@ from types import ModuleType
 
 
 def register_with_transformers() -> None:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
     # From the modules, not from the packages: those may be half imported when this runs.
     from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
     from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+    from nextflow_hf.modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
     from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
     from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
     from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
@@ -27,6 +36,8 @@ def register_with_transformers() -> None:
     AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
     AutoModel.register(NextFlowVisionTokenizerConfig, NextFlowVisionTokenizer, exist_ok=True)
     AutoModelForCausalLM.register(NextFlowConfig, NextFlowForCausalLM, exist_ok=True)
+    AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
+    AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
     backends: dict[str, type] = {"pil": NextFlowImageProcessorPil}
     if NextFlowImageProcessor is not NextFlowImageProcessorPil:  # an alias where torchvision is missing

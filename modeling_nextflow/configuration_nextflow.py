@@ -47,6 +47,8 @@ class NextFlowConfig(Qwen2Config):
             Whether `<boi>` receives the embedding of scale 1, which it predicts (not specified by the paper).
         train_codebook (`bool`, *optional*, defaults to `True`):
             Whether the transformer's own copy of the codebook is trained (not specified by the paper).
+        vision_tokenizer_config (`NextFlowVisionTokenizerConfig` or `dict`, *optional*):
+            Of the vision tokenizer at the transformer's side, for [`NextFlowForConditionalGeneration`] alone.
     """
 
     model_type = "nextflow"
@@ -80,6 +82,7 @@ class NextFlowConfig(Qwen2Config):
     connector_hidden_act: str = "gelu"
     boi_scale_embedding: bool = True
     train_codebook: bool = True
+    vision_tokenizer_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
@@ -92,6 +95,8 @@ class NextFlowConfig(Qwen2Config):
                 "rope_theta": self.default_theta,
                 "mrope_section": [24, 20, 20],
             }
+        if isinstance(self.vision_tokenizer_config, dict):
+            self.vision_tokenizer_config = NextFlowVisionTokenizerConfig(**self.vision_tokenizer_config)
         super().__post_init__(**kwargs)
         expected = self.text_vocab_size + self.codebook_size + 2
         if self.vocab_size != expected:

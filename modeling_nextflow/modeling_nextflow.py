@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nextflow import NextFlowConfig
-from .generation_nextflow import NextFlowGenerationMixin
+from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
 from .loss_nextflow import IGNORE_INDEX, get_targets, linear_cross_entropy, mean_by_scale
 from .rope_nextflow import ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
 
@@ -286,7 +286,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         for grids, members in groups.items():
             if len(grids) == 1:
                 continue
-            stacked = torch.stack([per_image[index] for index in members])
+            # A closed image also brings the codes of its last scale, which are no input.
+            used = sum(height * width for height, width in grids[:-1])
+            stacked = torch.stack([per_image[index][:used] for index in members])
             features, start = [], 0
             for grid, next_grid in zip(grids, grids[1:]):
                 cells = grid[0] * grid[1]
@@ -392,6 +394,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     """NextFlow with its one head: next-token prediction for text, next-scale prediction for images."""
 
     output_modalities = ("image", "text")
+    generation_config_class = NextFlowGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     loss_chunk_size = 4096  # tokens whose logits exist at the same time in the loss
@@ -400,8 +403,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         super().__init__(config)
         self.model = NextFlowModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Else transformers drops the `image_*` settings of a saved generation config when it is loaded again.
-        self.generation_config._from_model_config = False
         self.post_init()
 
     @classmethod

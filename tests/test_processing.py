@@ -76,6 +76,33 @@ def tokenized(processor: NextFlowProcessor, messages, **kwargs):
 # ---- the tokenizer
 
 
+def test_negative_prompt_is_the_conversation_without_the_users_text(processor):
+    source = image(picture())
+    messages = [user(source, text("draw")), assistant(text("like this?")), user(text("yes"))]
+    inputs = tokenized(processor, messages, generation_mode="image", negative_prompt="no")
+    bare = [user(source), assistant(text("like this?")), user(text("no"))]
+    expected = tokenized(processor, bare, generation_mode="image")
+    assert torch.equal(inputs["negative_input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["negative_attention_mask"], expected["attention_mask"])
+    given = tokenized(processor, messages, generation_mode="image")
+    assert all(torch.equal(inputs[name], value) for name, value in given.items())
+    with pytest.raises(ValueError, match="a generation_mode that draws, got generation_mode='text'"):
+        tokenized(processor, messages, generation_mode="text", negative_prompt="no")
+    with pytest.raises(ValueError, match="needs a user message"):
+        tokenized(processor, [assistant(text("a"))], generation_mode="image", negative_prompt="no")
+
+
+def test_interleaved_prompts_say_how_large_an_image_will_be(processor):
+    messages = [[user(image(picture(80, 40)), text("draw"))], [user(text("draw"))]]
+    inputs = tokenized(processor, messages, generation_mode="interleaved")
+    drawing = tokenized(processor, messages, generation_mode="image")
+    assert torch.equal(inputs["target_grids"], drawing["image_grids"][1:])  # the source, then one for each prompt
+    assert torch.equal(inputs["image_grids"], drawing["image_grids"][:1])
+    wide = tokenized(processor, messages, generation_mode="interleaved", aspect_ratio="2:1")
+    assert torch.equal(wide["target_grids"][0], wide["target_grids"][1])
+    assert "target_grids" not in tokenized(processor, messages, generation_mode="text")
+
+
 def test_extended_tokenizer_has_the_models_vocabulary(processor: NextFlowProcessor):
     tokenizer = processor.tokenizer
     assert len(tokenizer) == TEXT_VOCAB_SIZE + CODEBOOK_SIZE + 2
