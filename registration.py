@@ -49,6 +49,7 @@ def register_with_transformers() -> None:
         config.register_for_auto_class()
     NextFlowModel.register_for_auto_class("AutoModel")
     NextFlowForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    NextFlowForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
     NextFlowVisionTokenizer.register_for_auto_class("AutoModel")
     NextFlowProcessor.register_for_auto_class()
     for backend in backends.values():

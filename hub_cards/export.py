@@ -24,7 +24,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel
 
 from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
-from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowModel
+from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+from nextflow_hf.modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
 from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
 
 
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ROOT_COMPONENTS = ("transformer", "processor")
+AUTO_CLASSES = {
+    "AutoModel": NextFlowModel,
+    "AutoModelForCausalLM": NextFlowForCausalLM,
+    "AutoModelForMultimodalLM": NextFlowForConditionalGeneration,
+    "AutoModelForImageTextToText": NextFlowForConditionalGeneration,
+}
 ISLANDS = ("modeling_nextflow", "processing", "pipelines")
 
 
@@ -161,14 +168,15 @@ def write_code(folder: str | Path) -> None:
 
     At the root lies the code of every class, also that of the vision tokenizer, since the Hub's loader looks there for
     `subfolder="vision_tokenizer"`, and that of the pipeline. A model class has one auto class for which its
-    configuration is saved: `AutoModel` is added, for the transformer without its head.
+    configuration is saved: the others are added, for the transformer without its head and for both parts in one.
     """
     folder = Path(folder)
     for name, path in code_files().items():
         shutil.copyfile(path, folder / name)
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["auto_map"]["AutoModel"] = f"{NextFlowModel.__module__.split('.')[-1]}.{NextFlowModel.__name__}"
+    for auto_class, model_class in AUTO_CLASSES.items():
+        config["auto_map"][auto_class] = f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

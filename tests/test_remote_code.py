@@ -32,6 +32,17 @@ def draw(model, vision_tokenizer, processor):
     pixels = vision_tokenizer.decode(output.image_codes, output.image_grids)
     images = processor.image_processor.post_process_images(pixels, output.image_grids, output_type="pt")
     return [source, output.image_codes, *images]
+
+def draw_with_pixels(model, processor):
+    image = Image.new("RGB", (20, 12), "red")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "a"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "generation_mode": "image"}
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    output = model.generate(**inputs, generation_mode="image", generator=torch.Generator().manual_seed(0))
+    images = processor.post_process_multimodal_output(
+        model.decode_image_tokens(output), generation_mode="image", image_grids=output.image_grids, output_type="pt"
+    )
+    return [output.image_codes, *images]
 """
 WITHOUT_THE_PACKAGE = f"""
 import json, sys
@@ -39,6 +50,7 @@ sys.modules["nextflow_hf"] = None  # its import fails
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 {DRAW}
 local, plain, repo, drawn_file = sys.argv[1:]
 trust = {{"trust_remote_code": True}}
@@ -54,6 +66,10 @@ for name, root, vision_tokenizer in [
     objects = [AutoConfig.from_pretrained(root, **trust), model, vision_tokenizer, processor]
     objects += [processor.image_processor, AutoImageProcessor.from_pretrained(root, **trust)]
     loaded[name] = [(type(one).__module__, type(one).__name__) for one in objects]
+for name, root in (("local", local), ("hub", repo)):
+    both = AutoModelForMultimodalLM.from_pretrained(root, **trust)
+    drawn[name + ", both in one"] = draw_with_pixels(both, AutoProcessor.from_pretrained(root, **trust))
+    loaded[name + ", both in one"] = type(AutoModelForImageTextToText.from_pretrained(root, **trust)).__name__
 loaded["base"] = [type(AutoModel.from_pretrained(root, **trust)).__name__ for root in (local, repo)]
 refused = []
 for load in (AutoModelForCausalLM, AutoProcessor):
@@ -139,6 +155,15 @@ def test_it_loads_and_draws_the_same_without_the_package(pipe, without_the_packa
     expected = draw(pipe.transformer, pipe.vision_tokenizer, pipe.processor)
     assert len(drawn[source]) == len(expected) == 3
     assert all(torch.equal(one, other) for one, other in zip(drawn[source], expected))
+
+
+@pytest.mark.parametrize("source", ["local", "hub"])
+def test_so_does_the_model_that_takes_pixels(without_the_package, source):
+    drawn, loaded = without_the_package
+    assert loaded[source + ", both in one"] == "NextFlowForConditionalGeneration"
+    both, apart = drawn[source + ", both in one"], drawn[source][1:]
+    assert len(both) == len(apart) == 2
+    assert all(torch.equal(one, other) for one, other in zip(both, apart))
 
 
 def test_the_transformer_without_its_head_has_its_auto_class(without_the_package):
