@@ -325,16 +325,12 @@ def test_inputs_that_do_not_fit_are_refused(model, case):
         model(**inputs)
 
 
-def test_flash_attention_is_refused_for_images(model):
-    layout = get_image_layout(torch.tensor([image_tokens(SQUARE)]), grids_tensor(SQUARE), **IDS)
-    model.config._attn_implementation = "flash_attention_2"
-    try:
-        with pytest.raises(ValueError, match="ignores the block mask"):
-            model.model.get_mask(torch.zeros(1, 31, 32), None, torch.zeros(4, 1, 31), None, layout)
-    finally:
-        model.config._attn_implementation = "sdpa"
-
-
 def test_rotary_split_must_fit_the_head():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [24, 20, 20]}
     with pytest.raises(ValueError, match="sums to 64, expected half the head dimension = 4"):
-        NextFlowForCausalLM(toy_config(rope_parameters=None))
+        NextFlowForCausalLM(toy_config(rope_parameters=rope))
+
+
+def test_rotary_split_keeps_its_shares_in_another_head():
+    assert NextFlowConfig().rope_parameters["mrope_section"] == [24, 20, 20]
+    assert toy_config(rope_parameters=None, hidden_size=128).rope_parameters["mrope_section"] == [6, 5, 5]
