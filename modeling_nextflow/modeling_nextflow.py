@@ -14,14 +14,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    create_bidirectional_mask,
-    create_causal_mask,
-    create_masks_for_generate,
-    find_packed_sequence_indices,
-    flash_attention_mask,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
@@ -29,10 +21,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_nextflow import get_attention_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .loss_nextflow import IGNORE_INDEX, get_targets, linear_cross_entropy, mean_by_scale
-from .rope_nextflow import ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
+from .rope_nextflow import CachePlace, ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
 
 
 @dataclass
@@ -151,24 +144,32 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if isinstance(attention_mask, dict):  # prepared by `generate`
             mask = attention_mask["full_attention"]
         else:
-            mask = self.get_mask(inputs_embeds, attention_mask, position_ids, past_key_values, layout, **kwargs)
+            mask = get_attention_mask(
+                self.config,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                layout,
+                is_causal=kwargs.get("is_causal", True),
+            )
 
         hidden_states = inputs_embeds
+        text_positions = position_ids[0].long() if len(position_ids) == 4 else None  # tell flash packed documents
         position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                # Flash attention reads packed documents off them.
-                position_ids=position_ids[0].long() if len(position_ids) == 4 else None,
+                position_ids=text_positions,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
         if past_key_values is not None and not torch.compiler.is_compiling():
-            past_key_values.nextflow_place = _Place.after(position_ids, past_key_values)
+            past_key_values.nextflow_place = CachePlace.after(position_ids, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def get_image_layout(self, input_ids: torch.LongTensor, image_grids: torch.LongTensor) -> ImageLayout | None:
@@ -214,77 +215,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
             past_tokens=past_tokens,
             past_steps=past_steps,
         )
-
-    def get_mask(
-        self,
-        inputs_embeds: torch.FloatTensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        past_key_values: Cache | None,
-        layout: ImageLayout | None,
-        is_causal: bool = True,
-        **kwargs,
-    ):
-        """The attention rule: a query sees a key of its own document iff `block_id[key] <= block_id[query]`.
-
-        `is_causal=False` is one block on top of a cache: it sees everything, so there is no mask at all unless some of
-        it is padding. Packed rows are told apart by the restarts of `position_ids[0]` and take no `attention_mask`.
-        """
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        is_static = past_key_values is not None and past_key_values.is_compileable
-        if isinstance(past_key_values, DynamicCache) and not past_length:
-            # transformers looks for packed documents only where there is no cache; an empty one changes nothing else.
-            past_key_values = None
-        text_positions = position_ids[0] if len(position_ids) == 4 else None
-        has_blocks = is_causal and layout is not None and bool(layout.is_cell.any())
-        is_packed = attention_mask is None and past_key_values is None and text_positions is not None
-        self._check_attention(attention_mask, text_positions if is_packed else None, has_blocks, is_static)
-
-        if not is_causal and is_static and attention_mask is None:  # the slots that nothing was written to
-            length = past_length + inputs_embeds.shape[1]
-            kv_length, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
-            written = torch.arange(kv_length, device=inputs_embeds.device) < length
-            attention_mask = written.expand(len(inputs_embeds), -1)
-            if ALL_MASK_ATTENTION_FUNCTIONS.get(self.config._attn_implementation) is flash_attention_mask:
-                attention_mask = attention_mask[:, : int(length)]  # it cuts the keys to the mask's length
-        common = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-        }
-        if not is_causal:
-            return create_bidirectional_mask(**common)
-        block_ids = F.pad(layout.block_ids, (int(past_length), 0), value=-1) if has_blocks else None
-        return create_causal_mask(**common, position_ids=text_positions, block_sequence_ids=block_ids)
-
-    def _check_attention(
-        self, attention_mask: torch.Tensor | None, packed: torch.Tensor | None, has_blocks: bool, is_static: bool
-    ) -> None:
-        """Refuse what the attention implementation would compute differently without a word."""
-        implementation = self.config._attn_implementation
-        if implementation == "flex_attention" and is_static:
-            raise ValueError(
-                "flex_attention reads the length of a static cache after it has grown, and masks by it: use 'sdpa' or "
-                "'eager' with a static cache, or a dynamic one with flex_attention"
-            )
-        # Flash kernels take padding only; an implementation without a mask function takes no mask.
-        mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-        if mask_function is not None and mask_function is not flash_attention_mask:
-            return
-        pattern = None
-        if has_blocks:
-            pattern = "the cells of a scale, which see each other"
-        elif attention_mask is not None and attention_mask.ndim == 4:
-            pattern = "a 4D attention_mask"
-        elif packed is not None and len(packed) > 1 and find_packed_sequence_indices(packed) is not None:
-            pattern = f"packed documents in a batch of {len(packed)} rows (a single row works)"
-        if pattern is not None:
-            raise ValueError(
-                f"{implementation!r} takes no custom mask and would attend causally. It cannot express {pattern}: use "
-                "'flex_attention' (training on a GPU), 'sdpa' or 'eager'. Drawing and text on top of a cache need no "
-                "mask and work"
-            )
 
     def embed_inputs(
         self,
@@ -444,33 +374,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return images
 
 
-@dataclass
-class _Place:
-    """Where a cache ends: its length in tokens, and the last token's positions (3 or 4, batch).
-
-    Travels on the cache, so that more text or images can be put on top of images without their positions.
-    """
-
-    length: int
-    position: torch.FloatTensor
-
-    @classmethod
-    def after(cls, position_ids: torch.FloatTensor, cache: Cache) -> "_Place":
-        return cls(cache.get_seq_length() + 0, position_ids[:, :, -1])  # + 0: a static cache's length is one tensor
-
-    def steps_ahead(self, cache: Cache, batch: int) -> torch.FloatTensor | int:
-        """Steps of the rotary text axis less tokens, (batch, 1)."""
-        if len(self.position) == 4 and self.position.shape[1] == batch:
-            ahead = (self.position[1] - self.position[0])[:, None]
-            if cache.get_seq_length() == self.length or not ahead.any():
-                return ahead
-        raise ValueError(
-            "where this cache ends on the rotary axes is not known (it was cropped, its rows were selected, or it was "
-            "written with rotary positions alone): pass position_ids, the last of get_position_ids(...) over all of "
-            "input_ids and image_grids"
-        )
-
-
 class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     """NextFlow with its one head: next-token prediction for text, next-scale prediction for images."""
 
@@ -596,7 +499,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         """The masks that `generate` makes outside of the compiled forward, for a static cache."""
         if is_first_iteration:  # the prompt may hold images: forward reads their blocks off the tokens
             return attention_mask
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values)
+        mask = get_attention_mask(config, inputs_embeds, attention_mask, None, past_key_values, None)
+        return {"full_attention": mask}
 
     def get_targets(
         self,

@@ -7,6 +7,7 @@ the processor's: `<boi>`, one placeholder for every cell of scales 2..K, `<eoi>`
 from dataclasses import dataclass
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
@@ -127,6 +128,33 @@ def get_position_ids(
             torch.where(layout.is_cell, column, axis),
         ]
     )
+
+
+@dataclass
+class CachePlace:
+    """Where a cache ends: its length in tokens, and the last token's positions (3 or 4, batch).
+
+    Travels on the cache, so that more text or images can be put on top of images without position ids.
+    """
+
+    length: int
+    position: torch.FloatTensor
+
+    @classmethod
+    def after(cls, position_ids: torch.FloatTensor, cache: Cache) -> "CachePlace":
+        return cls(cache.get_seq_length() + 0, position_ids[:, :, -1])  # + 0: a static cache's length is one tensor
+
+    def steps_ahead(self, cache: Cache, batch: int) -> torch.FloatTensor | int:
+        """Steps of the rotary text axis less tokens, (batch, 1)."""
+        if len(self.position) == 4 and self.position.shape[1] == batch:
+            ahead = (self.position[1] - self.position[0])[:, None]
+            if cache.get_seq_length() == self.length or not ahead.any():
+                return ahead
+        raise ValueError(
+            "where this cache ends on the rotary axes is not known (it was cropped, its rows were selected, or it was "
+            "written with rotary positions alone): pass position_ids, the last of get_position_ids(...) over all of "
+            "input_ids and image_grids"
+        )
 
 
 class NextFlowRotaryEmbedding(Qwen2RotaryEmbedding):
