@@ -10,6 +10,13 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
 
 
+def default_mrope_section(head_dim: int) -> list[int]:
+    """Frequencies that turn with (scale, row, column): 24, 20, 20 of 64, and the same shares of another head."""
+    frequencies = head_dim // 2
+    spatial = frequencies * 20 // 64
+    return [frequencies - 2 * spatial, spatial, spatial]
+
+
 @strict
 class NextFlowConfig(Qwen2Config):
     r"""
@@ -17,7 +24,8 @@ class NextFlowConfig(Qwen2Config):
 
     Args:
         vocab_size (`int`, *optional*, defaults to 184834):
-            `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2).
+            `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2). More
+            where the embeddings were resized: added tokens come last.
         head_dim (`int`, *optional*):
             Width of an attention head. Defaults to `hidden_size // num_attention_heads`.
         qk_norm (`bool`, *optional*, defaults to `False`):
@@ -35,6 +43,10 @@ class NextFlowConfig(Qwen2Config):
         eoi_token_id (`int`, *optional*, defaults to 184833): `<eoi>`, end of image.
         image_token_id (`int`, *optional*, defaults to 151655):
             Placeholder in `input_ids` for every cell of scales 2..K.
+        rope_parameters (`dict`, *optional*):
+            As everywhere in transformers, with `mrope_section`: how many of the rotary frequencies turn with the
+            scale, the row and the column. Defaults to 24, 20, 20 for the 64 frequencies of the paper's model, and to
+            the same shares of another head dimension (not specified by the paper).
         max_scales (`int`, *optional*, defaults to 18): Rows of the scale embedding; the longest schedule (table 14).
         spatial_rope_extent (`float`, *optional*, defaults to 64.0):
             C of equation 1: row and column coordinates of a square image span [0, C] at every resolution (value not
@@ -84,25 +96,31 @@ class NextFlowConfig(Qwen2Config):
     train_codebook: bool = True
     vision_tokenizer_config: dict | PreTrainedConfig | None = None
 
+    # Stages in the order they run; the cells of images are embedded where the text is.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "image_codebook": (["image_codes"], ["inputs_embeds"]),
+        "connector": (["image_codes"], ["inputs_embeds"]),
+        "scale_embedding": (["image_grids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.rope_parameters is None:
-            # (scale, row, column) share of the rotary frequencies, interleaved: with contiguous sections the column
-            # axis would sit on frequencies too slow to tell two cells apart (not specified by the paper).
-            self.rope_parameters = {
-                "rope_type": "default",
-                "rope_theta": self.default_theta,
-                "mrope_section": [24, 20, 20],
-            }
         if isinstance(self.vision_tokenizer_config, dict):
             self.vision_tokenizer_config = NextFlowVisionTokenizerConfig(**self.vision_tokenizer_config)
         super().__post_init__(**kwargs)
-        expected = self.text_vocab_size + self.codebook_size + 2
-        if self.vocab_size != expected:
+        self.rope_parameters = {"mrope_section": default_mrope_section(self.head_dim), **self.rope_parameters}
+        smallest = self.text_vocab_size + self.codebook_size + 2
+        if self.vocab_size < smallest:
             raise ValueError(
-                f"vocab_size is {self.vocab_size}, expected text_vocab_size + codebook_size + 2 = {expected}"
+                f"vocab_size is {self.vocab_size}, expected text_vocab_size + codebook_size + 2 = {smallest} or, with "
+                "added tokens, more"
             )
+        if "sliding_attention" in self.layer_types:
+            raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")
 
 
 @strict

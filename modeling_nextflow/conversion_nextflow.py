@@ -72,13 +72,7 @@ def config_from_qwen(config: PreTrainedConfig, *, codebook_size: int, **override
         )
     third_generation = config.model_type.startswith("qwen3")
     head_dim = text.head_dim if third_generation else text.hidden_size // text.num_attention_heads
-    # The paper's 24:20:20 split of the rotary frequencies, for whatever half head dimension there is.
-    space = head_dim // 2 * 20 // 64
-    rope = {
-        "rope_type": "default",
-        "rope_theta": text.rope_parameters["rope_theta"],
-        "mrope_section": [head_dim // 2 - 2 * space, space, space],
-    }
+    rope = {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}
     values = {
         **{name: getattr(text, name) for name in QWEN_FIELDS},
         "text_vocab_size": text.vocab_size,

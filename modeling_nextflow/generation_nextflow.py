@@ -16,6 +16,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from .attention_nextflow import get_attention_mask
 from .drawing_nextflow import (
     DrawingCallback,
     PromptRows,
@@ -477,7 +478,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         if kwargs.get("image_grids") is not None and past_key_values is not None and past_key_values.is_compileable:
             # For such a cache transformers builds the mask itself, and knows nothing of blocks.
             length = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
-            attention_mask = self.model.get_mask(
+            attention_mask = get_attention_mask(
+                self.config,
                 torch.empty(len(input_ids), length, 0, dtype=self.dtype, device=input_ids.device),
                 attention_mask,
                 kwargs["position_ids"][..., -length:],
