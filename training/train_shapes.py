@@ -73,7 +73,7 @@ def load_recipe(stage: str) -> dict:
 def draw_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
     """
     Pictures uint8 (n, size, size, 3), memory-mapped, and their captions; drawn once, so that no training renders. The
-    last `num_eval` show captions that are held out.
+    last `num_eval` are for evaluation.
     """
     recipe = load_recipe("pictures")
     pictures_file, captions_file = folder / "pictures.npy", folder / "captions.json"
@@ -82,11 +82,14 @@ def draw_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
         pictures = np.empty((recipe["num_train"] + recipe["num_eval"], recipe["size"], recipe["size"], 3), np.uint8)
         captions = []
         for index in range(len(pictures)):
-            prompt = sample_prompt(rng, split="train" if index < recipe["num_train"] else "test")
-            scene = sample_scene(rng, prompt)
+            if index % 2:
+                prompt = sample_prompt(rng, split="train" if index < recipe["num_train"] else "test")
+                scene, caption = sample_scene(rng, prompt), prompt.text
+            else:  # anything anywhere, and a caption that says all there is to see
+                scene = sample_edit(rng).target
+                caption = describe(scene, rng)
             pictures[index] = render(scene, recipe["size"], recipe["size"])
-            # Half of the captions say all there is to see: the teacher must look at everything.
-            captions.append(prompt.text if index % 2 else describe(scene, rng))
+            captions.append(caption)
         folder.mkdir(parents=True, exist_ok=True)
         np.save(pictures_file, pictures)
         captions_file.write_text(json.dumps(captions))
@@ -99,8 +102,8 @@ def text_tokenizer_stage(folder: Path) -> None:
     rng = np.random.default_rng(recipe["seed"])
     texts = []
     for _ in range(recipe["num_texts"]):
-        prompt = sample_prompt(rng)
-        texts += [prompt.text, describe(sample_scene(rng, prompt), rng), sample_edit(rng).instruction]
+        edit = sample_edit(rng)
+        texts += [sample_prompt(rng).text, describe(edit.target, rng), edit.instruction]
     train_text_tokenizer(texts, recipe["vocab_size"]).save_pretrained(folder / "text_tokenizer")
 
 
