@@ -122,6 +122,11 @@ class NextFlowConfig(Qwen2Config):
         if "sliding_attention" in self.layer_types:
             raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")
 
+    @property
+    def image_vocabulary(self) -> slice:
+        """Tokens that are no text: the image codes, `<boi>` and `<eoi>`. What a resize adds comes after them."""
+        return slice(self.text_vocab_size, self.text_vocab_size + self.codebook_size + 2)
+
 
 @strict
 class NextFlowViTConfig(Siglip2VisionConfig):

@@ -62,13 +62,13 @@ class NextFlowImageGenerationOutput:
 class TextOnlyLogitsProcessor(LogitsProcessor):
     """Text mode: no image code, `<boi>`, `<eoi>` or placeholder can be drawn."""
 
-    def __init__(self, text_vocab_size: int, image_token_id: int):
-        self.text_vocab_size = text_vocab_size
+    def __init__(self, image_vocabulary: slice, image_token_id: int):
+        self.image_vocabulary = image_vocabulary
         self.image_token_id = image_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.clone()
-        scores[:, self.text_vocab_size :] = -float("inf")
+        scores[:, self.image_vocabulary] = -float("inf")
         scores[:, self.image_token_id] = -float("inf")
         return scores
 
@@ -131,7 +131,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             return self._generate_image(kwargs.pop("input_ids", inputs), options)
         if generation_mode == "interleaved":
             return self._generate_interleaved(kwargs.pop("input_ids", inputs), options)
-        text_only = TextOnlyLogitsProcessor(self.config.text_vocab_size, self.config.image_token_id)
+        text_only = TextOnlyLogitsProcessor(self.config.image_vocabulary, self.config.image_token_id)
         options["logits_processor"] = LogitsProcessorList([text_only, *(logits_processor or [])])
         return super().generate(inputs, **options)
 
@@ -414,7 +414,9 @@ class NextFlowGenerationMixin(GenerationMixin):
         return self._negative_rows(rows, **self._append_boi(negative, target_grids))
 
     def _is_text(self, token_ids: torch.LongTensor) -> torch.BoolTensor:
-        return (token_ids < self.config.text_vocab_size) & (token_ids != self.config.image_token_id)
+        images = self.config.image_vocabulary
+        is_image = (token_ids >= images.start) & (token_ids < images.stop) | (token_ids == self.config.image_token_id)
+        return ~is_image
 
     def _refuse(self, options: dict[str, Any], mode: str, names: Sequence[str]) -> None:
         """Raise where a call has options that mean nothing in this mode."""

@@ -302,7 +302,7 @@ def _keep_text(scores: torch.FloatTensor, may_draw: torch.BoolTensor, model: Pre
     config = model.config
     scores = scores.clone()
     boi = scores[:, config.boi_token_id].where(may_draw, -float("inf"))
-    scores[:, config.text_vocab_size :] = -float("inf")
+    scores[:, config.image_vocabulary] = -float("inf")
     scores[:, config.image_token_id] = -float("inf")
     scores[:, config.boi_token_id] = boi
     return scores

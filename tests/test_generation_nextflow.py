@@ -1,5 +1,7 @@
 """Drawing: the cached loop against one teacher-forced forward, guidance, sampling, and text generation."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -379,3 +381,13 @@ def test_bad_calls_are_refused(model, case):
     }
     with pytest.raises(ValueError, match=message):
         model.generate(**arguments)
+
+
+def test_tokens_added_by_a_resize_can_be_written(model):
+    resized = copy.deepcopy(model)
+    added = resized.config.vocab_size
+    resized.resize_token_embeddings(added + 2)
+    with torch.no_grad():
+        resized.lm_head.weight[added + 1] = 100 * resized.model(torch.tensor([[5, 6]])).last_hidden_state[0, -1]
+    written = resized.generate(torch.tensor([[5, 6]]), max_new_tokens=1, do_sample=False)
+    assert written[0, -1] == added + 1

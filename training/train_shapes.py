@@ -276,16 +276,23 @@ def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: in
     return torch.cat(ratios).mean().item(), np.stack(images)
 
 
-def training_curve(folder: Path, points: int = 8) -> str:
-    """The transformer's losses over its training, as a Markdown table."""
-    history = json.loads((folder / "transformer" / "trainer_state.json").read_text())["log_history"]
-    entries = [entry for entry in history if "image_loss" in entry]
-    scales = sorted(int(name.removeprefix("loss_scale_")) for name in entries[-1] if name.startswith("loss_scale_"))
-    picked = [entries[round(index * (len(entries) - 1) / (points - 1))] for index in range(points)]
+def training_curve(folder: Path, points: int = 6) -> str:
+    """The transformer's losses over both parts of its training, as a Markdown table."""
+    parts = {}
+    for part, result in (("text to image", "transformer_start"), ("and edits", "transformer")):
+        history = json.loads((folder / result / "trainer_state.json").read_text())["log_history"]
+        entries = [entry for entry in history if "image_loss" in entry]
+        parts[part] = [entries[round(index * (len(entries) - 1) / (points - 1))] for index in range(points)]
+    last = parts["and edits"][-1]
+    scales = sorted(int(name.removeprefix("loss_scale_")) for name in last if name.startswith("loss_scale_"))
     names = ["text_loss", "image_loss", *(f"loss_scale_{scale}" for scale in scales)]
-    head = ["step", "text", "all codes", *(f"scale {scale}" for scale in scales)]
-    rows = [[str(entry["step"]), *(f"{entry.get(name, float('nan')):.2f}" for name in names)] for entry in picked]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---:"] * len(head), *rows])
+    head = ["part", "step", "text", "all codes", *(f"scale {scale}" for scale in scales)]
+    rows = [
+        [part, str(entry["step"]), *(f"{entry.get(name, float('nan')):.2f}" for name in names)]
+        for part, picked in parts.items()
+        for entry in picked
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
 
 
 def export_stage(folder: Path) -> None:
