@@ -41,7 +41,7 @@ _REPOSITORY_ARGUMENTS = (
 class NextFlowForConditionalGeneration(NextFlowForCausalLM):
     r"""
     [`NextFlowForCausalLM`] that takes `pixel_values` wherever that takes `image_codes`, and gives pixels for codes.
-    The tokenizer is frozen. Weights keep the names they have without it, so adapters fit both.
+    The tokenizer is frozen. Weights keep the names they have without it.
 
     Args:
         config ([`NextFlowConfig`]): The transformer's, with a `vision_tokenizer_config`.

@@ -9,10 +9,10 @@ from toy import IDS, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy
 from toy_pipeline import toy_pipeline
 from transformers import TrainingArguments
 
-from nextflow_hf import NextFlowForCausalLM, NextFlowPipeline
+from nextflow_hf import NextFlowForCausalLM, NextFlowForConditionalGeneration, NextFlowPipeline
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_adapter, export_pipeline
-from nextflow_hf.training.adapters import IMAGE_MODULES, image_token_rows
+from nextflow_hf.training.adapters import IMAGE_MODULES, VISION_TOKENIZER, image_token_rows
 from nextflow_hf.training.trainer import NextFlowTrainer
 
 
@@ -252,3 +252,19 @@ def test_peft_finds_the_base_model_by_itself(tmp_path):
     loaded = AutoPeftModelForCausalLM.from_pretrained(folder)
     assert type(loaded.get_base_model()) is NextFlowForCausalLM
     torch.testing.assert_close(logits(loaded), logits(model.eval()))
+
+
+def test_an_adapter_of_both_parts_in_one_fits_the_transformer_alone(tmp_path):
+    export_pipeline(toy_pipeline(), tmp_path / "model", create_card("model", repo_id="toy/nextflow"))
+    both = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "model")
+    both = get_peft_model(both, LoraConfig(r=4, init_lora_weights=False, exclude_modules=VISION_TOKENIZER)).eval()
+    trained = {name for name, parameter in both.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * 2 * len(MATRICES) and not any("vision_tokenizer" in name for name in trained)
+    both.save_pretrained(tmp_path / "adapter")
+    alone = NextFlowForCausalLM.from_pretrained(tmp_path / "model")
+    text = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain = alone(text).logits
+        adapted = PeftModel.from_pretrained(alone, tmp_path / "adapter").eval()(text).logits
+        torch.testing.assert_close(adapted, both(text).logits)
+    assert not torch.allclose(adapted, plain)

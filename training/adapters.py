@@ -5,6 +5,9 @@ model already draws. One that still has to learn it trains the parts that are ne
 
     LoraConfig(trainable_token_indices=image_token_rows(model.config), modules_to_save=IMAGE_MODULES)
 
+Around [`NextFlowForConditionalGeneration`], whose vision tokenizer has matrices of the same names, pass
+`exclude_modules=VISION_TOKENIZER` too; the adapter then also fits the transformer alone.
+
 `hub_cards.export.export_adapter` writes the result for others.
 """
 
@@ -13,6 +16,8 @@ from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 
 # New, and small: saved whole in the adapter.
 IMAGE_MODULES = ["connector", "image_codebook", "scale_embedding"]
+
+VISION_TOKENIZER = r".*\bvision_tokenizer\..*"
 
 
 def image_token_rows(config: NextFlowConfig) -> dict[str, list[int]]:
@@ -28,4 +33,4 @@ def image_token_rows(config: NextFlowConfig) -> dict[str, list[int]]:
     return {"embed_tokens": sorted([config.boi_token_id, config.eoi_token_id]), "lm_head": head}
 
 
-__all__ = ["IMAGE_MODULES", "image_token_rows"]
+__all__ = ["IMAGE_MODULES", "VISION_TOKENIZER", "image_token_rows"]
