@@ -1,7 +1,8 @@
 """One repository for two libraries: what transformers and diffusers load by the same name.
 
-The transformer and the processor's files lie at the root, where transformers looks, the vision tokenizer in its
-sub-folder; diffusers takes a component without a folder from the root. A process that loads it imports `nextflow_hf`.
+The transformer and the processor's files lie at the root, where transformers looks; the vision tokenizer, and what a
+diffusion decoder has where there is one, in sub-folders. diffusers takes a component without a folder from the root. A
+process that loads it imports `nextflow_hf`.
 """
 
 import copy
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
@@ -53,9 +55,9 @@ def export_pipeline(
         raise NotADirectoryError(f"output_dir is the file {output_dir}, expected a folder")
     card = create_card(pipeline, card_context)  # first: a context that lacks something leaves no files
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name, component in pipeline.components.items():
+    for name, component in present_components(pipeline).items():
         folder = output_dir if name in ROOT_COMPONENTS else output_dir / name
-        if isinstance(component, PreTrainedModel):
+        if isinstance(component, (PreTrainedModel, ModelMixin)):
             component_dtype = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
             component = component if component_dtype is None else cast_copy(component, component_dtype)
             component.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -70,18 +72,28 @@ def export_pipeline(
     return output_dir
 
 
+def present_components(pipeline: NextFlowPipeline) -> dict[str, Any]:
+    """All but the optional ones that are None."""
+    return {name: component for name, component in pipeline.components.items() if component is not None}
+
+
 def model_index(pipeline: NextFlowPipeline) -> str:
-    """`model_index.json`: diffusers' own, with the classes under the package's name and no trace of the source."""
+    """`model_index.json`: diffusers' own, with our classes under the package's name and no trace of the source."""
     index = json.loads(pipeline.to_json_string())
     index.pop("_name_or_path", None)
-    index |= {name: ["nextflow_hf", type(component).__name__] for name, component in pipeline.components.items()}
+    for name, component in pipeline.components.items():
+        if component is None:
+            index.pop(name)
+        elif type(component).__module__.startswith("nextflow_hf."):
+            index[name] = ["nextflow_hf", type(component).__name__]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def cast_copy(model: PreTrainedModel | ModelMixin, dtype: torch.dtype) -> PreTrainedModel | ModelMixin:
     """A copy of `model` in `dtype`, but for the modules that its class keeps in float32 whatever it is loaded in."""
     model = copy.deepcopy(model)
-    kept = set(model._keep_in_fp32_modules_strict or ())
+    is_ours = isinstance(model, PreTrainedModel)  # or one of diffusers
+    kept = set((model._keep_in_fp32_modules_strict if is_ours else model._keep_in_fp32_modules) or ())
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not kept & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
