@@ -116,7 +116,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         itself or, with `subfolder` (`"unet"`, `"transformer"`), of a whole pipeline. `kwargs` go to its
         `from_pretrained`.
         """
-        denoiser = AutoModel.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        denoiser = AutoModel.from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         return cls.from_denoiser(
             denoiser,
             condition_channels=condition_channels,

@@ -59,15 +59,20 @@ def test_the_first_step_is_the_base_model(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_and_loaded_it_predicts_the_same_bits(family, tmp_path):
+def test_saved_and_loaded_it_is_the_same_to_the_bit(family, tmp_path):
     decoder = toy_decoder(family)
     decoder.save_pretrained(tmp_path)
     loaded = NextFlowDiffusionDecoder.from_pretrained(tmp_path).eval()
     inputs = torch.randn(1, 4, 4, 8), torch.tensor([300.0]), torch.randn(1, CONDITION, 2, 4)
     with torch.no_grad():
         expected = decoder(*inputs, **decoder.empty_prompt(1)).sample
-        assert torch.equal(loaded(*inputs, **decoder.empty_prompt(1)).sample, expected)
+        predicted = loaded(*inputs, **decoder.empty_prompt(1)).sample
         without = decoder(inputs[0], inputs[1], torch.zeros_like(inputs[2]), **decoder.empty_prompt(1)).sample
+    weights = decoder.state_dict()
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    # Not to the bit: a convolution's kernel is chosen by how its weights lie in memory.
+    torch.testing.assert_close(predicted, expected, atol=1e-6, rtol=1e-6)
     assert (without - expected).abs().max() > 1e-3
 
 
@@ -181,7 +186,7 @@ def test_strength_begins_with_the_vq_image_or_another(pipes, family):
     red = Image.new("RGB", (30, 18), "red")
     given = pipe.encode_start(codes, grids, init_image=[red])
     pixels = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 12, 20)
-    torch.testing.assert_close(given, encode_latents(pipe.vae, pixels))
+    torch.testing.assert_close(given, encode_latents(pipe.vae, pixels), atol=1e-4, rtol=1e-3)
     timestep = pipe.prepare_timesteps(4, 0.5, (6, 10))[0]
     noise = torch.randn(1, 4, 6, 10)
     begun = pipe.prepare_latents(timestep, 1, (6, 10), noise=noise, start=start)
@@ -271,7 +276,7 @@ def test_prompts_are_read_by_the_denoisers_own_text_encoder(tmp_path):
     assert not torch.equal(first, second)
     pipe.save_pretrained(tmp_path)
     loaded = NextFlowDiffusionDecoderPipeline.from_pretrained(tmp_path)
-    assert torch.equal(draw(loaded, "b"), second)
+    torch.testing.assert_close(draw(loaded, "b"), second, atol=1e-3, rtol=1e-4)
     assert loaded.vision_tokenizer is not None and loaded.text_encoder_2 is None
     half = NextFlowDiffusionDecoderPipeline(**{**plain.components, "tokenizer": tokenizer})
     with pytest.raises(ValueError, match="text_encoder"):
