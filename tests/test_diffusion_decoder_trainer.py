@@ -1,4 +1,4 @@
-"""The diffusion decoder's trainer: the scheduler's own targets, what trains and what does not, resuming, LoRA files."""
+"""The diffusion decoder's trainer: the scheduler's targets, what trains and what does not, resuming, LoRA files."""
 
 import numpy as np
 import pytest

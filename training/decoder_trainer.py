@@ -294,9 +294,18 @@ def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDe
         from peft import LoraConfig
 
         decoder.requires_grad_(False)
-        alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
-        targets = args.lora_target_modules or LORA_TARGETS
-        decoder.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=targets))
+        if not decoder._hf_peft_config_loaded:
+            alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+            targets = args.lora_target_modules or LORA_TARGETS
+            decoder.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=targets))
+        ranks = {name: config.r for name, config in decoder.peft_config.items()}
+        if ranks != {"default": args.lora_rank}:
+            raise ValueError(
+                f"the decoder has LoRAs of the ranks {ranks}, expected none or one to train on, named 'default' and "
+                f"of lora_rank {args.lora_rank}"
+            )
+        for name, parameter in decoder.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
         for module in visual_modules(decoder).values():
             module.requires_grad_(True)
     if args.bf16 or args.fp16:  # what trains does so in float32, whatever the frozen rest is
