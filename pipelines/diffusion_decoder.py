@@ -184,6 +184,11 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         own = self.denoiser.config.in_channels - self.config.projection_dim
         return own // 4 if self.family.is_packed else own
 
+    @property
+    def needs_even_latents(self) -> bool:
+        """Whether 2x2 latents become a token."""
+        return self.config.denoiser_class != "UNet2DConditionModel"
+
     def empty_prompt(self, batch_size: int) -> dict[str, torch.Tensor]:
         """The text branch's inputs without a text encoder: one token of zeros."""
         config = self.denoiser.config
@@ -228,6 +233,11 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             hidden_states = torch.cat([hidden_states, spread(visual, (height, width))], dim=1)
 
+        # The text encoder may be of another precision.
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states.to(self.dtype)
+        if pooled_projections is not None:
+            pooled_projections = pooled_projections.to(self.dtype)
         inputs = {"encoder_hidden_states": encoder_hidden_states, "return_dict": False}
         name = self.config.denoiser_class
         if name == "UNet2DConditionModel":

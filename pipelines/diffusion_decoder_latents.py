@@ -22,6 +22,12 @@ def vae_scale_factor(vae: DecoderVAE | None) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def vae_latent_channels(vae: DecoderVAE | None) -> int:
+    if vae is None:
+        return 3
+    return vae.config.z_dim if isinstance(vae, AutoencoderKLQwenImage) else vae.config.latent_channels
+
+
 def encode_latents(
     vae: DecoderVAE | None, pixels: torch.Tensor, *, sample: bool = False, generator: torch.Generator | None = None
 ) -> torch.Tensor:

@@ -33,7 +33,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from .diffusion_decoder import NextFlowDiffusionDecoder, decoder_condition
-from .diffusion_decoder_latents import decode_latents, encode_latents, predict_in_tiles, vae_scale_factor
+from .diffusion_decoder_latents import (
+    decode_latents,
+    encode_latents,
+    predict_in_tiles,
+    vae_latent_channels,
+    vae_scale_factor,
+)
 from .pipeline_helpers import call_component, generator_per_image, one_per_prompt, stack_equal
 
 
@@ -153,15 +159,7 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
     @property
     def latents_per_cell(self) -> int:
         """Latents that a cell of the codes spans, along each axis."""
-        pixels = self.pixels_per_cell
-        factor = vae_scale_factor(self.vae)
-        needed = 2 * factor if self.diffusion_decoder.family.is_packed else factor
-        if pixels % needed:
-            raise ValueError(
-                f"a cell is {pixels} pixels wide, expected a multiple of {needed}: of the VAE's {factor} pixels for a "
-                f"latent, with a {self.diffusion_decoder.config.denoiser_class}"
-            )
-        return pixels // factor
+        return self.pixels_per_cell // vae_scale_factor(self.vae)
 
     @property
     def has_text_encoder(self) -> bool:
@@ -174,6 +172,29 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
             raise ValueError(f"{missing} is missing of {names}, expected all of them or none")
         return not missing
 
+    def check_components(self) -> None:
+        """Raises `ValueError` where the components do not fit each other."""
+        decoder, tokenizer = self.diffusion_decoder, self.vision_tokenizer.config
+        channels = tokenizer.semantic_code_dim + tokenizer.pixel_code_dim + tokenizer.semantic_config.hidden_size
+        if channels != decoder.config.condition_channels:
+            raise ValueError(
+                f"the diffusion decoder wants {decoder.config.condition_channels} channels of condition, but the "
+                f"vision tokenizer has {channels}"
+            )
+        latent_channels = vae_latent_channels(self.vae)
+        if latent_channels != decoder.latent_channels:
+            raise ValueError(
+                f"the diffusion decoder's latents have {decoder.latent_channels} channels, but those of the "
+                f"{type(self.vae).__name__} {latent_channels}"
+            )
+        factor = vae_scale_factor(self.vae)
+        needed = 2 * factor if decoder.needs_even_latents else factor
+        if self.pixels_per_cell % needed:
+            raise ValueError(
+                f"a cell is {self.pixels_per_cell} pixels wide, expected a multiple of {needed}: of the VAE's "
+                f"{factor} pixels for a latent, with a {decoder.config.denoiser_class}"
+            )
+
     def check_settings(
         self,
         prompt: str | list[str] | None = None,
@@ -183,6 +204,7 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
         **others: Any,
     ) -> None:
         """Whether the decoder can do what a call asks for. `others` cannot be wrong, or show where they are used."""
+        self.check_components()
         if prompt is not None and not self.has_text_encoder:
             raise ValueError(f"`prompt` is {prompt!r}, expected None: this decoder has no text encoder")
         if num_inference_steps < 1:

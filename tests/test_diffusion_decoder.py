@@ -329,6 +329,22 @@ def test_bad_decoders_are_refused():
     codes, grids = codes_of(pipe, (4, 4))
     with pytest.raises(ValueError, match="a cell is 4 pixels wide, expected a multiple of 8"):
         pipe(codes, grids)
+    pipe.vae = None
+    with pytest.raises(ValueError, match="latents have 4 channels, but those of the NoneType 3"):
+        pipe(codes, grids)
+    pipe.vision_tokenizer.config.pixel_code_dim = 5
+    with pytest.raises(ValueError, match="wants 26 channels of condition, but the vision tokenizer has 27"):
+        pipe(codes, grids)
+
+
+def test_without_a_vae_it_denoises_pixels():
+    pipe = toy_decoder_pipeline("unet", channels=3)
+    pipe = NextFlowDiffusionDecoderPipeline(**{**pipe.components, "vae": None})
+    codes, grids = codes_of(pipe, (3, 5))
+    images = pipe(codes, grids, num_inference_steps=1, generator=generators(0), output_type="latent").images
+    assert images.shape == (1, 3, 12, 20)
+    with torch.no_grad():
+        assert torch.equal(pipe.encode_start(codes, grids), pipe.vision_tokenizer.decode(codes, grids))
 
 
 @pytest.fixture(scope="module")

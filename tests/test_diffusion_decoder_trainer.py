@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
-from toy_decoder import toy_decoder_pipeline
+from toy_decoder import toy_decoder_pipeline, toy_denoiser, toy_scheduler, toy_vae
 from toy_pipeline import toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset, caption_of
 from nextflow_hf.training.data.extraction import extract_codes
+from nextflow_hf.training.decoder import STAGES, build_decoder_pipeline, load_decoder_recipe, train_stage
 from nextflow_hf.training.decoder_trainer import (
     NextFlowDiffusionDecoderTrainer,
     NextFlowDiffusionDecoderTrainingArguments,
@@ -209,3 +210,60 @@ def test_caption_of_messages():
 def test_bad_arguments_are_refused(arguments, changes, message):
     with pytest.raises(ValueError, match=message):
         arguments(**changes)
+
+
+def write_stock_pipeline(folder) -> None:
+    """A whole tiny FLUX as its hub has it, but without text encoders."""
+    parts = {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
+    scheduler, vae = toy_scheduler("flux"), toy_vae("flux")
+    FluxPipeline(scheduler, vae, transformer=toy_denoiser("flux"), **parts).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_both_stages_of_a_recipe(tmp_path, lora):
+    write_stock_pipeline(tmp_path / "base_model")
+    options = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 2}
+    recipe = {
+        "base_model": str(tmp_path / "base_model"),
+        "denoiser": "transformer",
+        "training": {**options, **({"lora_rank": 2} if lora else {})},
+        "stages": {"base": {"max_steps": 1, "learning_rate": 1e-2}, "upscale": {"max_steps": 1, "learning_rate": 0.0}},
+    }
+    trained = {}
+    for stage in ("base", "upscale"):
+        plain = toy_decoder_pipeline("flux")
+        pipe = build_decoder_pipeline(recipe, plain.vision_tokenizer, plain.image_processor)
+        assert type(pipe.scheduler) is type(plain.scheduler) and pipe.vae.config.scaling_factor == 0.7
+        trainer = train_stage(
+            pipe, recipe, stage, tmp_path / "out", device_arguments={"use_cpu": True}, train_dataset=items(plain, 2)
+        )
+        assert trainer.data_collator.upscale_factor == {"base": 1, "upscale": 2}[stage]
+        trained[stage] = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
+    # The second stage begins where the first ended: at a rate of 0 it ends there, too.
+    assert trained["base"].keys() == trained["upscale"].keys()
+    for name, value in trained["base"].items():
+        torch.testing.assert_close(trained["upscale"][name], value, msg=name)
+
+
+@pytest.mark.parametrize("name", ["diffusion_decoder_1b", "diffusion_decoder_12b", "diffusion_decoder_18b"])
+def test_recipes_are_arguments(name, tmp_path):
+    recipe = load_decoder_recipe(name)
+    assert set(recipe["stages"]) == set(STAGES)
+    assert ("lora_rank" in recipe["training"]) == (recipe["denoiser"] == "transformer")
+    for stage in STAGES:
+        options = {**recipe["training"], **recipe["stages"][stage], "bf16": False, "use_cpu": True}
+        args = NextFlowDiffusionDecoderTrainingArguments(output_dir=tmp_path, **options)
+        assert args.max_steps > 0
+
+
+def test_the_shapes_recipe_is_small():
+    plain = toy_decoder_pipeline("unet")
+    pipe = build_decoder_pipeline(load_decoder_recipe("shapes_diffusion_decoder"), plain.vision_tokenizer, None)
+    assert pipe.vae is None and pipe.diffusion_decoder.latent_channels == 3
+    assert sum(parameter.numel() for parameter in pipe.diffusion_decoder.parameters()) < 1e6
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_unknown_recipe_is_named():
+    with pytest.raises(FileNotFoundError, match="diffusion_decoder_12b"):
+        load_decoder_recipe("diffusion_decoder_99b")

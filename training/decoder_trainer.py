@@ -124,7 +124,7 @@ class NextFlowDiffusionDecoderTrainer(Trainer):
             if isinstance(component, nn.Module) and name != "diffusion_decoder":
                 component.requires_grad_(False).eval()
         prepare_decoder(decoder, args)
-        self.latents_per_cell = pipeline.latents_per_cell  # which refuses parts that do not fit each other
+        pipeline.check_components()
         super().__init__(_TrainedDecoder(decoder), args, data_collator=data_collator, **kwargs)
         self.pipeline = pipeline.to(self.args.device)
         self.noise_scheduler = training_scheduler(pipeline.scheduler)
