@@ -17,17 +17,12 @@ from diffusers import (
     AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
     ImagePipelineOutput,
-    QwenImagePipeline,
     SchedulerMixin,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import CogVideoXLoraLoaderMixin
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils import load_image, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
@@ -277,6 +272,9 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
         if not self.has_text_encoder:
             prompt = decoder.empty_prompt(len(prompts))
             return {name: tensor.to(device) for name, tensor in prompt.items()}
+        # Here, not above: they take long to import.
+        from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+
         length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
         parts = {name: self.components[name] for name in self.components if name.startswith(("text_", "tokenizer"))}
         unused = {"vae": None, "scheduler": None}
@@ -310,6 +308,8 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             config = self.scheduler.config
             if config.use_dynamic_shifting:
+                from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
                 tokens = latent_size[0] * latent_size[1] // 4
                 options["mu"] = calculate_shift(
                     tokens,
@@ -320,11 +320,11 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
                 )
             if self.diffusion_decoder.family.is_packed:  # as the pipelines of these denoisers do
                 options["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, self._execution_device, **options)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **options)
         first = (num_inference_steps - int(num_inference_steps * strength)) * self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index"):  # DDIM and DDPM know their place by the timestep
             self.scheduler.set_begin_index(first)
-        return timesteps[first:]
+        return self.scheduler.timesteps[first:]
 
     def encode_start(
         self,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import FluxPipeline, QwenImagePipeline, SD3Transformer2DModel, StableDiffusionPipeline
 from PIL import Image
 from toy_decoder import CONDITION, FAMILIES, toy_decoder, toy_decoder_pipeline, toy_denoiser, toy_vae
@@ -389,6 +390,39 @@ def test_the_pipeline_refuses_early(whole, options, message):
 def test_a_pipeline_without_decoder_says_so():
     with pytest.raises(ValueError, match="this pipeline has no diffusion decoder"):
         toy_pipeline()("a", decoder="diffusion")
+
+
+def test_every_entry_point_calls_the_offload_hook(whole):
+    class Recorder(ModelHook):
+        def __init__(self, name: str):
+            self.name = name
+
+        def pre_forward(self, module, *args, **kwargs):
+            order.append(self.name)
+            return args, kwargs
+
+    order: list[str] = []
+    names = ("transformer", "vision_tokenizer", "diffusion_decoder", "decoder_vae")
+    for name in names:
+        add_hook_to_module(whole.components[name], Recorder(name))
+    try:
+        whole("a", decoder="diffusion", decoder_num_inference_steps=2, decoder_strength=0.5)
+    finally:
+        for name in names:
+            remove_hook_from_module(whole.components[name])
+    decoding = ["vision_tokenizer", "vision_tokenizer", "decoder_vae", "diffusion_decoder", "decoder_vae"]
+    assert order == ["transformer", *decoding]
+    known = [name for name in whole.model_cpu_offload_seq.split("->") if whole.components[name] is not None]
+    assert set(known) == set(names)
+
+
+@pytest.mark.parametrize("family", ["unet", "flux"])
+def test_half_precision(family):
+    pipe = toy_decoder_pipeline(family).to(torch.bfloat16)
+    codes, grids = codes_of(pipe, (4, 4))
+    options = {"num_inference_steps": 2, "strength": 0.5, "guidance_scale": 2.0, "output_type": "pt"}
+    images = pipe(codes, grids, generator=generators(0), **options).images
+    assert images.dtype == torch.float32 and images.isfinite().all()
 
 
 def test_export_puts_the_decoder_into_sub_folders(whole, tmp_path):
