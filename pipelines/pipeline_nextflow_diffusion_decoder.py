@@ -285,7 +285,7 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
             stock = StableDiffusionPipeline(**first, **unused, requires_safety_checker=False)
             embeds, _ = stock.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
             return {"encoder_hidden_states": embeds}
-        unused["transformer"] = None
+        unused["transformer"] = decoder.denoiser  # for its configuration
         if name == "QwenImageTransformer2DModel":
             first = {key: parts[key] for key in ("text_encoder", "tokenizer")}
             embeds, mask = QwenImagePipeline(**first, **unused).encode_prompt(prompts, device=device, **length)

@@ -3,9 +3,18 @@
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import FluxPipeline, QwenImagePipeline, SD3Transformer2DModel, StableDiffusionPipeline
+from diffusers import FluxPipeline, QwenImagePipeline, SD3Transformer2DModel
 from PIL import Image
-from toy_decoder import CONDITION, FAMILIES, toy_decoder, toy_decoder_pipeline, toy_denoiser, toy_vae
+from toy_decoder import (
+    CONDITION,
+    FAMILIES,
+    toy_clip,
+    toy_decoder,
+    toy_decoder_pipeline,
+    toy_denoiser,
+    toy_t5,
+    toy_vae,
+)
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline, NextFlowPipeline
@@ -243,29 +252,15 @@ def test_callback_changes_latents_and_stops(pipes):
 
 
 def test_prompts_are_read_by_the_denoisers_own_text_encoder(tmp_path):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3, "a": 4, "b": 5}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=7)
-    config = CLIPTextConfig(
-        vocab_size=6,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=7,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    parts = {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer}
+    encoder, tokenizer = toy_clip()
+    parts = {"text_encoder": encoder, "tokenizer": tokenizer}
     plain = toy_decoder_pipeline("unet")
     pipe = NextFlowDiffusionDecoderPipeline(**{**plain.components, **parts})
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         embeds = pipe.encode_prompt(["a b", "b"])["encoder_hidden_states"]
         ids = tokenizer(["a b", "b"], padding="max_length", return_tensors="pt").input_ids
-        torch.testing.assert_close(embeds, parts["text_encoder"](ids)[0])
+        torch.testing.assert_close(embeds, encoder(ids)[0])
     codes, grids = codes_of(pipe, (2, 7))
 
     def draw(pipe, prompt):
@@ -282,6 +277,29 @@ def test_prompts_are_read_by_the_denoisers_own_text_encoder(tmp_path):
     half = NextFlowDiffusionDecoderPipeline(**{**plain.components, "tokenizer": tokenizer})
     with pytest.raises(ValueError, match="text_encoder"):
         half(codes, grids)
+
+
+def test_prompts_of_transformers(pipes):
+    """FLUX: pooled CLIP and T5's tokens. SD3: two pooled CLIPs, and zeros for a T5 that is not there."""
+    texts = ["a b", "b"]
+    (clip, tokenizer), (t5, words) = toy_clip(), toy_t5()
+    parts = {"text_encoder": clip, "tokenizer": tokenizer, "text_encoder_2": t5, "tokenizer_2": words}
+    flux = NextFlowDiffusionDecoderPipeline(**{**pipes["flux"].components, **parts})
+    ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        prompt = flux.encode_prompt(texts, max_sequence_length=5)
+        torch.testing.assert_close(prompt["pooled_projections"], clip(ids).pooler_output)
+        padded = torch.tensor([[2, 3, 0, 0, 0], [3, 0, 0, 0, 0]])
+        torch.testing.assert_close(prompt["encoder_hidden_states"], t5(padded)[0])
+        clip, _ = toy_clip(4, projection=True)
+        parts = {"text_encoder": clip, "tokenizer": tokenizer, "text_encoder_2": clip, "tokenizer_2": tokenizer}
+        sd3 = NextFlowDiffusionDecoderPipeline(**{**pipes["sd3"].components, **parts})
+        prompt = sd3.encode_prompt(texts, max_sequence_length=3)
+        embeds = clip(ids, output_hidden_states=True)
+        torch.testing.assert_close(prompt["pooled_projections"], torch.cat([embeds.text_embeds] * 2, -1))
+        tokens = prompt["encoder_hidden_states"]
+        torch.testing.assert_close(tokens[:, :7], torch.cat([embeds.hidden_states[-2]] * 2, -1))
+        assert tokens.shape == (2, 7 + 3, 8) and not tokens[:, 7:].any()
 
 
 @pytest.mark.parametrize(
@@ -442,13 +460,3 @@ def test_export_puts_the_decoder_into_sub_folders(whole, tmp_path):
     assert loaded("a", **options).images[0].size == (16, 16)
     without = NextFlowPipeline.from_pretrained(folder, diffusion_decoder=None)
     assert without.diffusion_decoder is None
-
-
-def test_stock_pipelines_take_text_parts_alone():
-    """What `encode_prompt` relies on: the constructors of the denoisers' own pipelines, without the rest."""
-    parts = {"text_encoder": None, "tokenizer": None, "vae": None, "scheduler": None}
-    StableDiffusionPipeline(
-        **parts, unet=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    QwenImagePipeline(**parts, transformer=None)
-    FluxPipeline(**parts, transformer=None, text_encoder_2=None, tokenizer_2=None)

@@ -1,10 +1,17 @@
 """The numbers that the diffusion decoder's benchmark reports, on pictures whose numbers are known."""
 
+import importlib.util
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from toy_decoder import toy_decoder_pipeline
+from toy_pipeline import toy_pipeline
 
+from nextflow_hf import NextFlowDiffusionDecoderPipeline
 from nextflow_hf.training.evaluation.reconstruction import (
     edge_steepness,
     gradient_similarity_deviation,
@@ -61,3 +68,23 @@ def test_gmsd_is_the_deviation_of_gradient_similarity():
     expected = math.sqrt(sum((one - mean) ** 2 for one in similar) / len(similar))
     assert value == pytest.approx(expected, rel=1e-4) and value > 0.01
     assert gradient_similarity_deviation(true, true).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_benchmark_writes_its_table_and_picture(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parents[1] / "benchmarks" / "diffusion_decoder_shapes.py"
+    spec = importlib.util.spec_from_file_location("diffusion_decoder_shapes", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    toy_pipeline().save_pretrained(tmp_path / "model")
+    parts = toy_decoder_pipeline("unet", channels=3).components
+    NextFlowDiffusionDecoderPipeline(**{**parts, "vae": None}).save_pretrained(tmp_path / "decoder")
+    arguments = ["--model", tmp_path / "model", "--decoder", tmp_path / "decoder", "--output-dir", tmp_path / "out"]
+    sizes = ["--num-images", 3, "--num-edits", 8, "--steps", 2]
+    monkeypatch.setattr("sys.argv", ["benchmark", *map(str, [*arguments, *sizes])])
+    benchmark.main()
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + 3 and lines[2].startswith("| VQ |") and lines[3].startswith("| diffusion, 2 steps from")
+    assert [len(line.split("|")) for line in lines] == [len(lines[0].split("|"))] * 5 == [8] * 5
+    numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())["rows"]
+    assert all(math.isfinite(value) for row in numbers.values() for value in row.values())
+    assert Image.open(tmp_path / "out" / "pictures.png").size == (4 * 3 * 16, 4 * 4 * 16)

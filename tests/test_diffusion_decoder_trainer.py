@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
-from toy_decoder import toy_decoder_pipeline, toy_denoiser, toy_scheduler, toy_vae
+from toy_decoder import toy_clip, toy_decoder_pipeline, toy_denoiser, toy_scheduler, toy_vae
 from toy_pipeline import toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder
@@ -213,10 +213,11 @@ def test_bad_arguments_are_refused(arguments, changes, message):
 
 
 def write_stock_pipeline(folder) -> None:
-    """A whole tiny FLUX as its hub has it, but without text encoders."""
-    parts = {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
-    scheduler, vae = toy_scheduler("flux"), toy_vae("flux")
-    FluxPipeline(scheduler, vae, transformer=toy_denoiser("flux"), **parts).save_pretrained(folder)
+    """A whole tiny Stable Diffusion, as a hub has it."""
+    encoder, tokenizer = toy_clip()
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    unet, scheduler, vae = toy_denoiser("unet"), toy_scheduler("unet"), toy_vae("unet")
+    StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, **parts).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -225,15 +226,17 @@ def test_both_stages_of_a_recipe(tmp_path, lora):
     options = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 2}
     recipe = {
         "base_model": str(tmp_path / "base_model"),
-        "denoiser": "transformer",
+        "denoiser": "unet",
+        "scheduler": {"class": "EulerDiscreteScheduler"},
         "training": {**options, **({"lora_rank": 2} if lora else {})},
         "stages": {"base": {"max_steps": 1, "learning_rate": 1e-2}, "upscale": {"max_steps": 1, "learning_rate": 0.0}},
     }
     trained = {}
     for stage in ("base", "upscale"):
-        plain = toy_decoder_pipeline("flux")
+        plain = toy_decoder_pipeline("unet")
         pipe = build_decoder_pipeline(recipe, plain.vision_tokenizer, plain.image_processor)
-        assert type(pipe.scheduler) is type(plain.scheduler) and pipe.vae.config.scaling_factor == 0.7
+        assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler" and pipe.has_text_encoder
+        assert pipe.scheduler.config.timestep_spacing == "trailing" and pipe.vae.config.scaling_factor == 0.7
         trainer = train_stage(
             pipe, recipe, stage, tmp_path / "out", device_arguments={"use_cpu": True}, train_dataset=items(plain, 2)
         )

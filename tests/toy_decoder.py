@@ -12,7 +12,18 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_pipeline import toy_processor, toy_vision_tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline
 
@@ -123,3 +134,32 @@ def toy_decoder_pipeline(family: str, **options) -> NextFlowDiffusionDecoderPipe
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def toy_clip(hidden_size: int = 8, *, projection: bool = False) -> tuple[PreTrainedModel, CLIPTokenizer]:
+    """A text encoder that knows the words a and b."""
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3, "a": 4, "b": 5}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=7)
+    config = CLIPTextConfig(
+        vocab_size=6,
+        hidden_size=hidden_size,
+        intermediate_size=8,
+        projection_dim=4,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    torch.manual_seed(5)
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval(), tokenizer
+
+
+def toy_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    config = T5Config(vocab_size=4, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    torch.manual_seed(6)
+    return T5EncoderModel(config).eval(), tokenizer
