@@ -19,6 +19,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .data.decoder_rows import NextFlowDecoderDataset
 from .data.extraction import check_fingerprint, load_codes
 from .decoder import STAGES, UPSCALE_FACTOR, build_decoder_pipeline, load_decoder_recipe, load_stage, train_stage
@@ -35,7 +36,7 @@ EVAL_SEED = 7
 class HeldOutPictures(Dataset):
     """Pictures of held-out captions with their codes, as rows for the decoder."""
 
-    def __init__(self, pipeline, count: int, size: int):
+    def __init__(self, pipeline: NextFlowDiffusionDecoderPipeline, count: int, size: int):
         rng = np.random.default_rng(EVAL_SEED)
         native = size // pipeline.diffusion_decoder.config.upscale_factor
         self.rows = []
