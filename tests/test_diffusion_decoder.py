@@ -18,6 +18,8 @@ from toy_decoder import (
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline, NextFlowPipeline
+from nextflow_hf.hub_cards.cards import create_card
+from nextflow_hf.hub_cards.export import export_pipeline
 from nextflow_hf.pipelines.diffusion_decoder_latents import (
     decode_latents,
     encode_latents,
@@ -444,12 +446,8 @@ def test_half_precision(family):
 
 
 def test_export_puts_the_decoder_into_sub_folders(whole, tmp_path):
-    from nextflow_hf.hub_cards.export import export_pipeline
-
-    row = {"passed": 1, "total": 1, "rate": 1.0, "interval": (0.5, 1.0), "checks": {}}
-    table = {"overall": 1.0, "all": row, "categories": {"one": row}}
-    context = {"judge": {"seed": 0, "prompt": table, "edit": table}, "reconstruction_psnr": 20.0}
-    folder = export_pipeline(whole, tmp_path / "toy", context, dtype={"diffusion_decoder": torch.bfloat16})
+    card = create_card("model", repo_id="toy/nextflow")
+    folder = export_pipeline(whole, tmp_path / "toy", card, dtype={"diffusion_decoder": torch.bfloat16})
     assert (folder / "diffusion_decoder" / "diffusion_pytorch_model.safetensors").is_file()
     loaded = NextFlowPipeline.from_pretrained(folder, dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
