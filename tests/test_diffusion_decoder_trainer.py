@@ -192,6 +192,24 @@ def test_rows_pair_an_image_with_its_own_codes(tmp_path):
         NextFlowDecoderCollator(pipe.image_processor)([wrong])
 
 
+def test_the_appended_scale_of_a_given_image_is_no_code_of_its_picture(tmp_path):
+    def get_row(index: int) -> dict:
+        source, answer = [{"type": "image"}], [{"type": "image"}] if index == 0 else [{"type": "text", "text": "a"}]
+        messages = [{"role": "user", "content": source}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "images": [picture(1), picture(0)] if index == 0 else [picture(1)]}
+
+    pipe, processor = toy_decoder_pipeline("unet"), toy_processor()
+    processor.append_last_scale = True
+    options = {"self_correction": False, "text_drop_rate": 0.0, "image_drop_rate": 0.0}
+    codes = extract_codes(get_row, 2, tmp_path, processor=processor, vision_tokenizer=pipe.vision_tokenizer, **options)
+    data = NextFlowDecoderDataset(codes, get_row)
+    drawn, given = data[0], data[1]
+    assert [len(row["image_grids"][row["image_grids"].prod(-1) > 0]) for row in (drawn, given)] == [4, 5]
+    batch = NextFlowDecoderCollator(pipe.image_processor)([drawn, given])
+    expected, grids = pipe.encode_image([picture(0), picture(1)])
+    assert torch.equal(batch["image_grids"], grids) and torch.equal(batch["image_codes"], expected)
+
+
 def test_caption_of_messages():
     image, text = {"type": "image"}, {"type": "text", "text": "a cat"}
     answer = {"role": "assistant", "content": [image]}

@@ -62,18 +62,20 @@ class NextFlowDecoderCollator:
             resolution=self.image_processor.resolution * self.upscale_factor,
             return_tensors="pt",
         )
-        image_grids = inputs["image_grids"]
+        image_grids, image_codes = inputs["image_grids"], []
         for index, row in enumerate(rows):
             stored = row["image_grids"][row["image_grids"].prod(-1) > 0]
             own = image_grids[index][image_grids[index].prod(-1) > 0]
-            if not torch.equal(stored, own):
+            # An image that was given, not drawn, may have its last grid again: the processor's `append_last_scale`.
+            if not (torch.equal(stored, own) or torch.equal(stored, torch.cat([own, own[-1:]]))):
                 raise ValueError(
                     f"an image's codes have the grids {stored.tolist()}, but the image processor gives "
                     f"{own.tolist()}: were they extracted with another one?"
                 )
+            image_codes.append(row["image_codes"][: int(own.prod(-1).sum())])
         return {
             "pixel_values": inputs["pixel_values"],
-            "image_codes": torch.cat([row["image_codes"] for row in rows]),
+            "image_codes": torch.cat(image_codes),
             "image_grids": image_grids,
             "captions": [row["caption"] for row in rows],
         }
