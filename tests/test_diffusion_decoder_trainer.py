@@ -215,6 +215,7 @@ def test_caption_of_messages():
     answer = {"role": "assistant", "content": [image]}
     assert caption_of([{"role": "user", "content": "a cat"}, answer]) == "a cat"
     assert caption_of([{"role": "user", "content": [image, text]}, answer]) == ""
+    assert caption_of([{"role": "user", "content": [image, text]}, {"role": "assistant", "content": "a dog"}]) == ""
 
 
 @pytest.mark.parametrize(

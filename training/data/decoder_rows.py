@@ -82,9 +82,9 @@ class NextFlowDecoderCollator:
 
 
 def caption_of(messages: list[dict]) -> str:
-    """The text that one image was drawn for. Where there are more images it is an instruction: no caption."""
-    parts = [part for message in messages for part in _parts(message)]
-    if sum(part["type"] == "image" for part in parts) != 1:
+    """The text that the one image was drawn for. With more images it is an instruction, with a given one a question."""
+    drawn_by = [message["role"] for message in messages for part in _parts(message) if part["type"] == "image"]
+    if drawn_by != ["assistant"]:
         return ""
     texts = [part["text"] for message in messages if message["role"] == "user" for part in _parts(message)]
     return " ".join(texts)
