@@ -82,7 +82,7 @@ class NextFlowDecoderCollator:
 
 
 def caption_of(messages: list[dict]) -> str:
-    """The text that the one image was drawn for. With more images it is an instruction, with a given one a question."""
+    """The text that the one image was drawn for. With more images it is an instruction, to a given one a question."""
     drawn_by = [message["role"] for message in messages for part in _parts(message) if part["type"] == "image"]
     if drawn_by != ["assistant"]:
         return ""
