@@ -205,6 +205,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         negative_attention_mask: torch.Tensor | None = None,
         negative_image_codes: torch.LongTensor | None = None,
         negative_image_grids: torch.LongTensor | None = None,
+        prefix_codes: torch.LongTensor | None = None,
         guidance_scale: PerScale = None,
         guidance_schedule: str | None = None,
         temperature: PerScale = None,
@@ -224,6 +225,8 @@ class NextFlowGenerationMixin(GenerationMixin):
             image_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*): Codes of the images in the prompts.
             negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids (*optional*):
                 The unconditional prompts, in the same form, one row or `batch` rows. Needed where guidance is not 1.
+            prefix_codes (`torch.LongTensor` of shape `(batch, codes)`, *optional*):
+                Codes of the first scales, which are then taken as they are; the others are drawn after them.
             guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
                 See [`ScaleStep`]. Default to the generation config's `image_*` entries.
             guidance_schedule (`str`, *optional*): `"constant"` or `"linear"`; see [`scale_plan`].
@@ -257,15 +260,19 @@ class NextFlowGenerationMixin(GenerationMixin):
             )
             rows = _stack_rows(rows, _repeat_rows(negative, batch), pad_token_id=self.config.pad_token_id or 0)
 
+        given = [] if prefix_codes is None else _split_scales(prefix_codes, grids, batch)
         cache = DynamicCache(config=self.config)
         hidden_states, mask, position = self._prefill_rows(rows, cache)
         drawn: list[torch.LongTensor] = []
         for index in range(len(plan)):
             step = plan[index]
             guided = len(hidden_states) > batch
-            logits = self.image_logits(hidden_states).float()
-            logits = guide(logits[:batch], logits[batch:] if guided else None, step.guidance_scale)
-            drawn.append(sample_codes(logits, step, generators))
+            if index < len(given):
+                drawn.append(given[index])
+            else:
+                logits = self.image_logits(hidden_states).float()
+                logits = guide(logits[:batch], logits[batch:] if guided else None, step.guidance_scale)
+                drawn.append(sample_codes(logits, step, generators))
             if callback is not None:
                 changed = callback(index, step, torch.cat(drawn, dim=1))
                 if changed is not None:
@@ -365,6 +372,16 @@ class NextFlowGenerationMixin(GenerationMixin):
             is_causal=False,
         )
         return outputs.last_hidden_state, mask
+
+
+def _split_scales(
+    codes: torch.LongTensor, grids: Sequence[tuple[int, int]], batch: int
+) -> tuple[torch.LongTensor, ...]:
+    """Codes (batch, codes) of the first scales, scale by scale."""
+    ends = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist()
+    if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
+        raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
+    return codes.tensor_split(ends[: ends.index(codes.shape[1])], dim=1)
 
 
 def _repeat_rows(rows: _PromptRows, batch: int) -> _PromptRows:
