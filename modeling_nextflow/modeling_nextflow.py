@@ -280,7 +280,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         for grids, members in groups.items():
             if len(grids) == 1:
                 continue
-            stacked = torch.stack([per_image[index] for index in members])
+            # The last scale is no input; a closed image brings its codes all the same, an open one does not.
+            inputs = sum(height * width for height, width in grids[:-1])
+            stacked = torch.stack([per_image[index][:inputs] for index in members])
             features, start = [], 0
             for grid, next_grid in zip(grids, grids[1:]):
                 cells = grid[0] * grid[1]

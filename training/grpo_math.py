@@ -12,11 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..modeling_nextflow.loss_nextflow import scale_weights
-
-
-def num_codes(grids: Sequence[tuple[int, int]]) -> int:
-    """Codes of the scales `grids`."""
-    return sum(height * width for height, width in grids)
+from ..processing.scale_schedule import num_cells
 
 
 def code_weights(grids: Sequence[tuple[int, int]], alpha: float) -> torch.FloatTensor:
@@ -38,7 +34,7 @@ def mask_to_cells(mask: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch
     """
     active = mask.float()[None, None]
     if not active.any():
-        return torch.ones(num_codes(grids), dtype=torch.bool, device=mask.device)
+        return torch.ones(num_cells(grids), dtype=torch.bool, device=mask.device)
     levels = []
     for grid in reversed(grids):
         active = F.adaptive_max_pool2d(active, grid)

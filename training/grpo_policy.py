@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from .grpo_math import chunked_log_probs, code_weights, num_codes
+from ..processing.scale_schedule import num_cells
+from .grpo_math import chunked_log_probs, code_weights
 
 
 def text_ids(model: NextFlowForCausalLM) -> torch.LongTensor:
@@ -43,8 +44,8 @@ def policy_row(
     before `cell_mask` (codes of the scales,) takes its share away.
     """
     prompt, grids = rollout.prompt, rollout.prompt.grids
-    seen, skipped = num_codes(grids[: scales.stop]), num_codes(grids[: scales.start])
-    inputs = seen - num_codes(grids[scales.stop - 1 : scales.stop])  # the last scale is predicted, but not read
+    seen, skipped = num_cells(grids[: scales.stop]), num_cells(grids[: scales.start])
+    inputs = seen - num_cells(grids[scales.stop - 1 : scales.stop])  # the last scale is predicted, but not read
     input_ids = torch.cat([prompt.input_ids, torch.full((seen - 1,), config.image_token_id)])
     length, first = len(input_ids), len(prompt.input_ids) - 1  # `<boi>` predicts the first code
     targets = torch.full((length,), IGNORE_INDEX)
@@ -54,7 +55,7 @@ def policy_row(
     codes = slice(first + skipped, first + seen)
     weights = code_weights(grids[scales.start : scales.stop], alpha)
     targets[codes] = rollout.codes[skipped:seen] + config.text_vocab_size
-    cells = torch.tensor([num_codes([grid]) for grid in grids[scales.start : scales.stop]])
+    cells = torch.tensor([num_cells([grid]) for grid in grids[scales.start : scales.stop]])
     scale_ids[codes] = (torch.arange(scales.start, scales.stop) + 1).repeat_interleave(cells)
     thoughts = rollout.thoughts if scales.start == 0 else range(0)
     total = len(weights) + len(thoughts)

@@ -32,6 +32,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable, use_adapter
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.processing_nextflow import NextFlowProcessor
+from ..processing.scale_schedule import num_cells
 from .grpo_config import NO_TEXT_ROLLOUT, NextFlowGRPOConfig
 from .grpo_math import (
     clipped_loss,
@@ -41,7 +42,6 @@ from .grpo_math import (
     kl_to_reference,
     mask_to_cells,
     middle_return,
-    num_codes,
 )
 from .grpo_policy import add_policy_forward, pad_rows, policy_inputs, policy_row
 from .grpo_rollout import Rollout, conversation_of, decode, draw, encode_rows, think
@@ -126,7 +126,9 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             if value is not None:
                 raise ValueError(f"`{name}` is not supported: {reason}")
         if isinstance(model, str):
-            parts = NextFlowPipeline.from_pretrained(model, **((args and args.model_init_kwargs) or {}))
+            # In float32: an update of 1e-5 is lost in half precision, which `bf16` computes in anyway.
+            options = {"torch_dtype": torch.float32, **((args and args.model_init_kwargs) or {})}
+            parts = NextFlowPipeline.from_pretrained(model, **options)
             model = parts.transformer
             vision_tokenizer = vision_tokenizer or parts.vision_tokenizer
             processing_class = processing_class or parts.processor
@@ -286,7 +288,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         )  # fmt: skip
 
     def _prefixes(self, rollouts: list[Rollout]) -> list[torch.LongTensor]:
-        return [r.codes[: num_codes(r.prompt.grids[: self._num_prefix_scales(r.prompt.grids)])] for r in rollouts]
+        return [r.codes[: num_cells(r.prompt.grids[: self._num_prefix_scales(r.prompt.grids)])] for r in rollouts]
 
     @torch.no_grad()
     def _rollout(self, inputs: list[dict], *, shared_prefix: bool) -> tuple[list[Rollout], list[list[Rollout]]]:
@@ -381,7 +383,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             mask = self._masks[index] if self._masks is not None else None
             if mask is not None:
                 cells = mask_to_cells(torch.from_numpy(mask), grids)
-                mask = cells[num_codes(grids[: scales.start]) : num_codes(grids[: scales.stop])]
+                mask = cells[num_cells(grids[: scales.start]) : num_cells(grids[: scales.stop])]
             alpha = self.args.scale_loss_alpha
             rows.append(
                 policy_row(rollout, self.pipeline.transformer.config, scales=scales, alpha=alpha, cell_mask=mask)
