@@ -24,6 +24,8 @@ _MODULE_OF_NAME = {
     "NextFlowPipelineOutput": "pipelines.pipeline_nextflow_output",
     "NextFlowTrainer": "training.trainer",
     "NextFlowVisionTokenizerTrainer": "training.tokenizer_trainer",
+    "NextFlowGRPOConfig": "training.grpo_config",
+    "NextFlowGRPOTrainer": "training.grpo_trainer",
 }
 
 __all__ = ["__version__", *_MODULE_OF_NAME]

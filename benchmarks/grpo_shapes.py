@@ -108,7 +108,9 @@ def compare(args: argparse.Namespace) -> None:
             runs.append(json.loads(file.read_text()))
     (args.output_dir / "results.md").write_text(results_table(runs, args))
     curves = {arm: [smooth(run["rewards"]) for run in runs if run["arm"] == arm] for arm in args.arms}
-    draw_curves(args.output_dir / "reward.png", curves, "share of the judge's checks that hold, by update")
+    draw_curves(
+        args.output_dir / "reward.png", curves, "share of the judge's checks that hold, over equal numbers of pictures"
+    )
     scores = {
         arm: [[run[w]["overall"] for w in ("before", "after")] for run in runs if run["arm"] == arm]
         for arm in args.arms

