@@ -62,7 +62,7 @@ def judge(pipeline: NextFlowPipeline, num_prompts: int, seed: int, guidance_scal
 def assemble(model: str, transformer: str | None, folder: Path) -> Path:
     """The repository to start from: `model`, with the weights of `transformer` where given."""
     if transformer is not None and not folder.exists():
-        pipeline = NextFlowPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        pipeline = NextFlowPipeline.from_pretrained(model, dtype=torch.float32)
         weights = NextFlowForCausalLM.from_pretrained(transformer, dtype=torch.float32)
         weights.generation_config = pipeline.transformer.generation_config
         pipeline.register_modules(transformer=weights)

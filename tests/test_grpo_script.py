@@ -90,8 +90,7 @@ def test_two_processes_share_groups_and_agree(tmp_path):
     """Each process has half of the one group of four: baseline, shared prefix and update are those of the group."""
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(
         [*command, str(worker), str(tmp_path / "run")], capture_output=True, text=True, env=environment

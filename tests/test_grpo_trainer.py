@@ -200,11 +200,38 @@ def test_a_failing_reward_is_reported_with_its_sample_and_left_out(tmp_path, mon
 
 
 def test_groups_without_a_difference_teach_nothing(tmp_path):
-    trainer = make_trainer(tmp_path, lambda prompts, **columns: [0.3] * len(prompts), weight_decay=0.0)
+    sizes = []
+
+    def all_alike(images, **columns):
+        sizes.extend(image.size for image in images)
+        return [0.3] * len(images)
+
+    trainer = make_trainer(tmp_path, all_alike, weight_decay=0.0, aspect_ratio="8:2")
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     trainer.train()
     assert history(trainer, "frac_reward_zero_std") == [1.0]
     assert all(map(torch.equal, before, trainer.model.parameters()))
+    assert sizes == [(32, 8)] * 8
+
+
+def test_rewards_may_be_normalised_before_they_are_summed(tmp_path):
+    """One reward a thousand times the other counts no more than it."""
+
+    def rising(images, **columns):
+        return [float(index) for index in range(len(images))]
+
+    def falling(images, **columns):
+        return [-1000.0 * index for index in range(len(images))]
+
+    advantages = {}
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        trainer = make_trainer(
+            tmp_path, [rising, falling], multi_objective_aggregation=aggregation, trainer_class=Recording
+        )
+        trainer.train()
+        advantages[aggregation] = trainer.generated[0][0]["advantages"].view(2, 4)
+    assert (advantages["sum_then_normalize"].diff(dim=1) < -0.7).all()
+    assert advantages["normalize_then_sum"].abs().max() < 0.5  # what is left of their cancelling is rounding
 
 
 def test_accumulating_gradients_equals_one_big_batch(tmp_path):

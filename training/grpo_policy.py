@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ..modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..processing.scale_schedule import num_cells
@@ -21,19 +22,15 @@ from .grpo_math import chunked_log_probs, code_weights
 def text_ids(model: NextFlowForCausalLM) -> torch.LongTensor:
     """The tokens that text before a picture is made of: text without the end of the turn, and `<boi>`, its end."""
     config = model.config
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    excluded = {config.image_token_id, config.pad_token_id, *eos}
-    ids = [token for token in range(config.text_vocab_size) if token not in excluded]
-    return torch.tensor([*ids, config.boi_token_id], device=model.device)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    excluded = torch.tensor([config.image_token_id, config.pad_token_id, *ends], device=model.device)
+    ids = torch.arange(config.text_vocab_size + 1, device=model.device)
+    ids[-1] = config.boi_token_id
+    return ids[~torch.isin(ids, excluded)]
 
 
 def policy_row(
-    rollout: Any,
-    config: Any,
-    *,
-    scales: range,
-    alpha: float,
-    cell_mask: torch.Tensor | None = None,
+    rollout: Any, config: NextFlowConfig, *, scales: range, alpha: float, cell_mask: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """
     A [`Rollout`] as a row that teaches the scales `scales` (counted from 0), and the text before it if 0 is among

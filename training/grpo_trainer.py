@@ -85,7 +85,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     Args:
         model (`str`, [`NextFlowForCausalLM`] or `PeftModel`):
             The policy; or a repository as [`NextFlowPipeline.from_pretrained`] takes it, which brings all parts and
-            is loaded in float32 (with adapters, `model_init_kwargs={"torch_dtype": "bfloat16"}` is enough).
+            is loaded in float32 (with adapters, `model_init_kwargs={"dtype": "bfloat16"}` is enough).
         reward_funcs (`Callable`, `str` or a list of them):
             Rewards. A string is the Hub id of a CLIP-like model, see [`CLIPReward`].
         args ([`NextFlowGRPOConfig`], *optional*): Numbers.
@@ -132,9 +132,9 @@ class NextFlowGRPOTrainer(GRPOTrainer):
                 raise ValueError(f"`{name}` is not supported: {reason}")
         if isinstance(model, str):
             # In float32: an update of 1e-5 is lost in half precision, which `bf16` computes in anyway.
-            options = {"torch_dtype": torch.float32, **((args and args.model_init_kwargs) or {})}
-            if isinstance(options["torch_dtype"], str):
-                options["torch_dtype"] = getattr(torch, options["torch_dtype"])
+            options = {"dtype": torch.float32, **((args and args.model_init_kwargs) or {})}
+            if isinstance(options["dtype"], str):
+                options["dtype"] = getattr(torch, options["dtype"])
             parts = NextFlowPipeline.from_pretrained(model, **options)
             model = parts.transformer
             vision_tokenizer = vision_tokenizer or parts.vision_tokenizer
