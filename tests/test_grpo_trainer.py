@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from nextflow_hf.training import grpo_trainer
 from nextflow_hf.training.grpo_config import REFUSED
+from nextflow_hf.training.grpo_math import group_advantages, group_advantages_by_function
 from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer, check_trl_contract
 
 
@@ -215,23 +216,27 @@ def test_groups_without_a_difference_teach_nothing(tmp_path):
 
 
 def test_rewards_may_be_normalised_before_they_are_summed(tmp_path):
-    """One reward a thousand times the other counts no more than it."""
+    """One reward a thousand times the other counts as much as it."""
+    small, large = [0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 1.0, 2.0], [5e3, 1e3, 0.0, 2e3, 1e3, 3e3, 0.0, 0.0]
 
-    def rising(images, **columns):
-        return [float(index) for index in range(len(images))]
+    def first(images, **columns):
+        return small
 
-    def falling(images, **columns):
-        return [-1000.0 * index for index in range(len(images))]
+    def second(images, **columns):
+        return large
 
     advantages = {}
     for aggregation in ("sum_then_normalize", "normalize_then_sum"):
         trainer = make_trainer(
-            tmp_path, [rising, falling], multi_objective_aggregation=aggregation, trainer_class=Recording
+            tmp_path, [first, second], multi_objective_aggregation=aggregation, trainer_class=Recording
         )
         trainer.train()
-        advantages[aggregation] = trainer.generated[0][0]["advantages"].view(2, 4)
-    assert (advantages["sum_then_normalize"].diff(dim=1) < -0.7).all()
-    assert advantages["normalize_then_sum"].abs().max() < 0.5  # what is left of their cancelling is rounding
+        advantages[aggregation] = trainer.generated[0][0]["advantages"]
+    total = torch.tensor(small) + torch.tensor(large)
+    torch.testing.assert_close(advantages["sum_then_normalize"], group_advantages(total, 4)[0])
+    rewards = torch.tensor([small, large]).T
+    expected = group_advantages_by_function(rewards, torch.ones(2), 4)[0]
+    torch.testing.assert_close(advantages["normalize_then_sum"], expected)
 
 
 def test_accumulating_gradients_equals_one_big_batch(tmp_path):
