@@ -16,6 +16,8 @@ _MODULE_OF_NAME = {
     "NextFlowPreTrainedModel": "modeling_nextflow.modeling_nextflow",
     "NextFlowModel": "modeling_nextflow.modeling_nextflow",
     "NextFlowForCausalLM": "modeling_nextflow.modeling_nextflow",
+    "NextFlowForConditionalGeneration": "modeling_nextflow.modeling_nextflow_conditional_generation",
+    "NextFlowGenerationConfig": "modeling_nextflow.generation_configuration_nextflow",
     "NextFlowVisionTokenizer": "modeling_nextflow.modeling_nextflow_vision_tokenizer",
     "NextFlowImageProcessor": "processing.image_processing_nextflow",
     "NextFlowImageProcessorPil": "processing.image_processing_nextflow",

@@ -1,4 +1,4 @@
-"""After `import nextflow_hf`, transformers' auto classes and diffusers' loader know NextFlow.
+"""After `import nextflow_hf`, transformers' auto classes, diffusers' loader and peft know NextFlow.
 
 Registering takes our classes, and those take torch. So that `import nextflow_hf` itself stays free of them, a library
 that is not imported yet gets its registration when it is. The one file that touches private API: diffusers' table of
@@ -13,11 +13,20 @@ from types import ModuleType
 
 
 def register_with_transformers() -> None:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
     # From the modules, not from the packages: those may be half imported when this runs.
     from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
     from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+    from nextflow_hf.modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
     from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
     from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
     from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
@@ -27,11 +36,24 @@ def register_with_transformers() -> None:
     AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
     AutoModel.register(NextFlowVisionTokenizerConfig, NextFlowVisionTokenizer, exist_ok=True)
     AutoModelForCausalLM.register(NextFlowConfig, NextFlowForCausalLM, exist_ok=True)
+    AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
+    AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
     backends: dict[str, type] = {"pil": NextFlowImageProcessorPil}
     if NextFlowImageProcessor is not NextFlowImageProcessorPil:  # an alias where torchvision is missing
         backends["torchvision"] = NextFlowImageProcessor
     AutoImageProcessor.register(NextFlowConfig, image_processor_classes=backends, exist_ok=True)
+
+    # `save_pretrained` then writes the code beside the weights: the folder also loads where this package is missing.
+    for config in (NextFlowConfig, NextFlowVisionTokenizerConfig):
+        config.register_for_auto_class()
+    NextFlowModel.register_for_auto_class("AutoModel")
+    NextFlowForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    NextFlowForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
+    NextFlowVisionTokenizer.register_for_auto_class("AutoModel")
+    NextFlowProcessor.register_for_auto_class()
+    for backend in backends.values():
+        backend.register_for_auto_class()
 
 
 def register_with_diffusers() -> None:
@@ -50,6 +72,15 @@ def register_with_diffusers() -> None:
     LOADABLE_CLASSES["nextflow_hf"] = {base.__name__: ["save_pretrained", "from_pretrained"] for base in bases}
     # `DiffusionPipeline.from_pretrained` looks `_class_name` up in `diffusers` alone.
     diffusers.NextFlowPipeline = NextFlowPipeline
+
+
+def register_with_peft() -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # Every matrix of the decoder, for a `LoraConfig()` that names none. Not the connector, which is small and new and
+    # best trained whole (training/adapters.py). "nextflow" is the model type; peft does without our classes.
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["nextflow"] = names
 
 
 class _RegisteringLoader(Loader):
@@ -96,7 +127,11 @@ class _RegisteringFinder(MetaPathFinder):
 
 def install() -> None:
     """Register with what is imported already now, with the rest when it is imported."""
-    registrations = {"transformers": register_with_transformers, "diffusers": register_with_diffusers}
+    registrations = {
+        "transformers": register_with_transformers,
+        "diffusers": register_with_diffusers,
+        "peft": register_with_peft,
+    }
     for name in [name for name in registrations if name in sys.modules]:
         registrations.pop(name)()
     if registrations:

@@ -17,7 +17,7 @@ from pathlib import Path
 PROMPTS = (
     "a red circle",
     "a green triangle on a black background",
-    "a blue cross and an orange diamond",
+    "a blue ring and an orange diamond",
     "a purple triangle above a green circle",
     "a cyan diamond left of a red square",
     "three yellow squares on a gray background",
@@ -26,7 +26,7 @@ PROMPTS = (
 )
 # (index of the prompt whose picture is edited, instruction)
 EDITS = (
-    (2, "make the cross red"),
+    (2, "make the ring red"),
     (3, "change the background to black"),
     (4, "remove the red square"),
     (7, "add a blue square in the bottom right corner"),

@@ -1,36 +1,55 @@
 """One repository for two libraries: what transformers and diffusers load by the same name.
 
 The transformer and the processor's files lie at the root, where transformers looks, the vision tokenizer in its
-sub-folder; diffusers takes a component without a folder from the root. A process that loads it imports `nextflow_hf`.
+sub-folder; diffusers takes a component without a folder from the root.
+
+The code lies there, too: transformers loads the repository with `trust_remote_code=True` where `nextflow_hf` is not
+installed. `save_pretrained` alone writes the code of the object it saves (registration.py), and so does a plain
+`push_to_hub`; what only the whole repository can know is added here. diffusers' own loader needs the package: it wants
+a component's code in the component's folder, and a component that has one is no longer taken from the root.
 """
 
 import copy
 import json
+import re
+import shutil
+import tempfile
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel
 
+from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
+from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+from nextflow_hf.modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
 from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
 
 
-SHAPES_CARD = Path(__file__).with_name("shapes_card.md")
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ROOT_COMPONENTS = ("transformer", "processor")
-# What the card needs from outside, and what it may get.
-REQUIRED_CONTEXT = {"judge", "reconstruction_psnr"}
-OPTIONAL_CONTEXT = {"pictures", "training", "repo_id"}
+AUTO_CLASSES = {
+    "AutoModel": NextFlowModel,
+    "AutoModelForCausalLM": NextFlowForCausalLM,
+    "AutoModelForMultimodalLM": NextFlowForConditionalGeneration,
+    "AutoModelForImageTextToText": NextFlowForConditionalGeneration,
+}
+ISLANDS = ("modeling_nextflow", "processing", "pipelines")
 
 
 def export_pipeline(
     pipeline: NextFlowPipeline,
     output_dir: str | Path,
-    card_context: Mapping[str, Any],
+    card: ModelCard,
     *,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_size: str = "5GB",
+    include_code: bool = True,
 ) -> Path:
     """
     Writes `pipeline` as one Hub repository, for `NextFlowPipeline`, `DiffusionPipeline`, `AutoModelForCausalLM` and
@@ -39,11 +58,13 @@ def export_pipeline(
     Args:
         pipeline ([`NextFlowPipeline`]): It is left as it is.
         output_dir (`str` or `Path`): Created where missing; files of the same name are overwritten.
-        card_context (`Mapping`): Numbers of the model card, see [`create_card`].
+        card (`ModelCard`): See [`~hub_cards.cards.create_card`].
         dtype (`torch.dtype` or `dict[str, torch.dtype]`, *optional*):
             Of the weights in the files, or one for each component and `"default"`, as diffusers writes it. Modules
             that their class keeps in float32 stay so. By default weights are saved as they are.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): Of one file of weights.
+        include_code (`bool`, *optional*, defaults to `True`):
+            See [`write_code`]. Without, the repository is one for places that have the package.
 
     Returns:
         `Path`: `output_dir`.
@@ -51,7 +72,6 @@ def export_pipeline(
     output_dir = Path(output_dir)
     if output_dir.is_file():
         raise NotADirectoryError(f"output_dir is the file {output_dir}, expected a folder")
-    card = create_card(pipeline, card_context)  # first: a context that lacks something leaves no files
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, component in pipeline.components.items():
         folder = output_dir if name in ROOT_COMPONENTS else output_dir / name
@@ -67,7 +87,97 @@ def export_pipeline(
     generation_config.save_pretrained(output_dir)
     (output_dir / "model_index.json").write_text(model_index(pipeline), encoding="utf-8")
     card.save(output_dir / "README.md")
+    if include_code:
+        write_code(output_dir)
+    else:  # `save_pretrained` has written that of the components
+        for path in [path for name in code_files() for path in output_dir.rglob(name)]:
+            path.unlink()
     return output_dir
+
+
+def push_pipeline(
+    pipeline: NextFlowPipeline,
+    repo_id: str,
+    card: ModelCard | None = None,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload NextFlow",
+    **export_kwargs: Any,
+) -> CommitInfo:
+    """
+    [`export_pipeline`] to the Hub: the whole repository in one upload. It is created where it does not exist.
+
+    `pipeline.push_to_hub` uploads diffusers' own layout instead, a folder for each component, which only
+    `NextFlowPipeline` loads.
+
+    Args:
+        pipeline ([`NextFlowPipeline`]): It is left as it is.
+        repo_id (`str`): `"user/name"`.
+        card (`ModelCard`, *optional*): By default one with the sizes of the parts and a snippet.
+        private (`bool`, *optional*): Of a new repository.
+        token (`str` or `bool`, *optional*): Defaults to the one of `hf auth login`.
+        commit_message (`str`, *optional*, defaults to `"Upload NextFlow"`): Of the upload.
+        export_kwargs: `dtype` and `max_shard_size` of [`export_pipeline`].
+    """
+    if card is None:
+        card = create_card("model", repo_id=repo_id, facts=pipeline_facts(pipeline))
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        export_pipeline(pipeline, folder, card, **export_kwargs)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+def export_adapter(model: "PeftModel", output_dir: str | Path, card: ModelCard, *, base_model: str) -> Path:
+    """
+    Writes the adapters of `model`, with their rows of the embedding and of the head, and a card of kind `"adapter"`.
+
+    `model.save_pretrained` alone would note where this machine loaded the model from.
+
+    Args:
+        model (`PeftModel`): Wraps a [`NextFlowForCausalLM`]; it is left as it is.
+        output_dir (`str` or `Path`): Created where missing; files of the same name are overwritten.
+        card (`ModelCard`): See [`~hub_cards.cards.create_card`].
+        base_model (`str`): `"user/name"` of the model that the adapter goes on.
+
+    Returns:
+        `Path`: `output_dir`.
+    """
+    output_dir = Path(output_dir)
+    # The rows are in the adapter: PEFT need not ask the Hub whether the vocabulary has grown.
+    model.save_pretrained(output_dir, save_embedding_layers=False)
+    for config_file in output_dir.rglob("adapter_config.json"):
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        # With its task named, `AutoPeftModelForCausalLM` finds the class through the model's own repository.
+        config |= {"base_model_name_or_path": base_model, "task_type": "CAUSAL_LM", "auto_mapping": None}
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card.save(output_dir / "README.md")
+    return output_dir
+
+
+def code_files() -> dict[str, Path]:
+    """Every module of the islands by its name. One flat folder holds them: no two have one name."""
+    paths = [Path(str(path)) for island in ISLANDS for path in files(f"nextflow_hf.{island}").iterdir()]
+    return {path.name: path for path in paths if path.suffix == ".py" and path.name != "__init__.py"}
+
+
+def write_code(folder: str | Path) -> None:
+    """
+    Puts into the repository `folder` what [`~PreTrainedModel.save_pretrained`] of its parts leaves out.
+
+    At the root lies the code of every class, also that of the vision tokenizer, since the Hub's loader looks there for
+    `subfolder="vision_tokenizer"`, and that of the pipeline. A model class has one auto class for which its
+    configuration is saved: the others are added, for the transformer without its head and for both parts in one.
+    """
+    folder = Path(folder)
+    for name, path in code_files().items():
+        shutil.copyfile(path, folder / name)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    for auto_class, model_class in AUTO_CLASSES.items():
+        config["auto_map"][auto_class] = f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_index(pipeline: NextFlowPipeline) -> str:
@@ -81,63 +191,13 @@ def model_index(pipeline: NextFlowPipeline) -> str:
 def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy of `model` in `dtype`, but for the modules that its class keeps in float32 whatever it is loaded in."""
     model = copy.deepcopy(model)
-    kept = set(model._keep_in_fp32_modules_strict or ())
+    kept = set(model._keep_in_fp32_modules_strict)
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not kept & set(name.split(".")):
+        if parameter.is_floating_point() and not any(re.search(pattern, name) for pattern in kept):
             parameter.data = parameter.data.to(dtype)
     return model
 
 
-def create_card(pipeline: NextFlowPipeline, context: Mapping[str, Any]) -> ModelCard:
-    """
-    The model card: `shapes_card.md` with the model's numbers and those of `context`.
-
-    Args:
-        context (`Mapping`):
-            `judge` (`dict`): `ShapesReport.to_dict()` of the evaluation. `reconstruction_psnr` (`float`): in dB, of
-            held-out pictures through the vision tokenizer. Optional: `pictures` (`dict` of captions by file names
-            relative to the repository), `training` (`str`, Markdown: how it was trained), `repo_id` (`str`).
-
-    Raises:
-        `ValueError`: where an entry is missing or unknown.
-    """
-    missing = sorted(REQUIRED_CONTEXT - set(context))
-    unknown = sorted(set(context) - REQUIRED_CONTEXT - OPTIONAL_CONTEXT)
-    if missing or unknown:
-        raise ValueError(
-            f"card_context lacks {missing} and has unknown {unknown}, expected {sorted(REQUIRED_CONTEXT)} and perhaps "
-            f"{sorted(OPTIONAL_CONTEXT)}"
-        )
-    metadata = ModelCardData(
-        license="apache-2.0",
-        language="en",
-        library_name="diffusers",
-        pipeline_tag="any-to-any",
-        tags=[
-            "nextflow",
-            "transformers",
-            "text-to-image",
-            "image-to-image",
-            "next-scale-prediction",
-            "autoregressive",
-            "arxiv:2601.02204",
-        ],
-    )
-    image_processor = pipeline.processor.image_processor
-    schedule = image_processor.schedule
-    square = schedule.grids(schedule.nearest_bucket(1, 1), schedule.num_scales(image_processor.resolution))
-    return ModelCard.from_template(
-        metadata,
-        template_path=str(SHAPES_CARD),
-        transformer=pipeline.transformer.config,
-        codebook_size=pipeline.vision_tokenizer.config.codebook_size,
-        resolution=image_processor.resolution,
-        sides=[height for height, _ in square],
-        num_codes=sum(height * width for height, width in square),
-        transformer_parameters=pipeline.transformer.num_parameters(),
-        tokenizer_parameters=pipeline.vision_tokenizer.num_parameters(),
-        **{"pictures": {}, "training": None, "repo_id": None, **context},
-    )
-
-
-__all__ = ["cast_copy", "create_card", "export_pipeline", "model_index"]
+__all__ = ["cast_copy", "export_adapter", "export_pipeline", "model_index", "push_pipeline", "write_code"]

@@ -6,7 +6,15 @@ silent the docstring says so; every such choice is a named field.
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config, Siglip2VisionConfig
+from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
+
+
+def default_mrope_section(head_dim: int) -> list[int]:
+    """Frequencies that turn with (scale, row, column): 24, 20, 20 of 64, and the same shares of another head."""
+    frequencies = head_dim // 2
+    spatial = frequencies * 20 // 64
+    return [frequencies - 2 * spatial, spatial, spatial]
 
 
 @strict
@@ -16,7 +24,14 @@ class NextFlowConfig(Qwen2Config):
 
     Args:
         vocab_size (`int`, *optional*, defaults to 184834):
-            `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2).
+            `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2). More
+            where the embeddings were resized: added tokens come last.
+        head_dim (`int`, *optional*):
+            Width of an attention head. Defaults to `hidden_size // num_attention_heads`.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether the layers are Qwen3's, which norm queries and keys, in the place of Qwen2.5's.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether Qwen3's projections have a bias. Qwen2.5's queries, keys and values always have one.
         text_vocab_size (`int`, *optional*, defaults to 152064):
             Rows of the language model the text part comes from, its padding included. Image code `c` is token
             `text_vocab_size + c`.
@@ -28,6 +43,10 @@ class NextFlowConfig(Qwen2Config):
         eoi_token_id (`int`, *optional*, defaults to 184833): `<eoi>`, end of image.
         image_token_id (`int`, *optional*, defaults to 151655):
             Placeholder in `input_ids` for every cell of scales 2..K.
+        rope_parameters (`dict`, *optional*):
+            As everywhere in transformers, with `mrope_section`: how many of the rotary frequencies turn with the
+            scale, the row and the column. Defaults to 24, 20, 20 for the 64 frequencies of the paper's model, and to
+            the same shares of another head dimension (not specified by the paper).
         max_scales (`int`, *optional*, defaults to 18): Rows of the scale embedding; the longest schedule (table 14).
         spatial_rope_extent (`float`, *optional*, defaults to 64.0):
             C of equation 1: row and column coordinates of a square image span [0, C] at every resolution (value not
@@ -40,6 +59,8 @@ class NextFlowConfig(Qwen2Config):
             Whether `<boi>` receives the embedding of scale 1, which it predicts (not specified by the paper).
         train_codebook (`bool`, *optional*, defaults to `True`):
             Whether the transformer's own copy of the codebook is trained (not specified by the paper).
+        vision_tokenizer_config (`NextFlowVisionTokenizerConfig` or `dict`, *optional*):
+            Of the vision tokenizer at the transformer's side, for [`NextFlowForConditionalGeneration`] alone.
     """
 
     model_type = "nextflow"
@@ -57,6 +78,9 @@ class NextFlowConfig(Qwen2Config):
     eos_token_id: int | list[int] | None = 151645
     pad_token_id: int | None = 151643
 
+    head_dim: int | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
     text_vocab_size: int = 152064
     codebook_size: int = 32768
     semantic_code_dim: int = 32
@@ -70,22 +94,47 @@ class NextFlowConfig(Qwen2Config):
     connector_hidden_act: str = "gelu"
     boi_scale_embedding: bool = True
     train_codebook: bool = True
+    vision_tokenizer_config: dict | PreTrainedConfig | None = None
+
+    # Stages in the order they run; the cells of images are embedded where the text is.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "image_codebook": (["image_codes"], ["inputs_embeds"]),
+        "connector": (["image_codes"], ["inputs_embeds"]),
+        "scale_embedding": (["image_grids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     def __post_init__(self, **kwargs):
-        if self.rope_parameters is None:
-            # (scale, row, column) share of the rotary frequencies, interleaved: with contiguous sections the column
-            # axis would sit on frequencies too slow to tell two cells apart (not specified by the paper).
-            self.rope_parameters = {
-                "rope_type": "default",
-                "rope_theta": self.default_theta,
-                "mrope_section": [24, 20, 20],
-            }
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if isinstance(self.vision_tokenizer_config, dict):
+            self.vision_tokenizer_config = NextFlowVisionTokenizerConfig(**self.vision_tokenizer_config)
         super().__post_init__(**kwargs)
-        expected = self.text_vocab_size + self.codebook_size + 2
-        if self.vocab_size != expected:
+        self.rope_parameters = {"mrope_section": default_mrope_section(self.head_dim), **self.rope_parameters}
+        smallest = self.text_vocab_size + self.codebook_size + 2
+        if self.vocab_size < smallest:
             raise ValueError(
-                f"vocab_size is {self.vocab_size}, expected text_vocab_size + codebook_size + 2 = {expected}"
+                f"vocab_size is {self.vocab_size}, expected text_vocab_size + codebook_size + 2 = {smallest} or, with "
+                "added tokens, more"
             )
+        if "sliding_attention" in self.layer_types:
+            raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")
+
+
+@strict
+class NextFlowViTConfig(Siglip2VisionConfig):
+    r"""
+    Configuration of [`NextFlowViT`]: SigLIP2's, and what CLIP and BEiT have besides.
+
+    Args:
+        class_token (`bool`, *optional*, defaults to `False`): Whether a learned token stands before the patches.
+        pre_layernorm (`bool`, *optional*, defaults to `False`): Whether a norm precedes the first layer, as in CLIP.
+    """
+
+    class_token: bool = False
+    pre_layernorm: bool = False
 
 
 @strict
@@ -94,9 +143,26 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     Configuration of [`NextFlowVisionTokenizer`]: dual-codebook multi-scale residual tokenizer after TokenFlow (§2.1).
 
     Args:
-        semantic_config (`Siglip2VisionConfig` or `dict`, *optional*):
+        semantic_config (`NextFlowViTConfig` or `dict`, *optional*):
             The semantic encoder. Defaults to SigLIP2-so400m-patch16-naflex without its pooling head. Its `patch_size`
-            must equal the pixel branch's stride, `2 ** (len(channel_multipliers) - 1)`.
+            must equal the pixel branch's stride, `2 ** (len(channel_multipliers) - 1)`, unless there is an
+            `image_size`.
+        semantic_layer (`int`, *optional*, defaults to -2):
+            Which of its hidden states is the feature: -2, the input of its last layer, as it is; -1, the output of
+            its last layer, through its last norm (TokenFlow's CLIP).
+        semantic_feature_size (`int`, *optional*):
+            Width of the features that the semantic decoder predicts. Defaults to the encoder's hidden size.
+        semantic_decoder_config (`NextFlowViTConfig` or `dict`, *optional*):
+            The semantic decoder where it is not the encoder's layers, `semantic_decoder_layers` of them, on cells.
+        clamp_semantic_pixels (`bool`, *optional*, defaults to `False`):
+            Whether the semantic encoder sees pixels limited to [-1, 1], as TokenFlow's SigLIP does.
+        image_size (`int`, *optional*):
+            Side in pixels of the only, square images that a tokenizer of fixed size takes and gives. The pixel branch
+            works at its stride times the semantic encoder's grid; where that is another size, images are resized to
+            it and back bicubically. By default every image is the stride times its last grid.
+        scale_sides (`list[int]`, *optional*):
+            Sides of the square grids that a tokenizer of fixed size was trained with, coarse to fine: what
+            [`~NextFlowVisionTokenizer.get_image_grids`] gives.
         codebook_size (`int`, *optional*, defaults to 32768): Number of codes; one index addresses both codebooks.
         semantic_code_dim (`int`, *optional*, defaults to 32): Width of the semantic codebook.
         pixel_code_dim (`int`, *optional*, defaults to 8): Width of the pixel codebook.
@@ -128,9 +194,18 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     """
 
     model_type = "nextflow_vision_tokenizer"
-    sub_configs_defaults = {"semantic_config": Siglip2VisionConfig}
+    sub_configs_defaults = {
+        "semantic_config": NextFlowViTConfig,
+        "semantic_decoder_config": SubConfigSpec(config_class=NextFlowViTConfig, optional=True),
+    }
 
     semantic_config: dict | PreTrainedConfig | None = None
+    semantic_layer: int = -2
+    semantic_feature_size: int | None = None
+    semantic_decoder_config: dict | PreTrainedConfig | None = None
+    clamp_semantic_pixels: bool = False
+    image_size: int | None = None
+    scale_sides: list[int] | tuple[int, ...] | None = None
     codebook_size: int = 32768
     semantic_code_dim: int = 32
     pixel_code_dim: int = 8
@@ -165,14 +240,26 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
                 "num_patches": 256,
                 "vision_use_head": False,
             }
-        if isinstance(self.semantic_config, dict):
-            self.semantic_config = Siglip2VisionConfig(**self.semantic_config)
+        for name in ("semantic_config", "semantic_decoder_config"):
+            value = getattr(self, name)
+            if isinstance(value, Siglip2VisionConfig) and not isinstance(value, NextFlowViTConfig):
+                value = value.to_dict()
+            if isinstance(value, dict):
+                setattr(self, name, NextFlowViTConfig(**value))
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        # transformers takes a class with "Tokenizer" in its name for one of text, and maps it to (slow, fast) classes.
+        for name, reference in output.get("auto_map", {}).items():
+            if not isinstance(reference, str):
+                output["auto_map"][name] = reference[0]
+        return output
 
     @property
     def patch_size(self) -> int:
-        """Pixels per cell of the last grid, along each axis."""
+        """The pixel branch's stride: its pixels per cell of the last grid, along each axis."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
-__all__ = ["NextFlowConfig", "NextFlowVisionTokenizerConfig"]
+__all__ = ["NextFlowConfig", "NextFlowViTConfig", "NextFlowVisionTokenizerConfig"]

@@ -1,143 +1,63 @@
-"""Drawing by next-scale prediction: `embed_scale -> forward -> guide -> sample`, a pass a scale, on one cache (§2.2).
+"""`generate` in three modes: text by transformers' own machinery, an image, or text with images in between (§2.2).
 
-The loop reads a list of [`ScaleStep`] and nothing else; state (cache, positions, codes) is passed, never stored on the
-model. It knows codes, not pixels. Text comes from transformers' own `generate`.
+What a call means is decided here, and what makes no sense is refused. The work is done in drawing_nextflow.py and
+interleaving_nextflow.py. Knows codes, not pixels.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from .rope_nextflow import cell_coordinates
+from .attention_nextflow import get_attention_mask
+from .drawing_nextflow import (
+    DrawingCallback,
+    PromptRows,
+    draw_images,
+    drawn_schedule,
+    prefill_rows,
+    repeat_rows,
+    schedule_of,
+    split_images,
+    split_scales,
+    stack_rows,
+)
+from .generation_configuration_nextflow import DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS, NextFlowGenerationConfig
+from .interleaving_nextflow import (
+    Drawing,
+    NextFlowInterleavedGenerationOutput,
+    TextStreamer,
+    generate_interleaved,
+)
+from .sampling_nextflow import PerScale, ScaleStep, guide, sample_codes, scale_plan
 
 
-PerScale = float | int | None | Sequence[float | int | None]
-
-
-@dataclass(frozen=True)
-class ScaleStep:
-    """How one scale is drawn. `guidance_scale` 1 needs no unconditional pass; `temperature` 0 takes the best code;
-    `top_k` 0 and `top_p` 1 leave all codes."""
-
-    grid: tuple[int, int]
-    guidance_scale: float
-    temperature: float
-    top_k: int
-    top_p: float
+GENERATION_MODES = ("text", "image", "interleaved")
 
 
 @dataclass
-class NextFlowImageGenerationOutput(ModelOutput):
+class NextFlowImageGenerationOutput:
     r"""
-    Images drawn by [`NextFlowGenerationMixin.generate_images`].
+    Images drawn by [`NextFlowGenerationMixin.generate_images`]. No `ModelOutput`: `pipeline("any-to-any")` would make
+    a plain one of it, and asks for `to`.
 
     Args:
         image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes of all images, in order, scale-major.
         image_grids (`torch.LongTensor` of shape `(batch, max_scales, 2)`): Their schedules.
     """
 
-    image_codes: torch.LongTensor | None = None
-    image_grids: torch.LongTensor | None = None
+    image_codes: torch.LongTensor
+    image_grids: torch.LongTensor
 
-
-@dataclass
-class _PromptRows:
-    """Prompts as rows of one batch, left-padded: (rows, length), with the images of all rows in reading order."""
-
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
-    image_codes: torch.LongTensor | None = None
-    image_grids: torch.LongTensor | None = field(default=None)
-
-
-def scale_plan(
-    grids: Sequence[tuple[int, int]],
-    *,
-    guidance_scale: PerScale = 1.0,
-    guidance_schedule: str = "constant",
-    temperature: PerScale = 1.0,
-    top_k: PerScale = 0,
-    top_p: PerScale = 1.0,
-) -> list[ScaleStep]:
-    """Fan scalars or per-scale lists out to one [`ScaleStep`] a scale.
-
-    `guidance_schedule="linear"` is VAR's ramp: a scalar guidance grows from 1 at the first scale to its value at the
-    last (VAR's own `cfg` is this value minus 1).
-    """
-    num_scales = len(grids)
-
-    def per_scale(name: str, value: PerScale, default: float, low: float, high: float) -> list[float]:
-        values = list(value) if isinstance(value, Sequence) else [value] * num_scales
-        if len(values) != num_scales:
-            raise ValueError(f"{name} has {len(values)} entries, expected one for each of the {num_scales} scales")
-        values = [default if entry is None else entry for entry in values]
-        for entry in values:
-            if not low <= entry <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high}], got {entry}")
-        return values
-
-    guidance = per_scale("guidance_scale", guidance_scale, 1.0, 0.0, float("inf"))
-    if guidance_schedule == "linear":
-        if not isinstance(guidance_scale, Sequence):
-            guidance = [1 + (g - 1) * k / max(num_scales - 1, 1) for k, g in enumerate(guidance)]
-    elif guidance_schedule != "constant":
-        raise ValueError(f"guidance_schedule must be 'constant' or 'linear', got {guidance_schedule!r}")
-    columns = (
-        guidance,
-        per_scale("temperature", temperature, 1.0, 0.0, float("inf")),
-        per_scale("top_k", top_k, 0, 0, float("inf")),
-        per_scale("top_p", top_p, 1.0, 0.0, 1.0),
-    )
-    return [ScaleStep(tuple(grid), *settings) for grid, *settings in zip(grids, *columns)]
-
-
-def guide(logits: torch.FloatTensor, unconditional: torch.FloatTensor | None, scale: float) -> torch.FloatTensor:
-    """Classifier-free guidance: `unconditional + scale * (logits - unconditional)`."""
-    return logits if unconditional is None else unconditional.lerp(logits, scale)
-
-
-def sample_codes(
-    logits: torch.FloatTensor, step: ScaleStep, generators: Sequence[torch.Generator | None]
-) -> torch.LongTensor:
-    """Draw one code per cell from logits (batch, cells, codebook_size), in fp32.
-
-    By inverse transform with one uniform number a cell from the row's own generator: a row's codes do not depend on
-    the rows beside it, and a CPU generator works for any device.
-    """
-    if step.temperature == 0:
-        return logits.argmax(-1)
-    scores = logits.float() / step.temperature
-    vocabulary = None
-    if 0 < step.top_k < scores.shape[-1]:
-        scores, vocabulary = scores.topk(step.top_k, dim=-1)
-    elif step.top_p < 1:
-        scores, vocabulary = scores.sort(dim=-1, descending=True)
-    probabilities = scores.softmax(-1)
-    cumulative = probabilities.cumsum(-1)
-    if step.top_p < 1:  # keep the codes before which less than top_p of the mass lies, always the first
-        probabilities = probabilities.masked_fill(cumulative - probabilities > step.top_p, 0)
-        cumulative = probabilities.cumsum(-1)
-    batch, cells = scores.shape[:2]
-    uniform = torch.stack(
-        [
-            torch.rand(cells, 1, generator=generator, device=generator.device if generator else scores.device).to(
-                scores.device
-            )
-            for generator in (generators if len(generators) else [None] * batch)
-        ]
-    )
-    total = cumulative[..., -1:]
-    choice = torch.searchsorted(cumulative, uniform * total, right=True)
-    # Rounding can put the number on the total itself; the last code with mass is then meant.
-    last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)
-    choice = torch.minimum(choice, last)
-    return (choice if vocabulary is None else vocabulary.gather(-1, choice))[..., 0]
+    def to(self, device: torch.device | str) -> "NextFlowImageGenerationOutput":
+        return NextFlowImageGenerationOutput(self.image_codes.to(device), self.image_grids.to(device))
 
 
 class TextOnlyLogitsProcessor(LogitsProcessor):
@@ -155,43 +75,68 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
 
 
 class NextFlowGenerationMixin(GenerationMixin):
-    """`generate(generation_mode="text" | "image")` and [`~NextFlowGenerationMixin.generate_images`]."""
+    """`generate` in three modes, and [`~NextFlowGenerationMixin.generate_images`]."""
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        # Overwritten: what transformers loads is a plain `GenerationConfig`.
+        super().adjust_generation_fn(*args, **kwargs)
+        self.generation_config = NextFlowGenerationConfig.from_plain(self.generation_config)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.LongTensor | None = None, *, generation_mode: str = "text", **kwargs):
-        """transformers' `generate` for text; [`generate_images`] for `generation_mode="image"`.
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        generation_mode: str = "text",
+        **kwargs,
+    ) -> torch.LongTensor | ModelOutput | NextFlowImageGenerationOutput:
+        r"""
+        Write, draw, or both.
 
-        The image settings default to `image_guidance_scale`, `image_guidance_schedule`, `image_temperature`,
-        `image_top_k` and `image_top_p` of the generation config, where it has them.
+        Args:
+            inputs, generation_config, logits_processor, stopping_criteria, kwargs:
+                As in transformers' `generate`, in text mode all of it. `image_guidance_scale`, `image_temperature`,
+                ... and `max_images` are settings like any other, see [`NextFlowGenerationConfig`].
+            generation_mode (`str`, *optional*, defaults to `"text"`):
+                - `"text"`: tokens, or transformers' output class.
+                - `"image"`: one image a prompt, see [`~NextFlowGenerationMixin.generate_images`] for the arguments.
+                  Where prompts do not end in `<boi>`, it is put there.
+                - `"interleaved"`: text in which the model begins images itself, up to `max_images` a row. Lengths
+                  (`max_new_tokens`) count text; an image is one token, its `<boi>`. `return_dict_in_generate` asks
+                  for the cache. A `streamer` gets the text and, if it has a `put_image`, codes and grids of images.
+            image_codes, image_grids (`torch.LongTensor`, *optional*): The images in the prompts, as in `forward`.
+            target_grids (`torch.LongTensor` of shape `(batch or 1, max_scales, 2)`, *optional*):
+                Schedules of the images to draw, where no row of `image_grids` says so. Defaults to that of the last
+                image of the prompt, then to `image_target_grids` of the generation config.
+            negative_input_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
+                Unconditional prompts, where `image_guidance_scale` is not 1.
+            generator (`torch.Generator` or list of them, *optional*):
+                One, or one a row. In interleaved mode it also samples the text.
+
+        Returns:
+            In `"image"` mode [`NextFlowImageGenerationOutput`], in `"interleaved"` mode
+            [`NextFlowInterleavedGenerationOutput`]: token ids alone would lose the images.
         """
+        if generation_mode not in GENERATION_MODES:
+            raise ValueError(f"generation_mode must be 'text', 'image' or 'interleaved', got {generation_mode!r}")
+        options = {
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            **kwargs,
+        }
         if generation_mode == "image":
-            return self.generate_images(kwargs.pop("input_ids", inputs), **kwargs)
-        if generation_mode != "text":
-            raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}")
+            return self._generate_image(kwargs.pop("input_ids", inputs), options)
+        if generation_mode == "interleaved":
+            return self._generate_interleaved(kwargs.pop("input_ids", inputs), options)
         text_only = TextOnlyLogitsProcessor(self.config.text_vocab_size, self.config.image_token_id)
-        processors = LogitsProcessorList([text_only, *(kwargs.pop("logits_processor", None) or [])])
-        return super().generate(inputs, logits_processor=processors, **kwargs)
+        options["logits_processor"] = LogitsProcessorList([text_only, *(logits_processor or [])])
+        return super().generate(inputs, **options)
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        # Overwritten: images take one step of the rotary text axis per scale, so the axes run apart.
-        input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        if input_ids.is_floating_point() or model_kwargs.get("image_grids") is None:
-            positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-            batch = len(inputs_tensor)
-            return positions.float().expand(4, batch, -1) if positions.ndim == 2 else positions
-        return self.model.get_position_ids(
-            input_ids,
-            image_grids=model_kwargs["image_grids"],
-            attention_mask=model_kwargs.get("attention_mask"),
-        )
-
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, use_cache=True, **kwargs):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
-        )
-        if not is_first_iteration and use_cache:  # the images are in the cache
-            inputs["image_codes"] = inputs["image_grids"] = None
-        return inputs
+    # ---- images
 
     @torch.no_grad()
     def generate_images(
@@ -212,7 +157,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         top_k: PerScale = None,
         top_p: PerScale = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        callback: Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None] | None = None,
+        callback: DrawingCallback | None = None,
     ) -> NextFlowImageGenerationOutput:
         r"""
         Draw one image per row. All rows share one schedule.
@@ -225,6 +170,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             image_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*): Codes of the images in the prompts.
             negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids (*optional*):
                 The unconditional prompts, in the same form, one row or `batch` rows. Needed where guidance is not 1.
+                With as many images as the prompts, these are the prompts' unless said otherwise.
             prefix_codes (`torch.LongTensor` of shape `(batch, codes)`, *optional*):
                 Codes of the first scales, which are then taken as they are; the others are drawn after them.
             guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
@@ -237,66 +183,113 @@ class NextFlowGenerationMixin(GenerationMixin):
         """
         batch = len(input_ids)
         grids, target_grids = self._target_schedule(input_ids, image_grids)
-        plan = scale_plan(
-            grids,
-            guidance_scale=self._image_setting("guidance_scale", guidance_scale, 1.0),
-            guidance_schedule=self._image_setting("guidance_schedule", guidance_schedule, "constant"),
-            temperature=self._image_setting("temperature", temperature, 1.0),
-            top_k=self._image_setting("top_k", top_k, 0),
-            top_p=self._image_setting("top_p", top_p, 1.0),
-        )
-        if isinstance(generator, Sequence) and len(generator) != batch:
-            raise ValueError(f"got {len(generator)} generators for a batch of {batch}: pass one, or one per image")
-        generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch
-
+        given = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        plan = scale_plan(grids, **_image_settings(self.generation_config, given))
+        generators = _one_per_row(generator, batch)
+        prefix = [] if prefix_codes is None else split_scales(prefix_codes, grids, batch)
         rows = self._prompt_rows(input_ids, attention_mask, image_codes, image_grids)
         if any(step.guidance_scale != 1 for step in plan):
-            if negative_input_ids is None:
-                raise ValueError("guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt")
-            if negative_image_grids is None:
-                negative_image_grids = target_grids[: len(negative_input_ids)]
-            negative = self._prompt_rows(
-                negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
+            negative = self._negative_rows(
+                rows, negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
             )
-            rows = _stack_rows(rows, _repeat_rows(negative, batch), pad_token_id=self.config.pad_token_id or 0)
-
-        given = [] if prefix_codes is None else _split_scales(prefix_codes, grids, batch)
-        cache = DynamicCache(config=self.config)
-        hidden_states, mask, position = self._prefill_rows(rows, cache)
-        drawn: list[torch.LongTensor] = []
-        for index in range(len(plan)):
-            step = plan[index]
-            guided = len(hidden_states) > batch
-            if index < len(given):
-                drawn.append(given[index])
-            else:
-                logits = self.image_logits(hidden_states).float()
-                logits = guide(logits[:batch], logits[batch:] if guided else None, step.guidance_scale)
-                drawn.append(sample_codes(logits, step, generators))
-            if callback is not None:
-                changed = callback(index, step, torch.cat(drawn, dim=1))
-                if changed is not None:
-                    plan = [*plan[: index + 1], *changed]
-            if index + 1 == len(plan):
-                break
-            if guided and all(later.guidance_scale == 1 for later in plan[index + 1 :]):
-                cache.batch_select_indices(torch.arange(batch, device=input_ids.device))
-                mask = None if mask is None else mask[:batch]
-                position, guided = position[:batch], False
-            embeds = self.model.embed_scale(drawn[-1], target_grids, scale=index + 2, grids=grids)
-            hidden_states, mask = self._append_block(
-                torch.cat([embeds, embeds]) if guided else embeds, cache, mask, position + index + 1, grids[index + 1]
-            )
-        if len(plan) < len(grids):  # stopped early: a preview
+            rows = stack_rows(rows, negative, pad_token_id=self.config.pad_token_id or 0)
+        codes = draw_images(self, [prefill_rows(self, rows)], plan, target_grids, generators, callback, prefix)
+        drawn = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist().index(codes.shape[1]) + 1
+        if drawn < len(grids):  # stopped early: a preview
             target_grids = target_grids.clone()
-            target_grids[:, len(plan) :] = 0
-        return NextFlowImageGenerationOutput(image_codes=torch.cat(drawn, dim=1).flatten(), image_grids=target_grids)
+            target_grids[:, drawn:] = 0
+        return NextFlowImageGenerationOutput(image_codes=codes.flatten(), image_grids=target_grids)
 
-    def _image_setting(self, name: str, value, default):
-        if value is not None:
-            return value
-        configured = getattr(self.generation_config, f"image_{name}", None)
-        return default if configured is None else configured
+    def _generate_image(self, input_ids: torch.LongTensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
+        options.pop("input_ids", None)
+        self._refuse(options, "image", ("logits_processor", "stopping_criteria", "streamer", "past_key_values"))
+        # Names that transformers would take for the text's: here they are the image's, as in `generate_images`.
+        settings = {name: options.pop(name, None) for name in IMAGE_DEFAULTS}
+        if options.get("do_sample") is False and settings["temperature"] is None:
+            settings["temperature"] = 0.0
+        config, arguments = self._prepare_generation_config(options.pop("generation_config"), **options)
+        self._refuse_config(config, "image")
+        settings = _image_settings(config, settings)
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        arguments = self._end_in_boi(input_ids, arguments, config)
+        if config.num_return_sequences > 1:
+            input_ids, arguments = self._expand_inputs_for_generation(config.num_return_sequences, **arguments)
+            arguments["input_ids"] = input_ids
+        return self.generate_images(**settings, **arguments)
+
+    def _end_in_boi(
+        self, input_ids: torch.LongTensor, arguments: dict[str, Any], config: GenerationConfig
+    ) -> dict[str, Any]:
+        """The arguments of `generate_images`: with a `<boi>` and its grids at the end of prompts that lack them."""
+        boi = self.config.boi_token_id
+        ends = input_ids[:, -1] == boi
+        target_grids = arguments.pop("target_grids", None)
+        if ends.all():
+            if target_grids is not None:
+                raise ValueError("got target_grids, but the prompts end in <boi>: image_grids has their schedules")
+            return {**arguments, "input_ids": input_ids}
+        if ends.any():
+            raise ValueError(f"{int(ends.sum())} of {len(ends)} prompts end in <boi>, expected all or none")
+        target_grids = self._targets(
+            input_ids, arguments.get("image_codes"), arguments.get("image_grids"), target_grids, config
+        )
+        prompts = self._append_boi({**arguments, "input_ids": input_ids}, target_grids)
+        prompts.setdefault("image_grids", target_grids)
+        if "negative_input_ids" in arguments:
+            prompts = self._append_boi(prompts, target_grids, prefix="negative_")
+        return prompts
+
+    def _append_boi(self, prompts: dict[str, Any], target_grids: torch.LongTensor, prefix: str = "") -> dict[str, Any]:
+        """Prompts with a `<boi>` at their end and, where they have images, its grids behind those of the row."""
+        boi = self.config.boi_token_id
+        input_ids, attention_mask, image_codes, image_grids = (
+            prompts.get(f"{prefix}{name}") for name in ("input_ids", "attention_mask", "image_codes", "image_grids")
+        )
+        appended = {f"{prefix}input_ids": F.pad(input_ids, (0, 1), value=boi)}
+        if attention_mask is not None:
+            appended[f"{prefix}attention_mask"] = F.pad(attention_mask, (0, 1), value=1)
+        if image_grids is not None:
+            _, by_row = split_images(input_ids, image_codes, image_grids, boi_token_id=boi)
+            appended[f"{prefix}image_grids"] = torch.cat(
+                [grids for row, own in zip(by_row, target_grids) for grids in (row, own[None])]
+            )
+        return {**prompts, **appended}
+
+    def _targets(
+        self,
+        input_ids: torch.LongTensor,
+        image_codes: torch.LongTensor | None,
+        image_grids: torch.LongTensor | None,
+        target_grids: torch.LongTensor | None,
+        config: GenerationConfig,
+    ) -> torch.LongTensor:
+        """Schedules (batch, max_scales, 2) of the images to draw: as given, as the row's last image, as configured."""
+        batch = len(input_ids)
+        if target_grids is not None:
+            if len(target_grids) not in (1, batch):
+                raise ValueError(f"target_grids has {len(target_grids)} rows, expected 1 or {batch}")
+            return target_grids.expand(batch, -1, -1)
+        configured = getattr(config, "image_target_grids", None)
+        default = None
+        if configured is not None:
+            default = torch.tensor(configured, device=input_ids.device)
+            default = F.pad(default, (0, 0, 0, self.config.max_scales - len(default)))
+        by_row = [[]] * batch
+        if image_grids is not None:
+            _, by_row = split_images(input_ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
+        rows = [drawn_schedule(row[-1]) if len(row) else default for row in by_row]
+        if any(row is None for row in rows):
+            raise ValueError(
+                "nothing says how large an image to draw is: pass target_grids, or set image_target_grids in the "
+                "generation config"
+            )
+        return torch.stack(rows)
 
     def _target_schedule(
         self, input_ids: torch.LongTensor, image_grids: torch.LongTensor
@@ -311,7 +304,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         target_grids = image_grids[is_boi.sum(1).cumsum(0) - 1]
         if not (target_grids == target_grids[:1]).all():
             raise ValueError("the images of one batch must share one schedule: draw other sizes in another call")
-        return [tuple(grid) for grid in target_grids[0].tolist() if grid[0] > 0], target_grids
+        return schedule_of(target_grids[0]), target_grids
 
     def _prompt_rows(
         self,
@@ -319,99 +312,260 @@ class NextFlowGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None,
         image_codes: torch.LongTensor | None,
         image_grids: torch.LongTensor,
-    ) -> _PromptRows:
+    ) -> PromptRows:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not mask[:, -1].all():
             raise ValueError("prompts must be padded on the left: the last token of a row is padding")
         codes = input_ids.new_zeros(0) if image_codes is None else image_codes
-        return _PromptRows(input_ids, mask.long(), codes, image_grids)
+        return PromptRows(input_ids, mask.long(), codes, image_grids)
 
-    def _prefill_rows(
-        self, rows: _PromptRows, cache: DynamicCache
-    ) -> tuple[torch.FloatTensor, torch.LongTensor | None, torch.FloatTensor]:
-        """Hidden state (rows, 1, hidden) of `<boi>`, the mask if a row is padded, and `<boi>`'s position (rows, 1)."""
-        mask = None if rows.attention_mask.all() else rows.attention_mask
-        position_ids = self.model.get_position_ids(
-            rows.input_ids, image_grids=rows.image_grids, attention_mask=rows.attention_mask
-        )
-        outputs = self.model(
-            input_ids=rows.input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            image_codes=rows.image_codes,
-            image_grids=rows.image_grids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return outputs.last_hidden_state[:, -1:], mask, position_ids[1, :, -1:]
-
-    def _append_block(
+    def _negative_rows(
         self,
-        embeds: torch.FloatTensor,
-        cache: DynamicCache,
-        mask: torch.LongTensor | None,
-        axis: torch.FloatTensor,
-        grid: tuple[int, int],
-    ) -> tuple[torch.FloatTensor, torch.LongTensor | None]:
-        """Run one block (rows, cells, hidden) on top of the cache. Its cells see everything: no mask but padding."""
-        height, width = (torch.tensor(side, device=embeds.device) for side in grid)
-        cell = torch.arange(grid[0] * grid[1], device=embeds.device)
-        row, column = cell_coordinates(
-            cell // width, cell % width, height, width, extent=self.config.spatial_rope_extent
+        rows: PromptRows,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        image_codes: torch.LongTensor | None,
+        image_grids: torch.LongTensor | None,
+    ) -> PromptRows:
+        """The unconditional prompts of `rows`, one each, ending in `<boi>` as they do."""
+        if input_ids is None:
+            raise ValueError("guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt")
+        boi = self.config.boi_token_id
+        counts, expected = ((ids == boi).sum(1) for ids in (input_ids, rows.input_ids))
+        if image_grids is None and torch.equal(counts, expected):  # the same images
+            image_codes = rows.image_codes if image_codes is None else image_codes
+            image_grids = rows.image_grids
+        elif image_grids is None:  # only the one to draw
+            image_grids = rows.image_grids[expected.cumsum(0) - 1][: len(input_ids)]
+        return repeat_rows(self._prompt_rows(input_ids, attention_mask, image_codes, image_grids), len(rows.input_ids))
+
+    # ---- text and images
+
+    def _generate_interleaved(
+        self, input_ids: torch.LongTensor, options: dict[str, Any]
+    ) -> NextFlowInterleavedGenerationOutput:
+        options.pop("input_ids", None)
+        self._refuse(options, "interleaved", ("inputs_embeds",))
+        names = ("target_grids", "generator", "streamer")
+        target_grids, generator, streamer = (options.pop(name, None) for name in names)
+        negative = {
+            name: options.pop(f"negative_{name}", None)
+            for name in ("input_ids", "attention_mask", "image_codes", "image_grids")
+        }
+        if input_ids is None or (input_ids[:, -1] == self.config.boi_token_id).any():
+            raise ValueError(
+                "interleaved generation begins images itself: it needs input_ids that do not end in <boi> (use "
+                'generation_mode="image" to draw one right away)'
+            )
+        settings = {name: value for name, value in options.items() if name != "generation_config"}
+        config, arguments = self._prepare_generation_config(options["generation_config"], **settings)
+        self._refuse_config(config, "interleaved")
+        if config.num_return_sequences > 1:
+            input_ids, arguments, target_grids, options = self._repeat_prompts(
+                input_ids, arguments, target_grids, options, config.num_return_sequences
+            )
+        max_images = getattr(config, "max_images", None)  # a plain `GenerationConfig` has none
+        max_images = DEFAULT_MAX_IMAGES if max_images is None else max_images
+        if max_images == 0 and target_grids is None:
+            target_grids = input_ids.new_zeros(1, self.config.max_scales, 2)
+        target_grids = self._targets(
+            input_ids, arguments.get("image_codes"), arguments.get("image_grids"), target_grids, config
         )
-        axis = axis.expand(-1, len(cell))
-        position_ids = torch.stack([axis, row.expand_as(axis), column.expand_as(axis)])
-        if mask is not None:
-            mask = F.pad(mask, (0, len(cell)), value=1)
-        outputs = self.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            is_causal=False,
+        image_settings = _image_settings(config, {})
+
+        def plan_for(grids: list[tuple[int, int]]) -> list[ScaleStep]:
+            return scale_plan(grids, **image_settings)
+
+        plans = [plan_for(schedule_of(row)) for row in target_grids]
+        drawing = Drawing(target_grids, plan_for, _one_per_row(generator, len(input_ids)), max_images)
+        if any(step.guidance_scale != 1 for plan in plans for step in plan):
+            images = arguments.get("image_codes"), arguments.get("image_grids")
+            drawing.negative = self._negative_context(input_ids, *images, target_grids, negative)
+        if streamer is not None:
+            streamer = TextStreamer(streamer, self._is_text)
+        decode = functools.partial(generate_interleaved, drawing=drawing, streamer=streamer)
+        return super().generate(input_ids, custom_generate=decode, streamer=streamer, **options)
+
+    def _repeat_prompts(self, input_ids, arguments, target_grids, options, count):
+        """The same call with `count` rows for each prompt, which transformers then need not expand."""
+        if target_grids is not None and len(target_grids) > 1:
+            target_grids = target_grids.repeat_interleave(count, dim=0)
+        input_ids, arguments = self._expand_inputs_for_generation(count, input_ids=input_ids, **arguments)
+        options = {**options, **{name: value for name, value in arguments.items() if name in options}}
+        options.pop("num_return_sequences", None)
+        base = self.generation_config if options["generation_config"] is None else options["generation_config"]
+        options["generation_config"] = copy.deepcopy(base)
+        options["generation_config"].num_return_sequences = 1
+        return input_ids, arguments, target_grids, options
+
+    def _negative_context(
+        self,
+        input_ids: torch.LongTensor,
+        image_codes: torch.LongTensor | None,
+        image_grids: torch.LongTensor | None,
+        target_grids: torch.LongTensor,
+        negative: dict[str, torch.Tensor | None],
+    ) -> PromptRows:
+        """The unconditional prompts with a `<boi>` at their end, one for each prompt."""
+        if negative["input_ids"] is None:
+            raise ValueError("image_guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt")
+        if (negative["input_ids"][:, -1] == self.config.boi_token_id).any():
+            raise ValueError("in interleaved mode negative_input_ids must not end in <boi>: it is put there")
+        prompts = self._append_boi(
+            {"input_ids": input_ids, "image_codes": image_codes, "image_grids": image_grids}, target_grids
         )
-        return outputs.last_hidden_state, mask
+        grids = target_grids if image_grids is None else prompts["image_grids"]
+        rows = self._prompt_rows(prompts["input_ids"], None, image_codes, grids)
+        return self._negative_rows(rows, **self._append_boi(negative, target_grids))
+
+    def _is_text(self, token_ids: torch.LongTensor) -> torch.BoolTensor:
+        return (token_ids < self.config.text_vocab_size) & (token_ids != self.config.image_token_id)
+
+    def _refuse(self, options: dict[str, Any], mode: str, names: Sequence[str]) -> None:
+        """Raise where a call has options that mean nothing in this mode."""
+        names = ("assistant_model", "custom_generate", "prefix_allowed_tokens_fn", "synced_gpus", *names)
+        for name in names:
+            if options.get(name) is not None and options[name] is not False:
+                raise ValueError(f"generation_mode={mode!r} does not go with {name}")
+
+    def _refuse_config(self, config: GenerationConfig, mode: str) -> None:
+        """Raise where a generation config asks for what this mode cannot do."""
+        if config.num_beams > 1:
+            raise ValueError(f"generation_mode={mode!r} does not go with beams, got num_beams={config.num_beams}")
+        names = ["prompt_lookup_num_tokens"]
+        if mode == "interleaved":
+            # Scores of what step; lengths of whose tokens; a cache that does not grow.
+            names += ["output_scores", "output_logits", "output_attentions", "output_hidden_states"]
+            names += ["min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty"]
+            names += ["cache_implementation", "prefill_chunk_size", "token_healing"]
+            if config.use_cache is False:
+                raise ValueError("generation_mode='interleaved' does not go without a cache, got use_cache=False")
+        for name in names:
+            value = getattr(config, name, None)
+            if value and (name, value) != ("cache_implementation", "dynamic"):
+                raise ValueError(f"generation_mode={mode!r} does not go with {name}, got {value!r}")
+
+    # ---- transformers' hooks
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # Overwritten: images take one step of the rotary text axis per scale, so the axes run apart.
+        input_ids = model_kwargs.get("input_ids", inputs_tensor)
+        if input_ids.is_floating_point() or model_kwargs.get("image_grids") is None:
+            positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            batch = len(inputs_tensor)
+            return positions.float().expand(4, batch, -1) if positions.ndim == 2 else positions
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected that of input_ids, {tuple(input_ids.shape)}: "
+                "with images, a call that goes on from past_key_values takes the whole input_ids"
+            )
+        return self.model.get_position_ids(input_ids, image_grids=model_kwargs["image_grids"], attention_mask=mask)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        use_cache=True,
+        **kwargs,
+    ):
+        if kwargs.get("image_grids") is not None:
+            if not is_first_iteration and use_cache:  # the images are in the cache
+                kwargs["image_codes"] = kwargs["image_grids"] = None
+            elif next_sequence_length is not None:  # some are
+                kwargs["image_codes"], kwargs["image_grids"] = self._images_after(
+                    input_ids, next_sequence_length, kwargs.get("image_codes"), kwargs["image_grids"]
+                )
+        if kwargs.get("image_grids") is not None and past_key_values is not None and past_key_values.is_compileable:
+            # For such a cache transformers builds the mask itself, and knows nothing of blocks.
+            length = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
+            attention_mask = get_attention_mask(
+                self.config,
+                torch.empty(len(input_ids), length, 0, dtype=self.dtype, device=input_ids.device),
+                attention_mask,
+                kwargs["position_ids"][..., -length:],
+                past_key_values,
+                self.model.get_image_layout(input_ids[:, -length:], kwargs["image_grids"]),
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _images_after(
+        self,
+        input_ids: torch.LongTensor,
+        length: int,
+        image_codes: torch.LongTensor | None,
+        image_grids: torch.LongTensor,
+    ) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
+        """Codes and grids of the images in the last `length` tokens: the others are in the cache."""
+        boi = self.config.boi_token_id
+        codes, grids = split_images(input_ids, image_codes, image_grids, boi_token_id=boi)
+        counts = (input_ids[:, -length:] == boi).sum(1).tolist()
+        kept_grids = [row[len(row) - count :] for row, count in zip(grids, counts)]
+        sizes = [int(row.prod(-1).sum()) for row in kept_grids]
+        if not sum(counts):
+            return None, None
+        return torch.cat([row[len(row) - size :] for row, size in zip(codes, sizes)]), torch.cat(kept_grids)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Overwritten: images lie flat over the batch, those of a row are repeated together.
+        repeated = {}
+        for prefix in ("", "negative_"):
+            ids = model_kwargs.get(f"{prefix}input_ids") if prefix else input_ids
+            image_codes, image_grids = (
+                model_kwargs.pop(f"{prefix}{name}", None) for name in ("image_codes", "image_grids")
+            )
+            if image_grids is not None and expand_size > 1:
+                rows = split_images(ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
+                image_codes, image_grids = (
+                    torch.cat([row for row in by_row for _ in range(expand_size)]) for by_row in rows
+                )
+            repeated |= {f"{prefix}image_codes": image_codes, f"{prefix}image_grids": image_grids}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        given = {name: value for name, value in repeated.items() if value is not None}
+        return input_ids, {**model_kwargs, **given}
 
 
-def _split_scales(
-    codes: torch.LongTensor, grids: Sequence[tuple[int, int]], batch: int
-) -> tuple[torch.LongTensor, ...]:
-    """Codes (batch, codes) of the first scales, scale by scale."""
-    ends = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist()
-    if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
-        raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
-    return codes.tensor_split(ends[: ends.index(codes.shape[1])], dim=1)
+def _image_settings(config: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """How to draw: as `given`, else as the generation config's `image_*` say, else [`IMAGE_DEFAULTS`]."""
+    settings = {}
+    for name, default in IMAGE_DEFAULTS.items():
+        # Not every generation config is one of ours: users assign plain ones.
+        candidates = (given.get(name), getattr(config, f"image_{name}", None))
+        settings[name] = next((value for value in candidates if value is not None), default)
+    return settings
 
 
-def _repeat_rows(rows: _PromptRows, batch: int) -> _PromptRows:
-    """One unconditional prompt for all rows, or one each."""
-    if len(rows.input_ids) == batch:
-        return rows
-    if len(rows.input_ids) != 1:
-        raise ValueError(f"got {len(rows.input_ids)} unconditional prompts, expected 1 or {batch}")
-    return _PromptRows(
-        rows.input_ids.expand(batch, -1),
-        rows.attention_mask.expand(batch, -1),
-        rows.image_codes.repeat(batch),
-        rows.image_grids.repeat(batch, 1, 1),
-    )
+def _one_per_row(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> list[torch.Generator | None]:
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch
+    if len(generators) != batch:
+        raise ValueError(f"got {len(generators)} generators for a batch of {batch}: pass one, or one per image")
+    return generators
 
 
-def _stack_rows(first: _PromptRows, second: _PromptRows, *, pad_token_id: int) -> _PromptRows:
-    """The rows of `first`, then those of `second`, left-padded to one length."""
-    length = max(first.input_ids.shape[1], second.input_ids.shape[1])
-
-    def stack(name: str, value: int) -> torch.LongTensor:
-        tensors = [getattr(rows, name) for rows in (first, second)]
-        return torch.cat([F.pad(tensor, (length - tensor.shape[1], 0), value=value) for tensor in tensors])
-
-    return _PromptRows(
-        stack("input_ids", pad_token_id),
-        stack("attention_mask", 0),
-        torch.cat([first.image_codes, second.image_codes]),
-        torch.cat([first.image_grids, second.image_grids]),
-    )
-
-
-__all__ = ["NextFlowGenerationMixin", "NextFlowImageGenerationOutput", "ScaleStep", "scale_plan"]
+__all__ = [
+    "NextFlowGenerationConfig",
+    "NextFlowGenerationMixin",
+    "NextFlowImageGenerationOutput",
+    "NextFlowInterleavedGenerationOutput",
+    "ScaleStep",
+    "guide",
+    "sample_codes",
+    "scale_plan",
+]

@@ -33,6 +33,7 @@ def get_targets(
     *,
     text_vocab_size: int,
     alpha: float,
+    is_shifted: bool = False,
 ) -> tuple[torch.LongTensor, torch.FloatTensor]:
     """Target token id (`-100` where none) and loss weight of every position, both (batch, length).
 
@@ -41,8 +42,12 @@ def get_targets(
 
     Args:
         image_codes: the target codes of all images, (total_codes,), every scale of every image.
+        is_shifted: whether `labels` stand where they are predicted already, one place before their tokens.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if is_shifted:
+        targets, labels = labels, F.pad(labels[:, :-1], (1, 0), value=IGNORE_INDEX)
+    else:
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     weights = torch.ones(targets.shape, device=targets.device)
     if layout is None:
         return targets, weights

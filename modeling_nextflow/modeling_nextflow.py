@@ -14,16 +14,19 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_nextflow import get_attention_mask
 from .configuration_nextflow import NextFlowConfig
-from .generation_nextflow import NextFlowGenerationMixin
+from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
 from .loss_nextflow import IGNORE_INDEX, get_targets, linear_cross_entropy, mean_by_scale
-from .rope_nextflow import ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
+from .rope_nextflow import CachePlace, ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
 
 
 @dataclass
@@ -69,13 +72,20 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2DecoderLayer"]
+    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # Patterns. Quantisation leaves these modules alone, and float16 keeps them in float32: codes are cast to the
+    # connector's dtype, which must be one to compute in. The head is left alone as every output embedding is.
+    _keep_in_fp32_modules = [rf"(?:\w+\.){{0,4}}{name}" for name in ("connector", "scale_embedding", "image_codebook")]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": Qwen2Attention}
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": [Qwen2DecoderLayer, Qwen3DecoderLayer],
+        "attentions": [Qwen2Attention, Qwen3Attention],
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -95,9 +105,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.image_codebook.weight.requires_grad_(config.train_codebook)
         self.connector = NextFlowConnector(config)
         self.scale_embedding = nn.Embedding(config.max_scales, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [Qwen2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
+        layer_class = Qwen3DecoderLayer if config.qk_norm else Qwen2DecoderLayer
+        self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = NextFlowRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -118,7 +127,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         image_codes: torch.LongTensor | None = None,
         image_grids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -126,39 +135,52 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        layout = self.get_image_layout(input_ids, image_grids) if image_grids is not None else None
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout)
+        layout = None
+        if image_grids is not None:
+            input_ids = self.get_placeholder_ids(inputs_embeds) if input_ids is None else input_ids
+            layout = self.get_image_layout(input_ids, image_grids)
+        if inputs_embeds is None or layout is not None:
+            inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
         if position_ids is None:
             position_ids = self.get_position_ids(
                 input_ids, inputs_embeds, image_grids, attention_mask, past_key_values
             )
         elif position_ids.ndim == 2:  # plain text positions: the same on every axis
             position_ids = position_ids.expand(4, inputs_embeds.shape[0], -1)
-        masks = attention_mask
-        if not isinstance(attention_mask, dict):
-            mask = self.get_mask(inputs_embeds, attention_mask, position_ids, past_key_values, layout, **kwargs)
-            masks = {"full_attention": mask}
+        if isinstance(attention_mask, dict):  # prepared by `generate`
+            mask = attention_mask["full_attention"]
+        else:
+            mask = get_attention_mask(
+                self.config,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                layout,
+                is_causal=kwargs.get("is_causal", True),
+            )
 
         hidden_states = inputs_embeds
+        text_positions = position_ids[0].long() if len(position_ids) == 4 else None  # tell flash packed documents
         position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
-        for layer, layer_type in zip(self.layers, self.config.layer_types):
+        for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[layer_type],
+                attention_mask=mask,
                 position_embeddings=position_embeddings,
+                position_ids=text_positions,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            past_key_values.nextflow_place = CachePlace.after(position_ids, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def get_image_layout(self, input_ids: torch.LongTensor, image_grids: torch.LongTensor) -> ImageLayout | None:
         if len(image_grids) == 0:
             return None
-        if input_ids is None:
-            raise ValueError("image_grids describe input_ids: with inputs_embeds pass position_ids instead")
         return get_image_layout(
             input_ids,
             image_grids,
@@ -174,66 +196,31 @@ class NextFlowModel(NextFlowPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.FloatTensor:
-        """Positions (4, batch, length) from the tokens alone; see [`rope_nextflow.get_position_ids`]."""
-        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if input_ids is None or (past_length and image_grids is None):
-            # Text on top of a cache: its place follows from the mask if there is one, else from the cache's length.
-            reference = inputs_embeds[..., 0] if input_ids is None else input_ids
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-                positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-            else:
-                positions = (torch.arange(length, device=reference.device) + past_length).expand(len(reference), -1)
-            return positions.float().expand(4, -1, -1)
-        if past_length:
-            raise ValueError("images on top of a cache need position_ids: their place depends on what the cache holds")
+        """Positions (4, batch, length) from the tokens alone; see [`rope_nextflow.get_position_ids`].
+
+        On top of a cache the tokens go on where it ends, which is not its length: an image took a step a scale.
+        """
+        if input_ids is None:  # only its shape is read
+            input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        length = input_ids.shape[1]
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        past_tokens = past_steps = 0
+        if past_key_values is not None:
+            past_tokens = past_key_values.get_seq_length()
+            if mask is not None:
+                past_tokens = mask[:, :-length].long().sum(1, keepdim=True)
+            place = getattr(past_key_values, "nextflow_place", None)
+            past_steps = past_tokens + (0 if place is None else place.steps_ahead(past_key_values, len(input_ids)))
         return get_position_ids(
             input_ids,
             image_grids,
-            mask,
+            None if mask is None else mask[:, -length:],
             boi_token_id=self.config.boi_token_id,
             image_token_id=self.config.image_token_id,
             extent=self.config.spatial_rope_extent,
+            past_tokens=past_tokens,
+            past_steps=past_steps,
         )
-
-    def get_mask(
-        self,
-        inputs_embeds: torch.FloatTensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        past_key_values: Cache | None,
-        layout: ImageLayout | None,
-        is_causal: bool = True,
-        **kwargs,
-    ):
-        """The attention rule: a query sees a key of its own document iff `block_id[key] <= block_id[query]`.
-
-        `is_causal=False` is one block on top of a cache: it sees everything, so there is no mask at all unless some of
-        it is padding. Packed rows are told apart by the restarts of `position_ids[0]` and take no `attention_mask`.
-        """
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past_key_values, DynamicCache) and not past_length:
-            # transformers looks for packed documents only where there is no cache; an empty one changes nothing else.
-            past_key_values = None
-        common = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-        }
-        if not is_causal:
-            return create_bidirectional_mask(**common)
-        text_positions = position_ids[0] if len(position_ids) == 4 else None
-        if layout is None:
-            return create_causal_mask(**common, position_ids=text_positions)
-        if "flash" in self.config._attn_implementation:
-            raise ValueError(
-                f"{self.config._attn_implementation!r} ignores the block mask of images and would attend causally "
-                "inside a scale: use 'sdpa', 'flex_attention' or 'eager' (cached image generation needs no mask)"
-            )
-        block_ids = F.pad(layout.block_ids, (int(past_length), 0), value=-1)
-        return create_causal_mask(**common, position_ids=text_positions, block_sequence_ids=block_ids)
 
     def embed_inputs(
         self,
@@ -241,12 +228,15 @@ class NextFlowModel(NextFlowPreTrainedModel):
         image_codes: torch.LongTensor | None = None,
         image_grids: torch.LongTensor | None = None,
         layout: ImageLayout | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
     ) -> torch.FloatTensor:
         """Text rows of the embedding, and at every cell of scale k the upsampled features of the codes of scale k - 1.
 
-        Returns (batch, length, hidden). Raises `ValueError` where tokens, grids and codes do not fit together.
+        `inputs_embeds` replaces the rows of the embedding. Returns (batch, length, hidden). Raises `ValueError` where
+        tokens, grids and codes do not fit together.
         """
-        inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         if layout is None:
             self._check_no_images(input_ids)
             return inputs_embeds
@@ -256,7 +246,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         is_boi = layout.scale == 1
         boi_term = self.scale_length_encoding(image_grids)
         if self.config.boi_scale_embedding:
-            boi_term = boi_term + self.scale_embedding.weight[0]
+            boi_term = boi_term + self.scale_embedding(input_ids.new_zeros(1))
         inputs_embeds = inputs_embeds.masked_scatter(
             is_boi[..., None], (inputs_embeds[is_boi] + boi_term).to(inputs_embeds.dtype)
         )
@@ -280,9 +270,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         for grids, members in groups.items():
             if len(grids) == 1:
                 continue
-            # The last scale is no input; a closed image brings its codes all the same, an open one does not.
-            inputs = sum(height * width for height, width in grids[:-1])
-            stacked = torch.stack([per_image[index][:inputs] for index in members])
+            # A closed image also brings the codes of its last scale, which are no input.
+            used = sum(height * width for height, width in grids[:-1])
+            stacked = torch.stack([per_image[index][:used] for index in members])
             features, start = [], 0
             for grid, next_grid in zip(grids, grids[1:]):
                 cells = grid[0] * grid[1]
@@ -299,15 +289,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
         Bicubic in fp32; both halves l2-normalised as the tokenizer looks them up. Returns (batch, h'*w', code_dim).
         """
-        semantic, pixel = (
-            self.image_codebook(codes)
-            .float()
-            .split([self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1)
-        )
+        looked_up = self.image_codebook(codes)
+        halves = [self.config.semantic_code_dim, self.config.pixel_code_dim]
+        semantic, pixel = looked_up.float().split(halves, dim=-1)
         features = torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
         features = features.transpose(1, 2).unflatten(2, grid)  # (batch, code_dim, h, w)
         features = F.interpolate(features, size=next_grid, mode="bicubic", align_corners=False)
-        return features.flatten(2).transpose(1, 2).to(self.connector.linear_1.weight.dtype)
+        return features.flatten(2).transpose(1, 2).to(looked_up.dtype)
 
     def embed_scale(
         self, codes: torch.LongTensor, image_grids: torch.LongTensor, *, scale: int, grids: list[tuple[int, int]]
@@ -318,8 +306,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         features = self.upsampled_features(codes, grids[scale - 2], grids[scale - 1])
         embeds = self.connector(features)
-        term = self.scale_embedding.weight[scale - 1] + self.scale_length_encoding(image_grids)
-        return (embeds + term[:, None]).to(embeds.dtype)
+        term = self.scale_embedding(codes.new_full((1,), scale - 1)) + self.scale_length_encoding(image_grids)
+        return (embeds + term[:, None]).to(self.norm.weight.dtype)
 
     def scale_length_encoding(self, image_grids: torch.LongTensor) -> torch.FloatTensor:
         """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale
@@ -331,7 +319,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
         encoding = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :hidden]
         return encoding * self.scale_embedding_std
 
+    def get_placeholder_ids(self, inputs_embeds: torch.FloatTensor) -> torch.LongTensor:
+        """The tokens of images in `inputs_embeds`, recognised by their embeddings; every other token is 0."""
+        input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        for token_id in (self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id):
+            embedding = self.embed_tokens(input_ids.new_full((1,), token_id)).to(inputs_embeds.device)
+            input_ids = torch.where((inputs_embeds == embedding).all(-1), token_id, input_ids)
+        return input_ids
+
     def _check_no_images(self, input_ids: torch.LongTensor) -> None:
+        if torch.compiler.is_compiling():  # looking at values would break the graph
+            return
         stray = (input_ids == self.config.image_token_id) | (input_ids == self.config.boi_token_id)
         if stray.any():
             raise ValueError(
@@ -388,24 +386,25 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     """NextFlow with its one head: next-token prediction for text, next-scale prediction for images."""
 
     output_modalities = ("image", "text")
+    generation_config_class = NextFlowGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     loss_chunk_size = 4096  # tokens whose logits exist at the same time in the loss
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
         self.model = NextFlowModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Else transformers drops the `image_*` settings of a saved generation config when it is loaded again.
-        self.generation_config._from_model_config = False
         self.post_init()
 
     @classmethod
-    def from_qwen2_5_vl(cls, pretrained_model_name_or_path, codebook: torch.Tensor | None = None, **kwargs):
-        """The model alignment starts from; see [`conversion_nextflow.from_qwen2_5_vl`]."""
-        from .conversion_nextflow import from_qwen2_5_vl
+    def from_qwen(cls, pretrained_model_name_or_path, codebook: torch.Tensor | None = None, **kwargs):
+        """The model alignment starts from; see [`conversion_nextflow.from_qwen`]."""
+        from .conversion_nextflow import from_qwen
 
-        return from_qwen2_5_vl(pretrained_model_name_or_path, codebook, **kwargs)
+        return from_qwen(pretrained_model_name_or_path, codebook, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -423,7 +422,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
-        **kwargs,
+        shift_labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NextFlowCausalLMOutputWithPast:
         r"""
         Args:
@@ -444,8 +444,12 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
                 Targets where self-correction makes them differ from `image_codes`.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Supervised tokens of the whole optimisation step, the loss's denominator. Defaults to this batch's.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Positions to compute `logits` for: the last so many (0 is all), or which.
             skip_logits (`bool`, *optional*):
                 Leave `logits` out. Defaults to `True` in training with labels, where only the loss is read.
+            shift_labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Instead of `labels`: the same, one place earlier, at the tokens that predict them.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -459,37 +463,51 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        result = NextFlowCausalLMOutputWithPast(
+        has_labels = labels is not None or shift_labels is not None
+        loss = scale_losses = scale_counts = logits = None
+        if has_labels:
+            if input_ids is None and image_grids is not None:
+                input_ids = self.model.get_placeholder_ids(inputs_embeds)
+            targets, weights, scale = self.get_targets(
+                input_ids,
+                labels if shift_labels is None else shift_labels,
+                image_codes if image_target_codes is None else image_target_codes,
+                image_grids,
+                is_shifted=shift_labels is not None,
+            )
+            supervised = targets != IGNORE_INDEX
+            losses = linear_cross_entropy(
+                hidden_states[supervised], self.lm_head, targets[supervised], chunk_size=self.loss_chunk_size
+            )
+            count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = (losses * weights[supervised]).sum() / count
+            scale_losses, scale_counts = mean_by_scale(losses, scale[supervised], self.config.max_scales)
+        if not (self.training and has_labels if skip_logits is None else skip_logits):
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        return NextFlowCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            scale_losses=scale_losses,
+            scale_counts=scale_counts,
         )
-        if labels is not None:
-            target_codes = image_codes if image_target_codes is None else image_target_codes
-            self._compute_loss(result, hidden_states, input_ids, labels, target_codes, image_grids, num_items_in_batch)
-        if not (self.training and labels is not None if skip_logits is None else skip_logits):
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.lm_head(hidden_states[:, kept])
-        return result
 
-    def _compute_loss(
-        self,
-        result: NextFlowCausalLMOutputWithPast,
-        hidden_states: torch.FloatTensor,
-        input_ids: torch.LongTensor | None,
-        labels: torch.LongTensor,
-        target_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> None:
-        targets, weights, scale = self.get_targets(input_ids, labels, target_codes, image_grids)
-        supervised = targets != IGNORE_INDEX
-        losses = linear_cross_entropy(
-            hidden_states[supervised], self.lm_head, targets[supervised], chunk_size=self.loss_chunk_size
-        )
-        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-        result.loss = (losses * weights[supervised]).sum() / count
-        result.scale_losses, result.scale_counts = mean_by_scale(losses, scale[supervised], self.config.max_scales)
+    @staticmethod
+    def create_masks_for_generate(
+        config: NextFlowConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> torch.Tensor | dict | None:
+        """The masks that `generate` makes outside of the compiled forward, for a static cache."""
+        if is_first_iteration:  # the prompt may hold images: forward reads their blocks off the tokens
+            return attention_mask
+        mask = get_attention_mask(config, inputs_embeds, attention_mask, None, past_key_values, None)
+        return {"full_attention": mask}
 
     def get_targets(
         self,
@@ -497,6 +515,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         labels: torch.LongTensor,
         target_codes: torch.LongTensor | None = None,
         image_grids: torch.LongTensor | None = None,
+        is_shifted: bool = False,
     ) -> tuple[torch.LongTensor, torch.FloatTensor, torch.LongTensor]:
         """Target id, loss weight and scale (0 for text) of every position, each (batch, length)."""
         layout = self.model.get_image_layout(input_ids, image_grids) if image_grids is not None else None
@@ -508,15 +527,18 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             image_grids,
             text_vocab_size=self.config.text_vocab_size,
             alpha=self.config.scale_loss_alpha,
+            is_shifted=is_shifted,
         )
         return targets, weights, layout.scale if layout is not None else torch.zeros_like(targets)
 
     def image_logits(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""
         first, last = self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size
-        if type(self.lm_head) is nn.Linear:
-            return F.linear(hidden_states, self.lm_head.weight[first:last])
-        return self.lm_head(hidden_states)[..., first:last]  # an adapter or a quantised head has no rows to slice
+        head = self.lm_head
+        if type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook"):
+            return F.linear(hidden_states, head.weight[first:last])
+        # An adapter and a quantised head have no rows to slice; an offloaded or sharded one has them in its call.
+        return head(hidden_states)[..., first:last]
 
 
 __all__ = ["NextFlowPreTrainedModel", "NextFlowModel", "NextFlowForCausalLM"]

@@ -8,19 +8,21 @@ caller's: use `torch.no_grad()` around `encode` and `decode` when they are not w
 
 import copy
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, Siglip2VisionConfig, Siglip2VisionModel
+from transformers import PreTrainedModel, Siglip2VisionModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_nextflow import NextFlowVisionTokenizerConfig
+from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
 from .pixel_cnn_nextflow import NextFlowAttentionBlock, NextFlowPixelDecoder, NextFlowPixelEncoder, NextFlowResnetBlock
 from .quantizer_nextflow import NextFlowMultiScaleQuantizer, Schedule
+from .vit_nextflow import NextFlowViT
 
 
 @dataclass
@@ -142,9 +144,13 @@ def _pad_maps(stacks: Sequence[torch.Tensor], groups: Sequence[tuple[Schedule, l
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(n, channels, height, width) to (n, patches, patch_size**2 * channels), in the order of Siglip2's processor."""
+    """
+    (n, channels, height, width) to (n, patches, patch_size**2 * channels), in the order of Siglip2's processor. Less
+    than a patch on the right and below is left out, as by a strided convolution.
+    """
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
+    pixel_values = pixel_values[:, :, : rows * patch_size, : columns * patch_size]
     patches = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
@@ -185,31 +191,25 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     codebooks, a CNN decodes pixels and a small ViT the teacher's features.
 
     Pixels are float (n, 3, max_height, max_width) in [-1, 1]; image i occupies the top-left corner, `patch_size` times
-    its last grid, the rest is ignored. `image_grids` is (n, max_scales, 2), rows after an image's last scale zero.
+    its last grid, the rest is ignored. `image_grids` is (n, max_scales, 2), rows after an image's last scale zero. A
+    tokenizer of fixed size, TokenFlow's, takes and gives `(n, 3, image_size, image_size)`.
     """
 
     def __init__(self, config: NextFlowVisionTokenizerConfig):
         super().__init__(config)
         semantic_config = config.semantic_config
-        if semantic_config.patch_size != config.patch_size:
-            raise ValueError(
-                f"semantic_config.patch_size is {semantic_config.patch_size}, expected the pixel branch's stride "
-                f"2 ** (len(channel_multipliers) - 1) = {config.patch_size}"
-            )
-        if semantic_config.num_hidden_layers < 2:
-            raise ValueError(
-                f"semantic_config.num_hidden_layers is {semantic_config.num_hidden_layers}, expected at least 2: the "
-                "features are those before the last layer"
-            )
+        _check_sizes(config)
         hidden_size = semantic_config.hidden_size
         code_dim = config.semantic_code_dim
 
-        # The features are SigLIP2's last but one hidden state, so neither its last layer nor its last norm is built:
+        # Where the features are the last but one hidden state, neither the last layer nor the last norm is built:
         # `last_hidden_state` of this model is `hidden_states[-2]` of the whole one, and a whole checkpoint loads.
-        self.semantic_encoder = Siglip2VisionModel._from_config(
-            _siglip2_variant(semantic_config, num_hidden_layers=semantic_config.num_hidden_layers - 1)
+        layers_left_out = -1 - config.semantic_layer
+        self.semantic_encoder = NextFlowViT._from_config(
+            _vit_variant(semantic_config, num_hidden_layers=semantic_config.num_hidden_layers - layers_left_out)
         )
-        self.semantic_encoder.post_layernorm = nn.Identity()
+        if layers_left_out:
+            self.semantic_encoder.post_layernorm = nn.Identity()
         self.encode_task_layer = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, code_dim)
         )
@@ -219,20 +219,34 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self.quantizer = NextFlowMultiScaleQuantizer(config)
 
         # A pre-norm ViT whose "image" is the quantised map: one patch a cell, the code's dimensions its channels.
-        self.semantic_decoder = Siglip2VisionModel._from_config(
-            _siglip2_variant(
-                semantic_config,
-                num_hidden_layers=config.semantic_decoder_layers,
-                num_channels=code_dim,
-                patch_size=1,
-            )
+        decoder_config = config.semantic_decoder_config
+        if decoder_config is None:
+            decoder_config = _vit_variant(semantic_config, num_hidden_layers=config.semantic_decoder_layers)
+        self.semantic_decoder = NextFlowViT._from_config(
+            _vit_variant(decoder_config, num_channels=code_dim, patch_size=1)
         )
+        decoder_size = decoder_config.hidden_size
+        feature_size = hidden_size if config.semantic_feature_size is None else config.semantic_feature_size
         self.decode_task_layer = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, hidden_size)
+            nn.Linear(decoder_size, decoder_size), nn.Tanh(), nn.Linear(decoder_size, feature_size)
         )
         self.post_quant_conv = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
         self.pixel_decoder = NextFlowPixelDecoder(config)
         self.post_init()
+
+    @classmethod
+    def from_tokenflow(cls, checkpoint: str | os.PathLike, **kwargs) -> "NextFlowVisionTokenizer":
+        """A released TokenFlow tokenizer; see [`conversion_tokenflow_nextflow.from_tokenflow`]."""
+        from .conversion_tokenflow_nextflow import from_tokenflow
+
+        return from_tokenflow(checkpoint, **kwargs)
+
+    def get_image_grids(self, num_images: int = 1) -> torch.LongTensor:
+        """`image_grids` of that many images for a tokenizer of fixed size: the schedule it was trained with."""
+        if self.config.scale_sides is None:
+            raise ValueError("config.scale_sides is None: this tokenizer has no schedule of its own, pass image_grids")
+        sides = torch.tensor(self.config.scale_sides)
+        return torch.stack([sides, sides], -1).expand(num_images, -1, -1)
 
     @property
     def codebook(self) -> torch.FloatTensor:
@@ -323,8 +337,9 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         schedules = self._check_pixels(pixel_values, image_grids)
         targets = [None] * len(schedules)
         for schedule, indices in _group_by_schedule(schedules):
-            patches = patchify(self._crop(pixel_values, schedule, indices), self.config.patch_size)
-            output = teacher(patches, None, _spatial_shapes(len(indices), schedule[-1]), output_hidden_states=True)
+            patches = self._semantic_patches(self._crop(pixel_values, schedule, indices))
+            shapes = torch.tensor([schedule[-1]]).expand(len(indices), 2)
+            output = teacher(patches, None, shapes, output_hidden_states=True)
             for row, index in enumerate(indices):
                 targets[index] = output.hidden_states[-2][row]
         return targets
@@ -398,24 +413,41 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def _encode_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (n, 3, height, width) to continuous features (n, code_dim, rows, columns) of both branches."""
         pixels = pixels.to(self.quant_conv.weight.dtype)
-        pixel_map = self.quant_conv(self.pixel_encoder(pixels))
-        grid = tuple(pixel_map.shape[2:])
-        patches = patchify(pixels, self.config.patch_size)
-        hidden_states = self.semantic_encoder(patches, None, _spatial_shapes(len(pixels), grid)).last_hidden_state
+        grid = tuple(side // self.config.semantic_config.patch_size for side in pixels.shape[2:])
+        hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
+        pixel_size = tuple(self.config.patch_size * cells for cells in grid)
+        pixel_map = self.quant_conv(self.pixel_encoder(_resize(pixels, pixel_size)))
         return torch.cat([semantic_map.float(), pixel_map.float()], 1)
+
+    def _semantic_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (n, 3, height, width) as the semantic encoder takes them, see [`patchify`]."""
+        if self.config.clamp_semantic_pixels:
+            pixels = pixels.clamp(-1, 1)
+        return patchify(pixels, self.config.semantic_config.patch_size)
 
     def _decode_pixels(self, quantized: torch.Tensor) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
         pixel_map = quantized[:, self.config.semantic_code_dim :].to(self.post_quant_conv.weight.dtype)
-        return self.pixel_decoder(self.post_quant_conv(pixel_map))
+        return _resize(self.pixel_decoder(self.post_quant_conv(pixel_map)), self._pixel_size(quantized.shape[2:]))
+
+    def _pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
+        """(height, width) of an image whose last grid is `grid`."""
+        if self.config.image_size is None:
+            return tuple(self.config.patch_size * cells for cells in grid)
+        cells = self.config.image_size // self.config.semantic_config.patch_size
+        if tuple(grid) != (cells, cells):
+            raise ValueError(
+                f"the last grid is {tuple(grid)}, expected {(cells, cells)}: this tokenizer takes images of "
+                f"{self.config.image_size} x {self.config.image_size} pixels only"
+            )
+        return self.config.image_size, self.config.image_size
 
     def _decode_semantics(self, quantized: torch.Tensor) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to the teacher's features (n, rows * columns, hidden_size)."""
         cells = quantized[:, : self.config.semantic_code_dim].flatten(2).transpose(1, 2)
         cells = cells.to(self.decode_task_layer[0].weight.dtype)
-        shapes = _spatial_shapes(len(quantized), tuple(quantized.shape[2:]))
-        return self.decode_task_layer(self.semantic_decoder(cells, None, shapes).last_hidden_state)
+        return self.decode_task_layer(self.semantic_decoder.encode(cells, tuple(quantized.shape[2:])))
 
     def _decode_codes(
         self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, num_scales: int | None
@@ -444,13 +476,12 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     def _check_pixels(self, pixel_values: torch.Tensor, image_grids: torch.LongTensor) -> list[Schedule]:
         schedules = schedules_from_grids(image_grids)
-        patch_size = self.config.patch_size
-        height, width = (patch_size * max(schedule[-1][axis] for schedule in schedules) for axis in (0, 1))
-        expected = (len(schedules), 3, height, width)
+        sizes = [self._pixel_size(schedule[-1]) for schedule in schedules]
+        expected = (len(schedules), 3, max(height for height, _ in sizes), max(width for _, width in sizes))
         if tuple(pixel_values.shape) != expected:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected}: patch size {patch_size} "
-                f"times the last grids of the {len(schedules)} rows of image_grids"
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected} for the last grids of the "
+                f"{len(schedules)} rows of image_grids"
             )
         if not torch.isfinite(pixel_values).all():
             bad = int((~torch.isfinite(pixel_values)).sum())
@@ -458,7 +489,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         return schedules
 
     def _crop(self, pixel_values: torch.Tensor, schedule: Schedule, indices: list[int]) -> torch.Tensor:
-        height, width = (self.config.patch_size * cells for cells in schedule[-1])
+        height, width = self._pixel_size(schedule[-1])
         stack = pixel_values if len(indices) == len(pixel_values) else pixel_values[indices]
         return stack[:, :, :height, :width]
 
@@ -487,7 +518,30 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         )
 
 
-def _siglip2_variant(config: Siglip2VisionConfig, **changes: int) -> Siglip2VisionConfig:
+def _check_sizes(config: NextFlowVisionTokenizerConfig) -> None:
+    semantic_config = config.semantic_config
+    if config.semantic_layer not in (-1, -2):
+        raise ValueError(f"semantic_layer is {config.semantic_layer}, expected -1 or -2")
+    if config.semantic_layer == -2 and semantic_config.num_hidden_layers < 2:
+        raise ValueError(
+            f"semantic_config.num_hidden_layers is {semantic_config.num_hidden_layers}, expected at least 2: the "
+            "features are those before the last layer"
+        )
+    if config.image_size is None:
+        if semantic_config.patch_size != config.patch_size:
+            raise ValueError(
+                f"semantic_config.patch_size is {semantic_config.patch_size}, expected the pixel branch's stride "
+                f"2 ** (len(channel_multipliers) - 1) = {config.patch_size}"
+            )
+    elif (config.image_size // semantic_config.patch_size) ** 2 != semantic_config.num_patches:
+        raise ValueError(
+            f"image_size {config.image_size} has {config.image_size // semantic_config.patch_size} patches of "
+            f"{semantic_config.patch_size} pixels a side, expected the square root of semantic_config.num_patches = "
+            f"{semantic_config.num_patches}"
+        )
+
+
+def _vit_variant(config: NextFlowViTConfig, **changes: int) -> NextFlowViTConfig:
     variant = copy.deepcopy(config)
     variant.vision_use_head = False
     for name, value in changes.items():
@@ -495,9 +549,8 @@ def _siglip2_variant(config: Siglip2VisionConfig, **changes: int) -> Siglip2Visi
     return variant
 
 
-def _spatial_shapes(count: int, grid: tuple[int, int]) -> torch.LongTensor:
-    # On the CPU: Siglip2 reads them as Python numbers.
-    return torch.tensor([grid]).expand(count, 2)
+def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return pixels if tuple(pixels.shape[2:]) == size else F.interpolate(pixels, size, mode="bicubic")
 
 
 __all__ = [

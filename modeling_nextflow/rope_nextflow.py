@@ -7,8 +7,11 @@ the processor's: `<boi>`, one placeholder for every cell of scales 2..K, `<eoi>`
 from dataclasses import dataclass
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from .configuration_nextflow import default_mrope_section
 
 
 @dataclass
@@ -90,29 +93,68 @@ def get_position_ids(
     boi_token_id: int,
     image_token_id: int,
     extent: float,
+    past_tokens: torch.Tensor | int = 0,
+    past_steps: torch.Tensor | int = 0,
 ) -> torch.FloatTensor:
     """Positions (4, batch, length), float32: the plain token position, then the rotary axes (scale, row, column).
 
     Text at position t is (t, t, t). A whole block of cells takes ONE step of the first axis, counted on from its
     `<boi>`, so an image of K scales takes K + 1 steps in all; rows and columns follow [`cell_coordinates`] and do not
     depend on t. Padding (`attention_mask == 0`) takes no step.
+
+    Args:
+        past_tokens, past_steps: how far the sequence has come before `input_ids`, on the plain position and on the
+            rotary text axis; one for all rows or (batch, 1).
     """
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    token_position = (real.cumsum(1) - 1).clamp(min=0).float()
+    token_position = (real.cumsum(1) - 1).clamp(min=0)
     if image_grids is None or len(image_grids) == 0:
-        return token_position.expand(4, -1, -1)
+        step_position = token_position + past_steps
+        return torch.stack([token_position + past_tokens, *[step_position] * 3]).float()
 
     layout = get_image_layout(input_ids, image_grids, boi_token_id=boi_token_id, image_token_id=image_token_id)
     first_of_block = layout.is_cell & (layout.row == 0) & (layout.column == 0)
     step = torch.where(layout.is_cell, first_of_block.long(), real)
-    axis = (step.cumsum(1) - 1).clamp(min=0).float()
+    axis = ((step.cumsum(1) - 1).clamp(min=0) + past_steps).float()
 
     index = layout.image_index.clamp(min=0)
     grid = image_grids[index, (layout.scale - 1).clamp(min=0)]
     row, column = cell_coordinates(layout.row, layout.column, grid[..., 0], grid[..., 1], extent=extent)
     return torch.stack(
-        [token_position, axis, torch.where(layout.is_cell, row, axis), torch.where(layout.is_cell, column, axis)]
+        [
+            (token_position + past_tokens).float(),
+            axis,
+            torch.where(layout.is_cell, row, axis),
+            torch.where(layout.is_cell, column, axis),
+        ]
     )
+
+
+@dataclass
+class CachePlace:
+    """Where a cache ends: its length in tokens, and the last token's positions (3 or 4, batch).
+
+    Travels on the cache, so that more text or images can be put on top of images without position ids.
+    """
+
+    length: int
+    position: torch.FloatTensor
+
+    @classmethod
+    def after(cls, position_ids: torch.FloatTensor, cache: Cache) -> "CachePlace":
+        return cls(cache.get_seq_length() + 0, position_ids[:, :, -1])  # + 0: a static cache's length is one tensor
+
+    def steps_ahead(self, cache: Cache, batch: int) -> torch.FloatTensor | int:
+        """Steps of the rotary text axis less tokens, (batch, 1)."""
+        if len(self.position) == 4 and self.position.shape[1] == batch:
+            ahead = (self.position[1] - self.position[0])[:, None]
+            if cache.get_seq_length() == self.length or not ahead.any():
+                return ahead
+        raise ValueError(
+            "where this cache ends on the rotary axes is not known (it was cropped, its rows were selected, or it was "
+            "written with rotary positions alone): pass position_ids, the last of get_position_ids(...) over all of "
+            "input_ids and image_grids"
+        )
 
 
 class NextFlowRotaryEmbedding(Qwen2RotaryEmbedding):
@@ -123,7 +165,9 @@ class NextFlowRotaryEmbedding(Qwen2RotaryEmbedding):
 
     def __init__(self, config):
         super().__init__(config)
-        self.mrope_section = list(config.rope_parameters["mrope_section"])
+        # The config fills it in; not so in `rope_parameters` that were assigned later, to scale RoPE.
+        default = default_mrope_section(2 * len(self.inv_freq))
+        self.mrope_section = list(config.rope_parameters.get("mrope_section", default))
         if sum(self.mrope_section) != len(self.inv_freq):
             raise ValueError(
                 f"mrope_section {self.mrope_section} sums to {sum(self.mrope_section)}, expected half the head "

@@ -238,8 +238,8 @@ class NextFlowPipeline(DiffusionPipeline):
         for ids, grids, part, negative in zip(
             _unpad(inputs), image_grids, codes.split(counts), negative_ids, strict=True
         ):
-            if keep_first_size:
-                grids = torch.cat([grids[:-1], grids[:1]])  # without sources this is the image to draw itself
+            if keep_first_size and len(grids) > 1:
+                grids = torch.cat([grids[:-1], self.processor.target_image_grids(grids[:1])])
             prompts.append(NextFlowDrawingPrompt(ids, grids, part, negative))
         return prompts
 

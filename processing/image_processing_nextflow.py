@@ -346,10 +346,15 @@ class _NextFlowImageProcessing:
 
     def get_number_of_image_tokens(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Number of `<|image_pad|>` of an image of this size: the cells of all scales but the first."""
+        return num_cells(self.get_image_grids(height, width, images_kwargs)) - 1
+
+    def get_image_grids(
+        self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
+    ) -> list[tuple[int, int]]:
+        """The grids that an image of this size becomes."""
         numbers = {**vars(self), **(images_kwargs or {})}
         schedule = self._schedule_of(numbers)
-        bucket = schedule.nearest_bucket(height, width)
-        return num_cells(schedule.grids(bucket, schedule.num_scales(numbers["resolution"]))) - 1
+        return schedule.grids(schedule.nearest_bucket(height, width), schedule.num_scales(numbers["resolution"]))
 
     def post_process_images(
         self, pixel_values: torch.Tensor, image_grids: torch.Tensor, output_type: str = "pil"

@@ -45,7 +45,8 @@ class NextFlowProcessorKwargs(ProcessingKwargs, total=False):
     r"""
     generation_mode (`str`, *optional*):
         `"image"` ends every row in `<boi>` and adds the schedule of the image to draw to `image_grids`; `"text"` and
-        `"interleaved"` end in the assistant's header.
+        `"interleaved"` end in the assistant's header. `"interleaved"` adds `target_grids`, the schedules of the
+        images that the answer may have.
     height (`int`, *optional*): Height in pixels of the image to draw, snapped to the nearest bucket. Needs `width`.
     width (`int`, *optional*): Width in pixels of the image to draw. Needs `height`.
     aspect_ratio (`str`, *optional*): `"width:height"` of the image to draw, such as `"16:9"`, instead of its size.
@@ -80,6 +81,10 @@ class NextFlowProcessor(ProcessorMixin):
         image_token (`str`, *optional*, defaults to `"<|image_pad|>"`): Placeholder of one cell of scales 2..K.
         boi_token (`str`, *optional*, defaults to `"<boi>"`): Begin of image.
         eoi_token (`str`, *optional*, defaults to `"<eoi>"`): End of image.
+        append_last_scale (`bool`, *optional*, defaults to `False`):
+            Whether an image that is given, and not trained on, gets one scale more: its last grid again. A scale's
+            input is the codes of the one before, so the codes of the last scale are seen only then (not specified by
+            the paper; costs the cells of the last grid). The model's `max_scales` must be [`max_scales`].
     """
 
     valid_processor_kwargs = NextFlowProcessorKwargs
@@ -93,8 +98,10 @@ class NextFlowProcessor(ProcessorMixin):
         image_token: str = "<|image_pad|>",
         boi_token: str = "<boi>",
         eoi_token: str = "<eoi>",
+        append_last_scale: bool = False,
         **kwargs,
     ):
+        self.append_last_scale = append_last_scale
         self.image_token = image_token
         self.boi_token = boi_token
         self.eoi_token = eoi_token
@@ -108,6 +115,11 @@ class NextFlowProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def max_scales(self) -> int:
+        """Scales of the longest image: the number of rows of an image in `image_grids`."""
+        return self.image_processor.schedule.max_scales + self.append_last_scale
 
     # ---- text and images in
 
@@ -165,6 +177,7 @@ class NextFlowProcessor(ProcessorMixin):
         images: Any | None = None,
         return_labels: bool = False,
         train_on: str = "responses",
+        negative_prompt: str | None = None,
         **kwargs,
     ) -> BatchFeature | str | list[str] | list[list[int]] | torch.Tensor:
         r"""
@@ -191,12 +204,41 @@ class NextFlowProcessor(ProcessorMixin):
             train_on (`str`, *optional*, defaults to `"responses"`):
                 `"responses"`: what follows an assistant's header, through `<|im_end|>`; `"all"`: every token.
             return_assistant_tokens_mask (`bool`, *optional*): Add `assistant_masks`, 1 in assistant responses.
+            negative_prompt (`str`, *optional*):
+                Add `negative_input_ids` and `negative_attention_mask`, the unconditional prompts of guidance: the same
+                conversations with the same images, without the user's text, and with this at the end of the last user
+                message (as training drops text: `""`).
             kwargs: Options of `__call__`, such as `generation_mode`, `height`, `width`, `resolution`; variables of a
                 custom template.
         """
         template = self._resolve_chat_template(chat_template)
         kwargs = {**kwargs, **(processor_kwargs or {})}
         images = kwargs.pop("images", images)
+        negative_prompt = kwargs.pop("negative_prompt", negative_prompt)
+        if negative_prompt is not None:
+            mode = kwargs.get("generation_mode")
+            if mode not in ("image", "interleaved") or not (tokenize and return_dict):
+                raise ValueError(
+                    "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that draws, got "
+                    f"generation_mode={mode!r}"
+                )
+            common = {
+                "chat_template": chat_template,
+                "tools": tools,
+                "documents": documents,
+                "continue_final_message": continue_final_message,
+                "tokenize": True,
+                "return_tensors": return_tensors,
+                "return_dict": True,
+                "sanitize_control_tokens": sanitize_control_tokens,
+                "images": images,
+                **kwargs,
+            }
+            negative = self.apply_chat_template(_without_user_text(conversation, negative_prompt), **common)
+            inputs = self.apply_chat_template(conversation, **common)
+            for name in ("input_ids", "attention_mask"):
+                inputs[f"negative_{name}"] = negative[name]
+            return inputs
         options, variables = self._split_kwargs(template, kwargs)
         if return_tensors != "auto":
             options["return_tensors"] = return_tensors
@@ -407,24 +449,31 @@ class NextFlowProcessor(ProcessorMixin):
         flat_images = self._check_images(rows, images)
         data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
         closed = iter(data["image_grids"].tolist() if flat_images else [])
-        image_grids = []
+        image_grids, target_grids = [], []
 
         # 3. Every placeholder becomes the cells of its image
         for index, ids in enumerate(rows):
-            schedules = [next(closed) for token in ids if token == self.image_token_id]
+            places = [position for position, token in enumerate(ids) if token == self.image_token_id]
+            shown = [next(closed) for _ in places]
+            schedules = [
+                grids if in_response[index][position] or train_on == "all" else self._as_context(grids)
+                for position, grids in zip(places, shown, strict=True)
+            ]
             repeats = iter([num_cells(grids) - 1 for grids in schedules])
             repeats = [next(repeats) if token == self.image_token_id else 1 for token in ids]
             if ids[-1:] == [self.boi_token_id]:
-                schedules.append(self._target_grids(options, schedules))
+                schedules.append(self._target_grids(options, shown))
                 self._check_length(index, sum(repeats), num_cells(schedules[-1]), options["text_kwargs"])
             else:
+                if options.get("generation_mode") == "interleaved":
+                    target_grids.append(self._padded(self._target_grids(options, shown)))
                 self._check_length(index, sum(repeats), 0, options["text_kwargs"])
             rows[index] = [token for token, count in zip(ids, repeats, strict=True) for _ in range(count)]
             in_response[index] = [
                 inside for inside, count in zip(in_response[index], repeats, strict=True) for _ in range(count)
             ]
-            image_grids += schedules
-        if self._wishes(options) and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
+            image_grids += map(self._padded, schedules)
+        if self._wishes(options) and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
             raise ValueError(f"{self._wishes(options)} describe an image to draw, but no row ends in {self.boi_token}")
 
         # 4. Padding
@@ -457,6 +506,8 @@ class NextFlowProcessor(ProcessorMixin):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(padded["input_ids"])
         if image_grids:
             data["image_grids"] = image_grids
+        if target_grids:
+            data["target_grids"] = target_grids
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _encode(self, text: str, responses: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
@@ -509,6 +560,21 @@ class NextFlowProcessor(ProcessorMixin):
             if len(given) != len(expected) or given != expected:
                 raise ValueError(f"got images by row {given} for image placeholders by row {expected}")
         return flat
+
+    def _as_context(self, grids: list[list[int]]) -> list[list[int]]:
+        """The schedule (a row of `image_grids`) in the sequence of an image that is given."""
+        grids = [[int(height), int(width)] for height, width in grids if height > 0]
+        return [*grids, grids[-1]] if self.append_last_scale else grids
+
+    def _padded(self, grids: list[list[int]]) -> list[list[int]]:
+        return grids + [[0, 0]] * (self.max_scales - len(grids))
+
+    def target_image_grids(self, image_grids: torch.LongTensor) -> torch.LongTensor:
+        """Rows of `image_grids` (images, max_scales, 2) of given images, as those of images to draw at their size."""
+        if not self.append_last_scale:
+            return image_grids
+        is_last = (image_grids[..., 0] > 0).sum(-1, keepdim=True) - 1 == torch.arange(image_grids.shape[1])
+        return image_grids.masked_fill(is_last[..., None], 0)
 
     def _check_length(self, index: int, length: int, to_draw: int, text_options: dict[str, Any]) -> None:
         """`to_draw` counts the cells of scales 2..K and the `<eoi>` that will follow."""
@@ -667,7 +733,7 @@ class NextFlowProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
         """The text that one `<|image_pad|>` stands for: as many as the image has cells in scales 2..K."""
-        return self.image_token * (num_cells(image_inputs["image_grids"][image_idx]) - 1)
+        return self.image_token * (num_cells(self._as_context(image_inputs["image_grids"][image_idx])) - 1)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """Number of `<|image_pad|>` for images of the given (height, width)."""
@@ -678,7 +744,8 @@ class NextFlowProcessor(ProcessorMixin):
         }
         return MultiModalData(
             num_image_tokens=[
-                self.image_processor.get_number_of_image_tokens(*size, images_kwargs) for size in image_sizes
+                num_cells(self._as_context(self.image_processor.get_image_grids(*size, images_kwargs))) - 1
+                for size in image_sizes
             ],
             num_image_patches=[1] * len(image_sizes),
         )
@@ -686,6 +753,24 @@ class NextFlowProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
+
+
+def _without_user_text(conversation: list, text: str) -> list:
+    """One or several conversations without the user's text, but with `text` at the end of the last user message."""
+    if not isinstance(conversation[0], dict):
+        return [_without_user_text(row, text) for row in conversation]
+    messages = []
+    for message in conversation:
+        if message["role"] == "user":
+            parts = [] if isinstance(message["content"], str) else message["content"]
+            message = {**message, "content": [part for part in parts if part["type"] != "text"]}
+        messages.append(message)
+    users = [message for message in messages if message["role"] == "user"]
+    if text and not users:
+        raise ValueError("negative_prompt needs a user message to stand in, and the conversation has none")
+    if text:
+        users[-1]["content"].append({"type": "text", "text": text})
+    return messages
 
 
 def _code_token(code: int) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from toy import (
     BOI,
     CODES,
@@ -15,7 +16,9 @@ from toy import (
     toy_config,
     toy_model,
 )
+from transformers import GenerationConfig
 
+from nextflow_hf import NextFlowGenerationConfig
 from nextflow_hf.modeling_nextflow.generation_nextflow import ScaleStep, guide, sample_codes, scale_plan
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
@@ -221,21 +224,143 @@ def test_image_mode_of_generate_reads_the_generation_config(model, monkeypatch):
     assert torch.equal(torch.cat(seen, dim=1)[0].argmax(-1), drawn)
 
 
-def test_image_settings_are_saved_and_loaded(model, tmp_path):
-    model.generation_config.image_guidance_scale = 4.5
+def test_image_settings_are_saved_and_loaded(model, monkeypatch, tmp_path):
+    settings = {
+        "image_guidance_scale": [1.0, 2.0, 3.0, 4.5],
+        "image_guidance_schedule": "linear",
+        "image_temperature": 0.5,
+        "image_top_k": [4, 3, 2, 1],
+        "image_target_grids": [list(grid) for grid in SQUARE],
+        "max_images": 2,
+    }
+    configured = NextFlowGenerationConfig(**settings, do_sample=True, eos_token_id=EOS)
+    monkeypatch.setattr(model, "generation_config", configured)
     model.save_pretrained(tmp_path)
-    del model.generation_config.image_guidance_scale
-    loaded = NextFlowForCausalLM.from_pretrained(tmp_path)
-    assert loaded.generation_config.image_guidance_scale == 4.5
+    assert "image_top_p" not in (tmp_path / "generation_config.json").read_text()  # unset stays unset
+    loaded = NextFlowForCausalLM.from_pretrained(tmp_path).generation_config
+    assert type(loaded) is NextFlowGenerationConfig and loaded.do_sample and loaded.image_top_p is None
+    assert {name: getattr(loaded, name) for name in settings} == settings
+    alone = NextFlowGenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(alone, name) for name in settings} == settings
+    # A repository without the file, and one whose owner assigned a plain configuration
+    (tmp_path / "generation_config.json").unlink()
+    assert NextFlowForCausalLM.from_pretrained(tmp_path).generation_config.image_top_k is None
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(image_top_k=3, image_temperature=0.0))
+    model.save_pretrained(tmp_path)
+    assert NextFlowForCausalLM.from_pretrained(tmp_path).generation_config.image_top_k == 3
+
+
+BAD_SETTINGS = {
+    "lengths": ({"image_top_k": [1, 2], "image_top_p": [0.5]}, "must have one length"),
+    "range": ({"image_top_p": 2.0}, r"top_p must lie in \[0.0, 1.0\], got 2.0"),
+    "schedule": ({"image_guidance_schedule": "cosine"}, "'constant' or 'linear'"),
+    "images": ({"max_images": -1}, "max_images is -1"),
+    "grids": ({"image_target_grids": [[2, 2]]}, r"must start with \[1, 1\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_image_settings_are_refused(case):
+    settings, message = BAD_SETTINGS[case]
+    with pytest.raises(ValueError, match=message):
+        NextFlowGenerationConfig(**settings)
+
+
+def test_image_mode_puts_the_boi_where_it_is_missing(model):
+    settings = {"generation_mode": "image", "image_temperature": 0.0}
+    expected = model.generate_images(torch.tensor([[5, 6, BOI]]), image_grids=grids_tensor(SQUARE), **NO_SAMPLING)
+    found = model.generate(torch.tensor([[5, 6]]), target_grids=grids_tensor(SQUARE), **settings)
+    assert torch.equal(found.image_codes, expected.image_codes)
+    # As large as the last image of the prompt
+    row, codes = [5, *image_tokens(WIDE), 6], random_codes(WIDE)
+    found = model.generate(torch.tensor([row]), image_codes=codes, image_grids=grids_tensor(WIDE), **settings)
+    grids = grids_tensor(WIDE, WIDE)
+    expected = model.generate_images(torch.tensor([[*row, BOI]]), image_codes=codes, image_grids=grids, **NO_SAMPLING)
+    assert torch.equal(found.image_codes, expected.image_codes)
+    # Whose last grid stands there twice where its last codes are to be seen
+    shown = [*WIDE, WIDE[-1]]
+    row, codes = [5, *image_tokens(shown), 6], random_codes(shown)
+    found = model.generate(torch.tensor([row]), image_codes=codes, image_grids=grids_tensor(shown), **settings)
+    assert torch.equal(found.image_grids, grids_tensor(WIDE))
+
+
+def test_image_mode_takes_settings_under_both_names_and_greedy(model):
+    inputs = {"inputs": torch.tensor([[5, BOI]]), "image_grids": grids_tensor(SQUARE), "generation_mode": "image"}
+    expected = model.generate(**inputs, temperature=0.0).image_codes
+    assert torch.equal(model.generate(**inputs, image_temperature=0.0).image_codes, expected)
+    assert torch.equal(model.generate(**inputs, do_sample=False).image_codes, expected)
+    config = NextFlowGenerationConfig(image_temperature=0.0)
+    assert torch.equal(model.generate(**inputs, generation_config=config).image_codes, expected)
+    several = model.generate(**inputs, temperature=0.0, do_sample=True, num_return_sequences=3)
+    assert torch.equal(several.image_codes, expected.repeat(3)) and len(several.image_grids) == 3
+
+
+IMAGE_PROMPTS = torch.tensor([[5, *image_tokens(WIDE), 6, 7], [0] * 15 + [8, 9, 10]])
+IMAGE_PROMPTS = {
+    "input_ids": IMAGE_PROMPTS,
+    "attention_mask": (IMAGE_PROMPTS != 0).long(),
+    "image_codes": random_codes(WIDE),
+    "image_grids": grids_tensor(WIDE),
+}
+
+
+def test_beams_and_returned_sequences_repeat_the_images_of_a_row(model):
+    settings = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    both = model.generate(**IMAGE_PROMPTS, **settings, output_scores=True, return_dict_in_generate=True)
+    # The same beams, of each row alone
+    rows = [
+        {
+            "input_ids": IMAGE_PROMPTS["input_ids"][:1],
+            "image_codes": random_codes(WIDE),
+            "image_grids": grids_tensor(WIDE),
+        },
+        {"input_ids": IMAGE_PROMPTS["input_ids"][1:, 15:]},
+    ]
+    for index, row in enumerate(rows):
+        alone = model.generate(**row, **settings, output_scores=True, return_dict_in_generate=True)
+        own = slice(2 * index, 2 * index + 2)
+        torch.testing.assert_close(both.sequences_scores[own], alone.sequences_scores, atol=1e-4, rtol=1e-4)
+        assert torch.equal(both.sequences[own, -5:], alone.sequences[:, -5:])
+
+
+def test_static_cache_with_images_in_the_prompt(model):
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    dynamic = model.generate(**IMAGE_PROMPTS, **settings)
+    static = model.generate(**IMAGE_PROMPTS, **settings, cache_implementation="static")
+    assert torch.equal(dynamic.sequences, static.sequences)
+    for found, expected in zip(static.logits, dynamic.logits):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_going_on_from_a_cache_takes_the_whole_prompt(model):
+    first = {name: IMAGE_PROMPTS[name] for name in IMAGE_PROMPTS}
+    out = model.generate(**first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    more = torch.tensor([[11, 12], [13, 14]])
+    mask = F.pad(IMAGE_PROMPTS["attention_mask"], (0, 5), value=1)
+    inputs = {**first, "input_ids": torch.cat([out.sequences, more], dim=1), "attention_mask": mask}
+    again = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    with pytest.raises(ValueError, match="takes the whole input_ids"):
+        model.generate(**{**inputs, "input_ids": more}, past_key_values=out.past_key_values, max_new_tokens=4)
+    went_on = model.generate(**inputs, past_key_values=out.past_key_values, max_new_tokens=4, do_sample=False)
+    assert torch.equal(went_on, again)
 
 
 BAD_CALLS = {
-    "no boi": ({"input_ids": torch.tensor([[5, 6]])}, "must end in <boi>"),
+    "no boi": ({"input_ids": torch.tensor([[5, 6]])}, "hold 0 <boi> tokens, image_grids has 1 rows"),
     "right padding": ({"attention_mask": torch.tensor([[1, 0]])}, "padded on the left"),
     "grids missing": ({"image_grids": grids_tensor()}, "1 <boi> tokens, image_grids has 0 rows"),
     "no negative": ({"guidance_scale": 2.0}, "needs negative_input_ids"),
     "generators": ({"generator": [torch.Generator()] * 2}, "got 2 generators for a batch of 1"),
-    "mode": ({"generation_mode": "video"}, "'text' or 'image', got 'video'"),
+    "mode": ({"generation_mode": "video"}, "'image' or 'interleaved', got 'video'"),
+    "beams": ({"num_beams": 2}, "'image' does not go with beams, got num_beams=2"),
+    "streamer": ({"streamer": object()}, "'image' does not go with streamer"),
+    "processors": ({"logits_processor": [object()]}, "'image' does not go with logits_processor"),
+    "assistant": ({"assistant_model": object()}, "'image' does not go with assistant_model"),
+    "no size": (
+        {"input_ids": torch.tensor([[5]]), "image_grids": None},
+        "pass target_grids, or set image_target_grids",
+    ),
+    "two sizes": ({"target_grids": grids_tensor(SQUARE)}, "got target_grids, but the prompts end in <boi>"),
     "two schedules": (
         {"input_ids": torch.tensor([[5, BOI], [6, BOI]]), "image_grids": grids_tensor(SQUARE, WIDE)},
         "must share one schedule",

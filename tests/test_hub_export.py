@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from toy_pipeline import toy_pipeline
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from nextflow_hf import NextFlowPipeline, cli, hub_cards
-from nextflow_hf.hub_cards.export import export_pipeline
+from nextflow_hf.hub_cards.cards import create_card, pipeline_facts, shapes_card
+from nextflow_hf.hub_cards.export import cast_copy, export_pipeline
 
 
 ROW = {"passed": 19, "total": 20, "rate": 0.95, "interval": (0.764, 0.991), "checks": {}}
@@ -19,6 +21,7 @@ JUDGE = {
     "prompt": {"overall": 0.9512, "all": ROW, "categories": {"single_object": ROW, "counting": ROW}},
     "edit": {"overall": 0.8123, "all": ROW, "categories": {"recolor": ROW}},
 }
+CARD = create_card("model", repo_id="toy/nextflow")
 CONTEXT = {"judge": JUDGE, "reconstruction_psnr": 27.345, "pictures": {"samples.png": "Samples"}}
 
 
@@ -36,7 +39,7 @@ def pipe() -> NextFlowPipeline:
 
 @pytest.fixture(scope="module")
 def folder(pipe, tmp_path_factory):
-    return export_pipeline(pipe, tmp_path_factory.mktemp("export") / "nextflow-toy", CONTEXT)
+    return export_pipeline(pipe, tmp_path_factory.mktemp("export") / "nextflow-toy", CARD)
 
 
 def assert_equal_weights(model: PreTrainedModel, expected: PreTrainedModel):
@@ -57,7 +60,7 @@ def test_layout(folder):
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"config.json", "generation_config.json", "model.safetensors", "model_index.json", "README.md"} <= files
     assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= files
-    assert {name for name in files if "/" in name} == {
+    assert {name for name in files if "/" in name and not name.endswith(".py")} == {
         "vision_tokenizer/config.json",
         "vision_tokenizer/model.safetensors",
     }
@@ -96,7 +99,7 @@ def test_transformers_loads_it(pipe, folder):
 
 def test_a_second_export_and_a_nested_copy_are_the_same(pipe, folder, tmp_path):
     loaded = NextFlowPipeline.from_pretrained(folder)
-    export_pipeline(loaded, tmp_path / "again", CONTEXT)
+    export_pipeline(loaded, tmp_path / "again", CARD)
     for path in folder.rglob("*"):
         # But for what transformers notes in a configuration on loading it
         if path.is_file() and path.parent == folder and path.name != "tokenizer_config.json":
@@ -107,9 +110,40 @@ def test_a_second_export_and_a_nested_copy_are_the_same(pipe, folder, tmp_path):
     assert torch.equal(draw(nested), draw(pipe))
 
 
+def test_without_code(pipe, folder, tmp_path):
+    bare = export_pipeline(pipe, tmp_path, CARD, include_code=False)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    left = {path.relative_to(bare).as_posix() for path in bare.rglob("*") if path.is_file()}
+    assert left == {name for name in files if not name.endswith(".py")} != files
+    assert torch.equal(draw(NextFlowPipeline.from_pretrained(bare)), draw(pipe))
+
+
+def test_float16_keeps_what_loading_in_float16_keeps(pipe, tmp_path):
+    pipe.transformer.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    copied = cast_copy(pipe.transformer, torch.float16)
+    assert len({parameter.dtype for parameter in copied.parameters()}) == 2
+    assert_equal_weights(copied, loaded)
+
+
+def test_shards(pipe, tmp_path):
+    export_pipeline(pipe, tmp_path, CARD, max_shard_size="60KB")
+    for name, part in [("", pipe.transformer), ("vision_tokenizer", pipe.vision_tokenizer)]:
+        shards = list((tmp_path / name).glob("model-*-of-*.safetensors"))
+        assert len(shards) > 1 and not (tmp_path / name / "model.safetensors").exists()
+        assert_equal_weights(type(part).from_pretrained(tmp_path, subfolder=name), part)
+    loaded = NextFlowPipeline.from_pretrained(tmp_path)
+    assert torch.equal(draw(loaded), draw(pipe))
+    loaded.save_pretrained(tmp_path / "nested", max_shard_size="60KB")  # diffusers' own layout
+    nested = NextFlowPipeline.from_pretrained(tmp_path / "nested")
+    assert len(list((tmp_path / "nested" / "transformer").glob("model-*"))) > 1
+    assert_equal_weights(nested.transformer, pipe.transformer)
+    assert_equal_weights(nested.vision_tokenizer, pipe.vision_tokenizer)
+
+
 def test_no_local_path_is_written(folder, tmp_path):
     loaded = NextFlowPipeline.from_pretrained(folder)
-    export_pipeline(loaded, tmp_path / "again", CONTEXT)
+    export_pipeline(loaded, tmp_path / "again", CARD)
     for path in (tmp_path / "again").rglob("*"):
         if path.is_file():
             assert str(folder.parent).encode() not in path.read_bytes(), path.name
@@ -117,7 +151,7 @@ def test_no_local_path_is_written(folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, {"transformer": torch.bfloat16}], ids=["all", "transformer"])
 def test_half_precision(pipe, dtype, tmp_path):
-    loaded = NextFlowPipeline.from_pretrained(export_pipeline(pipe, tmp_path, CONTEXT, dtype=dtype))
+    loaded = NextFlowPipeline.from_pretrained(export_pipeline(pipe, tmp_path, CARD, dtype=dtype))
     assert loaded.transformer.dtype == torch.bfloat16
     assert loaded.vision_tokenizer.dtype == (torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
     for name, parameter in loaded.vision_tokenizer.named_parameters():
@@ -129,23 +163,106 @@ def test_half_precision(pipe, dtype, tmp_path):
     assert draw(loaded).shape == (1 + 2 * 2 + 2 * 4 + 3 * 5,)
 
 
-def test_card(folder):
-    card = (folder / "README.md").read_text()
-    assert "{{" not in card and "{%" not in card
-    metadata = card.split("---")[1]
-    for line in ("pipeline_tag: any-to-any", "library_name: diffusers", "license: apache-2.0", "- text-to-image"):
-        assert line in metadata
+def read_card(card: ModelCard, tmp_path) -> tuple[dict, str]:
+    """Metadata and text as the Hub reads them from the file."""
+    card.save(tmp_path / "README.md")
+    loaded = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    text = loaded.content.replace("\r\n", "\n")
+    assert "{{" not in text and "{%" not in text and "None" not in text and "\n\n\n" not in text
+    return loaded.data.to_dict(), text
+
+
+def test_shapes_card(pipe, tmp_path):
+    metadata, card = read_card(shapes_card(pipe, CONTEXT), tmp_path)
+    assert metadata["pipeline_tag"] == "any-to-any" and metadata["library_name"] == "diffusers"
+    assert metadata["license"] == "apache-2.0" and "text-to-image" in metadata["tags"]
+    (model,) = metadata["model-index"]
+    assert [result["metrics"][0]["value"] for result in model["results"]] == [0.9512, 0.8123]
+    assert [result["task"]["type"] for result in model["results"]] == ["text-to-image", "image-to-image"]
     assert "| single object | 19 | 20 | 0.950 | 0.764 to 0.991 |\n| counting |" in card
     assert "| **mean** | | | **0.951** | |\n\n| Editing |" in card
     assert "27.3 dB" in card and "![Samples](samples.png)" in card
     assert "16 x 16 pixels in 4 scales, 1, 2, 3, 4 cells wide: 30 codes" in card
+    assert "shapes_model_path()" in card
+    _, card = read_card(shapes_card(pipe, {**CONTEXT, "repo_id": "toy/shapes"}), tmp_path)
+    assert 'from_pretrained("toy/shapes"' in card and "shapes_model_path" not in card
 
 
 @pytest.mark.parametrize("context", [{}, {**CONTEXT, "scores": 1}])
-def test_card_context_is_checked_before_anything_is_written(pipe, context, tmp_path):
-    with pytest.raises(ValueError, match="card_context lacks"):
-        export_pipeline(pipe, tmp_path / "export", context)
-    assert not (tmp_path / "export").exists()
+def test_context_of_the_shapes_card_is_checked(pipe, context):
+    with pytest.raises(ValueError, match="context lacks"):
+        shapes_card(pipe, context)
+
+
+KINDS = {
+    "model": ("diffusers", "any-to-any", "finetune"),
+    "vision_tokenizer": ("transformers", "image-feature-extraction", None),
+    "adapter": ("peft", "any-to-any", "adapter"),
+    "decoder": ("diffusers", "image-to-image", None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_card_of_every_kind(kind, tmp_path):
+    result = EvalResult(
+        task_type="text-to-image",
+        dataset_type="toy/prompts",
+        dataset_name="Toy prompts",
+        metric_type="accuracy",
+        metric_value=0.625,
+    )
+    card = create_card(
+        kind,
+        repo_id="toy/made",
+        facts={"Width": "32"},
+        training="Twice.",
+        results=[result],
+        limits="Many.",
+        pictures={"a.png": "A picture"},
+        license="mit",
+        base_model="toy/base",
+        datasets=["toy/data"],
+        tags=["more"],
+        use="Like this." if kind == "decoder" else None,
+    )
+    metadata, text = read_card(card, tmp_path)
+    library, pipeline_tag, relation = KINDS[kind]
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == (library, pipeline_tag)
+    assert metadata.get("base_model_relation") == relation
+    assert (metadata["base_model"], metadata["license"], metadata["datasets"]) == ("toy/base", "mit", ["toy/data"])
+    assert {"nextflow", "arxiv:2601.02204", "more"} <= set(metadata["tags"])
+    assert metadata["model-index"][0]["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.625}]
+    for part in (
+        "# made\n",
+        "| Width | 32 |\n",
+        "\n\n## Training\n\nTwice.\n\n",
+        "| Toy prompts | accuracy | 0.625 |",
+    ):
+        assert part in text
+    assert "![A picture](a.png)" in text and "\n## Limits\n\nMany.\n" in text and text.endswith("```\n")
+    assert ("Like this." if kind == "decoder" else '"toy/made"') in text
+    assert ("toy/base" in text.split("---")[2]) == (kind in ("adapter", "decoder"))
+
+
+def test_a_card_says_only_what_it_was_told(pipe, tmp_path):
+    metadata, text = read_card(create_card("model", repo_id="toy/plain", facts=pipeline_facts(pipe)), tmp_path)
+    assert set(metadata) == {"language", "library_name", "pipeline_tag", "tags"}
+    assert "Evaluation" not in text and "Training" not in text and "Limits" not in text
+    assert f"{pipe.transformer.num_parameters():,} parameters, 2 layers, width 32" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("lora", {}, "kind is 'lora', expected one of"),
+        ("adapter", {}, "needs base_model"),
+        ("decoder", {"base_model": "toy/base"}, "use is None"),
+        ("model", {"use": "Like this."}, "use is 'Like this.'"),
+    ],
+)
+def test_a_card_lacks_nothing_that_it_says(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_card(kind, repo_id="toy/made", **options)
 
 
 def test_demo(folder, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ from toy import (
     toy_model,
 )
 
+from nextflow_hf.modeling_nextflow.attention_nextflow import get_attention_mask
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.loss_nextflow import get_targets, linear_cross_entropy, scale_weights
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
@@ -110,7 +111,7 @@ def test_mask_is_the_block_rule(model):
     layout = get_image_layout(input_ids, grids, **IDS)
     position_ids = model.model.get_position_ids(input_ids, image_grids=grids)
     embeds = torch.zeros(1, len(row), 32)
-    mask = model.model.get_mask(embeds, None, position_ids, None, layout)
+    mask = get_attention_mask(model.config, embeds, None, position_ids, None, layout)
     blocks = torch.tensor(reference_blocks(row, [SQUARE, WIDE]))
     assert torch.equal(mask[0, 0].bool(), blocks[None, :] <= blocks[:, None])
 
@@ -118,8 +119,11 @@ def test_mask_is_the_block_rule(model):
 def test_no_mask_is_made_where_none_is_needed(model):
     embeds = torch.zeros(1, 9, 32)
     positions = torch.arange(9.0).expand(4, 1, -1)
-    assert model.model.get_mask(embeds, None, positions, None, None) is None
-    assert model.model.get_mask(embeds, None, positions, None, None, is_causal=False) is None
+    assert get_attention_mask(model.config, embeds, None, positions, None, None) is None
+    assert get_attention_mask(model.config, embeds, None, positions, None, None, is_causal=False) is None
+    prompt = torch.tensor([[5, 6, BOI]])  # an image to be drawn has no cell yet
+    layout = get_image_layout(prompt, grids_tensor(SQUARE), **IDS)
+    assert get_attention_mask(model.config, embeds[:, :3], None, positions[:, :, :3], None, layout) is None
 
 
 def test_cell_inputs_are_upsampled_residual_features(model):
@@ -325,16 +329,12 @@ def test_inputs_that_do_not_fit_are_refused(model, case):
         model(**inputs)
 
 
-def test_flash_attention_is_refused_for_images(model):
-    layout = get_image_layout(torch.tensor([image_tokens(SQUARE)]), grids_tensor(SQUARE), **IDS)
-    model.config._attn_implementation = "flash_attention_2"
-    try:
-        with pytest.raises(ValueError, match="ignores the block mask"):
-            model.model.get_mask(torch.zeros(1, 31, 32), None, torch.zeros(4, 1, 31), None, layout)
-    finally:
-        model.config._attn_implementation = "sdpa"
-
-
 def test_rotary_split_must_fit_the_head():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [24, 20, 20]}
     with pytest.raises(ValueError, match="sums to 64, expected half the head dimension = 4"):
-        NextFlowForCausalLM(toy_config(rope_parameters=None))
+        NextFlowForCausalLM(toy_config(rope_parameters=rope))
+
+
+def test_rotary_split_keeps_its_shares_in_another_head():
+    assert NextFlowConfig().rope_parameters["mrope_section"] == [24, 20, 20]
+    assert toy_config(rope_parameters=None, hidden_size=128).rope_parameters["mrope_section"] == [6, 5, 5]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Siglip2VisionModel
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
@@ -13,6 +13,7 @@ from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import (
     NextFlowVisionTokenizer,
     count_codes,
     join_image_codes,
+    patchify,
     schedules_from_grids,
     split_image_codes,
 )
@@ -502,6 +503,49 @@ def test_codebook_is_unit_halves(model: NextFlowVisionTokenizer):
         torch.testing.assert_close(part.norm(dim=-1), torch.ones(CODES))
 
 
+# ---- A tokenizer of fixed size, and what older encoders have ----
+
+
+def test_last_layer_through_its_norm_is_the_feature():
+    model = build(semantic_layer=-1)
+    teacher = Siglip2VisionModel(model.config.semantic_config).eval()
+    assert not model.semantic_encoder.load_state_dict(teacher.state_dict(), strict=False).missing_keys
+    patches = patchify(pixels(TALL), PATCH)
+    expected = model.encode_task_layer(teacher(patches, None, torch.tensor([[5, 2]])).last_hidden_state)
+    features = model._encode_features(pixels(TALL))[:, :SEMANTIC_DIM].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_class_token_takes_part_and_is_left_out():
+    semantic = {**config().semantic_config.to_dict(), "class_token": True, "pre_layernorm": True}
+    model = build(semantic_config=semantic, semantic_feature_size=9)
+    features = model._encode_features(pixels(TALL))
+    assert features.shape == (1, SEMANTIC_DIM + PIXEL_DIM, 5, 2)
+    model.semantic_encoder.embeddings.class_token.data.add_(torch.randn(16))
+    changed = model._encode_features(pixels(TALL))
+    assert (changed - features)[:, :SEMANTIC_DIM].abs().min() > 0
+    assert torch.equal(changed[:, SEMANTIC_DIM:], features[:, SEMANTIC_DIM:])
+    output = model.decode_features(random_codes(TALL), grids(TALL))
+    assert output.semantic_features.shape == (1, 9, 5, 2)
+
+
+def test_fixed_size_has_its_schedule():
+    model = build(image_size=16, scale_sides=[1, 2, 4])
+    assert model.get_image_grids(2).tolist() == [[[1, 1], [2, 2], [4, 4]]] * 2
+    codes = model.encode(pixels(SQUARE), model.get_image_grids()).image_codes
+    assert len(codes) == 21
+    with pytest.raises(ValueError, match=r"last grid is \(5, 2\), expected \(4, 4\): .* 16 x 16 pixels only"):
+        model.encode(pixels(TALL), grids(TALL))
+    with pytest.raises(ValueError, match="config.scale_sides is None"):
+        build().get_image_grids()
+
+
+def test_a_teachers_config_is_taken_as_it_is():
+    teacher = Siglip2VisionConfig(**{**config().semantic_config.to_dict(), "hidden_size": 32})
+    taken = config(semantic_config=teacher).semantic_config
+    assert taken.hidden_size == 32 and not taken.class_token and not taken.pre_layernorm
+
+
 # ---- Bad inputs ----
 
 
@@ -543,5 +587,9 @@ def test_bad_configs_raise():
         NextFlowVisionTokenizer(config(channel_multipliers=[1, 2]))
     with pytest.raises(ValueError, match="num_hidden_layers is 1, expected at least 2"):
         NextFlowVisionTokenizer(config(semantic_config={**config().semantic_config.to_dict(), "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match="semantic_layer is -3, expected -1 or -2"):
+        NextFlowVisionTokenizer(config(semantic_layer=-3))
+    with pytest.raises(ValueError, match="image_size 20 has 5 patches of 4 pixels a side, .*num_patches = 16"):
+        NextFlowVisionTokenizer(config(image_size=20))
     with pytest.raises(ValueError, match="130 channels, expected a multiple of its 32 norm groups"):
         NextFlowVisionTokenizer(config(encoder_channels=130))

@@ -385,3 +385,26 @@ def test_save_and_load(pipe, tmp_path):
         assert type(loaded) is NextFlowPipeline
         loaded.set_progress_bar_config(disable=True)
         assert codes_of(loaded, "a", image=picture()) == expected
+
+
+def test_the_last_scale_of_a_source_is_seen_where_it_is_appended():
+    pipe = toy_pipeline()
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "a"}]}]
+
+    def drawn(appended: bool) -> list[torch.Tensor]:
+        """Logits of the first scale, with the source's codes as they are and with others in the last scale."""
+        pipe.processor.append_last_scale = appended
+        (prompt,) = pipe.encode_messages([messages], keep_first_size=True)
+        assert prompt.grids == [(1, 1), (2, 2), (3, 3), (4, 4)]
+        changed = prompt.image_codes.clone()
+        changed[14:30] = (changed[14:30] + 1) % 24
+        inputs = {"input_ids": prompt.input_ids[None], "image_grids": prompt.image_grids}
+        return [pipe.transformer(**inputs, image_codes=codes).logits[0, -1] for codes in (prompt.image_codes, changed)]
+
+    with torch.no_grad():
+        torch.testing.assert_close(*drawn(False), rtol=0, atol=0)
+        assert not torch.allclose(*drawn(True))
+    # A batch of an edit and an edit at another size equals the two alone, as without the appended scale.
+    sources = [picture(seed=1), picture(16, 28, seed=2)]
+    together = codes_of(pipe, ["a", "b"], image=sources, seed=[1, 2])
+    assert together == codes_of(pipe, "a", image=sources[0], seed=1) + codes_of(pipe, "b", image=sources[1], seed=2)

@@ -76,6 +76,33 @@ def tokenized(processor: NextFlowProcessor, messages, **kwargs):
 # ---- the tokenizer
 
 
+def test_negative_prompt_is_the_conversation_without_the_users_text(processor):
+    source = image(picture())
+    messages = [user(source, text("draw")), assistant(text("like this?")), user(text("yes"))]
+    inputs = tokenized(processor, messages, generation_mode="image", negative_prompt="no")
+    bare = [user(source), assistant(text("like this?")), user(text("no"))]
+    expected = tokenized(processor, bare, generation_mode="image")
+    assert torch.equal(inputs["negative_input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["negative_attention_mask"], expected["attention_mask"])
+    given = tokenized(processor, messages, generation_mode="image")
+    assert all(torch.equal(inputs[name], value) for name, value in given.items())
+    with pytest.raises(ValueError, match="a generation_mode that draws, got generation_mode='text'"):
+        tokenized(processor, messages, generation_mode="text", negative_prompt="no")
+    with pytest.raises(ValueError, match="needs a user message"):
+        tokenized(processor, [assistant(text("a"))], generation_mode="image", negative_prompt="no")
+
+
+def test_interleaved_prompts_say_how_large_an_image_will_be(processor):
+    messages = [[user(image(picture(80, 40)), text("draw"))], [user(text("draw"))]]
+    inputs = tokenized(processor, messages, generation_mode="interleaved")
+    drawing = tokenized(processor, messages, generation_mode="image")
+    assert torch.equal(inputs["target_grids"], drawing["image_grids"][1:])  # the source, then one for each prompt
+    assert torch.equal(inputs["image_grids"], drawing["image_grids"][:1])
+    wide = tokenized(processor, messages, generation_mode="interleaved", aspect_ratio="2:1")
+    assert torch.equal(wide["target_grids"][0], wide["target_grids"][1])
+    assert "target_grids" not in tokenized(processor, messages, generation_mode="text")
+
+
 def test_extended_tokenizer_has_the_models_vocabulary(processor: NextFlowProcessor):
     tokenizer = processor.tokenizer
     assert len(tokenizer) == TEXT_VOCAB_SIZE + CODEBOOK_SIZE + 2
@@ -515,3 +542,27 @@ def test_hooks(processor: NextFlowProcessor):
     assert set(only_images) == {"pixel_values", "image_grids"}
     with pytest.raises(ValueError, match="neither text nor images"):
         processor()
+
+
+def test_appended_last_scale(processor: NextFlowProcessor, tmp_path):
+    """Images that are given get their last grid twice; what is drawn or trained on does not."""
+    plain = tokenized(processor, [user(image(picture()), text("draw"))], generation_mode="image")
+    processor.append_last_scale = True
+    assert processor.max_scales == 5
+    inputs = tokenized(processor, [user(image(picture()), text("draw"))], generation_mode="image")
+    given, to_draw = inputs["image_grids"].tolist()
+    assert given == [[1, 1], [2, 2], [3, 3], [4, 4], [4, 4]]
+    assert to_draw == [[1, 1], [2, 2], [3, 3], [4, 4], [0, 0]]
+    assert processor.target_image_grids(inputs["image_grids"][:1]).tolist() == [to_draw]
+    assert inputs["input_ids"].shape[1] == plain["input_ids"].shape[1] + 16
+    assert processor.replace_image_token(inputs, 1) == "<|image_pad|>" * 45
+    assert processor._get_num_multimodal_tokens([[40, 40]])["num_image_tokens"] == [45]
+
+    messages = [user(image(picture()), text("draw")), assistant(image(picture()))]
+    both = tokenized(processor, messages, return_labels=True)
+    assert both["image_grids"].tolist() == [given, to_draw]
+    everything = tokenized(processor, messages, return_labels=True, train_on="all")
+    assert everything["image_grids"].tolist() == [to_draw, to_draw]
+
+    processor.save_pretrained(tmp_path)
+    assert NextFlowProcessor.from_pretrained(tmp_path).append_last_scale

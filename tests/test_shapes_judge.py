@@ -139,7 +139,7 @@ def test_lossy_pictures_pass(rng, degrade):
         (Scene("black", (replace(RED_CIRCLE, color="blue"), replace(BLUE_SQUARE, color="red"))), "color"),
         (Scene("black", (replace(RED_CIRCLE, shape="diamond"), BLUE_SQUARE)), "shape"),
         (Scene("black", (RED_CIRCLE,)), "count"),
-        (Scene("black", (*SCENE.objects, ShapeObject("cross", "cyan", 0.5, 0.15, 0.13))), "count"),
+        (Scene("black", (*SCENE.objects, ShapeObject("ring", "cyan", 0.5, 0.15, 0.13))), "count"),
         (Scene("black", (replace(RED_CIRCLE, x=0.75), replace(BLUE_SQUARE, x=0.25))), "position"),
         (Scene("black", (replace(RED_CIRCLE, x=0.5, y=0.2), replace(BLUE_SQUARE, x=0.5, y=0.8))), "position"),
         (Scene("gray", SCENE.objects), "background"),
@@ -152,12 +152,12 @@ def test_a_wrong_picture_fails_its_check(wrong, check):
 
 
 def test_counting_and_places_are_exact():
-    three = Prompt("three green crosses", "counting", (ObjectSpec("cross", "green", 3),))
-    crosses = tuple(ShapeObject("cross", "green", x, 0.3, 0.13) for x in (0.17, 0.5, 0.83))
-    assert judge_prompt(render(Scene("pink", crosses)), three).passed
-    assert not judge_prompt(render(Scene("pink", crosses[:2])), three).passed
-    assert not judge_prompt(render(Scene("pink", (*crosses, replace(crosses[0], y=0.8)))), three).passed
-    assert not judge_prompt(render(Scene("pink", (*crosses[:2], replace(crosses[2], color="red")))), three).passed
+    three = Prompt("three green rings", "counting", (ObjectSpec("ring", "green", 3),))
+    rings = tuple(ShapeObject("ring", "green", x, 0.3, 0.13) for x in (0.17, 0.5, 0.83))
+    assert judge_prompt(render(Scene("pink", rings)), three).passed
+    assert not judge_prompt(render(Scene("pink", rings[:2])), three).passed
+    assert not judge_prompt(render(Scene("pink", (*rings, replace(rings[0], y=0.8)))), three).passed
+    assert not judge_prompt(render(Scene("pink", (*rings[:2], replace(rings[2], color="red")))), three).passed
     corner = Prompt("a circle in the top left corner", "position", (ObjectSpec("circle", place="top left corner"),))
     assert judge_prompt(render(Scene("white", (replace(RED_CIRCLE, x=0.2, y=0.2),))), corner).passed
     assert not judge_prompt(render(Scene("white", (replace(RED_CIRCLE, x=0.5, y=0.2),))), corner).passed
@@ -193,7 +193,7 @@ def test_an_edit_that_changes_more_is_not_preserved(rng, task):
         others = [
             rest,
             (*rest, replace(victim, color="green" if victim.color != "green" else "blue")),
-            (*rest, replace(victim, shape="diamond" if victim.shape != "diamond" else "cross")),
+            (*rest, replace(victim, shape="diamond" if victim.shape != "diamond" else "ring")),
         ]
         if free:
             others.append((*rest, replace(victim, x=free[0].x, y=free[0].y, radius=0.125)))

@@ -56,7 +56,7 @@ def test_too_small_a_vocabulary_is_refused(captions):
 
 def test_teacher_learns_from_what_its_collator_makes(tokenizer):
     pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
-    data = CaptionedPictures(pictures, ["a red circle", "a cross", "two squares", "a blue diamond"])
+    data = CaptionedPictures(pictures, ["a red circle", "a ring", "two squares", "a blue diamond"])
     batch = ContrastiveCollator(tokenizer, patch_size=8)([data[index] for index in range(4)])
     # The patches are those that the vision tokenizer's own semantic encoder sees.
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1

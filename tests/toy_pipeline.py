@@ -53,7 +53,7 @@ def toy_vision_tokenizer() -> NextFlowVisionTokenizer:
     return NextFlowVisionTokenizer(config).eval()
 
 
-def toy_pipeline() -> NextFlowPipeline:
+def toy_pipeline(**overrides) -> NextFlowPipeline:
     processor = toy_processor()
     tokenizer = processor.tokenizer
     transformer = toy_model(
@@ -64,6 +64,7 @@ def toy_pipeline() -> NextFlowPipeline:
         image_token_id=processor.image_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **overrides,
     )
     pipe = NextFlowPipeline(transformer, toy_vision_tokenizer(), processor)
     pipe.set_progress_bar_config(disable=True)

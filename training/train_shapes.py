@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..hub_cards.cards import shapes_card
 from ..hub_cards.export import cast_copy, export_pipeline
 from ..modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
@@ -72,7 +73,7 @@ def load_recipe(stage: str) -> dict:
 def draw_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
     """
     Pictures uint8 (n, size, size, 3), memory-mapped, and their captions; drawn once, so that no training renders. The
-    last `num_eval` show captions that are held out.
+    last `num_eval` are for evaluation.
     """
     recipe = load_recipe("pictures")
     pictures_file, captions_file = folder / "pictures.npy", folder / "captions.json"
@@ -81,11 +82,14 @@ def draw_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
         pictures = np.empty((recipe["num_train"] + recipe["num_eval"], recipe["size"], recipe["size"], 3), np.uint8)
         captions = []
         for index in range(len(pictures)):
-            prompt = sample_prompt(rng, split="train" if index < recipe["num_train"] else "test")
-            scene = sample_scene(rng, prompt)
+            if index % 2:
+                prompt = sample_prompt(rng, split="train" if index < recipe["num_train"] else "test")
+                scene, caption = sample_scene(rng, prompt), prompt.text
+            else:  # anything anywhere, and a caption that says all there is to see
+                scene = sample_edit(rng).target
+                caption = describe(scene, rng)
             pictures[index] = render(scene, recipe["size"], recipe["size"])
-            # Half of the captions say all there is to see: the teacher must look at everything.
-            captions.append(prompt.text if index % 2 else describe(scene, rng))
+            captions.append(caption)
         folder.mkdir(parents=True, exist_ok=True)
         np.save(pictures_file, pictures)
         captions_file.write_text(json.dumps(captions))
@@ -98,8 +102,8 @@ def text_tokenizer_stage(folder: Path) -> None:
     rng = np.random.default_rng(recipe["seed"])
     texts = []
     for _ in range(recipe["num_texts"]):
-        prompt = sample_prompt(rng)
-        texts += [prompt.text, describe(sample_scene(rng, prompt), rng), sample_edit(rng).instruction]
+        edit = sample_edit(rng)
+        texts += [sample_prompt(rng).text, describe(edit.target, rng), edit.instruction]
     train_text_tokenizer(texts, recipe["vocab_size"]).save_pretrained(folder / "text_tokenizer")
 
 
@@ -132,29 +136,19 @@ def tokenizer_stage(folder: Path) -> None:
 
 
 def sharpen_stage(folder: Path) -> None:
-    """The vision tokenizer again, for outlines: the search listens to the pixels, the loss to the edges."""
+    """The vision tokenizer again, for outlines: every scale in every step, and a louder loss on the edges."""
     recipe = load_recipe("sharpen")
     teacher = Siglip2Model.from_pretrained(folder / "teacher").vision_model
     model = NextFlowVisionTokenizer.from_pretrained(
         folder / "vision_tokenizer_start", attn_implementation="eager", **recipe["model"]
     )
-    train_tokenizer(folder, model, teacher, recipe["training"], "sharpen_run", "vision_tokenizer_sharp")
-
-
-def decoder_stage(folder: Path) -> None:
-    """The pixel decoder alone, deeper, on fixed codes: the last of the paper's three stages (§3.1)."""
-    recipe = load_recipe("decoder")
-    # The blocks that are new start at zero, so the deeper decoder begins as the one before.
-    model = NextFlowVisionTokenizer.from_pretrained(
-        folder / "vision_tokenizer_sharp", attn_implementation="eager", **recipe["model"]
-    )
-    train_tokenizer(folder, model, None, recipe["training"], "decoder_run", "vision_tokenizer")
+    train_tokenizer(folder, model, teacher, recipe["training"], "sharpen_run", "vision_tokenizer")
 
 
 def train_tokenizer(
     folder: Path,
     model: NextFlowVisionTokenizer,
-    teacher: Siglip2VisionModel | None,
+    teacher: Siglip2VisionModel,
     training: dict,
     run: str,
     result: str,
@@ -187,7 +181,8 @@ def make_processor(folder: Path) -> NextFlowProcessor:
         tokenizer, text_vocab_size=load_recipe("text-tokenizer")["vocab_size"], codebook_size=codebook_size
     )
     image_processor = NextFlowImageProcessor(resolution=load_recipe("pictures")["size"], **schedule)
-    return NextFlowProcessor(image_processor, tokenizer)
+    # An edit must see the finest codes of its source: with four scales they hold most of the outlines.
+    return NextFlowProcessor(image_processor, tokenizer, append_last_scale=True)
 
 
 def extract_stage(folder: Path) -> None:
@@ -209,7 +204,7 @@ def extract_stage(folder: Path) -> None:
 
 
 def transformer_stage(folder: Path) -> None:
-    """The transformer on the extracted codes."""
+    """The transformer, text-to-image first: what a picture is made of is learnt there at half the tokens a row."""
     recipe = load_recipe("transformer")
     processor = make_processor(folder)
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer")
@@ -220,7 +215,7 @@ def transformer_stage(folder: Path) -> None:
         codebook_size=vision_tokenizer.config.codebook_size,
         semantic_code_dim=vision_tokenizer.config.semantic_code_dim,
         pixel_code_dim=vision_tokenizer.config.pixel_code_dim,
-        max_scales=processor.image_processor.schedule.max_scales,
+        max_scales=processor.max_scales,
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,
         image_token_id=processor.image_token_id,
@@ -229,21 +224,39 @@ def transformer_stage(folder: Path) -> None:
         max_position_embeddings=processor.tokenizer.model_max_length,
         **recipe["model"],
     )
-    args = TrainingArguments(
-        output_dir=folder / "transformer_run", train_sampling_strategy="group_by_length", **device_arguments(),
-        **recipe["training"],
-    )  # fmt: skip
-    set_seed(args.seed)
-    # On a CPU, eager attention trains in bf16 1.5 times as fast as sdpa.
-    attention = {} if torch.accelerator.is_available() else {"attn_implementation": "eager"}
-    model = NextFlowForCausalLM._from_config(config, **attention)
-    # The visual embedding starts from the tokenizer's codebook (§2.2).
+    set_seed(recipe["training"]["seed"])
+    model = NextFlowForCausalLM._from_config(config, **training_attention())
+    # The visual embedding starts from the tokenizer's codebook (§2.2). So does the head, through a random projection:
+    # what is learnt of one code then holds for its neighbours too, among which the finer scales often choose.
     with torch.no_grad():
-        model.model.image_codebook.weight.copy_(vision_tokenizer.codebook)
-    trainer = NextFlowTrainer(model, args, train_dataset=load_codes(folder / "codes"))
+        codebook = vision_tokenizer.codebook
+        model.model.image_codebook.weight.copy_(codebook)
+        projection = torch.randn(codebook.shape[1], config.hidden_size) * config.initializer_range
+        model.lm_head.weight[config.text_vocab_size :][: len(codebook)] = codebook @ projection
+    rows = load_codes(folder / "codes")
+    rows = rows.filter(lambda image_grids: len(image_grids) == 1, input_columns="image_grids")
+    train_transformer(folder, model, rows, recipe["training"], "transformer_run", "transformer_start")
+
+
+def edits_stage(folder: Path) -> None:
+    """The transformer on everything: text-to-image and edits."""
+    model = NextFlowForCausalLM.from_pretrained(folder / "transformer_start", **training_attention())
+    rows = load_codes(folder / "codes")
+    train_transformer(folder, model, rows, load_recipe("edits")["training"], "edits_run", "transformer")
+
+
+def train_transformer(
+    folder: Path, model: NextFlowForCausalLM, rows: Dataset, training: dict, run: str, result: str
+) -> None:
+    """Train `model` in the folder `run` and save it, with its losses, as `result`."""
+    args = TrainingArguments(
+        output_dir=folder / run, train_sampling_strategy="group_by_length", **device_arguments(), **training
+    )
+    set_seed(args.seed)
+    trainer = NextFlowTrainer(model, args, train_dataset=rows)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    trainer.save_model(folder / "transformer")
-    trainer.state.save_to_json(folder / "transformer" / "trainer_state.json")
+    trainer.save_model(folder / result)
+    trainer.state.save_to_json(folder / result / "trainer_state.json")
 
 
 def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: int = 32) -> tuple[float, np.ndarray]:
@@ -313,7 +326,8 @@ def export_stage(folder: Path) -> None:
     Image.fromarray(np.concatenate(rows)).resize((12 * 2 * size, 4 * size), Image.NEAREST).save(
         output_dir / "reconstruction.png"
     )
-    export_pipeline(pipeline, output_dir, context)
+    # It ships inside the package, which is its code.
+    export_pipeline(pipeline, output_dir, shapes_card(pipeline, context), include_code=False)
 
 
 # Stage -> its function and the file that is there when it is finished.
@@ -321,10 +335,10 @@ STAGES = {
     "text-tokenizer": (text_tokenizer_stage, "text_tokenizer/tokenizer.json"),
     "teacher": (teacher_stage, "teacher/model.safetensors"),
     "tokenizer": (tokenizer_stage, "vision_tokenizer_start/model.safetensors"),
-    "sharpen": (sharpen_stage, "vision_tokenizer_sharp/model.safetensors"),
-    "decoder": (decoder_stage, "vision_tokenizer/model.safetensors"),
+    "sharpen": (sharpen_stage, "vision_tokenizer/model.safetensors"),
     "extract": (extract_stage, "codes/finished"),
-    "transformer": (transformer_stage, "transformer/model.safetensors"),
+    "transformer": (transformer_stage, "transformer_start/model.safetensors"),
+    "edits": (edits_stage, "transformer/model.safetensors"),
     "export": (export_stage, "nextflow-shapes/model_index.json"),
 }
 
@@ -332,6 +346,11 @@ STAGES = {
 def device_arguments() -> dict:
     """bf16 everywhere; the CPU when there is no accelerator."""
     return {"bf16": True, "use_cpu": not torch.accelerator.is_available(), "report_to": "none"}
+
+
+def training_attention() -> dict:
+    """On a CPU, eager attention trains in bf16 1.5 times as fast as sdpa."""
+    return {} if torch.accelerator.is_available() else {"attn_implementation": "eager"}
 
 
 def last_checkpoint(folder: str) -> str | None:

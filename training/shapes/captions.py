@@ -10,16 +10,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, ShapeObject, place_object
+from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, place_object
 
 
 CATEGORIES = ("single_object", "colors", "two_objects", "color_attribution", "counting", "position")
-RELATIONS = ("left of", "right of", "above", "below")
+# Relation -> the step in rows and columns that it means.
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "test")
 HELD_OUT_PERCENT = 5
 
+# What is drawn where a caption does not say it.
+USUAL_COLORS = {"circle": "red", "square": "blue", "triangle": "green", "diamond": "yellow", "ring": "purple"}
+USUAL_CELLS = {
+    1: ((1, 1),),
+    2: ((1, 0), (1, 2)),
+    3: ((1, 0), (1, 1), (1, 2)),
+    4: ((0, 0), (0, 2), (2, 0), (2, 2)),
+}
+
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
-PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 PHRASINGS = ("{}", "{}", "a picture of {}", "an image of {}", "draw {}", "show {}")
 BACKGROUND_PHRASINGS = ("{} on a {} background", "{} in front of a {} background")
 RELATION_PHRASINGS = {
@@ -85,7 +95,7 @@ def pick_two(rng: np.random.Generator, options: tuple[str, ...] | dict) -> tuple
 
 def noun_phrase(shape: str, color: str | None = None, count: int = 1) -> str:
     """`a circle`, `an orange circle`, `three green triangles`."""
-    noun = shape if count == 1 else PLURALS[shape]
+    noun = shape if count == 1 else f"{shape}s"
     words = f"{color} {noun}" if color is not None else noun
     if count > 1:
         return f"{COUNT_WORDS[count]} {words}"
@@ -168,40 +178,29 @@ def sample_prompt(rng: np.random.Generator, category: str | None = None, *, spli
             return Prompt(text, category, objects, relation, background)
 
 
-def related_cells(
-    rng: np.random.Generator, relation: str, *, anchor: tuple[int, int] | None = None, aligned: float = 0.75
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Two (row, column) cells, the first `relation` the second.
-
-    They differ by at least one cell on the axis of the relation and by at most one on the other axis; with
-    probability `aligned` by none. `anchor` fixes the second cell; None is returned when nothing can be related to it.
-    """
+def neighbour(cell: tuple[int, int], relation: str) -> tuple[int, int] | None:
+    """The (row, column) cell next to `cell` that is `relation` it, None outside of the lattice."""
     if relation not in RELATIONS:
-        raise ValueError(f"unknown relation {relation!r}, expected one of {RELATIONS}")
-    pairs = [(first, second) for first in CELLS.values() for second in CELLS.values() if anchor in (None, second)]
-    axis = 1 if relation in ("left of", "right of") else 0
-    sign = 1 if relation in ("right of", "below") else -1
-    off_axis = 0 if rng.random() < aligned else 1
-    pairs = [
-        (first, second)
-        for first, second in pairs
-        if sign * (first[axis] - second[axis]) >= 1 and abs(first[1 - axis] - second[1 - axis]) == off_axis
-    ]
-    return pairs[int(rng.integers(len(pairs)))] if pairs else None
+        raise ValueError(f"unknown relation {relation!r}, expected one of {tuple(RELATIONS)}")
+    row, column = (index + step for index, step in zip(cell, RELATIONS[relation], strict=True))
+    return (row, column) if row in range(3) and column in range(3) else None
 
 
 def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
-    """A random scene that meets every demand of `prompt`; what the prompt leaves open is drawn at random."""
-    looks: list[tuple[str, str]] = []
-    for spec in prompt.objects:
-        color = spec.color if spec.color is not None else pick(rng, COLORS)
-        looks += [(spec.shape, color)] * spec.count
+    """
+    A scene that meets every demand of `prompt`. Colours and places that it leaves open are the usual ones; only the
+    background is random. All cells of a scale are drawn at once, so what no text says must be settled by the single
+    cell of the first scale, or two cells would choose differently.
+    """
+    looks = [
+        (spec.shape, spec.color or USUAL_COLORS[spec.shape]) for spec in prompt.objects for _ in range(spec.count)
+    ]
     if prompt.relation is not None:
-        cells = list(related_cells(rng, prompt.relation))
+        cells = [neighbour((1, 1), prompt.relation), neighbour((1, 1), OPPOSITES[prompt.relation])]
     elif prompt.objects[0].place is not None:
         cells = [CELLS[prompt.objects[0].place]]
     else:
-        cells = random_cells(rng, len(looks))
+        cells = USUAL_CELLS[len(looks)]
     background = prompt.background if prompt.background is not None else pick(rng, BACKGROUNDS)
     return Scene(background, tuple(place_object(*look, cell) for look, cell in zip(looks, cells, strict=True)))
 
@@ -212,27 +211,9 @@ def random_cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """A full caption of any scene: every object with its colour, and the background. Not bound to a split."""
-    counts: dict[tuple[str, str], int] = {}
-    for item in scene.objects:
-        counts[item.shape, item.color] = counts.get((item.shape, item.color), 0) + 1
-    looks = list(counts)
-    phrases = [noun_phrase(*looks[index], counts[looks[index]]) for index in rng.permutation(len(looks))]
-    if len(scene.objects) == 1 and rng.random() < 0.5:
-        phrases = [f"{phrases[0]} {place_phrase(scene.objects[0].place)}"]
-    if len(phrases) == 2 and len(scene.objects) == 2 and rng.random() < 0.5:
-        text = _describe_relation(scene.objects, rng)
-    else:
-        text = " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:]))) or "nothing"
+    """A full caption of any scene: each object with its colour and place, and the background. Not bound to a split."""
+    order = [scene.objects[index] for index in rng.permutation(len(scene.objects))]
+    phrases = [f"{noun_phrase(item.shape, item.color)} {place_phrase(item.place)}" for item in order]
+    text = " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:]))) or "nothing"
     text = pick(rng, BACKGROUND_PHRASINGS).format(text, scene.background)
     return pick(rng, PHRASINGS).format(text)
-
-
-def _describe_relation(objects: tuple[ShapeObject, ...], rng: np.random.Generator) -> str:
-    first, second = (objects[index] for index in rng.permutation(2))
-    if abs(first.x - second.x) >= abs(first.y - second.y):
-        relation = "left of" if first.x < second.x else "right of"
-    else:
-        relation = "above" if first.y < second.y else "below"
-    words = pick(rng, RELATION_PHRASINGS[relation])
-    return f"{noun_phrase(first.shape, first.color)} {words} {noun_phrase(second.shape, second.color)}"

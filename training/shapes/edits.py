@@ -13,11 +13,11 @@ from .captions import (
     RELATION_PHRASINGS,
     RELATIONS,
     in_split,
+    neighbour,
     noun_phrase,
     pick,
     place_phrase,
     random_cells,
-    related_cells,
 )
 from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, ShapeObject, place_object
 
@@ -193,14 +193,11 @@ def _propose(rng: np.random.Generator, task: str) -> Edit | None:
         shape, color = _new_look(rng, source.objects)
         if rng.random() < 0.5:
             relation, anchor = pick(rng, RELATIONS), subject
-            cells = related_cells(rng, relation, anchor=CELLS[anchor.place])
-            if cells is None:
-                return None
-            cell = cells[0]
+            cell = neighbour(CELLS[anchor.place], relation)
         else:
             place = pick(rng, CELLS)
             cell = CELLS[place]
-        if cell in _occupied(source):
+        if cell is None or cell in _occupied(source):
             return None
         added = place_object(shape, color, cell)
         before, after = (), (added,)

@@ -17,8 +17,8 @@ from .edits import Edit
 from .scene import (
     BACKGROUNDS,
     COLORS,
-    CROSS_HALF_THICKNESS,
     REFERENCE_SIZE,
+    RING_HOLE,
     SHAPES,
     SQUARE_HALF_SIDE,
     TRIANGLE_HALF_HEIGHT,
@@ -48,7 +48,7 @@ _UNIT_AREAS = {
     "square": 4 * SQUARE_HALF_SIDE**2,
     "triangle": 2 * TRIANGLE_HALF_HEIGHT,
     "diamond": 2.0,
-    "cross": 8 * CROSS_HALF_THICKNESS - 4 * CROSS_HALF_THICKNESS**2,
+    "ring": np.pi * (1 - RING_HOLE**2),
 }
 _UNIT_DROPS = {"triangle": TRIANGLE_HALF_HEIGHT / 3}
 _FACTORS = np.array((0.82, 0.88, 0.94, 1.0, 1.06, 1.12), dtype=np.float32).reshape(-1, 1, 1)

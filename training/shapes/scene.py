@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+SHAPES = ("circle", "square", "triangle", "diamond", "ring")
 
 COLORS = {
     "red": (214, 32, 44),
@@ -46,7 +46,7 @@ BORDER = 2 / REFERENCE_SIZE  # between an object and the edge of the picture
 # Proportions that give the five shapes about the same visual weight. All fit the box of half-width `radius`.
 SQUARE_HALF_SIDE = 0.86
 TRIANGLE_HALF_HEIGHT = 0.866  # equilateral: base 2 radius
-CROSS_HALF_THICKNESS = 0.36
+RING_HOLE = 0.45
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | 
     if shape == "triangle":  # the base, and the two sides at 60 degrees from the apex (0, -half_height)
         half_height = TRIANGLE_HALF_HEIGHT * radius
         return np.maximum(dy - half_height, np.float32(0.866) * ax - 0.5 * (dy + half_height))
-    if shape == "cross":  # the longer coordinate runs along an arm
-        return np.maximum(np.maximum(ax, ay) - radius, np.minimum(ax, ay) - CROSS_HALF_THICKNESS * radius)
+    if shape == "ring":
+        distance = np.sqrt(dx * dx + dy * dy)
+        return np.maximum(distance - radius, RING_HOLE * radius - distance)
     raise ValueError(f"unknown shape {shape!r}, expected one of {SHAPES}")
 
 

@@ -1,0 +1,207 @@
+"""Model cards for everything that training makes: whole models, vision tokenizers, adapters, decoders, and Shapes.
+
+A card is a Jinja template (`<kind>_card.md` beside this file, all on `base_card.md`), metadata that the Hub sorts and
+filters by, and what was measured. Measured results are written once and stand in both.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
+
+
+TAGS = ["nextflow", "next-scale-prediction", "autoregressive", "arxiv:2601.02204"]
+DRAWS = ["transformers", "text-to-image", "image-to-image"]
+# What the Hub is told of each kind.
+METADATA = {
+    "model": {"library_name": "diffusers", "pipeline_tag": "any-to-any", "tags": [*TAGS, *DRAWS]},
+    "vision_tokenizer": {
+        "library_name": "transformers",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": [*TAGS, "image-tokenizer", "vector-quantization"],
+    },
+    "adapter": {"library_name": "peft", "pipeline_tag": "any-to-any", "tags": [*TAGS, *DRAWS, "lora"]},
+    "decoder": {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": [*TAGS, "image-decoder"]},
+}
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+)
+# What the card of a Shapes model needs from outside, and what it may get.
+SHAPES_REQUIRED = {"judge", "reconstruction_psnr"}
+SHAPES_OPTIONAL = {"pictures", "training", "repo_id"}
+
+
+def create_card(
+    kind: str,
+    *,
+    repo_id: str,
+    title: str | None = None,
+    summary: str | None = None,
+    use: str | None = None,
+    example: str = "a red circle",
+    facts: Mapping[str, str] | None = None,
+    training: str | None = None,
+    results: Sequence[EvalResult] = (),
+    limits: str | None = None,
+    pictures: Mapping[str, str] | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    language: str | Sequence[str] = "en",
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """
+    The card of one repository.
+
+    Args:
+        kind (`str`): `"model"`, `"vision_tokenizer"`, `"adapter"` or `"decoder"`.
+        repo_id (`str`): `"user/name"`: what the snippets load.
+        title (`str`, *optional*): Defaults to the repository's name.
+        summary (`str`, *optional*): First paragraph, Markdown. A line on the kind by default.
+        use (`str`, *optional*): Markdown; what a decoder's card says on its use. Other kinds have snippets.
+        example (`str`, *optional*, defaults to `"a red circle"`): Prompt of the snippet.
+        facts (`Mapping[str, str]`, *optional*): Rows of the table on the model, such as [`pipeline_facts`].
+        training (`str`, *optional*): How it was trained, Markdown.
+        results (`Sequence[EvalResult]`, *optional*): What was measured: a table, and the Hub's `model-index`.
+        limits (`str`, *optional*): What it cannot do, Markdown.
+        pictures (`Mapping[str, str]`, *optional*): Captions by file names relative to the repository.
+        license (`str`, *optional*): The Hub's identifier, such as `"apache-2.0"`.
+        base_model (`str`, *optional*): `"user/name"` of what it was made from. An adapter and a decoder have one.
+        datasets (`Sequence[str]`, *optional*): The Hub's names of the training data.
+        language (`str` or `Sequence[str]`, *optional*, defaults to `"en"`): Of the prompts.
+        tags (`Sequence[str]`, *optional*): More than those of the kind.
+
+    Raises:
+        `ValueError`: where the kind is unknown, or lacks what its card says.
+    """
+    if kind not in METADATA:
+        raise ValueError(f"kind is {kind!r}, expected one of {list(METADATA)}")
+    if kind in ("adapter", "decoder") and base_model is None:
+        raise ValueError(f"the card of a {kind} needs base_model, the model that it goes with")
+    if (kind == "decoder") != (use is not None):
+        raise ValueError(f"use is {use!r} for kind {kind!r}: a decoder's card needs it, the others have snippets")
+    title = title or repo_id.split("/")[-1]
+    metadata = create_metadata(
+        kind, title, results, license=license, base_model=base_model, datasets=datasets, language=language, tags=tags
+    )
+    return _render(
+        f"{kind}_card.md",
+        metadata,
+        title=title,
+        repo_id=repo_id,
+        base_model=base_model,
+        summary=summary,
+        use=use,
+        example=example,
+        facts=facts,
+        training=training,
+        results=results,
+        limits=limits,
+        pictures=pictures,
+    )
+
+
+def create_metadata(
+    kind: str,
+    title: str,
+    results: Sequence[EvalResult] = (),
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    language: str | Sequence[str] = "en",
+    tags: Sequence[str] = (),
+) -> ModelCardData:
+    """The front matter of a card, see [`create_card`]."""
+    of_kind = METADATA[kind]
+    relation = {"adapter": "adapter", "model": "finetune"}.get(kind) if base_model else None
+    return ModelCardData(
+        license=license,
+        language=language if isinstance(language, str) else list(language),
+        library_name=of_kind["library_name"],
+        pipeline_tag=of_kind["pipeline_tag"],
+        tags=[*of_kind["tags"], *tags],
+        base_model=base_model,
+        base_model_relation=relation,
+        datasets=list(datasets) or None,
+        model_name=title if results else None,
+        eval_results=list(results) or None,
+    )
+
+
+def pipeline_facts(pipeline: NextFlowPipeline) -> dict[str, str]:
+    """Sizes of a pipeline's parts, for the table of a card."""
+    transformer, vision_tokenizer = pipeline.transformer, pipeline.vision_tokenizer
+    config, image_processor = transformer.config, pipeline.processor.image_processor
+    schedule, resolution = image_processor.schedule, image_processor.resolution
+    square = schedule.grids(schedule.nearest_bucket(1, 1), schedule.num_scales(resolution))
+    sides = ", ".join(str(height) for height, _ in square)
+    codes = sum(height * width for height, width in square)
+    return {
+        "Transformer": f"{transformer.num_parameters():,} parameters, {config.num_hidden_layers} layers, "
+        f"width {config.hidden_size}",
+        "Vision tokenizer": f"{vision_tokenizer.num_parameters():,} parameters, "
+        f"{vision_tokenizer.config.codebook_size:,} codes in two codebooks (semantic and pixel)",
+        "Pictures": f"{resolution} x {resolution} pixels in {len(square)} scales, {sides} cells wide: {codes} codes",
+    }
+
+
+def shapes_card(pipeline: NextFlowPipeline, context: Mapping[str, Any]) -> ModelCard:
+    """
+    The card of a Shapes model, with its judge's tables.
+
+    Args:
+        context (`Mapping`):
+            `judge` (`dict`): `ShapesReport.to_dict()` of the evaluation. `reconstruction_psnr` (`float`): in dB, of
+            held-out pictures through the vision tokenizer. Optional: `pictures` (`dict` of captions by file names
+            relative to the repository), `training` (`str`, Markdown: how it was trained), `repo_id` (`str`).
+
+    Raises:
+        `ValueError`: where an entry is missing or unknown.
+    """
+    missing = sorted(SHAPES_REQUIRED - set(context))
+    unknown = sorted(set(context) - SHAPES_REQUIRED - SHAPES_OPTIONAL)
+    if missing or unknown:
+        raise ValueError(
+            f"context lacks {missing} and has unknown {unknown}, expected {sorted(SHAPES_REQUIRED)} and perhaps "
+            f"{sorted(SHAPES_OPTIONAL)}"
+        )
+    title = "NextFlow Shapes"
+    tasks = {"prompt": ("text-to-image", "held-out prompts"), "edit": ("image-to-image", "held-out edits")}
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="nextflow-shapes",
+            dataset_name=f"Shapes, {data}",
+            metric_type="accuracy",
+            metric_name="passed, mean of the categories",
+            metric_value=round(context["judge"][kind]["overall"], 4),
+        )
+        for kind, (task, data) in tasks.items()
+        if kind in context["judge"]
+    ]
+    return _render(
+        "shapes_card.md",
+        create_metadata("model", title, results, license="apache-2.0"),
+        title=title,
+        facts=pipeline_facts(pipeline)
+        | {"Reconstruction": f"{context['reconstruction_psnr']:.1f} dB PSNR on held-out pictures"},
+        limits="Five shapes, a handful of colours, up to four objects, short English sentences of the kinds above. "
+        "Other words and other\npictures as sources are outside of what it has seen.",
+        **{"pictures": None, "training": None, "repo_id": None, **context},
+    )
+
+
+def _render(
+    template: str, metadata: ModelCardData, *, pictures: Mapping[str, str] | None, **context: Any
+) -> ModelCard:
+    text = TEMPLATES.get_template(template).render(card_data=metadata.to_yaml(), pictures=pictures or {}, **context)
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", text))  # parts that are left out leave their blank lines
+
+
+__all__ = ["create_card", "create_metadata", "pipeline_facts", "shapes_card"]

@@ -1,0 +1,89 @@
+"""The attention rule, in the form that each attention implementation of transformers takes (§2.2).
+
+A query sees a key of its own document iff `block_id[key] <= block_id[query]`: text is causal, the cells of a scale see
+each other. Knows shapes, positions and the layout of images; no weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_bidirectional_mask,
+    create_causal_mask,
+    find_packed_sequence_indices,
+    flash_attention_mask,
+)
+
+from .configuration_nextflow import NextFlowConfig
+from .rope_nextflow import ImageLayout
+
+
+def get_attention_mask(
+    config: NextFlowConfig,
+    inputs_embeds: torch.FloatTensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+    layout: ImageLayout | None,
+    *,
+    is_causal: bool = True,
+) -> torch.Tensor | BlockMask | None:
+    """The mask that the layers take: none wherever the rule needs none.
+
+    `is_causal=False` is one block on top of a cache: it sees everything but padding. Packed documents are told apart
+    by the restarts of `position_ids[0]`, and take no `attention_mask`. Raises `ValueError` where the attention
+    implementation would silently compute something else.
+    """
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    is_static = past_key_values is not None and past_key_values.is_compileable
+    if isinstance(past_key_values, DynamicCache) and not past_length:
+        # transformers looks for packed documents only where there is no cache; an empty one changes nothing else.
+        past_key_values = None
+    text_positions = position_ids[0] if position_ids is not None and len(position_ids) == 4 else None
+    has_blocks = is_causal and layout is not None and bool(layout.is_cell.any())
+
+    implementation = config._attn_implementation
+    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+    if implementation == "flex_attention" and is_static:
+        raise ValueError(
+            "flex_attention reads the length of a static cache only after it has grown, and masks by it: use 'sdpa' "
+            "or 'eager' with a static cache, or flex_attention with a dynamic one"
+        )
+    # Flash kernels know padding and causality, and an implementation without a mask function gets no mask at all.
+    if mask_function is None or mask_function is flash_attention_mask:
+        if has_blocks:
+            _refuse(implementation, "the cells of a scale, which see each other")
+        if attention_mask is not None and attention_mask.ndim == 4:
+            _refuse(implementation, "a 4D attention_mask")
+        may_be_packed = attention_mask is None and past_key_values is None and text_positions is not None
+        if may_be_packed and len(text_positions) > 1 and find_packed_sequence_indices(text_positions) is not None:
+            _refuse(implementation, f"packed documents in {len(text_positions)} rows; it can in one row")
+
+    takes_padding_only = mask_function is flash_attention_mask
+    if is_static and attention_mask is None and (takes_padding_only or not is_causal):
+        # Nothing was written yet to the other slots. Flash kernels cut the keys to the mask's length instead.
+        length = past_length + inputs_embeds.shape[1]
+        slots, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
+        written = torch.arange(int(length) if takes_padding_only else slots, device=inputs_embeds.device) < length
+        attention_mask = written.expand(len(inputs_embeds), -1)
+    if not is_causal and attention_mask is None:
+        return None
+    arguments = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+    }
+    if not is_causal:
+        return create_bidirectional_mask(**arguments)
+    block_ids = F.pad(layout.block_ids, (int(past_length), 0), value=-1) if has_blocks else None
+    return create_causal_mask(**arguments, position_ids=text_positions, block_sequence_ids=block_ids)
+
+
+def _refuse(implementation: str, pattern: str) -> None:
+    raise ValueError(
+        f"{implementation!r} takes no custom mask, so it would attend causally. It cannot express {pattern}: use "
+        "'flex_attention' (for training, on a GPU), 'sdpa' or 'eager'. Text, and drawing from it, need no mask"
+    )

@@ -1,0 +1,253 @@
+"""Drawing on a cache: a pass a scale, `embed_scale -> forward -> guide -> sample` (§2.2).
+
+Reads a list of [`ScaleStep`] and rows whose `<boi>` the cache holds; knows neither prompts nor `generate`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from .rope_nextflow import cell_coordinates
+from .sampling_nextflow import ScaleStep, guide, sample_codes
+
+
+DrawingCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
+
+
+@dataclass
+class PromptRows:
+    """Prompts as rows of one batch, left-padded: (rows, length), with the images of all rows in reading order."""
+
+    input_ids: torch.LongTensor
+    attention_mask: torch.LongTensor
+    image_codes: torch.LongTensor
+    image_grids: torch.LongTensor
+
+
+@dataclass
+class DrawingRows:
+    """
+    Rows of one cache while images are drawn on them.
+
+    Attributes:
+        cache: What the rows hold so far, their `<boi>` included once `hidden_states` are there.
+        mask: (rows, cached), 0 at padding; `None` where no row has any.
+        boi_position: (rows, 1), place of `<boi>` on the first rotary axis.
+        hidden_states: (rows, cells, hidden) of the last block; its scale's codes are read off them.
+        drawing: Indices of the rows that draw, `None` for all. The others get padding.
+    """
+
+    cache: DynamicCache
+    mask: torch.LongTensor | None
+    boi_position: torch.FloatTensor
+    hidden_states: torch.FloatTensor | None = None
+    drawing: torch.LongTensor | None = None
+
+    @property
+    def drawing_states(self) -> torch.FloatTensor:
+        return self.hidden_states if self.drawing is None else self.hidden_states[self.drawing]
+
+    def first(self, count: int) -> "DrawingRows":
+        """Only the first `count` rows; the cache is cut in place."""
+        if self.drawing is not None or len(self.boi_position) == count:
+            return self
+        self.cache.batch_select_indices(torch.arange(count, device=self.boi_position.device))
+        mask = None if self.mask is None else self.mask[:count]
+        return DrawingRows(self.cache, mask, self.boi_position[:count], self.hidden_states[:count])
+
+    def append(self, model: PreTrainedModel, embeds: torch.FloatTensor, position_ids: torch.FloatTensor) -> None:
+        """Run one block (images, cells, hidden) on top of the cache. Its cells see everything that is no padding.
+
+        Where the rows are a multiple of the images (those of guidance follow the others), each gets its copy.
+        """
+        rows, cells = len(self.boi_position), embeds.shape[1]
+        real = torch.ones(rows, cells, dtype=torch.long, device=embeds.device)
+        if self.drawing is None:
+            embeds = embeds.repeat(rows // len(embeds), 1, 1)
+        else:
+            embeds = embeds.new_zeros(rows, *embeds.shape[1:]).index_copy(0, self.drawing, embeds)
+            real = torch.zeros_like(real).index_fill(0, self.drawing, 1)
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, real], dim=1)
+        self.hidden_states = model.model(
+            inputs_embeds=embeds,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            is_causal=False,
+        ).last_hidden_state
+
+
+def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> DrawingRows:
+    """Prompts that end in `<boi>`, in a cache of their own."""
+    mask = None if rows.attention_mask.all() else rows.attention_mask
+    position_ids = model.model.get_position_ids(
+        rows.input_ids, image_grids=rows.image_grids, attention_mask=rows.attention_mask
+    )
+    cache = DynamicCache(config=model.config)
+    outputs = model.model(
+        input_ids=rows.input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        image_codes=rows.image_codes,
+        image_grids=rows.image_grids,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return DrawingRows(cache, mask, position_ids[1, :, -1:], outputs.last_hidden_state[:, -1:])
+
+
+def begin_images(model: PreTrainedModel, rows: DrawingRows, image_grids: torch.LongTensor) -> None:
+    """Run the `<boi>` of every image (images, max_scales, 2) on top of the rows that draw it."""
+    tokens = torch.full((len(image_grids), 1), model.config.boi_token_id, device=image_grids.device)
+    layout = model.model.get_image_layout(tokens, image_grids)
+    embeds = model.model.embed_inputs(tokens, image_grids=image_grids, layout=layout)
+    rows.append(model, embeds, rows.boi_position.expand(3, -1, -1))
+
+
+def draw_images(
+    model: PreTrainedModel,
+    row_sets: list[DrawingRows],
+    plan: list[ScaleStep],
+    image_grids: torch.LongTensor,
+    generators: Sequence[torch.Generator | None],
+    callback: DrawingCallback | None = None,
+    prefix: Sequence[torch.LongTensor] = (),
+) -> torch.LongTensor:
+    """
+    Codes (images, codes) of images that share one schedule: `image_grids` (images, max_scales, 2).
+
+    `row_sets` hold the rows that draw, one an image in order, then those of their unconditional prompts, if any: in
+    the same cache or in another. `prefix` has the codes (images, cells) of the first scales, which are taken as they
+    are: no number is drawn for them.
+    """
+    batch = len(image_grids)
+    grids = schedule_of(image_grids[0])
+    drawn: list[torch.LongTensor] = []
+    for index in range(len(plan)):
+        step = plan[index]
+        states = [rows.drawing_states for rows in row_sets]
+        guided = sum(len(rows) for rows in states) > batch
+        if index < len(prefix):
+            drawn.append(prefix[index])
+        else:
+            logits = torch.cat([model.image_logits(rows) for rows in states]).float()
+            logits = guide(logits[:batch], logits[batch:] if guided else None, step.guidance_scale)
+            drawn.append(sample_codes(logits, step, generators))
+        if callback is not None:
+            changed = callback(index, step, torch.cat(drawn, dim=1))
+            if changed is not None:
+                plan = [*plan[: index + 1], *changed]
+        if index + 1 == len(plan):
+            break
+        if guided and all(later.guidance_scale == 1 for later in plan[index + 1 :]):
+            row_sets = [row_sets[0].first(batch)]
+        embeds = model.model.embed_scale(drawn[-1], image_grids, scale=index + 2, grids=grids)
+        for rows in row_sets:
+            rows.append(model, embeds, block_position_ids(rows.boi_position + index + 1, grids[index + 1], model))
+    return torch.cat(drawn, dim=1)
+
+
+def block_position_ids(axis: torch.FloatTensor, grid: tuple[int, int], model: PreTrainedModel) -> torch.FloatTensor:
+    """Rotary positions (3, rows, cells) of a block whose step on the first axis is `axis` (rows, 1)."""
+    cell = torch.arange(grid[0] * grid[1], device=axis.device)
+    height, width = (torch.tensor(side, device=axis.device) for side in grid)
+    row, column = cell_coordinates(cell // width, cell % width, height, width, extent=model.config.spatial_rope_extent)
+    axis = axis.expand(-1, len(cell))
+    return torch.stack([axis, row.expand_as(axis), column.expand_as(axis)])
+
+
+def schedule_of(image_grids: torch.LongTensor) -> list[tuple[int, int]]:
+    """A row (max_scales, 2) of `image_grids` as a list, without the zero rows past its last scale."""
+    return [(height, width) for height, width in image_grids.tolist() if height > 0]
+
+
+def split_scales(
+    codes: torch.LongTensor, grids: Sequence[tuple[int, int]], batch: int
+) -> tuple[torch.LongTensor, ...]:
+    """Codes (batch, codes) of the first scales, scale by scale."""
+    ends = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist()
+    if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
+        raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
+    return codes.tensor_split(ends[: ends.index(codes.shape[1])], dim=1)
+
+
+def drawn_schedule(image_grids: torch.LongTensor) -> torch.LongTensor:
+    """The row (max_scales, 2) for an image to draw like a given one, whose last grid may stand there twice to show the
+    codes of its last scale."""
+    grids = schedule_of(image_grids)
+    if grids[-1:] == grids[-2:-1]:
+        image_grids = image_grids.clone()
+        image_grids[len(grids) - 1] = 0
+    return image_grids
+
+
+def repeat_rows(rows: PromptRows, batch: int) -> PromptRows:
+    """One unconditional prompt for all rows, or one each."""
+    if len(rows.input_ids) == batch:
+        return rows
+    if len(rows.input_ids) != 1:
+        raise ValueError(f"got {len(rows.input_ids)} unconditional prompts, expected 1 or {batch}")
+    return PromptRows(
+        rows.input_ids.expand(batch, -1),
+        rows.attention_mask.expand(batch, -1),
+        rows.image_codes.repeat(batch),
+        rows.image_grids.repeat(batch, 1, 1),
+    )
+
+
+def stack_rows(first: PromptRows, second: PromptRows, *, pad_token_id: int) -> PromptRows:
+    """The rows of `first`, then those of `second`, left-padded to one length."""
+    length = max(first.input_ids.shape[1], second.input_ids.shape[1])
+
+    def stack(name: str, value: int) -> torch.LongTensor:
+        tensors = [getattr(rows, name) for rows in (first, second)]
+        return torch.cat([F.pad(tensor, (length - tensor.shape[1], 0), value=value) for tensor in tensors])
+
+    return PromptRows(
+        stack("input_ids", pad_token_id),
+        stack("attention_mask", 0),
+        torch.cat([first.image_codes, second.image_codes]),
+        torch.cat([first.image_grids, second.image_grids]),
+    )
+
+
+def split_images(
+    input_ids: torch.LongTensor,
+    image_codes: torch.LongTensor | None,
+    image_grids: torch.LongTensor,
+    *,
+    boi_token_id: int,
+) -> tuple[list[torch.LongTensor], list[torch.LongTensor]]:
+    """Codes and grids row by row. A `<boi>` that ends its row has grids, but no codes yet."""
+    is_boi = input_ids == boi_token_id
+    counts = is_boi.sum(1).tolist()
+    if sum(counts) != len(image_grids):
+        raise ValueError(f"input_ids hold {sum(counts)} <boi> tokens, image_grids has {len(image_grids)} rows")
+    grids = list(image_grids.split(counts))
+    sizes = [int(row[: count - int(opens)].prod(-1).sum()) for row, count, opens in zip(grids, counts, is_boi[:, -1])]
+    codes = input_ids.new_zeros(0) if image_codes is None else image_codes
+    if len(codes) != sum(sizes):
+        raise ValueError(f"the images in input_ids need {sum(sizes)} codes, got image_codes of length {len(codes)}")
+    return list(codes.split(sizes)), grids
+
+
+__all__ = [
+    "DrawingCallback",
+    "DrawingRows",
+    "PromptRows",
+    "begin_images",
+    "block_position_ids",
+    "draw_images",
+    "prefill_rows",
+    "repeat_rows",
+    "schedule_of",
+    "split_images",
+    "split_scales",
+    "stack_rows",
+]

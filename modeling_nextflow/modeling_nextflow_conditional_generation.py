@@ -1,0 +1,261 @@
+"""The transformer with the vision tokenizer at its side: pixels in, text and pixels out.
+
+Adds nothing to either. Its repository is theirs: the transformer's files at the root, the tokenizer's in the
+sub-folder `vision_tokenizer`, as the pipeline's is laid out, so one repository serves every class.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.utils import ModelOutput
+
+from .configuration_nextflow import NextFlowConfig
+from .generation_nextflow import NextFlowImageGenerationOutput, NextFlowInterleavedGenerationOutput
+from .modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForCausalLM
+from .modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+
+
+VISION_TOKENIZER = "vision_tokenizer"
+# Arguments of `from_pretrained` that are the repository's, and so for both parts.
+_REPOSITORY_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "revision",
+    "trust_remote_code",
+    "variant",
+    "use_safetensors",
+    "max_memory",
+    "offload_folder",
+    "offload_buffers",
+)
+
+
+class NextFlowForConditionalGeneration(NextFlowForCausalLM):
+    r"""
+    [`NextFlowForCausalLM`] that takes `pixel_values` wherever that takes `image_codes`, and gives pixels for codes.
+    The tokenizer is frozen. Weights keep the names they have without it, so adapters fit both.
+
+    Args:
+        config ([`NextFlowConfig`]): The transformer's, with a `vision_tokenizer_config`.
+    """
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        self.vision_tokenizer = None  # `from_pretrained` puts it there: it comes from files of its own
+        if config.vision_tokenizer_config is not None:
+            self._set_vision_tokenizer(NextFlowVisionTokenizer._from_config(config.vision_tokenizer_config))
+        self.post_init()
+
+    def _set_vision_tokenizer(self, vision_tokenizer: NextFlowVisionTokenizer) -> None:
+        if vision_tokenizer.config.codebook_size != self.config.codebook_size:
+            raise ValueError(
+                f"the vision tokenizer has {vision_tokenizer.config.codebook_size} codes, the transformer "
+                f"{self.config.codebook_size}"
+            )
+        self.vision_tokenizer = vision_tokenizer.eval().requires_grad_(False)
+        self.config.vision_tokenizer_config = vision_tokenizer.config
+
+    def train(self, mode: bool = True) -> "NextFlowForConditionalGeneration":
+        super().train(mode)
+        if self.vision_tokenizer is not None:
+            self.vision_tokenizer.eval()
+        return self
+
+    # ---- one repository
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        r"""
+        As everywhere in transformers, with two parts to load. `dtype`, `attn_implementation` and `device_map` are for
+        both; as dictionaries, those of the tokenizer are under `"vision_tokenizer"`. An attention that the tokenizer
+        does not have leaves it with its own. `quantization_config` and all other options are the transformer's.
+        """
+        if pretrained_model_name_or_path is None:  # with a `state_dict` of both
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        if isinstance(config, NextFlowConfig):
+            config = copy.deepcopy(config)
+            config.vision_tokenizer_config = None  # the files say
+        own = {name: kwargs[name] for name in _REPOSITORY_ARGUMENTS if name in kwargs}
+        for name in ("dtype", "torch_dtype", "attn_implementation", "device_map"):
+            if name in kwargs:
+                kwargs[name], own[name] = _split(kwargs[name], name)
+        if own.get("attn_implementation") not in ("eager", "sdpa"):
+            own.pop("attn_implementation", None)
+        loading_info = kwargs.get("output_loading_info", False)
+        model = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        model, info = model if loading_info else (model, None)
+
+        folder = "/".join(part for part in (kwargs.get("subfolder"), VISION_TOKENIZER) if part)
+        # Not `pretrained_model_name_or_path`: that may be an adapter, which knows its base.
+        vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(
+            model.name_or_path, subfolder=folder, output_loading_info=loading_info, **own
+        )
+        if loading_info:
+            vision_tokenizer, own_info = vision_tokenizer
+            for name, keys in own_info.items():
+                info[name] = type(info[name])([*info[name], *(_prefixed(key) for key in keys)])
+        model._set_vision_tokenizer(vision_tokenizer)
+        return (model, info) if loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args, state_dict: dict | None = None, **kwargs) -> None:
+        """
+        As everywhere in transformers; the tokenizer goes to the sub-folder. An adapter is saved without it.
+        """
+        is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        vision_tokenizer_config = self.config.vision_tokenizer_config
+        if self.vision_tokenizer is not None and not is_adapter:
+            own_state = None
+            if state_dict is not None:
+                own_state = {
+                    key.removeprefix(_prefixed("")): tensor
+                    for key, tensor in state_dict.items()
+                    if key.startswith(_prefixed(""))
+                }
+            own = {name: kwargs[name] for name in ("is_main_process", "max_shard_size", "variant") if name in kwargs}
+            self.vision_tokenizer.save_pretrained(Path(save_directory) / VISION_TOKENIZER, state_dict=own_state, **own)
+            self._keys_to_ignore_on_save |= {_prefixed(key) for key in self.vision_tokenizer.state_dict()}
+        try:
+            self.config.vision_tokenizer_config = None  # it has been saved with the tokenizer
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.vision_tokenizer_config = vision_tokenizer_config
+
+    # ---- pixels and codes
+
+    @torch.no_grad()
+    def get_image_tokens(self, pixel_values: torch.FloatTensor, image_grids: torch.LongTensor) -> torch.LongTensor:
+        """Codes (total_codes,) of images, `pixel_values` and `image_grids` as the image processor gives them."""
+        device = self.vision_tokenizer.device
+        codes = self.vision_tokenizer.encode(pixel_values.to(device), image_grids.to(device)).image_codes
+        return codes.to(self.device)
+
+    @torch.no_grad()
+    def decode_image_tokens(
+        self,
+        image_tokens: torch.LongTensor | NextFlowImageGenerationOutput | NextFlowInterleavedGenerationOutput,
+        image_grids: torch.LongTensor | None = None,
+        *,
+        num_scales: int | None = None,
+    ) -> torch.FloatTensor:
+        """
+        Pixels (images, 3, max_height, max_width) in [-1, 1] of codes and their grids, or of what `generate` returned,
+        which has both. With `num_scales` a preview at full size.
+        """
+        if not isinstance(image_tokens, torch.Tensor):
+            image_tokens, image_grids = image_tokens.image_codes, image_tokens.image_grids
+        if image_grids is None:
+            raise ValueError("codes alone say no size: pass image_grids, or what `generate` returned")
+        device = self.vision_tokenizer.device
+        return self.vision_tokenizer.decode(image_tokens.to(device), image_grids.to(device), num_scales=num_scales)
+
+    def _codes_of_prompt(
+        self,
+        input_ids: torch.LongTensor | None,
+        pixel_values: torch.FloatTensor,
+        image_codes: torch.LongTensor | None,
+        image_grids: torch.LongTensor | None,
+    ) -> torch.LongTensor:
+        """Codes of the images in a prompt. A `<boi>` that ends its row has a schedule, but no pixels and no codes."""
+        if image_codes is not None:
+            raise ValueError("got pixel_values and image_codes: pass one, `get_image_tokens` gives codes of pixels")
+        if input_ids is None or image_grids is None:
+            raise ValueError("pixel_values need input_ids and image_grids: they say where images are, and how large")
+        is_boi = input_ids == self.config.boi_token_id
+        if int(is_boi.sum()) != len(image_grids):
+            count = int(is_boi.sum())
+            raise ValueError(f"input_ids hold {count} <boi> tokens, image_grids has {len(image_grids)} rows")
+        last = torch.zeros_like(is_boi)
+        last[:, -1] = True
+        given = image_grids[~last[is_boi]]
+        if len(pixel_values) != len(given):
+            raise ValueError(f"pixel_values has {len(pixel_values)} images, input_ids hold {len(given)}")
+        return self.get_image_tokens(pixel_values, given)
+
+    # ---- forward and generate
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> NextFlowCausalLMOutputWithPast:
+        r"""
+        As [`NextFlowForCausalLM.forward`].
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(images, 3, max_height, max_width)`, *optional*):
+                The images of `input_ids` in reading order, instead of their `image_codes`.
+        """
+        if pixel_values is not None:
+            image_codes = self._codes_of_prompt(input_ids, pixel_values, image_codes, image_grids)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_codes=image_codes,
+            image_grids=image_grids,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        pixel_values: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | ModelOutput | NextFlowImageGenerationOutput:
+        """[`NextFlowForCausalLM.generate`], where the images of the prompts may be `pixel_values`."""
+        if pixel_values is not None:
+            input_ids = kwargs.get("input_ids", inputs)
+            kwargs["image_codes"] = self._codes_of_prompt(
+                input_ids, pixel_values, kwargs.get("image_codes"), kwargs.get("image_grids")
+            )
+        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
+
+def _prefixed(name: str) -> str:
+    return f"{VISION_TOKENIZER}.{name}"
+
+
+def _split(value: Any, name: str) -> tuple[Any, Any]:
+    """A value for both parts, or a dictionary by module names, as (the transformer's, the tokenizer's)."""
+    if not isinstance(value, dict):
+        return value, value
+    own = {key for key in value if key.split(".")[0] == VISION_TOKENIZER}
+    rest = {key: part for key, part in value.items() if key not in own}
+    mine = {key.removeprefix(VISION_TOKENIZER).removeprefix("."): value[key] for key in own}
+    if not mine and "" not in rest:
+        raise ValueError(f"{name} is {value}, expected an entry {VISION_TOKENIZER!r} or one for all, ''")
+    mine = mine or {"": rest[""]}
+    if name == "device_map":
+        return rest, mine
+    return rest[""] if set(rest) == {""} else rest, mine[""]
+
+
+__all__ = ["NextFlowForConditionalGeneration"]
