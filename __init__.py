@@ -29,6 +29,8 @@ _MODULE_OF_NAME = {
     "NextFlowTrainer": "training.trainer",
     "NextFlowVisionTokenizerTrainer": "training.tokenizer_trainer",
     "NextFlowDiffusionDecoderTrainer": "training.decoder_trainer",
+    "NextFlowGRPOConfig": "training.grpo_config",
+    "NextFlowGRPOTrainer": "training.grpo_trainer",
 }
 
 __all__ = ["__version__", *_MODULE_OF_NAME]

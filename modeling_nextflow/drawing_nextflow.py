@@ -117,22 +117,28 @@ def draw_images(
     image_grids: torch.LongTensor,
     generators: Sequence[torch.Generator | None],
     callback: DrawingCallback | None = None,
+    prefix: Sequence[torch.LongTensor] = (),
 ) -> torch.LongTensor:
     """
     Codes (images, codes) of images that share one schedule: `image_grids` (images, max_scales, 2).
 
     `row_sets` hold the rows that draw, one an image in order, then those of their unconditional prompts, if any: in
-    the same cache or in another.
+    the same cache or in another. `prefix` has the codes (images, cells) of the first scales, which are taken as they
+    are: no number is drawn for them.
     """
     batch = len(image_grids)
     grids = schedule_of(image_grids[0])
     drawn: list[torch.LongTensor] = []
     for index in range(len(plan)):
         step = plan[index]
-        logits = torch.cat([model.image_logits(rows.drawing_states) for rows in row_sets]).float()
-        guided = len(logits) > batch
-        logits = guide(logits[:batch], logits[batch:] if guided else None, step.guidance_scale)
-        drawn.append(sample_codes(logits, step, generators))
+        states = [rows.drawing_states for rows in row_sets]
+        guided = sum(len(rows) for rows in states) > batch
+        if index < len(prefix):
+            drawn.append(prefix[index])
+        else:
+            logits = torch.cat([model.image_logits(rows) for rows in states]).float()
+            logits = guide(logits[:batch], logits[batch:] if guided else None, step.guidance_scale)
+            drawn.append(sample_codes(logits, step, generators))
         if callback is not None:
             changed = callback(index, step, torch.cat(drawn, dim=1))
             if changed is not None:
@@ -159,6 +165,16 @@ def block_position_ids(axis: torch.FloatTensor, grid: tuple[int, int], model: Pr
 def schedule_of(image_grids: torch.LongTensor) -> list[tuple[int, int]]:
     """A row (max_scales, 2) of `image_grids` as a list, without the zero rows past its last scale."""
     return [(height, width) for height, width in image_grids.tolist() if height > 0]
+
+
+def split_scales(
+    codes: torch.LongTensor, grids: Sequence[tuple[int, int]], batch: int
+) -> tuple[torch.LongTensor, ...]:
+    """Codes (batch, codes) of the first scales, scale by scale."""
+    ends = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist()
+    if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
+        raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
+    return codes.tensor_split(ends[: ends.index(codes.shape[1])], dim=1)
 
 
 def drawn_schedule(image_grids: torch.LongTensor) -> torch.LongTensor:
@@ -232,5 +248,6 @@ __all__ = [
     "repeat_rows",
     "schedule_of",
     "split_images",
+    "split_scales",
     "stack_rows",
 ]

@@ -26,6 +26,7 @@ from .drawing_nextflow import (
     repeat_rows,
     schedule_of,
     split_images,
+    split_scales,
     stack_rows,
 )
 from .generation_configuration_nextflow import DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS, NextFlowGenerationConfig
@@ -149,6 +150,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         negative_attention_mask: torch.Tensor | None = None,
         negative_image_codes: torch.LongTensor | None = None,
         negative_image_grids: torch.LongTensor | None = None,
+        prefix_codes: torch.LongTensor | None = None,
         guidance_scale: PerScale = None,
         guidance_schedule: str | None = None,
         temperature: PerScale = None,
@@ -169,6 +171,8 @@ class NextFlowGenerationMixin(GenerationMixin):
             negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids (*optional*):
                 The unconditional prompts, in the same form, one row or `batch` rows. Needed where guidance is not 1.
                 With as many images as the prompts, these are the prompts' unless said otherwise.
+            prefix_codes (`torch.LongTensor` of shape `(batch, codes)`, *optional*):
+                Codes of the first scales, which are then taken as they are; the others are drawn after them.
             guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
                 See [`ScaleStep`]. Default to the generation config's `image_*` entries.
             guidance_schedule (`str`, *optional*): `"constant"` or `"linear"`; see [`scale_plan`].
@@ -188,13 +192,14 @@ class NextFlowGenerationMixin(GenerationMixin):
         }
         plan = scale_plan(grids, **_image_settings(self.generation_config, given))
         generators = _one_per_row(generator, batch)
+        prefix = [] if prefix_codes is None else split_scales(prefix_codes, grids, batch)
         rows = self._prompt_rows(input_ids, attention_mask, image_codes, image_grids)
         if any(step.guidance_scale != 1 for step in plan):
             negative = self._negative_rows(
                 rows, negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
             )
             rows = stack_rows(rows, negative, pad_token_id=self.config.pad_token_id or 0)
-        codes = draw_images(self, [prefill_rows(self, rows)], plan, target_grids, generators, callback)
+        codes = draw_images(self, [prefill_rows(self, rows)], plan, target_grids, generators, callback, prefix)
         drawn = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist().index(codes.shape[1]) + 1
         if drawn < len(grids):  # stopped early: a preview
             target_grids = target_grids.clone()

@@ -1,0 +1,341 @@
+"""Rewards: the equations of text rendering by hand, models of the Hub's shape, the judge behind a server, Shapes."""
+
+import asyncio
+import base64
+import io
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BatchFeature, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
+
+from nextflow_hf.training.rewards import Combined, OCRReward, OCRWord, RapidOCREngine, Scaled, VLMJudge
+from nextflow_hf.training.rewards.ocr import (
+    bag_distance,
+    boxes_mask,
+    completeness,
+    edit_similarity,
+    similarity,
+    split_words,
+    text_rendering_score,
+)
+from nextflow_hf.training.rewards.preference import CLIPReward, ImageScoreReward
+from nextflow_hf.training.rewards.shapes import clean_shapes, shapes_checks, shapes_judge, shapes_prompts, shapes_task
+from nextflow_hf.training.rewards.vlm_judge import BudgetExceededError, parse_score
+from nextflow_hf.training.shapes import Edit, render, sample_scene
+
+
+PICTURE = Image.new("RGB", (8, 8), "red")
+
+
+# ---- text rendering
+
+
+def test_words():
+    assert split_words("  Open 24-hours, “today”! ") == ["open", "24-hours", "today"]
+    assert split_words("...") == []
+
+
+def test_edit_similarity():
+    def distance(a: str, b: str) -> int:  # by its recursive definition
+        if not a or not b:
+            return len(a) + len(b)
+        return min(distance(a[1:], b) + 1, distance(a, b[1:]) + 1, distance(a[1:], b[1:]) + (a[0] != b[0]))
+
+    for first, second in [("kitten", "sitting"), ("abc", ""), ("abc", "abc"), ("ab", "ba"), ("flaw", "lawn")]:
+        expected = 1 - distance(first, second) / max(len(first), len(second))
+        assert edit_similarity(first, second) == pytest.approx(expected)
+    assert edit_similarity("", "") == 1
+
+
+def test_text_rendering_by_hand():
+    """Asked: "big red big". Read: "big" (.9), "rad" (.6), "big" (.5), "extra" (.8)."""
+    targets = ["big", "red", "big"]
+    words = [("big", 0.9), ("rad", 0.6), ("big", 0.5), ("extra", 0.8)]
+    assert completeness(targets, words) == pytest.approx((0.9 + 0.5) / 3)
+    assert completeness(["big"], words) == pytest.approx(0.9)  # the surer of the two
+    assert completeness(["big"] * 3, words) == pytest.approx((0.9 + 0.5) / 3)  # a third is missing
+    # "red" against "rad": one letter of three, .6 * 2/3 = .4; nothing else comes near
+    assert similarity(targets, words) == pytest.approx((0.9 + 0.4 + 0.9) / 3)
+    # wanted bb ii gg r e d; read bb ii gg r a d e x t r a: missing none, too many a a r x t
+    assert bag_distance(targets, words) == pytest.approx(5 / (9 + 14))
+    expected = 1.4 / 3 + 2.2 / 3 - 0.6 * 5 / 23
+    assert text_rendering_score(targets, words) == pytest.approx(expected)
+    assert text_rendering_score(targets, [(word, 1.0) for word in targets]) == 2
+    assert text_rendering_score(targets, []) == pytest.approx(-0.6)
+    # Anagrams: no letter is wrong, no word is right.
+    assert bag_distance(["abc"], [("cba", 1.0)]) == 0 and completeness(["abc"], [("cba", 1.0)]) == 0
+    for equation in (completeness, similarity):
+        with pytest.raises(ValueError, match="no target words"):
+            equation([], words)
+
+
+def test_ocr_reward_and_its_masks():
+    lines = {"red": [OCRWord("Hello, World", 0.8, (1.2, 2, 5, 3.5)), OCRWord("x", 0.1)], "blue": []}
+
+    def engine(image):
+        return lines["red" if image.getpixel((0, 0)) == (255, 0, 0) else "blue"]
+
+    masks = []
+    pictures = [PICTURE, Image.new("RGB", (8, 8), "blue"), PICTURE]
+    rewards = OCRReward(engine)(
+        images=pictures, prompts=["a"] * 3, text=["hello world", ["hello"], None], report_masks=masks.extend
+    )
+    words = [("hello", 0.8), ("world", 0.8), ("x", 0.1)]
+    expected = [text_rendering_score(["hello", "world"], words), text_rendering_score(["hello"], []), None]
+    assert rewards == pytest.approx(expected)
+    assert masks[0].sum() == 2 * 4 and masks[0][2:4, 1:5].all() and masks[1] is None and masks[2] is None
+    with pytest.raises(ValueError, match="no column 'words'"):
+        OCRReward(engine, target_column="words")(images=[PICTURE], prompts=["a"], text=["a"])
+
+
+def test_boxes_outside_the_picture():
+    assert boxes_mask([(-5, -5, 2, 1), (7, 7, 20, 20)], (8, 8)).sum() == 2 + 1
+
+
+def test_the_engine_reads(monkeypatch):
+    def read(array):
+        assert array.shape == (8, 8, 3) and array[0, 0].tolist() == [0, 0, 255]  # blue, green, red
+        box = np.array([[1, 2], [5, 1], [5, 4], [1, 4]])
+        return SimpleNamespace(txts=("hi",), scores=(0.7,), boxes=box[None])
+
+    engine = RapidOCREngine.__new__(RapidOCREngine)
+    engine._engine = read
+    assert engine(PICTURE) == [OCRWord("hi", 0.7, (1, 1, 5, 4))]
+    engine._engine = lambda array: SimpleNamespace(txts=None, scores=None, boxes=None)  # a blank picture
+    assert engine(PICTURE) == []
+
+
+# ---- combination
+
+
+def ones_and_none(prompts, **columns):
+    return [1.0, None, math.nan][: len(prompts)]
+
+
+async def doubled(prompts, **columns):
+    return [2.0] * len(prompts)
+
+
+def test_combined_and_scaled(monkeypatch):
+    messages, metrics = [], {}
+    monkeypatch.setattr("nextflow_hf.training.rewards.combination.logger.warning", messages.append)
+    reward = Combined([(ones_and_none, 0.5), (Scaled(doubled, low=1, high=5), 2.0)])
+    assert reward.__name__ == "ones_and_none+doubled"
+    values = asyncio.run(reward(images=[PICTURE] * 3, prompts=["a", "b", "c"], log_metric=metrics.__setitem__))
+    assert values[:2] == [0.5 * 1 + 2 * 0.25, 2 * 0.25] and math.isnan(values[2])
+    assert len(messages) == 1 and "'ones_and_none'" in messages[0] and "sample 2" in messages[0]
+    assert "'c'" in messages[0]
+    assert metrics == {"rewards/ones_and_none": 1.0, "rewards/doubled": 0.25}
+    nothing = Combined([(lambda prompts, **columns: [None], 1.0)])
+    assert asyncio.run(nothing(images=[PICTURE], prompts=["a"])) == [None]
+    with pytest.raises(ValueError, match="gave 2 values for 1 samples"):
+        asyncio.run(Combined([(lambda **columns: [1.0, 2.0], 1.0)])(images=[PICTURE], prompts=["a"]))
+    with pytest.raises(ValueError, match="low < high"):
+        Scaled(doubled, low=2, high=2)
+    with pytest.raises(ValueError, match="at least one"):
+        Combined([])
+
+
+# ---- models of the Hub's shape
+
+
+def tiny_clip() -> CLIPModel:
+    torch.manual_seed(0)
+    text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 12, "eos_token_id": 49, "bos_token_id": 48}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+
+class TinyProcessor:
+    """Letters are tokens."""
+
+    def __call__(self, images, text=None, return_tensors="pt", **options):
+        pixels = torch.stack(
+            [torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1) for image in images]
+        )
+        inputs = {"pixel_values": pixels / 255}
+        if text is not None:
+            assert options == {"padding": True, "truncation": True}
+            rows = [[48, *(ord(letter) % 40 for letter in row), 49] for row in text]
+            length = max(map(len, rows))
+            inputs["input_ids"] = torch.tensor([row + [49] * (length - len(row)) for row in rows])
+            inputs["attention_mask"] = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows])
+        return BatchFeature(inputs)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clip_reward(tmp_path, scaled):
+    model = tiny_clip().eval()
+    model.save_pretrained(tmp_path)
+    reward = CLIPReward(str(tmp_path), scaled=scaled, batch_size=2, device="cpu")
+    assert "model" not in vars(reward)  # nothing is loaded before it is needed
+    reward.processor = TinyProcessor()
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "c"}]}]
+    got = reward(images=pictures, prompts=["a", "bcd", chat], other=1)
+    for picture, text, value in zip(pictures, ["a", "bcd", "c"], got):
+        inputs = TinyProcessor()([picture], [text], padding=True, truncation=True)
+        with torch.no_grad():
+            image = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+            text = model.get_text_features(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).pooler_output
+        cosine = torch.nn.functional.cosine_similarity(image, text).item()
+        assert value == pytest.approx(cosine * (model.logit_scale.exp().item() if scaled else 1), rel=1e-3)
+    assert len(set(got)) == 3 and reward.__name__ == tmp_path.name
+    assert not any(parameter.requires_grad for parameter in reward.model.parameters())
+
+
+def test_image_score_reward(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"image_size": 8, "patch_size": 4}
+    for labels in (["bad", "good"], ["score"]):
+        torch.manual_seed(0)
+        model = ViTForImageClassification(ViTConfig(**sizes, id2label=dict(enumerate(labels)))).eval()
+        folder = tmp_path / str(len(labels))
+        model.save_pretrained(folder)
+        label = "good" if len(labels) == 2 else None
+        reward = ImageScoreReward(str(folder), label=label, device="cpu")
+        reward.processor = TinyProcessor()
+        with torch.no_grad():
+            logits = model(**TinyProcessor()([PICTURE])).logits[0]
+        expected = logits.softmax(-1)[1] if label else logits[0]
+        assert reward(images=[PICTURE], prompts=["a"]) == [pytest.approx(expected.item(), rel=1e-4)]
+    for label, match in ((None, "name one"), ("best", "no label 'best'")):
+        reward = ImageScoreReward(str(tmp_path / "2"), label=label, device="cpu")
+        with pytest.raises(ValueError, match=match):
+            reward(images=[PICTURE], prompts=["a"])
+
+
+# ---- the judge behind a server
+
+
+@pytest.fixture
+def server():
+    """Answers with the next of `server.answers`: a text, an HTTP status, or seconds to be silent."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                httpd.requests.append((self.path, dict(self.headers), body))
+                answer = httpd.answers.pop(0) if len(httpd.answers) > 1 else httpd.answers[0]
+            if isinstance(answer, float):
+                time.sleep(answer)
+                return
+            self.send_response(answer if isinstance(answer, int) else 200)
+            self.end_headers()
+            if isinstance(answer, str):
+                message = {"choices": [{"message": {"role": "assistant", "content": answer}}]}
+                self.wfile.write(json.dumps(message).encode())
+
+        def log_message(self, *args):
+            pass
+
+    lock = threading.Lock()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.requests, httpd.answers = [], ['{"score": 7.5}']
+    httpd.url = f"http://127.0.0.1:{httpd.server_port}/v1/"
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def ask(judge, prompts=("a red square",), **columns) -> list[float]:
+    return asyncio.run(judge(images=[PICTURE] * len(prompts), prompts=list(prompts), **columns))
+
+
+def test_judge_shows_the_pictures_and_reads_the_score(server):
+    judge = VLMJudge(server.url, "judge-7b", api_key="k", score_range=(0, 10))
+    metrics = {}
+    sources = [[Image.new("RGB", (4, 4), "blue")], []]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "make it red"}]}]
+    assert ask(judge, [chat, "b"], source_images=sources, log_metric=metrics.__setitem__) == [0.75, 0.75]
+    assert metrics == {"vlm_judge/requests": 2, "vlm_judge/failed": 0}
+    path, headers, body = next(entry for entry in server.requests if "make it red" in json.dumps(entry[2]))
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer k" and body["model"] == "judge-7b"
+    *pictures, text = body["messages"][0]["content"]
+    assert "make it red" in text["text"] and "0 to 10" in text["text"]
+    sizes = []
+    for part in pictures:
+        data = part["image_url"]["url"].removeprefix("data:image/png;base64,")
+        sizes.append(Image.open(io.BytesIO(base64.b64decode(data))).size)
+    assert sizes == [(4, 4), (8, 8)]  # the source, then the result
+
+
+def test_judge_tries_again(server):
+    server.answers = [503, 429, 0.6, '{"score": 10}']
+    judge = VLMJudge(server.url, "m", retries=3, backoff=0.01, timeout=0.3)
+    assert ask(judge) == [1.0] and judge.num_requests == 4
+
+
+@pytest.mark.parametrize("answers", [[503], [400], ["no idea"], [0.6], ["{}"]])
+def test_judge_that_fails_gives_no_number(server, answers, monkeypatch):
+    messages = []
+    monkeypatch.setattr("nextflow_hf.training.rewards.vlm_judge.logger.warning", messages.append)
+    server.answers = answers
+    judge = VLMJudge(server.url, "m", retries=1, backoff=0.01, timeout=0.2)
+    assert math.isnan(ask(judge)[0])
+    assert judge.num_requests == (2 if answers[0] in (503, 0.6) else 1)
+    assert len(messages) == 1 and "a red square" in messages[0]
+
+
+def test_judge_keeps_its_budget(server):
+    judge = VLMJudge(server.url, "m", max_requests=3)
+    assert len(ask(judge, ["a", "b", "c"])) == 3
+    with pytest.raises(BudgetExceededError, match="3 requests"):
+        ask(judge)
+    assert len(server.requests) == 3
+
+
+def test_scores_in_answers():
+    assert parse_score('```json\n{"score": "6"}\n```') == 6
+    assert parse_score('{"reason": "2 errors", "score": 3.5}') == 3.5
+    assert parse_score(" 4.0\n") == 4
+    for answer in ("I give it 7 of 10", "", '{"score": null}'):
+        with pytest.raises(ValueError, match="no score"):
+            parse_score(answer)
+
+
+# ---- Shapes
+
+
+def test_shapes_prompts_and_their_judge():
+    rows = shapes_prompts(40, seed=3, edit_fraction=0.5)
+    tasks = [shapes_task(**world) for world in rows["world"]]
+    right, wrong = [], []
+    rng = np.random.default_rng(0)
+    for row, task in zip(rows, tasks):
+        is_edit = isinstance(task, Edit)
+        assert row["prompt"] == (task.instruction if is_edit else task.text)
+        assert len(row["images"]) == is_edit
+        if is_edit:
+            assert np.array_equal(np.asarray(row["images"][0]), render(task.source, 64, 64))
+        scene = task.target if is_edit else sample_scene(rng, task)
+        right.append(Image.fromarray(render(scene, 64, 64)))
+        wrong.append(Image.new("RGB", (64, 64), "white"))
+    assert {type(task) is Edit for task in tasks} == {True, False}
+    columns = {"world": rows["world"], "prompts": rows["prompt"]}
+    assert np.mean(shapes_judge(images=right, **columns)) > 0.95 and sum(shapes_judge(images=wrong, **columns)) == 0
+    partial = shapes_checks(images=wrong, **columns)
+    assert all(0 <= value < 1 for value in partial) and np.mean(shapes_checks(images=right, **columns)) > 0.95
+    assert np.mean(clean_shapes(images=right)) > 0.9 and sum(clean_shapes(images=wrong)) == 0
+
+    masks = []
+    shapes_judge(images=[right[0], wrong[0]], world=rows["world"][:2], prompts=["a", "b"], report_masks=masks.extend)
+    assert masks[1] is None and 0 < masks[0].mean() < 1
+    background = np.asarray(right[0])[0, 0]
+    assert (np.asarray(right[0])[~masks[0]] == background).all()  # every object lies inside
+    assert shapes_prompts(5, seed=3, edit_fraction=0.5)["prompt"] == rows["prompt"][:5]

@@ -1,0 +1,23 @@
+"""Rewards for [`NextFlowGRPOTrainer`]: what a picture is worth, given what was asked.
+
+A reward is any callable, also an `async` one, that takes keyword arguments and gives one number per picture:
+
+    def reward(images, prompts, **columns) -> list[float | None]
+
+`images` are the pictures drawn (PIL), `prompts` what the data set's `prompt` column holds, `codes` the image codes,
+`source_images` the pictures a prompt came with, `thoughts` the text written before the picture; every other column of
+the data set comes under its own name. `None` says that the reward does not apply to a sample. NaN says that it failed:
+the sample is reported and left out. `log_metric(name, value)` and `log_extra(column, values)` are TRL's;
+with mask propagation `report_masks(masks)` hands in one boolean (height, width) array, or None, per picture: the
+pixels that the reward looked at, which are carried to the codes behind them.
+
+Here are those that need no further library. By their own modules: `.shapes` (scipy), `.preference` (weights from the
+Hub).
+"""
+
+from .combination import Combined, Scaled, check_rewards
+from .ocr import OCRReward, OCRWord, RapidOCREngine
+from .vlm_judge import VLMJudge
+
+
+__all__ = ["Combined", "OCRReward", "OCRWord", "RapidOCREngine", "Scaled", "VLMJudge", "check_rewards"]

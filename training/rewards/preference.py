@@ -1,0 +1,124 @@
+"""Models from the Hub as rewards, through transformers: CLIP similarity, preference models, aesthetic scores.
+
+Weights are loaded at the first call, on the device that is asked for, and never trained.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor
+
+from .vlm_judge import prompt_text
+
+
+class _HubReward:
+    """A frozen model and its processor, loaded when they are first needed."""
+
+    auto_class: type = AutoModel
+
+    def __init__(
+        self,
+        model_id: str,
+        *,
+        processor_id: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+        **kwargs: Any,
+    ):
+        self.model_id = model_id
+        self.processor_id = processor_id or model_id
+        self.device = device
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.kwargs = kwargs
+        self.__name__ = model_id.rstrip("/").split("/")[-1]
+
+    @cached_property
+    def processor(self) -> Any:
+        return AutoProcessor.from_pretrained(self.processor_id)
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        device = self.device or torch.accelerator.current_accelerator() or "cpu"
+        options = {} if self.dtype is None else {"dtype": self.dtype}
+        model = self.auto_class.from_pretrained(self.model_id, **options, **self.kwargs)
+        return model.eval().requires_grad_(False).to(device)
+
+    def _to_model(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        floats = {name: tensor.to(self.model.dtype) for name, tensor in inputs.items() if tensor.is_floating_point()}
+        return {name: floats.get(name, tensor).to(self.model.device) for name, tensor in inputs.items()}
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Any], **columns: Any) -> list[float]:
+        texts = [prompt_text(prompt) for prompt in prompts]
+        pictures = [image.convert("RGB") for image in images]
+        scores: list[float] = []
+        for start in range(0, len(images), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            scores += self.score(pictures[rows], texts[rows]).float().tolist()
+        return scores
+
+    def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class CLIPReward(_HubReward):
+    """
+    Agreement of picture and prompt under a CLIP-like model: the cosine of their embeddings (the CLIP score).
+
+    Preference models of CLIP's shape (PickScore, HPS v2 in transformers' format) are used as they were trained, with
+    `scaled=True`: the cosine times the model's learned scale.
+
+    Args:
+        model_id (`str`): Hub id or folder, as `"openai/clip-vit-large-patch14"` or `"yuvalkirstain/PickScore_v1"`.
+        scaled (`bool`, *optional*, defaults to `False`): Multiply with `exp(logit_scale)`.
+        processor_id (`str`, *optional*): Where the processor is, if not with the model.
+        device, dtype, batch_size (*optional*): Where and how to run; by default the accelerator if there is one.
+        kwargs: Further options of `from_pretrained`.
+    """
+
+    def __init__(self, model_id: str, *, scaled: bool = False, **kwargs: Any):
+        super().__init__(model_id, **kwargs)
+        self.scaled = scaled
+
+    def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        inputs = self.processor(images=images, text=texts, padding=True, truncation=True, return_tensors="pt")
+        outputs = self.model(**self._to_model(inputs))
+        # The embeddings of the outputs have length 1 already.
+        cosine = (outputs.image_embeds * outputs.text_embeds).sum(-1)
+        return cosine * self.model.logit_scale.exp() if self.scaled else cosine
+
+
+class ImageScoreReward(_HubReward):
+    """
+    What an image classifier or a regressor says of the picture alone, such as an aesthetic score.
+
+    Args:
+        model_id (`str`): Hub id or folder of a model for image classification.
+        label (`str`, *optional*):
+            The label whose probability is the reward. A model with one output needs none: the output is the reward.
+        processor_id, device, dtype, batch_size, kwargs (*optional*): As in [`CLIPReward`].
+    """
+
+    auto_class = AutoModelForImageClassification
+
+    def __init__(self, model_id: str, *, label: str | None = None, **kwargs: Any):
+        super().__init__(model_id, **kwargs)
+        self.label = label
+
+    def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        labels = self.model.config.id2label
+        if self.label is None and len(labels) != 1:
+            raise ValueError(f"{self.model_id} has the labels {sorted(labels.values())}: name one with `label`")
+        if self.label is not None and self.label not in labels.values():
+            raise ValueError(f"{self.model_id} has no label {self.label!r}, expected one of {sorted(labels.values())}")
+        inputs = self.processor(images=images, return_tensors="pt")
+        logits = self.model(**self._to_model(inputs)).logits
+        if self.label is None:
+            return logits[:, 0]
+        index = next(index for index, name in labels.items() if name == self.label)
+        return logits.softmax(-1)[:, int(index)]

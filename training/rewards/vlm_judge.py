@@ -1,0 +1,174 @@
+"""A vision language model as the judge, behind any server that speaks OpenAI's chat completions (vLLM, SGLang, ...).
+
+Knows HTTP and nothing of the model that draws. The standard library is enough: no client package.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import math
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL import Image
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+QUESTION = (
+    "A picture was made for this request:\n\n{prompt}\n\nHow well does it fulfil the request, and is it free of "
+    'visible errors? Answer with JSON only: {{"score": <number from {low} to {high}>}}'
+)
+RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+
+
+class BudgetExceededError(RuntimeError):
+    """The judge was allowed so many requests, and they are spent."""
+
+
+def parse_score(answer: str) -> float:
+    """The number after `"score"` in an answer, or the answer if it is a number. Raises `ValueError` otherwise."""
+    found = re.search(r'"score"\s*:\s*"?(-?\d+(?:\.\d+)?)', answer)
+    if found is None:
+        found = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*", answer)
+    if found is None:
+        raise ValueError(f"the judge's answer has no score: {answer[:200]!r}")
+    return float(found.group(1))
+
+
+def prompt_text(prompt: str | list[dict]) -> str:
+    """What the user wrote: the prompt, or the texts of the user's messages."""
+    if isinstance(prompt, str):
+        return prompt
+    texts = []
+    for message in prompt:
+        content = message["content"]
+        if message["role"] == "user":
+            texts += [content] if isinstance(content, str) else [part["text"] for part in content if part.get("text")]
+    return "\n".join(texts)
+
+
+class VLMJudge:
+    """
+    Asks a model for a score of every picture; an asynchronous reward between 0 and 1.
+
+    A request that fails for good, or an answer without a score, is NaN for its sample: reported and left out. A spent
+    budget ends the training with [`BudgetExceededError`].
+
+    Args:
+        base_url (`str`): The server, such as `"http://localhost:8000/v1"`.
+        model (`str`): The model's name on the server.
+        api_key (`str`, *optional*): Sent as bearer token.
+        question (`str`, *optional*): With `{prompt}`, `{low}` and `{high}`; must lead to `{"score": number}`.
+        score_range (`tuple[float, float]`, *optional*, defaults to `(0, 10)`): Scores of the worst and the best.
+        timeout (`float`, *optional*, defaults to 60): Seconds that a request may take.
+        retries (`int`, *optional*, defaults to 3):
+            Further attempts after a time-out, a lost connection or a busy server, after 1, 2, 4, ... times `backoff`.
+        backoff (`float`, *optional*, defaults to 1): Seconds before the first further attempt.
+        max_requests (`int`, *optional*): The budget: requests in the judge's lifetime, retries included.
+        concurrency (`int`, *optional*, defaults to 8): Requests at the same time.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        question: str = QUESTION,
+        score_range: tuple[float, float] = (0, 10),
+        timeout: float = 60,
+        retries: int = 3,
+        backoff: float = 1,
+        max_requests: int | None = None,
+        concurrency: int = 8,
+    ):
+        if not score_range[0] < score_range[1]:
+            raise ValueError(f"score_range is {score_range}, expected (low, high) with low < high")
+        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.model = model
+        self.question = question
+        self.score_range = score_range
+        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.max_requests = max_requests
+        self.num_requests = 0
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="vlm-judge")
+        self.__name__ = "vlm_judge"
+
+    async def __call__(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[Any],
+        source_images: Sequence[Sequence[Image.Image]] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        sources = source_images if source_images is not None else [[]] * len(images)
+        loop = asyncio.get_running_loop()
+        scores = await asyncio.gather(
+            *(
+                loop.run_in_executor(self._pool, self.score, image, prompt, given)
+                for image, prompt, given in zip(images, prompts, sources, strict=True)
+            )
+        )
+        if log_metric is not None:
+            log_metric("vlm_judge/requests", float(self.num_requests))
+            log_metric("vlm_judge/failed", sum(map(math.isnan, scores)) / len(scores))
+        return list(scores)
+
+    def score(self, image: Image.Image, prompt: Any, source_images: Sequence[Image.Image] = ()) -> float:
+        """Score of one picture, the sources of an edit shown before it; NaN where the judge did not give one."""
+        low, high = self.score_range
+        text = self.question.format(prompt=prompt_text(prompt), low=low, high=high)
+        content = [_image_part(picture) for picture in (*source_images, image)] + [{"type": "text", "text": text}]
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        try:
+            answer = self._request(body)["choices"][0]["message"]["content"]
+            return (parse_score(answer) - low) / (high - low)
+        except BudgetExceededError:
+            raise
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            logger.warning(f"no score from {self.url} for {prompt!r}: {type(error).__name__}: {error}")
+            return math.nan
+
+    def _request(self, body: dict) -> dict:
+        data = json.dumps(body).encode()
+        for attempt in range(self.retries + 1):
+            self._spend()
+            request = urllib.request.Request(self.url, data, self._headers)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as error:
+                if error.code not in RETRIED_STATUS or attempt == self.retries:
+                    raise
+            except OSError:  # time-outs and lost connections; `HTTPError` is one as well
+                if attempt == self.retries:
+                    raise
+            time.sleep(self.backoff * 2**attempt)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _spend(self) -> None:
+        with self._lock:
+            if self.max_requests is not None and self.num_requests >= self.max_requests:
+                raise BudgetExceededError(f"the judge's budget of {self.max_requests} requests is spent")
+            self.num_requests += 1
+
+
+def _image_part(image: Image.Image) -> dict:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
