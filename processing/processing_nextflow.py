@@ -20,6 +20,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
+from .reasoning import THINKING_PROMPT, split_reasoning
 from .scale_schedule import num_cells
 
 
@@ -89,6 +90,9 @@ class NextFlowProcessor(ProcessorMixin):
 
     valid_processor_kwargs = NextFlowProcessorKwargs
     text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    # For the pipeline, which has the processor and not this island's code
+    thinking_prompt = THINKING_PROMPT
+    split_reasoning = staticmethod(split_reasoning)
 
     def __init__(
         self,
