@@ -83,9 +83,10 @@ class NextFlowProcessor(ProcessorMixin):
         boi_token (`str`, *optional*, defaults to `"<boi>"`): Begin of image.
         eoi_token (`str`, *optional*, defaults to `"<eoi>"`): End of image.
         append_last_scale (`bool`, *optional*, defaults to `False`):
-            Whether an image that is given, and not trained on, gets one scale more: its last grid again. A scale's
-            input is the codes of the one before, so the codes of the last scale are seen only then (not specified by
-            the paper; costs the cells of the last grid). The model's `max_scales` must be [`max_scales`].
+            Whether an image that is given, and no part of a response, gets one scale more: its last grid again. A
+            scale's input is the codes of the one before, so the codes of the last scale are seen only then (not
+            specified by the paper; costs the cells of the last grid). The model's `max_scales` must be
+            [`max_scales`].
     """
 
     valid_processor_kwargs = NextFlowProcessorKwargs
@@ -267,14 +268,16 @@ class NextFlowProcessor(ProcessorMixin):
                 self._cut_control_tokens(given, refuse=not tokenize) for given in (tools, documents, variables)
             )
 
-        # 2. Render
+        # 2. Render. Responses are told apart in prompts too: what the model drew in an earlier turn is laid out as it
+        # was drawn, so a conversation reads the same in training, from messages, and on the cache that it grew on.
+        knows_responses = _marks_responses(template)
         tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
         texts, responses = render_jinja_template(
             conversations=conversations,
             tools=tools,
             documents=documents,
             chat_template=template,
-            return_assistant_tokens_mask=mark_responses,
+            return_assistant_tokens_mask=knows_responses,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
             **{**self.tokenizer.special_tokens_map, **tokens, **variables},
@@ -289,7 +292,7 @@ class NextFlowProcessor(ProcessorMixin):
             texts,
             row_images,
             options,
-            responses=responses if mark_responses else None,
+            responses=responses if knows_responses else None,
             train_on=train_on if return_labels else None,
             return_mask=return_assistant_tokens_mask,
         )
@@ -331,7 +334,7 @@ class NextFlowProcessor(ProcessorMixin):
             raise ValueError("labels and masks come with tokenize=True and return_dict=True")
         if mark_responses and options.get("generation_mode") is not None:
             raise ValueError(f"labels and masks exclude a generation_mode, got {options['generation_mode']!r}")
-        if mark_responses and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        if mark_responses and not _marks_responses(template):
             raise ValueError("labels and masks need a chat template with {% generation %} around assistant responses")
 
     # ---- what messages are not allowed to do
@@ -775,6 +778,11 @@ def _without_user_text(conversation: list, text: str) -> list:
     if text:
         users[-1]["content"].append({"type": "text", "text": text})
     return messages
+
+
+def _marks_responses(template: str) -> bool:
+    """Whether a chat template says which parts are the assistant's responses."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
 def _code_token(code: int) -> str:
