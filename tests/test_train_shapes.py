@@ -35,7 +35,7 @@ def tiny_recipes(monkeypatch):
         if stage == "transformer":
             recipe["model"] |= {"num_hidden_layers": 1}
         if stage == "export":
-            recipe["judge"] |= {"num_prompts": 6, "num_edits": 6}
+            recipe["judge"]["counts"] = {"prompt": 6, "edit": 6, "direct": 5, "example": 6}
         return recipe
 
     monkeypatch.setattr(train_shapes, "load_recipe", load_tiny)

@@ -329,30 +329,25 @@ def export_stage(folder: Path) -> None:
     pipeline = NextFlowPipeline(transformer, tokenizer, make_processor(folder))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(PartialState(cpu=not torch.accelerator.is_available()).device)
-    generate, edit = pipeline_functions(pipeline, recipe["judge"]["seed"])
-    report = evaluate_shapes(generate, edit, size=(size, size), **recipe["judge"])
+    functions = pipeline_functions(pipeline, recipe["judge"]["seed"])
+    report = evaluate_shapes(functions, size=(size, size), **recipe["judge"])
     logger.info("\n%s", report.to_markdown())
     pictures, _ = draw_pictures(folder)
     held_out = np.array(pictures[-load_recipe("pictures")["num_eval"] :])
     psnr, images = reconstruct(pipeline, held_out)
     output_dir = folder / "nextflow-shapes"
-    context = {
-        "judge": report.to_dict(),
-        "reconstruction_psnr": psnr,
-        "training": f"{recipe['training']}\nCross-entropy of the transformer in nats:\n\n{training_curve(folder)}",
-        "pictures": {
-            "prompts.png": "Held-out prompts; green frames passed the judge",
-            "edits.png": "Held-out edits: source and result",
-            "reconstruction.png": "Held-out pictures (above) through the vision tokenizer (below)",
-        },
-    }
     output_dir.mkdir(parents=True, exist_ok=True)
-    for kind in ("prompt", "edit"):
-        report.save_contact_sheet(output_dir / f"{kind}s.png", kind=kind)
+    sheets = [path.name for path in report.save_contact_sheets(output_dir)]
     rows = [np.concatenate(list(row), axis=1) for row in (held_out[:12], (images[:12] * 255).round().astype(np.uint8))]
     Image.fromarray(np.concatenate(rows)).resize((12 * 2 * size, 4 * size), Image.NEAREST).save(
         output_dir / "reconstruction.png"
     )
+    context = {
+        "judge": report.to_dict(),
+        "reconstruction_psnr": psnr,
+        "training": f"{recipe['training']}\nCross-entropy of the transformer in nats:\n\n{training_curve(folder)}",
+        "pictures": {name: recipe["pictures"][name] for name in (*sheets, "reconstruction.png")},
+    }
     # It ships inside the package, which is its code.
     export_pipeline(pipeline, output_dir, shapes_card(pipeline, context), include_code=False)
 

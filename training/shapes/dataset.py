@@ -17,7 +17,7 @@ from .examples import ExamplePairs, sample_examples
 from .scene import Scene, render
 from .storylines import Story, sample_story
 from .thinking import ImpliedPrompt, sample_implied
-from .understanding import CAPTION_REQUESTS, Question, caption, sample_questions, sample_view
+from .understanding import CAPTION_CATEGORIES, CAPTION_REQUESTS, Question, caption, sample_questions, sample_view
 
 
 DESCRIPTION_SHARE = 0.25  # of the text-to-image rows: the scene of an edit, fully described, in place of a prompt
@@ -113,7 +113,8 @@ def _text_to_image(rng: np.random.Generator, split: str) -> Row:
 
 def _caption(rng: np.random.Generator, split: str) -> Row:
     scene = sample_view(rng, split=split)
-    return caption_messages(pick(rng, CAPTION_REQUESTS), caption(scene)), (scene,), f"{len(scene.objects)} objects"
+    category = CAPTION_CATEGORIES[len(scene.objects) - 1]
+    return caption_messages(pick(rng, CAPTION_REQUESTS), caption(scene)), (scene,), category
 
 
 def _questions(rng: np.random.Generator, split: str) -> Row:
@@ -139,8 +140,7 @@ def _storyline(rng: np.random.Generator, split: str) -> Row:
 
 def _example_pairs(rng: np.random.Generator, split: str) -> Row:
     examples = sample_examples(rng, num_pairs=1 + int(rng.random() < TWO_PAIRS_SHARE), split=split)
-    shown = tuple(scene for pair in examples.pairs for scene in pair)
-    return example_messages(examples), (*shown, examples.query, examples.target), examples.rule.task
+    return example_messages(examples), examples.scenes, examples.rule.task
 
 
 TASKS: dict[str, Callable[[np.random.Generator, str], Row]] = {

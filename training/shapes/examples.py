@@ -63,6 +63,11 @@ class ExamplePairs:
     query: Scene
     target: Scene
 
+    @property
+    def scenes(self) -> tuple[Scene, ...]:
+        """All of them in the order in which they are shown; the last one is the answer."""
+        return (*(scene for pair in self.pairs for scene in pair), self.query, self.target)
+
 
 def sample_examples(
     rng: np.random.Generator, task: str | None = None, *, num_pairs: int = 1, split: str = "train"

@@ -24,6 +24,7 @@ from .scene import BACKGROUNDS, CELLS, COLORS, MAX_OBJECTS, SHAPES, Scene, Shape
 
 
 CAPTION_REQUESTS = ("describe the picture", "what is in the picture", "what do you see")
+CAPTION_CATEGORIES = ("one_object", "two_objects", "three_objects", "four_objects")
 NUMBERS = {0: "zero", 1: "one", **COUNT_WORDS}
 QUESTION_CATEGORIES = ("count", "color", "shape", "existence", "place", "relation", "background")
 
@@ -71,10 +72,15 @@ def judge_answer(text: str, question: Question) -> bool:
     return " ".join(text.lower().strip(" .\n").split()) == question.answer
 
 
-def sample_view(rng: np.random.Generator, *, split: str = "train") -> Scene:
-    """A scene to talk about, whose caption belongs to `split`: up to four objects anywhere, often of one shape."""
+def sample_view(rng: np.random.Generator, category: str | None = None, *, split: str = "train") -> Scene:
+    """
+    A scene to talk about, whose caption belongs to `split`: as many objects as one of `CAPTION_CATEGORIES` says (any
+    when None), anywhere, often of one shape.
+    """
+    if category not in (None, *CAPTION_CATEGORIES):
+        raise ValueError(f"unknown category {category!r}, expected one of {CAPTION_CATEGORIES}")
     while True:
-        count = int(rng.integers(1, MAX_OBJECTS + 1))
+        count = int(rng.integers(1, MAX_OBJECTS + 1)) if category is None else CAPTION_CATEGORIES.index(category) + 1
         shape = pick(rng, SHAPES) if rng.random() < 0.4 else None  # so that there is something to count
         objects = tuple(
             place_object(shape or pick(rng, SHAPES), pick(rng, COLORS), cell) for cell in random_cells(rng, count)
