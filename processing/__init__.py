@@ -5,6 +5,7 @@ import transformers  # noqa: F401
 
 from .image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
 from .processing_nextflow import NextFlowProcessor, extend_tokenizer
+from .reasoning import THINKING_PROMPT, join_reasoning, split_reasoning
 from .scale_schedule import ScaleSchedule
 
 
@@ -13,5 +14,8 @@ __all__ = [
     "NextFlowImageProcessorPil",
     "NextFlowProcessor",
     "ScaleSchedule",
+    "THINKING_PROMPT",
     "extend_tokenizer",
+    "join_reasoning",
+    "split_reasoning",
 ]
