@@ -264,7 +264,8 @@ def train_transformer(
     trainer = NextFlowTrainer(model, args, train_dataset=rows)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model(folder / result)
-    trainer.state.save_to_json(folder / result / "trainer_state.json")
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(folder / result / "trainer_state.json")
 
 
 def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: int = 32) -> tuple[float, np.ndarray]:
