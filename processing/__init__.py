@@ -6,6 +6,7 @@ import transformers  # noqa: F401
 from .image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
 from .processing_nextflow import NextFlowProcessor, extend_tokenizer
 from .scale_schedule import ScaleSchedule
+from .thinking import THINK_PROMPT, format_thinking, parse_thinking, with_think_prompt
 
 
 __all__ = [
@@ -13,5 +14,9 @@ __all__ = [
     "NextFlowImageProcessorPil",
     "NextFlowProcessor",
     "ScaleSchedule",
+    "THINK_PROMPT",
     "extend_tokenizer",
+    "format_thinking",
+    "parse_thinking",
+    "with_think_prompt",
 ]

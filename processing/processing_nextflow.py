@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
 from .scale_schedule import num_cells
+from .thinking import parse_thinking, with_think_prompt
 
 
 logger = logging.get_logger(__name__)
@@ -178,6 +179,7 @@ class NextFlowProcessor(ProcessorMixin):
         return_labels: bool = False,
         train_on: str = "responses",
         negative_prompt: str | None = None,
+        enable_thinking: bool = False,
         **kwargs,
     ) -> BatchFeature | str | list[str] | list[list[int]] | torch.Tensor:
         r"""
@@ -208,6 +210,9 @@ class NextFlowProcessor(ProcessorMixin):
                 Add `negative_input_ids` and `negative_attention_mask`, the unconditional prompts of guidance: the same
                 conversations with the same images, without the user's text, and with this at the end of the last user
                 message (as training drops text: `""`).
+            enable_thinking (`bool`, *optional*, defaults to `False`):
+                Ask the model to think before it draws: [`THINK_PROMPT`] becomes the system message, or the beginning
+                of the one that is there. The unconditional prompts are those without thinking.
             kwargs: Options of `__call__`, such as `generation_mode`, `height`, `width`, `resolution`; variables of a
                 custom template.
         """
@@ -235,7 +240,7 @@ class NextFlowProcessor(ProcessorMixin):
                 **kwargs,
             }
             negative = self.apply_chat_template(_without_user_text(conversation, negative_prompt), **common)
-            inputs = self.apply_chat_template(conversation, **common)
+            inputs = self.apply_chat_template(conversation, enable_thinking=enable_thinking, **common)
             for name in ("input_ids", "attention_mask"):
                 inputs[f"negative_{name}"] = negative[name]
             return inputs
@@ -256,6 +261,8 @@ class NextFlowProcessor(ProcessorMixin):
         if len(conversation) == 0:
             raise ValueError("got 0 messages, expected at least 1")
         conversations, is_batched = self._normalize_conversations(conversation)
+        if enable_thinking:
+            conversations = list(map(with_think_prompt, conversations))
         row_images = self._images_of(conversations, images)
         if sanitize_control_tokens:
             conversations = [[self._as_text(message, refuse=not tokenize) for message in row] for row in conversations]
@@ -693,6 +700,11 @@ class NextFlowProcessor(ProcessorMixin):
             remaining = iter(images)
             return [self._content_of(row, remaining, skip_special_tokens, **kwargs) for row in rows]
         raise ValueError(f"generation_mode is {generation_mode!r}, expected one of {list(_GENERATION_MODES)}")
+
+    @staticmethod
+    def post_process_thinking(text: str) -> tuple[str, str]:
+        """Text of an answer with `enable_thinking` -> (reasoning, final prompt); see [`parse_thinking`]."""
+        return parse_thinking(text)
 
     def _images_from(
         self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None, output_type: str
