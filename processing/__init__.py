@@ -5,8 +5,8 @@ import transformers  # noqa: F401
 
 from .image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
 from .processing_nextflow import NextFlowProcessor, extend_tokenizer
+from .reasoning import THINKING_PROMPT, join_reasoning, split_reasoning
 from .scale_schedule import ScaleSchedule
-from .thinking import THINK_PROMPT, format_thinking, parse_thinking, with_think_prompt
 
 
 __all__ = [
@@ -14,9 +14,8 @@ __all__ = [
     "NextFlowImageProcessorPil",
     "NextFlowProcessor",
     "ScaleSchedule",
-    "THINK_PROMPT",
+    "THINKING_PROMPT",
     "extend_tokenizer",
-    "format_thinking",
-    "parse_thinking",
-    "with_think_prompt",
+    "join_reasoning",
+    "split_reasoning",
 ]

@@ -20,8 +20,8 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
+from .reasoning import THINKING_PROMPT, split_reasoning
 from .scale_schedule import num_cells
-from .thinking import parse_thinking, with_think_prompt
 
 
 logger = logging.get_logger(__name__)
@@ -90,6 +90,9 @@ class NextFlowProcessor(ProcessorMixin):
 
     valid_processor_kwargs = NextFlowProcessorKwargs
     text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    # For the pipeline, which has the processor and not this island's code
+    thinking_prompt = THINKING_PROMPT
+    split_reasoning = staticmethod(split_reasoning)
 
     def __init__(
         self,
@@ -211,7 +214,7 @@ class NextFlowProcessor(ProcessorMixin):
                 conversations with the same images, without the user's text, and with this at the end of the last user
                 message (as training drops text: `""`).
             enable_thinking (`bool`, *optional*, defaults to `False`):
-                Ask the model to think before it draws: [`THINK_PROMPT`] becomes the system message, or the beginning
+                Ask the model to think before it draws: `THINKING_PROMPT` becomes the system message, or the beginning
                 of the one that is there. The unconditional prompts are those without thinking.
             kwargs: Options of `__call__`, such as `generation_mode`, `height`, `width`, `resolution`; variables of a
                 custom template.
@@ -262,7 +265,7 @@ class NextFlowProcessor(ProcessorMixin):
             raise ValueError("got 0 messages, expected at least 1")
         conversations, is_batched = self._normalize_conversations(conversation)
         if enable_thinking:
-            conversations = list(map(with_think_prompt, conversations))
+            conversations = list(map(_with_thinking_prompt, conversations))
         row_images = self._images_of(conversations, images)
         if sanitize_control_tokens:
             conversations = [[self._as_text(message, refuse=not tokenize) for message in row] for row in conversations]
@@ -701,11 +704,6 @@ class NextFlowProcessor(ProcessorMixin):
             return [self._content_of(row, remaining, skip_special_tokens, **kwargs) for row in rows]
         raise ValueError(f"generation_mode is {generation_mode!r}, expected one of {list(_GENERATION_MODES)}")
 
-    @staticmethod
-    def post_process_thinking(text: str) -> tuple[str, str]:
-        """Text of an answer with `enable_thinking` -> (reasoning, final prompt); see [`parse_thinking`]."""
-        return parse_thinking(text)
-
     def _images_from(
         self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None, output_type: str
     ) -> list[Any]:
@@ -783,6 +781,20 @@ def _without_user_text(conversation: list, text: str) -> list:
     if text:
         users[-1]["content"].append({"type": "text", "text": text})
     return messages
+
+
+def _with_thinking_prompt(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with [`THINKING_PROMPT`] as their system message, in front of what theirs says, once."""
+    if not conversation or conversation[0].get("role") != "system":
+        return [{"role": "system", "content": THINKING_PROMPT}, *conversation]
+    first, *others = conversation
+    content = first.get("content", "")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    text = "".join(part.get("text") or "" for part in parts)
+    if text.startswith(THINKING_PROMPT):
+        return conversation
+    asked = {"type": "text", "text": f"{THINKING_PROMPT}\n" if text else THINKING_PROMPT}
+    return [{**first, "content": [asked, *parts]}, *others]
 
 
 def _code_token(code: int) -> str:

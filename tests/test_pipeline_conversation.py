@@ -3,7 +3,7 @@
 import pytest
 from toy_pipeline import toy_processor
 
-from nextflow_hf.processing import THINK_PROMPT, format_thinking, parse_thinking, with_think_prompt
+from nextflow_hf.processing import THINKING_PROMPT, join_reasoning, split_reasoning
 
 
 # ---- the format of thinking
@@ -12,25 +12,25 @@ from nextflow_hf.processing import THINK_PROMPT, format_thinking, parse_thinking
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (format_thinking("grass is green", "a green circle"), ("grass is green", "a green circle")),
+        (join_reasoning("grass is green", "a green circle"), ("grass is green", "a green circle")),
         ("<think>\ngrass is green\n</think>\n\na green circle", ("grass is green", "a green circle")),
         ("<think>grass is", ("grass is", "")),
-        ("a green circle", ("", "a green circle")),
+        ("a green circle", (None, "a green circle")),
         ("<think></think>", ("", "")),
     ],
 )
 def test_thinking_is_parsed(text, expected):
-    assert parse_thinking(text) == toy_processor().post_process_thinking(text) == expected
+    assert split_reasoning(text) == toy_processor().split_reasoning(text) == expected
 
 
 @pytest.mark.parametrize(
     ("system", "expected"),
     [
-        (None, THINK_PROMPT),
-        ("Be brief.", f"{THINK_PROMPT}\nBe brief."),
-        ([{"type": "text", "text": "Be brief."}], f"{THINK_PROMPT}\nBe brief."),
-        (THINK_PROMPT, THINK_PROMPT),
-        ("", THINK_PROMPT),
+        (None, THINKING_PROMPT),
+        ("Be brief.", f"{THINKING_PROMPT}\nBe brief."),
+        ([{"type": "text", "text": "Be brief."}], f"{THINKING_PROMPT}\nBe brief."),
+        (THINKING_PROMPT, THINKING_PROMPT),
+        ("", THINKING_PROMPT),
     ],
 )
 def test_a_system_message_asks_for_thinking(system, expected):
@@ -40,8 +40,9 @@ def test_a_system_message_asks_for_thinking(system, expected):
     assert text == (
         f"<|im_start|>system\n{expected}<|im_end|>\n<|im_start|>user\na circle<|im_end|>\n<|im_start|>assistant\n"
     )
-    once = with_think_prompt(messages)
-    assert with_think_prompt(once) == once  # so rows that have the system message may ask again
+    # rows that have the system message may ask again
+    asked = [{"role": "system", "content": expected}, user]
+    assert processor.apply_chat_template(asked, enable_thinking=True, add_generation_prompt=True) == text
 
 
 def test_the_unconditional_prompt_does_not_think():
@@ -50,4 +51,4 @@ def test_the_unconditional_prompt_does_not_think():
     plain = processor.apply_chat_template(messages, **options)
     thinking = processor.apply_chat_template(messages, **options, enable_thinking=True)
     assert thinking["negative_input_ids"].tolist() == plain["negative_input_ids"].tolist()
-    assert THINK_PROMPT in processor.tokenizer.decode(thinking["input_ids"][0])
+    assert THINKING_PROMPT in processor.tokenizer.decode(thinking["input_ids"][0])
