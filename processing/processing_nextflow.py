@@ -83,9 +83,11 @@ class NextFlowProcessor(ProcessorMixin):
         boi_token (`str`, *optional*, defaults to `"<boi>"`): Begin of image.
         eoi_token (`str`, *optional*, defaults to `"<eoi>"`): End of image.
         append_last_scale (`bool`, *optional*, defaults to `False`):
-            Whether an image that is given, and not trained on, gets one scale more: its last grid again. A scale's
-            input is the codes of the one before, so the codes of the last scale are seen only then (not specified by
-            the paper; costs the cells of the last grid). The model's `max_scales` must be [`max_scales`].
+            Whether an image that is given gets one scale more: its last grid again. A scale's input is the codes of
+            the one before, so the codes of the last scale are seen only then (not specified by the paper; costs the
+            cells of the last grid). Images of assistant messages, and all that are trained on, stand in the sequence
+            as they are drawn, without it: a conversation goes on from what the model has drawn. The model's
+            `max_scales` must be [`max_scales`].
     """
 
     valid_processor_kwargs = NextFlowProcessorKwargs
@@ -142,6 +144,7 @@ class NextFlowProcessor(ProcessorMixin):
                 prompt.
             text (`str` or `list[str]`, *optional*):
                 Trusted text: control tokens in it are control tokens. A `<boi>` at the very end is an image to draw.
+                Its images count as given: who showed them is known to `apply_chat_template` alone.
             kwargs: See [`NextFlowProcessorKwargs`] and the options of tokenizer and image processor (`padding`,
                 `padding_side`, `max_length`, `return_tensors`, `resolution`, `return_mm_token_type_ids`, ...).
 
@@ -266,7 +269,7 @@ class NextFlowProcessor(ProcessorMixin):
         conversations, is_batched = self._normalize_conversations(conversation)
         if enable_thinking:
             conversations = list(map(_with_thinking_prompt, conversations))
-        row_images = self._images_of(conversations, images)
+        row_images, is_drawn = self._images_of(conversations, images)
         if sanitize_control_tokens:
             conversations = [[self._as_text(message, refuse=not tokenize) for message in row] for row in conversations]
             tools, documents, variables = (
@@ -295,6 +298,7 @@ class NextFlowProcessor(ProcessorMixin):
             texts,
             row_images,
             options,
+            is_drawn=is_drawn,
             responses=responses if mark_responses else None,
             train_on=train_on if return_labels else None,
             return_mask=return_assistant_tokens_mask,
@@ -393,12 +397,17 @@ class NextFlowProcessor(ProcessorMixin):
         ]
         return {**message, "content": parts}
 
-    def _images_of(self, conversations: list[list[dict[str, Any]]], images: Any | None) -> list[list[Any]]:
-        """Images of every conversation, in reading order, and parts checked and stripped of them in place."""
+    def _images_of(
+        self, conversations: list[list[dict[str, Any]]], images: Any | None
+    ) -> tuple[list[list[Any]], list[list[bool]]]:
+        """
+        Images of every conversation, in reading order, and which of them are the assistant's. Checks the parts, and
+        strips them of the images in place.
+        """
         spare = [] if images is None else flatten_images(images)
-        rows, num_empty = [], 0
+        rows, is_drawn, num_empty = [], [], 0
         for conversation in conversations:
-            row = []
+            row, by_assistant = [], []
             for index, message in enumerate(conversation):
                 if "role" not in message or "content" not in message:
                     raise ValueError(f"message {index} has the keys {sorted(message)}, expected role and content")
@@ -421,13 +430,15 @@ class NextFlowProcessor(ProcessorMixin):
                             data = spare[num_empty : num_empty + 1]
                             num_empty += 1
                         row.extend(data)
+                        by_assistant.append(message["role"] == "assistant")
                         part = {"type": "image"}
                     parts.append(part)
                 message["content"] = parts
             rows.append(row)
+            is_drawn.append(by_assistant)
         if num_empty != len(spare):
             raise ValueError(f"the messages have {num_empty} image parts without data, but images= holds {len(spare)}")
-        return rows
+        return rows, is_drawn
 
     # ---- the sequence
 
@@ -437,6 +448,7 @@ class NextFlowProcessor(ProcessorMixin):
         images: Any | None,
         options: dict[str, Any],
         *,
+        is_drawn: list[list[bool]] | None = None,
         responses: list[list[tuple[int, int]]] | None = None,
         train_on: str | None = None,
         return_mask: bool = False,
@@ -463,11 +475,11 @@ class NextFlowProcessor(ProcessorMixin):
 
         # 3. Every placeholder becomes the cells of its image
         for index, ids in enumerate(rows):
-            places = [position for position, token in enumerate(ids) if token == self.image_token_id]
-            shown = [next(closed) for _ in places]
+            shown = [next(closed) for token in ids if token == self.image_token_id]
+            drawn = [False] * len(shown) if is_drawn is None else is_drawn[index]
             schedules = [
-                grids if in_response[index][position] or train_on == "all" else self._as_context(grids)
-                for position, grids in zip(places, shown, strict=True)
+                grids if by_assistant or train_on == "all" else self._as_context(grids)
+                for by_assistant, grids in zip(drawn, shown, strict=True)
             ]
             repeats = iter([num_cells(grids) - 1 for grids in schedules])
             repeats = [next(repeats) if token == self.image_token_id else 1 for token in ids]
