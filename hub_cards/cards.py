@@ -167,7 +167,16 @@ def shapes_card(pipeline: NextFlowPipeline, context: Mapping[str, Any]) -> Model
             f"{sorted(SHAPES_OPTIONAL)}"
         )
     title = "NextFlow Shapes"
-    tasks = {"prompt": ("text-to-image", "held-out prompts"), "edit": ("image-to-image", "held-out edits")}
+    tasks = {
+        "prompt": ("text-to-image", "held-out prompts"),
+        "edit": ("image-to-image", "held-out edits"),
+        "caption": ("image-to-text", "captions of held-out pictures"),
+        "question": ("visual-question-answering", "questions about held-out pictures"),
+        "thinking": ("text-to-image", "implied prompts, thinking first"),
+        "direct": ("text-to-image", "implied prompts, drawn at once"),
+        "storyline": ("any-to-any", "held-out storylines"),
+        "example": ("image-to-image", "example pairs"),
+    }
     results = [
         EvalResult(
             task_type=task,

@@ -12,6 +12,7 @@ from nextflow_hf.processing import (
     NextFlowProcessor,
     ScaleSchedule,
     extend_tokenizer,
+    join_reasoning,
 )
 
 
@@ -566,3 +567,31 @@ def test_appended_last_scale(processor: NextFlowProcessor, tmp_path):
 
     processor.save_pretrained(tmp_path)
     assert NextFlowProcessor.from_pretrained(tmp_path).append_last_scale
+
+
+def test_a_conversation_reads_the_same_in_training_and_in_a_prompt(processor):
+    """Every prompt that ends where an answer has an image is the beginning of the row that trains it."""
+    processor.append_last_scale = True
+    story = [text("first"), image(picture(colour="blue")), text("then"), image(picture()), text("end")]
+    messages = [user(image(picture()), text("draw")), assistant(*story), user(text("no")), assistant(image(picture()))]
+    row = tokenized(processor, messages, return_labels=True)
+    ids, grids = row["input_ids"][0].tolist(), row["image_grids"].tolist()
+    assert [len([grid for grid in schedule if grid != [0, 0]]) for schedule in grids] == [5, 4, 4, 4]
+    prompts = [
+        ([*messages[:1], assistant(*story[:1])], {"continue_final_message": True}),
+        ([*messages[:1], assistant(*story[:3])], {"continue_final_message": True}),
+        (messages[:3], {}),
+    ]
+    for count, (prompt, options) in enumerate(prompts, start=1):
+        inputs = tokenized(processor, prompt, generation_mode="image", **options)
+        start = inputs["input_ids"][0].tolist()
+        assert start == ids[: len(start)] and start[-1] == processor.boi_token_id and len(start) < len(ids)
+        assert inputs["image_grids"].tolist() == grids[: count + 1]
+        assert row["labels"][0, len(start) - 1] == processor.boi_token_id
+
+
+def test_reasoning_goes_in_and_comes_out(processor):
+    answer = join_reasoning("the color of grass is green", "a green circle")
+    assert processor.split_reasoning(answer) == ("the color of grass is green", "a green circle")
+    assert processor.split_reasoning(" a green circle\n") == (None, "a green circle")
+    assert processor.split_reasoning("<think>the color of") == ("the color of", "")

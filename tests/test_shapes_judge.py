@@ -1,6 +1,5 @@
 """The judge of Shapes: passes what is right, also after blur and noise, and fails every kind of mistake."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from nextflow_hf.training.evaluation.shapes import evaluate_shapes, wilson_interval
 from nextflow_hf.training.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -23,7 +21,7 @@ from nextflow_hf.training.shapes import (
     sample_prompt,
     sample_scene,
 )
-from nextflow_hf.training.shapes.judge import UNKNOWN, judge_edit, judge_prompt, parse_image
+from nextflow_hf.training.shapes.judge import UNKNOWN, judge_edit, judge_prompt, judge_scene, judge_story, parse_image
 
 
 RED_CIRCLE = ShapeObject("circle", "red", 0.25, 0.5, 0.14)
@@ -219,46 +217,29 @@ def test_an_edit_made_wrongly_is_not_changed():
     assert not verdict.changed and not verdict.preserved
 
 
-@pytest.fixture
-def oracle():
-    """Draws what is asked, by looking the texts up among the prompts that the evaluation samples."""
-    from nextflow_hf.training.shapes import CATEGORIES
-
-    prompts = [
-        sample_prompt(np.random.default_rng((3, 0, i)), CATEGORIES[i % len(CATEGORIES)], split="test")
-        for i in range(24)
-    ]
-    scenes = {prompt.text: sample_scene(np.random.default_rng(0), prompt) for prompt in prompts}
-    return lambda texts: [Image.fromarray(render(scenes[text])) for text in texts]
-
-
-def test_evaluation_counts(oracle, tmp_path):
-    sizes = []
-
-    def keep_source(images, texts):
-        sizes.append(len(images))
-        return images
-
-    report = evaluate_shapes(oracle, keep_source, num_prompts=24, num_edits=12, seed=3, batch_size=5)
-    assert sizes == [5, 5, 2]
-    summary = json.loads(json.dumps(report.to_dict()))
-    assert summary["prompt"]["overall"] == 1.0 and summary["prompt"]["all"]["total"] == 24
-    assert {row["total"] for row in summary["prompt"]["categories"].values()} == {4}
-    assert summary["edit"]["overall"] == 0.0
-    assert summary["edit"]["all"]["checks"] == {"changed": 0.0, "preserved": 1.0}
-    markdown = report.to_markdown()
-    assert "| counting | 4 | 4 | 1.000 |" in markdown and "| swap | 0 | 2 | 0.000 |" in markdown
-    for kind in ("prompt", "edit"):
-        report.save_contact_sheet(tmp_path / f"{kind}.png", kind=kind, limit=8, columns=4)
-        assert Image.open(tmp_path / f"{kind}.png").size[0] > 400
+def test_a_whole_scene_is_judged():
+    assert judge_scene(render(SCENE), SCENE).checks == {"objects": True, "extras": True, "background": True}
+    mistakes = {
+        "objects": replace(SCENE, objects=(RED_CIRCLE, replace(BLUE_SQUARE, y=0.2))),
+        "extras": replace(SCENE, objects=(*SCENE.objects, replace(BLUE_SQUARE, y=0.85))),
+        "background": replace(SCENE, background="white"),
+    }
+    for name, scene in mistakes.items():
+        verdict = judge_scene(render(scene), SCENE)
+        assert not verdict.passed and not verdict.checks[name]
+        assert verdict.checks["objects"] == (name != "objects")
 
 
-def test_evaluation_refuses_a_wrong_number_of_images(oracle):
-    with pytest.raises(ValueError, match="got 4 images for 5 texts"):
-        evaluate_shapes(lambda texts: oracle(texts)[1:], None, num_prompts=5, seed=3)
+def test_a_story_can_be_consistent_and_wrong():
+    def pictures(*objects: ShapeObject, background: str = "white") -> list[np.ndarray]:
+        return [render(Scene(background, (item,))) for item in objects]
 
-
-def test_wilson_interval():
-    low, high = wilson_interval(8, 10)
-    assert low == pytest.approx(0.490, abs=1e-3) and high == pytest.approx(0.943, abs=1e-3)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
+    moved = replace(RED_CIRCLE, x=0.75)
+    story = [Scene("white", (RED_CIRCLE,)), Scene("white", (moved,))]
+    assert judge_story(pictures(RED_CIRCLE, moved), story).passed
+    green = [replace(item, color="green") for item in (RED_CIRCLE, moved)]
+    verdict = judge_story(pictures(*green), story)
+    assert verdict.checks == {"pictures": True, "scenes": False, "consistent": True}
+    for wrong in (pictures(RED_CIRCLE, green[1]), [*pictures(RED_CIRCLE), *pictures(moved, background="black")]):
+        assert judge_story(wrong, story).checks == {"pictures": True, "scenes": False, "consistent": False}
+    assert judge_story(pictures(RED_CIRCLE), story).checks == {"pictures": False, "scenes": False, "consistent": False}

@@ -30,11 +30,12 @@ def tiny_recipes(monkeypatch):
         if stage == "tokenizer":
             recipe["model"] |= {"codebook_size": 64}
             recipe["training"] |= {"continuous_steps": 1, "codebook_init_batches": 2}
-        if stage == "transformer":
+        if stage in ("transformer", "mixture"):
             recipe["data"] |= {"num_rows": 8, "rows_per_shard": 4}
+        if stage == "transformer":
             recipe["model"] |= {"num_hidden_layers": 1}
         if stage == "export":
-            recipe["judge"] |= {"num_prompts": 6, "num_edits": 6}
+            recipe["judge"]["counts"] = {"prompt": 6, "edit": 6, "direct": 5, "example": 6}
         return recipe
 
     monkeypatch.setattr(train_shapes, "load_recipe", load_tiny)

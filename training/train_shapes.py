@@ -97,13 +97,16 @@ def draw_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def text_tokenizer_stage(folder: Path) -> None:
-    """Captions and instructions of the world to a byte-level tokenizer."""
+    """All that is said in the world to a byte-level tokenizer."""
     recipe = load_recipe("text-tokenizer")
     rng = np.random.default_rng(recipe["seed"])
     texts = []
-    for _ in range(recipe["num_texts"]):
+    for index in range(recipe["num_texts"]):
         edit = sample_edit(rng)
         texts += [sample_prompt(rng).text, describe(edit.target, rng), edit.instruction]
+        row = shapes_sample(recipe["seed"], index, tasks=load_recipe("mixture")["data"]["tasks"])
+        parts = [part for message in row["messages"] for part in message["content"]]
+        texts += [part["text"] for part in parts if part["type"] == "text"]
     train_text_tokenizer(texts, recipe["vocab_size"]).save_pretrained(folder / "text_tokenizer")
 
 
@@ -186,21 +189,30 @@ def make_processor(folder: Path) -> NextFlowProcessor:
 
 
 def extract_stage(folder: Path) -> None:
-    """Pictures and instructions of the transformer's training, as tokens and codes."""
-    recipe = load_recipe("transformer")["data"]
-    data_seed, num_rows, edit_fraction = recipe.pop("data_seed"), recipe.pop("num_rows"), recipe.pop("edit_fraction")
+    """Pictures and instructions of the transformer's first two parts, as tokens and codes."""
+    extract_rows(folder, load_recipe("transformer")["data"], "codes")
+
+
+def extract_mixture_stage(folder: Path) -> None:
+    """Rows of every task, as tokens and codes."""
+    extract_rows(folder, load_recipe("mixture")["data"], "codes_mixture")
+
+
+def extract_rows(folder: Path, recipe: dict, result: str) -> None:
+    """Write rows of Shapes as shards into the folder `result`."""
+    data_seed, num_rows, tasks = recipe.pop("data_seed"), recipe.pop("num_rows"), recipe.pop("tasks")
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer", dtype=torch.bfloat16)
     vision_tokenizer = vision_tokenizer.eval().to(device, memory_format=torch.channels_last)
     extract_codes(
-        lambda index: shapes_sample(data_seed, index, edit_fraction=edit_fraction),
+        lambda index: shapes_sample(data_seed, index, tasks=tasks),
         num_rows,
-        folder / "codes",
+        folder / result,
         processor=make_processor(folder),
         vision_tokenizer=vision_tokenizer,
         **recipe,
     )
-    (folder / "codes" / "finished").touch()
+    (folder / result / "finished").touch()
 
 
 def transformer_stage(folder: Path) -> None:
@@ -239,10 +251,17 @@ def transformer_stage(folder: Path) -> None:
 
 
 def edits_stage(folder: Path) -> None:
-    """The transformer on everything: text-to-image and edits."""
+    """The transformer on text-to-image and edits: copying what an instruction does not name is a skill of its own."""
     model = NextFlowForCausalLM.from_pretrained(folder / "transformer_start", **training_attention())
     rows = load_codes(folder / "codes")
-    train_transformer(folder, model, rows, load_recipe("edits")["training"], "edits_run", "transformer")
+    train_transformer(folder, model, rows, load_recipe("edits")["training"], "edits_run", "transformer_edits")
+
+
+def mixture_stage(folder: Path) -> None:
+    """The transformer on every task; the pictures that it can draw and read by now carry the words."""
+    model = NextFlowForCausalLM.from_pretrained(folder / "transformer_edits", **training_attention())
+    rows = load_codes(folder / "codes_mixture")
+    train_transformer(folder, model, rows, load_recipe("mixture")["training"], "mixture_run", "transformer")
 
 
 def train_transformer(
@@ -277,13 +296,14 @@ def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: in
 
 
 def training_curve(folder: Path, points: int = 6) -> str:
-    """The transformer's losses over both parts of its training, as a Markdown table."""
+    """The transformer's losses over the parts of its training, as a Markdown table."""
+    results = {"text to image": "transformer_start", "and edits": "transformer_edits", "every task": "transformer"}
     parts = {}
-    for part, result in (("text to image", "transformer_start"), ("and edits", "transformer")):
+    for part, result in results.items():
         history = json.loads((folder / result / "trainer_state.json").read_text())["log_history"]
         entries = [entry for entry in history if "image_loss" in entry]
         parts[part] = [entries[round(index * (len(entries) - 1) / (points - 1))] for index in range(points)]
-    last = parts["and edits"][-1]
+    last = parts["every task"][-1]
     scales = sorted(int(name.removeprefix("loss_scale_")) for name in last if name.startswith("loss_scale_"))
     names = ["text_loss", "image_loss", *(f"loss_scale_{scale}" for scale in scales)]
     head = ["part", "step", "text", "all codes", *(f"scale {scale}" for scale in scales)]
@@ -309,30 +329,25 @@ def export_stage(folder: Path) -> None:
     pipeline = NextFlowPipeline(transformer, tokenizer, make_processor(folder))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(PartialState(cpu=not torch.accelerator.is_available()).device)
-    generate, edit = pipeline_functions(pipeline, recipe["judge"]["seed"])
-    report = evaluate_shapes(generate, edit, size=(size, size), **recipe["judge"])
+    functions = pipeline_functions(pipeline, recipe["judge"]["seed"])
+    report = evaluate_shapes(functions, size=(size, size), **recipe["judge"])
     logger.info("\n%s", report.to_markdown())
     pictures, _ = draw_pictures(folder)
     held_out = np.array(pictures[-load_recipe("pictures")["num_eval"] :])
     psnr, images = reconstruct(pipeline, held_out)
     output_dir = folder / "nextflow-shapes"
-    context = {
-        "judge": report.to_dict(),
-        "reconstruction_psnr": psnr,
-        "training": f"{recipe['training']}\nCross-entropy of the transformer in nats:\n\n{training_curve(folder)}",
-        "pictures": {
-            "prompts.png": "Held-out prompts; green frames passed the judge",
-            "edits.png": "Held-out edits: source and result",
-            "reconstruction.png": "Held-out pictures (above) through the vision tokenizer (below)",
-        },
-    }
     output_dir.mkdir(parents=True, exist_ok=True)
-    for kind in ("prompt", "edit"):
-        report.save_contact_sheet(output_dir / f"{kind}s.png", kind=kind)
+    sheets = [path.name for path in report.save_contact_sheets(output_dir)]
     rows = [np.concatenate(list(row), axis=1) for row in (held_out[:12], (images[:12] * 255).round().astype(np.uint8))]
     Image.fromarray(np.concatenate(rows)).resize((12 * 2 * size, 4 * size), Image.NEAREST).save(
         output_dir / "reconstruction.png"
     )
+    context = {
+        "judge": report.to_dict(),
+        "reconstruction_psnr": psnr,
+        "training": f"{recipe['training']}\nCross-entropy of the transformer in nats:\n\n{training_curve(folder)}",
+        "pictures": {name: recipe["pictures"][name] for name in (*sheets, "reconstruction.png")},
+    }
     # It ships inside the package, which is its code.
     export_pipeline(pipeline, output_dir, shapes_card(pipeline, context), include_code=False)
 
@@ -345,7 +360,9 @@ STAGES = {
     "sharpen": (sharpen_stage, "vision_tokenizer/model.safetensors"),
     "extract": (extract_stage, "codes/finished"),
     "transformer": (transformer_stage, "transformer_start/model.safetensors"),
-    "edits": (edits_stage, "transformer/model.safetensors"),
+    "edits": (edits_stage, "transformer_edits/model.safetensors"),
+    "extract-mixture": (extract_mixture_stage, "codes_mixture/finished"),
+    "mixture": (mixture_stage, "transformer/model.safetensors"),
     "export": (export_stage, "nextflow-shapes/model_index.json"),
 }
 

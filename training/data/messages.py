@@ -10,10 +10,12 @@ def drop_condition(
 
     With probability `text_rate` the user's text goes; with probability `image_rate` the user's images go as well
     (rates as in TokenFlow, VAR and Infinity; not specified by the paper). What is left is what the pipeline's
-    unconditional prompt looks like.
+    unconditional prompt looks like: there an image follows at once, so an answer with text in it keeps its condition.
     """
+    if any(part["type"] == "text" for part in _parts_of(row["messages"], "assistant")):
+        return row["messages"], row["images"]
     draw = rng.random()
-    drop_images = draw < image_rate and any(part["type"] == "image" for part in _user_parts(row["messages"]))
+    drop_images = draw < image_rate and any(part["type"] == "image" for part in _parts_of(row["messages"], "user"))
     if not drop_images and draw >= image_rate + text_rate:
         return row["messages"], row["images"]
     messages, images, remaining = [], [], iter(row["images"])
@@ -34,5 +36,5 @@ def _parts(message: dict) -> list[dict]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _user_parts(messages: list[dict]) -> list[dict]:
-    return [part for message in messages if message["role"] == "user" for part in _parts(message)]
+def _parts_of(messages: list[dict], role: str) -> list[dict]:
+    return [part for message in messages if message["role"] == role for part in _parts(message)]

@@ -5,12 +5,12 @@ Captions are split into train and test by a hash of the text: no held-out wordin
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, place_object
+from .scene import BACKGROUNDS, CELLS, COLORS, SHAPES, Scene, ShapeObject, place_object
 
 
 CATEGORIES = ("single_object", "colors", "two_objects", "color_attribution", "counting", "position")
@@ -210,10 +210,14 @@ def random_cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     return [divmod(int(index), 3) for index in rng.permutation(9)[:count]]
 
 
+def enumerate_objects(objects: Sequence[ShapeObject]) -> str:
+    """`a red circle in the center, a blue ring at the middle left and ...`; `nothing` without objects."""
+    phrases = [f"{noun_phrase(item.shape, item.color)} {place_phrase(item.place)}" for item in objects]
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:]))) or "nothing"
+
+
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """A full caption of any scene: each object with its colour and place, and the background. Not bound to a split."""
     order = [scene.objects[index] for index in rng.permutation(len(scene.objects))]
-    phrases = [f"{noun_phrase(item.shape, item.color)} {place_phrase(item.place)}" for item in order]
-    text = " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:]))) or "nothing"
-    text = pick(rng, BACKGROUND_PHRASINGS).format(text, scene.background)
+    text = pick(rng, BACKGROUND_PHRASINGS).format(enumerate_objects(order), scene.background)
     return pick(rng, PHRASINGS).format(text)

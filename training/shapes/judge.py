@@ -1,10 +1,11 @@
-"""The judge of the Shapes world: reads a picture back into a scene and checks it against a prompt or an edit.
+"""The judge of the Shapes world: reads a picture back into a scene and checks it against what was asked for.
 
 No neural network: nearest palette colour in CIELAB, connected components, best overlap with rendered templates.
 It expects pictures of a lossy decoder (blur, ringing, slight shifts of hue at 24 to 30 dB), and it is strict about
 everything that is asked: the exact number of objects, and nothing else in the picture.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -22,6 +23,7 @@ from .scene import (
     SHAPES,
     SQUARE_HALF_SIDE,
     TRIANGLE_HALF_HEIGHT,
+    Scene,
     ShapeObject,
     coverage,
     place_of,
@@ -306,22 +308,8 @@ def judge_edit(image: np.ndarray | Image.Image, edit: Edit) -> EditVerdict:
     colour within `MAX_SHIFT` of its place, the background, and nothing in the picture that was not asked for.
     """
     scene = parse_image(image)
-    size = min(scene.height, scene.width)
-
-    def distance(item: ParsedObject, goal: ShapeObject) -> float:
-        return float(np.hypot((item.x - goal.x) * scene.width, (item.y - goal.y) * scene.height)) / size
-
     left = list(scene.objects)
-
-    def take(goal: ShapeObject) -> bool:
-        """Removes the seen object that is `goal` at its place from `left`; False when there is none."""
-        same = [item for item in left if (item.shape, item.color) == (goal.shape, goal.color)]
-        same = [item for item in same if distance(item, goal) <= MAX_SHIFT]
-        if same:
-            left.remove(min(same, key=lambda item: distance(item, goal)))
-        return bool(same)
-
-    kept = [take(goal) for goal in edit.kept]
+    kept = [_take(goal, left, scene) for goal in edit.kept]
     preserved = all(kept)
     if edit.task == "background":
         changed = scene.background == edit.target.background
@@ -334,14 +322,64 @@ def judge_edit(image: np.ndarray | Image.Image, edit: Edit) -> EditVerdict:
             for item in found[:1]:
                 left.remove(item)
         else:
-            made = [take(goal) for goal in edit.after]
+            made = [_take(goal, left, scene) for goal in edit.after]
             changed = all(made)
         # What is left where an object should have gone or changed is a failed change; anywhere else it is an extra.
         goals = edit.before + edit.after
-        blamed = [item for item in left if any(distance(item, goal) <= 2 * MAX_SHIFT for goal in goals)]
+        blamed = [item for item in left if any(_distance(item, goal, scene) <= 2 * MAX_SHIFT for goal in goals)]
         changed = changed and not blamed
         preserved = preserved and len(blamed) == len(left)
     return EditVerdict(changed, preserved, changed and preserved)
+
+
+def judge_scene(image: np.ndarray | Image.Image | ParsedScene, wanted: Scene) -> Verdict:
+    """
+    Checks a picture against all that it should show: "objects" says whether each is within `MAX_SHIFT` of its place,
+    "extras" whether there is nothing else, "background" whether it is the right one.
+    """
+    scene = image if isinstance(image, ParsedScene) else parse_image(image)
+    left = list(scene.objects)
+    found = [_take(goal, left, scene) for goal in wanted.objects]
+    checks = {"objects": all(found), "extras": not left, "background": scene.background == wanted.background}
+    return Verdict(all(checks.values()), checks)
+
+
+def judge_story(images: Sequence[np.ndarray | Image.Image], wanted: Sequence[Scene]) -> Verdict:
+    """
+    Checks the pictures of a story. "pictures" says whether there are as many as there should be, "scenes" whether each
+    is right, and "consistent" whether what no part of the story changes (the background, the shapes, the colours, the
+    places) stays the same from picture to picture, be it right or wrong.
+    """
+    scenes = [parse_image(image) for image in images]
+    checks = {"pictures": len(scenes) == len(wanted)}
+    checks["scenes"] = checks["pictures"] and all(
+        judge_scene(scene, goal).passed for scene, goal in zip(scenes, wanted, strict=True)
+    )
+    goals, seen = [_traits(goal) for goal in wanted], [_traits(scene) for scene in scenes]
+    constant = [index for index, values in enumerate(zip(*goals)) if len(set(values)) == 1]
+    checks["consistent"] = len(seen) > 1 and all(len({traits[index] for traits in seen}) == 1 for index in constant)
+    return Verdict(all(checks.values()), checks)
+
+
+def _traits(scene: Scene | ParsedScene) -> tuple[str | frozenset[str], ...]:
+    """Background, shapes, colours and places."""
+    looks = ({getattr(item, name) for item in scene.objects} for name in ("shape", "color", "place"))
+    return (scene.background, *map(frozenset, looks))
+
+
+def _distance(item: ParsedObject, goal: ShapeObject, scene: ParsedScene) -> float:
+    """Between the centres, in the shorter side of the picture."""
+    offset = ((item.x - goal.x) * scene.width, (item.y - goal.y) * scene.height)
+    return float(np.hypot(*offset)) / min(scene.height, scene.width)
+
+
+def _take(goal: ShapeObject, left: list[ParsedObject], scene: ParsedScene) -> bool:
+    """Removes the seen object of `scene` that is `goal` at its place from `left`; False when there is none."""
+    same = [item for item in left if (item.shape, item.color) == (goal.shape, goal.color)]
+    same = [item for item in same if _distance(item, goal, scene) <= MAX_SHIFT]
+    if same:
+        left.remove(min(same, key=lambda item: _distance(item, goal, scene)))
+    return bool(same)
 
 
 def _is_placed(item: ParsedObject, edit: Edit) -> bool:
