@@ -551,7 +551,8 @@ class NextFlowPipeline(NextFlowConversationMixin, DiffusionPipeline):
         negative_conversations = None
         if self.do_classifier_free_guidance:
             negative_texts = one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))
-            negative_conversations = list(map(unconditional_messages, conversations, negative_texts))
+            without_thinking = map(self.processor.without_thinking_prompt, conversations)
+            negative_conversations = list(map(unconditional_messages, without_thinking, negative_texts))
         captions, noise_generators = None, generators
         if diffusion_decoder is not None:
             # An instruction says what to change, not what is to be seen.

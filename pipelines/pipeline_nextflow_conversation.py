@@ -68,8 +68,8 @@ class NextFlowConversationMixin:
             >>> messages = [{"role": "user", "content": content}]
             >>> answer = pipe.chat(messages)
 
-            >>> messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "and the background?"}]
-            >>> pipe.chat(messages, max_new_tokens=16)
+            >>> messages.append({"role": "assistant", "content": answer})
+            >>> pipe.chat([*messages, {"role": "user", "content": "and the background?"}], max_new_tokens=16)
             ```
 
         Returns:
