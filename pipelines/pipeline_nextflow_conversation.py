@@ -280,12 +280,9 @@ class NextFlowConversationMixin:
         this says. It is for the model to begin the image; after `max_new_tokens` it is begun for it.
         """
         text = self.get_text_settings(max_new_tokens)
-        input_ids, attention_mask = self._left_pad([prompt.input_ids[:-1] for prompt in prompts])
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "target_grids": torch.stack([prompt.image_grids[-1] for prompt in prompts]),
-        }
+        rows = {"input_ids": [prompt.input_ids[:-1].tolist() for prompt in prompts]}  # without `<boi>`
+        inputs = dict(self.processor.tokenizer.pad(rows, padding_side="left", return_tensors="pt"))
+        inputs["target_grids"] = torch.stack([prompt.image_grids[-1] for prompt in prompts])
         if any(len(prompt.image_grids) > 1 for prompt in prompts):
             inputs["image_grids"] = torch.cat([prompt.image_grids[:-1] for prompt in prompts])
             inputs["image_codes"] = torch.cat([prompt.image_codes for prompt in prompts])
