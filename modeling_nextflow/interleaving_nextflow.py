@@ -284,6 +284,8 @@ def generate_interleaved(
                 if streamer is not None:
                     streamer.put_image(codes[0], drawing.target_grids[rows[0]])
             writing = waiting & (num_tokens < max_tokens)
+            if len(criteria):  # who was told to stop meanwhile
+                writing = writing & ~criteria(answers.ids, None)
             waiting = torch.zeros_like(waiting)
         if not writing.any():
             break

@@ -22,20 +22,18 @@ BY_HAND = {f"image_{name}": value for name, value in DRAWING.items()}
 @pytest.fixture(scope="module")
 def pipe() -> NextFlowPipeline:
     """
-    A toy that writes small letters, and draws now and then: before a letter that is more likely than all others and
-    one of these, it begins an image.
+    A toy that writes small letters, and draws now and then: where `b` is the likeliest of them, an image is likelier.
     """
     pipe = toy_pipeline()
     tokenizer, boi = pipe.processor.tokenizer, pipe.processor.boi_token_id
     letters = tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
-    begins = torch.tensor(tokenizer.encode("aeiouy"))
+    (begins,) = tokenizer.encode("b")
 
     def spell(module, args, logits):
         changed = torch.full_like(logits, -1e4)
         changed[..., letters] = logits[..., letters]
         best = changed.max(-1)
-        draws = torch.isin(best.indices, begins)
-        changed[..., boi] = best.values + torch.where(draws, 3.0, -1e4)
+        changed[..., boi] = best.values + torch.where(best.indices == begins, 1.0, -1e4)
         return changed
 
     pipe.transformer.lm_head.register_forward_hook(spell)
@@ -146,7 +144,8 @@ def by_hand(pipe, messages, *, generator, max_images=2, **options):
     return parts
 
 
-INTERLEAVED = {"max_images": 2, "max_new_tokens": 14, "text_temperature": 0.3, **DRAWING}
+DRAWN = {"max_images": 2, "max_new_tokens": 14, **DRAWING}
+INTERLEAVED = {**DRAWN, "text_temperature": 0.3}
 
 
 @pytest.mark.parametrize("size", [{}, {"aspect_ratio": "5:3"}], ids=["size of the last image", "aspect ratio"])
@@ -170,8 +169,8 @@ def test_interleaved_batch_is_each_alone(pipe):
 
 
 def test_stream_gives_the_same_parts_as_they_come(pipe):
-    parts = pipe.interleave(CHATS["text"], **INTERLEAVED, generator=seeded(1))
-    stream = pipe.interleave(CHATS["text"], **INTERLEAVED, generator=seeded(1), stream=True)
+    parts = pipe.interleave(CHATS["text"], **DRAWN, generator=seeded(1))
+    stream = pipe.interleave(CHATS["text"], **DRAWN, generator=seeded(1), stream=True)
     joined = []
     for part in stream:
         if joined and part["type"] == joined[-1]["type"] == "text":
@@ -187,13 +186,11 @@ def drawing_threads() -> list[threading.Thread]:
 
 def test_a_stream_can_be_left_and_carries_errors(pipe, monkeypatch):
     counts = []
-    forward = pipe.transformer.forward
-    monkeypatch.setattr(
-        pipe.transformer, "forward", lambda *args, **kwargs: counts.append(1) or forward(*args, **kwargs)
-    )
+    hook = pipe.transformer.register_forward_hook(lambda *args: counts.append(1))
     for part in pipe.interleave(CHATS["text"], max_new_tokens=200, stream=True):
         if part["type"] == "image":
             break
+    hook.remove()
     assert not drawing_threads() and 0 < len(counts) < 100
 
     def fail(*args, **kwargs):
@@ -201,7 +198,7 @@ def test_a_stream_can_be_left_and_carries_errors(pipe, monkeypatch):
 
     monkeypatch.setattr(pipe.vision_tokenizer, "decode", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
-        list(pipe.interleave(CHATS["text"], **INTERLEAVED, generator=seeded(1), stream=True))
+        list(pipe.interleave(CHATS["text"], **DRAWN, generator=seeded(1), stream=True))
     assert not drawing_threads()
 
 
@@ -213,16 +210,8 @@ def test_interrupt_ends_an_answer_after_its_image(pipe, monkeypatch):
         return decode(*args, **kwargs)
 
     monkeypatch.setattr(pipe, "decode_codes", interrupt)  # as each streamed image is done
-    parts = list(
-        pipe.interleave(CHATS["text"], **{**INTERLEAVED, "max_new_tokens": 100}, generator=seeded(1), stream=True)
-    )
-    assert [part["type"] for part in parts] in (
-        ["text", "image"],
-        ["text", "image", "text"],
-        ["image", "text"],
-        ["image"],
-    )
-    assert len("".join(part["text"] for part in parts if part["type"] == "text")) < 30
+    parts = list(pipe.interleave(CHATS["text"], **{**DRAWN, "max_new_tokens": 100}, generator=seeded(1), stream=True))
+    assert [part["type"] for part in parts] == ["text", "image"]
     assert pipe.chat(CHATS["text"], max_new_tokens=4) and not pipe.interrupt
 
 
@@ -514,7 +503,7 @@ BAD_CALLS = {
     ),
     "sampled cold": (
         lambda pipe: pipe.interleave(CHATS["text"], do_sample=True, text_temperature=0),
-        "got `do_sample=True` with `text_temperature=0`",
+        "`do_sample=True` with `text_temperature=0`",
     ),
     "generators": (
         lambda pipe: pipe.chat(CHATS["text"], generator=[seeded(0)] * 2),
