@@ -48,9 +48,9 @@ def judge(pipeline: NextFlowPipeline, num_prompts: int, seed: int, guidance_scal
     the vision tokenizer makes of them, which falls where pictures leave what its codes can say."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
-    generate, _ = pipeline_functions(pipeline, seed, guidance_scale=guidance_scale, top_k=top_k)
-    report = evaluate_shapes(generate, None, num_prompts=num_prompts, seed=seed)
-    pictures = [item.image for item in report.results]
+    functions = pipeline_functions(pipeline, seed, guidance_scale=guidance_scale, top_k=top_k)
+    report = evaluate_shapes(functions, {"prompt": num_prompts}, seed=seed)
+    pictures = [item.pictures[0] for item in report.results]
     psnr, _ = reconstruct(pipeline, np.stack([np.asarray(picture) for picture in pictures]))
     return {
         "overall": report.to_dict()["prompt"]["overall"],

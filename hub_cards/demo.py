@@ -20,8 +20,8 @@ PROMPTS = (
     "a blue ring and an orange diamond",
     "a purple triangle above a green circle",
     "a cyan diamond left of a red square",
-    "three yellow squares on a gray background",
-    "two purple circles in front of a white background",
+    "three yellow squares on a black background",
+    "two purple circles in front of a pink background",
     "an orange circle in the top left corner",
 )
 # (index of the prompt whose picture is edited, instruction)

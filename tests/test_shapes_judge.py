@@ -140,7 +140,7 @@ def test_lossy_pictures_pass(rng, degrade):
         (Scene("black", (*SCENE.objects, ShapeObject("ring", "cyan", 0.5, 0.15, 0.13))), "count"),
         (Scene("black", (replace(RED_CIRCLE, x=0.75), replace(BLUE_SQUARE, x=0.25))), "position"),
         (Scene("black", (replace(RED_CIRCLE, x=0.5, y=0.2), replace(BLUE_SQUARE, x=0.5, y=0.8))), "position"),
-        (Scene("gray", SCENE.objects), "background"),
+        (Scene("pink", SCENE.objects), "background"),
     ],
 )
 def test_a_wrong_picture_fails_its_check(wrong, check):

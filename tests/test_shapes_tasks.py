@@ -258,8 +258,8 @@ def test_rows_depend_on_seed_and_index_alone():
 
 
 def test_the_shares_of_the_recipes_are_met():
-    recipe = yaml.safe_load((Path(train_shapes.__file__).parent / "recipes" / "shapes_mixture.yaml").read_text())
-    shares = recipe["data"]["tasks"]
+    recipe = yaml.safe_load((Path(train_shapes.__file__).parent / "recipes" / "shapes_extract.yaml").read_text())
+    shares = recipe["tasks"]
     assert set(shares) == set(TASKS) and sum(shares.values()) == pytest.approx(1)
     drawn = [shapes_sample(1, index, tasks=shares, sizes=((8, 8),))["task"] for index in range(600)]
     for task, share in shares.items():

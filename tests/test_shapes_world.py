@@ -68,7 +68,7 @@ def test_objects_keep_their_distance(rng):
         for index, item in enumerate(scene.objects):
             assert item.radius == RADIUS
             for center in (item.x, item.y):
-                assert 2 / 64 - 1e-6 <= center - item.radius and center + item.radius <= 62 / 64 + 1e-6
+                assert 1 / 64 - 1e-6 <= center - item.radius and center + item.radius <= 63 / 64 + 1e-6
             for other in scene.objects[:index]:
                 gap = max(abs(item.x - other.x), abs(item.y - other.y)) - item.radius - other.radius
                 assert gap >= 2 / 64 - 1e-6

@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..hub_cards.cards import shapes_card
 from ..hub_cards.export import cast_copy, export_pipeline
 from ..modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
+from ..modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
@@ -104,7 +105,7 @@ def text_tokenizer_stage(folder: Path) -> None:
     for index in range(recipe["num_texts"]):
         edit = sample_edit(rng)
         texts += [sample_prompt(rng).text, describe(edit.target, rng), edit.instruction]
-        row = shapes_sample(recipe["seed"], index, tasks=load_recipe("mixture")["data"]["tasks"])
+        row = shapes_sample(recipe["seed"], index, tasks=load_recipe("extract")["tasks"])
         parts = [part for message in row["messages"] for part in message["content"]]
         texts += [part["text"] for part in parts if part["type"] == "text"]
     train_text_tokenizer(texts, recipe["vocab_size"]).save_pretrained(folder / "text_tokenizer")
@@ -189,17 +190,8 @@ def make_processor(folder: Path) -> NextFlowProcessor:
 
 
 def extract_stage(folder: Path) -> None:
-    """Pictures and instructions of the transformer's first two parts, as tokens and codes."""
-    extract_rows(folder, load_recipe("transformer")["data"], "codes")
-
-
-def extract_mixture_stage(folder: Path) -> None:
     """Rows of every task, as tokens and codes."""
-    extract_rows(folder, load_recipe("mixture")["data"], "codes_mixture")
-
-
-def extract_rows(folder: Path, recipe: dict, result: str) -> None:
-    """Write rows of Shapes as shards into the folder `result`."""
+    recipe = load_recipe("extract")
     data_seed, num_rows, tasks = recipe.pop("data_seed"), recipe.pop("num_rows"), recipe.pop("tasks")
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer", dtype=torch.bfloat16)
@@ -207,12 +199,12 @@ def extract_rows(folder: Path, recipe: dict, result: str) -> None:
     extract_codes(
         lambda index: shapes_sample(data_seed, index, tasks=tasks),
         num_rows,
-        folder / result,
+        folder / "codes",
         processor=make_processor(folder),
         vision_tokenizer=vision_tokenizer,
         **recipe,
     )
-    (folder / result / "finished").touch()
+    (folder / "codes" / "finished").touch()
 
 
 def transformer_stage(folder: Path) -> None:
@@ -246,21 +238,18 @@ def transformer_stage(folder: Path) -> None:
         projection = torch.randn(codebook.shape[1], config.hidden_size) * config.initializer_range
         model.lm_head.weight[config.text_vocab_size :][: len(codebook)] = codebook @ projection
     rows = load_codes(folder / "codes")
-    rows = rows.filter(lambda image_grids: len(image_grids) == 1, input_columns="image_grids")
+
+    def draws_one_picture(input_ids: np.ndarray, labels: np.ndarray, image_grids: np.ndarray) -> bool:
+        return len(image_grids) == 1 and labels[input_ids == config.boi_token_id].item() != IGNORE_INDEX
+
+    rows = rows.filter(draws_one_picture, input_columns=["input_ids", "labels", "image_grids"])
     train_transformer(folder, model, rows, recipe["training"], "transformer_run", "transformer_start")
 
 
-def edits_stage(folder: Path) -> None:
-    """The transformer on text-to-image and edits: copying what an instruction does not name is a skill of its own."""
+def mixture_stage(folder: Path) -> None:
+    """The transformer on every task, among them those of the first part."""
     model = NextFlowForCausalLM.from_pretrained(folder / "transformer_start", **training_attention())
     rows = load_codes(folder / "codes")
-    train_transformer(folder, model, rows, load_recipe("edits")["training"], "edits_run", "transformer_edits")
-
-
-def mixture_stage(folder: Path) -> None:
-    """The transformer on every task; the pictures that it can draw and read by now carry the words."""
-    model = NextFlowForCausalLM.from_pretrained(folder / "transformer_edits", **training_attention())
-    rows = load_codes(folder / "codes_mixture")
     train_transformer(folder, model, rows, load_recipe("mixture")["training"], "mixture_run", "transformer")
 
 
@@ -297,7 +286,7 @@ def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: in
 
 def training_curve(folder: Path, points: int = 6) -> str:
     """The transformer's losses over the parts of its training, as a Markdown table."""
-    results = {"text to image": "transformer_start", "and edits": "transformer_edits", "every task": "transformer"}
+    results = {"text to image": "transformer_start", "every task": "transformer"}
     parts = {}
     for part, result in results.items():
         history = json.loads((folder / result / "trainer_state.json").read_text())["log_history"]
@@ -360,8 +349,6 @@ STAGES = {
     "sharpen": (sharpen_stage, "vision_tokenizer/model.safetensors"),
     "extract": (extract_stage, "codes/finished"),
     "transformer": (transformer_stage, "transformer_start/model.safetensors"),
-    "edits": (edits_stage, "transformer_edits/model.safetensors"),
-    "extract-mixture": (extract_mixture_stage, "codes_mixture/finished"),
     "mixture": (mixture_stage, "transformer/model.safetensors"),
     "export": (export_stage, "nextflow-shapes/model_index.json"),
 }

@@ -55,7 +55,7 @@ class HeldOutPictures(Dataset):
 
 
 def run_stage(stage: str, folder: Path) -> None:
-    recipe, data_recipe = load_decoder_recipe("shapes_diffusion_decoder"), load_recipe("transformer")["data"]
+    recipe, data_recipe = load_decoder_recipe("shapes_diffusion_decoder"), load_recipe("extract")
     # Half precision, as when the codes were extracted and as it is shipped
     tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer", dtype=torch.bfloat16).eval()
     set_seed(recipe["training"]["seed"])
@@ -66,8 +66,7 @@ def run_stage(stage: str, folder: Path) -> None:
 
     def get_row(index: int) -> dict:
         # The same scenes that the codes show, drawn at the size of the stage
-        fraction = data_recipe["edit_fraction"]
-        return shapes_sample(data_recipe["data_seed"], index, edit_fraction=fraction, sizes=((side, side),))
+        return shapes_sample(data_recipe["data_seed"], index, tasks=data_recipe["tasks"], sizes=((side, side),))
 
     run = folder / "diffusion_decoder_run" / f"{stage}_run"
     train_stage(

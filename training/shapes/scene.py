@@ -24,7 +24,6 @@ COLORS = {
 BACKGROUNDS = {
     "white": (246, 246, 246),
     "black": (14, 14, 14),
-    "gray": (128, 128, 128),
     "pink": (255, 186, 208),
 }
 
@@ -39,9 +38,10 @@ CELLS = {name: (row, column) for row, names in enumerate(PLACES) for column, nam
 MAX_OBJECTS = 4
 REFERENCE_SIZE = 64  # the pixel numbers below are meant at this size
 # One size, and one position a cell: what no caption can ask for is not left to chance either, which would cost a small
-# model most of its training.
-RADIUS = 9 / REFERENCE_SIZE
-BORDER = 2 / REFERENCE_SIZE  # between an object and the edge of the picture
+# model most of its training. Every object fills two by two patches of 8 pixels, the same way wherever it is: its codes
+# are then the same in every cell, and an object is learnt once, not nine times.
+RADIUS = 7 / REFERENCE_SIZE
+CENTERS = (8 / REFERENCE_SIZE, 32 / REFERENCE_SIZE, 56 / REFERENCE_SIZE)
 
 # Proportions that give the five shapes about the same visual weight. All fit the box of half-width `radius`.
 SQUARE_HALF_SIDE = 0.86
@@ -100,9 +100,7 @@ def place_of(x: float, y: float) -> str:
 def place_object(shape: str, color: str, cell: tuple[int, int]) -> ShapeObject:
     """An object in the (row, column) `cell` of the lattice. Objects in different cells never touch."""
     row, column = cell
-    low, high = RADIUS + BORDER, 1 - RADIUS - BORDER
-    x, y = (min(max((index + 0.5) / 3, low), high) for index in (column, row))
-    return ShapeObject(shape, color, x, y, RADIUS)
+    return ShapeObject(shape, color, CENTERS[column], CENTERS[row], RADIUS)
 
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:

@@ -25,7 +25,6 @@ COLOR_THINGS = {
 BACKGROUND_THINGS = {
     "white": ("snow", "milk"),
     "black": ("coal", "the night"),
-    "gray": ("ash", "a mouse"),
     "pink": ("a pig", "a rose"),
 }
 SHAPE_HINTS = {
