@@ -24,6 +24,8 @@ _MODULE_OF_NAME = {
     "NextFlowProcessor": "processing.processing_nextflow",
     "NextFlowPipeline": "pipelines.pipeline_nextflow",
     "NextFlowPipelineOutput": "pipelines.pipeline_nextflow_output",
+    "NextFlowFramesOutput": "pipelines.pipeline_nextflow_output",
+    "NextFlowConversation": "pipelines.conversation_nextflow",
     "NextFlowDiffusionDecoder": "pipelines.diffusion_decoder",
     "NextFlowDiffusionDecoderPipeline": "pipelines.pipeline_nextflow_diffusion_decoder",
     "NextFlowTrainer": "training.trainer",

@@ -115,6 +115,9 @@ class NextFlowGenerationMixin(GenerationMixin):
                 Unconditional prompts, where `image_guidance_scale` is not 1.
             generator (`torch.Generator` or list of them, *optional*):
                 One, or one a row. In interleaved mode it also samples the text.
+            stop_at_image (`bool`, *optional*, defaults to `False`):
+                In interleaved mode a row ends with its first `<boi>`, and nothing is drawn: the sequences, with a row
+                of `image_grids` for each `<boi>`, are prompts for `"image"` mode.
 
         Returns:
             In `"image"` mode [`NextFlowImageGenerationOutput`], in `"interleaved"` mode
@@ -346,8 +349,8 @@ class NextFlowGenerationMixin(GenerationMixin):
     ) -> NextFlowInterleavedGenerationOutput:
         options.pop("input_ids", None)
         self._refuse(options, "interleaved", ("inputs_embeds",))
-        names = ("target_grids", "generator", "streamer")
-        target_grids, generator, streamer = (options.pop(name, None) for name in names)
+        names = ("target_grids", "generator", "streamer", "stop_at_image")
+        target_grids, generator, streamer, stop_at_image = (options.pop(name, None) for name in names)
         negative = {
             name: options.pop(f"negative_{name}", None)
             for name in ("input_ids", "attention_mask", "image_codes", "image_grids")
@@ -376,8 +379,14 @@ class NextFlowGenerationMixin(GenerationMixin):
         def plan_for(grids: list[tuple[int, int]]) -> list[ScaleStep]:
             return scale_plan(grids, **image_settings)
 
-        plans = [plan_for(schedule_of(row)) for row in target_grids]
-        drawing = Drawing(target_grids, plan_for, _one_per_row(generator, len(input_ids)), max_images)
+        plans = [plan_for(schedule_of(row)) for row in target_grids] if max_images and not stop_at_image else []
+        drawing = Drawing(
+            target_grids,
+            plan_for,
+            _one_per_row(generator, len(input_ids)),
+            max_images,
+            stop_at_image=bool(stop_at_image),
+        )
         if any(step.guidance_scale != 1 for plan in plans for step in plan):
             images = arguments.get("image_codes"), arguments.get("image_grids")
             drawing.negative = self._negative_context(input_ids, *images, target_grids, negative)

@@ -101,6 +101,7 @@ class Drawing:
         generators: one a row, for text and images alike; `None` is the global one.
         max_images: images that a row may begin.
         negative: the unconditional prompts, one a row, each ending in `<boi>`.
+        stop_at_image: a row ends with the `<boi>` of its first image, which is left to be drawn.
     """
 
     target_grids: torch.LongTensor
@@ -108,6 +109,7 @@ class Drawing:
     generators: Sequence[torch.Generator | None]
     max_images: int
     negative: PromptRows | None = None
+    stop_at_image: bool = False
 
 
 class _Answers:
@@ -268,7 +270,8 @@ def generate_interleaved(
         if len(criteria):
             done = done | (criteria(answers.ids, None) & ~begun)
         answers.is_pending = answers.is_pending | (writing & ~begun)
-        waiting = waiting | begun
+        if not drawing.stop_at_image:
+            waiting = waiting | begun
         writing = writing & ~begun & ~done
 
         # 2b. The images, once nobody writes
@@ -281,6 +284,8 @@ def generate_interleaved(
                 if streamer is not None:
                     streamer.put_image(codes[0], drawing.target_grids[rows[0]])
             writing = waiting & (num_tokens < max_tokens)
+            if len(criteria):  # who was told to stop meanwhile
+                writing = writing & ~criteria(answers.ids, None)
             waiting = torch.zeros_like(waiting)
         if not writing.any():
             break

@@ -3,15 +3,18 @@
 # First, before any of our modules: importing diffusers registers them with its loader (registration.py).
 import diffusers  # noqa: F401
 
+from .conversation_nextflow import NextFlowConversation
 from .diffusion_decoder import NextFlowDiffusionDecoder
 from .pipeline_nextflow import NextFlowPipeline
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .pipeline_nextflow_output import NextFlowPipelineOutput
+from .pipeline_nextflow_output import NextFlowFramesOutput, NextFlowPipelineOutput
 
 
 __all__ = [
+    "NextFlowConversation",
     "NextFlowDiffusionDecoder",
     "NextFlowDiffusionDecoderPipeline",
+    "NextFlowFramesOutput",
     "NextFlowPipeline",
     "NextFlowPipelineOutput",
 ]

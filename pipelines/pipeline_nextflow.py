@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .diffusion_decoder import NextFlowDiffusionDecoder
 from .pipeline_helpers import call_component, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_nextflow_conversation import NextFlowConversationMixin
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_output import NextFlowPipelineOutput
 
@@ -48,6 +49,17 @@ EXAMPLE_DOC_STRING = """
         >>> pipe = NextFlowPipeline.from_pretrained(shapes_model_path())
         >>> image = pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
         >>> edited = pipe("make the circle blue", image=image).images[0]
+
+        >>> output = pipe("a circle in the color of grass", think=True)
+        >>> output.thoughts[0], output.final_prompts[0], output.images[0]
+
+        >>> # In-context learning: what the pairs show is done to the last image
+        >>> content = []
+        >>> for before, after in pairs:
+        ...     content += [{"type": "image", "image": before}, {"type": "text", "text": "is to"}]
+        ...     content += [{"type": "image", "image": after}, {"type": "text", "text": "as"}]
+        >>> content += [{"type": "image", "image": image}, {"type": "text", "text": "is to"}]
+        >>> answer = pipe(messages=[{"role": "user", "content": content}]).images[0]
         ```
 """
 
@@ -76,9 +88,9 @@ class NextFlowDrawingPrompt:
         return [(height, width) for height, width in self.image_grids[-1].tolist() if height > 0]
 
 
-class NextFlowPipeline(DiffusionPipeline):
+class NextFlowPipeline(NextFlowConversationMixin, DiffusionPipeline):
     r"""
-    Text-to-image, editing of one or several images, and drawing in a conversation.
+    Text-to-image, editing of one or several images, thinking before drawing, and conversations of text and images.
 
     Args:
         transformer ([`NextFlowForCausalLM`]): Draws codes, scale by scale.
@@ -414,6 +426,8 @@ class NextFlowPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_codes",),
+        think: bool = False,
+        max_new_tokens: int | None = None,
     ) -> NextFlowPipelineOutput | tuple:
         r"""
         Draw images. Settings left out come from the transformer's generation config (`image_guidance_scale`,
@@ -469,6 +483,12 @@ class NextFlowPipeline(DiffusionPipeline):
                 `pipe.decode_codes(image_codes.flatten(), image_grids, num_scales=scale + 1)`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["image_codes"]`):
                 `"image_codes"`: codes so far (images, codes); `"image_grids"`: the schedules (images, max_scales, 2).
+            think (`bool`, *optional*, defaults to `False`):
+                Let the model write before each image, reasoning and then the prompt that it arrives at, and draw with
+                that in view. Text is sampled as the transformer's generation config says. The unconditional prompt of
+                guidance is the one without thinking.
+            max_new_tokens (`int`, *optional*):
+                With `think`: where an image that is not yet begun is begun, with a warning.
 
         Examples:
 
@@ -502,6 +522,7 @@ class NextFlowPipeline(DiffusionPipeline):
             decoder,
             decoder_settings,
         )
+        self.check_thinking(think, max_new_tokens)
         diffusion_decoder = self.diffusion_decoder_pipeline if decoder == "diffusion" else None
         if diffusion_decoder is not None:
             diffusion_decoder.check_settings(**decoder_settings)
@@ -530,7 +551,8 @@ class NextFlowPipeline(DiffusionPipeline):
         negative_conversations = None
         if self.do_classifier_free_guidance:
             negative_texts = one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))
-            negative_conversations = list(map(unconditional_messages, conversations, negative_texts))
+            without_thinking = map(self.processor.without_thinking_prompt, conversations)
+            negative_conversations = list(map(unconditional_messages, without_thinking, negative_texts))
         captions, noise_generators = None, generators
         if diffusion_decoder is not None:
             # An instruction says what to change, not what is to be seen.
@@ -551,8 +573,14 @@ class NextFlowPipeline(DiffusionPipeline):
             keep_first_size=messages is None and not size,
             **size,
             **({} if resolution is None else {"resolution": resolution}),
+            **({"enable_thinking": True} if think else {}),
         )
         prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
+        thoughts = final_prompts = None
+        if think:
+            prompts, thoughts, final_prompts = self.think_before_drawing(
+                prompts, max_new_tokens=max_new_tokens, generators=generators
+            )
 
         # 5. Draw and decode, the images of one schedule together
         groups: dict[tuple, list[int]] = {}
@@ -607,6 +635,8 @@ class NextFlowPipeline(DiffusionPipeline):
             images=None if output_type == "codes" else stack_equal(images),
             image_codes=torch.cat(image_codes),
             image_grids=image_grids.to(image_codes[0].device),
+            thoughts=thoughts,
+            final_prompts=final_prompts,
         )
         return output if return_dict else output.to_tuple()
 

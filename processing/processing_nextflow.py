@@ -751,6 +751,20 @@ class NextFlowProcessor(ProcessorMixin):
                 parts.append({"type": "text", "text": text})
         return parts
 
+    @staticmethod
+    def without_thinking_prompt(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages of one conversation as they would be without `enable_thinking`."""
+        if not conversation or conversation[0].get("role") != "system":
+            return conversation
+        first, *others = conversation
+        content = first.get("content") or ""
+        text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+        if text == THINKING_PROMPT:
+            return others
+        if text.startswith(f"{THINKING_PROMPT}\n"):
+            return [{**first, "content": text.removeprefix(f"{THINKING_PROMPT}\n")}, *others]
+        return conversation
+
     # ---- transformers' hooks
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
@@ -782,7 +796,7 @@ def _without_user_text(conversation: list, text: str) -> list:
     if not isinstance(conversation[0], dict):
         return [_without_user_text(row, text) for row in conversation]
     messages = []
-    for message in conversation:
+    for message in NextFlowProcessor.without_thinking_prompt(conversation):
         if message["role"] == "user":
             parts = [] if isinstance(message["content"], str) else message["content"]
             message = {**message, "content": [part for part in parts if part["type"] != "text"]}
@@ -796,16 +810,15 @@ def _without_user_text(conversation: list, text: str) -> list:
 
 
 def _with_thinking_prompt(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with [`THINKING_PROMPT`] as their system message, in front of what theirs says, once."""
+    """The messages with `THINKING_PROMPT` as their system message, in front of what theirs says, once."""
     if not conversation or conversation[0].get("role") != "system":
         return [{"role": "system", "content": THINKING_PROMPT}, *conversation]
-    first, *others = conversation
-    content = first.get("content", "")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    text = "".join(part.get("text") or "" for part in parts)
-    if text.startswith(THINKING_PROMPT):
+    if NextFlowProcessor.without_thinking_prompt(conversation) is not conversation:
         return conversation
-    asked = {"type": "text", "text": f"{THINKING_PROMPT}\n" if text else THINKING_PROMPT}
+    first, *others = conversation
+    content = first.get("content") or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    asked = {"type": "text", "text": f"{THINKING_PROMPT}\n" if content else THINKING_PROMPT}
     return [{**first, "content": [asked, *parts]}, *others]
 
 

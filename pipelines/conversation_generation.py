@@ -1,0 +1,133 @@
+"""How an answer is written: when it draws, when it stops, and its parts as they come."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+
+
+class DrawBeforeEnding(LogitsProcessor):
+    """
+    Answers of at least `num_images` images: what would end one before begins the next image instead, and so does text
+    that leaves no room for the images still to come, of which each counts as one token.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(rows, length)`): The prompts.
+        num_images (`int`): Images that a row must have.
+        max_new_tokens (`int`): Tokens of text, with one for each image.
+        boi_token_id, eoi_token_id, image_token_id, pad_token_id (`int`): What images are written with, and padding.
+        eos_token_ids (`Sequence[int]`): What ends an answer.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.LongTensor,
+        *,
+        num_images: int,
+        max_new_tokens: int,
+        boi_token_id: int,
+        eoi_token_id: int,
+        image_token_id: int,
+        pad_token_id: int,
+        eos_token_ids: Sequence[int],
+    ):
+        self.num_images = num_images
+        self.max_new_tokens = max_new_tokens
+        self.boi_token_id = boi_token_id
+        self.uncounted = torch.tensor([eoi_token_id, image_token_id, pad_token_id], device=input_ids.device)
+        self.ending = sorted({*eos_token_ids, pad_token_id})
+        self.prompts = self._count(input_ids)
+        self.was_forced = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def _count(self, ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Images begun, and tokens that count, of every row."""
+        return (ids == self.boi_token_id).sum(1), (~torch.isin(ids, self.uncounted)).sum(1)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        drawn, tokens = (now - before for now, before in zip(self._count(input_ids), self.prompts))
+        missing = self.num_images - drawn
+        must_draw = missing > 0
+        forced = must_draw & (tokens + missing >= self.max_new_tokens)
+        self.was_forced |= forced
+        changed = scores.clone()
+        changed[:, self.boi_token_id] = scores[:, [self.boi_token_id, *self.ending]].logsumexp(1)
+        changed[:, self.ending] = -float("inf")
+        changed[forced] = -float("inf")
+        changed[forced, self.boi_token_id] = 0
+        return torch.where(must_draw[:, None], changed, scores)
+
+
+class StopWhen(StoppingCriteria):
+    """All rows end once `is_stopped()`; an image that has been begun is drawn first."""
+
+    def __init__(self, is_stopped: Callable[[], bool]):
+        self.is_stopped = is_stopped
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.is_stopped(), dtype=torch.bool, device=input_ids.device)
+
+
+class PartStreamer(TextStreamer):
+    """
+    Hands `emit` the parts of an answer as they come: `{"type": "text", "text": ...}` with whole words, and
+    `{"type": "image", "image": ...}`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        emit: Callable[[dict[str, Any]], None],
+        decode_image: Callable[[torch.LongTensor, torch.LongTensor], Any],
+    ):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.emit = emit
+        self.decode_image = decode_image
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.emit({"type": "text", "text": text})
+
+    def put_image(self, image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> None:
+        self.end()  # the words before it
+        self.next_tokens_are_prompt = False  # what `end` supposes
+        self.emit({"type": "image", "image": self.decode_image(image_codes, image_grids)})
+
+
+class _Failure:
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+def iterate(work: Callable[[Callable[[Any], None]], None], stop: Callable[[], None]) -> Iterator[Any]:
+    """
+    What `work(emit)` emits, one by one, while it goes on in a thread of its own. An exception there is raised here;
+    leaving the loop early calls `stop`, and waits for the thread.
+    """
+    parts: queue.SimpleQueue = queue.SimpleQueue()
+    done = object()
+
+    @torch.no_grad()  # this, too, is a thread's own
+    def run() -> None:
+        try:
+            work(parts.put)
+        except BaseException as error:
+            parts.put(_Failure(error))
+        else:
+            parts.put(done)
+
+    thread = threading.Thread(target=run, name="nextflow-answer", daemon=True)
+    thread.start()
+    try:
+        while (part := parts.get()) is not done:
+            if isinstance(part, _Failure):
+                raise part.error
+            yield part
+    finally:
+        stop()
+        thread.join()
+
+
+__all__ = ["DrawBeforeEnding", "PartStreamer", "StopWhen", "iterate"]
