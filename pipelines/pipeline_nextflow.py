@@ -19,6 +19,7 @@ from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .diffusion_decoder import NextFlowDiffusionDecoder
+from .lora_nextflow import NextFlowLoraLoaderMixin
 from .pipeline_helpers import call_component, generator_per_image, one_per_prompt, stack_equal
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_output import NextFlowPipelineOutput
@@ -76,7 +77,7 @@ class NextFlowDrawingPrompt:
         return [(height, width) for height, width in self.image_grids[-1].tolist() if height > 0]
 
 
-class NextFlowPipeline(DiffusionPipeline):
+class NextFlowPipeline(NextFlowLoraLoaderMixin, DiffusionPipeline):
     r"""
     Text-to-image, editing of one or several images, and drawing in a conversation.
 
