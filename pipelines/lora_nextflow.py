@@ -88,7 +88,9 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         config = _lora_config(state_dict, metadata)
         adapter_name = adapter_name or get_adapter_name(self.transformer)
         if adapter_name in self.get_list_adapters().get("transformer", []):
-            raise ValueError(f"there is an adapter {adapter_name!r} already: `delete_adapters` it or take another name")
+            raise ValueError(
+                f"there is an adapter {adapter_name!r} already: `delete_adapters` it or take another name"
+            )
 
         # With hooks of offloading in place, new matrices would be put where the old ones are not.
         device = self._execution_device

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .diffusion_decoder import NextFlowDiffusionDecoder
 from .lora_nextflow import NextFlowLoraLoaderMixin
-from .pipeline_helpers import call_component, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_helpers import call_component, exclusively, generator_per_image, one_per_prompt, stack_equal
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_output import NextFlowPipelineOutput
 
@@ -386,6 +386,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, DiffusionPipeline):
         )
 
     @torch.no_grad()
+    @exclusively
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
