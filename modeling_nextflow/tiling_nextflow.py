@@ -1,6 +1,7 @@
 """A map in overlapping tiles, for modules that enlarge it: less memory at once, and no seams.
 
-Pure functions of maps and sizes. Knows nothing of what the module does, but that it multiplies both sides by one factor.
+Pure functions of maps and sizes. Knows nothing of what the module does, but that it multiplies both sides by one
+factor.
 """
 
 import math

@@ -1,9 +1,10 @@
 """LoRA on the transformer, under the names of diffusers' pipelines: `load_lora_weights`, `set_adapters`, `fuse_lora`.
 
-diffusers' mixin does most of it for any model. Here is what it does for its own denoisers alone: which layouts come in,
-and how they get into a transformers model. By PEFT's hands: transformers' `load_adapter` drops DoRA's magnitudes.
+diffusers' mixin does most of it for any model. Here is what it does for its own denoisers alone: which layouts come
+in, and how they get into a transformers model. By PEFT's hands: transformers' `load_adapter` drops DoRA's magnitudes.
 """
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         config = _lora_config(state_dict, metadata)
         adapter_name = adapter_name or get_adapter_name(self.transformer)
         if adapter_name in self.get_list_adapters().get("transformer", []):
-            raise ValueError(
-                f"there is an adapter {adapter_name!r} already: `delete_adapters` it or take another name"
-            )
+            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it first, or take another name")
 
         # With hooks of offloading in place, new matrices would be put where the old ones are not.
         device = self._execution_device
@@ -111,16 +110,16 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     def fuse_lora(
         self,
-        components: list[str] = ["transformer"],
+        components: Sequence[str] = ("transformer",),
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
     ) -> None:
         """
-        Adds the adapters to the weights, so that they cost nothing. [`~NextFlowLoraLoaderMixin.unfuse_lora`] undoes it.
+        Adds the adapters to the weights, where they cost nothing. [`~NextFlowLoraLoaderMixin.unfuse_lora`] undoes it.
 
         Args:
-            components (`list[str]`, *optional*, defaults to `["transformer"]`): There is no other.
+            components (`list[str]`, *optional*, defaults to `("transformer",)`): There is no other.
             lora_scale (`float`, *optional*, defaults to 1.0): On top of the weights that `set_adapters` gave.
             safe_fusing (`bool`, *optional*, defaults to `False`): Refuse weights that are not finite.
             adapter_names (`list[str]`, *optional*): By default those that are active.
@@ -132,7 +131,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         super().fuse_lora(components=components, safe_fusing=safe_fusing, adapter_names=adapter_names)
         self._fused_scale = lora_scale
 
-    def unfuse_lora(self, components: list[str] = ["transformer"]) -> None:
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
         """Takes the adapters out of the weights again; they stay active."""
         names = list(self.fused_loras)
         super().unfuse_lora(components=components)

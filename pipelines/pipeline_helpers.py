@@ -1,5 +1,5 @@
-"""What the pipelines share: calls that offloading sees, one thread at a time, a generator for every image, arrays of one
-shape as one."""
+"""What the pipelines share: calls that offloading sees, one thread at a time, a generator for every image, arrays of
+one shape as one."""
 
 import functools
 import threading

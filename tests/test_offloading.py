@@ -5,8 +5,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from PIL import Image
-from toy_pipeline import toy_pipeline
 from torch import nn
+from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
 
@@ -74,9 +74,8 @@ def test_the_poison_shows():
     pipe = toy_pipeline()
     add_hook_to_module(pipe.vision_tokenizer, Poison())
     with torch.no_grad():
-        pixels = pipe.vision_tokenizer.decode(
-            torch.zeros(30, dtype=torch.long), torch.tensor([[[1, 1], [2, 2], [3, 3], [4, 4]]])
-        )
+        grids = torch.tensor([[[1, 1], [2, 2], [3, 3], [4, 4]]])
+        pixels = pipe.vision_tokenizer.decode(torch.zeros(30, dtype=torch.long), grids)
     assert pixels.isnan().all()
 
 
@@ -122,7 +121,7 @@ def test_group_offload_to_disk(level, expected, tmp_path, empty_is_nan):
 
 
 def test_blocks_are_layers_not_whole_models(tmp_path):
-    """Else nothing is saved: a block is what diffusers finds directly in a component, or under the names it is told."""
+    """Else nothing is saved: a block is what diffusers finds directly in a component or under given names."""
     pipe = toy_pipeline()
     for model in (pipe.transformer, pipe.vision_tokenizer):
         apply_group_offloading(model, CPU, CPU, offload_to_disk_path=str(tmp_path), **LEVELS["block"])

@@ -20,12 +20,11 @@ from nextflow_hf import NextFlowPipeline
 
 
 SKIPPED = {
-    "test_attention_slicing_forward_pass": "transformers' attention has no slices; `set_attn_implementation` chooses it",
-    "test_callback_inputs, zeroed latents": "codes are drawn, not refined: the callback reads them; codes of one's own "
-    "go in with the call",
-    "test_encode_prompt_works_in_isolation": "no `encode_prompt`: prompts go through the transformer itself, as tokens",
+    "test_attention_slicing_forward_pass": "transformers' attention has no slices; it has implementations",
+    "test_callback_inputs, zeroed latents": "codes are drawn, not refined: the callback reads them",
+    "test_encode_prompt_works_in_isolation": "no `encode_prompt`: the transformer itself reads prompts, as tokens",
     "test_freeu, test_fused_qkv_projections, test_ip_adapter": "for UNets",
-    "test_float16_inference": "the suite's needs an accelerator; `test_half_precision_inference_no_nan` here does not",
+    "test_float16_inference": "needs an accelerator there; here it is `test_half_precision_inference_no_nan`",
     "test_karras_schedulers_shape": "there is no scheduler; that of the diffusion decoder is an optional part",
     "test_latents_input": "no `image_latents` are taken: images become codes of the vision tokenizer",
     "test_layerwise_casting_inference": "a method of diffusers' models; test_offloading.py applies the hook instead",
@@ -36,7 +35,7 @@ SKIPPED = {
     "test_pipeline_call_signature, num_inference_steps": "steps are the scales of the size that is drawn",
     "test_pyramid_attention_broadcast, test_faster_cache, test_first_block_cache, test_taylorseer_cache, "
     "test_mag_cache": "they reuse one step's features in the next: here every step has a grid of its own",
-    "test_save_load_float16": "the suite's needs an accelerator; `test_save_load_float16` here does not",
+    "test_save_load_float16": "needs an accelerator there; here it has its own",
     "test_StableDiffusionMixin_component": "for pipelines of a UNet",
     "test_xformers_attention_forwardGenerator_pass": "transformers' models choose attention themselves",
 }

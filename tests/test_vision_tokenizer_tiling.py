@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from toy_pipeline import toy_pipeline, toy_vision_tokenizer
 from torch import nn
+from toy_pipeline import toy_pipeline, toy_vision_tokenizer
 
 from nextflow_hf import NextFlowVisionTokenizer, NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.pixel_cnn_nextflow import NextFlowAttentionBlock
