@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from toy import IDS, SQUARE, grids_tensor
 from toy_pipeline import toy_pipeline
@@ -239,12 +240,18 @@ def test_an_adapter_with_whole_modules_is_merged_instead(tmp_path):
 
 
 @pytest.mark.parametrize("offload", ["sequential", "group"])
-def test_it_comes_into_an_offloaded_transformer(offload, adapter, tmp_path):
+def test_it_comes_into_an_offloaded_transformer(offload, adapter, tmp_path, monkeypatch):
     adapter.save_pretrained(tmp_path, save_embedding_layers=False)
     pipe = toy_pipeline()
     if offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=torch.device("cpu"))
+        # On a CPU as `enable_sequential_cpu_offload` does it on a GPU.
+        monkeypatch.setattr(
+            pipe, "enable_sequential_cpu_offload", lambda device: cpu_offload(pipe.transformer, torch.device("cpu"))
+        )
+        pipe.enable_sequential_cpu_offload(device=None)
+        assert pipe.transformer.lm_head.weight.is_meta
     else:
         pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     pipe.load_lora_weights(tmp_path)
+    assert pipe.transformer.lm_head.weight.is_meta == (offload == "sequential")
     assert_equal(pipe, {adapter: 1})
