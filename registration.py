@@ -2,7 +2,7 @@
 
 Registering takes our classes, and those take torch. So that `import nextflow_hf` itself stays free of them, a library
 that is not imported yet gets its registration when it is. The one file that touches private API: diffusers' table of
-loadable libraries.
+loadable libraries, and those behind `AutoPipelineForText2Image`.
 """
 
 import sys
@@ -76,6 +76,16 @@ def register_with_diffusers() -> None:
     diffusers.NextFlowDiffusionDecoderPipeline = NextFlowDiffusionDecoderPipeline
 
 
+def register_with_auto_pipelines() -> None:
+    from diffusers.pipelines import auto_pipeline
+
+    from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
+
+    # One class draws and edits. diffusers looks a class up by its name, through all tables, for its key in this one.
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nextflow"] = NextFlowPipeline
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["nextflow"] = NextFlowPipeline
+
+
 def register_with_peft() -> None:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -132,6 +142,7 @@ def install() -> None:
     registrations = {
         "transformers": register_with_transformers,
         "diffusers": register_with_diffusers,
+        "diffusers.pipelines.auto_pipeline": register_with_auto_pipelines,
         "peft": register_with_peft,
     }
     for name in [name for name in registrations if name in sys.modules]:

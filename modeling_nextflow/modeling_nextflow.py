@@ -391,6 +391,15 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # diffusers' group offloading: drawing calls these one by one, without `forward`; names at any depth.
+    _group_offload_block_modules = [
+        "model",
+        "embed_tokens",
+        "connector",
+        "image_codebook",
+        "scale_embedding",
+        "lm_head",
+    ]
     loss_chunk_size = 4096  # tokens whose logits exist at the same time in the loss
 
     def __init__(self, config: NextFlowConfig):
@@ -535,7 +544,9 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""
         first, last = self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size
         head = self.lm_head
-        if type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook"):
+        # Hooks of offloading and sharding replace `forward` of the very module.
+        is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
+        if is_plain:
             return F.linear(hidden_states, head.weight[first:last])
         # An adapter and a quantised head have no rows to slice; an offloaded or sharded one has them in its call.
         return head(hidden_states)[..., first:last]

@@ -7,9 +7,10 @@ caller's: use `torch.no_grad()` around `encode` and `decode` when they are not w
 """
 
 import copy
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +165,19 @@ class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["NextFlowResnetBlock", "NextFlowAttentionBlock", "NextFlowMultiScaleQuantizer"]
+    # diffusers' group offloading: what `encode` and `decode` call one by one, without `forward`; names at any depth.
+    _group_offload_block_modules = [
+        "semantic_encoder",
+        "semantic_decoder",
+        "encoder",
+        "pixel_encoder",
+        "pixel_decoder",
+        "quant_conv",
+        "post_quant_conv",
+        "quantizer",
+        "semantic_codebook",
+        "pixel_codebook",
+    ]
     # A codebook rounded to half precision would give other codes (§2.1 quantises in float32).
     _keep_in_fp32_modules_strict = ["quantizer"]
     _supports_sdpa = True
@@ -232,6 +246,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         )
         self.post_quant_conv = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
         self.pixel_decoder = NextFlowPixelDecoder(config)
+        self.use_slicing = self.use_tiling = False
+        self.tile_size, self.tile_overlap = 512, 0.25
         self.post_init()
 
     @classmethod
@@ -252,6 +268,34 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def codebook(self) -> torch.FloatTensor:
         """Unit semantic and unit pixel vectors of every code, float32 (codebook_size, semantic + pixel code_dim)."""
         return self.quantizer.codebook()
+
+    def enable_slicing(self) -> None:
+        """`encode` and `decode` take one image at a time: the same result in less memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self, tile_size: int = 512, tile_overlap: float = 0.25) -> None:
+        """
+        `decode` makes the pixels of a large image in tiles: less memory, at the price of the norms, whose statistics
+        then are those of a tile. Attention still sees the whole image. `encode` stays whole: where a tile's features
+        differ a little, its codes would differ altogether.
+
+        Args:
+            tile_size (`int`, *optional*, defaults to 512): Side of a tile in pixels; smaller images are decoded whole.
+            tile_overlap (`float`, *optional*, defaults to 0.25):
+                Share of a tile that it has in common with the next, where the two are blended.
+        """
+        if tile_size < 2 * self.config.patch_size:
+            raise ValueError(f"tile_size is {tile_size}, expected at least two cells: {2 * self.config.patch_size}")
+        if not 0 <= tile_overlap <= 0.5:
+            raise ValueError(f"tile_overlap is {tile_overlap}, expected a share from 0 to 0.5")
+        self.tile_size, self.tile_overlap = tile_size, tile_overlap
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
 
     def encode(
         self,
@@ -280,7 +324,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         noise = self._draw_noise(schedules, generator) if self_correction else None
         codes, targets = [None] * len(schedules), [None] * len(schedules)
         for schedule, indices in _group_by_schedule(schedules):
-            features = self._encode_features(self._crop(pixel_values, schedule, indices))
+            features = self._sliced(self._encode_features, self._crop(pixel_values, schedule, indices))
             group_noise = None if noise is None else torch.stack([noise[i] for i in indices]).to(features.device)
             output = self.quantizer(features, schedule, noise=group_noise)
             for row, index in enumerate(indices):
@@ -306,7 +350,11 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             `ValueError`: on codes outside the codebook and on a count that does not match the grids.
         """
         maps, groups = self._decode_codes(image_codes, image_grids, num_scales)
-        pixels = [self._decode_pixels(quantized).float().clamp(-1, 1) for quantized in maps]
+        tiles = {}
+        if self.use_tiling:
+            tiles = {"tile_size": self.tile_size, "tile_overlap": int(self.tile_size * self.tile_overlap)}
+        decode = functools.partial(self._decode_pixels, **tiles)
+        pixels = [self._sliced(decode, quantized).float().clamp(-1, 1) for quantized in maps]
         return _pad_maps(pixels, groups)
 
     def decode_features(
@@ -426,10 +474,15 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             pixels = pixels.clamp(-1, 1)
         return patchify(pixels, self.config.semantic_config.patch_size)
 
-    def _decode_pixels(self, quantized: torch.Tensor) -> torch.Tensor:
+    def _decode_pixels(self, quantized: torch.Tensor, **tiles: int) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
         pixel_map = quantized[:, self.config.semantic_code_dim :].to(self.post_quant_conv.weight.dtype)
-        return _resize(self.pixel_decoder(self.post_quant_conv(pixel_map)), self._pixel_size(quantized.shape[2:]))
+        pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
+        return _resize(pixels, self._pixel_size(quantized.shape[2:]))
+
+    def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
+        """`function` of a stack of images, with slicing of one after the other."""
+        return torch.cat([function(one) for one in stack.split(1)]) if self.use_slicing else function(stack)
 
     def _pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
         """(height, width) of an image whose last grid is `grid`."""

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip2.modeling_siglip2 import eager_attention_forward
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig
+from .tiling_nextflow import in_tiles
 
 
 class NextFlowResnetBlock(GradientCheckpointingLayer):
@@ -175,9 +176,18 @@ class NextFlowPixelDecoder(nn.Module):
         self.norm_out = _group_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.middle(self.conv_in(latents))
-        for level in self.levels:
+    def forward(self, latents: torch.Tensor, tile_size: int | None = None, tile_overlap: int = 0) -> torch.Tensor:
+        """`tile_size` and `tile_overlap` in pixels: work in tiles past the first level, see [`in_tiles`]."""
+        # The first level has the attention, over all cells, and little memory: a cell is still one or four places.
+        hidden_states = self.levels[0](self.middle(self.conv_in(latents)))
+        if tile_size is None:
+            return self.enlarge(hidden_states)
+        factor = 2 ** max(len(self.levels) - 2, 0)
+        return in_tiles(self.enlarge, hidden_states, size=tile_size // factor, overlap=tile_overlap // factor)
+
+    def enlarge(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Convolutions and norms, up to pixels: what also works on a part of the map."""
+        for level in self.levels[1:]:
             hidden_states = level(hidden_states)
         return self.conv_out(F.silu(self.norm_out(hidden_states)))
 

@@ -80,7 +80,8 @@ class NextFlowMultiScaleQuantizer(nn.Module):
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
-            codebook = self.codebook()
+            # Not `codebook()`: where weights are offloaded, an embedding has them in its call alone.
+            codebook = self.lookup(torch.arange(self.config.codebook_size, device=features.device))
             target = features.detach()
             residual, total = features, torch.zeros_like(target)
             codes, target_codes, quantizer_losses, commitment_losses = [], [], [], []

@@ -26,7 +26,13 @@ class NextFlowViTEmbeddings(Siglip2VisionEmbeddings):
         )
 
     def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.LongTensor) -> torch.Tensor:
-        embeddings = super().forward(pixel_values, spatial_shapes)
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        # Through its call, unlike SigLIP2's: where weights are offloaded, an embedding has them in its call alone.
+        positions = self.position_embedding(torch.arange(self.num_patches, device=patches.device))
+        positions = positions.unflatten(0, (self.position_embedding_size, self.position_embedding_size))
+        embeddings = patches + self.resize_positional_embeddings(
+            positions, spatial_shapes, max_length=patches.shape[1]
+        )
         if self.class_token is not None:
             embeddings = torch.cat([self.class_token.expand(len(embeddings), 1, -1), embeddings], 1)
         return self.pre_layernorm(embeddings)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .pipeline_helpers import generator_per_image
+from .pipeline_helpers import exclusive, generator_per_image
 
 
 class NextFlowConversation:
@@ -171,7 +171,12 @@ class NextFlowConversation:
     # ---- a turn
 
     @torch.no_grad()
-    def _answer(
+    def _answer(self, message: dict[str, Any], size: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+        """The content of the next assistant's message; it and `message` are then part of the conversation."""
+        with exclusive(self.pipe):
+            return self._generate(message, size, **options)
+
+    def _generate(
         self,
         message: dict[str, Any],
         size: dict[str, Any],
@@ -181,7 +186,6 @@ class NextFlowConversation:
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> list[dict[str, Any]]:
-        """The content of the next assistant's message; it and `message` are then part of the conversation."""
         pipe = self.pipe
         pipe._interrupt = False
         # 1. The turn, and what is known from those before

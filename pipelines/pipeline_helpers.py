@@ -1,6 +1,12 @@
-"""What the pipelines share: calls that offloading sees, a generator for every image, arrays of one shape as one."""
+"""What the pipelines share: calls that offloading sees, one thread at a time, a generator for every image, arrays of
+one shape as one."""
 
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
@@ -13,6 +19,41 @@ from torch import nn
 def call_component(model: nn.Module, method: str, *args, **kwargs) -> Any:
     """A method of `model` that is not `forward`, the one that diffusers' offloading hooks into."""
     return getattr(model, method)(*args, **kwargs)
+
+
+# Beside the pipelines, not on them: a lock can be neither copied nor pickled.
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+
+
+@contextmanager
+def exclusive(pipeline: Any) -> Iterator[None]:
+    """
+    Keeps other threads out of `pipeline`, on which a call leaves its guidance, its steps and whether to stop. They get
+    an error rather than a place in a queue: who waits for whom is for the caller to decide. The same thread may enter
+    again. Not for use across a `yield`, after which a generator may go on in another thread.
+    """
+    lock = _LOCKS.setdefault(pipeline, threading.RLock())
+    if not lock.acquire(blocking=False):
+        name = type(pipeline).__name__
+        raise RuntimeError(
+            f"another thread is in a call of this {name}, which takes one at a time: wait for it, or give each thread "
+            f"a pipeline of its own on the same weights, `{name}(**pipe.components)`"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def exclusively(method: Callable) -> Callable:
+    """A method of a pipeline, [`exclusive`]."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with exclusive(self):
+            return method(self, *args, **kwargs)
+
+    return guarded
 
 
 def generator_per_image(

@@ -19,7 +19,8 @@ from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .diffusion_decoder import NextFlowDiffusionDecoder
-from .pipeline_helpers import call_component, generator_per_image, one_per_prompt, stack_equal
+from .lora_nextflow import NextFlowLoraLoaderMixin
+from .pipeline_helpers import call_component, exclusively, generator_per_image, one_per_prompt, stack_equal
 from .pipeline_nextflow_conversation import NextFlowConversationMixin
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_output import NextFlowPipelineOutput
@@ -88,7 +89,7 @@ class NextFlowDrawingPrompt:
         return [(height, width) for height, width in self.image_grids[-1].tolist() if height > 0]
 
 
-class NextFlowPipeline(NextFlowConversationMixin, DiffusionPipeline):
+class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, DiffusionPipeline):
     r"""
     Text-to-image, editing of one or several images, thinking before drawing, and conversations of text and images.
 
@@ -397,6 +398,7 @@ class NextFlowPipeline(NextFlowConversationMixin, DiffusionPipeline):
         )
 
     @torch.no_grad()
+    @exclusively
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,

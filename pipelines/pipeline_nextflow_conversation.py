@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .conversation_generation import DrawBeforeEnding, PartStreamer, StopWhen, iterate
 from .conversation_nextflow import NextFlowConversation
-from .pipeline_helpers import call_component, generator_per_image
+from .pipeline_helpers import call_component, exclusive, exclusively, generator_per_image
 from .pipeline_nextflow_output import NextFlowFramesOutput
 
 
@@ -36,6 +36,7 @@ class NextFlowConversationMixin:
     """
 
     @torch.no_grad()
+    @exclusively
     def chat(
         self,
         messages: Messages,
@@ -91,6 +92,7 @@ class NextFlowConversationMixin:
         return answers if is_batched else answers[0]
 
     @torch.no_grad()
+    @exclusively
     def interleave(
         self,
         messages: Messages,
@@ -189,6 +191,7 @@ class NextFlowConversationMixin:
         return answers if is_batched else answers[0]
 
     @torch.no_grad()
+    @exclusively
     def frames(
         self,
         storyline: str | list[str],
@@ -437,8 +440,9 @@ class NextFlowConversationMixin:
 
         def work(emit: Any) -> None:
             streamer = PartStreamer(self.processor.tokenizer, emit, decode_image)
-            self.generate_answers(inputs, streamer=streamer, stop=stop, **settings)
-            self.maybe_free_model_hooks()
+            with exclusive(self):  # a thread of its own
+                self.generate_answers(inputs, streamer=streamer, stop=stop, **settings)
+                self.maybe_free_model_hooks()
 
         return iterate(work, stop.set)
 

@@ -1,0 +1,232 @@
+"""LoRA on the transformer, under the names of diffusers' pipelines: `load_lora_weights`, `set_adapters`, `fuse_lora`.
+
+diffusers' mixin does most of it for any model. Here is what it does for its own denoisers alone: which layouts come
+in, and how they get into a transformers model. By PEFT's hands: transformers' `load_adapter` drops DoRA's magnitudes.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.utils import get_adapter_name, is_peft_available
+from torch import nn
+
+
+PEFT_PREFIX = "base_model.model."  # of the keys in a folder that PEFT wrote
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
+    """
+    Loads, weighs, fuses and saves low-rank adapters of `transformer`. CogVideoX's mixin is the plainest of diffusers':
+    one transformer, no old layouts. Those of the diffusion decoder go to `pipe.diffusion_decoder_pipeline`, which has
+    the same methods.
+    """
+
+    _lora_loadable_modules = ["transformer"]
+    transformer_name = "transformer"
+
+    _fused_scale = 1.0
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | PathLike | dict[str, torch.Tensor],
+        *,
+        return_lora_metadata: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """
+        The matrices of an adapter under the names of diffusers, `transformer.*`, and its configuration likewise.
+        Arguments as in [`~NextFlowLoraLoaderMixin.load_lora_weights`].
+        """
+        _require_peft()
+        source = pretrained_model_name_or_path_or_dict
+        state_dict, metadata = super().lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        if any(name.startswith(PEFT_PREFIX) for name in state_dict):
+            if not isinstance(source, dict):
+                metadata = {f"transformer.{name}": value for name, value in _peft_config(source, **kwargs).items()}
+            state_dict = {f"transformer.{name.removeprefix(PEFT_PREFIX)}": value for name, value in state_dict.items()}
+        return (state_dict, metadata) if return_lora_metadata else state_dict
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Puts an adapter into the transformer and makes it the active one.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `PathLike` or `dict[str, torch.Tensor]`):
+                A Hub id, a folder or a file: what PEFT saved (`adapter_model.safetensors` with its configuration) or
+                diffusers' (`pytorch_lora_weights.safetensors`); or the matrices under the names of either. Matrices
+                alone do not tell their scale: without a configuration it is 1.
+            adapter_name (`str`, *optional*): For `set_adapters`. By default `"default_0"`, `"default_1"`, ...
+            kwargs: `weight_name`, `subfolder`, `revision` and the like, as for diffusers' other pipelines.
+
+        Raises:
+            `ValueError`: on an adapter that has no place in the transformer, or more than low-rank matrices; the
+            transformer is then as it was.
+        """
+        state_dict, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        others = [name for name in state_dict if not name.startswith("transformer.")]
+        if others or not state_dict:
+            raise ValueError(
+                f"the LoRA has the weights {others[:3]}, expected names like "
+                "'transformer.model.layers.0.self_attn.q_proj.lora_A.weight' or, from PEFT, "
+                f"'{PEFT_PREFIX}model.layers...'"
+            )
+        state_dict = {name.removeprefix("transformer."): value for name, value in state_dict.items()}
+        if metadata is not None:
+            metadata = {name.removeprefix("transformer."): value for name, value in metadata.items()}
+        config = _lora_config(state_dict, metadata)
+        adapter_name = adapter_name or get_adapter_name(self.transformer)
+        if adapter_name in self.get_list_adapters().get("transformer", []):
+            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it first, or take another name")
+
+        # With hooks of offloading in place, new matrices would be put where the old ones are not.
+        device = self._execution_device
+        with_models, with_layers, with_groups = self._optionally_disable_offloading(self)
+        try:
+            _add_adapter(self.transformer, config, state_dict, adapter_name)
+        except Exception:
+            if adapter_name in self.get_list_adapters().get("transformer", []):
+                self.delete_adapters(adapter_name)
+            raise
+        finally:
+            if with_models:
+                self.enable_model_cpu_offload(device=device)
+            elif with_layers:
+                self.enable_sequential_cpu_offload(device=device)
+            elif with_groups:
+                _regroup(self.transformer)
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] = ("transformer",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        """
+        Adds the adapters to the weights, where they cost nothing. [`~NextFlowLoraLoaderMixin.unfuse_lora`] undoes it.
+
+        Args:
+            components (`list[str]`, *optional*, defaults to `("transformer",)`): There is no other.
+            lora_scale (`float`, *optional*, defaults to 1.0): On top of the weights that `set_adapters` gave.
+            safe_fusing (`bool`, *optional*, defaults to `False`): Refuse weights that are not finite.
+            adapter_names (`list[str]`, *optional*): By default those that are active.
+        """
+        if self.num_fused_loras:
+            raise ValueError(f"{sorted(self.fused_loras)} are fused already: call `unfuse_lora` first")
+        # diffusers would scale the active adapters, whatever `adapter_names` says, and leave them so for good.
+        self._scale_adapters(lora_scale, adapter_names or self.get_active_adapters())
+        super().fuse_lora(components=components, safe_fusing=safe_fusing, adapter_names=adapter_names)
+        self._fused_scale = lora_scale
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
+        """Takes the adapters out of the weights again; they stay active."""
+        names = list(self.fused_loras)
+        super().unfuse_lora(components=components)
+        self._scale_adapters(1 / self._fused_scale, names)
+        self._fused_scale = 1.0
+
+    def _scale_adapters(self, scale: float, names: list[str]) -> None:
+        if scale == 0:
+            raise ValueError("`lora_scale` is 0, expected another number: `disable_lora` switches adapters off")
+        for module in self.transformer.modules():
+            for name in names if hasattr(module, "lora_A") else []:
+                if name in module.scaling:
+                    module.scaling[name] *= scale
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
+        """As [`~diffusers.DiffusionPipeline.save_pretrained`], of a pipeline without adapters."""
+        if self.get_list_adapters():
+            # Of a model with adapters, transformers would save these alone.
+            raise ValueError(
+                f"the transformer has the adapters {self.get_list_adapters()['transformer']}: save them with "
+                "`save_lora_weights`, and the pipeline after `unload_lora_weights` (with `fuse_lora` before it, they "
+                "stay in the weights)"
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def _require_peft() -> None:
+    if not is_peft_available():
+        raise ImportError("LoRA needs `peft`: pip install 'nextflow-hf[train]'")
+
+
+def _peft_config(source: str | PathLike, **kwargs: Any) -> dict[str, Any]:
+    """`adapter_config.json` beside the weights `source`: a Hub id, a folder, or a file in one."""
+    from peft import PeftConfig
+
+    options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS and value is not None}
+    source = Path(source).parent if Path(source).is_file() else source
+    return PeftConfig.from_pretrained(str(source), **options).to_dict()
+
+
+def _lora_config(state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] | None) -> Any:
+    """The `LoraConfig` of these matrices: what was saved with them, or what can be read off them."""
+    from peft import LoraConfig
+
+    if metadata:
+        config = LoraConfig.from_peft_type(**metadata)
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"the adapter is a {type(config).__name__}, expected a LoraConfig")
+        more = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}
+        more = [name for name, value in more.items() if value] + (["bias"] if config.bias != "none" else [])
+        if more:
+            raise ValueError(
+                f"the adapter has more than low-rank matrices ({', '.join(more)}), and whole weights can neither be "
+                "weighed nor switched: merge it into the transformer with "
+                "`pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder).merge_and_unload()`"
+            )
+        return config
+    ranks = {
+        name.removesuffix(".lora_B.weight"): value.shape[1]
+        for name, value in state_dict.items()
+        if name.endswith(".lora_B.weight")
+    }
+    if not ranks:
+        raise ValueError(f"the LoRA has the weights {list(state_dict)[:3]}, expected names in 'lora_A' and 'lora_B'")
+    rank = max(ranks.values())
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        use_dora=any("lora_magnitude_vector" in name for name in state_dict),
+    )
+
+
+def _add_adapter(model: nn.Module, config: Any, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    model.add_adapter(config, adapter_name)
+    # PEFT need not ask the Hub whether the vocabulary has grown: embeddings are not in the adapter.
+    expected = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    missing, unknown = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"the LoRA does not fit the transformer: of its weights {unknown[:3]} have no place there, and "
+            f"{missing[:3]} are missing"
+        )
+    set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
+
+
+def _regroup(model: nn.Module) -> None:
+    """Group offloading holds on to tensors: it is applied anew where modules have come in."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    _maybe_remove_and_reapply_group_offloading(model)
+
+
+__all__ = ["NextFlowLoraLoaderMixin"]
