@@ -8,8 +8,8 @@ and packs of a fixed computation, at the 512 level: 1 : 3.4 : 4.1. It does not g
 
 - documents as table 2 counts them: 700M of text, 345M text-to-image, 20M edits, 5M interleaved;
 - images square, 3,684 codes each: one, two in an edit, five in an interleaved document (the most that is allowed);
-- captions, instructions and stories log-normal with means of 120, 60 and 400 tokens (sigma .5), text with a mean of 357
-  (sigma 1), which makes the mean document the 1,682 tokens that table 2 implies (1.8T over 1,070M). None above 8,192.
+- captions, instructions and stories log-normal with means of 120, 60 and 400 tokens (sigma .5), text with a mean of
+  357 (sigma 1): so the mean document has the 1,682 tokens that table 2 implies (1.8T over 1,070M). None above 8,192.
 
 Every token of padding costs what a token costs outside attention. The ranks of a step wait for the busiest. All else
 (communication, kernels' efficiency) is left out, and the same for all.
@@ -81,8 +81,10 @@ def main() -> None:
     rows["fixed length"] = tokens["length"], work
     rows["fixed computation"] = tokens["computation"], np.array([flops[pack].sum() for pack in by_flops])
 
-    print(f"{len(lengths)} documents of {lengths.mean():.0f} tokens on average; batches of {arguments.batch_size}, packs of "
-          f"{arguments.pack_length} tokens or {budget:.3g} FLOPs. Tokens per PFLOP of a rank, and ratios:\n")  # fmt: skip
+    print(
+        f"{len(lengths)} documents of {lengths.mean():.0f} tokens on average; batches of {arguments.batch_size}, "
+        f"packs of {arguments.pack_length} tokens or {budget:.3g} FLOPs. Tokens per PFLOP of a rank, and ratios:\n"
+    )
     ranks = [n for n in (1, 8, 64, 1024) if n * arguments.batch_size * 4 <= len(lengths)]
     print("| | computed tokens that are padding | " + " | ".join(f"{n} ranks" for n in ranks) + " | paper, 1024 |")
     print("| --- | --- |" + " --- |" * (len(ranks) + 1))
