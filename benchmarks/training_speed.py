@@ -201,7 +201,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if on_cuda else "one CPU thread"
     print(
         f"{name}, torch {torch.__version__}; {config.num_hidden_layers} layers, timed at {depths}; "
-        f"{len(rows)} documents, {tokens} tokens of {flops / tokens / 1e9:.3g} GFLOPs; peak {peak / 1e12:.3g} TFLOP/s\n"
+        f"{len(rows)} documents, {tokens} tokens of {flops / tokens / 1e9:.3g} GFLOPs; "
+        f"peak {peak / 1e12:.3g} TFLOP/s\n"
     )
     print("| attention | Liger | batches by | tokens/s | ratio | peak memory (GB) | MFU |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
