@@ -100,11 +100,14 @@ def peak_gigabytes(model: NextFlowForCausalLM, batches: list[dict]) -> float:
         torch.cuda.reset_peak_memory_stats()
         train(model, batches)
         return torch.cuda.max_memory_allocated() / 1e9
-    tracker = MemTracker()
-    tracker.track_external(model)
-    with tracker:
-        train(model, batches)
-    return sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values()) / 1e9
+    peaks = []
+    for batch in batches:
+        tracker = MemTracker()  # it takes one step
+        tracker.track_external(model)
+        with tracker:
+            train(model, [batch])
+        peaks.append(sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values()))
+    return max(peaks) / 1e9
 
 
 def product_flops(device: str) -> float:
