@@ -182,6 +182,7 @@ def test_trainer_takes_use_liger_kernel(liger, tmp_path):
             output_dir=str(tmp_path), max_steps=2, logging_steps=1, learning_rate=1e-2, use_cpu=device == "cpu",
             per_device_train_batch_size=2, per_device_eval_batch_size=2, report_to="none", disable_tqdm=True,
             save_strategy="no", use_liger_kernel=use_liger_kernel, liger_kernel_config=kernels,
+            label_names=["labels"],
         )  # fmt: skip
         trainer = NextFlowTrainer(model=toy_model(), args=args, train_dataset=[row] * 4, eval_dataset=[row] * 2)
         trainer.train()
