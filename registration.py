@@ -1,8 +1,8 @@
-"""After `import nextflow_hf`, transformers' auto classes, diffusers' loader and peft know NextFlow.
+"""After `import nextflow_hf`, transformers' auto classes, diffusers' loader, peft and Liger know NextFlow.
 
 Registering takes our classes, and those take torch. So that `import nextflow_hf` itself stays free of them, a library
-that is not imported yet gets its registration when it is. The one file that touches private API: diffusers' table of
-loadable libraries, and those behind `AutoPipelineForText2Image`.
+that is not imported yet gets its registration when it is. The one file that touches private tables: diffusers' of
+loadable libraries and of auto pipelines, Liger's of model types.
 """
 
 import sys
@@ -95,6 +95,14 @@ def register_with_peft() -> None:
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["nextflow"] = names
 
 
+def register_with_liger() -> None:
+    from nextflow_hf.training.liger import MODEL_TYPE, apply_liger_kernel_to_nextflow
+
+    # Not by import: this runs at the end of that module's own, before its package has it as an attribute.
+    monkey_patch = sys.modules["liger_kernel.transformers.monkey_patch"]
+    monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[MODEL_TYPE] = apply_liger_kernel_to_nextflow
+
+
 class _RegisteringLoader(Loader):
     """Executes a module as its own loader does, then registers."""
 
@@ -144,6 +152,7 @@ def install() -> None:
         "diffusers": register_with_diffusers,
         "diffusers.pipelines.auto_pipeline": register_with_auto_pipelines,
         "peft": register_with_peft,
+        "liger_kernel.transformers.monkey_patch": register_with_liger,
     }
     for name in [name for name in registrations if name in sys.modules]:
         registrations.pop(name)()

@@ -1,13 +1,15 @@
 """What every position is trained to predict, with what weight, and the cross-entropy that never holds all logits.
 
 One place for targets and weights: the model's loss, the trainer's counts, evaluation and reinforcement learning read
-them here. Knows token ids, grids and hidden states; no modules.
+them here. Knows token ids, grids, hidden states and a head; nothing of the model before it.
 """
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .rope_nextflow import ImageLayout
@@ -67,6 +69,15 @@ def get_targets(
     return targets, weights
 
 
+def plain_weight(head: nn.Module) -> nn.Parameter | None:
+    """The matrix of a head that is nothing else, to be multiplied in part. `None` for one that has its weights, or all
+    of them, in its call alone: with an adapter, quantised, offloaded or sharded."""
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
+        return None
+    # Offloading replaces the `forward` of the very module, sharding hooks into it.
+    return None if "forward" in vars(head) or head._forward_pre_hooks else head.weight
+
+
 def linear_cross_entropy(
     hidden_states: torch.FloatTensor,
     head: Callable[[torch.Tensor], torch.Tensor],
@@ -74,7 +85,7 @@ def linear_cross_entropy(
     *,
     chunk_size: int,
 ) -> torch.FloatTensor:
-    """Cross-entropy (tokens,) of `head(hidden_states)`, hidden_states (tokens, hidden), in fp32.
+    """Cross-entropy (tokens,) of `head(hidden_states)`, hidden_states (tokens, hidden), in fp32. For any head.
 
     Beyond `chunk_size` tokens the logits of a chunk are made, used and dropped, and made again for the gradient: the
     logits of the whole sequence never exist at once.
@@ -87,6 +98,80 @@ def linear_cross_entropy(
         return chunk_loss(hidden_states, targets)
     chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size))
     return torch.cat([checkpoint(chunk_loss, hidden, target, use_reentrant=False) for hidden, target in chunks])
+
+
+def weighted_cross_entropy(
+    hidden_states: torch.FloatTensor,
+    weight: torch.FloatTensor,
+    targets: torch.LongTensor,
+    token_weights: torch.FloatTensor,
+    *,
+    parts: list[tuple[int, slice]],
+    chunk_size: int,
+) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    """Weighted sum of the tokens' cross-entropies, and each of them (tokens,), detached.
+
+    The gradient is made with the logits, a chunk at a time, as the weights of the tokens are known by then: no logits
+    are kept or made twice, as [`linear_cross_entropy`] must. Under autocast it multiplies in autocast's dtype;
+    softmax and sums are in fp32.
+
+    Args:
+        hidden_states, targets, token_weights: (tokens, hidden), (tokens,), (tokens,).
+        weight: the head's, (vocabulary, hidden).
+        parts: how many tokens, one after the other, are predicted among which rows of the head.
+        chunk_size: tokens whose logits exist at the same time.
+    """
+    return _WeightedCrossEntropy.apply(
+        hidden_states, weight, targets, token_weights, parts, chunk_size, torch.is_grad_enabled()
+    )
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets, token_weights, parts, chunk_size, with_gradients):
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        hidden_needed, weight_needed = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
+        hidden_gradient = torch.empty_like(hidden_states) if hidden_needed else None
+        weight_gradient = torch.zeros_like(weight) if weight_needed else None
+        losses = torch.empty(targets.shape, device=targets.device)
+        end = 0
+        with torch.autocast(device, enabled=False):
+            for count, rows in parts:
+                first, end = end, end + count
+                matrix = weight[rows].to(dtype)
+                for start in range(first, end, chunk_size):
+                    chunk = slice(start, min(start + chunk_size, end))
+                    hidden = hidden_states[chunk].to(dtype)
+                    target = (targets[chunk] - rows.start)[:, None]
+                    scores = (hidden @ matrix.T).float()  # (chunk, rows), and reused for all that follows
+                    scores -= scores.amax(-1, keepdim=True)
+                    target_score = scores.gather(1, target)
+                    total = scores.exp_().sum(-1, keepdim=True)
+                    losses[chunk] = (total.log() - target_score)[:, 0]
+                    if not (hidden_needed or weight_needed):
+                        continue
+                    token_weight = token_weights[chunk, None]
+                    gradient = scores.mul_(token_weight / total).scatter_add_(1, target, -token_weight).to(dtype)
+                    if hidden_needed:
+                        hidden_gradient[chunk] = gradient @ matrix
+                    if weight_needed and weight.dtype == dtype:
+                        weight_gradient[rows].addmm_(gradient.T, hidden)
+                    elif weight_needed:
+                        weight_gradient[rows] += gradient.T @ hidden
+        ctx.gradients = hidden_gradient, weight_gradient
+        ctx.mark_non_differentiable(losses)
+        return (losses * token_weights).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_gradient, _):
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss are gone: it can go backward once, retain_graph or not")
+        # In place and then forgotten: the head's gradient is the largest tensor of a step.
+        gradients = [gradient if gradient is None else gradient.mul_(loss_gradient) for gradient in ctx.gradients]
+        ctx.gradients = None
+        return *gradients, None, None, None, None, None
 
 
 def mean_by_scale(

@@ -25,7 +25,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_nextflow import get_attention_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
-from .loss_nextflow import IGNORE_INDEX, get_targets, linear_cross_entropy, mean_by_scale
+from .loss_nextflow import (
+    IGNORE_INDEX,
+    get_targets,
+    linear_cross_entropy,
+    mean_by_scale,
+    plain_weight,
+    weighted_cross_entropy,
+)
 from .rope_nextflow import CachePlace, ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
 
 
@@ -400,7 +407,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         "scale_embedding",
         "lm_head",
     ]
-    loss_chunk_size = 4096  # tokens whose logits exist at the same time in the loss
+    loss_chunk_size = 1024  # tokens whose logits exist at the same time in the loss
+    weighted_cross_entropy = staticmethod(weighted_cross_entropy)  # training/liger.py puts its kernel here
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
@@ -484,13 +492,9 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
                 image_grids,
                 is_shifted=shift_labels is not None,
             )
-            supervised = targets != IGNORE_INDEX
-            losses = linear_cross_entropy(
-                hidden_states[supervised], self.lm_head, targets[supervised], chunk_size=self.loss_chunk_size
-            )
-            count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-            loss = (losses * weights[supervised]).sum() / count
-            scale_losses, scale_counts = mean_by_scale(losses, scale[supervised], self.config.max_scales)
+            total, losses, scale = self.get_losses(hidden_states, targets, weights, scale)
+            loss = total / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+            scale_losses, scale_counts = mean_by_scale(losses, scale, self.config.max_scales)
         if not (self.training and has_labels if skip_logits is None else skip_logits):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         return NextFlowCausalLMOutputWithPast(
@@ -540,16 +544,54 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         )
         return targets, weights, layout.scale if layout is not None else torch.zeros_like(targets)
 
+    def get_losses(
+        self,
+        hidden_states: torch.FloatTensor,
+        targets: torch.LongTensor,
+        weights: torch.FloatTensor,
+        scale: torch.LongTensor,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor, torch.LongTensor]:
+        """The weighted sum of the supervised tokens' cross-entropies; each of them, detached, and its scale.
+
+        Arguments are (batch, length), as [`get_targets`] gives them. The logits are those of a chunk at a time.
+        """
+        # Text is predicted among all rows of the head, an image code among the codes, as it is drawn.
+        codes = slice(self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size)
+        is_code = (scale > 0) & (not self.config.joint_image_loss)
+        supervised = targets != IGNORE_INDEX
+        kinds = [(supervised & ~is_code, slice(0, self.config.vocab_size)), (supervised & is_code, codes)]
+        hidden_states, targets, weights, scale = (
+            torch.cat([tensor[members] for members, _ in kinds]) for tensor in (hidden_states, targets, weights, scale)
+        )
+        parts = [(int(members.sum()), rows) for members, rows in kinds]
+
+        weight = plain_weight(self.lm_head)
+        if weight is not None:
+            total, losses = self.weighted_cross_entropy(
+                hidden_states, weight, targets, weights, parts=parts, chunk_size=self.loss_chunk_size
+            )
+            return total, losses, scale
+        losses = []
+        counts = [count for count, _ in parts]
+        for hidden, target, (_, rows) in zip(hidden_states.split(counts), targets.split(counts), parts):
+            losses.append(
+                linear_cross_entropy(
+                    hidden,
+                    lambda hidden, rows=rows: self.lm_head(hidden)[..., rows],
+                    target - rows.start,
+                    chunk_size=self.loss_chunk_size,
+                )
+            )
+        losses = torch.cat(losses)
+        return (losses * weights).sum(), losses.detach(), scale
+
     def image_logits(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""
         first, last = self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size
-        head = self.lm_head
-        # Hooks of offloading and sharding replace `forward` of the very module.
-        is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
-        if is_plain:
-            return F.linear(hidden_states, head.weight[first:last])
-        # An adapter and a quantised head have no rows to slice; an offloaded or sharded one has them in its call.
-        return head(hidden_states)[..., first:last]
+        weight = plain_weight(self.lm_head)
+        if weight is not None:
+            return F.linear(hidden_states, weight[first:last])
+        return self.lm_head(hidden_states)[..., first:last]
 
 
 __all__ = ["NextFlowPreTrainedModel", "NextFlowModel", "NextFlowForCausalLM"]

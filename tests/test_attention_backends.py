@@ -11,7 +11,7 @@ import torch
 import transformers.integrations.flex_attention
 import transformers.masking_utils
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from toy import BOI, EOS, IDS, PAD, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_model
+from toy import BOI, EOS, IDS, PAD, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_config, toy_model
 from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from nextflow_hf.modeling_nextflow.attention_nextflow import get_attention_mask
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout
+from nextflow_hf.training.data.packing import PackingCollator
 
 
 FLASH = "kernels-community/flash-attn2"  # as transformers names a kernel of the Hub
@@ -126,6 +127,41 @@ def test_implementations_agree_on_images(model, use, form):
     assert_agree(model, use, ["sdpa", "flex_attention"], {**inputs, **IMAGES})
 
 
+def collated_packs() -> dict[str, torch.Tensor]:
+    """Two rows of several documents, filled up to one length, as training packs them."""
+    schedules = [[SQUARE], [WIDE], []]
+    codes = random_codes(SQUARE, WIDE).split([30, 14])
+    rows = [
+        {
+            "input_ids": ids,
+            "labels": ids,
+            "image_codes": code.tolist(),
+            "image_target_codes": code.tolist(),
+            "image_grids": grids_tensor(*schedule).tolist(),
+        }
+        for ids, schedule, code in zip(ROWS, schedules, [*codes, torch.zeros(0, dtype=torch.long)])
+    ]
+    return PackingCollator(toy_config(), pad_to_multiple_of=8)([[rows[0], rows[2], rows[1]], [rows[1], rows[2]]])
+
+
+def test_packed_documents_see_themselves_alone(model, use):
+    batch = collated_packs()
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    layout = get_image_layout(ids, batch["image_grids"], **IDS)
+    use("flex_attention")
+    embeds = torch.zeros(*ids.shape, 32)
+    block_mask = get_attention_mask(model.config, embeds, None, positions, None, layout)
+    place = torch.arange(ids.shape[1])
+    document = (positions[0] == 0).cumsum(1)
+    for row in range(len(ids)):
+        seen = block_mask.mask_mod(torch.tensor(row), torch.tensor(0), place[:, None], place[None])
+        cells = layout.block_ids[row]
+        in_scale = (cells[:, None] == cells[None]) & (cells >= 0)[:, None]
+        expected = (document[row][:, None] == document[row][None]) & ((place[:, None] >= place[None]) | in_scale)
+        assert torch.equal(seen.expand(len(place), len(place)), expected)
+    assert_agree(model, use, ["sdpa", "flex_attention"], {**batch, "labels": None})
+
+
 @pytest.mark.parametrize("form", ["left", "right", "packed"])
 def test_implementations_agree_on_text(model, use, form):
     if form == "packed":
@@ -226,13 +262,15 @@ def test_flex_attention_refuses_a_static_cache(model, use):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has no backward on CPU")
-def test_flex_attention_trains_as_sdpa_does():
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_flex_attention_trains_as_sdpa_does(form):
     model = toy_model().cuda()
-    inputs = {name: value.cuda() for name, value in {**left_padded(*ROWS), **IMAGES}.items()}
+    batch = collated_packs() if form == "packed" else {**left_padded(*ROWS), **IMAGES}
+    inputs = {name: value.cuda() for name, value in batch.items()}
     gradients = []
     for implementation in ("sdpa", "flex_attention"):
         model.set_attn_implementation(implementation)
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        model(**{**inputs, "labels": inputs["input_ids"]}).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
         model.zero_grad()
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)

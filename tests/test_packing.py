@@ -1,0 +1,215 @@
+"""Packs: limits kept, nothing lost, waste and balance as counted by hand; a packed batch is its documents apart."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from toy import BOI, EOS, IDS, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_config, toy_model
+from transformers import TrainingArguments
+
+from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
+from nextflow_hf.modeling_nextflow.flops_nextflow import attended_pairs, training_flops
+from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout
+from nextflow_hf.training.data.collator import NextFlowDataCollator
+from nextflow_hf.training.data.packing import (
+    PackedDataset,
+    PackedIterableDataset,
+    PackingCollator,
+    PackingReport,
+    make_packs,
+)
+from nextflow_hf.training.trainer import NextFlowTrainer
+
+
+def row(schedule=None, *, text: int = 3, seed: int = 0) -> dict:
+    """Words, an image if there is a schedule, and an end; everything but the first words is trained on."""
+    words = [5 + (seed + i) % 30 for i in range(text)]
+    ids = [*words, *(image_tokens(schedule) if schedule else []), EOS]
+    codes = random_codes(schedule, seed=seed).tolist() if schedule else []
+    targets = random_codes(schedule, seed=seed + 100).tolist() if schedule else []
+    return {
+        "input_ids": ids,
+        "labels": [word if schedule is None else -100 for word in words]
+        + [token if token in (BOI, EOS) else -100 for token in ids[text:]],
+        "image_codes": codes,
+        "image_target_codes": targets,
+        "image_grids": grids_tensor(schedule).tolist() if schedule else [],
+        "length": len(ids),
+    }
+
+
+ROWS = [row(SQUARE), row(seed=1), row(WIDE, seed=2), row(text=9, seed=3), row(SQUARE, text=5, seed=4), row(seed=5)]
+
+
+# ---- what a document costs
+
+
+def test_attended_pairs_are_those_of_the_mask():
+    ids = ROWS[0]["input_ids"]
+    layout = get_image_layout(torch.tensor([ids]), grids_tensor(SQUARE), **IDS)
+    blocks, block = [], 0  # a scale is one block, every other token its own
+    for index, cell_block in enumerate(layout.block_ids[0].tolist()):
+        block += cell_block < 0 or cell_block != layout.block_ids[0, index - 1].item()
+        blocks.append(block)
+    seen = sum(k <= q for q in blocks for k in blocks)
+    assert attended_pairs(len(ids), [SQUARE]) == seen
+    assert attended_pairs(len(ids)) == len(ids) * (len(ids) + 1) // 2
+
+
+def test_flops_are_those_that_torch_counts():
+    # A row that attends to all of itself in one product, as eager attention does: count its own pairs instead.
+    model, document = toy_model().train(), ROWS[0]
+    model.set_attn_implementation("eager")
+    batch = NextFlowDataCollator(pad_token_id=0)([{**document, "labels": document["input_ids"]}])
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    length, width, layers = document["length"], 32, 2
+    expected = training_flops(model.config, length, [SQUARE])
+    expected += 3 * 2 * 2 * layers * width * (length**2 - attended_pairs(length, [SQUARE]))
+    expected -= 3 * 2 * width * model.config.vocab_size  # the last token has nothing to predict
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+
+
+def test_flops_of_the_7b_model():
+    config = NextFlowConfig()
+    body = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    text = 6 * (body + 184834 * 3584) * 100 + 6 * 28 * 2 * 3584 * 5050
+    assert training_flops(config, 100) == pytest.approx(text)
+    frozen = 4 * (body + 184834 * 3584) * 100 + 6 * 28 * 2 * 3584 * 5050
+    assert training_flops(config, 100, frozen=True) == pytest.approx(frozen)
+    joint = NextFlowConfig(joint_image_loss=True)
+    more = training_flops(joint, 34, [SQUARE]) - training_flops(config, 34, [SQUARE])
+    assert more == pytest.approx(6 * 3584 * 30 * (184834 - 32768))
+
+
+# ---- packs
+
+
+LENGTHS = np.random.default_rng(0).integers(5, 90, 500)
+FLOPS = LENGTHS * 10.0 + LENGTHS**2.0
+
+
+@pytest.mark.parametrize("limits", [{"max_length": 100}, {"max_flops": 9500.0}, {"max_length": 120, "max_flops": 1e4}])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_packs_hold_every_document_once_and_keep_to_the_limits(limits, seed):
+    packs = make_packs(LENGTHS, FLOPS, **limits, window=64, seed=seed)
+    assert sorted(itertools.chain.from_iterable(packs)) == list(range(500))
+    assert all(LENGTHS[pack].sum() <= limits.get("max_length", np.inf) for pack in packs)
+    assert all(FLOPS[pack].sum() <= limits.get("max_flops", np.inf) * (1 + 1e-6) for pack in packs)
+    assert packs == make_packs(LENGTHS, FLOPS, **limits, window=64, seed=seed)
+    # First fit decreasing is never worse than 11/9 of the best; each window may leave one pack open.
+    size = max(LENGTHS.sum() / limits.get("max_length", np.inf), FLOPS.sum() / limits.get("max_flops", np.inf))
+    assert len(packs) <= size * 11 / 9 + 500 / 64 + 1
+
+
+def test_packs_of_a_window_hold_only_its_documents():
+    packs = make_packs(LENGTHS, max_length=100, window=50)
+    assert all(len({index // 50 for index in pack}) == 1 for pack in packs)
+
+
+def test_first_fit_by_hand():
+    assert make_packs([6, 3, 4, 7, 2], max_length=10) == [[3, 1], [0, 2], [4]]
+
+
+def test_documents_that_fit_nowhere_are_named():
+    with pytest.raises(
+        ValueError, match="2 documents fit into no pack, the first is document 1 of 20 tokens.*max_length=10"
+    ):
+        make_packs([5, 20, 30], max_length=10)
+    with pytest.raises(ValueError, match="max_flops needs the flops of all 2 documents, got None"):
+        make_packs([5, 6], max_flops=10.0)
+    with pytest.raises(ValueError, match="pass max_length, max_flops or both"):
+        make_packs([5, 6])
+
+
+def test_report_by_hand():
+    # Three packs of 10, 8 and 4 tokens, padded to 10; two ranks: the third pack makes no step.
+    report = PackingReport.of([[0, 1], [2], [3]], [6, 4, 8, 4], [36.0, 16.0, 64.0, 1.0], num_ranks=2, padded_length=10)
+    assert (report.num_documents, report.num_packs, report.num_tokens) == (4, 3, 22)
+    assert report.padding == pytest.approx(8 / 30)
+    assert report.balance == pytest.approx((52 + 64) / 2 / 64)
+    with pytest.raises(ValueError, match="3 packs make no step of 4 ranks"):
+        PackingReport.of([[0], [1], [2]], [1] * 3, [1.0] * 3, num_ranks=4)
+
+
+def test_equal_computation_balances_ranks_better_than_equal_length():
+    lengths = np.random.default_rng(1).choice([10, 80], 4000, p=[0.8, 0.2])
+    flops = lengths + 0.05 * lengths**2.0
+    by_length = make_packs(lengths, max_length=160, seed=0)
+    by_flops = make_packs(lengths, flops, max_flops=800.0, seed=0)
+    balance = [PackingReport.of(packs, lengths, flops, num_ranks=8).balance for packs in (by_length, by_flops)]
+    assert balance[0] < 0.8 < 0.95 < balance[1]
+
+
+# ---- packed batches
+
+
+def test_a_packed_batch_is_its_documents_apart():
+    model = toy_model().train()
+    # The first token of a text is no target when packed: nothing of its own document comes before it.
+    apart = [model(**NextFlowDataCollator(pad_token_id=0)([document])) for document in ROWS]
+    counts = torch.stack([out.scale_counts for out in apart])
+    losses = (torch.stack([out.scale_losses for out in apart]) * counts).sum(0) / counts.sum(0).clamp(min=1)
+    total = sum(out.loss * out.scale_counts.sum() for out in apart)
+    total.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    for packs in ([ROWS], [ROWS[:3], ROWS[3:5], ROWS[5:]]):
+        model.zero_grad()
+        batch = PackingCollator(model.config, pad_to_multiple_of=16)(packs)
+        assert "attention_mask" not in batch and batch["input_ids"].shape[1] % 16 == 0
+        out = model(**batch, num_items_in_batch=1)
+        out.loss.backward()
+        torch.testing.assert_close(out.loss, total, atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(out.scale_losses, losses, atol=1e-5, rtol=1e-5)
+        assert torch.equal(out.scale_counts, counts.sum(0))
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.testing.assert_close(gradients, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_packing_collator_by_hand():
+    batch = PackingCollator(toy_config(), length=12)([[row(text=2), row(text=3, seed=1)], row(text=4)])
+    assert batch["position_ids"][0].tolist() == [[0, 1, 2, 0, 1, 2, 3, *range(5)], [*range(5), *range(7)]]
+    assert batch["labels"].tolist() == [
+        [-100, 6, EOS, -100, 7, 8, EOS, *[-100] * 5],
+        [-100, 6, 7, 8, EOS, *[-100] * 7],
+    ]
+    with pytest.raises(ValueError, match="a pack has 13 tokens, expected at most length=12"):
+        PackingCollator(toy_config(), length=12)([row(text=12)])
+    with pytest.raises(ValueError, match="begins with an image to be trained on"):
+        PackingCollator(toy_config())([row(SQUARE, text=0)])
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_trainer_takes_packs(kind, tmp_path):
+    config = toy_config()
+    rows = ROWS * 2
+    packed = PackedDataset(rows if kind == "list" else Dataset.from_list(rows), config, max_length=64)
+    assert sum(map(len, packed)) == 12 and len(packed) < 12
+    assert packed.report().num_tokens == sum(document["length"] for document in rows)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, max_steps=1,
+        per_device_train_batch_size=len(packed), save_strategy="no",
+    )  # fmt: skip
+    trainer = NextFlowTrainer(
+        model=toy_model(), args=args, train_dataset=packed, data_collator=PackingCollator(config)
+    )
+    trainer.train()
+    plain = toy_model().train()(
+        **NextFlowDataCollator(pad_token_id=0)([{**r, "labels": [-100, *r["labels"][1:]]} for r in rows])
+    )
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(plain.loss.item(), rel=1e-3)
+
+
+def test_a_stream_is_packed_a_window_at_a_time():
+    config = toy_config()
+    stream = PackedIterableDataset(ROWS * 3, config, max_length=64, window=6)
+    packs = list(stream)
+    assert packs[: len(packs) // 3] == packs[len(packs) // 3 : 2 * len(packs) // 3]  # the same window three times
+    assert sorted(len(r["input_ids"]) for p in packs for r in p) == sorted(r["length"] for r in ROWS * 3)
+    assert all(sum(r["length"] for r in p) <= 64 for p in packs)
+    assert packs == list(stream)
+    endless = iter(PackedIterableDataset(itertools.cycle(ROWS), config, max_flops=1e9, window=6))
+    assert sum(map(len, itertools.islice(endless, 3))) >= 3
