@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
@@ -146,8 +148,8 @@ def shard_exists(folder: Path, shard: int) -> bool:
 def write_shard(folder: Path, shard: int, rows: list[dict], *, num_read: int, bad_rows: list[dict]) -> None:
     """A shard of the `num_read` rows that were read for it, less those that are bad."""
     path = shard_path(folder, shard)
-    data = Dataset.from_list(rows, features=SHARD_FEATURES)
-    write_atomically(path, lambda temporary: data.to_parquet(str(temporary)))
+    table = pa.Table.from_pylist(rows, schema=SHARD_FEATURES.arrow_schema)
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
     entry = {"file": path.name, "sha256": checksum(path), "num_rows": len(rows), "num_read": num_read}
     write_json(path.with_suffix(".json"), {**entry, "bad_rows": bad_rows})
 
