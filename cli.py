@@ -11,6 +11,7 @@ from nextflow_hf import __version__
 # Sub-command -> (module with `main(argv)`, what `--help` says).
 COMMANDS = {
     "convert": ("nextflow_hf.hub_cards.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
+    "extract": ("nextflow_hf.training.extract", "a mixture of data sets as shards of tokens and codes for training"),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
 }
 

@@ -62,6 +62,9 @@ class NextFlowConfig(Qwen2Config):
             Whether `<boi>` receives the embedding of scale 1, which it predicts (not specified by the paper).
         train_codebook (`bool`, *optional*, defaults to `True`):
             Whether the transformer's own copy of the codebook is trained (not specified by the paper).
+        vision_tokenizer_fingerprint (`str`, *optional*):
+            Of the vision tokenizer whose codes the model knows, as `codes_fingerprint` gives it: with it, training
+            refuses the codes of another one.
         vision_tokenizer_config (`NextFlowVisionTokenizerConfig` or `dict`, *optional*):
             Of the vision tokenizer at the transformer's side, for [`NextFlowForConditionalGeneration`] alone.
     """
@@ -98,6 +101,7 @@ class NextFlowConfig(Qwen2Config):
     connector_hidden_act: str = "gelu"
     boi_scale_embedding: bool = True
     train_codebook: bool = True
+    vision_tokenizer_fingerprint: str | None = None
     vision_tokenizer_config: dict | PreTrainedConfig | None = None
 
     # Stages in the order they run; the cells of images are embedded where the text is.

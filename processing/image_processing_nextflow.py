@@ -167,10 +167,10 @@ def load_rgb(source: Any, max_pixels: int, channels_last: bool | None = None) ->
     One image of any supported kind -> upright 8-bit RGB picture, transparency composited on white.
 
     Args:
-        source (`PIL.Image.Image`, `str`, `Path`, `np.ndarray` or `torch.Tensor`):
-            A string is a path, an `http(s)://` address or a `data:image/...;base64,` URI. Arrays are channels last
-            unless only channels first fits, tensors the other way round; floats in [0, 1], integers over their whole
-            range.
+        source (`PIL.Image.Image`, `str`, `Path`, `bytes`, `np.ndarray` or `torch.Tensor`):
+            A string is a path, an `http(s)://` address or a `data:image/...;base64,` URI, bytes are those of a file.
+            Arrays are channels last unless only channels first fits, tensors the other way round; floats in [0, 1],
+            integers over their whole range.
         max_pixels (`int`): Refuse larger images, before decoding where the header says so.
         channels_last (`bool`, *optional*): Overrides the layout that wins where both fit.
 
@@ -198,9 +198,12 @@ def load_rgb(source: Any, max_pixels: int, channels_last: bool | None = None) ->
             raise ValueError(f"the data URI is not base64: {error}") from error
     elif isinstance(source, (str, Path)):
         name = f"the image file {str(source)!r}"
+    elif isinstance(source, bytes):
+        name, source = f"the image file of {len(source)} bytes", BytesIO(source)
     else:
         raise TypeError(
-            f"an image is a {type(source).__name__}, expected a PIL image, a path, a numpy array or a torch tensor"
+            f"an image is a {type(source).__name__}, expected a PIL image, a path, bytes, a numpy array or a torch "
+            "tensor"
         )
     with _decoding(name):
         image = Image.open(source)

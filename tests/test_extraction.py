@@ -72,7 +72,9 @@ def test_a_killed_extraction_goes_on_and_gives_the_same(tmp_path):
 
 def test_another_tokenizer_or_setting_is_refused(tmp_path):
     extract(tmp_path)
-    with pytest.raises(ValueError, match=r"other settings: \[\('seed', 0\)\], expected \[\('seed', 1\)\]"):
+    with pytest.raises(
+        ValueError, match=r"other settings: \[\('settings.seed', 0\)\], expected \[\('settings.seed', 1\)\]"
+    ):
         extract(tmp_path, seed=1)
     other = toy_vision_tokenizer()
     with torch.no_grad():

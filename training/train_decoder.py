@@ -4,7 +4,7 @@
         --dataset path/to/rows --codes path/to/codes --output-dir runs/decoder
 
 `--dataset` has rows of "messages" and "images"; `--codes` are the shards that `extract_codes` wrote of the same rows,
-by the tokenizer of `--model` in `--dtype`. A stage that is finished is skipped, an interrupted one goes on.
+by the tokenizer of `--model`. A stage that is finished is skipped, an interrupted one goes on.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from .data.decoder_rows import NextFlowDecoderDataset
-from .data.extraction import check_fingerprint, load_codes
+from .data.extraction import load_codes
 from .decoder import STAGES, build_decoder_pipeline, load_decoder_recipe, train_stage
 
 
@@ -47,8 +47,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.model)
     dtype = getattr(torch, args.dtype)
     tokenizer = NextFlowVisionTokenizer.from_pretrained(args.model, subfolder="vision_tokenizer", dtype=dtype).eval()
-    check_fingerprint(args.codes, tokenizer)
-    data = NextFlowDecoderDataset(load_codes(args.codes), rows.__getitem__)
+    data = NextFlowDecoderDataset(load_codes(args.codes, vision_tokenizer=tokenizer), rows.__getitem__)
     # A denoiser that trains whole does so in float32.
     denoiser_dtype = dtype if "lora_rank" in recipe["training"] else None
     for stage in STAGES:

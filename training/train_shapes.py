@@ -31,7 +31,7 @@ from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor, extend_tokenizer
 from ..processing.scale_schedule import ScaleSchedule
-from .data.extraction import extract_codes, load_codes
+from .data.extraction import codes_fingerprint, extract_codes, load_codes
 from .evaluation.shapes import evaluate_shapes, pipeline_functions
 from .shapes import describe, render, sample_edit, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
@@ -226,6 +226,7 @@ def transformer_stage(folder: Path) -> None:
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
         max_position_embeddings=processor.tokenizer.model_max_length,
+        vision_tokenizer_fingerprint=codes_fingerprint(vision_tokenizer),
         **recipe["model"],
     )
     set_seed(recipe["training"]["seed"])
@@ -237,7 +238,7 @@ def transformer_stage(folder: Path) -> None:
         model.model.image_codebook.weight.copy_(codebook)
         projection = torch.randn(codebook.shape[1], config.hidden_size) * config.initializer_range
         model.lm_head.weight[config.text_vocab_size :][: len(codebook)] = codebook @ projection
-    rows = load_codes(folder / "codes")
+    rows = load_codes(folder / "codes", vision_tokenizer=config.vision_tokenizer_fingerprint)
 
     def draws_one_picture(input_ids: np.ndarray, labels: np.ndarray, image_grids: np.ndarray) -> bool:
         return len(image_grids) == 1 and labels[input_ids == config.boi_token_id].item() != IGNORE_INDEX
@@ -249,7 +250,7 @@ def transformer_stage(folder: Path) -> None:
 def mixture_stage(folder: Path) -> None:
     """The transformer on every task, among them those of the first part."""
     model = NextFlowForCausalLM.from_pretrained(folder / "transformer_start", **training_attention())
-    rows = load_codes(folder / "codes")
+    rows = load_codes(folder / "codes", vision_tokenizer=model.config.vision_tokenizer_fingerprint)
     train_transformer(folder, model, rows, load_recipe("mixture")["training"], "mixture_run", "transformer")
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .data.decoder_rows import NextFlowDecoderDataset
-from .data.extraction import check_fingerprint, load_codes
+from .data.extraction import load_codes
 from .decoder import STAGES, UPSCALE_FACTOR, build_decoder_pipeline, load_decoder_recipe, load_stage, train_stage
 from .shapes import render, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
@@ -62,7 +62,6 @@ def run_stage(stage: str, folder: Path) -> None:
     pipeline = build_decoder_pipeline(recipe, tokenizer, make_processor(folder).image_processor)
     pipeline.diffusion_decoder.register_to_config(upscale_factor=UPSCALE_FACTOR[stage])
     side = load_recipe("pictures")["size"] * UPSCALE_FACTOR[stage]
-    check_fingerprint(folder / "codes", tokenizer)
 
     def get_row(index: int) -> dict:
         # The same scenes that the codes show, drawn at the size of the stage
@@ -76,7 +75,7 @@ def run_stage(stage: str, folder: Path) -> None:
         run.parent,
         resume_from_checkpoint=get_last_checkpoint(run) if run.is_dir() else None,
         device_arguments=device_arguments(),
-        train_dataset=NextFlowDecoderDataset(load_codes(folder / "codes"), get_row),
+        train_dataset=NextFlowDecoderDataset(load_codes(folder / "codes", vision_tokenizer=tokenizer), get_row),
         eval_dataset=HeldOutPictures(pipeline, 64, side),
     )
     load_stage(pipeline, run.parent / stage)

@@ -15,7 +15,7 @@ class NextFlowDecoderDataset(Dataset):
 
     Args:
         codes (`datasets.Dataset`): The shards of [`~training.data.extraction.extract_codes`].
-        get_row (`Callable`): Index -> the row with "messages" and "images" that the codes were extracted from.
+        get_row (`Callable`): Number -> the row with "messages" and "images" that the codes were extracted from.
     """
 
     def __init__(self, codes: CodesDataset, get_row: Callable[[int], dict]):
@@ -26,7 +26,8 @@ class NextFlowDecoderDataset(Dataset):
         return len(self.codes)
 
     def __getitem__(self, index: int) -> dict:
-        stored, row = self.codes[index], self.get_row(index)
+        stored = self.codes[index]
+        row = self.get_row(int(stored["row_id"]))  # bad rows may have been left out
         image_grids = torch.tensor(stored["image_grids"])
         if not len(image_grids) or not row["images"]:
             raise ValueError(f"row {index} has {len(image_grids)} images' codes and {len(row['images'])} images")

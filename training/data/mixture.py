@@ -1,0 +1,333 @@
+"""Sources of data, in whatever files they lie, as one weighted mixture of `messages` and `images`.
+
+    sources:
+      - {path: photos, format: captioned_folder, task: text_to_image, weight: 3}
+      - {path: "tars/*.tar", format: webdataset, task: text_to_image, columns: {text: json.caption}, streaming: true}
+      - {path: timbrooks/instructpix2pix-clip-filtered, task: edit, weight: 1}
+
+`datasets` reads and mixes them; `recipes/data_example.yaml` shows every kind of source. Nothing is decoded or copied
+here: an image is the path or the bytes that its file has.
+"""
+
+import glob
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers.utils import logging
+
+from .adapters import TASKS
+from .messages import BadRowError
+
+
+logger = logging.get_logger(__name__)
+
+# What a mixture's rows have. `error` says why a row is none: then it has neither messages nor images.
+ROW_FEATURES = Features(
+    {
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+        "images": List(datasets.Image(decode=False)),
+        "task": Value("string"),
+        "source": Value("string"),
+        "row_id": Value("string"),
+        "resolution": Value("int64"),
+        "error": Value("string"),
+    }
+)
+_FILES = {"parquet": "*.parquet", "webdataset": "*.tar", "json": "*.json*", "csv": "*.csv", "text": "*.txt"}
+_FORMATS = (*_FILES, "arrow", "imagefolder", "captioned_folder", "disk")
+_ID_NAMES = ("id", "__key__")
+_CAPTION_PROMPTS = (
+    "Describe this image.",
+    "What is in this picture?",
+    "Write a caption for this image.",
+    "What does this image show?",
+)
+
+
+@dataclass(kw_only=True)
+class DataSource:
+    """
+    One data set and what it is used for.
+
+    Args:
+        path (`str`): A folder, a file, a pattern such as `"tars/*.tar"`, an address, or a repository of the Hub.
+        task (`str`):
+            `"text_to_image"`, `"image_to_text"`, `"edit"`, `"conversation"` (LLaVA), `"interleaved"` (OBELICS, MMC4),
+            `"text"`, or `"messages"` for rows in the format already. See [`TASKS`].
+        format (`str`, *optional*):
+            `"imagefolder"` (with its metadata file), `"parquet"`, `"webdataset"`, `"json"`, `"csv"`, `"text"`,
+            `"arrow"`: as in `datasets`; `"captioned_folder"`: images beside a `.txt` of the same name; `"disk"`:
+            written by `save_to_disk`. By default `datasets` tells by the files.
+        weight (`float`, *optional*, defaults to 1.0): Its rows' share of the mixture, over the sum of all weights.
+        label (`str`, *optional*): Name of the source in shards and reports. Defaults to `path`.
+        columns (`dict[str, str]`, *optional*):
+            Part in the task -> column, where the usual names do not find it (an error lists them); `"json.caption"`
+            is a field of a column. The part `"id"` names the rows (else `id`, `__key__`, or their number).
+        name, split, revision (`str`, *optional*): As in `load_dataset`; the split defaults to `"train"`.
+        streaming (`bool`, *optional*, defaults to `False`): Read the rows as they come, without a copy on this disk.
+        options (`dict`, *optional*): More for `load_dataset`, such as `{"sample_by": "document"}` for texts.
+        image_root (`str`, *optional*): Folder of images that are named by relative paths.
+        inversion_rate (`float`, *optional*, defaults to 0.1):
+            Share of the text-to-image rows that are turned round into captioning (§3.3).
+        caption_prompts (`list[str]`, *optional*): What captioning is asked with, one at random.
+        max_images (`int`, *optional*):
+            Images of an interleaved document, whose rest is left out (§3.3: 5 at 512 pixels, 3 at 1024).
+        resolution (`int`, *optional*): Level of its images. Defaults to the processor's.
+    """
+
+    path: str
+    task: str
+    format: str | None = None
+    weight: float = 1.0
+    label: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    image_root: str | None = None
+    inversion_rate: float = 0.1
+    caption_prompts: tuple[str, ...] = _CAPTION_PROMPTS
+    max_images: int | None = None
+    resolution: int | None = None
+
+    def __post_init__(self):
+        self.caption_prompts = tuple(self.caption_prompts)
+        self.label = self.label or self.path
+        if self.task not in TASKS:
+            raise ValueError(f"source {self.label}: task is {self.task!r}, expected one of {list(TASKS)}")
+        if self.format is not None and self.format not in _FORMATS:
+            raise ValueError(f"source {self.label}: format is {self.format!r}, expected one of {list(_FORMATS)}")
+        if not self.weight > 0:
+            raise ValueError(f"source {self.label}: weight is {self.weight}, expected more than 0")
+        if not 0 <= self.inversion_rate <= 1:
+            raise ValueError(f"source {self.label}: inversion_rate is {self.inversion_rate}, expected 0 to 1")
+        if not self.caption_prompts:
+            raise ValueError(f"source {self.label}: caption_prompts is empty, expected at least one prompt")
+        if unknown := sorted(set(self.columns) - {"id", *TASKS[self.task].columns}):
+            raise ValueError(
+                f"source {self.label}: columns has {unknown}, which are no parts of the task {self.task!r}, expected "
+                f"{['id', *TASKS[self.task].columns]}"
+            )
+
+
+@dataclass(kw_only=True)
+class MixtureArguments:
+    """
+    Sources and how they are mixed.
+
+    Args:
+        sources (`list[DataSource]` or `list[dict]`): At least one.
+        stopping_strategy (`str`, *optional*, defaults to `"first_exhausted"`):
+            As in `datasets.interleave_datasets`: `"first_exhausted"` ends with the first source that has no rows
+            left, `"all_exhausted"` begins the others again until the last one ends, and
+            `"all_exhausted_without_replacement"` takes every row once, whatever the weights.
+        num_rows (`int`, *optional*): Ends the mixture after that many rows.
+        data_seed (`int`, *optional*, defaults to 0): Order of the sources, and the draws of inversion and prompts.
+    """
+
+    sources: list[dict] = field(default_factory=list)
+    stopping_strategy: str = "first_exhausted"
+    num_rows: int | None = None
+    data_seed: int = 0
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ValueError("got no sources, expected at least one with a path and a task")
+        known = {entry.name for entry in fields(DataSource)}
+        for index, source in enumerate(self.sources):
+            if isinstance(source, DataSource):
+                continue
+            if unknown := sorted(set(source) - known):
+                raise ValueError(f"source {index} has {unknown}, expected some of {sorted(known)}")
+            if lacking := sorted({"path", "task"} - set(source)):
+                raise ValueError(f"source {index} lacks {lacking}: it has {sorted(source)}")
+        self.sources = [source if isinstance(source, DataSource) else DataSource(**source) for source in self.sources]
+        labels = [(source.label, source.task) for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"sources are named {labels}: give those of one path and task different labels")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the rows, as JSON holds it."""
+        return asdict(self)
+
+
+def load_mixture(mixture: MixtureArguments) -> Dataset | IterableDataset:
+    """
+    The rows of all sources in the order in which they are trained on, a function of the arguments and the files alone.
+
+    A `Dataset` (any row by its number; rows are made when they are asked for) or, if a source streams, an
+    `IterableDataset`. The columns are those of [`ROW_FEATURES`]: a row that cannot be trained on is there, too, with
+    its `error` and nothing else, so that whoever reads decides what happens to it.
+    """
+    sources = [_Source(source, number, mixture.data_seed) for number, source in enumerate(mixture.sources)]
+    weights = [source.weight for source in mixture.sources]
+    mixing = {
+        "probabilities": [weight / sum(weights) for weight in weights],
+        "seed": mixture.data_seed,
+        "stopping_strategy": mixture.stopping_strategy,
+    }
+    if any(source.streaming for source in sources):
+        rows = datasets.interleave_datasets([source.stream() for source in sources], **mixing)
+        return rows if mixture.num_rows is None else rows.take(mixture.num_rows)
+
+    # Map-style sources are mixed by their numbers alone: `datasets` would copy the images of sources that it mixes.
+    numbers = [
+        Dataset.from_dict({"number": [number] * len(source.rows), "row": range(len(source.rows))})
+        for number, source in enumerate(sources)
+    ]
+    index = datasets.interleave_datasets(numbers, **mixing)
+    if mixture.num_rows is not None:
+        index = index.select(range(min(mixture.num_rows, len(index))))
+
+    def fetch(batch: dict[str, list[int]]) -> dict[str, list]:
+        rows = [sources[number].row(row) for number, row in zip(batch["number"], batch["row"])]
+        return {name: [row[name] for row in rows] for name in ROW_FEATURES}
+
+    logger.info(f"{len(index)} rows of {[(source.label, len(source.rows)) for source in sources]}")
+    return index.with_transform(fetch)
+
+
+class _Source:
+    """An opened [`DataSource`]: its columns are known to be there, its rows become messages one by one."""
+
+    def __init__(self, source: DataSource, number: int, seed: int):
+        self.source, self.number, self.seed = source, number, seed
+        self.task, self.label = TASKS[source.task], source.label
+        rows = _open(source)
+        self.streaming = isinstance(rows, IterableDataset)
+        names = rows.column_names or list(next(iter(rows.take(1)), ()))
+        self.columns = self._find_columns(names)
+        kept = {self._top_level(column, names) for column in self.columns.values()}
+        self.rows = _undecoded(rows.select_columns([name for name in names if name in kept]))
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Row `number` as messages and images."""
+        return self._adapt(self.rows[number], number)
+
+    def stream(self) -> IterableDataset:
+        """All rows, one by one."""
+        rows = self.rows if self.streaming else self.rows.to_iterable_dataset()
+        columns = rows.column_names
+        return rows.map(self._adapt, with_indices=True, remove_columns=columns, features=ROW_FEATURES)
+
+    def _adapt(self, values: dict[str, Any], number: int) -> dict[str, Any]:
+        source = self.source
+        found = {part: _lookup(values, column) for part, column in self.columns.items()}
+        row_id = found.pop("id", None)
+        row = {
+            "task": source.task,
+            "source": self.label,
+            "row_id": str(number if row_id is None else row_id),
+            "resolution": source.resolution,
+        }
+        rng = np.random.default_rng((self.seed, self.number, number))
+        inverted = source.task == "text_to_image" and rng.random() < source.inversion_rate
+        task = self.task
+        if inverted:
+            task, row["task"] = TASKS["image_to_text"], "image_to_text"
+        if row["task"] == "image_to_text" and "prompt" not in found:
+            found["prompt"] = source.caption_prompts[rng.integers(len(source.caption_prompts))]
+        try:
+            messages, images = task(found, max_images=source.max_images)
+        except BadRowError as error:
+            return {**row, "messages": [], "images": [], "error": str(error)}
+        return {**row, "messages": messages, "images": [self._rooted(image) for image in images], "error": None}
+
+    def _rooted(self, image: Any) -> Any:
+        """A relative path in the folder of the images."""
+        if self.source.image_root is None:
+            return image
+        path = image if isinstance(image, str) else image.get("path") if isinstance(image, dict) else None
+        if path is None or "://" in path or path.startswith("data:") or (isinstance(image, dict) and image["bytes"]):
+            return image
+        return os.path.join(self.source.image_root, path)
+
+    def _find_columns(self, names: list[str]) -> dict[str, str]:
+        """Part in the task -> column. `ValueError` where a part has none."""
+        columns, parts = {}, {"id": _ID_NAMES, **self.task.columns}
+        for part, usual in parts.items():
+            if (chosen := self.source.columns.get(part)) is not None:
+                if self._top_level(chosen, names) not in names:
+                    raise ValueError(
+                        f"source {self.label}: {part} is column {chosen!r}, but the columns are {sorted(names)}"
+                    )
+                columns[part] = chosen
+            elif found := [name for name in usual if name in names and name not in columns.values()]:
+                columns[part] = found[0]
+            elif part != "id" and part not in self.task.optional:
+                raise ValueError(
+                    f"source {self.label}: the task {self.source.task!r} needs a column for {part!r}, by default one "
+                    f"of {list(usual)}, but the columns are {sorted(names)}: name it, as in columns: {{{part}: ...}}"
+                )
+        return columns
+
+    @staticmethod
+    def _top_level(column: str, names: list[str]) -> str:
+        return column if column in names else column.partition(".")[0]
+
+
+def _lookup(values: dict[str, Any], column: str) -> Any:
+    if column in values:
+        return values[column]
+    for name in column.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+def _open(source: DataSource) -> Dataset | IterableDataset:
+    """The raw rows, by the library that knows the format."""
+    path = os.path.expanduser(source.path)
+    if source.format == "captioned_folder":
+        return _captioned_folder(Path(path))
+    if source.format == "disk":
+        rows = datasets.load_from_disk(path)
+        rows = rows[source.split] if isinstance(rows, datasets.DatasetDict) else rows
+        return rows.to_iterable_dataset() if source.streaming else rows
+    options = {"split": source.split, "streaming": source.streaming, **source.options}
+    if source.format is None:
+        return datasets.load_dataset(path, source.name, revision=source.revision, **options)
+    if source.format == "imagefolder":
+        return datasets.load_dataset("imagefolder", data_dir=path, **options)
+    if os.path.isdir(path) and source.format in _FILES:
+        path = os.path.join(glob.escape(path), "**", _FILES[source.format])
+    return datasets.load_dataset(source.format, data_files={source.split: path}, **options)
+
+
+def _captioned_folder(folder: Path) -> Dataset:
+    """Images below `folder` with the text of the `.txt` beside each; None where there is no such file."""
+    extensions = {f".{name}" for name in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")}
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
+    if not images:
+        raise FileNotFoundError(f"no images in {folder.absolute()}, expected some of {sorted(extensions)}")
+    captions = [path.with_suffix(".txt") for path in images]
+    return Dataset.from_dict(
+        {
+            "id": [path.relative_to(folder).as_posix() for path in images],
+            "image": [str(path) for path in images],
+            "text": [path.read_text(encoding="utf-8").strip() if path.is_file() else None for path in captions],
+        },
+        features=Features({name: Value("string") for name in ("id", "image", "text")}),
+    )
+
+
+def _undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows, with every image as its path and bytes."""
+    undecoded = datasets.Image(decode=False)
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, undecoded)
+        elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(name, List(undecoded))
+    return rows
+
+
+__all__ = ["DataSource", "MixtureArguments", "ROW_FEATURES", "load_mixture"]

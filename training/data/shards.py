@@ -1,0 +1,235 @@
+"""Shards of codes on the disk: whole, checksummed, of one tokenizer. Knows nothing of images or messages.
+
+    codes/
+      manifest.json        what every shard depends on: tokenizer, processor, settings, data
+      shard-00000.parquet  rows of tokens and codes
+      shard-00000.json     its checksum and the rows left out; a shard without it does not count and is written again
+      bad_rows.jsonl       all rows left out, with their source, id and cause
+      index.json           the list of shards, written last: a folder without it is not finished, and not loaded
+
+Every file is written under another name, forced to the disk and renamed: a kill or a full disk leaves the old file or
+none, never half of one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers.utils import logging
+
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ...processing.processing_nextflow import NextFlowProcessor
+
+
+logger = logging.get_logger(__name__)
+
+MANIFEST, INDEX, BAD_ROWS = "manifest.json", "index.json", "bad_rows.jsonl"
+_INTEGERS = List(Value("int64"))
+SHARD_FEATURES = Features(
+    {
+        "input_ids": _INTEGERS,
+        "labels": _INTEGERS,
+        "image_codes": _INTEGERS,
+        "image_target_codes": _INTEGERS,
+        "image_grids": List(List(_INTEGERS)),
+        "length": Value("int64"),
+        "task": Value("string"),
+        "source": Value("string"),
+        "row_id": Value("string"),
+    }
+)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write` a file that is at `path` whole or not at all, even if the machine stops."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as a file of JSON, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def codes_fingerprint(vision_tokenizer: NextFlowVisionTokenizer) -> str:
+    """
+    Hash of the weights that decide the codes, wherever and in whatever precision they were loaded (they are compared
+    as bfloat16). Decoders may be trained on (§3.1).
+    """
+    decoders = ("post_quant_conv.", "pixel_decoder.", "semantic_decoder.", "decode_task_layer.")
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vision_tokenizer.state_dict().items()):
+        if not name.startswith(decoders):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe_tokenizer(vision_tokenizer: NextFlowVisionTokenizer) -> dict[str, Any]:
+    """The vision tokenizer in a manifest."""
+    config = vision_tokenizer.config
+    return {
+        "fingerprint": codes_fingerprint(vision_tokenizer),
+        "codebook_size": config.codebook_size,
+        "dtype": str(vision_tokenizer.dtype).removeprefix("torch."),
+        "self_correction_top_k": config.self_correction_top_k,
+        "self_correction_ratio": config.self_correction_ratio,
+    }
+
+
+def describe_processor(processor: NextFlowProcessor) -> dict[str, Any]:
+    """The processor in a manifest: settings of its images, and hashes of what makes tokens of texts."""
+    vocabulary = json.dumps(sorted(processor.tokenizer.get_vocab().items())).encode()
+    return {
+        "text_tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
+        "chat_template": hashlib.sha256(json.dumps(processor.chat_template).encode()).hexdigest()[:16],
+        "append_last_scale": processor.append_last_scale,
+        # Through JSON, as it will be read: tuples become lists.
+        "image_processor": json.loads(json.dumps(processor.image_processor.to_dict(), default=str)),
+    }
+
+
+def check_manifest(folder: Path, manifest: dict[str, Any], origin: dict[str, Any]) -> None:
+    """
+    Write the manifest of a new folder, or `ValueError` where the folder was begun with another one. `origin` is
+    written for the reader and not compared: where things were loaded from.
+    """
+    path = folder / MANIFEST
+    manifest = json.loads(json.dumps(manifest))
+    if not path.exists():
+        write_json(path, {**manifest, "origin": origin})
+        return
+    found = json.loads(path.read_text())
+    found.pop("origin", None)
+    if found != manifest:
+        ours, theirs = _flat(manifest), _flat(found)
+        differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+        raise ValueError(
+            f"{path} was written with other settings: {[(key, theirs.get(key)) for key in differing]}, expected "
+            f"{[(key, ours.get(key)) for key in differing]}. Remove the folder or name another one"
+        )
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """File of a shard."""
+    return folder / f"shard-{shard:05d}.parquet"
+
+
+def shard_exists(folder: Path, shard: int) -> bool:
+    """Whether a shard is there, whole."""
+    return shard_path(folder, shard).with_suffix(".json").exists()
+
+
+def write_shard(folder: Path, shard: int, rows: list[dict], *, num_read: int, bad_rows: list[dict]) -> None:
+    """A shard of the `num_read` rows that were read for it, less those that are bad."""
+    path = shard_path(folder, shard)
+    table = pa.Table.from_pylist(rows, schema=SHARD_FEATURES.arrow_schema)
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    entry = {"file": path.name, "sha256": checksum(path), "num_rows": len(rows), "num_read": num_read}
+    write_json(path.with_suffix(".json"), {**entry, "bad_rows": bad_rows})
+
+
+def finish(folder: Path, num_shards: int) -> None:
+    """The index and the report of `num_shards` shards, once they are all there; harmless to do twice."""
+    if (folder / INDEX).exists() or not all(shard_exists(folder, shard) for shard in range(num_shards)):
+        return  # another process has finished, or will
+    entries = [json.loads(shard_path(folder, shard).with_suffix(".json").read_text()) for shard in range(num_shards)]
+    bad_rows = [row for entry in entries for row in entry.pop("bad_rows")]
+    report = "".join(json.dumps(row) + "\n" for row in bad_rows)
+    write_atomically(folder / BAD_ROWS, lambda temporary: temporary.write_text(report))
+    totals = {"num_rows": sum(entry["num_rows"] for entry in entries), "num_bad_rows": len(bad_rows)}
+    write_json(folder / INDEX, {**totals, "shards": entries})
+    logger.warning(f"{folder}: {totals['num_rows']} rows in {num_shards} shards, {len(bad_rows)} bad rows left out")
+
+
+def load_codes(
+    folder: str | os.PathLike,
+    *,
+    vision_tokenizer: NextFlowVisionTokenizer | str | None = None,
+    verify: bool = True,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    The rows of a finished extraction.
+
+    Args:
+        folder (`str` or `os.PathLike`): Output of `nextflow-hf extract`.
+        vision_tokenizer ([`NextFlowVisionTokenizer`] or `str`, *optional*):
+            The tokenizer of the model that is trained, or its [`codes_fingerprint`]
+            (`model.config.vision_tokenizer_fingerprint`): shards of another one are refused.
+        verify (`bool`, *optional*, defaults to `True`):
+            Compare the checksums of the shards, each rank of a distributed run those of its share.
+        streaming (`bool`, *optional*, defaults to `False`): An `IterableDataset`, without a copy in the cache.
+
+    Returns:
+        `datasets.Dataset` with `input_ids`, `labels`, `image_codes`, `image_target_codes`, `image_grids`, `length`,
+        and for the reader `task`, `source` and `row_id`.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).exists():
+        started = (folder / MANIFEST).exists()
+        raise FileNotFoundError(
+            f"no {INDEX} in {folder}: "
+            + ("its extraction has not finished, run it again to go on" if started else "extract the codes first")
+        )
+    manifest = json.loads((folder / MANIFEST).read_text())
+    found = manifest["vision_tokenizer"]["fingerprint"]
+    if vision_tokenizer is not None:
+        is_model = isinstance(vision_tokenizer, NextFlowVisionTokenizer)
+        expected = codes_fingerprint(vision_tokenizer) if is_model else vision_tokenizer
+        if found != expected:
+            raise ValueError(
+                f"{folder} holds codes of the vision tokenizer {found}, expected those of {expected}: extract them "
+                "with the tokenizer of the model"
+            )
+    index = json.loads((folder / INDEX).read_text())
+    if index["num_rows"] == 0:
+        raise ValueError(f"{folder} has no rows: all {index['num_bad_rows']} were bad, see {folder / BAD_ROWS}")
+    if verify:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        for entry in index["shards"][rank::world_size]:
+            _verify(folder / entry["file"], entry["sha256"])
+    files = [str(folder / entry["file"]) for entry in index["shards"] if entry["num_rows"]]
+    rows = Dataset.from_parquet(files) if not streaming else IterableDataset.from_parquet(files)
+    return rows.with_format("numpy")
+
+
+def _verify(path: Path, expected: str) -> None:
+    mend = f"remove {path.with_suffix('.json')} and {path.parent / INDEX}, and extract again: only it is redone"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is gone: {mend}")
+    if (found := checksum(path)) != expected:
+        raise ValueError(f"{path} has the checksum {found}, expected {expected}: it is damaged; {mend}")
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries with one level of dotted names."""
+    flat = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,110 @@
+"""A mixture of data sets as shards of tokens and codes, before training:
+
+    nextflow-hf extract data.yaml --output-dir codes
+    accelerate launch -m nextflow_hf.training.extract data.yaml --output-dir codes
+    torchrun --nproc-per-node 8 -m nextflow_hf.training.extract data.yaml --output-dir codes
+
+The file has the sources and whatever else differs from the defaults (recipes/data_example.yaml); every option may
+also be given as `--name value`, which wins. The same command goes on after an interruption, with any number of
+processes. `load_codes("codes")` reads the result.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import HfArgumentParser
+
+from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ..processing.processing_nextflow import NextFlowProcessor
+from .data.extraction import ExtractionSettings, extract_rows
+from .data.mixture import MixtureArguments, load_mixture
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """
+    What encodes, and where the codes go.
+
+    Args:
+        model (`str`, *optional*): Folder or Hub id with the processor and, in `vision_tokenizer/`, its tokenizer.
+        vision_tokenizer, processor (`str`, *optional*): Folders or Hub ids in the place of those of `model`.
+        revision (`str`, *optional*): Of `model`, `vision_tokenizer` and `processor` on the Hub.
+        output_dir (`str`): Folder of the shards.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`): Of the encoder; the quantiser computes in float32.
+        self_correction_top_k, self_correction_ratio (`int`, `float`, *optional*):
+            Candidates of a sampled code, and the share of the codes that are sampled (§3.2.1). Default to the
+            tokenizer's config: 10 and 0.6, the paper's share.
+    """
+
+    model: str | None = None
+    vision_tokenizer: str | None = None
+    processor: str | None = None
+    revision: str | None = None
+    output_dir: str | None = None
+    dtype: str = "bfloat16"
+    self_correction_top_k: int | None = None
+    self_correction_ratio: float | None = None
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise ValueError("got no output_dir: name a folder for the shards")
+        if self.model is None and (self.vision_tokenizer is None or self.processor is None):
+            raise ValueError("got no model: name a repository, or its vision_tokenizer and its processor")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}, expected bfloat16, float16 or float32")
+
+
+def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, MixtureArguments, ExtractionSettings]:
+    """The options of the command line, over those of its YAML file, over the defaults."""
+    groups = (ModelArguments, MixtureArguments, ExtractionSettings)
+    parser = HfArgumentParser(
+        groups,
+        prog="nextflow-hf extract",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="YAML file with the sources and other options")
+    config, _ = parser.parse_known_args(argv, argparse.Namespace())
+    values = yaml.safe_load(config.config.read_text(encoding="utf-8")) or {}
+    known = {entry.name for group in groups for entry in fields(group)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{config.config} has {unknown}, expected some of {sorted(known)}")
+    parser.set_defaults(**values)
+    *arguments, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return tuple(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Extract; returns the exit status."""
+    model, mixture, settings = parse(argv)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    revision = {} if model.revision is None else {"revision": model.revision}
+    processor = NextFlowProcessor.from_pretrained(model.processor or model.model, **revision)
+    sampling = {
+        name: getattr(model, name)
+        for name in ("self_correction_top_k", "self_correction_ratio")
+        if getattr(model, name) is not None
+    }
+    where = {} if model.vision_tokenizer else {"subfolder": "vision_tokenizer"}
+    vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(
+        model.vision_tokenizer or model.model, dtype=getattr(torch, model.dtype), **where, **sampling, **revision
+    )
+    extract_rows(
+        load_mixture(mixture),
+        model.output_dir,
+        processor=processor,
+        vision_tokenizer=vision_tokenizer.eval().to(state.device, memory_format=torch.channels_last),
+        settings=settings,
+        data=mixture.to_dict(),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
