@@ -24,8 +24,11 @@ _MODULE_OF_NAME = {
     "NextFlowProcessor": "processing.processing_nextflow",
     "NextFlowPipeline": "pipelines.pipeline_nextflow",
     "NextFlowPipelineOutput": "pipelines.pipeline_nextflow_output",
+    "NextFlowDiffusionDecoder": "pipelines.diffusion_decoder",
+    "NextFlowDiffusionDecoderPipeline": "pipelines.pipeline_nextflow_diffusion_decoder",
     "NextFlowTrainer": "training.trainer",
     "NextFlowVisionTokenizerTrainer": "training.tokenizer_trainer",
+    "NextFlowDiffusionDecoderTrainer": "training.decoder_trainer",
 }
 
 __all__ = ["__version__", *_MODULE_OF_NAME]

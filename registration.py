@@ -62,6 +62,7 @@ def register_with_diffusers() -> None:
     from transformers import ImageProcessingMixin, PreTrainedModel, ProcessorMixin
 
     from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
+    from nextflow_hf.pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 
     # The loader imports only libraries of this table, and saves the others' classes under their full module path.
     # It looks the base classes up as attributes of the library itself, with no default.
@@ -72,6 +73,7 @@ def register_with_diffusers() -> None:
     LOADABLE_CLASSES["nextflow_hf"] = {base.__name__: ["save_pretrained", "from_pretrained"] for base in bases}
     # `DiffusionPipeline.from_pretrained` looks `_class_name` up in `diffusers` alone.
     diffusers.NextFlowPipeline = NextFlowPipeline
+    diffusers.NextFlowDiffusionDecoderPipeline = NextFlowDiffusionDecoderPipeline
 
 
 def register_with_peft() -> None:

@@ -42,7 +42,6 @@ def create_card(
     repo_id: str,
     title: str | None = None,
     summary: str | None = None,
-    use: str | None = None,
     example: str = "a red circle",
     facts: Mapping[str, str] | None = None,
     training: str | None = None,
@@ -63,7 +62,6 @@ def create_card(
         repo_id (`str`): `"user/name"`: what the snippets load.
         title (`str`, *optional*): Defaults to the repository's name.
         summary (`str`, *optional*): First paragraph, Markdown. A line on the kind by default.
-        use (`str`, *optional*): Markdown; what a decoder's card says on its use. Other kinds have snippets.
         example (`str`, *optional*, defaults to `"a red circle"`): Prompt of the snippet.
         facts (`Mapping[str, str]`, *optional*): Rows of the table on the model, such as [`pipeline_facts`].
         training (`str`, *optional*): How it was trained, Markdown.
@@ -83,8 +81,6 @@ def create_card(
         raise ValueError(f"kind is {kind!r}, expected one of {list(METADATA)}")
     if kind in ("adapter", "decoder") and base_model is None:
         raise ValueError(f"the card of a {kind} needs base_model, the model that it goes with")
-    if (kind == "decoder") != (use is not None):
-        raise ValueError(f"use is {use!r} for kind {kind!r}: a decoder's card needs it, the others have snippets")
     title = title or repo_id.split("/")[-1]
     metadata = create_metadata(
         kind, title, results, license=license, base_model=base_model, datasets=datasets, language=language, tags=tags
@@ -96,7 +92,6 @@ def create_card(
         repo_id=repo_id,
         base_model=base_model,
         summary=summary,
-        use=use,
         example=example,
         facts=facts,
         training=training,

@@ -1,7 +1,7 @@
 """One repository for two libraries: what transformers and diffusers load by the same name.
 
-The transformer and the processor's files lie at the root, where transformers looks, the vision tokenizer in its
-sub-folder; diffusers takes a component without a folder from the root.
+The transformer and the processor's files lie at the root, where transformers looks; the vision tokenizer, and what a
+diffusion decoder has where there is one, in sub-folders. diffusers takes a component without a folder from the root.
 
 The code lies there, too: transformers loads the repository with `trust_remote_code=True` where `nextflow_hf` is not
 installed. `save_pretrained` alone writes the code of the object it saves (registration.py), and so does a plain
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel
 
@@ -73,9 +74,9 @@ def export_pipeline(
     if output_dir.is_file():
         raise NotADirectoryError(f"output_dir is the file {output_dir}, expected a folder")
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name, component in pipeline.components.items():
+    for name, component in present_components(pipeline).items():
         folder = output_dir if name in ROOT_COMPONENTS else output_dir / name
-        if isinstance(component, PreTrainedModel):
+        if isinstance(component, (PreTrainedModel, ModelMixin)):
             component_dtype = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
             component = component if component_dtype is None else cast_copy(component, component_dtype)
             component.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -93,6 +94,11 @@ def export_pipeline(
         for path in [path for name in code_files() for path in output_dir.rglob(name)]:
             path.unlink()
     return output_dir
+
+
+def present_components(pipeline: NextFlowPipeline) -> dict[str, Any]:
+    """All but the optional ones that are None."""
+    return {name: component for name, component in pipeline.components.items() if component is not None}
 
 
 def push_pipeline(
@@ -181,19 +187,26 @@ def write_code(folder: str | Path) -> None:
 
 
 def model_index(pipeline: NextFlowPipeline) -> str:
-    """`model_index.json`: diffusers' own, with the classes under the package's name and no trace of the source."""
+    """`model_index.json`: diffusers' own, with our classes under the package's name and no trace of the source."""
     index = json.loads(pipeline.to_json_string())
     index.pop("_name_or_path", None)
-    index |= {name: ["nextflow_hf", type(component).__name__] for name, component in pipeline.components.items()}
+    for name, component in pipeline.components.items():
+        if component is None:
+            index.pop(name)
+        elif type(component).__module__.startswith("nextflow_hf."):
+            index[name] = ["nextflow_hf", type(component).__name__]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def cast_copy(model: PreTrainedModel | ModelMixin, dtype: torch.dtype) -> PreTrainedModel | ModelMixin:
     """A copy of `model` in `dtype`, but for the modules that its class keeps in float32 whatever it is loaded in."""
     model = copy.deepcopy(model)
-    kept = set(model._keep_in_fp32_modules_strict)
-    if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules)
+    if isinstance(model, ModelMixin):  # whole names of modules and parameters, whatever the precision
+        kept = {rf"(^|\.){re.escape(name)}(\.|$)" for name in model._keep_in_fp32_modules or ()}
+    else:
+        kept = set(model._keep_in_fp32_modules_strict)
+        if dtype == torch.float16:
+            kept |= set(model._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(re.search(pattern, name) for pattern in kept):
             parameter.data = parameter.data.to(dtype)

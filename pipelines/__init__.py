@@ -3,8 +3,15 @@
 # First, before any of our modules: importing diffusers registers them with its loader (registration.py).
 import diffusers  # noqa: F401
 
+from .diffusion_decoder import NextFlowDiffusionDecoder
 from .pipeline_nextflow import NextFlowPipeline
+from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_output import NextFlowPipelineOutput
 
 
-__all__ = ["NextFlowPipeline", "NextFlowPipelineOutput"]
+__all__ = [
+    "NextFlowDiffusionDecoder",
+    "NextFlowDiffusionDecoderPipeline",
+    "NextFlowPipeline",
+    "NextFlowPipelineOutput",
+]

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.accelerate_utils import apply_forward_hook
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from .diffusion_decoder import NextFlowDiffusionDecoder
+from .pipeline_helpers import call_component, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_output import NextFlowPipelineOutput
 
 
@@ -34,6 +36,7 @@ DEFAULT_SETTINGS = {
     "top_p": 1.0,
 }
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+DECODERS = ("vq", "diffusion")
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -47,12 +50,6 @@ EXAMPLE_DOC_STRING = """
         >>> edited = pipe("make the circle blue", image=image).images[0]
         ```
 """
-
-
-@apply_forward_hook
-def _call(model: PreTrainedModel, method: str, *args, **kwargs) -> Any:
-    """A method of `model` that is not `forward`, the one that diffusers' offloading hooks into."""
-    return getattr(model, method)(*args, **kwargs)
 
 
 @dataclass
@@ -87,14 +84,59 @@ class NextFlowPipeline(DiffusionPipeline):
         transformer ([`NextFlowForCausalLM`]): Draws codes, scale by scale.
         vision_tokenizer ([`NextFlowVisionTokenizer`]): Images to codes and back. Also reachable as `vae`.
         processor ([`NextFlowProcessor`]): Messages and images to model inputs, pixels to images.
+        diffusion_decoder ([`NextFlowDiffusionDecoder`], *optional*): Draws the pixels for `decoder="diffusion"`.
+        decoder_scheduler, decoder_vae, decoder_text_encoder, decoder_tokenizer, decoder_text_encoder_2,
+        decoder_tokenizer_2, decoder_text_encoder_3, decoder_tokenizer_3 (*optional*):
+            Its parts, as in [`NextFlowDiffusionDecoderPipeline`].
     """
 
-    model_cpu_offload_seq = "vision_tokenizer->transformer"
+    model_cpu_offload_seq = (
+        "vision_tokenizer->transformer->decoder_text_encoder->decoder_text_encoder_2->decoder_text_encoder_3->"
+        "diffusion_decoder->decoder_vae"
+    )
+    _optional_components = [
+        "diffusion_decoder",
+        "decoder_scheduler",
+        "decoder_vae",
+        "decoder_text_encoder",
+        "decoder_tokenizer",
+        "decoder_text_encoder_2",
+        "decoder_tokenizer_2",
+        "decoder_text_encoder_3",
+        "decoder_tokenizer_3",
+    ]
     _callback_tensor_inputs = ["image_codes", "image_grids"]
 
-    def __init__(self, transformer: PreTrainedModel, vision_tokenizer: PreTrainedModel, processor: ProcessorMixin):
+    def __init__(
+        self,
+        transformer: PreTrainedModel,
+        vision_tokenizer: PreTrainedModel,
+        processor: ProcessorMixin,
+        diffusion_decoder: NextFlowDiffusionDecoder | None = None,
+        decoder_scheduler: SchedulerMixin | None = None,
+        decoder_vae: AutoencoderKL | AutoencoderKLQwenImage | None = None,
+        decoder_text_encoder: PreTrainedModel | None = None,
+        decoder_tokenizer: PreTrainedTokenizerBase | None = None,
+        decoder_text_encoder_2: PreTrainedModel | None = None,
+        decoder_tokenizer_2: PreTrainedTokenizerBase | None = None,
+        decoder_text_encoder_3: PreTrainedModel | None = None,
+        decoder_tokenizer_3: PreTrainedTokenizerBase | None = None,
+    ):
         super().__init__()
-        self.register_modules(transformer=transformer, vision_tokenizer=vision_tokenizer, processor=processor)
+        self.register_modules(
+            transformer=transformer,
+            vision_tokenizer=vision_tokenizer,
+            processor=processor,
+            diffusion_decoder=diffusion_decoder,
+            decoder_scheduler=decoder_scheduler,
+            decoder_vae=decoder_vae,
+            decoder_text_encoder=decoder_text_encoder,
+            decoder_tokenizer=decoder_tokenizer,
+            decoder_text_encoder_2=decoder_text_encoder_2,
+            decoder_tokenizer_2=decoder_tokenizer_2,
+            decoder_text_encoder_3=decoder_text_encoder_3,
+            decoder_tokenizer_3=decoder_tokenizer_3,
+        )
         self._guidance_scale: PerScale = DEFAULT_SETTINGS["guidance_scale"]
         self._num_timesteps = 0
         self._interrupt = False
@@ -103,6 +145,28 @@ class NextFlowPipeline(DiffusionPipeline):
     def vae(self) -> PreTrainedModel:
         """The vision tokenizer, under the name that diffusers' tools look for."""
         return self.vision_tokenizer
+
+    @property
+    def diffusion_decoder_pipeline(self) -> NextFlowDiffusionDecoderPipeline:
+        """The diffusion decoder as a pipeline of its own, of the same components."""
+        if self.diffusion_decoder is None or self.decoder_scheduler is None:
+            raise ValueError(
+                f"`diffusion_decoder` is {type(self.diffusion_decoder).__name__} and `decoder_scheduler` "
+                f"{type(self.decoder_scheduler).__name__}, expected both: this pipeline has no diffusion decoder"
+            )
+        parts = {
+            name.removeprefix("decoder_"): part
+            for name, part in self.components.items()
+            if name.startswith("decoder_")
+        }
+        pipeline = NextFlowDiffusionDecoderPipeline(
+            self.diffusion_decoder,
+            vision_tokenizer=self.vision_tokenizer,
+            image_processor=self.processor.image_processor,
+            **parts,
+        )
+        pipeline.set_progress_bar_config(**{**vars(self).get("_progress_bar_config", {}), "desc": "diffusion decoder"})
+        return pipeline
 
     @property
     def guidance_scale(self) -> PerScale:
@@ -135,6 +199,8 @@ class NextFlowPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        decoder: str,
+        decoder_settings: dict[str, Any],
     ) -> None:
         if (prompt is None) == (messages is None):
             given = "neither" if prompt is None else "both"
@@ -162,6 +228,13 @@ class NextFlowPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {unknown}, expected some of {self._callback_tensor_inputs}"
             )
+        if decoder not in DECODERS:
+            raise ValueError(f"`decoder` is {decoder!r}, expected one of {list(DECODERS)}")
+        if decoder == "vq" and decoder_settings:
+            names = [f"decoder_{name}" for name in decoder_settings]
+            raise ValueError(f"got {names} with `decoder='vq'`: they go with `decoder='diffusion'`")
+        if decoder == "diffusion" and output_type == "codes":
+            raise ValueError("`decoder='diffusion'` and `output_type='codes'`: codes are not decoded")
 
     def get_image_settings(self, **settings: Any) -> dict[str, Any]:
         """How to draw: what the call says, else the transformer's generation config, else [`DEFAULT_SETTINGS`]."""
@@ -223,7 +296,7 @@ class NextFlowPipeline(DiffusionPipeline):
         codes = sources.new_zeros(0)
         if len(sources):
             pixel_values = inputs["pixel_values"].to(device, self.vision_tokenizer.dtype)
-            codes = _call(self.vision_tokenizer, "encode", pixel_values, sources.to(device)).image_codes
+            codes = call_component(self.vision_tokenizer, "encode", pixel_values, sources.to(device)).image_codes
         negative_ids = [None] * len(conversations)
         if negative_conversations is not None:
             # Only the tokens differ: these conversations have the same images.
@@ -271,7 +344,7 @@ class NextFlowPipeline(DiffusionPipeline):
             inputs["negative_image_grids"] = inputs["image_grids"]
             inputs["negative_image_codes"] = inputs["image_codes"]
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        output = _call(
+        output = call_component(
             self.transformer,
             "generate_images",
             input_ids.to(device),
@@ -306,7 +379,7 @@ class NextFlowPipeline(DiffusionPipeline):
         """
         device = self._execution_device
         image_codes, image_grids = image_codes.to(device), image_grids.to(device)
-        pixel_values = _call(self.vision_tokenizer, "decode", image_codes, image_grids, num_scales=num_scales)
+        pixel_values = call_component(self.vision_tokenizer, "decode", image_codes, image_grids, num_scales=num_scales)
         return self.processor.image_processor.post_process_images(
             pixel_values.float().cpu(), image_grids.cpu(), output_type=output_type
         )
@@ -330,6 +403,13 @@ class NextFlowPipeline(DiffusionPipeline):
         top_k: PerScale | None = None,
         top_p: PerScale | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        decoder: str = "vq",
+        decoder_prompt: str | list[str] | None = None,
+        decoder_num_inference_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
+        decoder_strength: float | None = None,
+        decoder_tile_size: int | None = None,
+        decoder_generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -368,6 +448,16 @@ class NextFlowPipeline(DiffusionPipeline):
                 given one, so an image with a generator to itself is the same in any batch, and the first image of a
                 batch with a single generator is the one it would be alone. With generators, the global random state is
                 neither read nor changed.
+            decoder (`str`, *optional*, defaults to `"vq"`):
+                What makes pixels of the codes: `"vq"`, the vision tokenizer, or `"diffusion"`, the diffusion decoder:
+                sharper, slower, and free to change fine structure.
+            decoder_prompt (`str` or `list[str]`, *optional*):
+                Caption for the diffusion decoder, for all images or each prompt's. By default `prompt`, and nothing
+                where that is an instruction: with `image` or `messages`.
+            decoder_num_inference_steps, decoder_guidance_scale, decoder_strength, decoder_tile_size (*optional*):
+                For the diffusion decoder, as in [`NextFlowDiffusionDecoderPipeline`], with its defaults.
+            decoder_generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                For its noise, one or one for each image. By default each image goes on with its own of `generator`.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"codes"`: no decoding.
             return_dict (`bool`, *optional*, defaults to `True`): Else the same as a tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -389,6 +479,15 @@ class NextFlowPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs
+        decoder_settings = {
+            "prompt": decoder_prompt,
+            "num_inference_steps": decoder_num_inference_steps,
+            "guidance_scale": decoder_guidance_scale,
+            "strength": decoder_strength,
+            "tile_size": decoder_tile_size,
+            "generator": decoder_generator,
+        }
+        decoder_settings = {name: value for name, value in decoder_settings.items() if value is not None}
         self.check_inputs(
             prompt,
             image,
@@ -400,7 +499,15 @@ class NextFlowPipeline(DiffusionPipeline):
             negative_prompt,
             output_type,
             callback_on_step_end_tensor_inputs,
+            decoder,
+            decoder_settings,
         )
+        diffusion_decoder = self.diffusion_decoder_pipeline if decoder == "diffusion" else None
+        if diffusion_decoder is not None:
+            diffusion_decoder.check_settings(**decoder_settings)
+            decoder_settings = {
+                name: value for name, value in decoder_settings.items() if name not in ("prompt", "generator")
+            }
 
         # 2. How to draw
         settings = self.get_image_settings(
@@ -419,11 +526,21 @@ class NextFlowPipeline(DiffusionPipeline):
         else:
             conversations = [messages] if isinstance(messages[0], dict) else list(messages)
         num_images = len(conversations) * num_images_per_prompt
-        generators = _generator_per_image(generator, num_images)
+        generators = generator_per_image(generator, num_images)
         negative_conversations = None
         if self.do_classifier_free_guidance:
-            negative_texts = _one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))
+            negative_texts = one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))
             negative_conversations = list(map(unconditional_messages, conversations, negative_texts))
+        captions, noise_generators = None, generators
+        if diffusion_decoder is not None:
+            # An instruction says what to change, not what is to be seen.
+            if decoder_prompt is None and image is None and diffusion_decoder.has_text_encoder:
+                decoder_prompt = prompt
+            if decoder_prompt is not None:
+                texts = one_per_prompt("decoder_prompt", decoder_prompt, len(conversations))
+                captions = [text for text in texts for _ in range(num_images_per_prompt)]
+            if decoder_generator is not None:
+                noise_generators = generator_per_image(decoder_generator, num_images)
 
         # 4. Tokens of the conversations, codes of the images in them
         size = {"height": height, "width": width, "aspect_ratio": aspect_ratio}
@@ -465,7 +582,17 @@ class NextFlowPipeline(DiffusionPipeline):
                 )
                 drawn = _num_scales(codes.shape[1], grids)
                 decoded = codes
-                if output_type != "codes":
+                if diffusion_decoder is not None:
+                    decoded = diffusion_decoder(
+                        codes.flatten(),
+                        target_grids,
+                        prompt=None if captions is None else [captions[index] for index in members],
+                        generator=None if noise_generators is None else [noise_generators[index] for index in members],
+                        num_scales=drawn,
+                        output_type=output_type,
+                        **decoder_settings,
+                    ).images
+                elif output_type != "codes":
                     decoded = self.decode_codes(
                         codes.flatten(), target_grids, num_scales=drawn, output_type=output_type
                     )
@@ -477,7 +604,7 @@ class NextFlowPipeline(DiffusionPipeline):
         # 6. Output
         self.maybe_free_model_hooks()
         output = NextFlowPipelineOutput(
-            images=None if output_type == "codes" else _stack_equal(images),
+            images=None if output_type == "codes" else stack_equal(images),
             image_codes=torch.cat(image_codes),
             image_grids=image_grids.to(image_codes[0].device),
         )
@@ -556,36 +683,10 @@ def _text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _one_per_prompt(name: str, value: str | list[str], num_prompts: int) -> list[str]:
-    values = [value] * num_prompts if isinstance(value, str) else list(value)
-    if len(values) != num_prompts:
-        raise ValueError(f"`{name}` has {len(values)} entries for {num_prompts} prompts, expected one for each")
-    return values
-
-
-def _generator_per_image(
-    generator: torch.Generator | list[torch.Generator] | None, num_images: int
-) -> list[torch.Generator] | None:
-    if generator is None:
-        return None
-    sources = [generator] * num_images if isinstance(generator, torch.Generator) else list(generator)
-    if len(sources) != num_images:
-        raise ValueError(f"`generator` has {len(sources)} entries for {num_images} images, expected one or as many")
-    seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=source.device)) for source in sources]
-    return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds, strict=True)]
-
-
 def _num_scales(num_codes: int, grids: Sequence[tuple[int, int]]) -> int:
     """How many scales of a schedule `num_codes` codes are."""
     cells = np.cumsum([height * width for height, width in grids])
     return int(np.searchsorted(cells, num_codes)) + 1
-
-
-def _stack_equal(images: list) -> list | np.ndarray | torch.Tensor:
-    """Arrays as one array where they have one shape."""
-    if isinstance(images[0], PIL.Image.Image) or any(image.shape != images[0].shape for image in images):
-        return images
-    return np.stack(images) if isinstance(images[0], np.ndarray) else torch.stack(images)
 
 
 __all__ = ["NextFlowDrawingPrompt", "NextFlowPipeline", "unconditional_messages"]

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
+from toy_decoder import toy_decoder_pipeline
 from toy_pipeline import toy_pipeline
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
@@ -223,7 +224,6 @@ def test_card_of_every_kind(kind, tmp_path):
         base_model="toy/base",
         datasets=["toy/data"],
         tags=["more"],
-        use="Like this." if kind == "decoder" else None,
     )
     metadata, text = read_card(card, tmp_path)
     library, pipeline_tag, relation = KINDS[kind]
@@ -240,7 +240,7 @@ def test_card_of_every_kind(kind, tmp_path):
     ):
         assert part in text
     assert "![A picture](a.png)" in text and "\n## Limits\n\nMany.\n" in text and text.endswith("```\n")
-    assert ("Like this." if kind == "decoder" else '"toy/made"') in text
+    assert '"toy/made"' in text
     assert ("toy/base" in text.split("---")[2]) == (kind in ("adapter", "decoder"))
 
 
@@ -251,13 +251,21 @@ def test_a_card_says_only_what_it_was_told(pipe, tmp_path):
     assert f"{pipe.transformer.num_parameters():,} parameters, 2 layers, width 32" in text
 
 
+def test_the_snippet_of_a_decoder_draws(folder, tmp_path):
+    toy_decoder_pipeline("unet").save_pretrained(tmp_path / "decoder")
+    card = create_card("decoder", repo_id=str(tmp_path / "decoder"), base_model=str(folder), example="a")
+    scope = {}
+    exec(card.content.split("```python\n")[1].split("```")[0], scope)
+    assert scope["image"].size == (16, 16)
+    assert scope["decoder"].vision_tokenizer is scope["pipe"].vision_tokenizer
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         ("lora", {}, "kind is 'lora', expected one of"),
         ("adapter", {}, "needs base_model"),
-        ("decoder", {"base_model": "toy/base"}, "use is None"),
-        ("model", {"use": "Like this."}, "use is 'Like this.'"),
+        ("decoder", {}, "needs base_model"),
     ],
 )
 def test_a_card_lacks_nothing_that_it_says(kind, options, message):

@@ -129,6 +129,7 @@ assert PROCESSOR_MAPPING[config_class] is nextflow_hf.NextFlowProcessor
 assert IMAGE_PROCESSOR_MAPPING[config_class]["pil"] is nextflow_hf.NextFlowImageProcessorPil
 
 assert diffusers.NextFlowPipeline is nextflow_hf.NextFlowPipeline
+assert diffusers.NextFlowDiffusionDecoderPipeline is nextflow_hf.NextFlowDiffusionDecoderPipeline
 for name in ("NextFlowForCausalLM", "NextFlowVisionTokenizer", "NextFlowProcessor"):
     component = getattr(nextflow_hf, name)
     assert _fetch_class_library_tuple(component) == ("nextflow_hf", name)

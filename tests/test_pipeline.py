@@ -333,7 +333,9 @@ def test_errors(pipe, kwargs, error, message):
 
 
 def test_components(pipe):
-    assert set(pipe.components) == {"transformer", "vision_tokenizer", "processor"}
+    present = {name for name, component in pipe.components.items() if component is not None}
+    assert present == {"transformer", "vision_tokenizer", "processor"}
+    assert set(pipe.components) - present == set(pipe._optional_components)
     assert pipe.vae is pipe.vision_tokenizer
     with pytest.raises(AttributeError):
         pipe.vae = None

@@ -115,6 +115,16 @@ def load_codes(folder: str | os.PathLike) -> Dataset:
     return Dataset.from_parquet(shards).with_format("numpy")
 
 
+def check_fingerprint(folder: str | os.PathLike, vision_tokenizer: NextFlowVisionTokenizer) -> None:
+    """Raises `ValueError` where the shards of `folder` were written with another tokenizer."""
+    written, own = json.loads((Path(folder) / "manifest.json").read_text()), codes_fingerprint(vision_tokenizer)
+    if written["vision_tokenizer"] != own:
+        raise ValueError(
+            f"{folder} has codes of the tokenizer {written['vision_tokenizer']}, expected {own}: another one, or in "
+            f"another precision than {vision_tokenizer.dtype}"
+        )
+
+
 def _check_manifest(path: Path, manifest: dict) -> None:
     if path.exists():
         found = json.loads(path.read_text())

@@ -1,0 +1,42 @@
+"""What the pipelines share: calls that offloading sees, a generator for every image, arrays of one shape as one."""
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+
+@apply_forward_hook
+def call_component(model: nn.Module, method: str, *args, **kwargs) -> Any:
+    """A method of `model` that is not `forward`, the one that diffusers' offloading hooks into."""
+    return getattr(model, method)(*args, **kwargs)
+
+
+def generator_per_image(
+    generator: torch.Generator | list[torch.Generator] | None, num_images: int
+) -> list[torch.Generator] | None:
+    """Each image gets a generator of its own, seeded with one number of the given one or of its entry in a list."""
+    if generator is None:
+        return None
+    sources = [generator] * num_images if isinstance(generator, torch.Generator) else list(generator)
+    if len(sources) != num_images:
+        raise ValueError(f"`generator` has {len(sources)} entries for {num_images} images, expected one or as many")
+    seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=source.device)) for source in sources]
+    return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds, strict=True)]
+
+
+def one_per_prompt(name: str, value: str | list[str], num_prompts: int) -> list[str]:
+    values = [value] * num_prompts if isinstance(value, str) else list(value)
+    if len(values) != num_prompts:
+        raise ValueError(f"`{name}` has {len(values)} entries for {num_prompts} prompts, expected one for each")
+    return values
+
+
+def stack_equal(images: list) -> list | np.ndarray | torch.Tensor:
+    """Arrays as one array where they have one shape."""
+    if isinstance(images[0], PIL.Image.Image) or any(image.shape != images[0].shape for image in images):
+        return images
+    return np.stack(images) if isinstance(images[0], np.ndarray) else torch.stack(images)

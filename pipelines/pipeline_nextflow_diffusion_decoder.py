@@ -1,0 +1,614 @@
+"""Codes in, sharper pixels out (§2.3): the optional last step of [`NextFlowPipeline`], which can be used alone.
+
+A denoiser draws the picture anew under the condition of its codes, from noise or from what the vision tokenizer
+decodes. It may change fine structure: off by default, and no choice for local edits or for identity.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    SchedulerMixin,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.utils import load_image, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+from .diffusion_decoder import NextFlowDiffusionDecoder, decoder_condition
+from .diffusion_decoder_latents import (
+    decode_latents,
+    encode_latents,
+    predict_in_tiles,
+    vae_latent_channels,
+    vae_scale_factor,
+)
+from .pipeline_helpers import call_component, generator_per_image, one_per_prompt, stack_equal
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# Denoiser -> the text encoders that its own pipeline cannot do without, by their suffix.
+REQUIRED_TEXT_ENCODERS = {
+    "UNet2DConditionModel": ("",),
+    "FluxTransformer2DModel": ("", "_2"),
+    "SD3Transformer2DModel": ("", "_2"),
+    "QwenImageTransformer2DModel": ("",),
+}
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from nextflow_hf import NextFlowDiffusionDecoderPipeline
+
+        >>> decoder = NextFlowDiffusionDecoderPipeline.from_pretrained("path/to/decoder")
+        >>> sharper = decoder(image="photo.png", prompt="a red fox in the snow").images[0]
+
+        >>> # behind a NextFlowPipeline whose repository has one
+        >>> pipe("a red fox in the snow", decoder="diffusion", decoder_num_inference_steps=20)
+        ```
+"""
+
+
+class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
+    r"""
+    Draws the image of given codes with a diffusion model.
+
+    Args:
+        diffusion_decoder ([`NextFlowDiffusionDecoder`]): The denoiser and its projection of the condition.
+        scheduler (`SchedulerMixin`):
+            The denoiser's: a diffusion scheduler (`DDIMScheduler`, `EulerDiscreteScheduler`, ...) or
+            `FlowMatchEulerDiscreteScheduler`.
+        vision_tokenizer ([`NextFlowVisionTokenizer`]): Codes to condition, images to codes.
+        image_processor ([`NextFlowImageProcessor`], *optional*): For a call with `image`.
+        vae (`AutoencoderKL` or `AutoencoderKLQwenImage`, *optional*):
+            The denoiser's. Without one it denoises pixels.
+        text_encoder, text_encoder_2, text_encoder_3 (`PreTrainedModel`, *optional*):
+            The denoiser's, as its own pipeline has them. Without them it gets no caption.
+        tokenizer, tokenizer_2, tokenizer_3 (`PreTrainedTokenizerBase`, *optional*): Theirs.
+    """
+
+    model_cpu_offload_seq = "vision_tokenizer->text_encoder->text_encoder_2->text_encoder_3->diffusion_decoder->vae"
+    _optional_components = [
+        "image_processor",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    ]
+    _callback_tensor_inputs = ["latents"]
+    _lora_loadable_modules = ["diffusion_decoder"]
+    transformer_name = "diffusion_decoder"  # the prefix of its LoRA's keys
+
+    def __init__(
+        self,
+        diffusion_decoder: NextFlowDiffusionDecoder,
+        scheduler: SchedulerMixin,
+        vision_tokenizer: PreTrainedModel,
+        image_processor: ImageProcessingMixin | None = None,
+        vae: AutoencoderKL | AutoencoderKLQwenImage | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            diffusion_decoder=diffusion_decoder,
+            scheduler=scheduler,
+            vision_tokenizer=vision_tokenizer,
+            image_processor=image_processor,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+        )
+        self.pixel_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call; images that differ in size are drawn one after the other."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop there: the images are what the latents then show."""
+        return self._interrupt
+
+    @property
+    def pixels_per_cell(self) -> int:
+        """Pixels of the output that a cell of the codes spans, along each axis."""
+        return self.vision_tokenizer.config.patch_size * self.diffusion_decoder.config.upscale_factor
+
+    @property
+    def latents_per_cell(self) -> int:
+        """Latents that a cell of the codes spans, along each axis."""
+        return self.pixels_per_cell // vae_scale_factor(self.vae)
+
+    @property
+    def has_text_encoder(self) -> bool:
+        """Whether captions can be read. Half of a set of text encoders is refused."""
+        names = []
+        for suffix in REQUIRED_TEXT_ENCODERS[self.diffusion_decoder.config.denoiser_class]:
+            names += [f"text_encoder{suffix}", f"tokenizer{suffix}"]
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing and len(missing) < len(names):
+            raise ValueError(f"{missing} is missing of {names}, expected all of them or none")
+        return not missing
+
+    def check_components(self) -> None:
+        """Raises `ValueError` where the components do not fit each other."""
+        decoder, tokenizer = self.diffusion_decoder, self.vision_tokenizer.config
+        channels = tokenizer.semantic_code_dim + tokenizer.pixel_code_dim + tokenizer.semantic_config.hidden_size
+        if channels != decoder.config.condition_channels:
+            raise ValueError(
+                f"the diffusion decoder wants {decoder.config.condition_channels} channels of condition, but the "
+                f"vision tokenizer has {channels}"
+            )
+        latent_channels = vae_latent_channels(self.vae)
+        if latent_channels != decoder.latent_channels:
+            raise ValueError(
+                f"the diffusion decoder's latents have {decoder.latent_channels} channels, but those of the "
+                f"{type(self.vae).__name__} {latent_channels}"
+            )
+        factor = vae_scale_factor(self.vae)
+        needed = 2 * factor if decoder.needs_even_latents else factor
+        if self.pixels_per_cell % needed:
+            raise ValueError(
+                f"a cell is {self.pixels_per_cell} pixels wide, expected a multiple of {needed}: of the VAE's "
+                f"{factor} pixels for a latent, with a {decoder.config.denoiser_class}"
+            )
+
+    def check_settings(
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int = 25,
+        strength: float = 1.0,
+        tile_size: int | None = None,
+        **others: Any,
+    ) -> None:
+        """Whether the decoder can do what a call asks for. `others` cannot be wrong, or show where they are used."""
+        self.check_components()
+        if prompt is not None and not self.has_text_encoder:
+            raise ValueError(f"`prompt` is {prompt!r}, expected None: this decoder has no text encoder")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1")
+        if not 0 < strength <= 1 or num_inference_steps * strength < 1:
+            raise ValueError(
+                f"`strength` is {strength} of {num_inference_steps} steps, expected at most 1 and one step or more"
+            )
+        cell = self.pixels_per_cell
+        if tile_size is not None and (tile_size % cell or tile_size < 4 * cell):
+            raise ValueError(f"`tile_size` is {tile_size}, expected a multiple of {cell} pixels, at least {4 * cell}")
+
+    def check_inputs(
+        self,
+        image_codes: torch.LongTensor | None,
+        image_grids: torch.LongTensor | None,
+        image: Any,
+        init_image: Any,
+        strength: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        if (image_codes is None) == (image is None):
+            given = "neither" if image is None else "both"
+            raise ValueError(f"pass exactly one of `image_codes` and `image`, got {given}")
+        if (image_codes is None) != (image_grids is None):
+            raise ValueError("`image_codes` and `image_grids` go together, got one of them")
+        if image is not None and self.image_processor is None:
+            raise ValueError("`image` needs the component `image_processor`, which is None: pass `image_codes`")
+        if init_image is not None and strength == 1:
+            raise ValueError("`init_image` is given but `strength` is 1, expected less: at 1 all begins with noise")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}, expected one of {list(OUTPUT_TYPES)}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}, expected some of {self._callback_tensor_inputs}"
+            )
+
+    def encode_image(self, image: Any) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Codes (total_codes,) and schedules (images, max_scales, 2) of images."""
+        inputs = self.image_processor(image, return_tensors="pt")
+        device, dtype = self._execution_device, self.vision_tokenizer.dtype
+        image_grids = inputs["image_grids"].to(device)
+        pixel_values = inputs["pixel_values"].to(device, dtype)
+        return call_component(self.vision_tokenizer, "encode", pixel_values, image_grids).image_codes, image_grids
+
+    def encode_condition(
+        self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, *, num_scales: int | None = None
+    ) -> torch.Tensor:
+        """The condition (images, channels, rows, columns) of codes that share one schedule."""
+        device = self._execution_device
+        features = call_component(
+            self.vision_tokenizer,
+            "decode_features",
+            image_codes.to(device),
+            image_grids.to(device),
+            num_scales=num_scales,
+        )
+        return decoder_condition(features.semantic_embeds, features.pixel_embeds, features.semantic_features)
+
+    def encode_prompt(
+        self, prompts: list[str], *, max_sequence_length: int | None = None
+    ) -> dict[str, torch.Tensor | None]:
+        """
+        Captions as the inputs of the denoiser's text branch, by the pipeline that the denoiser comes from. Without a
+        text encoder: nothing to read, for every one.
+        """
+        device, decoder = self._execution_device, self.diffusion_decoder
+        if not self.has_text_encoder:
+            prompt = decoder.empty_prompt(len(prompts))
+            return {name: tensor.to(device) for name, tensor in prompt.items()}
+        # Here, not above: they take long to import.
+        from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+
+        length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+        parts = {name: self.components[name] for name in self.components if name.startswith(("text_", "tokenizer"))}
+        unused = {"vae": None, "scheduler": None}
+        name = decoder.config.denoiser_class
+        if name == "UNet2DConditionModel":
+            first = {key: parts[key] for key in ("text_encoder", "tokenizer")}
+            unused |= {"unet": None, "safety_checker": None, "feature_extractor": None}
+            stock = StableDiffusionPipeline(**first, **unused, requires_safety_checker=False)
+            embeds, _ = stock.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
+            return {"encoder_hidden_states": embeds}
+        unused["transformer"] = decoder.denoiser  # for its configuration
+        if name == "QwenImageTransformer2DModel":
+            first = {key: parts[key] for key in ("text_encoder", "tokenizer")}
+            embeds, mask = QwenImagePipeline(**first, **unused).encode_prompt(prompts, device=device, **length)
+            return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
+        if name == "SD3Transformer2DModel":
+            stock = StableDiffusion3Pipeline(**parts, **unused)
+            embeds, _, pooled, _ = stock.encode_prompt(
+                prompts, None, None, device=device, do_classifier_free_guidance=False, **length
+            )
+            return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        two = {key: part for key, part in parts.items() if not key.endswith("_3")}
+        embeds, pooled, _ = FluxPipeline(**two, **unused).encode_prompt(prompts, device=device, **length)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def prepare_timesteps(
+        self, num_inference_steps: int, strength: float, latent_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """The scheduler's timesteps from `strength` on, for latents of that size."""
+        options: dict[str, Any] = {}
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            config = self.scheduler.config
+            if config.use_dynamic_shifting:
+                from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+                tokens = latent_size[0] * latent_size[1] // 4
+                options["mu"] = calculate_shift(
+                    tokens,
+                    config.base_image_seq_len,
+                    config.max_image_seq_len,
+                    config.base_shift,
+                    config.max_shift,
+                )
+            if self.diffusion_decoder.family.is_packed:  # as the pipelines of these denoisers do
+                options["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **options)
+        first = (num_inference_steps - int(num_inference_steps * strength)) * self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index"):  # DDIM and DDPM know their place by the timestep
+            self.scheduler.set_begin_index(first)
+        return self.scheduler.timesteps[first:]
+
+    def encode_start(
+        self,
+        image_codes: torch.LongTensor,
+        image_grids: torch.LongTensor,
+        *,
+        num_scales: int | None = None,
+        init_image: list | None = None,
+    ) -> torch.Tensor:
+        """Latents of the picture to begin with: `init_image`, or what the vision tokenizer decodes."""
+        height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
+        if init_image is not None:
+            init_image = [load_image(one) if isinstance(one, str) else one for one in init_image]
+            pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in init_image])
+        else:
+            device = self._execution_device
+            pixels = call_component(
+                self.vision_tokenizer, "decode", image_codes.to(device), image_grids.to(device), num_scales=num_scales
+            )
+            if pixels.shape[2:] != (height, width):
+                pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+        return encode_latents(self.vae, pixels.to(self._execution_device))
+
+    def prepare_latents(
+        self,
+        timestep: torch.Tensor,
+        num_images: int,
+        size: tuple[int, int],
+        generators: list[torch.Generator] | None = None,
+        *,
+        noise: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise as the scheduler begins with it or, with `start`, latents noised up to `timestep`."""
+        device = self._execution_device
+        shape = (num_images, self.diffusion_decoder.latent_channels, *size)
+        if noise is None:
+            noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+        elif tuple(noise.shape) != shape:
+            raise ValueError(f"`latents` has shape {tuple(noise.shape)}, expected {shape}")
+        noise = noise.to(device, torch.float32)
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            return noise if start is None else self.scheduler.scale_noise(start, timestep[None], noise)
+        if start is None:
+            return noise * self.scheduler.init_noise_sigma
+        return self.scheduler.add_noise(start, noise, timestep[None])
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: torch.Tensor,
+        prompt: dict[str, torch.Tensor | None],
+        *,
+        tile: int | None = None,
+    ) -> torch.Tensor:
+        """
+        The denoiser's guided prediction in float32. `prompt` has the rows of the images or, with guidance, those
+        that it leads away from and then those of the images. `tile` is in cells.
+        """
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            latents = self.scheduler.scale_model_input(latents, timestep)
+        if self.do_classifier_free_guidance:
+            latents = latents.repeat(2, 1, 1, 1)
+            condition = torch.cat([torch.zeros_like(condition), condition])
+
+        def denoise(latents: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+            timesteps = timestep.expand(len(latents))
+            return self.diffusion_decoder(latents, timesteps, condition, **prompt, return_dict=False)[0].float()
+
+        if tile is None:
+            prediction = denoise(latents, condition)
+        else:
+            prediction = predict_in_tiles(denoise, latents, condition, tile=tile)
+        if self.do_classifier_free_guidance:
+            without, conditional = prediction.chunk(2)
+            prediction = without + self._guidance_scale * (conditional - without)
+        return prediction
+
+    def step(
+        self,
+        prediction: torch.Tensor,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        generators: list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """One step of the scheduler. One that draws noise of its own takes it from the images' generators."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generators} if takes_generator else {}
+        return self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str) -> list | np.ndarray | torch.Tensor:
+        """Images of latents."""
+        pixels = decode_latents(self.vae, latents)
+        return self.pixel_processor.postprocess(pixels.cpu() if output_type == "pt" else pixels, output_type)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Loads what [`NextFlowDiffusionDecoderTrainer`] saved: a LoRA of the denoiser and, in full, the projection of
+        the condition with the input layer. These two stay when the LoRA is unloaded.
+        """
+        state_dict, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        prefix = f"{self.transformer_name}."
+        plain = {name.removeprefix(prefix): value for name, value in state_dict.items() if ".lora_" not in name}
+        unknown = sorted(set(plain) - set(self.diffusion_decoder.state_dict()))
+        if unknown:
+            raise ValueError(f"the LoRA has weights {unknown[:4]}, expected some of the diffusion decoder's")
+        self.diffusion_decoder.load_state_dict(plain, strict=False)
+        lora = {name: value for name, value in state_dict.items() if ".lora_" in name}
+        self.diffusion_decoder.load_lora_adapter(
+            lora, prefix=self.transformer_name, adapter_name=adapter_name, metadata=metadata, _pipeline=self
+        )
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        image: Any = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.0,
+        strength: float = 1.0,
+        init_image: Any = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        tile_size: int | None = None,
+        num_scales: int | None = None,
+        max_sequence_length: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Draw the images of codes, or of an image's codes.
+
+        Args:
+            image_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*): Codes, as NextFlow draws them.
+            image_grids (`torch.LongTensor` of shape `(images, max_scales, 2)`, *optional*): Their schedules.
+            image (image or `list` of images, *optional*): Instead of codes: what to encode and draw anew.
+            prompt (`str` or `list[str]`, *optional*):
+                Caption for all images or for each. It describes the image; it is no instruction. By default empty.
+            negative_prompt (`str` or `list[str]`, *optional*, defaults to `""`): What guidance leads away from.
+            num_inference_steps (`int`, *optional*, defaults to 25): Steps from pure noise.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Strength of guidance by the codes and the caption together. 1 is none, and costs no second pass.
+            strength (`float`, *optional*, defaults to 1.0):
+                1 begins with noise. Less begins with a picture, noised that far, and takes that share of the steps.
+            init_image (image or `list` of images, *optional*):
+                That picture, resized to the output; by default what the vision tokenizer decodes. A decoder of 2x
+                output can begin with the result of one of 1x.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One, or one for each image. Each image draws from a generator of its own, seeded with one number of
+                the given one, so it is the same in any batch.
+            latents (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
+                Noise to begin with, standard normal, instead of the generators'. For images of one size.
+            tile_size (`int`, *optional*):
+                Side in output pixels of squares to predict one by one, overlapping, for large images. The VAE has
+                its own: `pipe.vae.enable_tiling()`.
+            num_scales (`int`, *optional*): Use the codes of the first scales only, `image_codes` may end there.
+            max_sequence_length (`int`, *optional*): Of the caption in tokens; by default the denoiser's pipeline's.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, *optional*, defaults to `True`): Else the same as a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; may return changed
+                `latents`, set `pipe._guidance_scale` or `pipe._interrupt`.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): Its tensors.
+
+        Examples:
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images. Arrays that differ in size come as a list.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 1. Check inputs
+        self.check_settings(prompt, num_inference_steps, strength, tile_size)
+        self.check_inputs(
+            image_codes,
+            image_grids,
+            image,
+            init_image,
+            strength,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        latents_per_cell = self.latents_per_cell
+
+        # 2. Codes, and images that share a schedule
+        if image is not None:
+            image_codes, image_grids = self.encode_image(image)
+        codes_of_images = _split_codes(image_codes, image_grids, num_scales)
+        num_images = len(image_grids)
+        generators = generator_per_image(generator, num_images)
+        groups: dict[tuple, list[int]] = {}
+        for index, rows in enumerate(image_grids.tolist()):
+            groups.setdefault(tuple(map(tuple, rows)), []).append(index)
+        if latents is not None and len(groups) > 1:
+            raise ValueError(f"`latents` is one tensor, but the images have {len(groups)} different schedules")
+
+        # 3. Captions: those that guidance leads away from and those of the images, padded together
+        captions = one_per_prompt("prompt", prompt or "", num_images)
+        negatives = one_per_prompt("negative_prompt", negative_prompt or "", num_images)
+        texts = self.encode_prompt(negatives + captions, max_sequence_length=max_sequence_length)
+
+        # 4. Draw, the images of one schedule together
+        images: list = [None] * num_images
+        tile = None if tile_size is None else tile_size // self.pixels_per_cell
+        with self.progress_bar(total=0) as progress:
+            for position, members in enumerate(groups.values()):
+                codes, grids = torch.cat([codes_of_images[index] for index in members]), image_grids[members]
+                condition = self.encode_condition(codes, grids, num_scales=num_scales)
+                rows, columns = condition.shape[2:]
+                size = (rows * latents_per_cell, columns * latents_per_cell)
+                own = None if generators is None else [generators[index] for index in members]
+                timesteps = self.prepare_timesteps(num_inference_steps, strength, size)
+                start = None
+                if strength < 1:
+                    picked = None if init_image is None else _pick(init_image, members, num_images)
+                    start = self.encode_start(codes, grids, num_scales=num_scales, init_image=picked)
+                sample = self.prepare_latents(timesteps[0], len(members), size, own, noise=latents, start=start)
+                self._num_timesteps = len(timesteps) * len(groups)
+                progress.total = self._num_timesteps
+
+                for step, timestep in enumerate(timesteps):
+                    if self.interrupt:
+                        break
+                    conditional = [index + num_images for index in members]
+                    picked = [*members, *conditional] if self.do_classifier_free_guidance else conditional
+                    text = {name: None if rows is None else rows[picked] for name, rows in texts.items()}
+                    prediction = self.predict(sample, timestep, condition, text, tile=tile)
+                    sample = self.step(prediction, timestep, sample, own)
+                    if callback_on_step_end is not None:
+                        given = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
+                        done = position * len(timesteps) + step
+                        sample = (callback_on_step_end(self, done, timestep, given) or {}).get("latents", sample)
+                    progress.update()
+
+                decoded = sample if output_type == "latent" else self.decode_latents(sample, output_type)
+                for index, one in zip(members, decoded, strict=True):
+                    images[index] = one
+
+        # 5. Output
+        self.maybe_free_model_hooks()
+        result = stack_equal(images)
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+
+def _split_codes(
+    image_codes: torch.LongTensor, image_grids: torch.LongTensor, num_scales: int | None
+) -> tuple[torch.LongTensor, ...]:
+    """Flat codes as one tensor an image; of all its scales, or of the first `num_scales`."""
+    if image_grids.ndim != 3 or image_codes.ndim != 1:
+        raise ValueError(
+            f"`image_codes` has shape {tuple(image_codes.shape)} and `image_grids` {tuple(image_grids.shape)}, "
+            "expected (total_codes,) and (images, max_scales, 2)"
+        )
+    counts = [grids.prod(-1).sum(-1).tolist() for grids in (image_grids, image_grids[:, :num_scales])]
+    for lengths in counts:
+        if sum(lengths) == len(image_codes):
+            return image_codes.split(lengths)
+    raise ValueError(f"`image_codes` has {len(image_codes)} codes, `image_grids` asks for {sum(counts[-1])}")
+
+
+def _pick(images: Any, members: list[int], num_images: int) -> list:
+    """Entries `members` of one image for all, or of as many as there are."""
+    is_many = isinstance(images, (list, tuple)) or (not isinstance(images, PIL.Image.Image | str) and images.ndim == 4)
+    entries = list(images) if is_many else [images] * num_images
+    if len(entries) != num_images:
+        raise ValueError(f"`init_image` has {len(entries)} entries for {num_images} images, expected one or as many")
+    return [entries[index] for index in members]
+
+
+__all__ = ["NextFlowDiffusionDecoderPipeline"]

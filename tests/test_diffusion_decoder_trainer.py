@@ -1,0 +1,290 @@
+"""The diffusion decoder's trainer: the scheduler's targets, what trains and what does not, resuming, LoRA files."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
+from toy_decoder import toy_clip, toy_decoder_pipeline, toy_denoiser, toy_scheduler, toy_vae
+from toy_pipeline import toy_processor
+
+from nextflow_hf import NextFlowDiffusionDecoder
+from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset, caption_of
+from nextflow_hf.training.data.extraction import extract_codes
+from nextflow_hf.training.decoder import STAGES, build_decoder_pipeline, load_decoder_recipe, train_stage
+from nextflow_hf.training.decoder_trainer import (
+    NextFlowDiffusionDecoderTrainer,
+    NextFlowDiffusionDecoderTrainingArguments,
+    add_training_noise,
+    training_scheduler,
+    visual_modules,
+)
+
+
+def picture(index: int) -> Image.Image:
+    size = [(16, 16), (12, 20)][index % 2]
+    return Image.fromarray(np.random.default_rng(index).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+def items(pipe, count: int = 6) -> list[dict]:
+    rows = []
+    for index in range(count):
+        codes, grids = pipe.encode_image(picture(index))
+        rows.append({"image": picture(index), "image_codes": codes, "image_grids": grids[0], "caption": ""})
+    return rows
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(family: str = "unet", folder: str = "run", **changes) -> NextFlowDiffusionDecoderTrainer:
+        pipe = toy_decoder_pipeline(family)
+        options = {
+            "output_dir": tmp_path / folder,
+            "max_steps": 4,
+            "per_device_train_batch_size": 3,
+            "per_device_eval_batch_size": 6,
+            "learning_rate": 3e-3,
+            "logging_steps": 2,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        args = NextFlowDiffusionDecoderTrainingArguments(**{**options, **changes})
+        rows = items(pipe)
+        return NextFlowDiffusionDecoderTrainer(pipe, args, train_dataset=rows, eval_dataset=rows)
+
+    return make
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def make(**changes) -> NextFlowDiffusionDecoderTrainingArguments:
+        return NextFlowDiffusionDecoderTrainingArguments(output_dir=tmp_path, use_cpu=True, **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_target_and_noisy_latents_give_the_latents_back(arguments, prediction_type):
+    latents = torch.randn(5, 2, 4, 4)
+    if prediction_type == "flow":
+        scheduler = training_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
+        noisy, timesteps, target, weights = add_training_noise(scheduler, latents, arguments())
+        share = (timesteps / 1000).view(-1, 1, 1, 1)
+        torch.testing.assert_close(noisy - share * target, latents, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(noisy + (1 - share) * target, latents + target, atol=1e-5, rtol=1e-4)
+    else:
+        scheduler = training_scheduler(DDIMScheduler(prediction_type=prediction_type))
+        noisy, timesteps, target, weights = add_training_noise(scheduler, latents, arguments())
+        alpha = DDIMScheduler().alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        if prediction_type == "epsilon":
+            back = (noisy - (1 - alpha).sqrt() * target) / alpha.sqrt()
+        elif prediction_type == "v_prediction":
+            back = alpha.sqrt() * noisy - (1 - alpha).sqrt() * target
+        else:
+            back = target
+        torch.testing.assert_close(back, latents, atol=2e-3, rtol=1e-3)
+    assert len(timesteps.unique()) > 1 and torch.equal(weights, torch.ones(5))
+
+
+def test_sampling_steps_do_not_change_the_training_noise():
+    sampling = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    sampling.set_timesteps(4)
+    assert len(training_scheduler(sampling).timesteps) == 1000
+
+
+def test_training_lowers_the_loss_of_held_noise(make_trainer):
+    trainer = make_trainer(max_steps=12, ema_decay=0.7, learning_rate=1e-2)
+    before = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == before
+    others = {name: value.clone() for name, value in trainer.pipeline.vision_tokenizer.state_dict().items()}
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+    assert all(torch.equal(trainer.pipeline.vision_tokenizer.state_dict()[name], v) for name, v in others.items())
+    trainer.save_model()
+    saved = NextFlowDiffusionDecoder.from_pretrained(trainer.args.output_dir)
+    for parameter, average in zip(saved.parameters(), trainer.ema.shadow_params, strict=True):
+        torch.testing.assert_close(parameter.data, average)
+
+
+@pytest.mark.parametrize(("family", "options"), [("unet", {}), ("flux", {"lora_rank": 2})])
+def test_resumed_training_is_uninterrupted_training(make_trainer, family, options):
+    options = {"save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, **options}
+    whole = make_trainer(family, "whole", **options)
+    whole.train()
+    again = make_trainer(family, "again", **options)
+    again.train(resume_from_checkpoint=str(whole.args.output_dir) + "/checkpoint-2")
+    weights = whole.decoder.state_dict()
+    for name, value in again.decoder.state_dict().items():
+        torch.testing.assert_close(value, weights[name], msg=name)
+    for first, second in zip(whole.ema.shadow_params, again.ema.shadow_params, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "qwen"])
+def test_a_lora_is_loaded_by_load_lora_weights(make_trainer, family):
+    trainer = make_trainer(family, lora_rank=2, max_steps=2)
+    before = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
+    trainer.train()
+    changed = {name for name, v in trainer.decoder.state_dict().items() if not torch.equal(v, before[name])}
+    visual = tuple(f"{name}." for name in visual_modules(trainer.decoder))
+    assert any(name.startswith(visual) for name in changed) and any("lora_B" in name for name in changed)
+    assert all(".lora_" in name or name.startswith(visual) for name in changed)
+    trainer.save_model()
+    fresh = toy_decoder_pipeline(family)
+    fresh.load_lora_weights(trainer.args.output_dir)
+    inputs = torch.randn(1, 4, 4, 8), torch.tensor([300.0]), torch.randn(1, 26, 2, 4)
+    with torch.no_grad():
+        prompt = trainer.decoder.empty_prompt(1)
+        expected = trainer.decoder.eval()(*inputs, **prompt).sample
+        torch.testing.assert_close(fresh.diffusion_decoder(*inputs, **prompt).sample, expected, atol=1e-5, rtol=1e-4)
+    assert fresh.get_list_adapters() == {"diffusion_decoder": ["default_0"]}
+    with pytest.raises(ValueError, match="expected some of the diffusion decoder's"):
+        fresh.load_lora_weights({"diffusion_decoder.nowhere.weight": torch.zeros(1)})
+
+
+def test_dropped_images_lose_condition_and_caption(make_trainer, monkeypatch):
+    trainer = make_trainer(condition_dropout=1.0)
+    seen = []
+    encode_prompt = trainer.pipeline.encode_prompt
+    monkeypatch.setattr(trainer.pipeline, "encode_prompt", lambda texts: seen.append(texts) or encode_prompt(texts))
+    trainer.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    rows = [{**row, "caption": "a"} for row in trainer.train_dataset[:2]]
+    batch = trainer.data_collator(rows)
+    trainer.compute_loss(trainer.model.train(), batch)
+    assert seen[0] == ["", ""] and len(seen) == 3 and not any(condition.any() for condition in seen[1:])
+    seen.clear()
+    trainer.compute_loss(trainer.model.eval(), batch)
+    assert seen[0] == ["a", "a"] and all(condition.any() for condition in seen[1:])
+
+
+def test_rows_pair_an_image_with_its_own_codes(tmp_path):
+    def get_row(index: int) -> dict:
+        images = [picture(index + 1), picture(index)]
+        source = [{"type": "image"}] if index % 2 else []
+        messages = [
+            {"role": "user", "content": [*source, {"type": "text", "text": f"draw {index}"}]},
+            {"role": "assistant", "content": [{"type": "image"}]},
+        ]
+        return {"messages": messages, "images": images if source else images[1:]}
+
+    pipe = toy_decoder_pipeline("unet")
+    codes = extract_codes(
+        get_row,
+        4,
+        tmp_path,
+        processor=toy_processor(),
+        vision_tokenizer=pipe.vision_tokenizer,
+        self_correction=False,
+        image_drop_rate=0.5,
+    )
+    data = NextFlowDecoderDataset(codes, get_row)
+    for index in range(4):
+        expected, grids = pipe.encode_image(picture(index))
+        assert torch.equal(data[index]["image_codes"], expected)
+        assert data[index]["caption"] == ("" if index % 2 else f"draw {index}")
+    batch = NextFlowDecoderCollator(pipe.image_processor, upscale_factor=2)([data[0], data[1]])
+    assert batch["pixel_values"].shape == (2, 3, 32, 40) and batch["captions"] == ["draw 0", ""]
+    assert batch["image_codes"].numel() == batch["image_grids"].prod(-1).sum()
+    wrong = {**data[0], "image": picture(1)}
+    with pytest.raises(ValueError, match="were they extracted with another one"):
+        NextFlowDecoderCollator(pipe.image_processor)([wrong])
+
+
+def test_the_appended_scale_of_a_given_image_is_no_code_of_its_picture(tmp_path):
+    def get_row(index: int) -> dict:
+        source, answer = [{"type": "image"}], [{"type": "image"}] if index == 0 else [{"type": "text", "text": "a"}]
+        messages = [{"role": "user", "content": source}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "images": [picture(1), picture(0)] if index == 0 else [picture(1)]}
+
+    pipe, processor = toy_decoder_pipeline("unet"), toy_processor()
+    processor.append_last_scale = True
+    options = {"self_correction": False, "text_drop_rate": 0.0, "image_drop_rate": 0.0}
+    codes = extract_codes(get_row, 2, tmp_path, processor=processor, vision_tokenizer=pipe.vision_tokenizer, **options)
+    data = NextFlowDecoderDataset(codes, get_row)
+    drawn, given = data[0], data[1]
+    assert [len(row["image_grids"][row["image_grids"].prod(-1) > 0]) for row in (drawn, given)] == [4, 5]
+    batch = NextFlowDecoderCollator(pipe.image_processor)([drawn, given])
+    expected, grids = pipe.encode_image([picture(0), picture(1)])
+    assert torch.equal(batch["image_grids"], grids) and torch.equal(batch["image_codes"], expected)
+
+
+def test_caption_of_messages():
+    image, text = {"type": "image"}, {"type": "text", "text": "a cat"}
+    answer = {"role": "assistant", "content": [image]}
+    assert caption_of([{"role": "user", "content": "a cat"}, answer]) == "a cat"
+    assert caption_of([{"role": "user", "content": [image, text]}, answer]) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weighting_scheme": "cosine"}, "weighting_scheme is 'cosine'"),
+        ({"condition_dropout": 2.0}, "condition_dropout is 2.0"),
+        ({"lora_alpha": 4}, "lora_rank is None"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, changes, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(**changes)
+
+
+def write_stock_pipeline(folder) -> None:
+    """A whole tiny Stable Diffusion, as a hub has it."""
+    encoder, tokenizer = toy_clip()
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    unet, scheduler, vae = toy_denoiser("unet"), toy_scheduler("unet"), toy_vae("unet")
+    StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, **parts).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_both_stages_of_a_recipe(tmp_path, lora):
+    write_stock_pipeline(tmp_path / "base_model")
+    options = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 2}
+    recipe = {
+        "base_model": str(tmp_path / "base_model"),
+        "denoiser": "unet",
+        "scheduler": {"class": "EulerDiscreteScheduler"},
+        "training": {**options, **({"lora_rank": 2} if lora else {})},
+        "stages": {"base": {"max_steps": 1, "learning_rate": 1e-2}, "upscale": {"max_steps": 1, "learning_rate": 0.0}},
+    }
+    trained = {}
+    for stage in ("base", "upscale"):
+        plain = toy_decoder_pipeline("unet")
+        pipe = build_decoder_pipeline(recipe, plain.vision_tokenizer, plain.image_processor)
+        assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler" and pipe.has_text_encoder
+        assert pipe.scheduler.config.timestep_spacing == "trailing" and pipe.vae.config.scaling_factor == 0.7
+        trainer = train_stage(
+            pipe, recipe, stage, tmp_path / "out", device_arguments={"use_cpu": True}, train_dataset=items(plain, 2)
+        )
+        assert trainer.data_collator.upscale_factor == {"base": 1, "upscale": 2}[stage]
+        trained[stage] = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
+    # The second stage begins where the first ended: at a rate of 0 it ends there, too.
+    assert trained["base"].keys() == trained["upscale"].keys()
+    for name, value in trained["base"].items():
+        torch.testing.assert_close(trained["upscale"][name], value, msg=name)
+
+
+@pytest.mark.parametrize("name", ["diffusion_decoder_1b", "diffusion_decoder_12b", "diffusion_decoder_18b"])
+def test_recipes_are_arguments(name, tmp_path):
+    recipe = load_decoder_recipe(name)
+    assert set(recipe["stages"]) == set(STAGES)
+    assert ("lora_rank" in recipe["training"]) == (recipe["denoiser"] == "transformer")
+    for stage in STAGES:
+        options = {**recipe["training"], **recipe["stages"][stage], "bf16": False, "use_cpu": True}
+        args = NextFlowDiffusionDecoderTrainingArguments(output_dir=tmp_path, **options)
+        assert args.max_steps > 0
+
+
+def test_the_shapes_recipe_is_small():
+    plain = toy_decoder_pipeline("unet")
+    pipe = build_decoder_pipeline(load_decoder_recipe("shapes_diffusion_decoder"), plain.vision_tokenizer, None)
+    assert pipe.vae is None and pipe.diffusion_decoder.latent_channels == 3
+    assert sum(parameter.numel() for parameter in pipe.diffusion_decoder.parameters()) < 1e6
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_unknown_recipe_is_named():
+    with pytest.raises(FileNotFoundError, match="diffusion_decoder_12b"):
+        load_decoder_recipe("diffusion_decoder_99b")

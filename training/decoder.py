@@ -1,0 +1,121 @@
+"""From a recipe to a pipeline to train: the base denoiser with its own parts, around the tokenizer of the codes.
+
+A recipe names a checkpoint of diffusers (`base_model`: its pipeline gives scheduler, VAE and text encoders), or has
+the configuration of a denoiser that starts from nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import yaml
+from diffusers import DiffusionPipeline, SchedulerMixin
+from transformers import ImageProcessingMixin
+
+from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ..pipelines.diffusion_decoder import NextFlowDiffusionDecoder
+from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from .decoder_trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
+
+
+RECIPES = Path(__file__).parent / "recipes"
+STAGES = ("base", "upscale")
+UPSCALE_FACTOR = {"base": 1, "upscale": 2}
+
+
+def load_decoder_recipe(name: str | Path) -> dict[str, Any]:
+    """A recipe by its file, or by the name of one of ours."""
+    path = Path(name) if str(name).endswith(".yaml") else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        ours = sorted(file.stem for file in RECIPES.glob("*diffusion_decoder*.yaml"))
+        raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
+    recipe = yaml.safe_load(path.read_text())
+    missing = [key for key in ("denoiser", "training", "stages") if key not in recipe]
+    if missing:
+        raise ValueError(f"{path} lacks {missing}")
+    return recipe
+
+
+def condition_channels(vision_tokenizer: NextFlowVisionTokenizer) -> int:
+    """Of the maps that `decode_features` gives."""
+    config = vision_tokenizer.config
+    return config.semantic_code_dim + config.pixel_code_dim + config.semantic_config.hidden_size
+
+
+def build_decoder_pipeline(
+    recipe: dict[str, Any],
+    vision_tokenizer: NextFlowVisionTokenizer,
+    image_processor: ImageProcessingMixin,
+    *,
+    dtype: torch.dtype | None = None,
+) -> NextFlowDiffusionDecoderPipeline:
+    """The pipeline before the first step: its decoder is the base denoiser, and ignores the codes."""
+    parts: dict[str, Any] = {}
+    if "base_model" in recipe:
+        stock = DiffusionPipeline.from_pretrained(recipe["base_model"], **({} if dtype is None else {"dtype": dtype}))
+        kinds = ("scheduler", "vae", "text_encoder", "tokenizer")
+        parts = {name: part for name, part in stock.components.items() if name.rstrip("_23") in kinds}
+        denoiser = stock.components[recipe["denoiser"]]
+    else:
+        config = dict(recipe["denoiser"])
+        denoiser = getattr(diffusers, config.pop("class")).from_config(config)
+        denoiser = denoiser if dtype is None else denoiser.to(dtype)
+    if "scheduler" in recipe:
+        parts["scheduler"] = make_scheduler(recipe["scheduler"], parts.get("scheduler"))
+    decoder = NextFlowDiffusionDecoder.from_denoiser(
+        denoiser, condition_channels=condition_channels(vision_tokenizer), **recipe.get("decoder", {})
+    )
+    return NextFlowDiffusionDecoderPipeline(
+        decoder, vision_tokenizer=vision_tokenizer, image_processor=image_processor, **parts
+    )
+
+
+def make_scheduler(options: dict[str, Any], base: SchedulerMixin | None) -> SchedulerMixin:
+    """`options` name the class and what differs from the configuration of `base`."""
+    options = dict(options)
+    scheduler_class = getattr(diffusers, options.pop("class"))
+    return scheduler_class.from_config({**({} if base is None else base.config), **options})
+
+
+def load_stage(pipeline: NextFlowDiffusionDecoderPipeline, folder: Path) -> None:
+    """Puts what a finished stage saved, a decoder or a LoRA, into the pipeline."""
+    if (folder / "config.json").is_file():
+        pipeline.register_modules(diffusion_decoder=NextFlowDiffusionDecoder.from_pretrained(folder))
+    else:
+        pipeline.load_lora_weights(folder, adapter_name="default")
+
+
+def train_stage(
+    pipeline: NextFlowDiffusionDecoderPipeline,
+    recipe: dict[str, Any],
+    stage: str,
+    output_dir: Path,
+    *,
+    resume_from_checkpoint: str | None = None,
+    device_arguments: dict[str, Any] | None = None,
+    **trainer_options: Any,
+) -> NextFlowDiffusionDecoderTrainer:
+    """Trains one stage (§2.3) and saves its result as `output_dir/stage`."""
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
+    if stage == "upscale":
+        load_stage(pipeline, output_dir / "base")
+    pipeline.diffusion_decoder.register_to_config(upscale_factor=UPSCALE_FACTOR[stage])
+    options = {**recipe["training"], **recipe["stages"][stage], **(device_arguments or {})}
+    args = NextFlowDiffusionDecoderTrainingArguments(output_dir=str(output_dir / f"{stage}_run"), **options)
+    trainer = NextFlowDiffusionDecoderTrainer(pipeline, args, **trainer_options)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    trainer.save_model(str(output_dir / stage))
+    return trainer
+
+
+__all__ = [
+    "STAGES",
+    "build_decoder_pipeline",
+    "condition_channels",
+    "load_decoder_recipe",
+    "load_stage",
+    "make_scheduler",
+    "train_stage",
+]
