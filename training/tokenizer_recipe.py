@@ -1,14 +1,12 @@
-"""A recipe of the vision tokenizer's training: its sections, checked, and the objects that they name.
+"""A recipe of the vision tokenizer's training: one YAML file, whose keys are the fields of three groups of arguments.
 
-start:     where weights come from            -> [`TokenizerStart`], `build_tokenizer`
-model:     fields of the tokenizer's config that differ from those of `start`
-data:      pictures, and the processor's numbers  -> [`TokenizerData`], `build_datasets`
-training:  [`NextFlowVisionTokenizerTrainingArguments`]
+What they name is built here: the tokenizer before its first step, its teacher, and the pictures.
 """
 
+import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,119 +26,121 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass
-class TokenizerStart:
+class VisionTokenizerArguments:
     r"""
-    Where the weights come from; without anything, from nothing.
+    What is trained; without any, a tokenizer of the paper's size from nothing.
 
     Args:
-        tokenizer (`str`, *optional*): A tokenizer, or a NextFlow repository with one: folder or Hub id.
-        parts (`list[str]`, *optional*):
-            What is taken of it, its first-level modules by name; by default everything. The others start from nothing.
+        vision_tokenizer_name_or_path (`str`, *optional*):
+            Weights to start from: a tokenizer, or a NextFlow repository with one, by folder or Hub id.
+        vision_tokenizer_parts (`list[str]`, *optional*):
+            What is taken of it, its first-level modules by name; by default everything. The rest starts from nothing.
         semantic_teacher (`str`, *optional*):
-            SigLIP2 to distil from, folder or Hub id. Where no tokenizer gives a semantic encoder, that starts as the
-            teacher.
+            SigLIP2 to distil from, by folder or Hub id. A semantic encoder that is not taken from the tokenizer above
+            starts as the teacher.
+        config_overrides (`dict`, *optional*):
+            Fields of [`NextFlowVisionTokenizerConfig`] that differ from the tokenizer's above, or from the defaults.
     """
 
-    tokenizer: str | None = None
-    parts: list[str] | None = None
+    vision_tokenizer_name_or_path: str | None = None
+    vision_tokenizer_parts: list[str] | None = None
     semantic_teacher: str | None = None
+    config_overrides: dict | None = None
 
 
 @dataclass
-class TokenizerData:
+class PictureArguments:
     r"""
-    The pictures.
+    What it is trained on.
 
     Args:
-        train (`str`): Folder of images, or folder or Hub id of a data set with an image column.
+        train_images (`str`): Folder of images, or folder or Hub id of a data set with an image column.
         train_split (`str`, *optional*, defaults to `"train"`): Of that data set.
-        eval (`str`, *optional*): Pictures to evaluate on; without them nothing is evaluated.
+        eval_images (`str`, *optional*): Pictures to evaluate on; without them nothing is evaluated.
         eval_split (`str`, *optional*, defaults to `"train"`): Of that data set.
+        max_eval_images (`int`, *optional*): The first so many of `eval_images`.
         image_column (`str`, *optional*, defaults to `"image"`): Of both.
-        max_eval_pictures (`int`, *optional*): The first so many of `eval`.
-        image_processor (`dict`, *optional*): Fields of [`NextFlowImageProcessor`] that differ from its defaults.
+        image_processor (`dict`, *optional*):
+            Fields of [`NextFlowImageProcessor`] that differ from its defaults; `resolution` is the level.
         on_bad_picture (`str`, *optional*, defaults to `"skip"`): Or `"raise"`, see [`NextFlowPictureDataset`].
         random_crop (`float`, *optional*, defaults to 1.0): Least share of a side that a random crop keeps.
         random_flip (`bool`, *optional*, defaults to `False`): Whether every second picture is mirrored.
     """
 
-    train: str
+    train_images: str
     train_split: str = "train"
-    eval: str | None = None
+    eval_images: str | None = None
     eval_split: str = "train"
+    max_eval_images: int | None = None
     image_column: str = "image"
-    max_eval_pictures: int | None = None
-    image_processor: dict[str, Any] = field(default_factory=dict)
+    image_processor: dict | None = None
     on_bad_picture: str = "skip"
     random_crop: float = 1.0
     random_flip: bool = False
 
 
-@dataclass
-class TokenizerRecipe:
-    """The four sections."""
-
-    start: TokenizerStart
-    model: dict[str, Any]
-    data: TokenizerData
-    training: NextFlowVisionTokenizerTrainingArguments
-
-
-def load_tokenizer_recipe(source: str | Path, overrides: Sequence[str] = ()) -> TokenizerRecipe:
-    """
-    A recipe by its file or by the name of one of ours, with `section.key=value` written over it; a value is YAML.
-    Raises `ValueError` on what no section knows.
-    """
+def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe, of a file or of one of ours by its name, with `key=value` written over them."""
     path = Path(source) if str(source).endswith((".yaml", ".yml")) else RECIPES / f"{source}.yaml"
     if not path.is_file():
-        ours = sorted(file.stem for file in RECIPES.glob("*vision_tokenizer*.yaml"))
+        ours = sorted(file.stem for file in RECIPES.glob("*vision_tokenizer_*.yaml"))
         raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
-    sections = {name: dict(values or {}) for name, values in yaml.safe_load(path.read_text()).items()}
+    recipe = yaml.safe_load(path.read_text())
     for override in overrides:
-        apply_override(sections, override)
-    known = [section.name for section in fields(TokenizerRecipe)]
-    unknown = sorted(set(sections) - set(known))
-    if unknown:
-        raise ValueError(f"{path} has the sections {unknown}, expected {known}")
-    return TokenizerRecipe(
-        start=_section("start", TokenizerStart, sections.get("start", {})),
-        model=sections.get("model", {}),
-        data=_section("data", TokenizerData, sections.get("data", {})),
-        training=_training_arguments(sections.get("training", {})),
-    )
+        apply_override(recipe, override)
+    return recipe
 
 
-def apply_override(sections: dict[str, dict], override: str) -> None:
-    """Writes `section.key[.key]=value` into the sections."""
+def apply_override(recipe: dict[str, Any], override: str) -> None:
+    """Sets a key as `key=value` says; the value is YAML, and `a.b=value` sets `b` in the mapping `a`."""
     path, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"--override got {override!r}, expected key=value such as max_steps=100")
     *parents, key = path.split(".")
-    if not equals or not parents:
-        raise ValueError(f"override is {override!r}, expected section.key=value such as training.max_steps=100")
-    target: dict = sections
     for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise ValueError(f"override is {override!r}, but {parent!r} is {target!r} and has no keys")
-    target[key] = yaml.safe_load(value)
+        recipe[parent] = recipe.get(parent) or {}
+        recipe = recipe[parent]
+        if not isinstance(recipe, dict):
+            raise ValueError(f"--override {override}: {parent} is {recipe!r}, expected a mapping")
+    recipe[key] = yaml.safe_load(value)
 
 
-def build_tokenizer(recipe: TokenizerRecipe) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
+def parse_recipe(
+    recipe: dict[str, Any],
+) -> tuple[VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments]:
+    """A recipe's keys as arguments. Raises `ValueError` on a key that is none."""
+    parser = HfArgumentParser((VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments))
+    actions = {action.dest: action for action in parser._actions}
+    unknown = {key: difflib.get_close_matches(key, actions, n=3) for key in sorted(set(recipe) - set(actions))}
+    if unknown:
+        raise ValueError(f"the recipe has unknown keys; near ones that exist: {unknown}")
+    if "train_images" not in recipe:
+        raise ValueError("train_images is missing, expected a folder or a data set: --override train_images=path")
+    for key, value in recipe.items():
+        # To YAML, 1e-4 is text.
+        is_number = actions[key].type in (int, float) and isinstance(value, str)
+        parser.set_defaults(**{key: actions[key].type(value) if is_number else value})
+        actions[key].required = False
+    return parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+
+
+def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
     """The tokenizer before its first step, and the teacher if there is one."""
-    start = recipe.start
-    teacher = None if start.semantic_teacher is None else load_teacher(start.semantic_teacher)
-    if start.tokenizer is None:
+    teacher = None if args.semantic_teacher is None else load_teacher(args.semantic_teacher)
+    if args.vision_tokenizer_name_or_path is None:
         parts, given, config = [], None, {}
     else:
-        given = load_vision_tokenizer(start.tokenizer)
+        given = load_vision_tokenizer(args.vision_tokenizer_name_or_path)
         names = [name for name, _ in given.named_children()]
-        parts = names if start.parts is None else start.parts
+        parts = names if args.vision_tokenizer_parts is None else args.vision_tokenizer_parts
         if set(parts) - set(names):
-            raise ValueError(f"start.parts has {sorted(set(parts) - set(names))}, expected some of {names}")
+            wrong = sorted(set(parts) - set(names))
+            raise ValueError(f"vision_tokenizer_parts has {wrong}, expected some of {names}")
         config = given.config.to_dict()
     teaches = teacher is not None and "semantic_encoder" not in parts
     if teaches:
         config["semantic_config"] = teacher.config.to_dict()
-    tokenizer = NextFlowVisionTokenizer(NextFlowVisionTokenizerConfig(**{**config, **recipe.model}))
+    tokenizer = NextFlowVisionTokenizer(NextFlowVisionTokenizerConfig(**{**config, **(args.config_overrides or {})}))
     if teaches:  # the last layer and the last norm, which it does not have, are left out (§2.1)
         own = tokenizer.semantic_encoder.state_dict()
         tokenizer.semantic_encoder.load_state_dict(
@@ -151,7 +151,8 @@ def build_tokenizer(recipe: TokenizerRecipe) -> tuple[NextFlowVisionTokenizer, S
             tokenizer.get_submodule(name).load_state_dict(given.get_submodule(name).state_dict())
         except RuntimeError as error:
             raise ValueError(
-                f"{name} of {start.tokenizer} does not fit `model`: leave it out of start.parts. {error}"
+                f"{name} of {args.vision_tokenizer_name_or_path} does not fit config_overrides: leave it out of "
+                f"vision_tokenizer_parts. {error}"
             ) from error
     return tokenizer, teacher
 
@@ -164,24 +165,23 @@ def load_teacher(source: str) -> Siglip2VisionModel:
 
 
 def build_datasets(
-    recipe: TokenizerRecipe, image_processor: NextFlowImageProcessor
+    args: PictureArguments, image_processor: NextFlowImageProcessor, *, seed: int
 ) -> tuple[NextFlowPictureDataset, NextFlowPictureDataset | None]:
     """Pictures to train on and, if there are some, to evaluate on."""
-    data = recipe.data
     train = NextFlowPictureDataset(
-        load_pictures(data.train, split=data.train_split, image_column=data.image_column),
+        load_pictures(args.train_images, split=args.train_split, image_column=args.image_column),
         image_processor,
-        on_bad_picture=data.on_bad_picture,
-        random_crop=data.random_crop,
-        random_flip=data.random_flip,
-        seed=recipe.training.seed,
+        on_bad_picture=args.on_bad_picture,
+        random_crop=args.random_crop,
+        random_flip=args.random_flip,
+        seed=seed,
     )
-    if data.eval is None:
+    if args.eval_images is None:
         return train, None
-    rows = load_pictures(data.eval, split=data.eval_split, image_column=data.image_column)
-    if data.max_eval_pictures is not None:
-        rows = rows.select(range(min(data.max_eval_pictures, len(rows))))
-    return train, NextFlowPictureDataset(rows, image_processor, on_bad_picture=data.on_bad_picture)
+    rows = load_pictures(args.eval_images, split=args.eval_split, image_column=args.image_column)
+    if args.max_eval_images is not None:
+        rows = rows.select(range(min(args.max_eval_images, len(rows))))
+    return train, NextFlowPictureDataset(rows, image_processor, on_bad_picture=args.on_bad_picture)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
@@ -196,36 +196,13 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-def _section(name: str, section_class: type, values: dict[str, Any]) -> Any:
-    known = [one.name for one in fields(section_class)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"section {name} has {unknown}, expected some of {known}")
-    try:
-        return section_class(**values)
-    except TypeError as error:
-        raise ValueError(f"section {name}: {error}; give it with --override {name}.key=value") from error
-
-
-def _training_arguments(values: dict[str, Any]) -> NextFlowVisionTokenizerTrainingArguments:
-    """Through transformers' parser, which makes numbers of what YAML takes for text, such as 1e-4."""
-    known = [one.name for one in fields(NextFlowVisionTokenizerTrainingArguments) if one.init]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"section training has {unknown}, which no training argument is called")
-    parser = HfArgumentParser(NextFlowVisionTokenizerTrainingArguments)
-    parser.set_defaults(**values)
-    (arguments,) = parser.parse_args_into_dataclasses([])
-    return arguments
-
-
 __all__ = [
-    "TokenizerData",
-    "TokenizerRecipe",
-    "TokenizerStart",
+    "PictureArguments",
+    "VisionTokenizerArguments",
     "build_datasets",
     "build_tokenizer",
     "last_whole_checkpoint",
     "load_teacher",
-    "load_tokenizer_recipe",
+    "parse_recipe",
+    "read_recipe",
 ]

@@ -1,10 +1,10 @@
 """Trains a vision tokenizer by a recipe: one of the paper's three stages (§3.1), on a folder or a data set of images.
 
-    nextflow-hf train-tokenizer vision_tokenizer_pixel --override data.train=path/to/pictures training.max_steps=1000
+    nextflow-hf train-tokenizer vision_tokenizer_pixel --override train_images=path/to/pictures
     torchrun --nproc_per_node 8 -m nextflow_hf.training.train_tokenizer recipe.yaml
 
-A recipe is a YAML file, or the name of one in training/recipes, of four sections: `start`, `model`, `data`,
-`training`; tokenizer_recipe.py says what each takes. The same command goes on where an interrupted run stopped.
+A recipe is a YAML file, or the name of one in training/recipes; its keys are the fields of the arguments in
+tokenizer_recipe.py and tokenizer_arguments.py. The same command goes on where an interrupted run stopped.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from transformers import set_seed
 
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
-from .tokenizer_recipe import build_datasets, build_tokenizer, last_whole_checkpoint, load_tokenizer_recipe
+from .tokenizer_recipe import build_datasets, build_tokenizer, last_whole_checkpoint, parse_recipe, read_recipe
 from .tokenizer_trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -26,9 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="nextflow-hf train-tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="A YAML file, or the name of one in training/recipes.")
-    parser.add_argument(
-        "--override", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE", help="Over the recipe."
-    )
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="May be repeated.")
     parser.add_argument("--from-scratch", action="store_true", help="Begin again, past any checkpoint.")
     return parser
 
@@ -36,20 +34,20 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = load_tokenizer_recipe(args.recipe, args.override)
-    set_seed(recipe.training.seed)
-    image_processor = NextFlowImageProcessor(**recipe.data.image_processor)
-    train, evaluation = build_datasets(recipe, image_processor)
-    tokenizer, teacher = build_tokenizer(recipe)
+    tokenizer_args, picture_args, training_args = parse_recipe(read_recipe(args.recipe, args.override))
+    set_seed(training_args.seed)
+    image_processor = NextFlowImageProcessor(**(picture_args.image_processor or {}))
+    train, evaluation = build_datasets(picture_args, image_processor, seed=training_args.seed)
+    tokenizer, teacher = build_tokenizer(tokenizer_args)
     trainer = NextFlowVisionTokenizerTrainer(
         tokenizer,
-        recipe.training,
+        training_args,
         semantic_teacher=teacher,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=image_processor,
     )
-    checkpoint = None if args.from_scratch else last_whole_checkpoint(recipe.training.output_dir)
+    checkpoint = None if args.from_scratch else last_whole_checkpoint(training_args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     if evaluation is not None:
         trainer.save_metrics("eval", trainer.evaluate())
