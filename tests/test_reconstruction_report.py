@@ -179,8 +179,9 @@ def test_the_report_of_a_repository(folder, tmp_path, vision_model):
     (folder / "2_broken.png").unlink()
     toy_pipeline().save_pretrained(tmp_path / "model")
     pipeline = toy_pipeline()
-    arguments = ["--model", tmp_path / "model", "--images", folder, "--output", tmp_path / "report.json"]
-    reconstruction_report.main([*map(str, arguments), "--features", vision_model, "--batch-size", "3"])
+    arguments = ["--model", tmp_path / "model" / "vision_tokenizer", "--processor", tmp_path / "model" / "processor"]
+    arguments += ["--images", folder, "--output", tmp_path / "report.json", "--features", vision_model]
+    reconstruction_report.main([*map(str, arguments), "--batch-size", "3"])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["pictures"] == 5 and report["bad_pictures"] == 0 and report["rfid"] > 0
     assert 0 < report["codebook_usage"] <= 1 <= report["codebook_perplexity"]

@@ -36,7 +36,8 @@ def load_pictures(
         rows = datasets.load_dataset(str(source), name, split=split)
     if image_column not in rows.column_names:
         raise ValueError(f"{source} has the columns {rows.column_names}, expected {image_column!r} among them")
-    rows = rows.select_columns([image_column]).rename_column(image_column, "image")
+    rows = rows.select_columns([image_column])
+    rows = rows if image_column == "image" else rows.rename_column(image_column, "image")
     # Decoded where a bad one can be caught and named.
     return rows.cast_column("image", datasets.Image(decode=False))
 

@@ -141,6 +141,7 @@ def _each(metric, decoded: Sequence[torch.Tensor], true: Sequence[torch.Tensor])
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Vision tokenizer or NextFlow repository: folder or Hub id.")
+    parser.add_argument("--processor", help="Its image processor: folder or Hub id. default: --model")
     parser.add_argument("--images", required=True, help="Folder of images, or folder or Hub id of a data set.")
     parser.add_argument("--split", default="train", help="Of the data set. default: %(default)s")
     parser.add_argument("--image-column", default="image", help="Of the data set. default: %(default)s")
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     available = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = torch.device(args.device) if args.device else available
     options = {} if args.resolution is None else {"resolution": args.resolution}
-    image_processor = NextFlowImageProcessor.from_pretrained(args.model, **options)
+    image_processor = NextFlowImageProcessor.from_pretrained(args.processor or args.model, **options)
     tokenizer = load_vision_tokenizer(args.model, dtype=getattr(torch, args.dtype)).eval().to(device)
     rows = load_pictures(args.images, split=args.split, image_column=args.image_column)
     data = NextFlowPictureDataset(rows, image_processor, on_bad_picture=args.on_bad_picture)
