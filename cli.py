@@ -12,6 +12,10 @@ from nextflow_hf import __version__
 COMMANDS = {
     "convert": ("nextflow_hf.hub_cards.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
     "extract": ("nextflow_hf.training.extract", "a mixture of data sets as shards of tokens and codes for training"),
+    "train-tokenizer": (
+        "nextflow_hf.training.train_tokenizer",
+        "one stage of a vision tokenizer's training, by a recipe",
+    ),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
 }
 

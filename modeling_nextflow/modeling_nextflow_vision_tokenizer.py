@@ -478,13 +478,13 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
         pixel_map = quantized[:, self.config.semantic_code_dim :].to(self.post_quant_conv.weight.dtype)
         pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
-        return _resize(pixels, self._pixel_size(quantized.shape[2:]))
+        return _resize(pixels, self.pixel_size(quantized.shape[2:]))
 
     def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
         """`function` of a stack of images, with slicing of one after the other."""
         return torch.cat([function(one) for one in stack.split(1)]) if self.use_slicing else function(stack)
 
-    def _pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
+    def pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
         """(height, width) of an image whose last grid is `grid`."""
         if self.config.image_size is None:
             return tuple(self.config.patch_size * cells for cells in grid)
@@ -529,7 +529,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     def _check_pixels(self, pixel_values: torch.Tensor, image_grids: torch.LongTensor) -> list[Schedule]:
         schedules = schedules_from_grids(image_grids)
-        sizes = [self._pixel_size(schedule[-1]) for schedule in schedules]
+        sizes = [self.pixel_size(schedule[-1]) for schedule in schedules]
         expected = (len(schedules), 3, max(height for height, _ in sizes), max(width for _, width in sizes))
         if tuple(pixel_values.shape) != expected:
             raise ValueError(
@@ -542,7 +542,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         return schedules
 
     def _crop(self, pixel_values: torch.Tensor, schedule: Schedule, indices: list[int]) -> torch.Tensor:
-        height, width = self._pixel_size(schedule[-1])
+        height, width = self.pixel_size(schedule[-1])
         stack = pixel_values if len(indices) == len(pixel_values) else pixel_values[indices]
         return stack[:, :, :height, :width]
 

@@ -9,18 +9,12 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from nextflow_hf.training.tokenizer_trainer import (
-    NextFlowVisionTokenizerCollator,
-    NextFlowVisionTokenizerTrainer,
-    NextFlowVisionTokenizerTrainingArguments,
-    codebook_statistics,
-    count_codes_per_scale,
-    peak_signal_to_noise,
-    pixel_losses,
-    pixels_from_uint8,
-    scale_queries,
-    spherical_kmeans,
-)
+from nextflow_hf.training.codebook import codebook_statistics, count_codes_per_scale, scale_queries, spherical_kmeans
+from nextflow_hf.training.data.pictures import NextFlowVisionTokenizerCollator, pixels_from_uint8
+from nextflow_hf.training.evaluation.reconstruction_report import measure_batch
+from nextflow_hf.training.tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.tokenizer_losses import picture_sizes, pixel_losses, stack_by_size
+from nextflow_hf.training.tokenizer_trainer import NextFlowVisionTokenizerTrainer
 
 
 SQUARE = ((1, 1), (2, 2), (4, 4))
@@ -164,7 +158,7 @@ def test_codebook_waits_for_the_continuous_steps(make_trainer, make_tokenizer):
     waiting = make_trainer("waiting", continuous_steps=4, max_steps=2, weight_decay=0.0)
     waiting.train()
     torch.testing.assert_close(waiting.model.codebook, before)
-    assert waiting.steps_unused.sum() == 0 and not waiting.scale_code_counts
+    assert waiting.usage.steps_unused.sum() == 0 and not len(waiting.usage.scale_counts)
     begun = make_trainer("begun", continuous_steps=2, max_steps=3, weight_decay=0.0)
     begun.train()
     assert (begun.model.codebook - before).abs().amax(-1).min() > 1e-3  # every code came from the data
@@ -181,7 +175,7 @@ def test_resumed_training_is_uninterrupted_training(make_trainer, continuous_ste
     again.train(resume_from_checkpoint=str(whole.args.output_dir) + "/checkpoint-2")
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(again.model.state_dict()[name], value, msg=name)
-    assert torch.equal(whole.steps_unused, again.steps_unused)
+    assert torch.equal(whole.usage.steps_unused, again.usage.steps_unused)
     for first, second in zip(whole.ema.shadow_params, again.ema.shadow_params, strict=True):
         torch.testing.assert_close(first, second)
 
@@ -198,33 +192,37 @@ def test_saved_model_holds_the_averaged_weights(make_trainer, tmp_path):
 
 
 def test_dead_codes_restart_from_the_batch_and_live_codes_stay(make_trainer):
-    trainer = make_trainer(dead_code_steps=3)
+    trainer = make_trainer(dead_code_steps=3, ema_decay=0.99)
     quantizer = trainer.model.quantizer
     features = torch.randn(2, 8, 4, 4)
-    trainer.last_features = (features, SQUARE)
-    trainer.step_code_counts[:10] = 1
-    trainer.steps_unused[10:] = 2
+    trainer.last_features = [(picture, SQUARE) for picture in features.split(1)]
+    trainer.usage.step_counts[:10] = 1
+    trainer.usage.steps_unused[10:] = 2
     before = quantizer.codebook()
-    queries = scale_queries(quantizer, features, SQUARE, quantize=True)
+    queries = scale_queries(quantizer, features, SQUARE, quantize=True).flatten(0, 1)
+    trainer.usage.end_step()
     assert trainer.restart_dead_codes() == 6
     after = quantizer.codebook()
     torch.testing.assert_close(after[:10], before[:10])
     # Both parts of a restarted code come from one and the same query.
     assert (after[10:, None] - queries).abs().amax(-1).amin(-1).max() < 1e-5
-    assert trainer.steps_unused.sum() == 0
+    assert trainer.usage.steps_unused.sum() == 0
+    with trainer._averaged_weights():  # which must not go on with the dead codes
+        torch.testing.assert_close(quantizer.codebook(), after)
 
 
-def test_kmeans_lowers_the_error_and_wants_enough_features(make_tokenizer):
-    quantizer = make_tokenizer().quantizer
+def test_kmeans_lowers_the_error_and_wants_enough_features(make_trainer):
+    trainer = make_trainer()
+    quantizer = trainer.model.quantizer
     features = quantizer.normalize(torch.randn(320, 8))
     errors = []
     for iterations in (0, 1, 4):
-        centers = spherical_kmeans(quantizer, features, iterations=iterations)
+        centers = spherical_kmeans(quantizer, features[:16], features, trainer.accelerator, iterations=iterations)
         torch.testing.assert_close(centers, quantizer.normalize(centers))
         errors.append(torch.cdist(features, centers).min(-1).values.square().mean().item())
     assert errors[0] > errors[1] > errors[2]
     with pytest.raises(ValueError, match="got 3 features"):
-        spherical_kmeans(quantizer, features[:3], iterations=1)
+        trainer.initialize_codebook_from([[features[:3]]])
 
 
 def test_queries_add_up_with_the_quantizer(make_tokenizer):
@@ -232,39 +230,54 @@ def test_queries_add_up_with_the_quantizer(make_tokenizer):
     features = torch.randn(2, 8, 4, 4)
     codes = model.quantizer(features, SQUARE).image_codes
     queries = scale_queries(model.quantizer, features, SQUARE, quantize=True)
-    assert queries.shape == (2 * 21, 8)
-    nearest = model.quantizer.search(queries[None], model.codebook)[0][0]
-    # `queries` are scale-major over the whole stack, codes image by image
-    expected = torch.cat([part.flatten() for part in codes.split([1, 4, 16], 1)])
-    assert torch.equal(nearest, expected)
+    assert queries.shape == (2, 21, 8)
+    assert torch.equal(model.quantizer.search(queries, model.codebook)[0], codes)
 
 
-def test_padding_changes_no_loss_and_no_psnr(items):
+def test_features_are_kept_in_the_order_of_the_pictures(make_trainer, items):
+    trainer = make_trainer()
+    batch = NextFlowVisionTokenizerCollator()(items[:4])
+    with trainer._capture_features(batch["image_grids"]):
+        trainer.model.encode(**batch)
+    for item, (features, schedule) in zip(items[:4], trainer.last_features, strict=True):
+        alone = NextFlowVisionTokenizerCollator()([item])
+        expected = trainer.model._encode_features(alone["pixel_values"])
+        torch.testing.assert_close(features, expected)
+        assert schedule == tuple(map(tuple, item["image_grids"].tolist()))
+
+
+def test_padding_changes_no_loss_and_no_metric(items, make_tokenizer):
+    tokenizer = make_tokenizer().eval()
     collator = NextFlowVisionTokenizerCollator()
     wide = items[1]
     alone = collator([wide])
     both = collator([items[0], wide])
     assert both["pixel_values"].shape == (2, 3, 8, 8) and both["image_grids"].shape == (2, 3, 2)
+    first, second = measure_batch(tokenizer, **alone, num_scales=2), measure_batch(tokenizer, **both, num_scales=3)
+    assert {"psnr", "gmsd", "psnr_scale_1"} <= set(first.values) <= set(second.values)
+    for name, value in first.values.items():
+        torch.testing.assert_close(value[0], second.values[name][1], equal_nan=True)
+
     noise = torch.zeros_like(both["pixel_values"])
     noise[1, :, :4, :8] = 0.1 * torch.randn(3, 4, 8)
-    noise_alone = noise[1:, :, :4, :8]
-    first = peak_signal_to_noise(alone["pixel_values"] + noise_alone, **alone, patch_size=2)
-    second = peak_signal_to_noise(both["pixel_values"] + noise, **both, patch_size=2)
-    torch.testing.assert_close(first[0], second[1])
-    assert second[0] == 100
-    l1_loss, _ = pixel_losses(both["pixel_values"] + noise, **both, patch_size=2)
-    assert l1_loss.item() == pytest.approx(noise.abs().sum().item() / (3 * (64 + 32)), rel=1e-4)
+    sizes = picture_sizes(tokenizer, both["image_grids"])
+    assert sizes == [(8, 8), (4, 8)]
+    stacks = (stack_by_size(pixels, sizes) for pixels in (both["pixel_values"] + noise, both["pixel_values"]))
+    l1_loss, edge_loss = pixel_losses(*stacks)
+    wide_noise = noise[1, :, :4, :8]
+    # Each picture counts the same, as in the model's own mean squared error.
+    assert l1_loss.item() == pytest.approx(wide_noise.abs().mean().item() / 2, rel=1e-4)
+    steps = wide_noise.diff(dim=-1).abs().sum() + wide_noise.diff(dim=-2).abs().sum()
+    assert edge_loss.item() == pytest.approx(steps.item() / 96 / 2, rel=1e-4)
 
 
 def test_edges_are_the_error_of_the_image_gradient():
     pixels = torch.zeros(1, 3, 8, 8)
-    grids = torch.tensor([SQUARE])
-    shifted = torch.full_like(pixels, 0.5)
-    l1_loss, edge_loss = pixel_losses(shifted, pixels, grids, 2)
+    l1_loss, edge_loss = pixel_losses([torch.full_like(pixels, 0.5)], [pixels])
     assert l1_loss.item() == pytest.approx(0.5) and edge_loss.item() == 0
     striped = pixels.clone()
     striped[..., ::2] = 1
-    assert pixel_losses(striped, pixels, grids, 2)[1].item() == pytest.approx(7 / 8)
+    assert pixel_losses([striped], [pixels])[1].item() == pytest.approx(7 / 8)
 
 
 def test_code_counts_skip_dropped_scales():

@@ -1,111 +1,37 @@
-"""Training of the dual-codebook vision tokenizer (§2.1, §3.1): the three stages, the codebook's health, PSNR.
+"""Training of the dual-codebook vision tokenizer (§2.1, §3.1) in its three stages.
 
 A `transformers.Trainer`: data, optimiser, checkpoints and logging are the usual ones. What is added is what a vector
-quantiser needs (a codebook that starts from data, codes that come back to life, usage in the logs), the losses that
-attach to the pixels, and an evaluation in decibel. It knows images and their grids; where they come from it does not.
+quantiser needs (a codebook that starts from data, codes that come back to life, usage in the logs: codebook.py), the
+losses that attach to the pixels (tokenizer_losses.py, adversary.py), an average of the weights, and an evaluation in
+decibel. It knows images and their grids; where they come from it does not.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from accelerate.utils import broadcast
+from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Siglip2VisionModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import (
-    NextFlowMultiScaleQuantizer,
     NextFlowVisionTokenizer,
     NextFlowVisionTokenizerOutput,
     schedules_from_grids,
 )
+from .adversary import Adversary, PatchDiscriminator, adaptive_weight
+from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
+from .data.pictures import NextFlowVisionTokenizerCollator
+from .evaluation.reconstruction_report import measure_batch
+from .tokenizer_arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
+from .tokenizer_losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
 
 
-STAGES = ("pixel", "joint", "decoder")
 SEMANTIC_PARTS = ("semantic_encoder", "encode_task_layer", "semantic_decoder", "decode_task_layer")
 SEMANTIC_CODEBOOK = "quantizer.semantic_codebook"
 STATE_NAME = "vision_tokenizer_trainer.pt"
-
-
-@dataclass
-class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
-    r"""
-    [`~transformers.TrainingArguments`] plus what the tokenizer's training needs.
-
-    Args:
-        stage (`str`, *optional*, defaults to `"joint"`):
-            `"pixel"`: the pixel branch alone, the semantic one frozen and without a say in the search. `"joint"`:
-            everything, distilled from the teacher. `"decoder"`: the pixel decoder alone, on fixed codes (§3.1).
-        l1_loss_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the mean absolute error, beside the model's own mean squared error.
-        edge_loss_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the mean absolute error of the image gradients: sharp outlines.
-        continuous_steps (`int`, *optional*, defaults to 0):
-            Steps that train the branches as plain autoencoders, before the codebook is initialised from what they
-            have learnt and quantising begins (not specified by the paper).
-        codebook_init_batches (`int`, *optional*, defaults to 8):
-            Batches whose features the codebook is initialised from when quantising begins. 0 keeps it as it is.
-        codebook_init_iterations (`int`, *optional*, defaults to 5):
-            k-means iterations of that initialisation. 0 picks features at random.
-        dead_code_steps (`int`, *optional*, defaults to 100):
-            A code that was not used for so many steps restarts from a feature of the current batch. 0 turns it off.
-        dead_code_until (`float`, *optional*, defaults to 0.8):
-            Share of the training after which codes no longer restart, so that the decoder can settle.
-        ema_decay (`float`, *optional*):
-            Decay of an exponential moving average of the weights; evaluation and the saved model then use it.
-    """
-
-    stage: str = field(default="joint", metadata={"help": "One of pixel, joint, decoder."})
-    l1_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the mean absolute error."})
-    edge_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the error of the image gradients."})
-    continuous_steps: int = field(default=0, metadata={"help": "Steps as an autoencoder, before quantising begins."})
-    codebook_init_batches: int = field(default=8, metadata={"help": "Batches that initialise the codebook."})
-    codebook_init_iterations: int = field(default=5, metadata={"help": "k-means iterations of the initialisation."})
-    dead_code_steps: int = field(default=100, metadata={"help": "Unused steps after which a code restarts."})
-    dead_code_until: float = field(default=0.8, metadata={"help": "Share of the training with restarts."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stage not in STAGES:
-            raise ValueError(f"stage is {self.stage!r}, expected one of {STAGES}")
-        # The collator makes the model's inputs; a data set may hold images, which are no argument of `forward`.
-        self.remove_unused_columns = False
-
-
-class NextFlowVisionTokenizerCollator:
-    """
-    Items to a batch: `pixel_values` float32 (n, 3, max_height, max_width), zero-padded, and `image_grids`
-    LongTensor (n, max_scales, 2).
-
-    Args:
-        image_processor (`Callable`, *optional*):
-            A `NextFlowImageProcessor`. With it an item is `{"image": PIL image}`; without, an item is
-            `{"pixel_values": (3, height, width), "image_grids": (scales, 2)}`.
-    """
-
-    def __init__(self, image_processor: Callable | None = None):
-        self.image_processor = image_processor
-
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        if self.image_processor is not None:
-            batch = self.image_processor([item["image"] for item in items], return_tensors="pt")
-            return {name: batch[name] for name in ("pixel_values", "image_grids")}
-        pixels = [torch.as_tensor(item["pixel_values"]) for item in items]
-        grids = [torch.as_tensor(item["image_grids"]) for item in items]
-        height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
-        # Plainly contiguous: in channels-last layout GroupNorm's bf16 backward is thirty times slower on a CPU.
-        pixel_values = torch.zeros(len(items), 3, height, width)
-        image_grids = torch.zeros(len(items), max(len(rows) for rows in grids), 2, dtype=torch.long)
-        for index, (image, rows) in enumerate(zip(pixels, grids, strict=True)):
-            pixel_values[index, :, : image.shape[1], : image.shape[2]] = image
-            image_grids[index, : len(rows)] = rows
-        return {"pixel_values": pixel_values, "image_grids": image_grids}
 
 
 class NextFlowVisionTokenizerTrainer(Trainer):
@@ -133,35 +59,43 @@ class NextFlowVisionTokenizerTrainer(Trainer):
         data_collator: Callable | None = None,
         **kwargs,
     ):
-        if args.stage == "joint" and semantic_teacher is None:
-            raise ValueError("semantic_teacher is None, expected a Siglip2VisionModel: stage 'joint' distils one")
-        changes_codebook = args.stage != "decoder" and (args.dead_code_steps or args.codebook_init_batches)
-        if changes_codebook and (args.fsdp or args.deepspeed):
-            raise ValueError(
-                f"dead_code_steps is {args.dead_code_steps} and codebook_init_batches {args.codebook_init_batches}, "
-                "expected 0 and 0 with FSDP or DeepSpeed: they write single rows of a parameter that is sharded there"
-            )
+        check_trainable(model, args, semantic_teacher)
         prepare_stage(model, args.stage)
         super().__init__(model, args, data_collator=data_collator or NextFlowVisionTokenizerCollator(), **kwargs)
-        self.semantic_teacher = None
+        self.semantic_teacher = self.perceptual_distance = self.adversary = self.ema = None
         if semantic_teacher is not None:
-            self.semantic_teacher = semantic_teacher.requires_grad_(False).eval().to(self.args.device)
-        self.ema = None
+            self.semantic_teacher = semantic_teacher.requires_grad_(False).eval().to(args.device)
+        if args.perceptual_model is not None:
+            distance = load_perceptual_loss(args.perceptual_model, layers=args.perceptual_layers)
+            self.perceptual_distance = distance.to(args.device)
+        if args.adversarial_loss_weight:
+            with torch.random.fork_rng():  # the same network in all processes, and the same run without it
+                torch.manual_seed(args.seed)
+                discriminator = PatchDiscriminator(args.discriminator_channels, args.discriminator_layers)
+            rate = args.discriminator_learning_rate
+            self.adversary = Adversary(
+                discriminator.to(args.device),
+                learning_rate=args.learning_rate if rate is None else rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                accelerator=self.accelerator,
+            )
         if args.ema_decay is not None:
-            from diffusers.training_utils import EMAModel
-
             self.ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-
-        codebook_size = model.config.codebook_size
-        # Both live on the CPU: they are read in Python and saved with the checkpoint.
-        self.steps_unused = torch.zeros(codebook_size, dtype=torch.long)
-        self.step_code_counts = torch.zeros(codebook_size)
-        self.scale_code_counts: dict[int, torch.Tensor] = {}
-        self.logged_sums: dict[str, torch.Tensor] = {}
-        self.logged_steps = 0
+        self.usage = CodeUsage(model.config.codebook_size, self.accelerator)
         self.restarted_codes = 0
-        self.last_features: tuple[torch.Tensor, tuple] | None = None
-        self.add_callback(_CodebookCallback(self))
+        self.logged_values: dict[str, list[torch.Tensor]] = {}
+        # Of the last batch, in the order of its pictures: where dead codes start anew.
+        self.last_features: list[tuple[torch.Tensor, tuple]] = []
+        self.add_callback(_StepCallback(self))
+
+    @property
+    def tokenizer(self) -> NextFlowVisionTokenizer:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the codebook is in use yet."""
+        return self.state.global_step >= self.args.continuous_steps
 
     def compute_loss(
         self,
@@ -171,131 +105,174 @@ class NextFlowVisionTokenizerTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, NextFlowVisionTokenizerOutput]:
         pixel_values, image_grids = inputs["pixel_values"], inputs["image_grids"]
-        tokenizer = self.accelerator.unwrap_model(model)
         targets = None
         if self.args.stage == "joint":
             with torch.no_grad():
-                targets = tokenizer.get_teacher_features(self.semantic_teacher, pixel_values, image_grids)
-        with self._capture_features(tokenizer.quantizer):
-            outputs = model(pixel_values, image_grids, semantic_targets=targets, quantize=self.quantizes)
+                targets = self.tokenizer.get_teacher_features(self.semantic_teacher, pixel_values, image_grids)
+        with self._capture_features(image_grids):
+            outputs = model(
+                pixel_values,
+                image_grids,
+                semantic_targets=targets,
+                drop_scales=self._draw_dropped_scales(image_grids.shape[1]) if model.training else None,
+                quantize=self.quantizes,
+            )
+        sizes = picture_sizes(self.tokenizer, image_grids)
+        fake, real = (stack_by_size(pixels, sizes) for pixels in (outputs.reconstruction, pixel_values))
 
-        patch_size = tokenizer.config.patch_size
-        l1_loss, edge_loss = pixel_losses(outputs.reconstruction, pixel_values, image_grids, patch_size)
-        loss = outputs.loss + self.args.l1_loss_weight * l1_loss + self.args.edge_loss_weight * edge_loss
+        l1_loss, edge_loss = pixel_losses(fake, real)
+        parts = {"l1_loss": l1_loss, "edge_loss": edge_loss}
+        pixel_loss = self.args.l1_loss_weight * l1_loss + self.args.edge_loss_weight * edge_loss
+        if self.perceptual_distance is not None:
+            parts["perceptual_loss"] = perceptual_loss(self.perceptual_distance, fake, real)
+            pixel_loss = pixel_loss + self.args.perceptual_loss_weight * parts["perceptual_loss"]
+        loss = outputs.loss + pixel_loss
+        begun = self.state.global_step >= self.args.adversarial_start
+        if self.adversary is not None and model.training and begun:
+            adversarial = self._adversarial_parts(fake, real, outputs.reconstruction_loss + pixel_loss)
+            loss = loss + adversarial["adversarial_weight"] * adversarial["adversarial_loss"]
+            parts |= adversarial
         if model.training:
-            self._accumulate_logs(outputs, {"l1_loss": l1_loss, "edge_loss": edge_loss})
+            self._keep_for_logs(outputs, parts)
             if self.quantizes:
-                self._count_codes(outputs.image_codes, image_grids)
+                self.usage.add(outputs.image_codes, image_grids)
         return (loss, outputs) if return_outputs else loss
 
-    @property
-    def quantizes(self) -> bool:
-        """Whether the codebook is in use yet."""
-        return self.state.global_step >= self.args.continuous_steps
+    def _adversarial_parts(
+        self, fake: list[torch.Tensor], real: list[torch.Tensor], pixel_loss: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What the tokenizer hears from the discriminator, which then learns from the same pictures."""
+        adversarial_loss = self.adversary.generator_loss(fake)
+        weight = torch.tensor(self.args.adversarial_loss_weight, device=pixel_loss.device)
+        if self.args.adversarial_adaptive:
+            last_layer = self.tokenizer.pixel_decoder.conv_out.weight
+            weight = weight * adaptive_weight(pixel_loss, adversarial_loss, last_layer, self.accelerator)
+        # After the tokenizer's loss: autocast caches the weights it casts, here with a gradient, there without.
+        share = 1 / self.current_gradient_accumulation_steps
+        discriminator_loss = self.adversary.learn(fake, real, share=share)
+        return {
+            "adversarial_loss": adversarial_loss,
+            "adversarial_weight": weight,
+            "discriminator_loss": discriminator_loss,
+        }
 
-    @contextmanager
-    def _capture_features(self, quantizer: NextFlowMultiScaleQuantizer) -> Iterator[None]:
-        """Keeps the features and the schedule of the last quantiser call: what dead codes restart from."""
+    def _draw_dropped_scales(self, max_scales: int) -> list[bool]:
+        """Per step, the same for all its micro-batches and processes, so that they add up to one large batch."""
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        # The schedules of two processes' pictures may differ in length: always as many draws.
+        drawn = torch.rand(64, generator=generator)[:max_scales]
+        return (drawn < self.tokenizer.config.scale_dropout).tolist()
 
-        def keep(module: nn.Module, arguments: tuple) -> None:
-            self.last_features = (arguments[0].detach().float(), arguments[1])
+    # ---- Logs ----
 
-        handle = quantizer.register_forward_pre_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _accumulate_logs(self, outputs: NextFlowVisionTokenizerOutput, extra: dict[str, torch.Tensor]) -> None:
+    def _keep_for_logs(self, outputs: NextFlowVisionTokenizerOutput, parts: dict[str, torch.Tensor]) -> None:
         names = ("reconstruction_loss", "quantizer_loss", "commitment_loss", "semantic_loss")
-        parts = {name: outputs[name] for name in names if outputs.get(name) is not None} | extra
+        parts = {name: outputs[name] for name in names if outputs.get(name) is not None} | parts
         for name, value in parts.items():
-            self.logged_sums[name] = self.logged_sums.get(name, 0) + value.detach()
-        self.logged_steps += 1
-
-    def _count_codes(self, image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> None:
-        counts = count_codes_per_scale(image_codes.cpu(), image_grids.cpu(), len(self.steps_unused))
-        for index, scale_counts in enumerate(counts):
-            self.step_code_counts += scale_counts
-            self.scale_code_counts[index] = self.scale_code_counts.get(index, 0) + scale_counts
+            self.logged_values.setdefault(name, []).append(value.detach())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.logged_steps:
-            for name, value in self.logged_sums.items():
-                logs[name] = round((value / self.logged_steps).item(), 5)
-            for index, counts in self.scale_code_counts.items():
-                counts = self.accelerator.reduce(counts.to(self.args.device), "sum").cpu()
-                if counts.sum() > 0:
-                    usage, perplexity = codebook_statistics(counts)
-                    logs[f"usage_scale_{index + 1}"] = round(usage, 4)
-                    logs[f"perplexity_scale_{index + 1}"] = round(perplexity, 1)
-            if self.scale_code_counts:
-                total = self.accelerator.reduce(sum(self.scale_code_counts.values()).to(self.args.device), "sum").cpu()
-                usage, perplexity = codebook_statistics(total)
-                logs |= {"codebook_usage": round(usage, 4), "codebook_perplexity": round(perplexity, 1)}
-            logs["restarted_codes"] = self.restarted_codes
-            self.logged_sums, self.scale_code_counts, self.logged_steps, self.restarted_codes = {}, {}, 0, 0
+        if "loss" in logs and self.logged_values:
+            means = torch.stack([torch.stack(values).float().mean() for values in self.logged_values.values()])
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs |= {name: round(mean, 5) for name, mean in zip(self.logged_values, means, strict=True)}
+            logs |= self.usage.metrics()
+            if self.args.dead_code_steps and self.args.stage != "decoder":
+                logs["dead_codes"] = int((self.usage.steps_unused >= self.args.dead_code_steps).sum())
+                logs["restarted_codes"] = self.restarted_codes
+            self.logged_values, self.restarted_codes = {}, 0
         super().log(logs, start_time)
 
     # ---- The codebook ----
 
+    @contextmanager
+    def _capture_features(self, image_grids: torch.LongTensor) -> Iterator[None]:
+        """Keeps what the quantiser is given, as (features (1, code_dim, height, width), schedule) of every picture."""
+        schedules = schedules_from_grids(image_grids)
+        captured: dict[tuple, Iterator[torch.Tensor]] = {}
+
+        def keep(module: nn.Module, arguments: tuple) -> None:
+            captured[arguments[1]] = iter(arguments[0].detach().float().split(1))
+
+        handle = self.tokenizer.quantizer.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+        self.last_features = [(next(captured[schedule]), schedule) for schedule in schedules]
+
+    def _queries(self, *, quantize: bool) -> list[torch.FloatTensor]:
+        """The vectors (cells, code_dim) that the pictures of the last batch look up."""
+        quantizer = self.tokenizer.quantizer
+        return [
+            scale_queries(quantizer, features, schedule, quantize=quantize)[0]
+            for features, schedule in self.last_features
+        ]
+
     @torch.no_grad()
     def initialize_codebook(self) -> None:
         """Initialises the codebook from the features of the first `codebook_init_batches` batches of the data."""
-        tokenizer = self.accelerator.unwrap_model(self.model)
-        queries = []
-        with self._capture_features(tokenizer.quantizer):
-            for index, batch in enumerate(self.get_train_dataloader()):
-                if index == self.args.codebook_init_batches:
-                    break
-                batch = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager():
-                    tokenizer.encode(batch["pixel_values"], batch["image_grids"])
-                queries.append(scale_queries(tokenizer.quantizer, *self.last_features, quantize=False))
-        self.initialize_codebook_from(torch.cat(queries))
+        batches = []
+        for index, batch in enumerate(self.get_train_dataloader()):
+            if index == self.args.codebook_init_batches:
+                break
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager(), self._capture_features(batch["image_grids"]):
+                self.tokenizer.encode(batch["pixel_values"], batch["image_grids"])
+            batches.append(self._queries(quantize=False))
+        self.initialize_codebook_from(batches)
 
     @torch.no_grad()
-    def initialize_codebook_from(self, features: torch.FloatTensor) -> None:
+    def initialize_codebook_from(self, batches: list[list[torch.FloatTensor]]) -> None:
         """
-        Initialises both codebooks together from features (n, semantic_code_dim + pixel_code_dim), whose two parts have
-        length one, by `codebook_init_iterations` of k-means. Raises `ValueError` when n is below the codebook size.
+        Initialises both codebooks together by `codebook_init_iterations` of k-means, from the features (cells,
+        code_dim) of every picture of this process's batches, both parts of length one. Raises `ValueError` when all
+        are fewer than the codes.
         """
-        quantizer = self.accelerator.unwrap_model(self.model).quantizer
+        quantizer = self.tokenizer.quantizer
+        codebook_size = quantizer.config.codebook_size
+        centers = draw_queries(batches, codebook_size, self.accelerator, seed=(self.args.seed,), replace=False)
         codebook = spherical_kmeans(
-            quantizer, features, iterations=self.args.codebook_init_iterations, seed=self.args.seed
+            quantizer,
+            centers,
+            torch.cat([picture for batch in batches for picture in batch]),
+            self.accelerator,
+            iterations=self.args.codebook_init_iterations,
         )
-        # The processes see different batches: all take the first one's codebook.
-        self._write_codes(torch.arange(len(codebook)), broadcast(codebook))
+        self._write_codes(torch.arange(codebook_size, device=codebook.device), codebook)
 
     @torch.no_grad()
     def restart_dead_codes(self) -> int:
         """Gives the codes that were not used for `dead_code_steps` steps a query of the current batch."""
-        counts = self.accelerator.reduce(self.step_code_counts.to(self.args.device), "sum").cpu()
-        self.step_code_counts.zero_()
-        self.steps_unused = torch.where(counts > 0, 0, self.steps_unused + 1)
-        dead = (self.steps_unused >= self.args.dead_code_steps).nonzero().flatten()
-        if not len(dead):
-            return 0
-        tokenizer = self.accelerator.unwrap_model(self.model)
-        queries = scale_queries(tokenizer.quantizer, *self.last_features, quantize=True)
-        chosen = queries[torch.randint(len(queries), (len(dead),), device=queries.device)]
-        self._write_codes(dead, broadcast(chosen))
-        self.steps_unused[dead] = 0
+        dead = (self.usage.steps_unused >= self.args.dead_code_steps).nonzero().flatten()
+        if len(dead):
+            seed = (self.args.seed, self.state.global_step)
+            queries = [self._queries(quantize=True)]
+            self._write_codes(dead, draw_queries(queries, len(dead), self.accelerator, seed=seed, replace=True))
+            self.usage.steps_unused[dead] = 0
         return len(dead)
 
     def _write_codes(self, rows: torch.LongTensor, vectors: torch.FloatTensor) -> None:
-        """Writes unit vectors into rows of both codebooks, and forgets the optimiser's moments of those rows."""
-        quantizer = self.accelerator.unwrap_model(self.model).quantizer
+        """
+        Writes unit vectors into rows of both codebooks, and into the average of the weights: the old code has nothing
+        to say about the new one. Forgets the optimiser's moments of those rows.
+        """
+        quantizer = self.tokenizer.quantizer
         dims = [quantizer.config.semantic_code_dim, quantizer.config.pixel_code_dim]
         tables = (quantizer.semantic_codebook.weight, quantizer.pixel_codebook.weight)
+        averages = {}
+        if self.ema is not None:
+            averages = dict(zip(map(id, self.tokenizer.parameters()), self.ema.shadow_params, strict=True))
         for table, part in zip(tables, vectors.split(dims, -1), strict=True):
-            indices = rows.to(table.device)
-            table.data[indices] = part.to(table)
+            table.data[rows] = part.to(table)
+            if self.ema is not None:
+                average = averages[id(table)]
+                average[rows.to(average.device)] = part.to(average)
             if self.optimizer is not None:
                 # Under accelerate the state belongs to the wrapped optimiser; both share the dictionary.
                 for name, value in self.optimizer.state.get(table, {}).items():
                     if name in ("exp_avg", "exp_avg_sq"):
-                        value[indices] = 0
+                        value[rows] = 0
 
     # ---- Evaluation ----
 
@@ -307,8 +284,8 @@ class NextFlowVisionTokenizerTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Peak signal-to-noise ratio in decibel, computed per image on pixels in [0, 1], averaged over the images:
-        `psnr` of all scales, `psnr_scale_k` of the first k (§2.1). Uses the averaged weights when there are some.
+        Means over the images, of pixels in [0, 1]: `psnr` in decibel, `ssim` and `gmsd` of all scales, `psnr_scale_k`
+        of the first k (§2.1); and the use of the codebook. Uses the averaged weights when there are some.
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, dict):
@@ -317,28 +294,29 @@ class NextFlowVisionTokenizerTrainer(Trainer):
                 for key, part in data.items()
                 for name, value in self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}").items()
             }
-        tokenizer = self.accelerator.unwrap_model(self.model)
+        tokenizer = self.tokenizer
         was_training = tokenizer.training
         tokenizer.eval()
-        sums, count = {}, 0
-        with self._averaged_weights(tokenizer):
+        usage = CodeUsage(tokenizer.config.codebook_size, self.accelerator)
+        gathered: dict[str, list[torch.Tensor]] = {}
+        with self._averaged_weights():
             for batch in self.get_eval_dataloader(eval_dataset):
                 batch = self._prepare_inputs(batch)
                 pixel_values, image_grids = batch["pixel_values"], batch["image_grids"]
-                codes = tokenizer.encode(pixel_values, image_grids).image_codes
                 # The processes see different schedules, and must all take part in every gathering.
-                longest = torch.tensor(image_grids.shape[1], device=image_grids.device)
-                for scales in range(1, int(self.accelerator.gather(longest[None]).max()) + 1):
-                    decoded = tokenizer.decode(codes, image_grids, num_scales=scales)
-                    values = peak_signal_to_noise(decoded, pixel_values, image_grids, tokenizer.config.patch_size)
-                    values = self.accelerator.gather_for_metrics(values)
-                    sums[scales] = sums.get(scales, 0) + values.sum().item()
-                count += len(values)
+                longest = (image_grids.prod(-1) > 0).sum(-1).max()
+                num_scales = int(self.accelerator.gather(longest[None]).max())
+                measured = measure_batch(tokenizer, pixel_values, image_grids, num_scales=num_scales)
+                usage.add(measured.image_codes, image_grids)
+                for name, values in self.accelerator.gather_for_metrics(measured.values).items():
+                    gathered.setdefault(name, []).append(values)
         tokenizer.train(was_training)
 
-        metrics = {f"{metric_key_prefix}_psnr_scale_{scales}": round(v / count, 3) for scales, v in sums.items()}
-        # An image's scales beyond its last change nothing, so the longest prefix is everybody's whole.
-        metrics[f"{metric_key_prefix}_psnr"] = metrics[f"{metric_key_prefix}_psnr_scale_{max(sums)}"]
+        means = {name: torch.cat(values).nanmean().item() for name, values in gathered.items()}
+        # Not a number: SSIM where no picture is as large as its window.
+        metrics = {f"{metric_key_prefix}_{name}": round(mean, 4) for name, mean in means.items() if mean == mean}
+        codebook = {name: value for name, value in usage.metrics().items() if name.startswith("codebook_")}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in codebook.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -346,11 +324,11 @@ class NextFlowVisionTokenizerTrainer(Trainer):
     # ---- Averaged weights and checkpoints ----
 
     @contextmanager
-    def _averaged_weights(self, tokenizer: NextFlowVisionTokenizer) -> Iterator[None]:
+    def _averaged_weights(self) -> Iterator[None]:
         if self.ema is None:
             yield
             return
-        parameters = list(tokenizer.parameters())
+        parameters = list(self.tokenizer.parameters())
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
         try:
@@ -363,30 +341,38 @@ class NextFlowVisionTokenizerTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
-        with self._averaged_weights(self.accelerator.unwrap_model(self.model)):
+        with self._averaged_weights():
             super().save_model(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        super()._save_checkpoint(model, trial)
+        # Before the rest: `Trainer` writes its own state last, and what has that is whole.
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            state = {"steps_unused": self.steps_unused, "ema": None if self.ema is None else self.ema.state_dict()}
-            torch.save(state, os.path.join(folder, STATE_NAME))
+            os.makedirs(folder, exist_ok=True)
+            parts = {"ema": self.ema, "adversary": self.adversary}
+            state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+            torch.save({**state, "steps_unused": self.usage.steps_unused}, os.path.join(folder, STATE_NAME))
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = torch.load(os.path.join(resume_from_checkpoint, STATE_NAME), weights_only=True)
-        self.steps_unused = state["steps_unused"]
-        if (state["ema"] is None) != (self.ema is None):
-            saved = "no average" if state["ema"] is None else "an average"
-            raise ValueError(f"the checkpoint has {saved} of the weights, but ema_decay is {self.args.ema_decay}")
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.args.device)
+        path = os.path.join(resume_from_checkpoint, STATE_NAME)
+        state = torch.load(path, weights_only=True, map_location=self.args.device)
+        self.usage.steps_unused = state["steps_unused"]
+        reasons = {
+            "ema": f"ema_decay is {self.args.ema_decay}",
+            "adversary": f"adversarial_loss_weight is {self.args.adversarial_loss_weight}",
+        }
+        for name, reason in reasons.items():
+            part, saved = getattr(self, name), state[name]
+            if (saved is None) != (part is None):
+                raise ValueError(f"{path} has {'no' if saved is None else 'an'} {name}, but {reason}")
+            if part is not None:
+                part.load_state_dict(saved)
 
 
-class _CodebookCallback(TrainerCallback):
-    """Calls the trainer where `Trainer` has no method to override: before and after each step."""
+class _StepCallback(TrainerCallback):
+    """Calls the trainer where `Trainer` has no method to override: around each step."""
 
     def __init__(self, trainer: NextFlowVisionTokenizerTrainer):
         self.trainer = trainer
@@ -394,28 +380,63 @@ class _CodebookCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        trainer = self.trainer
-        if trainer.ema is not None:
-            trainer.ema.to(args.device)
+        if self.trainer.ema is not None:
+            self.trainer.ema.to(args.device)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        trainer = self.trainer
         if state.global_step == args.continuous_steps and args.codebook_init_batches and args.stage != "decoder":
-            trainer.initialize_codebook()
-            if trainer.ema is not None:  # the average must not remember the random codebook
-                trainer.ema.shadow_params = [p.detach().clone() for p in trainer.model.parameters()]
+            self.trainer.initialize_codebook()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        trainer = self.trainer
+        if trainer.adversary is not None:
+            # The factor of the schedule alone, whatever the tokenizer's own rate.
+            factor = trainer.lr_scheduler.get_last_lr()[0] / args.learning_rate
+            trainer.adversary.step(learning_rate_factor=factor, max_grad_norm=args.max_grad_norm)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         trainer = self.trainer
-        restarts = args.dead_code_steps and args.stage != "decoder"
-        if restarts and args.continuous_steps < state.global_step < args.dead_code_until * state.max_steps:
-            trainer.restarted_codes += trainer.restart_dead_codes()
+        if args.dead_code_steps and args.stage != "decoder" and state.global_step > args.continuous_steps:
+            trainer.usage.end_step()
+            if state.global_step < args.dead_code_until * state.max_steps:
+                trainer.restarted_codes += trainer.restart_dead_codes()
         if trainer.ema is not None:
-            trainer.ema.step(trainer.accelerator.unwrap_model(trainer.model).parameters())
+            trainer.ema.step(trainer.tokenizer.parameters())
+
+
+def check_trainable(
+    model: NextFlowVisionTokenizer,
+    args: NextFlowVisionTokenizerTrainingArguments,
+    semantic_teacher: Siglip2VisionModel | None,
+) -> None:
+    """Raises `ValueError` where model, stage and parallelism do not go together."""
+    if args.stage == "joint" and semantic_teacher is None:
+        raise ValueError("semantic_teacher is None, expected a Siglip2VisionModel: stage 'joint' distils one")
+    if args.stage == "joint" and model.config.semantic_distance_weight == 0:
+        raise ValueError(
+            "semantic_distance_weight is 0, what stage 'pixel' leaves behind; stage 'joint' expects a positive one: "
+            "load the tokenizer with semantic_distance_weight=1.0"
+        )
+    if not (args.fsdp or args.deepspeed):
+        return
+    whole = {
+        "dead_code_steps": args.changes_codebook and args.dead_code_steps,
+        "codebook_init_batches": args.changes_codebook and args.codebook_init_batches,
+        "adversarial_adaptive": args.adversarial_loss_weight and args.adversarial_adaptive,
+        "ema_decay": args.ema_decay is not None,
+    }
+    for name, needs_whole_parameters in whole.items():
+        if needs_whole_parameters:
+            raise ValueError(
+                f"{name} is {getattr(args, name)}, expected none with FSDP or DeepSpeed: it works on whole "
+                "parameters, and those are sharded there. Train with DDP"
+            )
 
 
 def prepare_stage(model: NextFlowVisionTokenizer, stage: str) -> None:
@@ -432,88 +453,9 @@ def prepare_stage(model: NextFlowVisionTokenizer, stage: str) -> None:
         model.config.semantic_distance_weight = 0.0
 
 
-def pixel_losses(
-    reconstruction: torch.FloatTensor, pixel_values: torch.FloatTensor, image_grids: torch.LongTensor, patch_size: int
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
-    """
-    Mean absolute error of the pixels and of their two image gradients. Both tensors are (n, 3, height, width) and
-    zero outside of each image, so the padding adds nothing and only the count has to know it.
-    """
-    last_grids = torch.tensor([schedule[-1] for schedule in schedules_from_grids(image_grids)])
-    values = 3 * patch_size**2 * int(last_grids.prod(-1).sum())
-    error = reconstruction.float() - pixel_values.float()
-    edges = error.diff(dim=-1).abs().sum() + error.diff(dim=-2).abs().sum()
-    return error.abs().sum() / values, edges / values
-
-
-def peak_signal_to_noise(
-    decoded: torch.FloatTensor, pixel_values: torch.FloatTensor, image_grids: torch.LongTensor, patch_size: int
-) -> torch.FloatTensor:
-    """PSNR in decibel of every image (n,), from padded pixels in [-1, 1]; a perfect copy is capped at 100."""
-    last_grids = torch.tensor([schedule[-1] for schedule in schedules_from_grids(image_grids)])
-    values = 3 * patch_size**2 * last_grids.prod(-1).to(decoded.device)
-    squared_error = ((decoded - pixel_values).float() / 2).square().sum((1, 2, 3)) / values
-    return -10 * squared_error.clamp(min=1e-10).log10()
-
-
-def count_codes_per_scale(
-    image_codes: torch.LongTensor, image_grids: torch.LongTensor, codebook_size: int
-) -> torch.FloatTensor:
-    """How often each code occurs in each scale, (max_scales, codebook_size). Codes of -1 (dropped) are not counted."""
-    max_scales = image_grids.shape[1]
-    cells = image_grids.prod(-1)  # (n, max_scales), zero after an image's last scale
-    scales = torch.arange(max_scales).expand_as(cells).flatten().repeat_interleave(cells.flatten())
-    present = image_codes >= 0
-    joint = scales[present] * codebook_size + image_codes[present]
-    return torch.bincount(joint, minlength=max_scales * codebook_size).view(max_scales, codebook_size).float()
-
-
-def codebook_statistics(counts: torch.Tensor) -> tuple[float, float]:
-    """Share of the codes that were used, and the perplexity of their distribution, from counts (codebook_size,)."""
-    shares = counts.double() / counts.sum()
-    entropy = -(shares * shares.clamp(min=1e-12).log()).sum()
-    return (counts > 0).double().mean().item(), entropy.exp().item()
-
-
-def scale_queries(
-    quantizer: NextFlowMultiScaleQuantizer,
-    features: torch.FloatTensor,
-    schedule: tuple[tuple[int, int], ...],
-    *,
-    quantize: bool,
-) -> torch.FloatTensor:
-    """
-    The vectors that all scales look up, (vectors, code_dim), both parts of length one. Without `quantize` each is
-    its own code: what a perfect codebook would see, for a codebook that does not exist yet.
-    """
-    residual, codebook, queries = features, quantizer.codebook(), []
-    for grid in schedule:
-        query = residual if grid == schedule[-1] else F.interpolate(residual, grid, mode="area")
-        query = quantizer.normalize(query.flatten(2).transpose(1, 2))
-        vectors = quantizer.lookup(quantizer.search(query, codebook)[0]) if quantize else query
-        residual = residual - quantizer.upsample(vectors, grid, schedule[-1])
-        queries.append(query.flatten(0, 1))
-    return torch.cat(queries)
-
-
-def spherical_kmeans(
-    quantizer: NextFlowMultiScaleQuantizer, features: torch.FloatTensor, *, iterations: int, seed: int = 0
-) -> torch.FloatTensor:
-    """k-means with the quantiser's own distance; centres are (codebook_size, code_dim), both parts of length one."""
-    codebook_size = quantizer.config.codebook_size
-    if len(features) < codebook_size:
-        raise ValueError(f"got {len(features)} features, expected at least one for each of the {codebook_size} codes")
-    generator = torch.Generator().manual_seed(seed)
-    centers = features[torch.randperm(len(features), generator=generator)[:codebook_size].to(features.device)]
-    for _ in range(iterations):
-        nearest = quantizer.search(features[None], centers)[0][0]
-        sums = torch.zeros_like(centers).index_add_(0, nearest, features)
-        filled = torch.bincount(nearest, minlength=codebook_size) > 0
-        centers = torch.where(filled[:, None], quantizer.normalize(sums), centers)
-    return centers
-
-
-def pixels_from_uint8(image: np.ndarray) -> torch.FloatTensor:
-    """uint8 (height, width, 3) to float32 (3, height, width) in [-1, 1], contiguous."""
-    # The copy: an array that is mapped from a file is read-only, and torch warns about that.
-    return torch.from_numpy(image.copy()).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+__all__ = [
+    "NextFlowVisionTokenizerTrainer",
+    "NextFlowVisionTokenizerTrainingArguments",
+    "check_trainable",
+    "prepare_stage",
+]

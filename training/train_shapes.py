@@ -32,17 +32,15 @@ from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor, extend_tokenizer
 from ..processing.scale_schedule import ScaleSchedule
 from .data.extraction import codes_fingerprint, extract_codes, load_codes
+from .data.pictures import pixels_from_uint8
+from .evaluation.reconstruction_report import measure_batch
 from .evaluation.shapes import evaluate_shapes, pipeline_functions
 from .shapes import describe, render, sample_edit, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
 from .shapes.teacher import CaptionedPictures, train_teacher
 from .shapes.text_tokenizer import train_text_tokenizer
-from .tokenizer_trainer import (
-    NextFlowVisionTokenizerTrainer,
-    NextFlowVisionTokenizerTrainingArguments,
-    peak_signal_to_noise,
-    pixels_from_uint8,
-)
+from .tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
+from .tokenizer_trainer import NextFlowVisionTokenizerTrainer
 from .trainer import NextFlowTrainer
 
 
@@ -275,14 +273,11 @@ def reconstruct(pipeline: NextFlowPipeline, pictures: np.ndarray, batch_size: in
     ratios, images = [], []
     for start in range(0, len(pictures), batch_size):
         inputs = processor(list(pictures[start : start + batch_size]))
-        grids = inputs["image_grids"].to(tokenizer.device)
-        with torch.no_grad():
-            codes = tokenizer.encode(inputs["pixel_values"].to(tokenizer.device, tokenizer.dtype), grids).image_codes
-            decoded = tokenizer.decode(codes, grids).float().cpu()
-        ratios.append(
-            peak_signal_to_noise(decoded, inputs["pixel_values"], inputs["image_grids"], tokenizer.config.patch_size)
+        measured = measure_batch(
+            tokenizer, inputs["pixel_values"].to(tokenizer.device), inputs["image_grids"].to(tokenizer.device)
         )
-        images += processor.post_process_images(decoded, inputs["image_grids"], output_type="np")
+        ratios.append(measured.values["psnr"].cpu())
+        images += processor.post_process_images(measured.decoded, inputs["image_grids"], output_type="np")
     return torch.cat(ratios).mean().item(), np.stack(images)
 
 

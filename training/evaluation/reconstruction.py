@@ -1,6 +1,9 @@
 """How near a decoded picture is to the true one, and how sharp: functions of pixels, no network.
 
-Pictures are float (n, 3, height, width) in [0, 1]; every function gives one number a picture, (n,).
+Pictures are float (n, 3, height, width) in [0, 1]; every function gives one number a picture, (n,). As a command, what
+a vision tokenizer makes of a folder or a data set of pictures (reconstruction_report.py):
+
+    python -m nextflow_hf.training.evaluation.reconstruction --model path/to/model --images path/to/pictures
 """
 
 import torch
@@ -8,6 +11,8 @@ import torch.nn.functional as F
 
 
 LUMA = (0.299, 0.587, 0.114)
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # of Wang et al., as the two constants
+SSIM_CONSTANTS = (0.01**2, 0.03**2)
 GMSD_CONSTANT = 170 / 255**2  # of Xue et al., for pixels from 0 to 255
 
 
@@ -21,6 +26,34 @@ def peak_signal_to_noise(
         raise ValueError("a picture's mask is empty, expected at least one pixel in each")
     error = (squared * mask).sum((1, 2)) / mask.sum((1, 2))
     return -10 * error.clamp(min=1e-10).log10()
+
+
+def structural_similarity(decoded: torch.FloatTensor, true: torch.FloatTensor) -> torch.FloatTensor:
+    """
+    SSIM (Wang et al., 2004): Gaussian windows of 11 x 11 pixels, those that lie inside the picture, of each colour
+    channel by itself; 1 is a perfect copy.
+    """
+    if min(true.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"pictures are {tuple(true.shape[2:])} pixels, expected at least {SSIM_WINDOW} along each axis"
+        )
+    offsets = torch.arange(SSIM_WINDOW, device=true.device, dtype=true.dtype) - SSIM_WINDOW // 2
+    weights = (-(offsets**2) / (2 * SSIM_SIGMA**2)).exp()
+    weights = weights / weights.sum()
+
+    def windows(pictures: torch.Tensor) -> torch.Tensor:
+        flat = pictures.flatten(0, 1).unsqueeze(1)  # every channel a picture of its own
+        flat = F.conv2d(F.conv2d(flat, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+        return flat.view(*pictures.shape[:2], *flat.shape[2:])
+
+    mean_decoded, mean_true = windows(decoded), windows(true)
+    variances = windows(decoded**2) - mean_decoded**2 + windows(true**2) - mean_true**2
+    covariance = windows(decoded * true) - mean_decoded * mean_true
+    luminance = (2 * mean_decoded * mean_true + SSIM_CONSTANTS[0]) / (
+        mean_decoded**2 + mean_true**2 + SSIM_CONSTANTS[0]
+    )
+    structure = (2 * covariance + SSIM_CONSTANTS[1]) / (variances + SSIM_CONSTANTS[1])
+    return (luminance * structure).mean((1, 2, 3))
 
 
 def gradient_similarity_deviation(decoded: torch.FloatTensor, true: torch.FloatTensor) -> torch.FloatTensor:
@@ -54,4 +87,10 @@ def _luminance(pictures: torch.FloatTensor) -> torch.FloatTensor:
     return (pictures * weights).sum(1, keepdim=True)
 
 
-__all__ = ["edge_steepness", "gradient_similarity_deviation", "peak_signal_to_noise"]
+__all__ = ["edge_steepness", "gradient_similarity_deviation", "peak_signal_to_noise", "structural_similarity"]
+
+
+if __name__ == "__main__":
+    from nextflow_hf.training.evaluation.reconstruction_report import main
+
+    main()

@@ -1,0 +1,240 @@
+"""The tokenizer's training as a whole: by recipe through the three stages, killed and resumed, on two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from toy_pipeline import toy_vision_tokenizer
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+from nextflow_hf import NextFlowVisionTokenizer, cli
+from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor
+from nextflow_hf.training.shapes.dataset import shapes_sample
+from nextflow_hf.training.tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.tokenizer_recipe import RECIPES, last_whole_checkpoint, parse_recipe, read_recipe
+from nextflow_hf.training.tokenizer_trainer import NextFlowVisionTokenizerTrainer
+
+
+STAGES = ("pixel", "joint", "decoder")
+SQUARE, WIDE = ((1, 1), (2, 2), (4, 4)), ((1, 1), (2, 4))
+
+
+def make_trainer(folder: Path, **changes) -> NextFlowVisionTokenizerTrainer:
+    """Everything on: distillation, adversary, average, a codebook that starts late and whose codes die at once."""
+    tokenizer = toy_vision_tokenizer().train()
+    torch.manual_seed(1)
+    teacher = Siglip2VisionModel(Siglip2VisionConfig(**tokenizer.config.semantic_config.to_dict()))
+    generator = torch.Generator().manual_seed(2)
+    items = [
+        {"pixel_values": torch.rand(3, h, w, generator=generator) * 2 - 1, "image_grids": torch.tensor(schedule)}
+        for h, w, schedule in [(16, 16, SQUARE), (8, 16, WIDE), (16, 16, SQUARE)] * 16
+    ]
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "optim": "sgd",
+        "lr_scheduler_type": "linear",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "continuous_steps": 1,
+        "codebook_init_batches": 2,
+        "codebook_init_iterations": 2,
+        "dead_code_steps": 1,
+        "dead_code_until": 1.0,
+        "adversarial_loss_weight": 0.1,
+        "adversarial_adaptive": True,
+        "adversarial_start": 2,
+        "discriminator_channels": 4,
+        "discriminator_layers": 1,
+        "discriminator_learning_rate": 1e-3,
+        "ema_decay": 0.9,
+    }
+    args = NextFlowVisionTokenizerTrainingArguments(**{**options, **changes})
+    return NextFlowVisionTokenizerTrainer(tokenizer, args, semantic_teacher=teacher, train_dataset=items)
+
+
+def losses_of(trainer: NextFlowVisionTokenizerTrainer) -> list[dict]:
+    timing = ("train_", "epoch", "total_flos", "step")
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{name: value for name, value in entry.items() if not name.startswith(timing)} for entry in history]
+
+
+def state_of(trainer: NextFlowVisionTokenizerTrainer) -> dict[str, torch.Tensor]:
+    weights = {**trainer.tokenizer.state_dict(), **trainer.adversary.discriminator.state_dict()}
+    averages = {f"average_{index}": value for index, value in enumerate(trainer.ema.shadow_params)}
+    return {**weights, **averages, "steps_unused": trainer.usage.steps_unused}
+
+
+def test_a_killed_run_goes_on_to_the_last_bit(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-3}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    assert {"adversarial_loss", "adversarial_weight", "discriminator_loss"} <= set(losses_of(whole)[2])
+    assert "adversarial_loss" not in losses_of(whole)[1]
+    assert sum(entry["restarted_codes"] for entry in losses_of(whole)) > 0
+    # The last checkpoint was being written when the process was killed.
+    (tmp_path / "whole" / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5, "log_h')
+    (tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").unlink()
+    checkpoint = last_whole_checkpoint(tmp_path / "whole")
+    assert checkpoint.endswith("checkpoint-3")
+    again = make_trainer(tmp_path / "again", **options)
+    again.train(resume_from_checkpoint=checkpoint)
+    assert losses_of(again) == losses_of(whole)
+    for name, value in state_of(whole).items():
+        assert torch.equal(state_of(again)[name], value), name
+    silent = make_trainer(tmp_path / "silent", **options, adversarial_loss_weight=0.0)
+    with pytest.raises(ValueError, match="has an adversary, but adversarial_loss_weight is 0.0"):
+        silent.train(resume_from_checkpoint=checkpoint)
+
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    """But for the adaptive weight, which is each micro-batch's own, and the pictures that dead codes start from."""
+    options = {"adversarial_adaptive": False, "dead_code_steps": 0, "codebook_init_batches": 0}
+    whole, parts = (
+        make_trainer(tmp_path, **options, **sizes)
+        for sizes in (
+            {"per_device_train_batch_size": 8},
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        )
+    )
+    for trainer in (whole, parts):
+        trainer.train()
+    for name, value in state_of(whole).items():
+        torch.testing.assert_close(state_of(parts)[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def train_one_of_two(folder: str) -> None:
+    trainer = make_trainer(Path(folder), ddp_backend="gloo")
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save({"state": state_of(trainer), "losses": losses_of(trainer)}, Path(folder) / "result.pt")
+
+
+def test_two_processes_are_one_with_both_batches(tmp_path):
+    code = f"import test_train_tokenizer; test_train_tokenizer.train_one_of_two({str(tmp_path)!r})"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in ranks.items()}}
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        processes.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE))
+    whole = make_trainer(tmp_path / "one", per_device_train_batch_size=8)
+    whole.train()
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors.decode()[-3000:]
+    both = torch.load(tmp_path / "result.pt")
+    assert sum(entry["restarted_codes"] for entry in both["losses"]) > 0
+    for one, other in zip(losses_of(whole), both["losses"], strict=True):
+        assert set(one) == set(other)
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+    for name, value in state_of(whole).items():
+        torch.testing.assert_close(both["state"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_three_stages_by_recipe(tmp_path, monkeypatch):
+    """Of the Shapes recipes, a few steps each; what a stage leaves is what the next one takes."""
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for index in range(10):
+        shapes_sample(0, index, edit_fraction=0.0)["images"][0].save(f"pictures/{index}.png")
+    Image.new("RGB", (32, 64), "red").save("pictures/tall.png")
+    Path("pictures/broken.png").write_bytes(b"no picture")
+    teacher = Siglip2VisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, num_patches=64
+    )
+    Siglip2VisionModel(teacher).save_pretrained("runs/shapes/teacher")
+    tiny = {"train_images": "pictures", "eval_images": "pictures", "max_eval_images": 4, "max_steps": 2}
+    tiny |= {"per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1, "eval_steps": 2, "warmup_steps": 0}
+    tiny |= {"adversarial_start": 1, "use_cpu": "true", "config_overrides.codebook_size": 64, "report_to": "none"}
+    overrides = [text for key, value in tiny.items() for text in ("--override", f"{key}={value}")]
+    for stage in STAGES:
+        assert cli.main(["train-tokenizer", f"shapes_vision_tokenizer_{stage}", *overrides]) == 0
+    loaded = {}
+    for stage in STAGES:
+        folder = Path(f"runs/shapes_vision_tokenizer_{stage}")
+        loaded[stage] = NextFlowVisionTokenizer.from_pretrained(folder)
+        assert json.loads((folder / "eval_results.json").read_text())["eval_psnr"] > 0
+        assert NextFlowImageProcessor.from_pretrained(folder).resolution == 64
+    assert (
+        loaded["pixel"].config.semantic_distance_weight == 0 and loaded["joint"].config.semantic_distance_weight == 1
+    )
+    assert loaded["joint"].config.semantic_config.hidden_size == 32
+    frozen, trained = loaded["joint"].state_dict(), loaded["decoder"].state_dict()
+    for name, value in frozen.items():
+        assert name.startswith("pixel_decoder") or torch.equal(trained[name], value), name
+    sizes = [sum(p.numel() for p in loaded[stage].pixel_decoder.parameters()) for stage in ("joint", "decoder")]
+    assert sizes[1] > 2 * sizes[0]
+    # Finished: the same command goes on from the last checkpoint, and has nothing to do.
+    before = torch.load("runs/shapes_vision_tokenizer_decoder/checkpoint-2/vision_tokenizer_trainer.pt")
+    cli.main(["train-tokenizer", "shapes_vision_tokenizer_decoder", *overrides])
+    after = torch.load("runs/shapes_vision_tokenizer_decoder/checkpoint-2/vision_tokenizer_trainer.pt")
+    assert torch.equal(before["adversary"]["discriminator"]["layers.0.weight"],
+                       after["adversary"]["discriminator"]["layers.0.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", ["", "shapes_"])
+def test_shipped_recipes_are_read(stage, family, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(f"{family}vision_tokenizer_{stage}", ["train_images=pictures", "use_cpu=true"])
+    tokenizer_args, picture_args, training_args = parse_recipe(recipe)
+    assert training_args.stage == stage and picture_args.train_images == "pictures"
+    assert NextFlowImageProcessor(**picture_args.image_processor).resolution in (64, 256, 512)
+    assert (tokenizer_args.vision_tokenizer_name_or_path is None) == (stage == "pixel")
+    assert (RECIPES / f"{family}vision_tokenizer_{stage}.yaml").read_text().startswith("# ")
+
+
+def test_wrong_recipes_are_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"train_images": "pictures", "learning_rte": 1.0}))
+    with pytest.raises(ValueError, match=r"unknown keys.*learning_rte.*learning_rate"):
+        parse_recipe(read_recipe(path))
+    with pytest.raises(ValueError, match="train_images is missing"):
+        parse_recipe(read_recipe("vision_tokenizer_pixel"))
+    with pytest.raises(FileNotFoundError, match="expected a file or one of .*'vision_tokenizer_joint'"):
+        read_recipe("vision_tokenizer_pixels")
+    with pytest.raises(ValueError, match="--override got 'max_steps'"):
+        read_recipe("vision_tokenizer_pixel", ["max_steps"])
+    path.write_text(yaml.safe_dump({"train_images": "pictures", "output_dir": str(tmp_path), "learning_rate": "1e-4"}))
+    assert parse_recipe(read_recipe(path))[2].learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adversarial_adaptive": False}, "ema_decay is 0.9, expected none with FSDP"),
+        ({"ema_decay": None, "adversarial_adaptive": True}, "adversarial_adaptive is True, expected none with FSDP"),
+    ],
+)
+def test_sharded_parameters_are_refused_where_whole_ones_are_needed(tmp_path, changes, message):
+    trainer = make_trainer(tmp_path)
+    options = {"dead_code_steps": 0, "codebook_init_batches": 0, **changes}
+    for name, value in {**options, "fsdp": True}.items():
+        setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=message):
+        NextFlowVisionTokenizerTrainer(trainer.tokenizer, trainer.args, semantic_teacher=trainer.semantic_teacher)
+
+
+def test_joint_stage_wants_a_semantic_voice(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.tokenizer.config.semantic_distance_weight = 0.0
+    with pytest.raises(ValueError, match="semantic_distance_weight is 0, what stage 'pixel' leaves behind"):
+        NextFlowVisionTokenizerTrainer(trainer.tokenizer, trainer.args, semantic_teacher=trainer.semantic_teacher)
