@@ -12,6 +12,7 @@ from nextflow_hf import __version__
 COMMANDS = {
     "convert": ("nextflow_hf.hub_cards.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
+    "train": ("nextflow_hf.training.train", "train the transformer by a recipe, on any number of processes"),
 }
 
 

@@ -19,19 +19,20 @@ from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..hub_cards.cards import shapes_card
 from ..hub_cards.export import cast_copy, export_pipeline
-from ..modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
+from ..modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor, extend_tokenizer
 from ..processing.scale_schedule import ScaleSchedule
+from .checkpoints import last_checkpoint
 from .data.extraction import extract_codes, load_codes
 from .evaluation.shapes import evaluate_shapes, pipeline_functions
+from .model_loading import new_transformer
 from .shapes import describe, render, sample_edit, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
 from .shapes.teacher import CaptionedPictures, train_teacher
@@ -208,31 +209,8 @@ def transformer_stage(folder: Path) -> None:
     recipe = load_recipe("transformer")
     processor = make_processor(folder)
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer")
-    vocabulary = len(processor.tokenizer)
-    config = NextFlowConfig(
-        vocab_size=vocabulary,
-        text_vocab_size=vocabulary - vision_tokenizer.config.codebook_size - 2,
-        codebook_size=vision_tokenizer.config.codebook_size,
-        semantic_code_dim=vision_tokenizer.config.semantic_code_dim,
-        pixel_code_dim=vision_tokenizer.config.pixel_code_dim,
-        max_scales=processor.max_scales,
-        boi_token_id=processor.boi_token_id,
-        eoi_token_id=processor.eoi_token_id,
-        image_token_id=processor.image_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        max_position_embeddings=processor.tokenizer.model_max_length,
-        **recipe["model"],
-    )
     set_seed(recipe["training"]["seed"])
-    model = NextFlowForCausalLM._from_config(config, **training_attention())
-    # The visual embedding starts from the tokenizer's codebook (§2.2). So does the head, through a random projection:
-    # what is learnt of one code then holds for its neighbours too, among which the finer scales often choose.
-    with torch.no_grad():
-        codebook = vision_tokenizer.codebook
-        model.model.image_codebook.weight.copy_(codebook)
-        projection = torch.randn(codebook.shape[1], config.hidden_size) * config.initializer_range
-        model.lm_head.weight[config.text_vocab_size :][: len(codebook)] = codebook @ projection
+    model = new_transformer(processor, vision_tokenizer, **training_attention(), **recipe["model"])
     rows = load_codes(folder / "codes")
     rows = rows.filter(lambda image_grids: len(image_grids) == 1, input_columns="image_grids")
     train_transformer(folder, model, rows, recipe["training"], "transformer_run", "transformer_start")
@@ -358,11 +336,6 @@ def device_arguments() -> dict:
 def training_attention() -> dict:
     """On a CPU, eager attention trains in bf16 1.5 times as fast as sdpa."""
     return {} if torch.accelerator.is_available() else {"attn_implementation": "eager"}
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The checkpoint to go on from, None at the first start."""
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def make_parser() -> argparse.ArgumentParser:

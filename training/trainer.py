@@ -1,7 +1,7 @@
 """`NextFlowTrainer`: transformers' Trainer for the transformer, on rows of tokens and codes.
 
-Only the difference is here: tokens are counted as the loss supervises them, and the loss is logged apart for text, for
-images and for every scale.
+Only the difference is here: tokens are counted as the loss supervises them, the losses are logged apart for text, for
+images and for every scale, a loss that is no number stops the training, and a checkpoint is there whole or not at all.
 """
 
 import torch
@@ -9,7 +9,13 @@ from transformers import Trainer
 
 from ..modeling_nextflow.loss_nextflow import get_targets
 from ..modeling_nextflow.rope_nextflow import get_image_layout
+from .checkpoints import StagedCheckpoint
 from .data.collator import NextFlowDataCollator
+from .freezing import is_head_cut, join_head
+from .not_finite import stop_training
+
+
+ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
 
 
 class NextFlowTrainer(Trainer):
@@ -17,8 +23,14 @@ class NextFlowTrainer(Trainer):
     Trains [`NextFlowForCausalLM`] (§3.2).
 
     Takes what `Trainer` takes. The default collator is [`NextFlowDataCollator`]. The loss is the sum of weighted token
-    losses over the number of supervised tokens of the whole optimisation step, so accumulating gradients equals one
-    larger batch.
+    losses over the number of supervised tokens of the whole optimisation step, so accumulating gradients, on however
+    many processes, equals one larger batch. The weights of an image's codes add up to their number (equation 2): that
+    number, unweighted, is what an image counts.
+
+    Evaluation reports the same loss over the whole evaluation set. Processes whose shares differ repeat a few rows.
+
+    A step whose loss or gradient is not finite raises [`NotFiniteError`] on every process before the weights change,
+    and the batch is saved. A checkpoint is written beside its place and moved there when it is complete.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs):
@@ -27,8 +39,13 @@ class NextFlowTrainer(Trainer):
                 raise ValueError("with model_init, pass data_collator=NextFlowDataCollator(pad_token_id)")
             data_collator = NextFlowDataCollator(pad_token_id=model.config.pad_token_id)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        self._scale_loss_sums = None
-        self._scale_loss_counts = None
+        # Between logs, and during an evaluation.
+        self._training_losses = _LossSums()
+        self._evaluation_losses = _LossSums()
+        self._step_batches: list[tuple[dict, torch.Tensor]] = []  # of this optimisation step, with their losses
+        self._staged_checkpoint: StagedCheckpoint | None = None
+
+    # --- counting
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         # transformers would count labels; codes are supervised without one, and placeholders' labels are not read.
@@ -56,23 +73,92 @@ class NextFlowTrainer(Trainer):
         )
         return targets
 
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns.append("id")
+
+    # --- losses
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name != ROW_IDS}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and outputs.get("scale_losses") is not None:
-            counts = outputs["scale_counts"]
-            sums = outputs["scale_losses"] * counts
-            started = self._scale_loss_sums is not None
-            self._scale_loss_sums = self._scale_loss_sums + sums if started else sums
-            self._scale_loss_counts = self._scale_loss_counts + counts if started else counts
+        if outputs.get("scale_losses") is not None:
+            losses = self._training_losses if model.training else self._evaluation_losses
+            losses.add(outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._scale_loss_sums is not None and "loss" in logs:
-            sums = self.accelerator.reduce(self._scale_loss_sums).cpu()
-            counts = self.accelerator.reduce(self._scale_loss_counts).cpu()
-            logs.update(_loss_parts(sums, counts))
-            self._scale_loss_sums = self._scale_loss_counts = None
+        if "loss" in logs:
+            _, parts = self._training_losses.pop(self.accelerator)
+            logs.update(parts)
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluation_losses = _LossSums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, parts = self._evaluation_losses.pop(self.accelerator)
+        if loss is not None:  # transformers' mean of the batches' means would weigh the tokens of small batches more
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
+        return output
+
+    # --- losses that are no number
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_batches.append((inputs, loss))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The last thing that happens before the weights change, in every step and on every process.
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        batches, self._step_batches = self._step_batches, []
+        losses = torch.stack([loss for _, loss in batches])
+        is_bad = ~torch.isfinite(losses).all()
+        if grad_norm is not None and self.accelerator.scaler is None:  # the scaler of fp16 skips such steps itself
+            is_bad = is_bad | ~torch.isfinite(torch.as_tensor(grad_norm, device=is_bad.device))
+        if self.accelerator.reduce(is_bad.float()) > 0:
+            stop_training(self, batches, grad_norm)
+        return grad_norm
+
+    # --- checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        # While a checkpoint is written this is where `Trainer` puts it.
+        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with StagedCheckpoint(self, super()._get_output_dir(trial)):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if is_head_cut(model):
+            state_dict = join_head(model, model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict=state_dict)
+
+
+class _LossSums:
+    """Sums of losses and what they are sums of, on the device until they are read."""
+
+    def __init__(self):
+        self._sums: list[torch.Tensor] | None = None
+
+    def add(self, outputs: dict, num_items: torch.Tensor | int | None) -> None:
+        """`outputs` of the model, and the number that its loss was divided by if not its own."""
+        counts = outputs["scale_counts"]
+        weighted = outputs["loss"].detach().float() * (counts.sum() if num_items is None else num_items)
+        sums = [weighted, outputs["scale_losses"] * counts, counts]
+        self._sums = sums if self._sums is None else [old + new for old, new in zip(self._sums, sums)]
+
+    def pop(self, accelerator) -> tuple[float | None, dict[str, float]]:
+        """The weighted mean over all processes, the means of text, images and scales, unweighted; and start anew."""
+        if self._sums is None:
+            return None, {}
+        weighted, sums, counts = (accelerator.reduce(part).cpu() for part in self._sums)
+        self._sums = None
+        return (weighted / counts.sum()).item(), _loss_parts(sums, counts)
 
 
 def _loss_parts(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
