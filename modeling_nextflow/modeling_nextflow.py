@@ -87,6 +87,11 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         "attentions": [Qwen2Attention, Qwen3Attention],
     }
 
+    def __init__(self, config: NextFlowConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Who wraps by these names (FSDP) expects each of them in the model.
+        self._no_split_modules = ["Qwen3DecoderLayer" if config.qk_norm else "Qwen2DecoderLayer"]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

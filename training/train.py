@@ -129,7 +129,7 @@ def check_same_codes(folders: Sequence[str]) -> None:
     makers = {
         folder: json.loads((Path(folder) / "manifest.json").read_text())["vision_tokenizer"] for folder in folders
     }
-    if len(set(makers.values())) > 1:
+    if any(maker != makers[folders[0]] for maker in makers.values()):
         raise ValueError(f"the codes are of different vision tokenizers, expected one: {makers}")
 
 

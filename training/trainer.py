@@ -4,7 +4,12 @@ Only the difference is here: tokens are counted as the loss supervises them, the
 images and for every scale, a loss that is no number stops the training, and a checkpoint is there whole or not at all.
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
+
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 from ..modeling_nextflow.loss_nextflow import get_targets
@@ -39,6 +44,8 @@ class NextFlowTrainer(Trainer):
                 raise ValueError("with model_init, pass data_collator=NextFlowDataCollator(pad_token_id)")
             data_collator = NextFlowDataCollator(pad_token_id=model.config.pad_token_id)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        if self.args.label_names is None:  # transformers asks for every argument with "label" in its name
+            self.label_names = ["labels"]
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
@@ -76,7 +83,7 @@ class NextFlowTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns.append("id")
+            self._signature_columns.append("row_id")
 
     # --- losses
 
@@ -87,6 +94,11 @@ class NextFlowTrainer(Trainer):
             losses = self._training_losses if model.training else self._evaluation_losses
             losses.add(outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only:  # the loss does without the logits of the whole sequence
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -117,7 +129,7 @@ class NextFlowTrainer(Trainer):
         losses = torch.stack([loss for _, loss in batches])
         is_bad = ~torch.isfinite(losses).all()
         if grad_norm is not None and self.accelerator.scaler is None:  # the scaler of fp16 skips such steps itself
-            is_bad = is_bad | ~torch.isfinite(torch.as_tensor(grad_norm, device=is_bad.device))
+            is_bad = is_bad | (not math.isfinite(grad_norm))
         if self.accelerator.reduce(is_bad.float()) > 0:
             stop_training(self, batches, grad_norm)
         return grad_norm
@@ -136,7 +148,20 @@ class NextFlowTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if is_head_cut(model):
             state_dict = join_head(model, model.state_dict() if state_dict is None else state_dict)
-        super()._save(output_dir, state_dict=state_dict)
+        with _class_of_user(self.model):
+            super()._save(output_dir, state_dict=state_dict)
+
+
+@contextlib.contextmanager
+def _class_of_user(model: torch.nn.Module) -> Iterator[None]:
+    """The model as it was before FSDP2 made a class of its own for it: saving copies the class's name and file."""
+    wrapped = type(model)
+    if issubclass(wrapped, FSDPModule):
+        model.__class__ = next(parent for parent in wrapped.__bases__ if not issubclass(parent, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = wrapped
 
 
 class _LossSums:
