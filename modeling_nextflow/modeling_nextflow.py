@@ -94,6 +94,11 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         "attentions": [Qwen2Attention, Qwen3Attention],
     }
 
+    def __init__(self, config: NextFlowConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Who wraps by these names (FSDP) expects each of them in the model.
+        self._no_split_modules = ["Qwen3DecoderLayer" if config.qk_norm else "Qwen2DecoderLayer"]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -246,7 +251,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if layout is None:
             self._check_no_images(input_ids)
-            return inputs_embeds
+            return self._with_gradients_of_images(inputs_embeds)
         codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
         images = self._present_grids(input_ids, codes, image_grids, layout)
 
@@ -258,12 +263,21 @@ class NextFlowModel(NextFlowPreTrainedModel):
             is_boi[..., None], (inputs_embeds[is_boi] + boi_term).to(inputs_embeds.dtype)
         )
         if not any(len(grids) > 1 for grids, _ in images):
-            return inputs_embeds
+            return self._with_gradients_of_images(inputs_embeds)
         cells = self._embed_cells(codes, images)
         length_term = self.scale_length_encoding(image_grids)[layout.image_index[layout.is_cell]]
         scale_term = self.scale_embedding(layout.scale[layout.is_cell] - 1)
         cells = (cells + scale_term + length_term).to(inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(layout.is_cell[..., None], cells)
+
+    def _with_gradients_of_images(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
+        """`inputs_embeds`, with gradients (zeros) for what only images use: processes that train together wait for the
+        same gradients from each, also from one whose rows are all text."""
+        if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return inputs_embeds
+        code = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
+        unused = self.connector(self.image_codebook(code)) + self.scale_embedding(code)
+        return inputs_embeds + (0 * unused).to(inputs_embeds.dtype)
 
     def _embed_cells(
         self, codes: torch.LongTensor, images: list[tuple[list[tuple[int, int]], int]]

@@ -19,11 +19,10 @@ from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..hub_cards.cards import shapes_card
 from ..hub_cards.export import cast_copy, export_pipeline
-from ..modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
+from ..modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ..modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -31,10 +30,12 @@ from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor, extend_tokenizer
 from ..processing.scale_schedule import ScaleSchedule
-from .data.extraction import codes_fingerprint, extract_codes, load_codes
+from .checkpoints import last_checkpoint
+from .data.extraction import extract_codes, load_codes
 from .data.pictures import pixels_from_uint8
 from .evaluation.reconstruction_report import measure_batch
 from .evaluation.shapes import evaluate_shapes, pipeline_functions
+from .model_loading import new_transformer
 from .shapes import describe, render, sample_edit, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
 from .shapes.teacher import CaptionedPictures, train_teacher
@@ -210,36 +211,13 @@ def transformer_stage(folder: Path) -> None:
     recipe = load_recipe("transformer")
     processor = make_processor(folder)
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer")
-    vocabulary = len(processor.tokenizer)
-    config = NextFlowConfig(
-        vocab_size=vocabulary,
-        text_vocab_size=vocabulary - vision_tokenizer.config.codebook_size - 2,
-        codebook_size=vision_tokenizer.config.codebook_size,
-        semantic_code_dim=vision_tokenizer.config.semantic_code_dim,
-        pixel_code_dim=vision_tokenizer.config.pixel_code_dim,
-        max_scales=processor.max_scales,
-        boi_token_id=processor.boi_token_id,
-        eoi_token_id=processor.eoi_token_id,
-        image_token_id=processor.image_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        max_position_embeddings=processor.tokenizer.model_max_length,
-        vision_tokenizer_fingerprint=codes_fingerprint(vision_tokenizer),
-        **recipe["model"],
-    )
     set_seed(recipe["training"]["seed"])
-    model = NextFlowForCausalLM._from_config(config, **training_attention())
-    # The visual embedding starts from the tokenizer's codebook (§2.2). So does the head, through a random projection:
-    # what is learnt of one code then holds for its neighbours too, among which the finer scales often choose.
-    with torch.no_grad():
-        codebook = vision_tokenizer.codebook
-        model.model.image_codebook.weight.copy_(codebook)
-        projection = torch.randn(codebook.shape[1], config.hidden_size) * config.initializer_range
-        model.lm_head.weight[config.text_vocab_size :][: len(codebook)] = codebook @ projection
-    rows = load_codes(folder / "codes", vision_tokenizer=config.vision_tokenizer_fingerprint)
+    model = new_transformer(processor, vision_tokenizer, **training_attention(), **recipe["model"])
+    rows = load_codes(folder / "codes", vision_tokenizer=model.config.vision_tokenizer_fingerprint)
+    boi_token_id = model.config.boi_token_id
 
     def draws_one_picture(input_ids: np.ndarray, labels: np.ndarray, image_grids: np.ndarray) -> bool:
-        return len(image_grids) == 1 and labels[input_ids == config.boi_token_id].item() != IGNORE_INDEX
+        return len(image_grids) == 1 and labels[input_ids == boi_token_id].item() != IGNORE_INDEX
 
     rows = rows.filter(draws_one_picture, input_columns=["input_ids", "labels", "image_grids"])
     train_transformer(folder, model, rows, recipe["training"], "transformer_run", "transformer_start")
@@ -359,11 +337,6 @@ def device_arguments() -> dict:
 def training_attention() -> dict:
     """On a CPU, eager attention trains in bf16 1.5 times as fast as sdpa."""
     return {} if torch.accelerator.is_available() else {"attn_implementation": "eager"}
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The checkpoint to go on from, None at the first start."""
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def make_parser() -> argparse.ArgumentParser:

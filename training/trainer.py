@@ -1,15 +1,26 @@
 """`NextFlowTrainer`: transformers' Trainer for the transformer, on rows of tokens and codes.
 
-Only the difference is here: tokens are counted as the loss supervises them, and the loss is logged apart for text, for
-images and for every scale.
+Only the difference is here: tokens are counted as the loss supervises them, the losses are logged apart for text, for
+images and for every scale, a loss that is no number stops the training, and a checkpoint is there whole or not at all.
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
+
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 from ..modeling_nextflow.loss_nextflow import get_targets
 from ..modeling_nextflow.rope_nextflow import get_image_layout
+from .checkpoints import StagedCheckpoint
 from .data.collator import NextFlowDataCollator
+from .freezing import is_head_cut, join_head
+from .not_finite import stop_training
+
+
+ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
 
 
 class NextFlowTrainer(Trainer):
@@ -17,8 +28,14 @@ class NextFlowTrainer(Trainer):
     Trains [`NextFlowForCausalLM`] (§3.2).
 
     Takes what `Trainer` takes. The default collator is [`NextFlowDataCollator`]. The loss is the sum of weighted token
-    losses over the number of supervised tokens of the whole optimisation step, so accumulating gradients equals one
-    larger batch.
+    losses over the number of supervised tokens of the whole optimisation step, so accumulating gradients, on however
+    many processes, equals one larger batch. The weights of an image's codes add up to their number (equation 2): that
+    number, unweighted, is what an image counts.
+
+    Evaluation reports the same loss over the whole evaluation set. Processes whose shares differ repeat a few rows.
+
+    A step whose loss or gradient is not finite raises [`NotFiniteError`] on every process before the weights change,
+    and the batch is saved. A checkpoint is written beside its place and moved there when it is complete.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs):
@@ -27,8 +44,15 @@ class NextFlowTrainer(Trainer):
                 raise ValueError("with model_init, pass data_collator=NextFlowDataCollator(pad_token_id)")
             data_collator = NextFlowDataCollator(pad_token_id=model.config.pad_token_id)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        self._scale_loss_sums = None
-        self._scale_loss_counts = None
+        if self.args.label_names is None:  # transformers asks for every argument with "label" in its name
+            self.label_names = ["labels"]
+        # Between logs, and during an evaluation.
+        self._training_losses = _LossSums()
+        self._evaluation_losses = _LossSums()
+        self._step_batches: list[tuple[dict, torch.Tensor]] = []  # of this optimisation step, with their losses
+        self._staged_checkpoint: StagedCheckpoint | None = None
+
+    # --- counting
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         # transformers would count labels; codes are supervised without one, and placeholders' labels are not read.
@@ -56,23 +80,112 @@ class NextFlowTrainer(Trainer):
         )
         return targets
 
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns.append("row_id")
+
+    # --- losses
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and outputs.get("scale_losses") is not None:
-            counts = outputs["scale_counts"]
-            sums = outputs["scale_losses"] * counts
-            started = self._scale_loss_sums is not None
-            self._scale_loss_sums = self._scale_loss_sums + sums if started else sums
-            self._scale_loss_counts = self._scale_loss_counts + counts if started else counts
+        known = {name: value for name, value in inputs.items() if name != ROW_IDS}
+        loss, outputs = super().compute_loss(model, known, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self._step_batches.append((inputs, loss.detach()))
+            if self.accelerator.sync_gradients:
+                self._check_losses()
+        if outputs.get("scale_losses") is not None:
+            losses = self._training_losses if model.training else self._evaluation_losses
+            losses.add(outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only:  # the loss does without the logits of the whole sequence
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._scale_loss_sums is not None and "loss" in logs:
-            sums = self.accelerator.reduce(self._scale_loss_sums).cpu()
-            counts = self.accelerator.reduce(self._scale_loss_counts).cpu()
-            logs.update(_loss_parts(sums, counts))
-            self._scale_loss_sums = self._scale_loss_counts = None
+        if "loss" in logs:
+            _, parts = self._training_losses.pop(self.accelerator)
+            logs.update(parts)
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluation_losses = _LossSums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, parts = self._evaluation_losses.pop(self.accelerator)
+        if loss is not None:  # transformers' mean of the batches' means would weigh the tokens of small batches more
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
+        return output
+
+    # --- losses that are no number
+
+    def _check_losses(self) -> None:
+        """Before the last backward pass of a step: DeepSpeed changes the weights in there."""
+        is_bad = ~torch.isfinite(torch.stack([loss for _, loss in self._step_batches])).all()
+        if self.accelerator.reduce(is_bad.float()) > 0:
+            stop_training(self, self._step_batches, None)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # After all backward passes of a step and before the weights change; the norm is the same on every process.
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        batches, self._step_batches = self._step_batches, []
+        is_known = grad_norm is not None and self.accelerator.scaler is None  # fp16's scaler skips such steps itself
+        if is_known and not math.isfinite(grad_norm):
+            stop_training(self, batches, grad_norm)
+        return grad_norm
+
+    # --- checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        # While a checkpoint is written this is where `Trainer` puts it.
+        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with StagedCheckpoint(self, super()._get_output_dir(trial)):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if is_head_cut(model):
+            state_dict = join_head(model, model.state_dict() if state_dict is None else state_dict)
+        with _class_of_user(self.model):
+            super()._save(output_dir, state_dict=state_dict)
+
+
+@contextlib.contextmanager
+def _class_of_user(model: torch.nn.Module) -> Iterator[None]:
+    """The model as it was before FSDP2 made a class of its own for it: saving copies the class's name and file."""
+    wrapped = type(model)
+    if issubclass(wrapped, FSDPModule):
+        model.__class__ = next(parent for parent in wrapped.__bases__ if not issubclass(parent, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = wrapped
+
+
+class _LossSums:
+    """Sums of losses and what they are sums of, on the device until they are read."""
+
+    def __init__(self):
+        self._sums: list[torch.Tensor] | None = None
+
+    def add(self, outputs: dict, num_items: torch.Tensor | int | None) -> None:
+        """`outputs` of the model, and the number that its loss was divided by if not its own."""
+        counts = outputs["scale_counts"]
+        weighted = outputs["loss"].detach().float() * (counts.sum() if num_items is None else num_items)
+        sums = [weighted, outputs["scale_losses"] * counts, counts]
+        self._sums = sums if self._sums is None else [old + new for old, new in zip(self._sums, sums)]
+
+    def pop(self, accelerator) -> tuple[float | None, dict[str, float]]:
+        """The weighted mean over all processes, the means of text, images and scales, unweighted; and start anew."""
+        if self._sums is None:
+            return None, {}
+        weighted, sums, counts = (accelerator.reduce(part).cpu() for part in self._sums)
+        self._sums = None
+        return (weighted / counts.sum()).item(), _loss_parts(sums, counts)
 
 
 def _loss_parts(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:

@@ -11,6 +11,8 @@ from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
 class NextFlowDataCollator:
     """Pads `input_ids` and `labels` on the right; codes and grids of all rows follow each other in reading order.
 
+    Where rows have a `row_id`, the batch has `row_ids`: the trainer names them where a batch is bad.
+
     Args:
         pad_token_id (`int`): Token at padded places; they are masked and never trained on.
     """
@@ -35,4 +37,6 @@ class NextFlowDataCollator:
         if with_images:
             for name in ("image_codes", "image_target_codes", "image_grids"):
                 batch[name] = torch.cat([torch.tensor(row[name]) for row in with_images])
+        if "row_id" in rows[0]:
+            batch["row_ids"] = [str(row["row_id"]) for row in rows]
         return batch

@@ -1,0 +1,54 @@
+"""Several gloo processes of one function, forked: what is imported already is not imported again."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def in_processes(function: Callable[..., Any], *args, count: int = 2, seconds: float = 60, **environment) -> list[Any]:
+    """What `function(*args)` returns in each of `count` processes that know of each other; one that raises fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    children = []
+    for rank in range(count):
+        ours, theirs = context.Pipe(duplex=False)
+        variables = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, **environment,
+        }  # fmt: skip
+        child = context.Process(target=_run, args=(theirs, function, args, variables))
+        child.start()
+        theirs.close()
+        children.append((child, ours))
+    results = []
+    for _, ours in children:
+        if not ours.poll(seconds):
+            for other, _ in children:
+                other.kill()
+            raise TimeoutError(f"a process is silent for {seconds} s: they wait for each other")
+        try:
+            results.append(ours.recv())
+        except EOFError:
+            results.append((False, "the process died"))
+    for child, _ in children:
+        child.join(10)
+        child.kill()
+    failures = [result for is_fine, result in results if not is_fine]
+    assert not failures, "\n".join(failures)
+    return [result for _, result in results]
+
+
+def _run(pipe, function: Callable[..., Any], args: tuple, variables: dict[str, Any]) -> None:
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        os._exit(0)  # the parent's clean-up is none of ours

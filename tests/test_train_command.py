@@ -1,0 +1,459 @@
+"""`nextflow-hf train`: recipes and what is written over them, what a stage trains, adapters, samples, memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fsdp_on_cpu import CpuFsdpTrainer
+from PIL import Image
+from processes import in_processes
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training_equivalence import FSDP2
+from toy import toy_config, toy_model
+from toy_codes import extract_toy_codes, toy_rows
+from toy_pipeline import toy_pipeline
+from transformers.integrations import TrackioCallback, WandbCallback
+
+from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, cli
+from nextflow_hf.training import callbacks, train
+from nextflow_hf.training.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.callbacks import SampleImagesCallback
+from nextflow_hf.training.freezing import set_trainable
+from nextflow_hf.training.memory import layer_bytes_per_token, training_memory
+from nextflow_hf.training.memory import main as memory_main
+from nextflow_hf.training.trainer import NextFlowTrainer
+
+
+RECIPES = train.shipped_recipes()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """A folder with a toy model's parts and codes of every task."""
+    folder = tmp_path_factory.mktemp("toy")
+    pipe = toy_pipeline()
+    for name in ("transformer", "vision_tokenizer", "processor"):
+        getattr(pipe, name).save_pretrained(folder / name)
+    for task in ("text_to_image", "image_to_text", "edit", "interleaved", "text"):
+        extract_toy_codes(folder / task, pipe.processor, pipe.vision_tokenizer, task=task, rows=6)
+    return folder
+
+
+def on_toys(toy: Path, name: str, output_dir: Path) -> list[str]:
+    """The shipped Shapes recipe on the toy's parts and codes."""
+    recipe = train.read_recipe(name)
+    codes = [str(toy / Path(folder).name) for folder in recipe["train_codes"]]
+    values = {
+        "train_codes": codes, "eval_rows": 2, "output_dir": str(output_dir), "max_steps": 2, "warmup_steps": 0,
+        "processor_name_or_path": str(toy / "processor"), "per_device_train_batch_size": 2,
+        "vision_tokenizer_name_or_path": str(toy / "vision_tokenizer"), "eval_steps": 2, "save_steps": 2,
+        "sample_prompts": ["a"], "sample_settings": {"height": 16, "width": 16}, "logging_steps": 1,
+    }  # fmt: skip
+    if "model_name_or_path" in recipe:
+        values["model_name_or_path"] = str(toy / "transformer")
+    else:
+        values["config_overrides.num_hidden_layers"] = 1
+    return [name, *(f"--override={key}={json.dumps(value)}" for key, value in values.items())]  # JSON is YAML
+
+
+# --- recipes
+
+
+PAPER = {  # table 2: learning rate, tokens in 1e12, level
+    "alignment": (1e-3, 0.01, 256),
+    "pretrain_256": (1e-4, 3.4, 256),
+    "pretrain_512": (1e-4, 1.8, 512),
+    "pretrain_1024": (1e-4, 0.2, 1024),
+    "continued_1024": (5e-5, 0.2, 1024),
+    "sft_1024": (1e-5, 0.02, 1024),
+}
+
+
+def test_every_stage_has_a_recipe_and_a_twin():
+    assert set(RECIPES) == {f"{family}/{stage}" for family in ("7b", "shapes") for stage in PAPER}
+
+
+@pytest.mark.parametrize("stage", PAPER)
+def test_recipe_is_the_papers_row(stage):
+    rate, tokens, level = PAPER[stage]
+    model, data, args = train.parse_recipe({**train.read_recipe(f"7b/{stage}"), "use_cpu": True})
+    assert args.learning_rate == rate and args.trainable == ("alignment" if stage == "alignment" else "all")
+    assert args.max_steps * 1024 * 16384 == pytest.approx(tokens * 1e12, rel=0.01)
+    assert model.config_overrides == {"scale_loss_alpha": 0.9 if level > 256 else 0.0}
+    assert all(f"codes_{level}/" in folder for folder in data.train_codes)
+    twin_model, twin_data, twin = train.parse_recipe({**train.read_recipe(f"shapes/{stage}"), "use_cpu": True})
+    assert twin.trainable == args.trainable and twin_data.train_weights == data.train_weights
+    assert twin_model.config_overrides["scale_loss_alpha"] == model.config_overrides["scale_loss_alpha"]
+
+
+@pytest.mark.parametrize("stage", PAPER)
+def test_twin_runs(stage, toy, tmp_path):
+    assert cli.main(["train", *on_toys(toy, f"shapes/{stage}", tmp_path)]) == 0
+    model = NextFlowForCausalLM.from_pretrained(tmp_path)
+    assert model.config.scale_loss_alpha == (0.9 if stage[-3:] in ("512", "024") else 0.0)
+    assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "samples" / "step-0000002.png").exists()
+
+
+def test_list(capsys):
+    assert cli.main(["train", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(RECIPES) and any(line.startswith("7b/sft_1024") for line in lines)
+
+
+def test_overrides_are_yaml_and_the_command_line_wins():
+    recipe = {"learning_rate": "1e-4", "train_codes": ["a"], "model_name_or_path": "m", "use_cpu": True, "bf16": True}
+    train.override(recipe, "config_overrides.scale_loss_alpha=0.5")
+    train.override(recipe, "train_codes=[b, c]")
+    train.override(recipe, "max_steps=7")
+    model, data, args = train.parse_recipe(recipe, ["--weight_decay", "0.3", "--no-bf16"][:2])
+    assert (args.learning_rate, args.max_steps, args.weight_decay, args.bf16) == (1e-4, 7, 0.3, True)
+    assert data.train_codes == ["b", "c"] and model.config_overrides == {"scale_loss_alpha": 0.5}
+    assert train.parse_recipe(recipe, ["--learning_rate", "3e-4"])[2].learning_rate == 3e-4
+
+
+BASE = {"train_codes": ["a"], "model_name_or_path": "m", "use_cpu": True}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"learning_rat": 1}, "learning_rate"),
+        ({"train_codes": []}, "train_codes is empty"),
+        ({"train_weights": [1, 2]}, "2 entries for 1 folders"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"load_in_4bit": True}, "need use_peft"),
+        ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "at most one"),
+        ({"accelerator_config": {"split_batches": True}}, "batches cannot be cut"),
+        ({"eval_codes": ["b"], "eval_rows": 3}, "pass one of the two"),
+    ],
+)
+def test_bad_recipes_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        train.parse_recipe({**BASE, **keys})
+
+
+def test_unknown_recipe_and_bad_override():
+    with pytest.raises(FileNotFoundError, match="7b/alignment"):
+        train.read_recipe("shapes/nothing")
+    with pytest.raises(ValueError, match="expected key=value"):
+        train.override({}, "max_steps")
+    with pytest.raises(ValueError, match="expected a mapping"):
+        train.override({"optim": "sgd"}, "optim.name=1")
+
+
+def test_codes_of_two_tokenizers_are_refused(toy, tmp_path):
+    pipe = toy_pipeline()
+    with torch.no_grad():
+        for parameter in pipe.vision_tokenizer.parameters():
+            parameter += 1
+    extract_toy_codes(tmp_path / "other", pipe.processor, pipe.vision_tokenizer, rows=2)
+    with pytest.raises(ValueError, match="different vision tokenizers"):
+        train.check_same_codes([str(toy / "text"), str(tmp_path / "other")])
+
+
+def test_weights_mix_the_folders(toy):
+    one, two = str(toy / "text"), str(toy / "text_to_image")
+    rows = train.load_rows([one, two], [1, 9], seed=0)
+    images = np.mean([len(row["image_grids"]) > 0 for row in rows])
+    assert len(rows) > 12 and images > 0.75
+    assert len(train.load_rows([one, two])) == 12
+
+
+# --- launchers
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_accelerate_launch(config, toy, tmp_path):
+    script = {
+        "ddp": ["-m", "nextflow_hf.training.train"],
+        "fsdp2": [str(Path(__file__).with_name("fsdp_on_cpu.py"))],
+    }[config]
+    arguments = [
+        str(tmp_path / "recipe.yaml"), "--override", f"output_dir={tmp_path / 'two'}",
+        "--override", "per_device_train_batch_size=1",
+    ]  # fmt: skip
+    recipe = {
+        "model_name_or_path": str(toy / "transformer"), "train_codes": [str(toy / "edit"), str(toy / "text")],
+        "output_dir": str(tmp_path / "one"), "max_steps": 2, "per_device_train_batch_size": 2, "optim": "sgd",
+        "learning_rate": 0.1, "seed": 3, "train_sampling_strategy": "sequential", "report_to": "none",
+        "disable_tqdm": True, "logging_steps": 1,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    configuration = train.RECIPES / "accelerate" / f"{config}.yaml"
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration),
+        "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", *script, *arguments,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    train.main([str(tmp_path / "recipe.yaml")])
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    start = load_file(toy / "transformer" / "model.safetensors")
+    assert one.keys() == two.keys()
+    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-2
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3", "ddp", "fsdp2"])
+def test_accelerate_reads_the_configs(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(train.RECIPES / "accelerate" / f"{config}.yaml"))
+    assert loaded.num_processes == 8 and loaded.mixed_precision == "bf16"
+
+
+# --- what a stage trains
+
+
+def train_toys(output_dir: Path, trainer_class=NextFlowTrainer, *, trainable="alignment", **arguments) -> None:
+    values = {
+        "output_dir": str(output_dir), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 3,
+        "learning_rate": 1e-2, "weight_decay": 0.5, "per_device_train_batch_size": 2, "save_steps": 1,
+        "lr_scheduler_type": "constant", "trainable": trainable,
+    }  # fmt: skip
+    args = NextFlowTrainingArguments(**{**values, **arguments})
+    model = toy_model()
+    set_trainable(model, args.trainable)
+    trainer = trainer_class(model, args, train_dataset=toy_rows(8))
+    trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
+    trainer.save_model(str(output_dir))
+
+
+def check_alignment(folder: Path) -> dict[str, torch.Tensor]:
+    trained = load_file(folder / "model.safetensors")
+    start = toy_model().state_dict()
+    assert trained.keys() == start.keys()
+    for name, weight in start.items():
+        changed = (trained[name] != weight).reshape(len(weight), -1).any(1)
+        if name == "lm_head.weight":
+            rows = toy_config().image_vocabulary
+            assert changed[rows].all() and changed.sum() == rows.stop - rows.start
+        else:
+            assert changed.any() == name.startswith("model.connector."), name
+    return trained
+
+
+def test_alignment_changes_connector_and_image_rows_bit_by_bit_nothing_else(tmp_path):
+    train_toys(tmp_path / "whole")
+    whole = check_alignment(tmp_path / "whole")
+    check_alignment(tmp_path / "whole" / "checkpoint-1")
+    train_toys(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    resumed = load_file(tmp_path / "resumed" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_alignment_is_adamw_of_these_rows_alone(tmp_path):
+    """Against AdamW on a copy of the rows: decay, moments and clipping see no other."""
+    train_toys(tmp_path, max_steps=1, max_grad_norm=0.1, train_sampling_strategy="sequential")
+    trained = load_file(tmp_path / "model.safetensors")
+    model, rows = toy_model().train(), toy_config().image_vocabulary
+    trainer = NextFlowTrainer(
+        model, NextFlowTrainingArguments(output_dir=str(tmp_path / "x"), use_cpu=True, report_to="none")
+    )
+    model(**{k: v for k, v in trainer.data_collator(toy_rows(2)).items() if k != "row_ids"}).loss.backward()
+    head = model.lm_head.weight[rows].detach().clone().requires_grad_()
+    head.grad = model.lm_head.weight.grad[rows].clone()
+    connector = list(model.model.connector.parameters())
+    torch.nn.utils.clip_grad_norm_([head, *connector], 0.1)
+    decayed = [head, *(parameter for parameter in connector if parameter.ndim > 1)]
+    plain = [parameter for parameter in connector if parameter.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.5}, {"params": plain, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=1e-2).step()
+    torch.testing.assert_close(trained["lm_head.weight"][rows], head.detach(), atol=1e-5, rtol=1e-4)
+    weight = model.model.connector.linear_2.weight.detach()
+    torch.testing.assert_close(trained["model.connector.linear_2.weight"], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_alignment_under_fsdp2(tmp_path):
+    in_processes(lambda: train_toys(tmp_path, CpuFsdpTrainer, per_device_train_batch_size=1), **FSDP2)
+    check_alignment(tmp_path)
+
+
+def test_alignment_needs_a_head_of_its_own():
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        set_trainable(toy_model(tie_word_embeddings=True), "alignment")
+    with pytest.raises(ValueError, match="expected one of"):
+        set_trainable(toy_model(), "head")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"lora_train_image_parts": True}, {"load_in_4bit": True, "dtype": "bfloat16"}],
+    ids=["lora", "lora and image parts", "qlora"],
+)
+def test_one_flag_trains_an_adapter(flags, toy, tmp_path):
+    extra = [f"--override={key}={value}" for key, value in {"use_peft": True, **flags}.items()]
+    arguments = on_toys(toy, "shapes/sft_1024", tmp_path)
+    trainer_args = [*arguments, *extra, "--override=eval_strategy=no", "--override=eval_rows=0"]
+    trainer_args += ["--override=sample_prompts=null", "--override=bf16=false"]
+    assert cli.main(["train", *trainer_args]) == 0
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in saved.items())
+    assert any("connector" in name for name in saved) == bool(flags.get("lora_train_image_parts"))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+# --- samples
+
+
+def sampling_trainer(output_dir: Path, pipe, **arguments) -> NextFlowTrainer:
+    codes = extract_toy_codes(output_dir / "codes", pipe.processor, pipe.vision_tokenizer, rows=8)
+    args = NextFlowTrainingArguments(
+        output_dir=str(output_dir), use_cpu=True, disable_tqdm=True, max_steps=4, eval_strategy="steps", eval_steps=2,
+        save_strategy="no", logging_steps=1, learning_rate=0.03, **{"report_to": "none", **arguments},
+    )  # fmt: skip
+    rows = train.load_rows([str(codes)])
+    return NextFlowTrainer(pipe.transformer, args, train_dataset=rows, eval_dataset=rows)
+
+
+def callback(trainer, pipe) -> SampleImagesCallback:
+    return SampleImagesCallback(trainer, pipe.vision_tokenizer, pipe.processor, prompts=["a", "b"], seed=5)
+
+
+def test_samples_are_the_pipelines_and_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    pipe = toy_pipeline()
+    trainer = sampling_trainer(tmp_path / "with", pipe, report_to="tensorboard")
+    trainer.add_callback(callback(trainer, pipe))
+    trainer.train()
+    plain = sampling_trainer(tmp_path / "without", toy_pipeline())
+    plain.train()
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, plain)]
+    assert losses[0] == losses[1]
+    files = sorted((tmp_path / "with" / "samples").iterdir())
+    assert [file.name for file in files] == ["step-0000002.png", "step-0000004.png"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    expected = pipe(["a", "b"], generator=generators).images  # the model is the trained one
+    drawn = np.asarray(Image.open(files[1]))
+    np.testing.assert_array_equal(drawn, np.concatenate([np.asarray(image) for image in expected], axis=1))
+    assert (np.asarray(Image.open(files[0])) != drawn).any()
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert {"samples/0: a", "samples/1: b"} <= set(events.Tags()["images"])
+    assert [event.step for event in events.Images("samples/0: a")] == [2, 4]
+    assert "eval/loss_scale_2" in events.Tags()["scalars"]
+
+
+class StubTracker:
+    """The part of wandb's and of trackio's public interface that is used."""
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, values: dict) -> None:
+        self.logged.append(values)
+
+    @staticmethod
+    def Image(value, caption=None):
+        return (value.size, caption)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wandb", WandbCallback), ("trackio", TrackioCallback)])
+def test_samples_go_to_trackers(name, kind, tmp_path, monkeypatch):
+    tracker = StubTracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    pipe = toy_pipeline()
+    trainer = sampling_trainer(tmp_path, pipe)
+    integration = kind.__new__(kind)  # its constructor wants the library
+    trainer.callback_handler.callbacks.append(integration)
+    callback(trainer, pipe).on_evaluate(trainer.args, trainer.state, trainer.control)
+    picture = ((16, 16), "a"), ((16, 16), "b")
+    assert tracker.logged == [{"samples/0": picture[0], "samples/1": picture[1], "train/global_step": 0}]
+
+
+def test_samples_under_fsdp2(tmp_path):
+    def work() -> None:
+        pipe = toy_pipeline()
+        output_dir = tmp_path / "run"
+        args = NextFlowTrainingArguments(
+            output_dir=str(output_dir), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1,
+            eval_strategy="steps", eval_steps=1, save_strategy="no", per_device_train_batch_size=1,
+        )  # fmt: skip
+        rows = train.load_rows([str(tmp_path / "codes")])
+        trainer = CpuFsdpTrainer(pipe.transformer, args, train_dataset=rows, eval_dataset=rows)
+        trainer.add_callback(callback(trainer, pipe))
+        trainer.train()
+        trainer.save_model(str(output_dir))
+
+    pipe = toy_pipeline()
+    extract_toy_codes(tmp_path / "codes", pipe.processor, pipe.vision_tokenizer, rows=4)
+    in_processes(work, **FSDP2)
+    pipe.transformer = NextFlowForCausalLM.from_pretrained(tmp_path / "run")
+    pipe.register_modules(transformer=pipe.transformer.eval())
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    expected = pipe(["a", "b"], generator=generators).images
+    drawn = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-0000001.png"))
+    np.testing.assert_array_equal(drawn, np.concatenate([np.asarray(image) for image in expected], axis=1))
+
+
+def test_no_prompts_and_no_parts(tmp_path):
+    pipe = toy_pipeline()
+    with pytest.raises(ValueError, match="prompts is empty"):
+        callbacks.SampleImagesCallback(None, pipe.vision_tokenizer, pipe.processor, prompts=[])
+    _, _, args = train.parse_recipe({**BASE, "sample_prompts": ["a"]})
+    model_args = train.parse_recipe(BASE)[0]
+    with pytest.raises(ValueError, match="codes are no pictures"):
+        train.sampling_callback(None, model_args, args)
+
+
+# --- memory
+
+
+def test_memory_of_the_7b():
+    config = NextFlowConfig()
+    body = 28 * (3584 * (3584 + 512 + 512 + 3584) + 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584) + 3584
+    tables = 2 * 184834 * 3584 + 32768 * 40 + 18 * 3584
+    connector = 40 * 3584 + 3584 + 3584 * 3584 + 3584
+    memory = training_memory(config, optim="adamw_torch_fused", dtype="float32", tokens=8192)
+    assert memory.parameters == memory.trained_parameters == body + tables + connector
+    assert memory.gradients == 4 * memory.parameters and memory.optimizer == 8 * memory.parameters
+    assert not memory.fits(80)
+    assert memory.checkpoints == 28 * 8192 * 3584 * 2
+    half = training_memory(config, optim="paged_adamw_8bit")
+    assert half.weights == half.gradients == 2 * memory.parameters
+    embeddings = 184834 * 3584 + 32768 * 40 + 18 * 3584
+    small = memory.parameters - embeddings
+    assert half.optimizer == half.paged_optimizer == pytest.approx(8 * embeddings + small * 2 * (1 + 4 / 256))
+    assert half.fits(80) and training_memory(config, optim="adamw_8bit").fits(80)
+    aligned = training_memory(config, trainable="alignment")
+    assert aligned.trained_parameters == connector + 32770 * 3584
+    lora = training_memory(config, trainable="lora", lora_r=16)
+    shapes = [(3584, 3584), (3584, 512), (3584, 512), (3584, 3584), (3584, 18944), (3584, 18944), (18944, 3584)]
+    assert lora.trained_parameters == 28 * 16 * sum(rows + columns for rows, columns in shapes)
+    assert training_memory(config, trainable="qlora", optim="paged_adamw_8bit").fits(24)
+
+
+def test_what_a_layer_keeps_is_what_autograd_keeps():
+    config = toy_config(hidden_size=256, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2)
+    model = NextFlowForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).train()
+    tokens, kept = 512, {}
+    embeds = torch.randn(1, tokens, 256, dtype=torch.bfloat16, requires_grad=True)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    positions = model.model.rotary_emb(embeds, torch.arange(tokens).float().expand(3, 1, tokens))
+    shared = {tensor.untyped_storage().data_ptr() for tensor in positions}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters | shared:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model.layers[0](embeds, attention_mask=None, position_embeddings=positions)
+    measured = sum(size for size, _ in kept.values()) / tokens
+    assert layer_bytes_per_token(config) == pytest.approx(measured, rel=0.15)
+
+
+def test_memory_table(capsys):
+    memory_main(["--tokens", "4096"])
+    printed = capsys.readouterr().out
+    assert "7.865B" in printed and "| all, adamw_8bit, bfloat16 | 7.865B | 15.7 | 15.7 |" in printed
+    with pytest.raises(ValueError, match="expected one of"):
+        training_memory(NextFlowConfig(), optim="adam")

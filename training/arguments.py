@@ -1,0 +1,137 @@
+"""The three groups of arguments of `nextflow-hf train`: the keys of a recipe. Inert data.
+
+Names are those of transformers' `TrainingArguments` and of TRL's `ModelConfig`, where these have one.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .freezing import TRAINABLE
+
+
+@dataclass
+class ModelArguments:
+    """
+    What is trained.
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            A NextFlow transformer (`nextflow-hf convert qwen` makes the one that alignment starts from). Without it
+            one with random weights is made for `processor_name_or_path` and `vision_tokenizer_name_or_path`.
+        config_overrides (`dict`, *optional*): Fields of [`NextFlowConfig`], for either.
+        processor_name_or_path (`str`, *optional*): The processor; needed to sample images.
+        vision_tokenizer_name_or_path (`str`, *optional*): The vision tokenizer; needed to sample images.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Of the weights. In float32 `bf16: true` computes in bfloat16 and keeps what is trained exact; an adapter's
+            frozen base, and a model whose float32 copy does not fit, are best in bfloat16.
+        attn_implementation (`str`, *optional*): As in `from_pretrained`.
+        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter in the place of the model.
+        lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save, use_rslora, use_dora:
+            Fields of PEFT's `LoraConfig`. By default it adapts every matrix of the decoder's layers.
+        lora_train_image_parts (`bool`, *optional*, defaults to `False`):
+            Whether an adapter also trains what NextFlow added to the language model: for one that cannot draw yet.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): Quantise the adapter's base to 4 bits (QLoRA).
+        load_in_8bit (`bool`, *optional*, defaults to `False`): Quantise the adapter's base to 8 bits.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): `"nf4"` or `"fp4"`.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): Quantise the 4-bit constants, too.
+        bnb_4bit_quant_storage (`str`, *optional*): Dtype that 4-bit weights lie in; `"bfloat16"` for FSDP2.
+    """
+
+    model_name_or_path: str | None = None
+    config_overrides: dict | None = None
+    processor_name_or_path: str | None = None
+    vision_tokenizer_name_or_path: str | None = None
+    dtype: str = field(default="float32", metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    attn_implementation: str | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_train_image_parts: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"choices": ["fp4", "nf4"]})
+    use_bnb_nested_quant: bool = False
+    bnb_4bit_quant_storage: str | None = None
+
+    def __post_init__(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true, expected at most one")
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            raise ValueError("quantised weights cannot be trained: load_in_4bit and load_in_8bit need use_peft: true")
+        if self.model_name_or_path is None and not (
+            self.processor_name_or_path and self.vision_tokenizer_name_or_path
+        ):
+            raise ValueError(
+                "model_name_or_path is missing. To start from random weights, name processor_name_or_path and "
+                "vision_tokenizer_name_or_path instead: they fix the vocabulary"
+            )
+
+
+@dataclass
+class DataArguments:
+    """
+    What it is trained on: folders of rows of tokens and codes, as `extract_codes` writes them.
+
+    Args:
+        train_codes (`list[str]`): The folders.
+        train_weights (`list[float]`, *optional*):
+            How often each is drawn from, relative to the others; rows repeat until every folder was seen whole. By
+            default every row is seen once an epoch.
+        eval_codes (`list[str]`, *optional*): Folders that are evaluated on.
+        eval_rows (`int`, *optional*, defaults to 0):
+            Without `eval_codes`: this many rows, the last of every folder, are evaluated on and not trained on.
+    """
+
+    train_codes: list[str] = field(default_factory=list)
+    train_weights: list[float] | None = None
+    eval_codes: list[str] | None = None
+    eval_rows: int = 0
+
+    def __post_init__(self):
+        if not self.train_codes:
+            raise ValueError("train_codes is empty, expected at least one folder of extracted codes")
+        if self.train_weights is not None and len(self.train_weights) != len(self.train_codes):
+            raise ValueError(
+                f"train_weights has {len(self.train_weights)} entries for {len(self.train_codes)} folders of "
+                "train_codes, expected one for each"
+            )
+        if self.eval_codes and self.eval_rows:
+            raise ValueError(f"eval_rows is {self.eval_rows} and eval_codes is {self.eval_codes}: pass one of the two")
+
+
+@dataclass
+class NextFlowTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] and, besides:
+
+    Args:
+        trainable (`str`, *optional*, defaults to `"all"`):
+            `"all"`, or `"alignment"`: the connector and the head's rows of image codes, `<boi>` and `<eoi>` (§3.3).
+        sample_prompts (`list[str]`, *optional*): Drawn at every evaluation, each with the same seed every time.
+        sample_seed (`int`, *optional*, defaults to 0): Seed of the first prompt; the next has the next.
+        sample_settings (`dict`, *optional*):
+            Arguments of the pipeline's call (`guidance_scale`, `top_k`, `height`...), in the place of its defaults.
+    """
+
+    trainable: str = field(default="all", metadata={"choices": list(TRAINABLE)})
+    sample_prompts: list[str] | None = None
+    sample_seed: int = 0
+    sample_settings: dict | None = None
+    # Every process uses every parameter, whatever its rows are: see `NextFlowModel.embed_inputs`.
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        # A batch has one row of codes for all its images: a batch of the first process cannot be cut for the others.
+        if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
+            raise ValueError("accelerator_config has dispatch_batches or split_batches, but batches cannot be cut")
+        self.accelerator_config.dispatch_batches = False
+
+
+__all__ = ["DataArguments", "ModelArguments", "NextFlowTrainingArguments"]

@@ -1,0 +1,209 @@
+"""Trains the transformer by a recipe: one YAML file, whose keys are the fields of `arguments.py`.
+
+    nextflow-hf train --list
+    nextflow-hf train shapes/pretrain_256 --override max_steps=100 --override output_dir=runs/try
+    accelerate launch --config_file fsdp2.yaml -m nextflow_hf.training.train recipe.yaml
+    torchrun --nproc-per-node 8 -m nextflow_hf.training.train recipe.yaml --learning_rate 5e-5
+
+A recipe is a file or the name of a shipped one. An interrupted training goes on from its last checkpoint when the same
+command is given again; `--override resume_from_checkpoint=false` starts anew.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import torch
+import yaml
+from transformers import HfArgumentParser, set_seed
+from transformers.utils import logging
+
+from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
+from nextflow_hf.training.arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
+from nextflow_hf.training.callbacks import SampleImagesCallback
+from nextflow_hf.training.checkpoints import last_checkpoint
+from nextflow_hf.training.data.extraction import load_codes
+from nextflow_hf.training.freezing import set_trainable
+from nextflow_hf.training.model_loading import load_model
+from nextflow_hf.training.trainer import NextFlowTrainer
+
+
+logger = logging.get_logger(__name__)
+
+RECIPES = Path(__file__).parent / "recipes"
+FAMILIES = ("7b", "shapes")
+
+
+# --- recipes
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {f"{family}/{path.stem}": path for family in FAMILIES for path in sorted((RECIPES / family).glob("*.yaml"))}
+
+
+def read_recipe(name_or_path: str) -> dict:
+    """The keys of a recipe: of a file, or of a shipped one by its name."""
+    path = shipped_recipes().get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{name_or_path} is no file and no shipped recipe; those are {', '.join(shipped_recipes())}"
+        )
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds {type(recipe).__name__}, expected a mapping of keys to values")
+    return recipe
+
+
+def override(recipe: dict, assignment: str) -> None:
+    """Set a key as `key=value` says, in place; the value is YAML, and `a.b=value` sets `b` in the mapping `a`."""
+    key, separator, value = assignment.partition("=")
+    if not separator:
+        raise ValueError(f"--override got {assignment!r}, expected key=value")
+    *parents, key = key.strip().split(".")
+    for parent in parents:
+        recipe[parent] = recipe.get(parent) or {}
+        recipe = recipe[parent]
+        if not isinstance(recipe, dict):
+            raise ValueError(f"--override {assignment}: {parent} is {recipe!r}, expected a mapping")
+    recipe[key] = yaml.safe_load(value)
+
+
+def parse_recipe(
+    recipe: dict, rest: Sequence[str] = ()
+) -> tuple[ModelArguments, DataArguments, NextFlowTrainingArguments]:
+    """The recipe's keys, and what the command line says besides (`--learning_rate 1e-4`), as arguments."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, NextFlowTrainingArguments), prog="nextflow-hf train")
+    actions = {action.dest: action for action in parser._actions}
+    if unknown := sorted(set(recipe) - set(actions)):
+        hints = {key: difflib.get_close_matches(key, actions, n=3) for key in unknown}
+        raise ValueError(f"the recipe has unknown keys; near ones that exist: {hints}")
+    for key, value in recipe.items():
+        # argparse reads a string as it reads the command line: to YAML, 1e-4 is none of its numbers.
+        action = actions[key]
+        is_number = action.type in (int, float) and isinstance(value, str)
+        parser.set_defaults(**{key: action.type(value) if is_number else value})
+        action.required = False
+    return parser.parse_args_into_dataclasses(args=list(rest), look_for_args_file=False)
+
+
+# --- data
+
+
+def mix_rows(
+    sources: Sequence[datasets.Dataset], weights: Sequence[float] | None = None, *, seed: int = 0
+) -> datasets.Dataset:
+    """Rows of tokens and codes from all sources, mixed by their weights."""
+    if weights is None:
+        return datasets.concatenate_datasets(list(sources)).with_format("numpy")
+    probabilities = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(
+        list(sources), probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
+    ).with_format("numpy")
+
+
+def training_and_evaluation_rows(
+    args: DataArguments, seed: int, vision_tokenizer: str | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The rows to train and to evaluate on; all of one vision tokenizer: the model's, whose fingerprint this is."""
+    check_same_codes([*args.train_codes, *(args.eval_codes or [])])
+    sources = [load_codes(folder, vision_tokenizer=vision_tokenizer) for folder in args.train_codes]
+    evaluation = mix_rows([load_codes(folder) for folder in args.eval_codes]) if args.eval_codes else None
+    if args.eval_rows:
+        if too_small := [folder for folder, rows in zip(args.train_codes, sources) if len(rows) <= args.eval_rows]:
+            raise ValueError(f"{too_small} have no more than eval_rows={args.eval_rows} rows")
+        evaluation = mix_rows([rows.select(range(len(rows) - args.eval_rows, len(rows))) for rows in sources])
+        sources = [rows.select(range(len(rows) - args.eval_rows)) for rows in sources]
+    return mix_rows(sources, args.train_weights, seed=seed), evaluation
+
+
+def check_same_codes(folders: Sequence[str]) -> None:
+    """Refuse folders whose codes are of different vision tokenizers."""
+    makers = {
+        folder: json.loads((Path(folder) / "manifest.json").read_text())["vision_tokenizer"]["fingerprint"]
+        for folder in folders
+    }
+    if any(maker != makers[folders[0]] for maker in makers.values()):
+        raise ValueError(f"the codes are of different vision tokenizers, expected one: {makers}")
+
+
+# --- training
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: NextFlowTrainingArguments) -> NextFlowTrainer:
+    """Train, evaluate where there is something to evaluate on, and save the model in `output_dir`."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint in (None, True, "true"):
+        checkpoint = last_checkpoint(args.output_dir)
+    elif checkpoint in (False, "false"):
+        checkpoint = None
+    if checkpoint is not None:
+        logger.warning(f"going on from {checkpoint}")
+
+    set_seed(args.seed)
+    model = load_model(model_args)
+    if model_args.use_peft and args.trainable != "all":
+        raise ValueError(f"trainable is {args.trainable!r}, but an adapter trains its own matrices: leave it 'all'")
+    set_trainable(model, args.trainable)
+    rows, evaluation = training_and_evaluation_rows(data_args, args.seed, model.config.vision_tokenizer_fingerprint)
+    trainer = NextFlowTrainer(model, args, train_dataset=rows, eval_dataset=evaluation)
+    if args.sample_prompts:
+        trainer.add_callback(sampling_callback(trainer, model_args, args))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if evaluation is not None:
+        trainer.evaluate()
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    return trainer
+
+
+def sampling_callback(
+    trainer: NextFlowTrainer, model_args: ModelArguments, args: NextFlowTrainingArguments
+) -> SampleImagesCallback:
+    if not (model_args.processor_name_or_path and model_args.vision_tokenizer_name_or_path):
+        raise ValueError(
+            "sample_prompts need processor_name_or_path and vision_tokenizer_name_or_path: codes are no pictures yet"
+        )
+    return SampleImagesCallback(
+        trainer,
+        NextFlowVisionTokenizer.from_pretrained(model_args.vision_tokenizer_name_or_path).eval(),
+        NextFlowProcessor.from_pretrained(model_args.processor_name_or_path),
+        prompts=args.sample_prompts,
+        seed=args.sample_seed,
+        settings=args.sample_settings,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nextflow-hf train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", help="A YAML file or the name of a shipped recipe.")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="May be repeated.")
+    parser.add_argument("--list", action="store_true", help="List the shipped recipes.")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, rest = make_parser().parse_known_args(argv)
+    if args.list:
+        for name, path in shipped_recipes().items():
+            print(f"{name:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
+        return 0
+    if args.recipe is None:
+        make_parser().error("name a recipe, or --list them")
+    recipe = read_recipe(args.recipe)
+    for assignment in args.override:
+        override(recipe, assignment)
+    recipe.setdefault("use_cpu", not torch.accelerator.is_available())
+    train(*parse_recipe(recipe, rest))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
