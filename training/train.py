@@ -95,6 +95,10 @@ def parse_recipe(
 # --- data
 
 
+def load_rows(folders: Sequence[str], weights: Sequence[float] | None = None, *, seed: int = 0) -> datasets.Dataset:
+    return mix_rows([load_codes(folder) for folder in folders], weights, seed=seed)
+
+
 def mix_rows(
     sources: Sequence[datasets.Dataset], weights: Sequence[float] | None = None, *, seed: int = 0
 ) -> datasets.Dataset:
@@ -113,7 +117,7 @@ def training_and_evaluation_rows(
     """The rows to train and to evaluate on; all of one vision tokenizer: the model's, whose fingerprint this is."""
     check_same_codes([*args.train_codes, *(args.eval_codes or [])])
     sources = [load_codes(folder, vision_tokenizer=vision_tokenizer) for folder in args.train_codes]
-    evaluation = mix_rows([load_codes(folder) for folder in args.eval_codes]) if args.eval_codes else None
+    evaluation = load_rows(args.eval_codes) if args.eval_codes else None
     if args.eval_rows:
         if too_small := [folder for folder, rows in zip(args.train_codes, sources) if len(rows) <= args.eval_rows]:
             raise ValueError(f"{too_small} have no more than eval_rows={args.eval_rows} rows")
