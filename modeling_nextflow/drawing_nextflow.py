@@ -211,9 +211,7 @@ def split_prefix(
     if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
         raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
     if mask is not None and (mask.shape != codes.shape or mask.dtype != torch.bool):
-        raise ValueError(
-            f"prefix_mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(codes.shape)}, as prefix_codes"
-        )
+        raise ValueError(f"prefix_mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(codes.shape)}")
     ends = ends[: ends.index(codes.shape[1])]
     scales = codes.tensor_split(ends, dim=1)
     if mask is None:

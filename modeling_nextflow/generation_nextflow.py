@@ -248,8 +248,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         if conditions > 2:
             if imageless_input_ids is None:
                 raise ValueError(
-                    "source_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt without "
-                    "its source images"
+                    "source_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt, "
+                    "without its source images"
                 )
             imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
             others.append(self._negative_rows(rows, *imageless))

@@ -122,7 +122,7 @@ def fill_codes(
     given: torch.LongTensor,
     is_given: torch.BoolTensor,
 ) -> torch.LongTensor:
-    """The codes `given` (batch, cells) where `is_given`, elsewhere drawn. No number is drawn for a row that has all."""
+    """Codes (batch, cells): `given` where `is_given`, elsewhere drawn. No number is drawn for a row that has all."""
     rows = (~is_given.all(dim=1)).nonzero()[:, 0]
     drawn = sample_codes(logits[rows], step, [generators[row] for row in rows.tolist()])
     return given.where(is_given, given.index_copy(0, rows, drawn))

@@ -7,6 +7,7 @@ from .diffusion_decoder import NextFlowDiffusionDecoder
 from .pipeline_nextflow import NextFlowPipeline
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_output import NextFlowPipelineOutput
+from .preview_nextflow import NextFlowPreview, save_strip
 
 
 __all__ = [
@@ -14,4 +15,6 @@ __all__ = [
     "NextFlowDiffusionDecoderPipeline",
     "NextFlowPipeline",
     "NextFlowPipelineOutput",
+    "NextFlowPreview",
+    "save_strip",
 ]
