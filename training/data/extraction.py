@@ -306,7 +306,12 @@ class _Encoder:
                 self.settings.self_correction and self._rng(item, 2).random() < self.settings.self_correction_samples
             )
             images += [
-                {"pixels": pixels, "grids": grids, "corrected": trained and corrects, "rng": self._rng(item, 3, place)}
+                {
+                    "pixels": self._crop(pixels, grids),
+                    "grids": grids,
+                    "corrected": trained and corrects,
+                    "rng": self._rng(item, 3, place),
+                }
                 for place, (pixels, grids, trained) in enumerate(
                     zip(row.get("pixel_values", []), row.get("image_grids", []), is_trained, strict=True)
                 )
@@ -375,6 +380,11 @@ class _Encoder:
             targets = encoded.image_target_codes.cpu().split(counts) if corrected else codes
             for image, image_codes, image_targets in zip(members, codes, targets, strict=True):
                 image.update(codes=image_codes, targets=image_targets)
+
+    def _crop(self, pixels: torch.Tensor, grids: torch.LongTensor) -> torch.Tensor:
+        """An image (3, height, width) without the padding that it has beside the others of its row."""
+        height, width = self.vision_tokenizer.pixel_size(grids[grids.prod(-1) > 0][-1].tolist())
+        return pixels[:, :height, :width]
 
     def _rng(self, item: _Item, *stream: int) -> np.random.Generator:
         return np.random.default_rng((self.settings.seed, *stream, item.number))

@@ -86,7 +86,7 @@ def codes_fingerprint(vision_tokenizer: NextFlowVisionTokenizer) -> str:
     for name, tensor in sorted(vision_tokenizer.state_dict().items()):
         if not name.startswith(decoders):
             digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
