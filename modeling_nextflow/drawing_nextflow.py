@@ -3,7 +3,7 @@
 Reads a list of [`ScaleStep`] and rows whose `<boi>` the cache holds; knows neither prompts nor `generate`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .rope_nextflow import cell_coordinates
-from .sampling_nextflow import ScaleStep, guide, sample_codes
+from .sampling_nextflow import ScaleStep, fill_codes, guide, sample_codes
 
 
 DrawingCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
@@ -26,6 +26,28 @@ class PromptRows:
     attention_mask: torch.LongTensor
     image_codes: torch.LongTensor
     image_grids: torch.LongTensor
+
+
+@dataclass
+class DrawnScale:
+    """
+    What is there after a scale was drawn.
+
+    Attributes:
+        index: Of the scale, from 0.
+        image_codes: (images, codes so far), scale-major.
+        plan:
+            The steps of all scales that are drawn. Those after `index` may be replaced, to change how they are drawn,
+            or removed, to stop.
+    """
+
+    index: int
+    image_codes: torch.LongTensor
+    plan: list[ScaleStep]
+
+    @property
+    def step(self) -> ScaleStep:
+        return self.plan[self.index]
 
 
 @dataclass
@@ -110,47 +132,57 @@ def begin_images(model: PreTrainedModel, rows: DrawingRows, image_grids: torch.L
     rows.append(model, embeds, rows.boi_position.expand(3, -1, -1))
 
 
-def draw_images(
+@torch.no_grad()
+def draw_scales(
     model: PreTrainedModel,
     row_sets: list[DrawingRows],
-    plan: list[ScaleStep],
+    plan: Sequence[ScaleStep],
     image_grids: torch.LongTensor,
     generators: Sequence[torch.Generator | None],
-    callback: DrawingCallback | None = None,
-    prefix: Sequence[torch.LongTensor] = (),
-) -> torch.LongTensor:
+    prefix: Sequence[tuple[torch.LongTensor, torch.BoolTensor | None]] = (),
+) -> Iterator[DrawnScale]:
     """
-    Codes (images, codes) of images that share one schedule: `image_grids` (images, max_scales, 2).
+    Draw images that share one schedule, `image_grids` (images, max_scales, 2), scale by scale.
 
-    `row_sets` hold the rows that draw, one an image in order, then those of their unconditional prompts, if any: in
-    the same cache or in another. `prefix` has the codes (images, cells) of the first scales, which are taken as they
-    are: no number is drawn for them.
+    `row_sets` hold the rows that draw, one an image in order, then those of the same prompts without their text and
+    those without text and source images, if any: in the same cache or in another. `prefix` has codes (images, cells)
+    of the first scales, and which of them are taken as they are (`None`: all, and no number is drawn for them).
     """
     batch = len(image_grids)
     grids = schedule_of(image_grids[0])
+    plan = list(plan)
     drawn: list[torch.LongTensor] = []
-    for index in range(len(plan)):
+    for index in range(len(grids)):
         step = plan[index]
         states = [rows.drawing_states for rows in row_sets]
-        guided = sum(len(rows) for rows in states) > batch
-        if index < len(prefix):
-            drawn.append(prefix[index])
+        given, is_given = prefix[index] if index < len(prefix) else (None, None)
+        if given is not None and is_given is None:
+            drawn.append(given)
         else:
             logits = torch.cat([model.image_logits(rows) for rows in states]).float()
-            logits = guide(logits[:batch], logits[batch:] if guided else None, step.guidance_scale)
-            drawn.append(sample_codes(logits, step, generators))
-        if callback is not None:
-            changed = callback(index, step, torch.cat(drawn, dim=1))
-            if changed is not None:
-                plan = [*plan[: index + 1], *changed]
+            logits, unconditional, imageless, *_ = [*logits.split(batch), None, None]
+            scales = {"scale": step.guidance_scale, "source_scale": step.source_guidance_scale}
+            logits = guide(logits, unconditional, imageless=imageless, **scales)
+            if given is None:
+                drawn.append(sample_codes(logits, step, generators))
+            else:
+                drawn.append(fill_codes(logits, step, generators, given, is_given))
+        yield DrawnScale(index, torch.cat(drawn, dim=1), plan)
         if index + 1 == len(plan):
-            break
-        if guided and all(later.guidance_scale == 1 for later in plan[index + 1 :]):
-            row_sets = [row_sets[0].first(batch)]
+            return
+        needed = batch * max(later.num_conditions for later in plan[index + 1 :])
+        if needed < sum(len(rows) for rows in states):
+            row_sets = [row_sets[0].first(needed)]
         embeds = model.model.embed_scale(drawn[-1], image_grids, scale=index + 2, grids=grids)
         for rows in row_sets:
             rows.append(model, embeds, block_position_ids(rows.boi_position + index + 1, grids[index + 1], model))
-    return torch.cat(drawn, dim=1)
+
+
+def draw_images(*args, **kwargs) -> torch.LongTensor:
+    """Codes (images, codes) of whole images; arguments as [`draw_scales`]."""
+    for scale in draw_scales(*args, **kwargs):
+        codes = scale.image_codes
+    return codes
 
 
 def block_position_ids(axis: torch.FloatTensor, grid: tuple[int, int], model: PreTrainedModel) -> torch.FloatTensor:
@@ -167,14 +199,25 @@ def schedule_of(image_grids: torch.LongTensor) -> list[tuple[int, int]]:
     return [(height, width) for height, width in image_grids.tolist() if height > 0]
 
 
-def split_scales(
-    codes: torch.LongTensor, grids: Sequence[tuple[int, int]], batch: int
-) -> tuple[torch.LongTensor, ...]:
-    """Codes (batch, codes) of the first scales, scale by scale."""
+def split_prefix(
+    codes: torch.LongTensor | None, mask: torch.BoolTensor | None, grids: Sequence[tuple[int, int]], batch: int
+) -> list[tuple[torch.LongTensor, torch.BoolTensor | None]]:
+    """Codes (batch, codes) of the first scales, and which are taken as they are, scale by scale."""
+    if codes is None:
+        if mask is not None:
+            raise ValueError("prefix_mask is given without prefix_codes, expected both or prefix_codes alone")
+        return []
     ends = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist()
     if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
         raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
-    return codes.tensor_split(ends[: ends.index(codes.shape[1])], dim=1)
+    if mask is not None and (mask.shape != codes.shape or mask.dtype != torch.bool):
+        raise ValueError(f"prefix_mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(codes.shape)}")
+    ends = ends[: ends.index(codes.shape[1])]
+    scales = codes.tensor_split(ends, dim=1)
+    if mask is None:
+        return [(scale, None) for scale in scales]
+    masks = [None if part.all() else part for part in mask.tensor_split(ends, dim=1)]
+    return list(zip(scales, masks))
 
 
 def drawn_schedule(image_grids: torch.LongTensor) -> torch.LongTensor:
@@ -240,14 +283,16 @@ def split_images(
 __all__ = [
     "DrawingCallback",
     "DrawingRows",
+    "DrawnScale",
     "PromptRows",
     "begin_images",
     "block_position_ids",
     "draw_images",
+    "draw_scales",
     "prefill_rows",
     "repeat_rows",
     "schedule_of",
     "split_images",
-    "split_scales",
+    "split_prefix",
     "stack_rows",
 ]

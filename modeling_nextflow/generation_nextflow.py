@@ -6,7 +6,7 @@ interleaving_nextflow.py. Knows codes, not pixels.
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,15 @@ from transformers.utils import ModelOutput
 from .attention_nextflow import get_attention_mask
 from .drawing_nextflow import (
     DrawingCallback,
+    DrawnScale,
     PromptRows,
-    draw_images,
+    draw_scales,
     drawn_schedule,
     prefill_rows,
     repeat_rows,
     schedule_of,
     split_images,
-    split_scales,
+    split_prefix,
     stack_rows,
 )
 from .generation_configuration_nextflow import DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS, NextFlowGenerationConfig
@@ -148,22 +149,58 @@ class NextFlowGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         *,
         image_grids: torch.LongTensor,
+        callback: DrawingCallback | None = None,
+        **kwargs,
+    ) -> NextFlowImageGenerationOutput:
+        r"""
+        Draw one image per row. All rows share one schedule.
+
+        Args:
+            input_ids, attention_mask, image_grids, kwargs: As in [`~NextFlowGenerationMixin.stream_images`].
+            callback (`Callable`, *optional*):
+                Called after every scale with (index, step, codes (batch, codes so far)). May return the steps of the
+                scales still to come, to change how they are drawn; without any, the images are previews.
+        """
+        for scale in self.stream_images(input_ids, attention_mask, image_grids=image_grids, **kwargs):
+            if callback is not None:
+                changed = callback(scale.index, scale.step, scale.image_codes)
+                if changed is not None:
+                    scale.plan[scale.index + 1 :] = changed
+        _, target_grids = self._target_schedule(input_ids, image_grids)
+        target_grids = target_grids.clone()
+        target_grids[:, scale.index + 1 :] = 0  # where it stopped early
+        return NextFlowImageGenerationOutput(image_codes=scale.image_codes.flatten(), image_grids=target_grids)
+
+    @torch.no_grad()
+    def stream_images(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_grids: torch.LongTensor,
         image_codes: torch.LongTensor | None = None,
         negative_input_ids: torch.LongTensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
         negative_image_codes: torch.LongTensor | None = None,
         negative_image_grids: torch.LongTensor | None = None,
+        imageless_input_ids: torch.LongTensor | None = None,
+        imageless_attention_mask: torch.Tensor | None = None,
+        imageless_image_codes: torch.LongTensor | None = None,
+        imageless_image_grids: torch.LongTensor | None = None,
         prefix_codes: torch.LongTensor | None = None,
+        prefix_mask: torch.BoolTensor | None = None,
+        num_scales: int | None = None,
         guidance_scale: PerScale = None,
         guidance_schedule: str | None = None,
+        source_guidance_scale: PerScale = None,
         temperature: PerScale = None,
         top_k: PerScale = None,
         top_p: PerScale = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        callback: DrawingCallback | None = None,
-    ) -> NextFlowImageGenerationOutput:
+    ) -> Iterator[DrawnScale]:
         r"""
-        Draw one image per row. All rows share one schedule.
+        [`~NextFlowGenerationMixin.generate_images`] step by step: an iterator over the scales, each drawn when it is
+        asked for. To stop, ask for no more.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): Prompts that end in `<boi>`, left-padded.
@@ -174,15 +211,19 @@ class NextFlowGenerationMixin(GenerationMixin):
             negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids (*optional*):
                 The unconditional prompts, in the same form, one row or `batch` rows. Needed where guidance is not 1.
                 With as many images as the prompts, these are the prompts' unless said otherwise.
+            imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids (*optional*):
+                The unconditional prompts without their source images. Needed where `source_guidance_scale` is not 1.
             prefix_codes (`torch.LongTensor` of shape `(batch, codes)`, *optional*):
                 Codes of the first scales, which are then taken as they are; the others are drawn after them.
+            prefix_mask (`torch.BoolTensor` of shape `(batch, codes)`, *optional*):
+                Which of `prefix_codes` are taken, all by default. The other cells of these scales are drawn.
+            num_scales (`int`, *optional*): Draw only so many scales of the schedule: a preview.
             guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
                 See [`ScaleStep`]. Default to the generation config's `image_*` entries.
             guidance_schedule (`str`, *optional*): `"constant"` or `"linear"`; see [`scale_plan`].
+            source_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
+                Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
             generator (`torch.Generator` or list of them, *optional*): One, or one per row.
-            callback (`Callable`, *optional*):
-                Called after every scale with (index, step, codes (batch, codes so far)). May return the steps of the
-                scales still to come, to change how they are drawn.
         """
         batch = len(input_ids)
         grids, target_grids = self._target_schedule(input_ids, image_grids)
@@ -193,21 +234,31 @@ class NextFlowGenerationMixin(GenerationMixin):
             "top_k": top_k,
             "top_p": top_p,
         }
-        plan = scale_plan(grids, **_image_settings(self.generation_config, given))
+        source_guidance_scale = 1.0 if source_guidance_scale is None else source_guidance_scale
+        settings = _image_settings(self.generation_config, given)
+        plan = scale_plan(grids, source_guidance_scale=source_guidance_scale, **settings)
+        if num_scales is not None and not 1 <= num_scales <= len(plan):
+            raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
+        plan = plan[:num_scales]
         generators = _one_per_row(generator, batch)
-        prefix = [] if prefix_codes is None else split_scales(prefix_codes, grids, batch)
+        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch)
         rows = self._prompt_rows(input_ids, attention_mask, image_codes, image_grids)
-        if any(step.guidance_scale != 1 for step in plan):
-            negative = self._negative_rows(
-                rows, negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
-            )
-            rows = stack_rows(rows, negative, pad_token_id=self.config.pad_token_id or 0)
-        codes = draw_images(self, [prefill_rows(self, rows)], plan, target_grids, generators, callback, prefix)
-        drawn = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist().index(codes.shape[1]) + 1
-        if drawn < len(grids):  # stopped early: a preview
-            target_grids = target_grids.clone()
-            target_grids[:, drawn:] = 0
-        return NextFlowImageGenerationOutput(image_codes=codes.flatten(), image_grids=target_grids)
+        conditions = max(step.num_conditions for step in plan)
+        others = []
+        if conditions > 1:
+            negative = negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
+            others.append(self._negative_rows(rows, *negative))
+        if conditions > 2:
+            if imageless_input_ids is None:
+                raise ValueError(
+                    "source_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt, "
+                    "without its source images"
+                )
+            imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
+            others.append(self._negative_rows(rows, *imageless))
+        for other in others:
+            rows = stack_rows(rows, other, pad_token_id=self.config.pad_token_id or 0)
+        return draw_scales(self, [prefill_rows(self, rows)], plan, target_grids, generators, prefix)
 
     def _generate_image(self, input_ids: torch.LongTensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
@@ -244,8 +295,9 @@ class NextFlowGenerationMixin(GenerationMixin):
         )
         prompts = self._append_boi({**arguments, "input_ids": input_ids}, target_grids)
         prompts.setdefault("image_grids", target_grids)
-        if "negative_input_ids" in arguments:
-            prompts = self._append_boi(prompts, target_grids, prefix="negative_")
+        for prefix in ("negative_", "imageless_"):
+            if f"{prefix}input_ids" in arguments:
+                prompts = self._append_boi(prompts, target_grids, prefix=prefix)
         return prompts
 
     def _append_boi(self, prompts: dict[str, Any], target_grids: torch.LongTensor, prefix: str = "") -> dict[str, Any]:
@@ -533,7 +585,7 @@ class NextFlowGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Overwritten: images lie flat over the batch, those of a row are repeated together.
         repeated = {}
-        for prefix in ("", "negative_"):
+        for prefix in ("", "negative_", "imageless_"):
             ids = model_kwargs.get(f"{prefix}input_ids") if prefix else input_ids
             image_codes, image_grids = (
                 model_kwargs.pop(f"{prefix}{name}", None) for name in ("image_codes", "image_grids")

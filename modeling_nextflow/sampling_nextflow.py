@@ -11,14 +11,22 @@ PerScale = float | int | None | Sequence[float | int | None]
 
 @dataclass(frozen=True)
 class ScaleStep:
-    """How one scale is drawn. `guidance_scale` 1 needs no unconditional pass; `temperature` 0 takes the best code;
-    `top_k` 0 and `top_p` 1 leave all codes."""
+    """How one scale is drawn. `guidance_scale` 1 and `source_guidance_scale` 1 need no unconditional pass;
+    `temperature` 0 takes the best code; `top_k` 0 and `top_p` 1 leave all codes."""
 
     grid: tuple[int, int]
     guidance_scale: float
     temperature: float
     top_k: int
     top_p: float
+    source_guidance_scale: float = 1.0
+
+    @property
+    def num_conditions(self) -> int:
+        """Prompts that guidance compares: the prompt alone, without its text, and without its source images."""
+        if self.source_guidance_scale != 1:
+            return 3
+        return 1 if self.guidance_scale == 1 else 2
 
 
 def scale_plan(
@@ -29,6 +37,7 @@ def scale_plan(
     temperature: PerScale = 1.0,
     top_k: PerScale = 0,
     top_p: PerScale = 1.0,
+    source_guidance_scale: PerScale = 1.0,
 ) -> list[ScaleStep]:
     """Fan scalars or per-scale lists out to one [`ScaleStep`] a scale.
 
@@ -58,13 +67,29 @@ def scale_plan(
         per_scale("temperature", temperature, 1.0, 0.0, float("inf")),
         per_scale("top_k", top_k, 0, 0, float("inf")),
         per_scale("top_p", top_p, 1.0, 0.0, 1.0),
+        per_scale("source_guidance_scale", source_guidance_scale, 1.0, 0.0, float("inf")),
     )
     return [ScaleStep(tuple(grid), *settings) for grid, *settings in zip(grids, *columns)]
 
 
-def guide(logits: torch.FloatTensor, unconditional: torch.FloatTensor | None, scale: float) -> torch.FloatTensor:
-    """Classifier-free guidance: `unconditional + scale * (logits - unconditional)`."""
-    return logits if unconditional is None else unconditional.lerp(logits, scale)
+def guide(
+    logits: torch.FloatTensor,
+    unconditional: torch.FloatTensor | None,
+    scale: float,
+    *,
+    imageless: torch.FloatTensor | None = None,
+    source_scale: float = 1.0,
+) -> torch.FloatTensor:
+    """
+    Classifier-free guidance: `unconditional + scale * (logits - unconditional)`. Where `unconditional` lacks the text
+    alone, and `imageless` the source images as well, text and images are guided apart (InstructPix2Pix,
+    arXiv:2211.09800, eq. 3): `imageless + source_scale * (unconditional - imageless) + scale * (logits -
+    unconditional)`.
+    """
+    if unconditional is None:
+        return logits
+    guided = unconditional.lerp(logits, scale)
+    return guided if imageless is None else guided + (source_scale - 1) * (unconditional - imageless)
 
 
 def sample_codes(
@@ -90,6 +115,19 @@ def sample_codes(
     return choice if vocabulary is None else vocabulary.gather(-1, choice[..., None])[..., 0]
 
 
+def fill_codes(
+    logits: torch.FloatTensor,
+    step: ScaleStep,
+    generators: Sequence[torch.Generator | None],
+    given: torch.LongTensor,
+    is_given: torch.BoolTensor,
+) -> torch.LongTensor:
+    """Codes (batch, cells): `given` where `is_given`, elsewhere drawn. No number is drawn for a row that has all."""
+    rows = (~is_given.all(dim=1)).nonzero()[:, 0]
+    drawn = sample_codes(logits[rows], step, [generators[row] for row in rows.tolist()])
+    return given.where(is_given, given.index_copy(0, rows, drawn))
+
+
 def inverse_transform(
     probabilities: torch.FloatTensor, generators: Sequence[torch.Generator | None]
 ) -> torch.LongTensor:
@@ -109,4 +147,4 @@ def inverse_transform(
     return torch.minimum(choice, last)[..., 0]
 
 
-__all__ = ["PerScale", "ScaleStep", "guide", "inverse_transform", "sample_codes", "scale_plan"]
+__all__ = ["PerScale", "ScaleStep", "fill_codes", "guide", "inverse_transform", "sample_codes", "scale_plan"]

@@ -8,6 +8,7 @@ from .diffusion_decoder import NextFlowDiffusionDecoder
 from .pipeline_nextflow import NextFlowPipeline
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_output import NextFlowFramesOutput, NextFlowPipelineOutput
+from .preview_nextflow import NextFlowPreview, save_strip
 
 
 __all__ = [
@@ -17,4 +18,6 @@ __all__ = [
     "NextFlowFramesOutput",
     "NextFlowPipeline",
     "NextFlowPipelineOutput",
+    "NextFlowPreview",
+    "save_strip",
 ]

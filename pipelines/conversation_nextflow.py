@@ -187,7 +187,7 @@ class NextFlowConversation:
         **settings: Any,
     ) -> list[dict[str, Any]]:
         pipe = self.pipe
-        pipe._interrupt = False
+        pipe._begin()
         # 1. The turn, and what is known from those before
         mode = "interleaved" if max_images else "text"
         turn = self._encode_turn(message, mode, **size)

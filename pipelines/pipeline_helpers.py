@@ -69,8 +69,9 @@ def generator_per_image(
     return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds, strict=True)]
 
 
-def one_per_prompt(name: str, value: str | list[str], num_prompts: int) -> list[str]:
-    values = [value] * num_prompts if isinstance(value, str) else list(value)
+def one_per_prompt(name: str, value: Any, num_prompts: int) -> list:
+    """A list with an entry for each prompt; anything else is that of them all."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * num_prompts
     if len(values) != num_prompts:
         raise ValueError(f"`{name}` has {len(values)} entries for {num_prompts} prompts, expected one for each")
     return values

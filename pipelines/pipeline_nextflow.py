@@ -5,9 +5,9 @@ They are annotated with transformers' base classes, as an island imports no othe
 own models only (`from_pipe` drops others); transformers' it checks with `isinstance`, so nothing is lost.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,25 +20,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .diffusion_decoder import NextFlowDiffusionDecoder
 from .lora_nextflow import NextFlowLoraLoaderMixin
-from .pipeline_helpers import call_component, exclusively, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_helpers import exclusive, exclusively, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, has_user_image
 from .pipeline_nextflow_conversation import NextFlowConversationMixin
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from .pipeline_nextflow_drawing import (
+    DEFAULT_SETTINGS,
+    NextFlowDrawing,
+    NextFlowDrawingMixin,
+    NextFlowDrawingPrompt,
+    num_cells,
+)
 from .pipeline_nextflow_output import NextFlowPipelineOutput
+from .preview_nextflow import NextFlowPreview
+from .redrawing_nextflow import given_images, source_image, with_prefix
 
-
-Image = PIL.Image.Image | str | Path | np.ndarray | torch.Tensor
-PerScale = float | int | Sequence[float | int | None]
-
-# Where neither the call nor the transformer's generation config (`image_<name>`) says anything.
-DEFAULT_SETTINGS = {
-    "guidance_scale": 1.0,
-    "guidance_schedule": "constant",
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-}
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
-DECODERS = ("vq", "diffusion")
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -48,9 +44,22 @@ EXAMPLE_DOC_STRING = """
         >>> from nextflow_hf.hub_cards import shapes_model_path
 
         >>> pipe = NextFlowPipeline.from_pretrained(shapes_model_path())
-        >>> image = pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
-        >>> edited = pipe("make the circle blue", image=image).images[0]
+        >>> output = pipe("a red circle", generator=torch.Generator().manual_seed(0))
+        >>> image = output.images[0]
 
+        >>> # Change an image; say how much of it stays
+        >>> edited = pipe("make the circle blue", image=image, image_guidance_scale=1.5).images[0]
+
+        >>> # Four images with the layout of the first: its first three scales, and others after them
+        >>> codes = {"image_codes": output.image_codes, "image_grids": output.image_grids}
+        >>> variations = pipe("a red circle", **codes, keep_scales=3, num_images_per_prompt=4).images
+
+        >>> # Draw the left half again
+        >>> mask = torch.zeros(image.height, image.width)
+        >>> mask[:, : image.width // 2] = 1
+        >>> half = pipe("a green square", **codes, mask_image=mask).images[0]
+
+        >>> # Think first
         >>> output = pipe("a circle in the color of grass", think=True)
         >>> output.thoughts[0], output.final_prompts[0], output.images[0]
 
@@ -61,35 +70,15 @@ EXAMPLE_DOC_STRING = """
         ...     content += [{"type": "image", "image": after}, {"type": "text", "text": "as"}]
         >>> content += [{"type": "image", "image": image}, {"type": "text", "text": "is to"}]
         >>> answer = pipe(messages=[{"role": "user", "content": content}]).images[0]
+
+        >>> # A fast preview, finished where it is liked
+        >>> draft = pipe("a red circle", num_scales=4, generator=torch.Generator().manual_seed(1))
+        >>> whole = pipe("a red circle", image_codes=draft.image_codes, image_grids=draft.image_grids).images[0]
         ```
 """
 
 
-@dataclass
-class NextFlowDrawingPrompt:
-    """
-    One image to draw, ready for the transformer.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(length,)`): The prompt, ending in `<boi>`.
-        image_grids (`torch.LongTensor` of shape `(sources + 1, max_scales, 2)`):
-            Schedules of the source images, then of the image to draw.
-        image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes of the source images.
-        negative_input_ids (`torch.LongTensor` of shape `(length,)`, *optional*): The unconditional prompt.
-    """
-
-    input_ids: torch.LongTensor
-    image_grids: torch.LongTensor
-    image_codes: torch.LongTensor
-    negative_input_ids: torch.LongTensor | None = None
-
-    @property
-    def grids(self) -> list[tuple[int, int]]:
-        """The schedule of the image to draw."""
-        return [(height, width) for height, width in self.image_grids[-1].tolist() if height > 0]
-
-
-class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, DiffusionPipeline):
+class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlowLoraLoaderMixin, DiffusionPipeline):
     r"""
     Text-to-image, editing of one or several images, thinking before drawing, and conversations of text and images.
 
@@ -151,8 +140,10 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, Diffu
             decoder_tokenizer_3=decoder_tokenizer_3,
         )
         self._guidance_scale: PerScale = DEFAULT_SETTINGS["guidance_scale"]
+        self._image_guidance_scale: PerScale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
+        self._current = None
 
     @property
     def vae(self) -> PreTrainedModel:
@@ -186,9 +177,12 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, Diffu
         return self._guidance_scale
 
     @property
+    def image_guidance_scale(self) -> PerScale:
+        return self._image_guidance_scale
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
-        values = self._guidance_scale if isinstance(self._guidance_scale, Sequence) else [self._guidance_scale]
-        return any(value is not None and value != 1 for value in values)
+        return _guides(self._guidance_scale) or _guides(self._image_guidance_scale)
 
     @property
     def num_timesteps(self) -> int:
@@ -199,203 +193,6 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, Diffu
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to stop there: the images are previews of what was drawn."""
         return self._interrupt
-
-    def check_inputs(
-        self,
-        prompt: str | list[str] | None,
-        image: Any,
-        messages: list | None,
-        height: int | None,
-        width: int | None,
-        aspect_ratio: str | None,
-        num_images_per_prompt: int,
-        negative_prompt: str | list[str] | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-        decoder: str,
-        decoder_settings: dict[str, Any],
-    ) -> None:
-        if (prompt is None) == (messages is None):
-            given = "neither" if prompt is None else "both"
-            raise ValueError(f"pass exactly one of `prompt` and `messages`, got {given}")
-        if messages is not None and image is not None:
-            raise ValueError('`image` goes with `prompt`: in `messages` an image is {"type": "image", "image": ...}')
-        if messages is not None and len(messages) == 0:
-            raise ValueError("`messages` is empty, expected at least one message")
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            texts = [value] if isinstance(value, str) else value
-            if texts is not None and not (
-                isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
-            ):
-                raise TypeError(f"`{name}` is {value!r}, expected a string or a non-empty list of strings")
-        if (height is None) != (width is None):
-            raise ValueError(f"`height` is {height} and `width` is {width}, expected both or neither")
-        if height is not None and aspect_ratio is not None:
-            raise ValueError(f"got `height`, `width` and `aspect_ratio` ({aspect_ratio!r}): pass one of the two forms")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}, expected at least 1")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}, expected one of {list(OUTPUT_TYPES)}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}, expected some of {self._callback_tensor_inputs}"
-            )
-        if decoder not in DECODERS:
-            raise ValueError(f"`decoder` is {decoder!r}, expected one of {list(DECODERS)}")
-        if decoder == "vq" and decoder_settings:
-            names = [f"decoder_{name}" for name in decoder_settings]
-            raise ValueError(f"got {names} with `decoder='vq'`: they go with `decoder='diffusion'`")
-        if decoder == "diffusion" and output_type == "codes":
-            raise ValueError("`decoder='diffusion'` and `output_type='codes'`: codes are not decoded")
-
-    def get_image_settings(self, **settings: Any) -> dict[str, Any]:
-        """How to draw: what the call says, else the transformer's generation config, else [`DEFAULT_SETTINGS`]."""
-        configured = self.transformer.generation_config.to_dict()
-        resolved = {}
-        for name, default in DEFAULT_SETTINGS.items():
-            candidates = (settings[name], configured.get(f"image_{name}"))
-            resolved[name] = next((value for value in candidates if value is not None), default)
-        return resolved
-
-    def build_messages(self, prompt: str | list[str], image: Any = None) -> list[list[dict[str, Any]]]:
-        """One conversation for every prompt: a user's message with the prompt's source images, then its text."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        sources = self._images_by_prompt(image, len(prompts), is_single=isinstance(prompt, str))
-        return [
-            [{"role": "user", "content": [*({"type": "image", "image": one} for one in images), _text_part(text)]}]
-            for text, images in zip(prompts, sources, strict=True)
-        ]
-
-    @staticmethod
-    def _images_by_prompt(image: Any, num_prompts: int, *, is_single: bool) -> list[list[Image]]:
-        if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4:
-            image = list(image)
-        if image is None or not isinstance(image, (list, tuple)):
-            return [[] if image is None else [image]] * num_prompts
-        # All images are the sources of a single prompt; a list of prompts has one entry for each.
-        entries = [image] if is_single and not any(isinstance(entry, (list, tuple)) for entry in image) else image
-        if len(entries) != num_prompts:
-            raise ValueError(f"`image` has {len(entries)} entries for {num_prompts} prompts, expected one for each")
-        entries = [[] if entry is None else entry for entry in entries]
-        return [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
-
-    def encode_messages(
-        self,
-        conversations: list[list[dict[str, Any]]],
-        negative_conversations: list[list[dict[str, Any]]] | None = None,
-        *,
-        keep_first_size: bool = False,
-        **size: Any,
-    ) -> list[NextFlowDrawingPrompt]:
-        """
-        Tokens of every conversation, and codes of its images.
-
-        Args:
-            conversations (`list[list[dict]]`): Messages, each conversation ending where the image is to be drawn.
-            negative_conversations (`list[list[dict]]`, *optional*): The unconditional ones, with the same images.
-            keep_first_size (`bool`, *optional*, defaults to `False`):
-                Draw at the size of a conversation's first image. Else the processor decides: `size`, the
-                conversation's last image, or a square.
-            size: `height` and `width`, or `aspect_ratio`, and `resolution` of the image to draw.
-        """
-        device = self._execution_device
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "generation_mode": "image"}
-        resolution = {name: value for name, value in size.items() if name == "resolution"}
-        inputs = self.processor.apply_chat_template(conversations, **options, **size)
-        image_grids = list(inputs["image_grids"].split(self._count_images(inputs)))
-        sources = torch.cat([grids[:-1] for grids in image_grids])
-        counts = [int(grids[:-1].prod(-1).sum()) for grids in image_grids]
-        codes = sources.new_zeros(0)
-        if len(sources):
-            pixel_values = inputs["pixel_values"].to(device, self.vision_tokenizer.dtype)
-            codes = call_component(self.vision_tokenizer, "encode", pixel_values, sources.to(device)).image_codes
-        negative_ids = [None] * len(conversations)
-        if negative_conversations is not None:
-            # Only the tokens differ: these conversations have the same images.
-            negative = self.processor.apply_chat_template(negative_conversations, **options, **resolution)
-            if self._count_images(negative) != [len(grids) for grids in image_grids]:
-                raise ValueError(
-                    f"the unconditional prompts have {self._count_images(negative)} images, expected as many as the "
-                    f"prompts: {[len(grids) for grids in image_grids]}"
-                )
-            negative_ids = _unpad(negative)
-        prompts = []
-        for ids, grids, part, negative in zip(
-            _unpad(inputs), image_grids, codes.split(counts), negative_ids, strict=True
-        ):
-            if keep_first_size and len(grids) > 1:
-                grids = torch.cat([grids[:-1], self.processor.target_image_grids(grids[:1])])
-            prompts.append(NextFlowDrawingPrompt(ids, grids, part, negative))
-        return prompts
-
-    def _count_images(self, inputs: Any) -> list[int]:
-        return (inputs["input_ids"] == self.processor.boi_token_id).sum(1).tolist()
-
-    def draw_codes(
-        self,
-        prompts: list[NextFlowDrawingPrompt],
-        *,
-        generators: list[torch.Generator] | None = None,
-        callback: Callable | None = None,
-        **settings: Any,
-    ) -> torch.LongTensor:
-        """
-        Codes (images, codes) of images that share one schedule. Fewer than the schedule has where `callback`, the
-        transformer's, stopped early. `settings` as in [`~NextFlowPipeline.get_image_settings`].
-        """
-        device = self._execution_device
-        input_ids, attention_mask = self._left_pad([prompt.input_ids for prompt in prompts])
-        inputs = {
-            "attention_mask": attention_mask,
-            "image_grids": torch.cat([prompt.image_grids for prompt in prompts]),
-            "image_codes": torch.cat([prompt.image_codes for prompt in prompts]),
-        }
-        if prompts[0].negative_input_ids is not None:
-            negative = self._left_pad([prompt.negative_input_ids for prompt in prompts])
-            inputs["negative_input_ids"], inputs["negative_attention_mask"] = negative
-            inputs["negative_image_grids"] = inputs["image_grids"]
-            inputs["negative_image_codes"] = inputs["image_codes"]
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        output = call_component(
-            self.transformer,
-            "generate_images",
-            input_ids.to(device),
-            **inputs,
-            **settings,
-            generator=generators,
-            callback=callback,
-        )
-        return output.image_codes.view(len(prompts), -1)
-
-    def _left_pad(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Rows of tokens as one batch (rows, length), and its mask."""
-        length = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), length), self.processor.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(rows):
-            input_ids[index, length - len(row) :] = row
-            attention_mask[index, length - len(row) :] = 1
-        return input_ids, attention_mask
-
-    def decode_codes(
-        self,
-        image_codes: torch.LongTensor,
-        image_grids: torch.LongTensor,
-        *,
-        num_scales: int | None = None,
-        output_type: str = "pil",
-    ) -> list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]:
-        """
-        Images of codes (total_codes,) under their whole schedules (images, max_scales, 2). With `num_scales` the codes
-        of the first scales are enough: a preview at full size.
-        """
-        device = self._execution_device
-        image_codes, image_grids = image_codes.to(device), image_grids.to(device)
-        pixel_values = call_component(self.vision_tokenizer, "decode", image_codes, image_grids, num_scales=num_scales)
-        return self.processor.image_processor.post_process_images(
-            pixel_values.float().cpu(), image_grids.cpu(), output_type=output_type
-        )
 
     @torch.no_grad()
     @exclusively
@@ -413,9 +210,16 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, Diffu
         negative_prompt: str | list[str] | None = None,
         guidance_scale: PerScale | None = None,
         guidance_schedule: str | None = None,
+        image_guidance_scale: PerScale | None = None,
         temperature: PerScale | None = None,
         top_k: PerScale | None = None,
         top_p: PerScale | None = None,
+        num_scales: int | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        keep_scales: int | None = None,
+        mask_image: Image | list[Image] | None = None,
+        mask_coverage: float = 0.6,
         generator: torch.Generator | list[torch.Generator] | None = None,
         decoder: str = "vq",
         decoder_prompt: str | list[str] | None = None,
@@ -454,11 +258,35 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, Diffu
                 What guidance leads away from. The unconditional prompt is the same conversation with the same images,
                 without the user's text, and with this at the end of the last user message.
             guidance_scale (`float` or `list[float]`, *optional*):
-                Strength of guidance, also per scale. 1 is none, and costs no unconditional pass.
+                Strength of guidance, also per scale. 1 is none, and costs no unconditional pass. With
+                `image_guidance_scale` it is that of the text alone.
             guidance_schedule (`str`, *optional*): `"constant"`, or `"linear"`: from 1 at the first scale to the value.
+            image_guidance_scale (`float` or `list[float]`, *optional*, defaults to 1.0):
+                Strength of guidance towards the images that the user shows, also per scale: the more, the closer an
+                edit stays to them. Anything but 1 costs a second unconditional pass, without text and images
+                (InstructPix2Pix).
             temperature (`float` or `list[float]`, *optional*): 0 takes the best code.
             top_k (`int` or `list[int]`, *optional*): Codes to sample from; 0 is all.
             top_p (`float` or `list[float]`, *optional*): Probability mass to sample from.
+            num_scales (`int`, *optional*):
+                Draw only the first so many scales: a preview at full size, of which `image_codes` and `image_grids`
+                have what was drawn.
+            image_codes, image_grids (`torch.LongTensor`, *optional*):
+                Codes and schedules of an earlier result or of [`~NextFlowPipeline.encode_images`], for all images, one
+                a prompt, or one an image; `keep_scales` and `mask_image` say what is kept of them. Without a size, a
+                whole image says its own; a preview needs the size of its call. With neither `prompt` nor `messages`
+                they are decoded.
+            keep_scales (`int`, *optional*):
+                Keep the first so many scales of `image_codes`, else of the image that says the size (the first of
+                `image`, the last in `messages`), and redraw the others: variations with one layout. By default all
+                that are given or, with `mask_image`, none.
+            mask_image (image or `list` of images, *optional*):
+                White where that image is drawn again, one for all or one a prompt. Elsewhere its codes stay. The
+                unchanged part is the image as the vision tokenizer reconstructs it.
+            mask_coverage (`float`, *optional*, defaults to 0.6):
+                Cells of coarse scales reach beyond the mask: a cell is redrawn where at least this share of what it
+                reaches lies inside. At 1 no code outside changes anything, and what is drawn has to fit all coarse
+                scales that are there; less draws more freely, and shifts shades around the mask.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One, or one for each image. Each image draws from a generator of its own, seeded with one number of the
                 given one, so an image with a generator to itself is the same in any batch, and the first image of a
@@ -480,8 +308,8 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, Diffu
                 Called after each scale as `callback(pipe, step, scale, callback_kwargs)`: `step` counts all scales of
                 the call (up to `num_timesteps`), `scale` those of the images that are drawn together. It may set
                 `pipe._interrupt`, or `pipe._guidance_scale` for the scales to come: a number for all or a list with an
-                entry for each scale of the schedule (without effect where the call began without guidance). The
-                tensors are for reading: a preview is
+                entry for each scale of the schedule (without effect where the call began without guidance), and
+                `pipe._image_guidance_scale` likewise. The tensors are for reading: a preview is
                 `pipe.decode_codes(image_codes.flatten(), image_grids, num_scales=scale + 1)`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["image_codes"]`):
                 `"image_codes"`: codes so far (images, codes); `"image_grids"`: the schedules (images, max_scales, 2).
@@ -497,228 +325,312 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowLoraLoaderMixin, Diffu
         Returns:
             [`NextFlowPipelineOutput`] or `tuple`: images, their codes and their schedules.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
-        # 1. Check inputs
-        decoder_settings = {
-            "prompt": decoder_prompt,
-            "num_inference_steps": decoder_num_inference_steps,
-            "guidance_scale": decoder_guidance_scale,
-            "strength": decoder_strength,
-            "tile_size": decoder_tile_size,
-            "generator": decoder_generator,
-        }
-        decoder_settings = {name: value for name, value in decoder_settings.items() if value is not None}
-        self.check_inputs(
-            prompt,
-            image,
-            messages,
-            height,
-            width,
-            aspect_ratio,
-            num_images_per_prompt,
-            negative_prompt,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            decoder,
-            decoder_settings,
-        )
-        self.check_thinking(think, max_new_tokens)
-        diffusion_decoder = self.diffusion_decoder_pipeline if decoder == "diffusion" else None
-        if diffusion_decoder is not None:
-            diffusion_decoder.check_settings(**decoder_settings)
-            decoder_settings = {
-                name: value for name, value in decoder_settings.items() if name not in ("prompt", "generator")
-            }
-
-        # 2. How to draw
-        settings = self.get_image_settings(
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
-        self._guidance_scale = settings["guidance_scale"]
-        self._interrupt = False
-
-        # 3. What to draw, as conversations
-        if messages is None:
-            conversations = self.build_messages(prompt, image)
-        else:
-            conversations = [messages] if isinstance(messages[0], dict) else list(messages)
-        num_images = len(conversations) * num_images_per_prompt
-        generators = generator_per_image(generator, num_images)
-        negative_conversations = None
-        if self.do_classifier_free_guidance:
-            negative_texts = one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))
-            without_thinking = map(self.processor.without_thinking_prompt, conversations)
-            negative_conversations = list(map(unconditional_messages, without_thinking, negative_texts))
-        captions, noise_generators = None, generators
-        if diffusion_decoder is not None:
-            # An instruction says what to change, not what is to be seen.
-            if decoder_prompt is None and image is None and diffusion_decoder.has_text_encoder:
-                decoder_prompt = prompt
-            if decoder_prompt is not None:
-                texts = one_per_prompt("decoder_prompt", decoder_prompt, len(conversations))
-                captions = [text for text in texts for _ in range(num_images_per_prompt)]
-            if decoder_generator is not None:
-                noise_generators = generator_per_image(decoder_generator, num_images)
-
-        # 4. Tokens of the conversations, codes of the images in them
-        size = {"height": height, "width": width, "aspect_ratio": aspect_ratio}
-        size = {name: value for name, value in size.items() if value is not None}
-        prompts = self.encode_messages(
-            conversations,
-            negative_conversations,
-            keep_first_size=messages is None and not size,
-            **size,
-            **({} if resolution is None else {"resolution": resolution}),
-            **({"enable_thinking": True} if think else {}),
-        )
-        prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
-        thoughts = final_prompts = None
-        if think:
-            prompts, thoughts, final_prompts = self.think_before_drawing(
-                prompts, max_new_tokens=max_new_tokens, generators=generators
-            )
-
-        # 5. Draw and decode, the images of one schedule together
-        groups: dict[tuple, list[int]] = {}
-        for index, one in enumerate(prompts):
-            groups.setdefault(tuple(one.grids), []).append(index)
-        self._num_timesteps = sum(len(grids) for grids in groups)
-        images, image_codes = [None] * num_images, [None] * num_images
-        image_grids = torch.stack([one.image_grids[-1] for one in prompts])
-        first_step = 0
-        with self.progress_bar(total=self._num_timesteps) as progress:
-            for grids, members in groups.items():
-                self._guidance_scale = settings["guidance_scale"]
-                target_grids = image_grids[members]
-                callback = self._scale_callback(
-                    callback_on_step_end,
-                    callback_on_step_end_tensor_inputs,
-                    progress=progress,
-                    first_step=first_step,
-                    target_grids=target_grids,
-                    settings=settings,
-                )
-                codes = self.draw_codes(
-                    [prompts[index] for index in members],
-                    generators=None if generators is None else [generators[index] for index in members],
-                    callback=callback,
-                    **settings,
-                )
-                drawn = _num_scales(codes.shape[1], grids)
-                decoded = codes
-                if diffusion_decoder is not None:
-                    decoded = diffusion_decoder(
-                        codes.flatten(),
-                        target_grids,
-                        prompt=None if captions is None else [captions[index] for index in members],
-                        generator=None if noise_generators is None else [noise_generators[index] for index in members],
-                        num_scales=drawn,
-                        output_type=output_type,
-                        **decoder_settings,
-                    ).images
-                elif output_type != "codes":
-                    decoded = self.decode_codes(
-                        codes.flatten(), target_grids, num_scales=drawn, output_type=output_type
-                    )
-                for index, one, row in zip(members, decoded, codes, strict=True):
-                    images[index], image_codes[index] = one, row
-                    image_grids[index, drawn:] = 0
-                first_step += len(grids)
-
-        # 6. Output
+        call = NextFlowCall(**{name: value for name, value in locals().items() if name != "self"})
+        drawing = self._prepare(call)
+        for _ in self._draw(call, drawing):
+            pass
+        images = self._decode(call, drawing)
         self.maybe_free_model_hooks()
+        whole = [drawing.image_grids([index], drawing.count_drawn(index)) for index in range(len(drawing.prompts))]
         output = NextFlowPipelineOutput(
-            images=None if output_type == "codes" else stack_equal(images),
-            image_codes=torch.cat(image_codes),
-            image_grids=image_grids.to(image_codes[0].device),
-            thoughts=thoughts,
-            final_prompts=final_prompts,
+            images=images,
+            image_codes=torch.cat(drawing.image_codes),
+            image_grids=torch.cat(whole).to(drawing.image_codes[0].device),
+            thoughts=drawing.thoughts,
+            final_prompts=drawing.final_prompts,
         )
         return output if return_dict else output.to_tuple()
 
-    def _scale_callback(
-        self,
-        callback_on_step_end: Callable | None,
-        tensor_inputs: Sequence[str],
-        *,
-        progress: Any,
-        first_step: int,
-        target_grids: torch.LongTensor,
-        settings: dict[str, Any],
-    ) -> Callable:
-        """The transformer's callback: moves the progress bar, calls the user's, and hands back what that changed."""
+    @torch.no_grad()
+    def preview(self, *args: Any, **kwargs: Any) -> Iterator[NextFlowPreview]:
+        """
+        Watch images grow: an iterator over the scales, each drawn and decoded when it is asked for.
 
-        def callback(scale: int, step: Any, image_codes: torch.LongTensor) -> list | None:
-            progress.set_postfix_str(f"{step.grid[0]}x{step.grid[1]}", refresh=False)
-            progress.update()
-            guidance_scale = self._guidance_scale
-            if callback_on_step_end is not None:
-                tensors = {"image_codes": image_codes, "image_grids": target_grids}
-                callback_on_step_end(self, first_step + scale, scale, {name: tensors[name] for name in tensor_inputs})
-            if self.interrupt:
-                return []
-            if self._guidance_scale != guidance_scale:
-                changed = {**settings, "guidance_scale": self._guidance_scale}
-                return _steps_after(scale, step, target_grids[0].tolist(), changed)
+        The last preview is the whole image; with `decoder="diffusion"` one more follows, of that decoder. Images that
+        differ in size follow each other. To cancel, ask for no more, or set `pipe._interrupt = True` from anywhere.
+
+        Args:
+            args, kwargs: As in the call, except `output_type="codes"` and `return_dict`.
+
+        Examples:
+            ```py
+            >>> from diffusers.utils import export_to_gif
+            >>> from nextflow_hf.pipelines import save_strip
+
+            >>> previews = list(pipe.preview("a red circle"))
+            >>> strip = save_strip(previews, "growing.png")
+            >>> path = export_to_gif([preview.images[0] for preview in previews], "growing.gif", fps=3)
+            ```
+        """
+        bound = inspect.signature(NextFlowPipeline.__call__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        call = NextFlowCall(**{name: value for name, value in bound.arguments.items() if name != "self"})
+        if call.output_type == "codes":
+            raise ValueError("`output_type` is 'codes', expected 'pil', 'np' or 'pt': a preview is an image")
+        with exclusive(self):
+            return self._previews(call, self._prepare(call))
+
+    # ---- the steps of a call
+
+    def _begin(self, work: Any = None) -> None:
+        """What the pipeline is at from now on: nobody has interrupted it, and what went on before cannot go on."""
+        self._interrupt = False
+        self._current = work
+
+    def _prepare(self, call: NextFlowCall) -> NextFlowDrawing:
+        # 1. Check inputs
+        call.check(self._callback_tensor_inputs)
+        self.check_thinking(call.think, call.max_new_tokens)
+        if call.decoder == "diffusion":
+            self.diffusion_decoder_pipeline.check_settings(**call.decoder_settings)
+
+        # 2. How to draw
+        settings = {name: getattr(call, name) for name in DEFAULT_SETTINGS}
+        settings = self.get_image_settings(**settings)
+        self._guidance_scale = settings["guidance_scale"]
+        self._image_guidance_scale = 1.0 if call.image_guidance_scale is None else call.image_guidance_scale
+        settings["source_guidance_scale"] = self._image_guidance_scale
+
+        # 3. What to draw
+        prompts = self._given_codes(call) if call.only_decodes else self._encode(call)
+        generators = generator_per_image(call.generator, len(prompts))
+        thoughts = final_prompts = None
+        if call.think:
+            self._begin()
+            prompts, thoughts, final_prompts = self.think_before_drawing(
+                prompts, max_new_tokens=call.max_new_tokens, generators=generators
+            )
+        drawing = NextFlowDrawing(
+            prompts,
+            settings,
+            num_scales=call.num_scales,
+            generators=generators,
+            thoughts=thoughts,
+            final_prompts=final_prompts,
+        )
+        self._begin(drawing)
+        if call.decoder == "diffusion":
+            drawing.captions = self._captions(call, len(prompts))
+            drawing.noise_generators = drawing.generators
+            if call.decoder_generator is not None:
+                drawing.noise_generators = generator_per_image(call.decoder_generator, len(prompts))
+        self._num_timesteps = sum(
+            drawing.count_scales(members[0]) for members in drawing.groups if not drawing.are_given(members)
+        )
+        return drawing
+
+    def _captions(self, call: NextFlowCall, num_images: int) -> list[str] | None:
+        """What the diffusion decoder reads of each image. An instruction does not say what is to be seen."""
+        caption = call.decoder_prompt
+        if caption is None and call.image is None and self.diffusion_decoder_pipeline.has_text_encoder:
+            caption = call.prompt
+        if caption is None:
             return None
+        captions = one_per_prompt("decoder_prompt", caption, num_images // call.num_images_per_prompt)
+        return [caption for caption in captions for _ in range(call.num_images_per_prompt)]
 
-        return callback
+    @staticmethod
+    def _given_codes(call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
+        """Nothing to draw from: images that are only decoded."""
+        images = given_images(call.image_codes, call.image_grids, len(call.image_grids), 1)
+        nothing = call.image_grids.new_zeros(0)
+        return [NextFlowDrawingPrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
+
+    def _encode(self, call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
+        """The prompt of every image: tokens of the conversations, codes of the images in them, what is kept."""
+        conversations = call.conversations()
+        if _guides(self._image_guidance_scale) and not all(map(has_user_image, conversations)):
+            raise ValueError(
+                f"`image_guidance_scale` is {self._image_guidance_scale}, which guides towards the user's images, but "
+                f"{sum(not has_user_image(one) for one in conversations)} of {len(conversations)} prompts have none"
+            )
+        texts = one_per_prompt("negative_prompt", call.negative_prompt or "", len(conversations))
+        unconditional = {}
+        if self.do_classifier_free_guidance:
+            unconditional["negative_conversations"] = [
+                self.processor.unconditional_messages(one, text)
+                for one, text in zip(conversations, texts, strict=True)
+            ]
+        if _guides(self._image_guidance_scale):
+            unconditional["imageless_conversations"] = [
+                self.processor.unconditional_messages(one, text, keep_images=False)
+                for one, text in zip(conversations, texts, strict=True)
+            ]
+        prompts = self.encode_messages(
+            conversations,
+            **unconditional,
+            keep_first_size=call.messages is None and not call.size,
+            **call.size,
+            **({} if call.resolution is None else {"resolution": call.resolution}),
+            **({"enable_thinking": True} if call.think else {}),
+        )
+        prompts = [one for one in prompts for _ in range(call.num_images_per_prompt)]
+        if call.image_codes is None and call.keep_scales is None and call.mask_image is None:
+            return prompts
+        return self._keep(call, prompts)
+
+    def _keep(self, call: NextFlowCall, prompts: list[NextFlowDrawingPrompt]) -> list[NextFlowDrawingPrompt]:
+        """The prompts, with what the call keeps of the images that it redraws."""
+        repeats = call.num_images_per_prompt
+        num_prompts = len(prompts) // repeats
+        if call.image_codes is not None:
+            images = given_images(call.image_codes, call.image_grids, num_prompts, repeats)
+        else:
+            index = 0 if call.messages is None else -1
+            appended = self.processor.append_last_scale
+            images = [source_image(prompt, index, append_last_scale=appended) for prompt in prompts]
+        masks = [None] * len(prompts)
+        if call.mask_image is not None:
+            masks = one_per_prompt("mask_image", _unbatched(call.mask_image), num_prompts)
+            masks = [self._load_mask(mask) for mask in masks for _ in range(repeats)]
+        prompts = [
+            with_prefix(
+                prompt,
+                image,
+                size_is_given=bool(call.size) or call.resolution is not None,
+                keep_scales=call.keep_scales,
+                mask=mask,
+                coverage=call.mask_coverage,
+                footprint=self._footprint,
+            )
+            for prompt, image, mask in zip(prompts, images, masks, strict=True)
+        ]
+        schedule = self.processor.image_processor.schedule
+        for prompt, mask in zip(prompts, masks, strict=True):
+            if mask is not None:
+                bucket = schedule.nearest_bucket(mask.height, mask.width)
+                if schedule.grids(bucket, len(prompt.grids)) != prompt.grids:
+                    raise ValueError(
+                        f"`mask_image` is {mask.height} x {mask.width} pixels (height x width), expected the shape of "
+                        f"the image, whose last grid is {prompt.grids[-1]}"
+                    )
+        return prompts
+
+    def _load_mask(self, mask: Image) -> PIL.Image.Image:
+        pixels = self.processor.image_processor.process_image(mask, do_convert_rgb=True)  # (3, height, width), 8 bits
+        return PIL.Image.fromarray(np.asarray(pixels).transpose(1, 2, 0)).convert("L")
+
+    def _footprint(self, grid: tuple[int, int], last_grid: tuple[int, int]) -> torch.Tensor:
+        """What each cell of a grid reaches on the last one: (cells, height, width), weights of the enlargement."""
+        cells = torch.eye(grid[0] * grid[1])[None]
+        return self.vision_tokenizer.quantizer.upsample(cells, grid, last_grid)[0]
+
+    @torch.no_grad()
+    def _draw(self, call: NextFlowCall, drawing: NextFlowDrawing) -> Iterator[tuple[list[int], Any]]:
+        """Draw the images of one schedule together, and yield them with the transformer's scale after each."""
+        first_step = 0
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            for members in drawing.groups:
+                count = drawing.count_scales(members[0])
+                prompts = [drawing.prompts[index] for index in members]
+                if drawing.are_given(members):
+                    for index, prompt in zip(members, prompts, strict=True):
+                        cells = num_cells(prompt.grids[:count])
+                        drawing.image_codes[index] = prompt.prefix_codes[:cells].to(self._execution_device)
+                    continue
+                self._guidance_scale = drawing.settings["guidance_scale"]
+                self._image_guidance_scale = drawing.settings["source_guidance_scale"]
+                generators = drawing.generators
+                scales = self.stream_codes(
+                    prompts,
+                    generators=None if generators is None else [generators[index] for index in members],
+                    num_scales=count,
+                    **drawing.settings,
+                )
+                for scale in scales:
+                    for index, codes in zip(members, scale.image_codes, strict=True):
+                        drawing.image_codes[index] = codes
+                    progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
+                    progress.update()
+                    guidance = self._guidance_scale, self._image_guidance_scale
+                    if call.callback_on_step_end is not None:
+                        tensors = {"image_codes": scale.image_codes, "image_grids": drawing.image_grids(members)}
+                        tensors = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs}
+                        call.callback_on_step_end(self, first_step + scale.index, scale.index, tensors)
+                    yield members, scale
+                    if self.interrupt:
+                        break
+                    if guidance != (self._guidance_scale, self._image_guidance_scale):
+                        self._change_guidance(scale)
+                first_step += count
+
+    def _change_guidance(self, scale: Any) -> None:
+        """Draw the scales to come with the guidance that the pipeline now has."""
+
+        def at(value: PerScale, index: int) -> float:
+            value = value[index] if isinstance(value, Sequence) else value
+            return 1.0 if value is None else value
+
+        for index in range(scale.index + 1, len(scale.plan)):
+            scale.plan[index] = replace(
+                scale.plan[index],
+                guidance_scale=at(self._guidance_scale, index),
+                source_guidance_scale=at(self._image_guidance_scale, index),
+            )
+
+    def _decode(self, call: NextFlowCall, drawing: NextFlowDrawing) -> list | np.ndarray | torch.Tensor | None:
+        """The images of the codes, by the decoder that the call names; `None` for `output_type="codes"`."""
+        if call.output_type == "codes":
+            return None
+        images = [None] * len(drawing.prompts)
+        for members in drawing.groups:
+            codes = torch.cat([drawing.image_codes[index] for index in members])
+            options = {"num_scales": drawing.count_drawn(members[0]), "output_type": call.output_type}
+            if call.decoder == "diffusion":
+                for name, each in (("prompt", drawing.captions), ("generator", drawing.noise_generators)):
+                    options[name] = None if each is None else [each[index] for index in members]
+                options = {**call.decoder_settings, **options}
+                decoded = self.diffusion_decoder_pipeline(codes, drawing.image_grids(members), **options).images
+            else:
+                decoded = self.decode_codes(codes, drawing.image_grids(members), **options)
+            for index, image in zip(members, decoded, strict=True):
+                images[index] = image
+        return stack_equal(images)
+
+    @torch.no_grad()
+    def _previews(self, call: NextFlowCall, drawing: NextFlowDrawing) -> Iterator[NextFlowPreview]:
+        def preview(members: list[int], count: int, images: Any) -> NextFlowPreview:
+            codes = [drawing.image_codes[index] for index in members]
+            return NextFlowPreview(
+                images=stack_equal(list(images)),
+                indices=members,
+                scale=count,
+                num_scales=len(drawing.prompts[members[0]].grids),
+                grid=drawing.prompts[members[0]].grids[count - 1],
+                image_codes=torch.cat(codes),
+                image_grids=drawing.image_grids(members, count).to(codes[0].device),
+            )
+
+        scales = self._draw(call, drawing)
+        try:
+            # Not locked from one preview to the next, which may be asked for from another thread.
+            while True:
+                with exclusive(self):
+                    if self._current is not drawing:
+                        raise RuntimeError("another call of this pipeline began before the last preview was asked for")
+                    members, scale = next(scales, (None, None))
+                    if scale is None:
+                        break
+                    grids, count = drawing.image_grids(members), scale.index + 1
+                    codes = scale.image_codes.flatten()
+                    images = self.decode_codes(codes, grids, num_scales=count, output_type=call.output_type)
+                yield preview(members, count, images)
+            if call.decoder == "diffusion":
+                images = self._decode(call, drawing)
+                for members in drawing.groups:
+                    yield preview(members, drawing.count_drawn(members[0]), [images[index] for index in members])
+        finally:
+            self.maybe_free_model_hooks()
 
 
-def _steps_after(scale: int, step: Any, grids: list[list[int]], settings: dict[str, Any]) -> list:
-    """The transformer's steps for the scales after `scale`, made from `step`, one of them."""
-
-    def setting(name: str, index: int) -> float | int:
-        value = settings[name]
-        value = value[index] if isinstance(value, Sequence) else value
-        return DEFAULT_SETTINGS[name] if value is None else value
-
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
-    grids = [(height, width) for height, width in grids if height > 0]
-    return [
-        replace(step, grid=grids[index], **{name: setting(name, index) for name in names})
-        for index in range(scale + 1, len(grids))
-    ]
+def _unbatched(images: Any) -> Any:
+    """A batch of arrays as a list."""
+    return list(images) if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4 else images
 
 
-def unconditional_messages(conversation: list[dict[str, Any]], text: str = "") -> list[dict[str, Any]]:
-    """
-    The same messages with the same images, without the user's text: as training drops it (§3.2). `text` then ends the
-    last user message.
-    """
-    messages = []
-    for message in conversation:
-        if message["role"] == "user":
-            parts = [] if isinstance(message["content"], str) else message["content"]
-            message = {**message, "content": [part for part in parts if part["type"] != "text"]}
-        messages.append(message)
-    last = next((message for message in reversed(messages) if message["role"] == "user"), None)
-    if text and last is None:
-        raise ValueError("`negative_prompt` needs a user message to stand in, and `messages` has none")
-    if text:
-        last["content"].append(_text_part(text))
-    return messages
+def _guides(scale: PerScale) -> bool:
+    """Whether a guidance scale asks for an unconditional pass anywhere."""
+    return any(value is not None and value != 1 for value in (scale if isinstance(scale, Sequence) else [scale]))
 
 
-def _unpad(inputs: Any) -> list[torch.LongTensor]:
-    """The rows of `input_ids`, each without its padding."""
-    return [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-
-
-def _text_part(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-def _num_scales(num_codes: int, grids: Sequence[tuple[int, int]]) -> int:
-    """How many scales of a schedule `num_codes` codes are."""
-    cells = np.cumsum([height * width for height, width in grids])
-    return int(np.searchsorted(cells, num_codes)) + 1
-
-
-__all__ = ["NextFlowDrawingPrompt", "NextFlowPipeline", "unconditional_messages"]
+__all__ = ["NextFlowDrawingPrompt", "NextFlowPipeline"]

@@ -78,7 +78,7 @@ class NextFlowConversationMixin:
         """
         conversations, is_batched = _as_conversations(messages)
         text = self.get_text_settings(max_new_tokens, do_sample, temperature, top_k, top_p)
-        self._interrupt = False
+        self._begin()
         inputs = self.encode_conversations(conversations, generation_mode="text", resolution=resolution)
         output = self.generate_answers(
             inputs,
@@ -168,7 +168,7 @@ class NextFlowConversationMixin:
             top_k=top_k,
             top_p=top_p,
         )
-        self._interrupt = False
+        self._begin()
         inputs = self.encode_conversations(
             conversations,
             generation_mode="interleaved",
@@ -338,7 +338,7 @@ class NextFlowConversationMixin:
     def get_drawing_settings(self, **settings: Any) -> dict[str, Any]:
         """How to draw, in `generate`'s words; sets the guidance that `do_classifier_free_guidance` is about."""
         resolved = self.get_image_settings(**settings)
-        self._guidance_scale = resolved["guidance_scale"]
+        self._guidance_scale, self._image_guidance_scale = resolved["guidance_scale"], 1.0
         return {f"image_{name}": value for name, value in resolved.items()}
 
     def encode_conversations(

@@ -6,8 +6,9 @@ Owns the layout: an image is `<boi>`, one `<|image_pad|>` per cell of scales 2..
 codes beyond their token names, and nothing of the model.
 """
 
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,7 @@ class NextFlowProcessor(ProcessorMixin):
                 "images": images,
                 **kwargs,
             }
-            negative = self.apply_chat_template(_without_user_text(conversation, negative_prompt), **common)
+            negative = self.apply_chat_template(self._unconditional(conversation, negative_prompt), **common)
             inputs = self.apply_chat_template(conversation, enable_thinking=enable_thinking, **common)
             for name in ("input_ids", "attention_mask"):
                 inputs[f"negative_{name}"] = negative[name]
@@ -304,6 +305,39 @@ class NextFlowProcessor(ProcessorMixin):
             return_mask=return_assistant_tokens_mask,
         )
         return inputs if return_dict else inputs["input_ids"]
+
+    @staticmethod
+    def unconditional_messages(
+        conversation: list[dict[str, Any]], text: str = "", *, keep_images: bool = True
+    ) -> list[dict[str, Any]]:
+        """
+        The unconditional prompt of guidance: the same messages without the user's text, as training drops it, and
+        without the request to think.
+
+        Args:
+            conversation (`list[dict]`): The messages, which are left as they are.
+            text (`str`, *optional*, defaults to `""`): A negative prompt, at the end of the last user message.
+            keep_images (`bool`, *optional*, defaults to `True`): Otherwise without the user's images, too.
+        """
+        messages = []
+        for message in NextFlowProcessor.without_thinking_prompt(conversation):
+            if message["role"] == "user":
+                parts = [] if isinstance(message["content"], str) else message["content"]
+                kept = [part for part in parts if part["type"] != "text" and (keep_images or part["type"] != "image")]
+                message = {**message, "content": kept}
+            messages.append(message)
+        users = [message for message in messages if message["role"] == "user"]
+        if text and not users:
+            raise ValueError("negative_prompt needs a user message to stand in, and the conversation has none")
+        if text:
+            users[-1]["content"].append({"type": "text", "text": text})
+        return messages
+
+    def _unconditional(self, conversation: list, text: str) -> list:
+        """One or several conversations as [`~NextFlowProcessor.unconditional_messages`]."""
+        if isinstance(conversation[0], dict):
+            return self.unconditional_messages(conversation, text)
+        return [self.unconditional_messages(row, text) for row in conversation]
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`kwargs` sorted into ours, the tokenizer's and the image processor's; one nobody knows is an error."""
@@ -472,6 +506,7 @@ class NextFlowProcessor(ProcessorMixin):
         data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
         closed = iter(data["image_grids"].tolist() if flat_images else [])
         image_grids, target_grids = [], []
+        wished = functools.cache(lambda: self._wished_grids(options))  # once a call: it warns of a size that is not
 
         # 3. Every placeholder becomes the cells of its image
         for index, ids in enumerate(rows):
@@ -484,11 +519,11 @@ class NextFlowProcessor(ProcessorMixin):
             repeats = iter([num_cells(grids) - 1 for grids in schedules])
             repeats = [next(repeats) if token == self.image_token_id else 1 for token in ids]
             if ids[-1:] == [self.boi_token_id]:
-                schedules.append(self._target_grids(options, shown))
+                schedules.append(self._target_grids(options, shown, wished))
                 self._check_length(index, sum(repeats), num_cells(schedules[-1]), options["text_kwargs"])
             else:
                 if options.get("generation_mode") == "interleaved":
-                    target_grids.append(self._padded(self._target_grids(options, shown)))
+                    target_grids.append(self._padded(self._target_grids(options, shown, wished)))
                 self._check_length(index, sum(repeats), 0, options["text_kwargs"])
             rows[index] = [token for token, count in zip(ids, repeats, strict=True) for _ in range(count)]
             in_response[index] = [
@@ -613,8 +648,16 @@ class NextFlowProcessor(ProcessorMixin):
         names = ("target_grids", "aspect_ratio", "height", "width")
         return [name for name in names if options.get(name) is not None]
 
-    def _target_grids(self, options: dict[str, Any], previous: list[list[list[int]]]) -> list[list[int]]:
-        """Row of `image_grids` of the image to draw; without wishes that of the last image before it, else square."""
+    def _target_grids(
+        self, options: dict[str, Any], previous: list[list[list[int]]], wished: Callable[[], list[list[int]]]
+    ) -> list[list[int]]:
+        """Row of `image_grids` of the image to draw: as wished, else that of the last image before it, else square."""
+        if self._wishes(options) or not previous:
+            return wished()
+        return previous[-1]
+
+    def _wished_grids(self, options: dict[str, Any]) -> list[list[int]]:
+        """Row of `image_grids` that the options describe; without wishes a square's."""
         images_kwargs = {name: value for name, value in options["images_kwargs"].items() if value is not None}
         resolution = images_kwargs.get("resolution")
         schedule = self.image_processor.schedule
@@ -630,8 +673,6 @@ class NextFlowProcessor(ProcessorMixin):
             raise ValueError(f"got only {wishes[0]}, expected height and width")
         elif wishes:
             grids = self._grids_of_size(options["height"], options["width"], resolution=resolution)
-        elif previous:
-            return previous[-1]
         else:
             grids = schedule.grids(schedule.nearest_bucket(1, 1), num_scales)
         return schedule.image_grids([grids])[0]
@@ -789,24 +830,6 @@ class NextFlowProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
-
-
-def _without_user_text(conversation: list, text: str) -> list:
-    """One or several conversations without the user's text, but with `text` at the end of the last user message."""
-    if not isinstance(conversation[0], dict):
-        return [_without_user_text(row, text) for row in conversation]
-    messages = []
-    for message in NextFlowProcessor.without_thinking_prompt(conversation):
-        if message["role"] == "user":
-            parts = [] if isinstance(message["content"], str) else message["content"]
-            message = {**message, "content": [part for part in parts if part["type"] != "text"]}
-        messages.append(message)
-    users = [message for message in messages if message["role"] == "user"]
-    if text and not users:
-        raise ValueError("negative_prompt needs a user message to stand in, and the conversation has none")
-    if text:
-        users[-1]["content"].append({"type": "text", "text": text})
-    return messages
 
 
 def _with_thinking_prompt(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:

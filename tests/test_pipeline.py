@@ -11,7 +11,6 @@ from PIL import Image
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.pipelines.pipeline_nextflow import unconditional_messages
 
 
 GUIDED = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 8}
@@ -222,23 +221,6 @@ def test_settings_come_from_the_generation_config(pipe, monkeypatch):
     settings = {"guidance_scale": None, "temperature": None, "top_k": None}
     assert codes_of(pipe, "a", **settings) == expected
     assert pipe.guidance_scale == 4.0
-
-
-def test_unconditional_messages_keep_all_but_the_text_of_the_user():
-    image = {"type": "image", "image": "cat.png"}
-    conversation = [
-        {"role": "system", "content": "be kind"},
-        {"role": "user", "content": [image, {"type": "text", "text": "first"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "done"}, image]},
-        {"role": "user", "content": "second"},
-    ]
-    assert unconditional_messages(conversation, "ugly") == [
-        conversation[0],
-        {"role": "user", "content": [image]},
-        conversation[2],
-        {"role": "user", "content": [{"type": "text", "text": "ugly"}]},
-    ]
-    assert conversation[1]["content"] == [image, {"type": "text", "text": "first"}]
 
 
 # --- callback and progress

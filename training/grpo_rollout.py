@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from ..pipelines.pipeline_nextflow import NextFlowDrawingPrompt, NextFlowPipeline, unconditional_messages
+from ..pipelines.pipeline_nextflow import NextFlowDrawingPrompt, NextFlowPipeline
 from .grpo_policy import text_ids
 
 
@@ -67,7 +67,8 @@ def encode_rows(
         if index == 0 or not _same_prompt(row, rows[index - 1]):
             conversations.append(conversation_of(row)[0])
         owners.append(len(conversations) - 1)
-    negative = [unconditional_messages(conversation) for conversation in conversations] if guided else None
+    unconditional = pipeline.processor.unconditional_messages
+    negative = [unconditional(conversation) for conversation in conversations] if guided else None
     prompts = pipeline.encode_messages(conversations, negative, keep_first_size=not size, **size)
     # On the CPU, as the tokens are: processes exchange them.
     prompts = [replace(prompt, image_codes=prompt.image_codes.cpu()) for prompt in prompts]
