@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
-from .pixel_cnn_nextflow import NextFlowAttentionBlock, NextFlowPixelDecoder, NextFlowPixelEncoder, NextFlowResnetBlock
+from .pixel_cnn_nextflow import NextFlowPixelDecoder, NextFlowPixelEncoder, NextFlowZeroConv2d
 from .quantizer_nextflow import NextFlowMultiScaleQuantizer, Schedule
 from .vit_nextflow import NextFlowViT
 
@@ -186,14 +186,12 @@ class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, NextFlowZeroConv2d):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             init.zeros_(module.bias)
-        elif isinstance(module, NextFlowResnetBlock):
-            # Residual branches start at zero: the CNN learns several times faster (not specified by the paper).
-            init.zeros_(module.conv2.weight)
-        elif isinstance(module, NextFlowAttentionBlock):
-            init.zeros_(module.out_proj.weight)
         elif isinstance(module, nn.Embedding):
             # The only embeddings here are the codebooks: directions uniform on the sphere, length about one.
             init.normal_(module.weight, std=module.embedding_dim**-0.5)

@@ -14,6 +14,11 @@ from .configuration_nextflow import NextFlowVisionTokenizerConfig
 from .tiling_nextflow import in_tiles
 
 
+class NextFlowZeroConv2d(nn.Conv2d):
+    """The last convolution of a residual branch, which starts at zero: the CNN learns several times faster (not specified
+    by the paper). A class of its own, as transformers initialises no module that has parameters in its parts only."""
+
+
 class NextFlowResnetBlock(GradientCheckpointingLayer):
     """GroupNorm, swish, 3x3 convolution, twice, around a residual (VQGAN)."""
 
@@ -22,7 +27,7 @@ class NextFlowResnetBlock(GradientCheckpointingLayer):
         self.norm1 = _group_norm(config, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = _group_norm(config, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = NextFlowZeroConv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -45,7 +50,7 @@ class NextFlowAttentionBlock(GradientCheckpointingLayer):
         self.q_proj = nn.Conv2d(channels, channels, 1)
         self.k_proj = nn.Conv2d(channels, channels, 1)
         self.v_proj = nn.Conv2d(channels, channels, 1)
-        self.out_proj = nn.Conv2d(channels, channels, 1)
+        self.out_proj = NextFlowZeroConv2d(channels, channels, 1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = self.norm(hidden_states)

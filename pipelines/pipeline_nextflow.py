@@ -64,7 +64,7 @@ EXAMPLE_DOC_STRING = """
         >>> output.thoughts[0], output.final_prompts[0], output.images[0]
 
         >>> # In-context learning: what the pairs show is done to the last image
-        >>> content = []
+        >>> pairs, content = [(image, edited)], []
         >>> for before, after in pairs:
         ...     content += [{"type": "image", "image": before}, {"type": "text", "text": "is to"}]
         ...     content += [{"type": "image", "image": after}, {"type": "text", "text": "as"}]

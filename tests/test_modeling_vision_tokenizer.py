@@ -593,3 +593,11 @@ def test_bad_configs_raise():
         NextFlowVisionTokenizer(config(image_size=20))
     with pytest.raises(ValueError, match="130 channels, expected a multiple of its 32 norm groups"):
         NextFlowVisionTokenizer(config(encoder_channels=130))
+
+
+def test_residual_branches_start_at_zero():
+    model = NextFlowVisionTokenizer(config())
+    last = [name for name in model.state_dict() if name.endswith((".conv2.weight", "attentions.0.out_proj.weight"))]
+    first = [name for name in model.state_dict() if name.endswith(".conv1.weight")]
+    assert last and all(not model.state_dict()[name].any() for name in last)
+    assert first and all(model.state_dict()[name].any() for name in first)
