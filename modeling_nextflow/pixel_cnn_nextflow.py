@@ -15,8 +15,10 @@ from .tiling_nextflow import in_tiles
 
 
 class NextFlowZeroConv2d(nn.Conv2d):
-    """The last convolution of a residual branch, which starts at zero: the CNN learns several times faster (not specified
-    by the paper). A class of its own, as transformers initialises no module that has parameters in its parts only."""
+    """
+    The last convolution of a residual branch, which starts at zero: the CNN learns several times faster (not specified
+    by the paper). A class of its own, as transformers initialises no module whose parameters are all in its parts.
+    """
 
 
 class NextFlowResnetBlock(GradientCheckpointingLayer):
