@@ -83,8 +83,8 @@ def test_flops_of_the_7b_model():
     assert training_flops(config, 100) == pytest.approx(text)
     frozen = 4 * (body + 184834 * 3584) * 100 + 6 * 28 * 2 * 3584 * 5050
     assert training_flops(config, 100, frozen=True) == pytest.approx(frozen)
-    joint = NextFlowConfig(joint_image_loss=True)
-    more = training_flops(joint, 34, [SQUARE]) - training_flops(config, 34, [SQUARE])
+    codes_alone = NextFlowConfig(joint_image_loss=False)
+    more = training_flops(config, 34, [SQUARE]) - training_flops(codes_alone, 34, [SQUARE])
     assert more == pytest.approx(6 * 3584 * 30 * (184834 - 32768))
 
 
