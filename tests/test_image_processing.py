@@ -291,7 +291,7 @@ def test_files_that_are_no_images(tmp_path):
         (np.zeros((5, 5, 2), np.uint8), ValueError, r"shape \(5, 5, 2\), expected 1, 3 or 4 channels"),
         (np.zeros((5,), np.uint8), ValueError, "1 dimensions"),
         (np.zeros((5, 5), complex), ValueError, "dtype complex128"),
-        (b"bytes", TypeError, "is a bytes, expected a PIL image"),
+        (b"bytes", ValueError, "image file of 5 bytes is truncated, corrupt or not an image"),
         (None, TypeError, "is a NoneType"),
     ],
 )

@@ -154,7 +154,7 @@ def test_the_three_stages_by_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
     for index in range(10):
-        shapes_sample(0, index, edit_fraction=0.0)["images"][0].save(f"pictures/{index}.png")
+        shapes_sample(0, index, tasks={"text_to_image": 1.0})["images"][0].save(f"pictures/{index}.png")
     Image.new("RGB", (32, 64), "red").save("pictures/tall.png")
     Path("pictures/broken.png").write_bytes(b"no picture")
     teacher = Siglip2VisionConfig(

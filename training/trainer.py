@@ -96,6 +96,8 @@ class NextFlowTrainer(Trainer):
                 self._check_losses()
         if outputs.get("scale_losses") is not None:
             losses = self._training_losses if model.training else self._evaluation_losses
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                num_items_in_batch = num_items_in_batch / self.accelerator.num_processes  # as `Trainer` does, in place
             losses.add(outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
