@@ -291,7 +291,7 @@ def test_alignment_needs_a_head_of_its_own():
 def test_one_flag_trains_an_adapter(flags, toy, tmp_path):
     extra = [f"--override={key}={value}" for key, value in {"use_peft": True, **flags}.items()]
     arguments = on_toys(toy, "shapes/sft_1024", tmp_path)
-    trainer_args = [*arguments, *extra, "--override=eval_strategy=no", "--override=eval_rows=0"]
+    trainer_args = [*arguments, *extra, "--override=eval_strategy='no'", "--override=eval_rows=0"]
     trainer_args += ["--override=sample_prompts=null", "--override=bf16=false"]
     assert cli.main(["train", *trainer_args]) == 0
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -431,7 +431,8 @@ def test_memory_of_the_7b():
 
 
 def test_what_a_layer_keeps_is_what_autograd_keeps():
-    config = toy_config(hidden_size=256, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2)
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = toy_config(**shape, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     model = NextFlowForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).train()
     tokens, kept = 512, {}
     embeds = torch.randn(1, tokens, 256, dtype=torch.bfloat16, requires_grad=True)

@@ -150,7 +150,8 @@ class NextFlowTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if is_head_cut(model):
+        is_here = state_dict is None or len(state_dict) > 0  # FSDP gathers it on the first process alone
+        if is_head_cut(model) and is_here:
             state_dict = join_head(model, model.state_dict() if state_dict is None else state_dict)
         with _class_of_user(self.model):
             super()._save(output_dir, state_dict=state_dict)

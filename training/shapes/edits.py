@@ -176,7 +176,8 @@ def _replace(scene: Scene, old: tuple[ShapeObject, ...], new: tuple[ShapeObject,
 
 def _propose(rng: np.random.Generator, task: str) -> Edit | None:
     """One attempt at an edit; None when there is no place for an object or no name."""
-    count = int(rng.integers(2 if task in ("remove", "swap") else 1, 4))
+    # At most two objects before and after: how a small model's codes depend on each other grows fast with their number.
+    count = {"add": 1, "remove": 2, "swap": 2}.get(task) or int(rng.integers(1, 3))
     source = _source_scene(rng, count)
     order = [source.objects[int(index)] for index in rng.permutation(count)]
     subject, others = order[0], tuple(order[1:])
