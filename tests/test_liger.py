@@ -133,7 +133,7 @@ def test_every_part_uses_its_kernel(liger):
     from liger_kernel.transformers import calls
 
     def run(**kernels) -> dict[str, int]:
-        model = toy_model(qk_norm=True).train()
+        model = toy_model(qk_norm=True, joint_image_loss=False).train()
         transformers.integrations.liger.apply_liger_kernel(model, kernels)
         calls.clear()
         model(**inputs("cpu"))

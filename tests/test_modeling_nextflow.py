@@ -195,12 +195,11 @@ def test_loss_is_the_weighted_mean_over_supervised_tokens(model):
     out = model(
         input_ids=torch.tensor([row]), image_codes=codes, image_grids=grids, labels=labels, image_target_codes=targets
     )
-    log_probs = out.logits[0].log_softmax(-1)  # of text; a code is predicted among the codes
-    code_log_probs = out.logits[0, :, TEXT : TEXT + CODES].log_softmax(-1)
+    log_probs = out.logits[0].log_softmax(-1)
     weight = scale_weights(grids, 0.9)[0]
     scale_of = [k for k, (h, w) in enumerate(SQUARE) for _ in range(h * w)]
     boi, eoi = row.index(BOI), row.index(EOI)  # cell i of the image sits i places after <boi>
-    total = -sum(weight[k] * code_log_probs[boi + i, targets[i]] for i, k in enumerate(scale_of))
+    total = -sum(weight[k] * log_probs[boi + i, TEXT + targets[i]] for i, k in enumerate(scale_of))
     total -= log_probs[0, 6] + log_probs[1, BOI] + log_probs[eoi, 7] + log_probs[eoi + 1, EOS]
     count = 30 + 4
     torch.testing.assert_close(out.loss, total / count)

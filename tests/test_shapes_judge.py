@@ -169,7 +169,9 @@ def test_an_edit_that_was_not_made_fails(rng, task):
         assert not verdict.changed and verdict.preserved and not verdict.passed, edit.instruction
 
 
-@pytest.mark.parametrize("task", EDIT_TASKS)
+@pytest.mark.parametrize(
+    "task", [task for task in EDIT_TASKS if task != "swap"]
+)  # of two objects, swapping keeps none
 def test_an_edit_that_changes_more_is_not_preserved(rng, task):
     """Another object moved, recoloured, reshaped or lost, an extra one, another background."""
     tried = 0

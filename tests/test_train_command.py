@@ -165,6 +165,40 @@ def test_weights_mix_the_folders(toy):
     assert len(train.load_rows([one, two])) == 12
 
 
+@pytest.mark.parametrize("limits", [{"pack_max_length": 150}, {"pack_max_flops": 3e7}])
+def test_packs_train_as_padded_rows_do(limits, toy, tmp_path):
+    """One step of all rows at once, packed and padded: the same loss and the same weights after it."""
+    results = []
+    for name, keys in (("padded", {}), ("packed", limits)):
+        output_dir = tmp_path / name
+        keys = {**keys, "max_steps": 1, "bf16": False, "eval_strategy": "no", "eval_rows": 0, "sample_prompts": None}
+        keys |= {"per_device_train_batch_size": 64, "train_weights": None, "save_strategy": "no"}
+        extra = [f"--override={key}={json.dumps(value)}" for key, value in keys.items()]
+        assert cli.main(["train", *on_toys(toy, "shapes/pretrain_512", output_dir), *extra]) == 0
+        state = json.loads((output_dir / "trainer_state.json").read_text())
+        results.append((state["log_history"][0], load_file(output_dir / "model.safetensors")))
+    (padded, padded_weights), (packed, packed_weights) = results
+    assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-5)
+    assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
+    for name, weight in padded_weights.items():
+        torch.testing.assert_close(packed_weights[name], weight, atol=1e-6, rtol=1e-4)
+
+
+def test_packs_that_cannot_be(toy, tmp_path):
+    arguments = on_toys(toy, "shapes/pretrain_512", tmp_path)
+    with pytest.raises(ValueError, match="fit into no pack"):
+        cli.main(["train", *arguments, "--override=pack_max_length=5"])
+    with pytest.raises(ValueError, match="group_by_length"):
+        cli.main(
+            [
+                "train",
+                *arguments,
+                "--override=pack_max_length=500",
+                "--override=train_sampling_strategy=group_by_length",
+            ]
+        )
+
+
 # --- launchers
 
 

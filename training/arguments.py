@@ -86,12 +86,24 @@ class DataArguments:
         eval_codes (`list[str]`, *optional*): Folders that are evaluated on.
         eval_rows (`int`, *optional*, defaults to 0):
             Without `eval_codes`: this many rows, the last of every folder, are evaluated on and not trained on.
+        pack_max_length, pack_max_flops (`int`, `float`, *optional*):
+            Limits of a pack, in tokens and in FLOPs of its training: with either, a row of a batch is a pack of
+            documents that do not see each other, and of as much computation as the others where FLOPs limit it (§4).
+            By default a row is one document, padded to the longest of its batch.
+        pack_window (`int`, *optional*, defaults to 2048): Documents that are packed among themselves.
     """
 
     train_codes: list[str] = field(default_factory=list)
     train_weights: list[float] | None = None
     eval_codes: list[str] | None = None
     eval_rows: int = 0
+    pack_max_length: int | None = None
+    pack_max_flops: float | None = None
+    pack_window: int = 2048
+
+    @property
+    def is_packed(self) -> bool:
+        return self.pack_max_length is not None or self.pack_max_flops is not None
 
     def __post_init__(self):
         if not self.train_codes:

@@ -22,12 +22,14 @@ import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
+from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
 from nextflow_hf.training.arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from nextflow_hf.training.callbacks import SampleImagesCallback
 from nextflow_hf.training.checkpoints import last_checkpoint
 from nextflow_hf.training.data.extraction import load_codes
+from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
 from nextflow_hf.training.freezing import set_trainable
 from nextflow_hf.training.model_loading import load_model
 from nextflow_hf.training.trainer import NextFlowTrainer
@@ -126,6 +128,28 @@ def training_and_evaluation_rows(
     return mix_rows(sources, args.train_weights, seed=seed), evaluation
 
 
+def pack_rows(
+    rows: datasets.Dataset, config: NextFlowConfig, data_args: DataArguments, args: NextFlowTrainingArguments
+) -> PackedDataset:
+    """The rows in packs, with a word on what that is worth."""
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError("train_sampling_strategy is 'group_by_length', but packs have no length to be grouped by")
+    packs = PackedDataset(
+        rows,
+        config,
+        max_length=data_args.pack_max_length,
+        max_flops=data_args.pack_max_flops,
+        window=data_args.pack_window,
+        seed=args.seed,
+    )
+    report = packs.report(min(args.world_size * args.per_device_train_batch_size, len(packs)))
+    logger.warning(
+        f"{report.num_documents} documents in {report.num_packs} packs of {report.num_tokens / report.num_packs:.0f} "
+        f"tokens on average; of a step's time, processes wait {1 - report.balance:.1%} for the busiest"
+    )
+    return packs
+
+
 def check_same_codes(folders: Sequence[str]) -> None:
     """Refuse folders whose codes are of different vision tokenizers."""
     makers = {
@@ -155,7 +179,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: NextFlowTr
         raise ValueError(f"trainable is {args.trainable!r}, but an adapter trains its own matrices: leave it 'all'")
     set_trainable(model, args.trainable)
     rows, evaluation = training_and_evaluation_rows(data_args, args.seed, model.config.vision_tokenizer_fingerprint)
-    trainer = NextFlowTrainer(model, args, train_dataset=rows, eval_dataset=evaluation)
+    collator = None
+    if data_args.is_packed:
+        rows, collator = pack_rows(rows, model.config, data_args, args), PackingCollator(model.config)
+    trainer = NextFlowTrainer(model, args, collator, train_dataset=rows, eval_dataset=evaluation)
     if args.sample_prompts:
         trainer.add_callback(sampling_callback(trainer, model_args, args))
     trainer.train(resume_from_checkpoint=checkpoint)

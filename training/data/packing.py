@@ -216,7 +216,7 @@ class PackingCollator:
     Packs of rows -> a batch with a row for each, and `position_ids` whose restarts tell the documents apart.
 
     Takes lists of rows, as [`PackedDataset`] has them; a plain row is a pack of one. What fills a row up is a document
-    of its own, unsupervised, so there is no `attention_mask`.
+    of its own, unsupervised, so there is no `attention_mask`. `row_ids` are as in [`NextFlowDataCollator`].
 
     Args:
         config ([`NextFlowConfig`]): Of the model: token ids and positions.
@@ -252,6 +252,9 @@ class PackingCollator:
         if images:
             for name in ("image_codes", "image_target_codes", "image_grids"):
                 batch[name] = torch.cat([torch.tensor(row[name]) for row in images])
+        rows = [row for pack in packs for row in pack]
+        if "row_id" in rows[0]:
+            batch["row_ids"] = [str(row["row_id"]) for row in rows]
         return batch
 
     def _place(self, row: dict, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
