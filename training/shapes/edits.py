@@ -176,7 +176,7 @@ def _replace(scene: Scene, old: tuple[ShapeObject, ...], new: tuple[ShapeObject,
 
 def _propose(rng: np.random.Generator, task: str) -> Edit | None:
     """One attempt at an edit; None when there is no place for an object or no name."""
-    # At most two objects before and after: how a small model's codes depend on each other grows fast with their number.
+    # At most two objects before and after: a small model learns how the codes of more depend on each other too slowly.
     count = {"add": 1, "remove": 2, "swap": 2}.get(task) or int(rng.integers(1, 3))
     source = _source_scene(rng, count)
     order = [source.objects[int(index)] for index in rng.permutation(count)]
