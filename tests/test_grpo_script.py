@@ -59,7 +59,7 @@ def test_recipes_and_their_names(tmp_path):
 
 
 WORKER = """
-import sys, json, torch
+import sys, json, pathlib, torch
 sys.path.insert(0, {tests!r})
 from test_grpo_trainer import Recording, history, low_codes, make_trainer
 
@@ -74,14 +74,14 @@ trainer = make_trainer(
 trainer.train()
 batches = [batch for batch, _ in trainer.generated]
 suffix_inputs = [codes.tolist() for codes in batches[1]["image_codes"]]
-print("RESULT" + json.dumps({{
-    "rank": trainer.accelerator.process_index,
+rank = trainer.accelerator.process_index
+pathlib.Path(sys.argv[1], f"result-{{rank}}.json").write_text(json.dumps({{
     "world": trainer.accelerator.num_processes,
     "rewards": history(trainer, "reward") if trainer.is_world_process_zero() else None,
     "advantages": [batch["advantages"].tolist() for batch in batches],
     "prefixes": [codes[:5] for codes in suffix_inputs],
     "parameters": sum(p.double().abs().sum().item() for p in trainer.pipeline.transformer.parameters()),
-}}), flush=True)
+}}))
 """
 
 
@@ -96,8 +96,7 @@ def test_two_processes_share_groups_and_agree(tmp_path):
         [*command, str(worker), str(tmp_path / "run")], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    found = [json.loads(line.split("RESULT")[1]) for line in result.stdout.splitlines() if "RESULT" in line]
-    first, second = sorted(found, key=lambda entry: entry["rank"])
+    first, second = (json.loads((tmp_path / "run" / f"result-{rank}.json").read_text()) for rank in range(2))
     assert first["world"] == second["world"] == 2
     assert first["parameters"] == second["parameters"]
     for mine, theirs in zip(first["advantages"], second["advantages"]):
