@@ -205,12 +205,13 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
+    recipe = load_recipe("shapes_grpo")["training"]
     lines = [
         "| rollouts an update | trained | s / update | peak MiB | above the loaded model |",
         "|---:|---|---:|---:|---:|",
     ]
     for rollouts in (8, 16, 32, 64, 128):
-        for scales, name in ((3, "prefix"), (None, "whole")):
+        for scales, name in ((recipe["prefix_scales"], "prefix"), (None, "whole")):
             command = [sys.executable, __file__, "measure", "--model", args.model, "--output-dir", args.output_dir]
             command += ["--rollouts", rollouts] + ([] if scales is None else ["--prefix-scales", scales])
             result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
