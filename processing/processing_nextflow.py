@@ -1,9 +1,8 @@
 """Messages with images <-> the sequence the model reads (§2.1; chat format not specified by the paper).
 
 Owns the layout: an image is `<boi>`, one `<|image_pad|>` per cell of scales 2..K, `<eoi>`, and one row of
-    `image_grids` per
-`<boi>`. Only the template writes control tokens: the same characters in somebody's message stay text. Knows nothing of
-codes beyond their token names, and nothing of the model.
+`image_grids` per `<boi>`. Only the template writes control tokens: the same characters in somebody's message stay
+text. Knows nothing of codes beyond their token names, and nothing of the model.
 """
 
 import functools
@@ -680,8 +679,7 @@ class NextFlowProcessor(ProcessorMixin):
     def _grids_of_size(self, height: int, width: int, *, resolution: int | None) -> list[tuple[int, int]]:
         """
         The schedule of a size in pixels: the nearest bucket, at `resolution` if given, else at the level that has
-            exactly
-        this size, else at the processor's resolution or the halving of it that is nearest in area.
+        exactly this size, else at the processor's resolution or the halving of it that is nearest in area.
         """
         schedule = self.image_processor.schedule
         bucket = schedule.nearest_bucket(height, width)

@@ -77,22 +77,24 @@ def draw_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
     """
     recipe = load_recipe("pictures")
     pictures_file, captions_file = folder / "pictures.npy", folder / "captions.json"
-    if not captions_file.exists():
-        rng = np.random.default_rng(recipe["seed"])
-        pictures = np.empty((recipe["num_train"] + recipe["num_eval"], recipe["size"], recipe["size"], 3), np.uint8)
-        captions = []
-        for index in range(len(pictures)):
-            if index % 2:
-                prompt = sample_prompt(rng, split="train" if index < recipe["num_train"] else "test")
-                scene, caption = sample_scene(rng, prompt), prompt.text
-            else:  # anything anywhere, and a caption that says all there is to see
-                scene = sample_edit(rng).target
-                caption = describe(scene, rng)
-            pictures[index] = render(scene, recipe["size"], recipe["size"])
-            captions.append(caption)
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(pictures_file, pictures)
-        captions_file.write_text(json.dumps(captions))
+    with PartialState(cpu=not torch.accelerator.is_available()).local_main_process_first():
+        if not captions_file.exists():
+            rng = np.random.default_rng(recipe["seed"])
+            shape = (recipe["num_train"] + recipe["num_eval"], recipe["size"], recipe["size"], 3)
+            pictures = np.empty(shape, np.uint8)
+            captions = []
+            for index in range(len(pictures)):
+                if index % 2:
+                    prompt = sample_prompt(rng, split="train" if index < recipe["num_train"] else "test")
+                    scene, caption = sample_scene(rng, prompt), prompt.text
+                else:  # anything anywhere, and a caption that says all there is to see
+                    scene = sample_edit(rng).target
+                    caption = describe(scene, rng)
+                pictures[index] = render(scene, recipe["size"], recipe["size"])
+                captions.append(caption)
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(pictures_file, pictures)
+            captions_file.write_text(json.dumps(captions))
     return np.load(pictures_file, mmap_mode="r"), json.loads(captions_file.read_text())
 
 
@@ -316,6 +318,9 @@ def export_stage(folder: Path) -> None:
     export_pipeline(pipeline, output_dir, shapes_card(pipeline, context), include_code=False)
 
 
+# Stages that one process does, while the others wait.
+ALONE = {"text-tokenizer", "export"}
+
 # Stage -> its function and the file that is there when it is finished.
 STAGES = {
     "text-tokenizer": (text_tokenizer_stage, "text_tokenizer/tokenizer.json"),
@@ -349,11 +354,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = make_parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    state = PartialState(cpu=not torch.accelerator.is_available())
     for stage in STAGES:
         run_stage, finished = STAGES[stage]
         if stage in args.stage and not (args.output_dir / finished).exists():
             logger.info("stage %s", stage)
-            run_stage(args.output_dir)
+            if state.is_main_process or stage not in ALONE:
+                run_stage(args.output_dir)
+        state.wait_for_everyone()
 
 
 if __name__ == "__main__":
