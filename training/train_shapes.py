@@ -8,8 +8,10 @@ numbers are in `recipes/shapes_<stage>.yaml`; they fit one CPU core, and a GPU i
 """
 
 import argparse
+import functools
 import json
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -335,8 +337,24 @@ STAGES = {
 
 
 def device_arguments() -> dict:
-    """bf16 everywhere; the CPU when there is no accelerator."""
-    return {"bf16": True, "use_cpu": not torch.accelerator.is_available(), "report_to": "none"}
+    """The CPU when there is no accelerator, and half precision where it is faster."""
+    use_cpu = not torch.accelerator.is_available()
+    return {"bf16": not use_cpu or multiplies_faster_in_bf16(), "use_cpu": use_cpu, "report_to": "none"}
+
+
+@functools.cache
+def multiplies_faster_in_bf16(size: int = 1024, repeats: int = 5) -> bool:
+    """Of this CPU: some multiply 2.5 times as fast in bf16, others half as fast."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix, times = torch.ones(size, size, dtype=dtype), []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 def training_attention() -> dict:
