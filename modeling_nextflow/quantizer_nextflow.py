@@ -13,9 +13,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig
-
-
-Schedule = tuple[tuple[int, int], ...]  # (height, width) of every scale, coarse to fine
+from .grids_nextflow import Schedule
 
 
 @dataclass

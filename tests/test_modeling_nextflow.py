@@ -297,6 +297,28 @@ BAD_INPUTS = {
     "too few codes": ({"image_codes": random_codes(SQUARE)[:-1]}, "need 30 codes, got image_codes of length 29"),
     "code out of range": ({"image_codes": random_codes(SQUARE) + CODES}, r"must lie in \[0, 24\)"),
     "negative code": ({"image_codes": random_codes(SQUARE) - CODES}, r"must lie in \[0, 24\)"),
+    "a hole in the grids": (
+        {"image_grids": grids_tensor([(1, 1), (0, 0), *SQUARE[1:]])},
+        r"image_grids\[0\] is .*, expected positive grids and then zero rows only",
+    ),
+    "negative grids": (
+        {"image_grids": grids_tensor([(1, 1), (-2, -2), *SQUARE[2:]])},
+        r"image_grids\[0\] is .*, expected positive grids",
+    ),
+    "more scales than the model knows": (
+        {"image_grids": torch.tensor([[*SQUARE, (4, 4), (4, 4)]])},
+        "image 0 has 6 scales, expected at most config.max_scales = 5",
+    ),
+    "grids of one image alone": ({"image_grids": grids_tensor(SQUARE)[0]}, r"shape \(5, 2\), expected \(n_images"),
+    "grids that are no integers": ({"image_grids": grids_tensor(SQUARE).float()}, "float32, expected integers"),
+    "text between the cells": (
+        {"input_ids": torch.tensor([[5, BOI, *[IMAGE] * 4, 7, *[IMAGE] * 25, EOI]])},
+        "1 image placeholder tokens that follow neither <boi> nor another placeholder",
+    ),
+    "cells in front": (
+        {"input_ids": torch.tensor([[IMAGE, BOI, *[IMAGE] * 28, EOI]])},
+        "1 image placeholder tokens that follow neither",
+    ),
     "no 1x1 scale": ({"image_grids": grids_tensor([(2, 2), *SQUARE[1:]])}, r"must start with the grid \(1, 1\)"),
 }
 
