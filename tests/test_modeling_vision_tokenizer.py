@@ -212,8 +212,6 @@ def test_quantizer_against_slow_version(schedule: list, weights: tuple[float, fl
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_quantizes_in_float32_whatever_the_dtype(dtype: torch.dtype):
     model, schedule = build(), tuple(SQUARE)
-    for table in (model.quantizer.semantic_codebook, model.quantizer.pixel_codebook):
-        table.weight.data = table.weight.data.to(dtype).float()
     features = torch.randn(4, SEMANTIC_DIM + PIXEL_DIM, 4, 4).to(dtype)
     expected = model.quantizer(features.float(), schedule)
     with torch.autocast("cpu", dtype):
@@ -224,6 +222,17 @@ def test_quantizes_in_float32_whatever_the_dtype(dtype: torch.dtype):
         assert output.quantized.dtype == torch.float32 and torch.equal(output.quantized, expected.quantized)
     assert torch.equal(decoded, expected.quantized)
     assert model.codebook.dtype == torch.float32
+
+
+def test_casting_leaves_the_codebook_alone_and_moving_does_not():
+    model, codebook = build(), build().codebook
+    for cast in (model.half, model.bfloat16, lambda: model.to("cpu", torch.float16), model.float):
+        cast()
+        assert torch.equal(model.codebook, codebook)
+    assert model.half().dtype == torch.float16 == model.quant_conv.weight.dtype
+    assert model.double().quantizer.semantic_codebook.weight.dtype == torch.float64
+    assert {parameter.device.type for parameter in model.to("meta").quantizer.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in model.to_empty(device="cpu").quantizer.parameters()} == {torch.float64}
 
 
 def test_bfloat16_model_runs_and_keeps_its_codebook(tmp_path):
