@@ -192,9 +192,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def get_image_layout(self, input_ids: torch.LongTensor, image_grids: torch.LongTensor) -> ImageLayout | None:
-        check_shape(image_grids)
         if len(image_grids) == 0:
             return None
+        check_shape(image_grids)
         return get_image_layout(
             input_ids,
             image_grids,
