@@ -139,9 +139,8 @@ def empty_tokenizer(config: NextFlowVisionTokenizerConfig) -> NextFlowVisionToke
 
 def cast(model: NextFlowVisionTokenizer, dtype: torch.dtype) -> NextFlowVisionTokenizer:
     """`model` itself in `dtype`, its codebooks in float32."""
-    for name, module in model.named_children():
-        module.to(torch.float32 if name in model._keep_in_fp32_modules_strict else dtype)
-    model.config.dtype = dtype
+    model.quantizer.float()  # which stays where it is when the rest is cast
+    model.to(dtype).config.dtype = dtype
     return model
 
 

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_nextflow import get_attention_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
+from .grids_nextflow import Schedule, check_shape, schedules_from_grids
 from .loss_nextflow import (
     IGNORE_INDEX,
     get_targets,
@@ -193,6 +194,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
     def get_image_layout(self, input_ids: torch.LongTensor, image_grids: torch.LongTensor) -> ImageLayout | None:
         if len(image_grids) == 0:
             return None
+        check_shape(image_grids)
         return get_image_layout(
             input_ids,
             image_grids,
@@ -279,14 +281,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
         unused = self.connector(self.image_codebook(code)) + self.scale_embedding(code)
         return inputs_embeds + (0 * unused).to(inputs_embeds.dtype)
 
-    def _embed_cells(
-        self, codes: torch.LongTensor, images: list[tuple[list[tuple[int, int]], int]]
-    ) -> torch.FloatTensor:
+    def _embed_cells(self, codes: torch.LongTensor, images: list[tuple[Schedule, int]]) -> torch.FloatTensor:
         """Connector outputs (cells of scales 2..m of all images, hidden), images with one schedule in one go."""
         per_image = codes.split([count for _, count in images])
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[Schedule, list[int]] = {}
         for index, (grids, _) in enumerate(images):
-            groups.setdefault(tuple(grids), []).append(index)
+            groups.setdefault(grids, []).append(index)
         embedded: list[torch.Tensor | None] = [None] * len(images)
         for grids, members in groups.items():
             if len(grids) == 1:
@@ -363,7 +363,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         codes: torch.LongTensor,
         image_grids: torch.LongTensor,
         layout: ImageLayout,
-    ) -> list[tuple[list[tuple[int, int]], int]]:
+    ) -> list[tuple[Schedule, int]]:
         """Per image: the grids of the scales that are present in `input_ids`, and how many codes it brings.
 
         A closed image (its `<eoi>` is there) has all its scales and the codes of all; an open one, still being drawn,
@@ -372,16 +372,24 @@ class NextFlowModel(NextFlowPreTrainedModel):
         num_images = int((layout.scale == 1).sum())
         if num_images != len(image_grids):
             raise ValueError(f"input_ids hold {num_images} <boi> tokens, but image_grids has {len(image_grids)} rows")
-        if (layout.image_index[layout.is_cell] < 0).any():
-            raise ValueError("input_ids hold image placeholder tokens before the first <boi>")
+        is_first = layout.is_cell & ~F.pad(layout.is_slot[:, :-1], (1, 0))
+        if is_first.any():
+            raise ValueError(
+                f"input_ids hold {int(is_first.sum())} image placeholder tokens that follow neither <boi> nor another "
+                "placeholder: the cells of an image stand together, right after its <boi>"
+            )
         cells = torch.bincount(layout.image_index[layout.is_cell], minlength=num_images).tolist()
         after_eoi = layout.image_index[input_ids == self.config.eoi_token_id]
         closed = torch.bincount(after_eoi.clamp(min=0), minlength=num_images).tolist()
         images = []
-        for index, rows in enumerate(image_grids.tolist()):
-            grids = [(height, width) for height, width in rows if height * width > 0]
-            if not grids or grids[0] != (1, 1):
-                raise ValueError(f"the schedule of image {index} must start with the grid (1, 1), got {grids[:1]}")
+        for index, grids in enumerate(schedules_from_grids(image_grids)):
+            if grids[0] != (1, 1):
+                raise ValueError(f"the schedule of image {index} must start with the grid (1, 1), got {grids[0]}")
+            if len(grids) > self.config.max_scales:
+                raise ValueError(
+                    f"image {index} has {len(grids)} scales, expected at most config.max_scales = "
+                    f"{self.config.max_scales}; an image whose last grid stands there twice has one more"
+                )
             present, count = 1, 0
             while present < len(grids) and count < cells[index]:
                 count += grids[present][0] * grids[present][1]
@@ -390,7 +398,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             if count != cells[index] or (closed[index] and count != whole):
                 raise ValueError(
                     f"image {index} has {cells[index]} placeholder tokens, which do not fill its scales: its grids "
-                    f"{grids} need {whole}"
+                    f"{list(grids)} need {whole}"
                 )
             last = grids[present - 1][0] * grids[present - 1][1]
             images.append((grids[:present], 1 + count if closed[index] else 1 + count - last))

@@ -21,8 +21,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
+from .grids_nextflow import Schedule, count_codes, schedules_from_grids
 from .pixel_cnn_nextflow import NextFlowPixelDecoder, NextFlowPixelEncoder, NextFlowZeroConv2d
-from .quantizer_nextflow import NextFlowMultiScaleQuantizer, Schedule
+from .quantizer_nextflow import NextFlowMultiScaleQuantizer
 from .vit_nextflow import NextFlowViT
 
 
@@ -83,24 +84,6 @@ class NextFlowVisionTokenizerOutput(ModelOutput):
     semantic_loss: torch.FloatTensor | None = None
     reconstruction: torch.FloatTensor | None = None
     image_codes: torch.LongTensor | None = None
-
-
-def schedules_from_grids(image_grids: torch.LongTensor) -> list[Schedule]:
-    """Scale schedules, one tuple of (height, width) an image, from `image_grids` (n, max_scales, 2), zero-padded."""
-    if image_grids.ndim != 3 or image_grids.shape[-1] != 2:
-        raise ValueError(f"image_grids has shape {tuple(image_grids.shape)}, expected (n_images, max_scales, 2)")
-    schedules = []
-    for index, rows in enumerate(image_grids.tolist()):
-        grids = tuple((height, width) for height, width in rows if height or width)
-        if not grids or min(min(grid) for grid in grids) < 1 or any(any(row) for row in rows[len(grids) :]):
-            raise ValueError(f"image_grids[{index}] is {rows}, expected positive grids and then zero rows only")
-        schedules.append(grids)
-    return schedules
-
-
-def count_codes(schedule: Schedule) -> int:
-    """Codes of an image: the cells of all its scales."""
-    return sum(height * width for height, width in schedule)
 
 
 def split_image_codes(image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> list[list[torch.LongTensor]]:

@@ -152,6 +152,43 @@ def test_both_layouts_of_names_are_read(checkpoint, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+# config.json as the released repositories have it: written by transformers 4, with rope in two fields, Qwen2.5-VL's
+# language model beside its vision model and not in a `text_config`.
+FLAT = {"rope_theta": 10000.0, "sliding_window": 32768, "use_sliding_window": False, "torch_dtype": "float32"}
+OLD_CONFIGS = {
+    "qwen2.5-vl": {
+        **TEXT, **FLAT, **IDS, "rms_norm_eps": 1e-5, "max_window_layers": 3, "vision_config": VISION,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}, "tie_word_embeddings": False,
+    },
+    "qwen2.5": {**TEXT, **FLAT, "max_window_layers": 3, "tie_word_embeddings": False},
+    "qwen3, tied": {
+        **TEXT, **FLAT, **WIDE_HEADS, "rope_scaling": None, "sliding_window": None, "tie_word_embeddings": True,
+    },
+    "qwen3-vl": {
+        **IDS, "vision_config": {**VISION, "deepstack_visual_indexes": [0]}, "tie_word_embeddings": False,
+        "text_config": {
+            **TEXT, **WIDE_HEADS, "rope_theta": 10000.0, "model_type": "qwen3_vl_text", "dtype": "float32",
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"},
+        },
+    },
+}  # fmt: skip
+OLD_CONFIGS["qwen2.5-vl, tied"] = {**OLD_CONFIGS["qwen2.5-vl"], "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("family", OLD_CONFIGS)
+def test_configs_of_the_released_repositories_are_read(family: str, tmp_path):
+    qwen = save_source(family, tmp_path)
+    settings = overrides(qwen)
+    expected = from_qwen(tmp_path, codebook_size=24, config_overrides=settings)
+    old = {**OLD_CONFIGS[family], "model_type": qwen.config.model_type, "architectures": [type(qwen).__name__]}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    model = from_qwen(tmp_path, codebook_size=24, config_overrides=settings)
+    ours, theirs = (each.config.to_dict() for each in (model, expected))
+    tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}  # where the file has none, the class has a default
+    assert {name for name in theirs if ours[name] != theirs[name]} <= tokens
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
 def test_weights_stay_in_the_files(checkpoint, tmp_path):
     """No copy of the layers is made: their memory is the files', and is copied where it is written to."""
     folder, _ = checkpoint
@@ -192,6 +229,20 @@ def test_dtype_is_that_of_the_files_or_the_one_asked_for(checkpoint):
     assert {p.dtype for p in from_qwen(folder, codebook_size=24).parameters()} == {torch.float32}
     for dtype in ("bfloat16", torch.bfloat16):
         assert {p.dtype for p in from_qwen(folder, codebook_size=24, dtype=dtype).parameters()} == {torch.bfloat16}
+
+
+def test_bfloat16_files_stay_bfloat16_and_where_they_are(tmp_path):
+    qwen = save_source("qwen2.5-vl, tied", tmp_path).bfloat16()
+    for file in tmp_path.glob("*.safetensors*"):
+        file.unlink()
+    qwen.save_pretrained(tmp_path, max_shard_size="10KB")
+    model, ranges = from_qwen(tmp_path, codebook_size=24), mapped(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} == {model.dtype}
+    layers = [value for name, value in model.named_parameters() if name.startswith("model.layers.")]
+    assert all(any(low <= value.data_ptr() < high for low, high in ranges) for value in layers)
+    ids, qwen = torch.randint(90, (1, 9)), type(qwen).from_pretrained(tmp_path)  # with its frequencies in float32
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits[..., :100], qwen(input_ids=ids).logits)
 
 
 def test_the_converted_model_draws(source):

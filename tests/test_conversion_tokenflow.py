@@ -29,7 +29,7 @@ KEY_LISTS = Path(__file__).parent / "data" / "tokenflow_keys.json"
 CASES = {
     "clip": ("clip", 12, (1, 2, 3), 3, {}),
     "clip-interpolated": ("clip", 16, (1, 2, 3, 4), 3, {}),
-    "clip-enhanced": ("clip", 12, (1, 3), 3, {"decoder_channels": 256, "decoder_blocks": 2}),
+    "clip-enhanced": ("clip", 12, (1, 2, 3), 3, {"decoder_channels": 256, "decoder_blocks": 2}),
     "siglip": ("siglip", 17, (1, 2, 3, 4, 5), 5, {}),  # 5 patches of 3 pixels, and 2 pixels that no patch sees
 }
 
@@ -160,6 +160,17 @@ def test_every_released_key_has_one_place(variant: str):
     )
     assert config.semantic_config.num_attention_heads == (16 if variant == "siglip_384" else 12)
     assert config.semantic_decoder_config.num_attention_heads == 12
+
+
+@pytest.mark.parametrize("variant", ["clipb_224", "clipb_224_enhanced"])
+def test_clips_projection_may_be_there_or_not(variant: str):
+    """Their training code has dropped it from the encoder, which does not use it; the lists above have it."""
+    state = {name: torch.empty(shape, device="meta") for name, shape in released_keys(variant).items()}
+    without = {name: value for name, value in state.items() if name != "encoder_vqkd.proj"}
+    assert len(without) == len(state) - 1
+    config = config_from_tokenflow(without)
+    assert config.to_dict() == config_from_tokenflow(state).to_dict()
+    assert convert_tokenflow(without, empty_tokenizer(config)).keys() == empty_tokenizer(config).state_dict().keys()
 
 
 def test_every_row_of_the_table_is_used():

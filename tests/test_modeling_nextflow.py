@@ -24,12 +24,13 @@ from toy import (
     toy_config,
     toy_model,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from nextflow_hf.modeling_nextflow.attention_nextflow import get_attention_mask
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.loss_nextflow import get_targets, scale_weights
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout, get_position_ids
+from nextflow_hf.modeling_nextflow.rope_nextflow import NextFlowRotaryEmbedding, get_image_layout, get_position_ids
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +298,28 @@ BAD_INPUTS = {
     "too few codes": ({"image_codes": random_codes(SQUARE)[:-1]}, "need 30 codes, got image_codes of length 29"),
     "code out of range": ({"image_codes": random_codes(SQUARE) + CODES}, r"must lie in \[0, 24\)"),
     "negative code": ({"image_codes": random_codes(SQUARE) - CODES}, r"must lie in \[0, 24\)"),
+    "a hole in the grids": (
+        {"image_grids": grids_tensor([(1, 1), (0, 0), *SQUARE[1:]])},
+        r"image_grids\[0\] is .*, expected positive grids and then zero rows only",
+    ),
+    "negative grids": (
+        {"image_grids": grids_tensor([(1, 1), (-2, -2), *SQUARE[2:]])},
+        r"image_grids\[0\] is .*, expected positive grids",
+    ),
+    "more scales than the model knows": (
+        {"image_grids": torch.tensor([[*SQUARE, (4, 4), (4, 4)]])},
+        "image 0 has 6 scales, expected at most config.max_scales = 5",
+    ),
+    "grids of one image alone": ({"image_grids": grids_tensor(SQUARE)[0]}, r"shape \(5, 2\), expected \(n_images"),
+    "grids that are no integers": ({"image_grids": grids_tensor(SQUARE).float()}, "float32, expected integers"),
+    "text between the cells": (
+        {"input_ids": torch.tensor([[5, BOI, *[IMAGE] * 4, 7, *[IMAGE] * 25, EOI]])},
+        "1 image placeholder tokens that follow neither <boi> nor another placeholder",
+    ),
+    "cells in front": (
+        {"input_ids": torch.tensor([[IMAGE, BOI, *[IMAGE] * 28, EOI]])},
+        "1 image placeholder tokens that follow neither",
+    ),
     "no 1x1 scale": ({"image_grids": grids_tensor([(2, 2), *SQUARE[1:]])}, r"must start with the grid \(1, 1\)"),
 }
 
@@ -312,6 +335,28 @@ def test_inputs_that_do_not_fit_are_refused(model, case):
     }
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+def test_rotary_frequencies_are_dealt_out_in_turn():
+    config = toy_config(hidden_size=256, num_attention_heads=2, rope_parameters=None)  # heads of 128, as the 7B has
+    positions = 40 * torch.rand(3, 2, 9)  # scale, row, column: fractions of a token
+    cos, sin = NextFlowRotaryEmbedding(config)(positions, positions)
+    for frequency in range(64):
+        axis = frequency % 3 if frequency < 60 else 0
+        angle = positions[axis] * 1e6 ** (-2 * frequency / 128)
+        for half in (frequency, frequency + 64):
+            torch.testing.assert_close(cos[..., half], angle.cos(), atol=1e-5, rtol=0)
+            torch.testing.assert_close(sin[..., half], angle.sin(), atol=1e-5, rtol=0)
+
+    text = positions[:1].expand(3, -1, -1)
+    ours, qwen = NextFlowRotaryEmbedding(config)(text, text), Qwen2RotaryEmbedding(config)(text, text[0])
+    assert all(torch.equal(one, two) for one, two in zip(ours, qwen, strict=True))
+
+    # Neighbours on a 64 x 64 grid are a unit apart; either axis sees that (the contiguous split: 0.011 and less).
+    for axis in (1, 2):
+        step = torch.zeros(3, 1, 1)
+        step[axis] = 1.0
+        assert NextFlowRotaryEmbedding(config)(step, step)[1].abs().max() > 0.5
 
 
 def test_rotary_split_must_fit_the_head():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_loss import LargestTensor
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
@@ -208,20 +209,30 @@ def test_quantizer_against_slow_version(schedule: list, weights: tuple[float, fl
     assert torch.equal(output.quantized, model.quantizer.decode(output.image_codes, tuple(schedule)))
 
 
-def test_quantizes_in_float32_whatever_the_dtype():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantizes_in_float32_whatever_the_dtype(dtype: torch.dtype):
     model, schedule = build(), tuple(SQUARE)
-    for table in (model.quantizer.semantic_codebook, model.quantizer.pixel_codebook):
-        table.weight.data = table.weight.data.bfloat16().float()
-    features = torch.randn(4, SEMANTIC_DIM + PIXEL_DIM, 4, 4).bfloat16()
+    features = torch.randn(4, SEMANTIC_DIM + PIXEL_DIM, 4, 4).to(dtype)
     expected = model.quantizer(features.float(), schedule)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         under_autocast = model.quantizer(features.float(), schedule)
         decoded = model.quantizer.decode(expected.image_codes, schedule)
-    for output in (under_autocast, model.bfloat16().quantizer(features, schedule)):
+    for output in (under_autocast, model.to(dtype).quantizer(features, schedule)):
         assert torch.equal(output.image_codes, expected.image_codes)
         assert output.quantized.dtype == torch.float32 and torch.equal(output.quantized, expected.quantized)
     assert torch.equal(decoded, expected.quantized)
     assert model.codebook.dtype == torch.float32
+
+
+def test_casting_leaves_the_codebook_alone_and_moving_does_not():
+    model, codebook = build(), build().codebook
+    for cast in (model.half, model.bfloat16, lambda: model.to("cpu", torch.float16), model.float):
+        cast()
+        assert torch.equal(model.codebook, codebook)
+    assert model.half().dtype == torch.float16 == model.quant_conv.weight.dtype
+    assert model.double().quantizer.semantic_codebook.weight.dtype == torch.float64
+    assert {parameter.device.type for parameter in model.to("meta").quantizer.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in model.to_empty(device="cpu").quantizer.parameters()} == {torch.float64}
 
 
 def test_bfloat16_model_runs_and_keeps_its_codebook(tmp_path):
@@ -247,6 +258,16 @@ def test_chunked_search_equals_whole(model: NextFlowVisionTokenizer, chunk: int)
             for each in (model, chunked)
         )
         assert torch.equal(one.image_codes, two.image_codes)
+
+
+@pytest.mark.parametrize("self_correction", [False, True])
+def test_search_holds_the_distances_of_a_chunk_alone(self_correction: bool):
+    model = build(codebook_size=5000, search_chunk_size=4)
+    features, noise = torch.randn(2, SEMANTIC_DIM + PIXEL_DIM, 4, 4), torch.rand(2, 30, 2)
+    with torch.no_grad(), LargestTensor() as largest:
+        model.quantizer(features, tuple(SQUARE), noise=noise if self_correction else None)
+    # Of all cells of the last scale it would be 32 x 5000, one-hot or not.
+    assert largest.numel == 5000 * (SEMANTIC_DIM + PIXEL_DIM)  # the codebook
 
 
 # ---- Self-correction ----
@@ -329,6 +350,14 @@ def test_scale_dropout_keeps_first_and_last():
         kept = [bool((code_map >= 0).all()) for code_map in image]
         assert kept == [True, *[False] * (len(image) - 2), True]
         assert all((code_map == -1).all() for code_map in image[1:-1])
+
+
+def test_scale_dropout_is_a_coin_for_each_scale():
+    model = build(scale_dropout=0.5).train()
+    torch.manual_seed(0)
+    dropped = torch.tensor([model._dropped_scales(None, 18) for _ in range(2000)]).float()
+    torch.testing.assert_close(dropped.mean(0), torch.full((18,), 0.5), atol=0.05, rtol=0)
+    assert (torch.corrcoef(dropped.T) - torch.eye(18)).abs().max() < 0.1
 
 
 def test_explicit_drop_against_slow_version(model: NextFlowVisionTokenizer):

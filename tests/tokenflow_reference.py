@@ -96,8 +96,8 @@ def tiny_checkpoint(encoder: str, *, cells: int, decoder_channels: int = CHANNEL
             add(f"{name}.attn.in_proj_bias", 3 * hidden)
             linear(f"{name}.attn.out_proj", hidden, hidden)
             norm(f"{name}.ln_1", hidden)
-            linear(f"{name}.mlp.c_fc", 2 * hidden, hidden)
-            linear(f"{name}.mlp.c_proj", hidden, 2 * hidden)
+            linear(f"{name}.mlp.c_fc", 4 * hidden, hidden)
+            linear(f"{name}.mlp.c_proj", hidden, 4 * hidden)
             norm(f"{name}.ln_2", hidden)
     else:
         hidden = features = 48
