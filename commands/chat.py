@@ -97,7 +97,7 @@ class Talk:
         if self.output.file is not None:
             raise ValueError(f"--output is {args.output}, expected a folder")
         self.pipe = loading.load_pipeline(args)
-        self.recorder = records.Recorder("chat", args, RECORDED, [self.pipe.transformer, self.pipe.vision_tokenizer])
+        self.recorder = records.Recorder("chat", args, RECORDED, loading.drawing_modules(self.pipe))
         self.conversation = self.pipe.start_conversation(args.system)
         self.generator = _generator(args)
         self.shown = list(args.image)  # with the next line

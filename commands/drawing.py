@@ -87,7 +87,7 @@ def draw(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     # 2. The model
     start = time.perf_counter()
     pipe = loading.load_pipeline(args)
-    recorder = records.Recorder(console.name, args, RECORDED, _used_modules(pipe, args), recalled)
+    recorder = records.Recorder(console.name, args, RECORDED, loading.drawing_modules(pipe, args.decoder), recalled)
     load_seconds = time.perf_counter() - start
 
     # 3. The images, on disk as they come. One that is repeated keeps its company: the last bit of a sum depends on it
@@ -95,7 +95,8 @@ def draw(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     batches = [seeds[first : first + args.batch_size] for first in range(0, count, args.batch_size)]
     wanted = None
     if recalled is not None and not recalled.changes and args.num_images is None:
-        batches, wanted = [recalled.record.batch["seeds"]], recalled.record.batch["index"]
+        seeds, wanted = _company(recalled)
+        batches = [seeds]
     saved = []
     start = time.perf_counter()
     for prompt, batch in itertools.product(prompts, batches):
@@ -157,13 +158,16 @@ def _read_prompts(args: argparse.Namespace) -> list[str | None]:
     return [args.prompt]
 
 
-def _used_modules(pipe: "NextFlowPipeline", args: argparse.Namespace) -> list:
-    """Components that the pixels come from."""
-    modules = [pipe.transformer, pipe.vision_tokenizer]
-    if args.decoder == "diffusion":
-        parts = pipe.components.items()
-        modules += [part for name, part in parts if "decoder" in name and callable(getattr(part, "state_dict", None))]
-    return modules
+def _company(recalled: records.Recalled) -> tuple[list[int], int]:
+    """Seeds of the images that were drawn together with the one that is recalled, and its place among them."""
+    batch = recalled.record.batch
+    try:
+        seeds, index = batch["seeds"], batch["index"]
+        if seeds[index] != recalled.record.arguments["seed"]:
+            raise ValueError(f"its seed is {recalled.record.arguments['seed']}, but that of its batch {seeds[index]}")
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"the metadata of {recalled.path} cannot be used: {error!r}") from error
+    return seeds, index
 
 
 def _call(pipe: "NextFlowPipeline", args: argparse.Namespace, prompt: str | None) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     pipe = loading.load_pipeline(args)
-    recorder = records.Recorder("frames", args, RECORDED, [pipe.transformer, pipe.vision_tokenizer], recalled)
+    recorder = records.Recorder("frames", args, RECORDED, loading.drawing_modules(pipe), recalled)
     settings = records.call_settings(args, SETTINGS, pipe)
 
     # 3. The frames

@@ -69,7 +69,7 @@ def interleave(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     pipe = loading.load_pipeline(args)
-    recorder = records.Recorder("interleave", args, RECORDED, [pipe.transformer, pipe.vision_tokenizer], recalled)
+    recorder = records.Recorder("interleave", args, RECORDED, loading.drawing_modules(pipe), recalled)
     settings = records.call_settings(args, SETTINGS, pipe)
 
     # 3. The answer, as it comes

@@ -2,10 +2,11 @@
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,9 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
 
 
 def _quantization(kind: str, dtype: str) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError('--quantize needs bitsandbytes: pip install "nextflow-hf[quant]"')
+
     import torch
     from diffusers import PipelineQuantizationConfig
 
@@ -143,22 +147,27 @@ def _load_loras(pipe: "NextFlowPipeline", loras: Sequence[str]) -> list[str]:
     return [f"{path}={scale:g}" for path, scale in zip(paths, scales, strict=True)]
 
 
-def weights_fingerprint(modules: Iterable["nn.Module"]) -> str:
-    """
-    Hash of some values of every tensor of `modules`: other weights have another, and the largest take no time.
-    """
+def drawing_modules(pipe: "NextFlowPipeline", decoder: str | None = None) -> dict[str, "nn.Module"]:
+    """The components that pixels come from."""
+    from torch import nn
+
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in modules.items() if "decoder" not in name or decoder == "diffusion"}
+
+
+def weights_fingerprint(module: "nn.Module") -> str:
+    """Hash of some values of every tensor of `module`: other weights have another, and the largest take no time."""
     import torch
 
     digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            flat = tensor.detach().flatten()
-            if not flat.numel():
-                continue
-            places = torch.linspace(0, flat.numel() - 1, min(flat.numel(), SAMPLED_VALUES), dtype=torch.float64)
-            values = flat[places.long().to(flat.device)].cpu().contiguous()
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        if not flat.numel():
+            continue
+        places = torch.linspace(0, flat.numel() - 1, min(flat.numel(), SAMPLED_VALUES), dtype=torch.float64)
+        values = flat[places.long().to(flat.device)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -65,7 +65,7 @@ def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     # 2. The model; nothing is drawn
     pipe = loading.load_pipeline(args, without=["transformer"])
-    recorder = records.Recorder("reconstruct", args, RECORDED, [pipe.vision_tokenizer])
+    recorder = records.Recorder("reconstruct", args, RECORDED, loading.drawing_modules(pipe, args.decoder))
 
     # 3. There and back, one by one: their sizes differ
     described = []

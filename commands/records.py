@@ -11,7 +11,7 @@ have changed.
 import argparse
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class ImageRecord:
         command (`str`): The command of `nextflow-hf` that drew it.
         arguments (`dict`): Its options: the prompt, the seed, the model, sizes and settings, those that came from
             the model included. A file is `{"path": ..., "sha256": ...}`.
-        fingerprint (`str`): Of the weights.
+        weights (`dict[str, str]`): Fingerprints of the components that the pixels come from.
         environment (`dict[str, str]`): Versions of the libraries.
         batch (`dict`, *optional*): `seeds` of the images that were drawn together, and the `index` of this one: the
             last bit of a sum depends on its company.
@@ -50,7 +50,7 @@ class ImageRecord:
 
     command: str
     arguments: dict[str, Any]
-    fingerprint: str
+    weights: dict[str, str]
     environment: dict[str, str]
     batch: dict[str, Any] | None = None
     results: dict[str, Any] = field(default_factory=dict)
@@ -74,17 +74,19 @@ class Recalled:
     given: set[str]
     changes: set[str]
 
-    def check_weights(self, fingerprint: str) -> None:
+    def check_weights(self, weights: Mapping[str, str]) -> None:
         """Refuse other weights, unless the options ask for them. The same ones may lie elsewhere by now."""
-        if fingerprint == self.record.fingerprint:
+        others = {name for name, now in weights.items() if now != self.record.weights.get(name, now)}
+        if not others:
             self.changes -= {"model", "revision", "lora"}
         elif not self.given & WEIGHTS:
             model = self.record.arguments.get("model")
             raise ValueError(
-                f"the weights of {model} are not those that drew {self.path}: their fingerprint is {fingerprint}, "
-                f"expected {self.record.fingerprint}. Pass --model with the place of the right ones, or "
-                f"`--model {model}` to draw with these"
+                f"the weights of {model} are not those that drew {self.path}: the {' and the '.join(sorted(others))} "
+                f"changed. Pass --model with the place of the right ones, or `--model {model}` to draw with these"
             )
+        else:
+            self.changes.add("weights")
 
     def compare(self, image: "PIL.Image.Image | None", console: Console) -> bool | None:
         """
@@ -116,7 +118,7 @@ class Recorder:
         command (`str`): Which one.
         args (`argparse.Namespace`): Its options.
         names (`Sequence[str]`): Those that are recorded.
-        modules (`Iterable[nn.Module]`): What the pixels come from.
+        modules (`dict[str, nn.Module]`): What the pixels come from.
         recalled ([`Recalled`], *optional*): What is repeated; its weights must be those of `modules`.
     """
 
@@ -125,15 +127,15 @@ class Recorder:
         command: str,
         args: argparse.Namespace,
         names: Sequence[str],
-        modules: Iterable["nn.Module"],
+        modules: Mapping[str, "nn.Module"],
         recalled: Recalled | None = None,
     ):
         self.command = command
         self.args = args
         self.names = names
-        self.fingerprint = loading.weights_fingerprint(modules)
+        self.weights = {name: loading.weights_fingerprint(module) for name, module in modules.items()}
         if recalled is not None:
-            recalled.check_weights(self.fingerprint)
+            recalled.check_weights(self.weights)
 
     def save(
         self,
@@ -155,7 +157,7 @@ class Recorder:
             record = ImageRecord(
                 command=self.command,
                 arguments=given_arguments(settled, self.names),
-                fingerprint=self.fingerprint,
+                weights=self.weights,
                 environment=loading.environment(),
                 batch=batch,
                 results=results or {},
@@ -192,11 +194,14 @@ def read_record(path: Path) -> ImageRecord:
         )
     try:
         values = json.loads(text)
+        if values["format"] != FORMAT:
+            raise ValueError(f"it has format {values['format']}, expected {FORMAT}: update nextflow-hf")
         record = ImageRecord(**{entry.name: values[entry.name] for entry in fields(ImageRecord)})
+        tables = (record.arguments, record.weights, record.environment, record.results)
+        if not all(isinstance(table, dict) for table in tables):
+            raise ValueError(f"got {[type(table).__name__ for table in tables]}, expected objects")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the metadata of {path} is broken: {error!r}") from error
-    if record.format != FORMAT:
-        raise ValueError(f"the metadata of {path} has format {record.format}, expected {FORMAT}: update nextflow-hf")
+        raise ValueError(f"the metadata of {path} cannot be used: {error!r}") from error
     return record
 
 
