@@ -1,5 +1,6 @@
 """`nextflow-hf chat`, `interleave` and `frames`: what the pipeline says and draws, on the console and as files."""
 
+import inspect
 import io
 import json
 
@@ -10,9 +11,11 @@ from PIL import Image
 from toy_pipeline import spelling_pipeline
 
 from nextflow_hf import NextFlowPipeline
+from nextflow_hf.commands import frames, interleave
 from nextflow_hf.commands.records import read_record
 
 
+METHODS = ("__call__", "interleave", "frames")
 DRAWING = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 8}
 OPTIONS = ["--guidance-scale", 3, "--temperature", 1, "--top-k", 8]
 
@@ -40,6 +43,12 @@ def toy(pipe, monkeypatch) -> str:
 
 def type_in(monkeypatch, *lines: str) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_settings_are_the_pipelines_arguments():
+    of = {method: set(inspect.signature(getattr(NextFlowPipeline, method)).parameters) for method in METHODS}
+    assert set(interleave.SETTINGS) <= of["interleave"]
+    assert set(frames.SETTINGS) <= of["frames"] | of["__call__"]  # `**drawing` are the call's
 
 
 # --- chat

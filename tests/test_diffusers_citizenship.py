@@ -114,48 +114,56 @@ assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nextflow"] is nextflow_hf.NextFlowPipe
     assert result.returncode == 0, result.stderr
 
 
-def diffusers_cli(*arguments: object, **environment: str) -> str:
-    """Standard output of `nextflow-hf diffusers`, which is diffusers' own command with NextFlow registered."""
-    result = subprocess.run(
-        [sys.executable, "-m", "nextflow_hf.cli", "diffusers", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_diffusers_command_line(folder, tmp_path):
+def test_diffusers_command_line(pipe, folder, hub, tmp_path):
+    """`nextflow-hf diffusers` is diffusers' own, with NextFlow known to it; here on a folder, then on a Hub."""
     adapted = toy_pipeline().transformer
     adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     NextFlowPipeline.save_lora_weights(
         tmp_path / "lora", transformer_lora_layers=get_peft_model_state_dict(adapted, save_embedding_layers=False)
     )
     IMAGE.save(tmp_path / "image.png")
-    call = {"prompt": "a", "image": str(tmp_path / "image.png"), "guidance_scale": 2.0}
-    diffusers_cli(
-        *("run", "--model", folder, "--seed", 0, "--output", tmp_path / "drawn.png", "--vae-tiling", "--vae-slicing"),
-        *("--lora", json.dumps({"lora_id": str(tmp_path / "lora")}), "--pipeline-kwargs", json.dumps(call)),
-        HF_HUB_OFFLINE="1",
+    local = [
+        "run",
+        "--model",
+        folder,
+        "--seed",
+        0,
+        "--output",
+        tmp_path / "local.png",
+        "--vae-tiling",
+        "--vae-slicing",
+    ]
+    local += ["--lora", json.dumps({"lora_id": str(tmp_path / "lora")}), "--pipeline-kwargs"]
+    local += [json.dumps({"prompt": "a", "image": str(tmp_path / "image.png"), "guidance_scale": 2.0})]
+    served = ["run", "--model", "toy/nextflow", "--seed", 0, "--output", tmp_path / "served.png", "--pipeline-kwargs"]
+    served += [json.dumps({"prompt": "a"})]
+    commands = [local, served, ["schema", "--model", "toy/nextflow"]]
+    main = "import json, sys; from nextflow_hf import cli\nfor line in sys.argv[1:]: cli.main(json.loads(line))"
+    result = subprocess.run(
+        [sys.executable, "-c", main, *(json.dumps(["diffusers", *map(str, command)]) for command in commands)],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_ENDPOINT": hub[0],
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
+    assert result.returncode == 0, result.stderr
+
     loaded = NextFlowPipeline.from_pretrained(folder)
     loaded.load_lora_weights(tmp_path / "lora")
     expected = loaded("a", image=IMAGE, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
-    drawn = Image.open(tmp_path / "drawn.png")
+    drawn = Image.open(tmp_path / "local.png")
     assert drawn.size == (20, 12) and drawn.tobytes() == expected.tobytes()
-
-
-def test_diffusers_command_line_with_a_hub(pipe, hub, tmp_path):
-    served = {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    served |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
-    run = ["run", "--model", "toy/nextflow", "--seed", 0, "--output", tmp_path / "drawn.png"]
-    diffusers_cli(*run, "--pipeline-kwargs", json.dumps({"prompt": "a"}), **served)
     expected = pipe("a", generator=torch.Generator().manual_seed(0)).images[0]
-    assert Image.open(tmp_path / "drawn.png").tobytes() == expected.tobytes()
-    schema = diffusers_cli("schema", "--model", "toy/nextflow", **served)
-    assert "image_guidance_scale" in schema and "num_scales" in schema
+    assert Image.open(tmp_path / "served.png").tobytes() == expected.tobytes()
+    assert "image_guidance_scale" in result.stdout and "num_scales" in result.stdout
 
 
 # --- saving
