@@ -81,8 +81,8 @@ def draw(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     args.seed = options.choose_seed(args.seed)
     count = args.num_images or 1
     output = Output(args.output, count=count * len(prompts))
-    if args.preview is not None:
-        preview_path(args.preview)
+    if args.preview is not None and preview_path(args.preview) == args.output:
+        raise ValueError(f"--output and --preview are both {args.output}: give them different names")
 
     # 2. The model
     start = time.perf_counter()
@@ -91,9 +91,8 @@ def draw(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     load_seconds = time.perf_counter() - start
 
     # 3. The images, on disk as they come. One that is repeated keeps its company: the last bit of a sum depends on it
-    seeds = range(args.seed, args.seed + count)
+    seeds, wanted = range(args.seed, args.seed + count), None
     batches = [seeds[first : first + args.batch_size] for first in range(0, count, args.batch_size)]
-    wanted = None
     if recalled is not None and not recalled.changes and args.num_images is None:
         seeds, wanted = _company(recalled)
         batches = [seeds]
@@ -120,19 +119,17 @@ def draw(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 prompt=prompt,
                 seed=seed,
             )
-            saved.append(
-                {"path": str(path), "prompt": prompt, "seed": seed, "width": image.width, "height": image.height}
-            )
-            saved[-1] |= results
+            size = {"width": image.width, "height": image.height}
+            one = {"path": str(path), "prompt": prompt, "seed": seed, **size, **results}
             if args.preview is not None:
                 if args.decoder == "diffusion" or not grown[index]:
                     grown[index].append(image)
-                saved[-1]["preview"] = str(
-                    save_preview(grown[index], preview_path(args.preview, len(saved), output.count))
-                )
+                preview = preview_path(args.preview, len(saved) + 1, output.count)
+                one["preview"] = str(save_preview(grown[index], preview))
             if recalled is not None:
-                saved[-1]["identical"] = recalled.compare(image, console) if wanted is not None else None
-            _show(saved[-1], console)
+                one["identical"] = recalled.compare(image, console) if wanted is not None else None
+            saved.append(one)
+            _show(one, console)
     return {
         "model": args.model,
         "device": args.device,

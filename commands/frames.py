@@ -112,7 +112,7 @@ def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     if recalled is not None:
         images = {None: drawn.contact_sheet(**columns), **dict(enumerate(drawn.frames, start=1))}
-        result["identical"] = recalled.compare(images.get(recalled.record.results["number"]), console)
+        result["identical"] = recalled.compare(images.get(recalled.record.results.get("number")), console)
     return result
 
 

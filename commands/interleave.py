@@ -112,7 +112,7 @@ def interleave(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "parts": described,
     }
     if recalled is not None:
-        result["identical"] = recalled.compare(drawn.get(recalled.record.results["number"]), console)
+        result["identical"] = recalled.compare(drawn.get(recalled.record.results.get("number")), console)
     return result
 
 

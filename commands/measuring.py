@@ -1,6 +1,5 @@
 """How fast a pipeline is here, and what memory it takes: medians of warm runs."""
 
-import resource
 import statistics
 import sys
 import time
@@ -58,6 +57,8 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     if status.exists():
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) * 1024, "the whole process"
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the whole process"
 

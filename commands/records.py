@@ -65,12 +65,14 @@ class Recalled:
     Args:
         path (`Path`): Of the image.
         record ([`ImageRecord`]): Of the image.
+        image (`PIL.Image.Image`): It itself, which the output may be about to overwrite.
         given (`set[str]`): Options that were given beside it.
         changes (`set[str]`): Those with another value.
     """
 
     path: Path
     record: ImageRecord
+    image: "PIL.Image.Image"
     given: set[str]
     changes: set[str]
 
@@ -95,11 +97,7 @@ class Recalled:
         """
         if self.changes:
             return None
-        from PIL import Image
-
-        with Image.open(self.path) as original:
-            original = original.convert("RGB")
-        if image is not None and (image.size, image.tobytes()) == (original.size, original.tobytes()):
+        if image is not None and (image.size, image.tobytes()) == (self.image.size, self.image.tobytes()):
             console.say(f"the same as {self.path}, pixel for pixel")
             return True
         now, then = loading.environment(), self.record.environment
@@ -268,7 +266,11 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
     """Fill the options `names` that are not given with those that made `args.from_image`, if that is given."""
     if args.from_image is None:
         return None
+    from PIL import Image
+
     record = read_record(args.from_image)
+    with Image.open(args.from_image) as image:
+        image = image.convert("RGB")
     if record.command != command:
         raise ValueError(f"{args.from_image} was made by `nextflow-hf {record.command}`, not by `{command}`")
     if unknown := sorted(set(record.arguments) - set(names)):
@@ -281,7 +283,7 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
     for name, value in record.arguments.items():
         if name not in given and name not in dropped:
             setattr(args, name, from_json(value, args.from_image))
-    return Recalled(args.from_image, record, set(given), changes)
+    return Recalled(args.from_image, record, image, set(given), changes)
 
 
 def _same(given: Any, recorded: Any) -> bool:

@@ -72,7 +72,7 @@ class NextFlowFramesOutput(BaseOutput):
     def contact_sheet(self, columns: int = 4) -> PIL.Image.Image:
         """All frames side by side on white, `columns` a row."""
         if not self.frames or columns < 1:
-            raise ValueError(f"got {len(self.frames or ())} frames and {columns} columns, expected at least one of each")
+            raise ValueError(f"got {len(self.frames or ())} frames and {columns} columns, expected at least 1 of each")
         columns = min(columns, len(self.frames))
         rows = -(-len(self.frames) // columns)
         blank = PIL.Image.new("RGB", self.frames[0].size, "white")

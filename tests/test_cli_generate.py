@@ -287,6 +287,7 @@ def test_the_diffusion_decoder(command_line, monkeypatch):
         (["generate", "a", "--seed", -1], "--seed is -1, expected 0 to"),
         (["generate", "a", "--output", "a.jpg"], "expected a .png"),
         (["generate", "a", "--preview", "a.avi"], "--preview is a.avi, expected a .gif"),
+        (["generate", "a", "--preview", "a.png", "--output", "a.png"], "--output and --preview are both a.png"),
         (["generate", "a", "--height", 16], "`height` is 16 and `width` is None"),
         (["generate", "a", "--aspect-ratio", "wide"], "aspect_ratio is 'wide'"),
         (["generate", "a", "--num-scales", 9], "`num_scales` is 9, expected at most 4"),

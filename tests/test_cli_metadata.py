@@ -201,6 +201,9 @@ def test_a_repetition_that_is_none_says_why(command_line, model_folder):
     said = command_line.json("generate", "--from-image", "a.png", "--output", "b.png", status=1)
     assert said["images"][0]["identical"] is False
     assert "not quite the same as a.png: torch was 1.0 and is" in command_line.errors
+    # It is compared with what it was, also where it is overwritten.
+    command_line.run("generate", "--from-image", "a.png", "--output", "a.png", status=1)
+    assert pixels("a.png") == pixels("b.png")
 
 
 def test_a_device_that_is_not_here_is_refused(command_line, model_folder):
