@@ -10,14 +10,22 @@ from nextflow_hf import __version__
 
 # Sub-command -> (module with `main(argv)`, what `--help` says).
 COMMANDS = {
+    "generate": ("nextflow_hf.commands.generate", "images from words"),
+    "edit": ("nextflow_hf.commands.edit", "images changed as told, varied, or drawn again in part"),
+    "chat": ("nextflow_hf.commands.chat", "talk about images, and draw in between"),
+    "interleave": ("nextflow_hf.commands.interleave", "an answer of text and images"),
+    "frames": ("nextflow_hf.commands.frames", "a storyline as a GIF, a film or a contact sheet"),
+    "reconstruct": ("nextflow_hf.commands.reconstruct", "images through the vision tokenizer and back"),
+    "info": ("nextflow_hf.commands.info", "what a model is, and needs; how an image was made"),
+    "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
+    "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
     "convert": ("nextflow_hf.hub_cards.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
     "extract": ("nextflow_hf.training.extract", "a mixture of data sets as shards of tokens and codes for training"),
+    "train": ("nextflow_hf.training.train", "train the transformer by a recipe, on any number of processes"),
     "train-tokenizer": (
         "nextflow_hf.training.train_tokenizer",
         "one stage of a vision tokenizer's training, by a recipe",
     ),
-    "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
-    "train": ("nextflow_hf.training.train", "train the transformer by a recipe, on any number of processes"),
 }
 
 

@@ -64,14 +64,20 @@ class NextFlowFramesOutput(BaseOutput):
                 raise ImportError('an .mp4 needs imageio and imageio-ffmpeg: pip install "nextflow-hf[video]"')
             export_to_video(self.frames, str(path), fps=fps)
         elif suffix in (".png", ".jpg", ".jpeg", ".webp"):
-            columns = min(columns, len(self.frames))
-            rows = -(-len(self.frames) // columns)
-            blank = PIL.Image.new("RGB", self.frames[0].size, "white")
-            fillers = [blank] * (rows * columns - len(self.frames))
-            make_image_grid([*self.frames, *fillers], rows=rows, cols=columns).save(path)
+            self.contact_sheet(columns).save(path)
         else:
             raise ValueError(f"got the suffix {path.suffix!r}, expected .gif, .mp4, .png, .jpg or .webp")
         return path
+
+    def contact_sheet(self, columns: int = 4) -> PIL.Image.Image:
+        """All frames side by side on white, `columns` a row."""
+        if not self.frames or columns < 1:
+            raise ValueError(f"got {len(self.frames or ())} frames and {columns} columns, expected at least 1 of each")
+        columns = min(columns, len(self.frames))
+        rows = -(-len(self.frames) // columns)
+        blank = PIL.Image.new("RGB", self.frames[0].size, "white")
+        fillers = [blank] * (rows * columns - len(self.frames))
+        return make_image_grid([*self.frames, *fillers], rows=rows, cols=columns)
 
 
 __all__ = ["NextFlowFramesOutput", "NextFlowPipelineOutput"]

@@ -16,3 +16,22 @@ def seed() -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> str:
+    """Folder of a toy pipeline."""
+    from toy_pipeline import toy_pipeline
+
+    folder = tmp_path_factory.mktemp("model") / "toy"
+    toy_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def command_line(capsys, tmp_path, monkeypatch):
+    """A `CommandLine` in a folder of its own."""
+    from command_line import CommandLine
+
+    monkeypatch.chdir(tmp_path)
+    return CommandLine(capsys)

@@ -58,7 +58,7 @@ def hub(pipe, tmp_path_factory):
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", home)
         push_pipeline(pipe, "toy/nextflow", token="toy", max_shard_size="60KB")
-        yield home
+        yield hub.url, home
 
 
 # --- loading
@@ -73,9 +73,9 @@ def test_every_loader_finds_it_in_a_folder(pipe, folder, loader):
     assert torch.equal(draw(loaded, image=IMAGE), draw(pipe, image=IMAGE))
 
 
-@pytest.mark.parametrize("loader", LOADERS[:3], ids=lambda loader: loader.__name__)
+@pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.__name__)
 def test_every_loader_finds_it_on_a_hub(pipe, hub, loader):
-    loaded = loader.from_pretrained("toy/nextflow", cache_dir=hub)
+    loaded = loader.from_pretrained("toy/nextflow", cache_dir=hub[1])
     assert type(loaded) is NextFlowPipeline
     assert torch.equal(draw(loaded), draw(pipe))
 
@@ -114,30 +114,56 @@ assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nextflow"] is nextflow_hf.NextFlowPipe
     assert result.returncode == 0, result.stderr
 
 
-def test_diffusers_command_line(pipe, folder, tmp_path):
+def test_diffusers_command_line(pipe, folder, hub, tmp_path):
+    """`nextflow-hf diffusers` is diffusers' own, with NextFlow known to it; here on a folder, then on a Hub."""
     adapted = toy_pipeline().transformer
     adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     NextFlowPipeline.save_lora_weights(
         tmp_path / "lora", transformer_lora_layers=get_peft_model_state_dict(adapted, save_embedding_layers=False)
     )
     IMAGE.save(tmp_path / "image.png")
-    arguments = ["run", "--model", str(folder), "--seed", "0", "--output", str(tmp_path / "drawn.png")]
-    arguments += ["--vae-tiling", "--vae-slicing", "--lora", json.dumps({"lora_id": str(tmp_path / "lora")})]
-    call = {"prompt": "a", "image": str(tmp_path / "image.png"), "guidance_scale": 2.0}
-    main = "import nextflow_hf; from diffusers.commands.diffusers_cli import main; main()"
+    local = [
+        "run",
+        "--model",
+        folder,
+        "--seed",
+        0,
+        "--output",
+        tmp_path / "local.png",
+        "--vae-tiling",
+        "--vae-slicing",
+    ]
+    local += ["--lora", json.dumps({"lora_id": str(tmp_path / "lora")}), "--pipeline-kwargs"]
+    local += [json.dumps({"prompt": "a", "image": str(tmp_path / "image.png"), "guidance_scale": 2.0})]
+    served = ["run", "--model", "toy/nextflow", "--seed", 0, "--output", tmp_path / "served.png", "--pipeline-kwargs"]
+    served += [json.dumps({"prompt": "a"})]
+    commands = [local, served, ["schema", "--model", "toy/nextflow"]]
+    main = "import json, sys; from nextflow_hf import cli\nfor line in sys.argv[1:]: cli.main(json.loads(line))"
     result = subprocess.run(
-        [sys.executable, "-c", main, *arguments, "--pipeline-kwargs", json.dumps(call)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-c", main, *(json.dumps(["diffusers", *map(str, command)]) for command in commands)],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_ENDPOINT": hub[0],
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
     loaded = NextFlowPipeline.from_pretrained(folder)
     loaded.load_lora_weights(tmp_path / "lora")
     expected = loaded("a", image=IMAGE, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
-    drawn = Image.open(tmp_path / "drawn.png")
+    drawn = Image.open(tmp_path / "local.png")
     assert drawn.size == (20, 12) and drawn.tobytes() == expected.tobytes()
+    expected = pipe("a", generator=torch.Generator().manual_seed(0)).images[0]
+    assert Image.open(tmp_path / "served.png").tobytes() == expected.tobytes()
+    assert "image_guidance_scale" in result.stdout and "num_scales" in result.stdout
 
 
 # --- saving

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_pipeline import toy_pipeline, toy_processor
+from toy_pipeline import spelling_pipeline, toy_processor
 from transformers import TextIteratorStreamer
 
 from nextflow_hf import NextFlowPipeline
@@ -21,23 +21,7 @@ BY_HAND = {f"image_{name}": value for name, value in DRAWING.items()}
 
 @pytest.fixture(scope="module")
 def pipe() -> NextFlowPipeline:
-    """
-    A toy that writes small letters, and draws now and then: where `b` is the likeliest of them, an image is likelier.
-    """
-    pipe = toy_pipeline()
-    tokenizer, boi = pipe.processor.tokenizer, pipe.processor.boi_token_id
-    letters = tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
-    (begins,) = tokenizer.encode("b")
-
-    def spell(module, args, logits):
-        changed = torch.full_like(logits, -1e4)
-        changed[..., letters] = logits[..., letters]
-        best = changed.max(-1)
-        changed[..., boi] = best.values + torch.where(best.indices == begins, 1.0, -1e4)
-        return changed
-
-    pipe.transformer.lm_head.register_forward_hook(spell)
-    return pipe
+    return spelling_pipeline()
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -69,3 +69,23 @@ def toy_pipeline(**overrides) -> NextFlowPipeline:
     pipe = NextFlowPipeline(transformer, toy_vision_tokenizer(), processor)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def spelling_pipeline() -> NextFlowPipeline:
+    """
+    A toy that writes small letters, and draws now and then: where `b` is the likeliest of them, an image is likelier.
+    """
+    pipe = toy_pipeline()
+    tokenizer, boi = pipe.processor.tokenizer, pipe.processor.boi_token_id
+    letters = tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
+    (begins,) = tokenizer.encode("b")
+
+    def spell(module, args, logits):
+        changed = torch.full_like(logits, -1e4)
+        changed[..., letters] = logits[..., letters]
+        best = changed.max(-1)
+        changed[..., boi] = best.values + torch.where(best.indices == begins, 1.0, -1e4)
+        return changed
+
+    pipe.transformer.lm_head.register_forward_hook(spell)
+    return pipe

@@ -1,0 +1,144 @@
+"""What a model is, without loading it; with `--measure`, how fast it is here; of an image, how it was made:
+
+nextflow-hf info
+nextflow-hf info path/to/model --measure
+nextflow-hf info circle.png
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nextflow_hf.commands import loading, options, records
+from nextflow_hf.commands.console import Console, run
+from nextflow_hf.commands.options import new_parser
+
+
+EXAMPLES = """\
+  nextflow-hf info                                     # the shipped model
+  nextflow-hf info user/nextflow --dtype bfloat16      # of a model on the Hub only the configuration is read
+  nextflow-hf info path/to/model --measure             # loads it, and draws
+  nextflow-hf info circle.png                          # how an image was made
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser("info", "What a model is, and needs; how an image was made.", EXAMPLES)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="folder or Hub id of a pipeline, or of its transformer or vision tokenizer alone; or an image of "
+        f"nextflow-hf; default: {options.SHIPPED_MODEL}",
+    )
+    parser.add_argument("--measure", action="store_true", help="also load it, and measure speed and memory here")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="of each measurement; default: %(default)s"
+    )
+    options.add_model_options(parser, names_model=False)
+    options.add_console_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Say what it is; returns the exit status."""
+    return run("info", make_parser().parse_args(argv), info)
+
+
+def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if args.model is not None and Path(args.model).is_file():
+        record = asdict(records.read_record(Path(args.model)))
+        console.show(json.dumps(record, indent=2, ensure_ascii=False))
+        return {"image": args.model, "record": record}
+    if args.repeats < 1:
+        raise ValueError(f"--repeats is {args.repeats}, expected at least 1")
+
+    from nextflow_hf.commands.checkpoint import describe, read_checkpoint
+
+    folder = read_checkpoint(args.model, revision=args.revision)
+    described = describe(folder, dtype=args.dtype)
+    described["model"] = args.model or options.SHIPPED_MODEL
+    for line in _lines(described):
+        console.show(line)
+    if args.measure:
+        from nextflow_hf.commands.measuring import measure
+
+        pipe = loading.load_pipeline(args)
+        pipe.set_progress_bar_config(disable=True)
+        described["measured"] = {
+            "device": args.device,
+            "dtype": args.dtype,
+            **measure(pipe, repeats=args.repeats),
+            "environment": loading.environment(),
+        }
+        for line in _measured_lines(described["measured"]):
+            console.show(line)
+    return described
+
+
+def _lines(described: Mapping[str, Any]) -> list[str]:
+    """The description for people."""
+    lines = [f"{described['model']}: {described['class']}", "", "components"]
+    for part in described["components"]:
+        line = f"  {part['name']:<18} {part['class']}"
+        if part["parameters"] is not None:
+            line += f", {part['parameters']:,} parameters, {part['dtype']}, {size(part['bytes'])}"
+        lines.append(line)
+    if "vocabulary" in described:
+        words, layers = described["vocabulary"], described["attention"]
+        lines += [
+            "",
+            f"vocabulary  {words['total']:,} tokens: {words['text']:,} of text, {words['image_codes']:,} image codes, "
+            f"{words['other']} others",
+            f"codes       {words['semantic_code_dim']} semantic and {words['pixel_code_dim']} pixel dimensions",
+            f"layers      {layers['layers']} of width {layers['hidden_size']}",
+            f"attention   {layers['heads']} heads of {layers['head_dim']}, {layers['key_value_heads']} of keys and "
+            f"values, {layers['implementation']}",
+        ]
+    if "drawing" in described:
+        settings = ", ".join(f"{name} {value}" for name, value in described["drawing"].items())
+        lines.append(f"drawing     {settings}")
+    memory = described["memory"]
+    lines += ["", f"memory      {size(memory['weights_bytes'])} for the weights in {memory['dtype']}"]
+    if "kv_cache_bytes_per_token" in memory:
+        lines[-1] += f", {size(memory['kv_cache_bytes_per_token'])} a token for keys and values"
+    if "levels" in described:
+        lines += ["", "levels      pixels    scales    codes    keys and values of an image, with guidance"]
+        for level in described["levels"]:
+            mark = "*" if level["resolution"] == described["resolution"] else " "
+            line = f"          {mark} {level['resolution']:>6}    {level['scales']:>6}    {level['codes']:>5}"
+            if "kv_cache_bytes" in level:
+                line += f"    {size(level['kv_cache_bytes'])}, {size(level['kv_cache_bytes_guided'])}"
+            lines.append(line)
+        lines.append("            of a square; * is the default")
+        shapes = [f"{bucket['width']}x{bucket['height']}" for bucket in described["buckets"]]
+        lines.append(f"shapes      {len(shapes)}, from {shapes[0]} to {shapes[-1]} pixels (width x height)")
+    return lines
+
+
+def _measured_lines(measured: Mapping[str, Any]) -> list[str]:
+    return [
+        "",
+        f"here        {measured['device']}, {measured['dtype']}, medians of warm runs",
+        f"  an image            {measured['image_seconds']:.3f} s",
+        f"  {measured['batch_size']} at once           {measured['batch_seconds']:.3f} s, "
+        f"{measured['batch_seconds'] / measured['batch_size']:.3f} s an image",
+        f"  encode, decode      {measured['encode_seconds']:.3f} s, {measured['decode_seconds']:.3f} s",
+        f"  text                {measured['tokens_per_second']:.1f} tokens a second",
+        f"  peak memory         {size(measured['peak_memory_bytes'])} ({measured['peak_memory_of']})",
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, worth in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= worth:
+            return f"{count / worth:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Where images go: names that say what they are, and nothing overwritten that was not named."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+SLUG_LENGTH = 48
+PREVIEW_FPS = 4
+PREVIEW_HOLD = 6  # frames that the last one stays
+
+
+class Output:
+    """
+    Paths of the images of one command.
+
+    Args:
+        path (`Path`, *optional*): A .png, numbered where there are several images, or a folder. By default names are
+            made of prompt and seed, in this folder.
+        count (`int`): How many images there will be.
+    """
+
+    def __init__(self, path: Path | None, *, count: int):
+        self.count = count
+        self.folder, self.file = Path(), None
+        self._given = 0
+        if path is None:
+            return
+        if path.is_dir() or not path.suffix:
+            self.folder = path
+        elif path.suffix.lower() != ".png":
+            raise ValueError(f"--output is {path}, expected a .png, which alone holds how it was made, or a folder")
+        else:
+            self.file = path
+
+    def path(self, prompt: str | None, seed: int) -> Path:
+        """That of the next image."""
+        self._given += 1
+        if self.file is not None:
+            return numbered(self.file, self._given, self.count)
+        name = f"{slug(prompt)}-{seed}"
+        path, number = self.folder / f"{name}.png", 2
+        while path.exists():
+            path, number = self.folder / f"{name}-{number}.png", number + 1
+        return path
+
+
+def slug(text: str | None) -> str:
+    """A file's name of a text."""
+    words = re.sub(r"[^\w]+", "-", text or "", flags=re.UNICODE).strip("-_").lower()
+    return words[:SLUG_LENGTH].rstrip("-") or "image"
+
+
+def numbered(path: Path, number: int, count: int) -> Path:
+    """`path` for the only one, `path-1`, `path-2`, ... for several."""
+    if count == 1:
+        return path
+    return path.with_name(f"{path.stem}-{str(number).zfill(len(str(count)))}{path.suffix}")
+
+
+def preview_path(path: Path, number: int = 1, count: int = 1) -> Path:
+    if path.suffix.lower() not in (".gif", ".mp4", ".png"):
+        raise ValueError(f"--preview is {path}, expected a .gif, a .mp4 or, for all scales side by side, a .png")
+    return numbered(path, number, count)
+
+
+def save_preview(images: list["PIL.Image.Image"], path: Path) -> Path:
+    """An image as it grew: scale after scale, or side by side."""
+    from nextflow_hf.pipelines import NextFlowFramesOutput, save_strip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".png":
+        save_strip(images, path)
+    else:
+        NextFlowFramesOutput([*images, *images[-1:] * PREVIEW_HOLD]).save(path, fps=PREVIEW_FPS)
+    return path
+
+
+def folder_for(path: Path | None, name: str) -> Path:
+    """A folder for several files: `path`, or a new one of that name here."""
+    if path is not None:
+        if path.is_file():
+            raise NotADirectoryError(f"--output is the file {path}, expected a folder")
+        return path
+    folder, number = Path(name), 2
+    while folder.exists():
+        folder, number = Path(f"{name}-{number}"), number + 1
+    return folder
+
+
+__all__ = ["Output", "folder_for", "numbered", "preview_path", "save_preview", "slug"]

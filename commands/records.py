@@ -1,0 +1,295 @@
+"""What made an image, inside the image: one JSON object in a text chunk of the PNG, which any tool can read and this
+package can repeat.
+
+    nextflow-hf info out.png
+    nextflow-hf generate --from-image out.png
+
+Files that went in (source images, masks) are named by path and SHA-256: they are found again, and refused where they
+have changed.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextflow_hf.commands import loading, options
+from nextflow_hf.commands.console import Console
+
+
+if TYPE_CHECKING:
+    import PIL.Image
+    from torch import nn
+
+    from nextflow_hf import NextFlowPipeline
+
+CHUNK = "nextflow"  # keyword of the text chunk
+FORMAT = 1
+WEIGHTS = {"model", "revision", "dtype", "quantize", "lora"}  # the options that decide them
+
+
+@dataclass(kw_only=True)
+class ImageRecord:
+    """
+    What made an image.
+
+    Args:
+        command (`str`): The command of `nextflow-hf` that drew it.
+        arguments (`dict`): Its options: the prompt, the seed, the model, sizes and settings, those that came from
+            the model included. A file is `{"path": ..., "sha256": ...}`.
+        weights (`dict[str, str]`): Fingerprints of the components that the pixels come from.
+        environment (`dict[str, str]`): Versions of the libraries.
+        batch (`dict`, *optional*): `seeds` of the images that were drawn together, and the `index` of this one: the
+            last bit of a sum depends on its company.
+        results (`dict`, *optional*): What came out beside the pixels, such as the thought before an image.
+        format (`int`): Of the record.
+    """
+
+    command: str
+    arguments: dict[str, Any]
+    weights: dict[str, str]
+    environment: dict[str, str]
+    batch: dict[str, Any] | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass
+class Recalled:
+    """
+    The record of `--from-image`, once it has filled in the options.
+
+    Args:
+        path (`Path`): Of the image.
+        record ([`ImageRecord`]): Of the image.
+        image (`PIL.Image.Image`): It itself, which the output may be about to overwrite.
+        given (`set[str]`): Options that were given beside it.
+        changes (`set[str]`): Those with another value.
+    """
+
+    path: Path
+    record: ImageRecord
+    image: "PIL.Image.Image"
+    given: set[str]
+    changes: set[str]
+
+    def check_weights(self, weights: Mapping[str, str]) -> None:
+        """Refuse other weights, unless the options ask for them. The same ones may lie elsewhere by now."""
+        others = {name for name, now in weights.items() if now != self.record.weights.get(name, now)}
+        if not others:
+            self.changes -= {"model", "revision", "lora"}
+        elif not self.given & WEIGHTS:
+            model = self.record.arguments.get("model")
+            raise ValueError(
+                f"the weights of {model} are not those that drew {self.path}: the {' and the '.join(sorted(others))} "
+                f"changed. Pass --model with the place of the right ones, or `--model {model}` to draw with these"
+            )
+        else:
+            self.changes.add("weights")
+
+    def compare(self, image: "PIL.Image.Image | None", console: Console) -> bool | None:
+        """
+        Whether `image` is what it repeats, which is said, with status 1 where it is not. None where it is to be
+        another.
+        """
+        if self.changes:
+            return None
+        if image is not None and (image.size, image.tobytes()) == (self.image.size, self.image.tobytes()):
+            console.say(f"the same as {self.path}, pixel for pixel")
+            return True
+        now, then = loading.environment(), self.record.environment
+        pairs = [(name, then.get(name), now.get(name)) for name in sorted({*now, *then})]
+        causes = [f"{name} was {before} and is {after}" for name, before, after in pairs if before != after]
+        console.warn(f"not quite the same as {self.path}: {'; '.join(causes) or 'the cause is not known'}")
+        console.status = 1
+        return False
+
+
+class Recorder:
+    """
+    Makes the records of a command's images.
+
+    Args:
+        command (`str`): Which one.
+        args (`argparse.Namespace`): Its options.
+        names (`Sequence[str]`): Those that are recorded.
+        modules (`dict[str, nn.Module]`): What the pixels come from.
+        recalled ([`Recalled`], *optional*): What is repeated; its weights must be those of `modules`.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        args: argparse.Namespace,
+        names: Sequence[str],
+        modules: Mapping[str, "nn.Module"],
+        recalled: Recalled | None = None,
+    ):
+        self.command = command
+        self.args = args
+        self.names = names
+        self.weights = {name: loading.weights_fingerprint(module) for name, module in modules.items()}
+        if recalled is not None:
+            recalled.check_weights(self.weights)
+
+    def save(
+        self,
+        image: "PIL.Image.Image",
+        path: Path,
+        /,
+        *,
+        batch: dict[str, Any] | None = None,
+        results: dict[str, Any] | None = None,
+        **values: Any,
+    ) -> None:
+        """
+        `image` as the PNG file `path`, with its record unless `--no-metadata` is given. `values` are those of options
+        that were settled later.
+        """
+        record = None
+        if not self.args.no_metadata:
+            settled = argparse.Namespace(**{**vars(self.args), **values})
+            record = ImageRecord(
+                command=self.command,
+                arguments=given_arguments(settled, self.names),
+                weights=self.weights,
+                environment=loading.environment(),
+                batch=batch,
+                results=results or {},
+            )
+        save_image(image, path, record)
+
+
+# --- in the file
+
+
+def save_image(image: "PIL.Image.Image", path: Path, record: ImageRecord | None) -> None:
+    """`image` as the PNG file `path`, with its record."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    if record is not None:
+        chunks.add_text(CHUNK, json.dumps(asdict(record)))  # ASCII, which every version of the chunk can hold
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, format="PNG", pnginfo=chunks)
+
+
+def read_record(path: Path) -> ImageRecord:
+    """The record of a PNG file. `ValueError` where it has none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(CHUNK) if image.format == "PNG" else None
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image") from error
+    if text is None:
+        raise ValueError(
+            f"{path} does not say how it was made: it is no PNG of nextflow-hf, or another program saved it without"
+        )
+    try:
+        values = json.loads(text)
+        if values["format"] != FORMAT:
+            raise ValueError(f"it has format {values['format']}, expected {FORMAT}: update nextflow-hf")
+        record = ImageRecord(**{entry.name: values[entry.name] for entry in fields(ImageRecord)})
+        tables = (record.arguments, record.weights, record.environment, record.results)
+        if not all(isinstance(table, dict) for table in tables):
+            raise ValueError(f"got {[type(table).__name__ for table in tables]}, expected objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the metadata of {path} cannot be used: {error!r}") from error
+    return record
+
+
+# --- files that went in
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: Any) -> Any:
+    """`value` with every `Path` in it, however deep, as the file's path and hash."""
+    if isinstance(value, Path):
+        return {"path": str(value.resolve()), "sha256": sha256(value)}
+    if isinstance(value, dict):
+        return {key: to_json(one) for key, one in value.items()}
+    return [to_json(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_json(value: Any, image: Path) -> Any:
+    """The inverse of [`to_json`], for the record of `image`: every file is found again, as it was."""
+    if isinstance(value, dict):
+        if value.keys() == {"path", "sha256"}:
+            return find_file(value, image)
+        return {key: from_json(one, image) for key, one in value.items()}
+    return [from_json(one, image) for one in value] if isinstance(value, list) else value
+
+
+def find_file(entry: dict[str, str], image: Path) -> Path:
+    """A file of the record of `image`: where it was, or beside the image under the same name."""
+    was = Path(entry["path"])
+    found = {path: sha256(path) for path in (was, image.parent / was.name) if path.is_file()}
+    for path, digest in found.items():
+        if digest == entry["sha256"]:
+            return path
+    if found:
+        path, digest = next(iter(found.items()))
+        raise ValueError(
+            f"{path} is not what {image} was made from: its SHA-256 is {digest}, expected {entry['sha256']}. Name the "
+            "file that it was, or this one to use it all the same"
+        )
+    raise ValueError(f"{was}, which {image} was made from, is missing: put it back, or beside {image}, or name it")
+
+
+# --- options
+
+
+def given_arguments(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options `names` that are given, as a record has them."""
+    return {name: to_json(getattr(args, name)) for name in names if getattr(args, name, None) is not None}
+
+
+def call_settings(args: argparse.Namespace, names: Iterable[str], pipe: "NextFlowPipeline") -> dict[str, Any]:
+    """
+    What the pipeline is called with, of the options `names`. How to draw is written out, so that the record says it
+    whatever the model's defaults become.
+    """
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return given | pipe.get_image_settings(**{name: given.get(name) for name in options.SAMPLING})
+
+
+def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Recalled | None:
+    """Fill the options `names` that are not given with those that made `args.from_image`, if that is given."""
+    if args.from_image is None:
+        return None
+    from PIL import Image
+
+    record = read_record(args.from_image)
+    with Image.open(args.from_image) as image:
+        image = image.convert("RGB")
+    if record.command != command:
+        raise ValueError(f"{args.from_image} was made by `nextflow-hf {record.command}`, not by `{command}`")
+    if unknown := sorted(set(record.arguments) - set(names)):
+        raise ValueError(f"the metadata of {args.from_image} has {unknown}, which this version does not know")
+    given = given_arguments(args, names)
+    changes = {name for name, value in given.items() if not _same(value, record.arguments.get(name))}
+    dropped = set(options.SIZE) if changes & set(options.SIZE) else set()  # of two sizes, the one that is given
+    if "decoder" in changes:
+        dropped |= set(options.DECODING)
+    for name, value in record.arguments.items():
+        if name not in given and name not in dropped:
+            setattr(args, name, from_json(value, args.from_image))
+    return Recalled(args.from_image, record, image, set(given), changes)
+
+
+def _same(given: Any, recorded: Any) -> bool:
+    """Whether two values of an option are one; a file is one wherever it lies."""
+    if isinstance(given, dict) and isinstance(recorded, dict) and "sha256" in given:
+        return given["sha256"] == recorded.get("sha256")
+    if isinstance(given, list) and isinstance(recorded, list):
+        return len(given) == len(recorded) and all(map(_same, given, recorded))
+    return given == recorded
