@@ -17,6 +17,7 @@ COMMANDS = {
         "one stage of a vision tokenizer's training, by a recipe",
     ),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
+    "app": ("nextflow_hf.app.command", "draw, edit and talk in the browser, and watch images grow"),
     "train": ("nextflow_hf.training.train", "train the transformer by a recipe, on any number of processes"),
 }
 
