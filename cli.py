@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": ("nextflow_hf.commands.chat", "talk about images, and draw in between"),
     "interleave": ("nextflow_hf.commands.interleave", "an answer of text and images"),
     "frames": ("nextflow_hf.commands.frames", "a storyline as a GIF, a film or a contact sheet"),
+    "app": ("nextflow_hf.app.command", "draw, edit and talk in the browser, and watch images grow"),
     "reconstruct": ("nextflow_hf.commands.reconstruct", "images through the vision tokenizer and back"),
     "info": ("nextflow_hf.commands.info", "what a model is, and needs; how an image was made"),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
