@@ -30,6 +30,8 @@ def tiny_recipes(monkeypatch):
         if stage == "tokenizer":
             recipe["model"] |= {"codebook_size": 64}
             recipe["training"] |= {"continuous_steps": 1, "codebook_init_batches": 2}
+        if stage == "merge":
+            recipe |= {"codebook_size": 48, "num_pictures": 64}
         if stage == "extract":
             recipe |= {"num_rows": 24, "rows_per_shard": 12}
         if stage == "transformer":

@@ -4,6 +4,7 @@ Everything that draws at random draws from the pictures of all processes, in the
 had them, with a generator of the step: neither the number of processes nor a restart of the run changes what is drawn.
 """
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..modeling_nextflow.quantizer_nextflow import NextFlowMultiScaleQuantizer
 
 
@@ -166,6 +168,46 @@ def spherical_kmeans(
         sums, counts = accelerator.reduce([sums, counts], "sum")
         centers = torch.where(counts[:, None] > 0, quantizer.normalize(sums), centers)
     return centers
+
+
+@torch.no_grad()
+def distinct_codes(quantizer: NextFlowMultiScaleQuantizer, counts: torch.Tensor, num_codes: int) -> torch.LongTensor:
+    """
+    The `num_codes` codes that are left, in order, when of the two nearest codes the less used one goes, again and
+    again. Near is what is near in the search.
+
+    Args:
+        counts (`torch.Tensor` of shape `(codebook_size,)`): How often each code is used.
+
+    Raises:
+        `ValueError`: where there are no more than `num_codes` codes.
+    """
+    config, codebook = quantizer.config, quantizer.codebook().float()
+    if not 0 < num_codes < len(codebook):
+        raise ValueError(f"num_codes is {num_codes}, expected at least 1 and fewer than the {len(codebook)} codes")
+    semantic, pixel = codebook.split([config.semantic_code_dim, config.pixel_code_dim], dim=-1)
+    distance = config.semantic_distance_weight * torch.cdist(semantic, semantic) ** 2
+    distance += config.pixel_distance_weight * torch.cdist(pixel, pixel) ** 2
+    distance.fill_diagonal_(torch.inf)
+    for _ in range(len(codebook) - num_codes):
+        pair = divmod(int(distance.argmin()), len(codebook))
+        dropped = min(pair, key=lambda code: counts[code].item())
+        distance[dropped] = distance[:, dropped] = torch.inf
+    # A code that is left has a finite distance to the others that are, or is alone.
+    left = torch.isfinite(distance).any(-1).nonzero()[:, 0]
+    return left if num_codes > 1 else counts.argmax()[None]
+
+
+@torch.no_grad()
+def with_codes(vision_tokenizer: NextFlowVisionTokenizer, codes: torch.LongTensor) -> NextFlowVisionTokenizer:
+    """A copy of `vision_tokenizer` that has only the given codes, renumbered in their order."""
+    config = copy.deepcopy(vision_tokenizer.config)
+    config.codebook_size = len(codes)
+    smaller = type(vision_tokenizer)(config).to(vision_tokenizer.device, vision_tokenizer.dtype)
+    books = ("quantizer.semantic_codebook.weight", "quantizer.pixel_codebook.weight")
+    state = {name: value[codes] if name in books else value for name, value in vision_tokenizer.state_dict().items()}
+    smaller.load_state_dict(state)
+    return smaller
 
 
 __all__ = [

@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
 
 from ..hub_cards.cards import shapes_card
@@ -33,6 +33,7 @@ from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor, extend_tokenizer
 from ..processing.scale_schedule import ScaleSchedule
 from .checkpoints import last_checkpoint
+from .codebook import distinct_codes, with_codes
 from .data.extraction import extract_codes, load_codes
 from .data.pictures import pixels_from_uint8
 from .evaluation.reconstruction_report import measure_batch
@@ -100,6 +101,12 @@ def draw_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
     return np.load(pictures_file, mmap_mode="r"), json.loads(captions_file.read_text())
 
 
+def pictures_schedule() -> ScaleSchedule:
+    """The scale schedules of the small model."""
+    numbers = load_recipe("pictures")["schedule"]
+    return ScaleSchedule(**{**numbers, "scale_bases": tuple(numbers["scale_bases"])})
+
+
 def text_tokenizer_stage(folder: Path) -> None:
     """All that is said in the world to a byte-level tokenizer."""
     recipe = load_recipe("text-tokenizer")
@@ -149,7 +156,7 @@ def sharpen_stage(folder: Path) -> None:
     model = NextFlowVisionTokenizer.from_pretrained(
         folder / "vision_tokenizer_start", attn_implementation="eager", **recipe["model"]
     )
-    train_tokenizer(folder, model, teacher, recipe["training"], "sharpen_run", "vision_tokenizer")
+    train_tokenizer(folder, model, teacher, recipe["training"], "sharpen_run", "vision_tokenizer_sharp")
 
 
 def train_tokenizer(
@@ -162,8 +169,7 @@ def train_tokenizer(
 ) -> None:
     """Train `model` in the folder `run` and save it as `result`."""
     pictures, _ = draw_pictures(folder)
-    numbers = load_recipe("pictures")["schedule"]
-    schedule = ScaleSchedule(**{**numbers, "scale_bases": tuple(numbers["scale_bases"])})
+    schedule = pictures_schedule()
     args = NextFlowVisionTokenizerTrainingArguments(output_dir=folder / run, **device_arguments(), **training)
     set_seed(args.seed)
     num_eval = load_recipe("pictures")["num_eval"]
@@ -180,9 +186,24 @@ def train_tokenizer(
     trainer.save_state()
 
 
+def merge_stage(folder: Path) -> None:
+    """The vision tokenizer with fewer codes: of those that are nearly the same, one."""
+    recipe = load_recipe("merge")
+    model = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer_sharp").eval()
+    pictures, _ = draw_pictures(folder)
+    inputs = Pictures(pictures[: recipe["num_pictures"]], pictures_schedule())
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.long)
+    for batch in DataLoader(inputs, batch_size=64):
+        with torch.no_grad():
+            codes = model.encode(batch["pixel_values"], batch["image_grids"]).image_codes
+        counts += torch.bincount(codes, minlength=len(counts))
+    merged = with_codes(model, distinct_codes(model.quantizer, counts, recipe["codebook_size"]))
+    merged.save_pretrained(folder / "vision_tokenizer")
+
+
 def make_processor(folder: Path) -> NextFlowProcessor:
     """The small model's processor: its text tokenizer with the image codes, and its schedule of scales."""
-    schedule, codebook_size = load_recipe("pictures")["schedule"], load_recipe("tokenizer")["model"]["codebook_size"]
+    schedule, codebook_size = load_recipe("pictures")["schedule"], load_recipe("merge")["codebook_size"]
     tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
     extend_tokenizer(
         tokenizer, text_vocab_size=load_recipe("text-tokenizer")["vocab_size"], codebook_size=codebook_size
@@ -198,6 +219,8 @@ def extract_stage(folder: Path) -> None:
     data_seed, num_rows, tasks = recipe.pop("data_seed"), recipe.pop("num_rows"), recipe.pop("tasks")
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer", dtype=torch.bfloat16)
+    if device.type == "cpu" and not multiplies_faster_in_bf16():
+        vision_tokenizer = vision_tokenizer.float()  # of the weights that are shipped, which are rounded
     vision_tokenizer = vision_tokenizer.eval().to(device, memory_format=torch.channels_last)
     extract_codes(
         lambda index: shapes_sample(data_seed, index, tasks=tasks),
@@ -321,14 +344,15 @@ def export_stage(folder: Path) -> None:
 
 
 # Stages that one process does, while the others wait.
-ALONE = {"text-tokenizer", "export"}
+ALONE = {"text-tokenizer", "merge", "export"}
 
 # Stage -> its function and the file that is there when it is finished.
 STAGES = {
     "text-tokenizer": (text_tokenizer_stage, "text_tokenizer/tokenizer.json"),
     "teacher": (teacher_stage, "teacher/model.safetensors"),
     "tokenizer": (tokenizer_stage, "vision_tokenizer_start/model.safetensors"),
-    "sharpen": (sharpen_stage, "vision_tokenizer/model.safetensors"),
+    "sharpen": (sharpen_stage, "vision_tokenizer_sharp/model.safetensors"),
+    "merge": (merge_stage, "vision_tokenizer/model.safetensors"),
     "extract": (extract_stage, "codes/finished"),
     "transformer": (transformer_stage, "transformer_start/model.safetensors"),
     "mixture": (mixture_stage, "transformer/model.safetensors"),
