@@ -291,7 +291,7 @@ class App:
             **MODEL,
             **PRIVATE,
         )
-        stop.click(self.stop, queue=False, **PRIVATE)
+        stop.click(self.stop, show_progress="hidden", **PRIVATE)  # in a queue of its own
         references.upload(self.keep_fit, references, references, show_progress="hidden", **PRIVATE)
         edit.click(self.edit, image, references, show_progress="hidden", **PRIVATE)
         gallery.select(self.recall, history, [*fields, image, status, scales], show_progress="hidden", **PRIVATE)
@@ -367,7 +367,7 @@ class App:
         box.submit(
             self.talk, [box, max_images, messages], [box, chat, messages], show_progress="minimal", **MODEL, **PRIVATE
         )
-        stop.click(self.stop, queue=False, **PRIVATE)
+        stop.click(self.stop, show_progress="hidden", **PRIVATE)  # in a queue of its own
         # The conversation's own button empties what is shown
         gr.on([clear.click, chat.clear], lambda: ([], []), None, [chat, messages], show_progress="hidden", **PRIVATE)
 

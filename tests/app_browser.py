@@ -71,7 +71,9 @@ class Page:
         return [one for one in self.chromium.find_elements(By.CSS_SELECTOR, selector) if one.is_displayed()]
 
     def text(self, selector: str) -> str:
-        return " ".join(one.text for one in self.find(selector))
+        """What can be read there, at one moment."""
+        script = "return [...document.querySelectorAll(arguments[0])].map(one => one.innerText).join(' ')"
+        return self.chromium.execute_script(script, selector)
 
     def wait(self, condition: Callable, seconds: float = 120):
         """The first true value of `condition()`."""
@@ -104,6 +106,10 @@ class Page:
         asked = (urlsplit(url) for url in self.requests)
         return {one.geturl() for one in asked if one.scheme not in ("data", "blob", "chrome") and one.netloc != here}
 
+    def is_busy(self) -> bool:
+        """Whether the app is at something for this page."""
+        return bool(self.chromium.execute_script("return document.querySelector('.generating, .pending') !== null"))
+
     # ---- doing
 
     def click(self, selector: str) -> None:
@@ -123,8 +129,8 @@ class Page:
 
     def upload(self, selector: str, *paths: Path) -> None:
         """Into the file field, which is hidden, below `selector`."""
-        (field, *_) = self.chromium.find_elements(By.CSS_SELECTOR, f"{selector} input[type=file]")
-        field.send_keys("\n".join(str(path) for path in paths))
+        fields = self.wait(lambda: self.chromium.find_elements(By.CSS_SELECTOR, f"{selector} input[type=file]"))
+        fields[0].send_keys("\n".join(str(path) for path in paths))
 
     def image(self, selector: str) -> tuple[int, int] | None:
         """(width, height) in its own pixels of the image below `selector`, once it has been loaded."""
@@ -134,6 +140,14 @@ class Page:
         )
         size = self.chromium.execute_script(script, selector)
         return size and tuple(size)
+
+    def draw(self, prompt: str) -> str:
+        """Draw, wait, and say what the page then says."""
+        drawn = len(self.find("#history button img"))
+        self.type("#prompt textarea", prompt)
+        self.click("#draw-button")
+        self.wait(lambda: len(self.find("#history button img")) == drawn + 1)
+        return self.wait_for_text("#status", "pixels")
 
     def save(self, path: Path) -> None:
         self.chromium.save_screenshot(str(path))

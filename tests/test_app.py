@@ -1,18 +1,15 @@
 """The app without a browser: what it lets in, how requests share a pipeline, what its buttons do, what it serves."""
 
-import struct
 import sys
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
 import httpx
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_app import scripted_pipeline
+from toy_app import bomb, picture, scripted_pipeline
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.app import command
@@ -38,23 +35,6 @@ def studio(pipe) -> Studio:
 @pytest.fixture
 def app(studio, tmp_path) -> App:
     return App(studio, str(tmp_path), name="a <toy>", prompts=("a circle",), talks=("hello",))
-
-
-def picture(path: Path, width: int = 20, height: int = 12) -> str:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-    return str(path)
-
-
-def bomb(path: Path, width: int, height: int) -> str:
-    """A PNG of a few bytes that says it is that large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-    return str(path)
 
 
 # ---- uploads

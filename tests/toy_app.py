@@ -1,8 +1,14 @@
-"""The app around a toy pipeline that answers as a script says, and decodes images no faster than a test lets it."""
+"""What the tests of the app are run on: a pipeline that answers as a script says, and decodes images no faster than a
+test lets it; files to upload."""
 
+import struct
 import threading
+import zlib
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
@@ -59,3 +65,20 @@ class Gate:
     def open(self) -> None:
         self._is_open = True
         self._places.release(1000)
+
+
+def picture(path: Path, width: int = 20, height: int = 12) -> str:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def bomb(path: Path, width: int, height: int) -> str:
+    """A PNG of a few bytes that says it is that large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    return str(path)
