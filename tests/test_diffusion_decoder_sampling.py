@@ -49,7 +49,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_denoiser_that_knows_the_picture_draws_it(name, strength, monkeypatch):
-    """With every scheduler, from noise and from another picture: steps, noise and scales of the model's input agree."""
+    """With every scheduler, from noise and from another picture: steps, noise and scales of the input agree."""
     pipe = toy_decoder_pipeline("unet", channels=3)
     pipe = NextFlowDiffusionDecoderPipeline(**{**pipe.components, "vae": None, "scheduler": SCHEDULERS[name]})
     pipe.set_progress_bar_config(disable=True)
@@ -63,9 +63,8 @@ def test_a_denoiser_that_knows_the_picture_draws_it(name, strength, monkeypatch)
         # Times between two of training are those of Karras-like spacings.
         low, share = timesteps.long(), (timesteps % 1).view(-1, 1, 1, 1)
         levels = ((1 - alphas) / alphas).log()
-        level = (1 - share) * levels[low].view(-1, 1, 1, 1) + share * levels[(low + 1).clamp(max=999)].view(
-            -1, 1, 1, 1
-        )
+        below, above = (levels[index].view(-1, 1, 1, 1) for index in (low, (low + 1).clamp(max=999)))
+        level = (1 - share) * below + share * above
         alpha = 1 / (1 + level.exp())
         return ((latents - alpha.sqrt() * picture) / (1 - alpha).sqrt(),)
 

@@ -2,14 +2,15 @@
 
     python -m nextflow_hf.training.train_shapes_decoder --output-dir runs/shapes
 
-First a denoiser of pictures that knows no codes, then the two stages of the paper: a decoder of the pictures' size, and
-one of twice that. Either is a [`NextFlowDiffusionDecoderPipeline`], `diffusion_decoder_base` and
+First a denoiser of pictures that knows no codes, then the two stages of the paper: a decoder of the pictures' size,
+and one of twice that. Either is a [`NextFlowDiffusionDecoderPipeline`], `diffusion_decoder_base` and
 `diffusion_decoder_upscale`, for `benchmarks/diffusion_decoder_shapes.py`. The same command resumes; the numbers are in
-`recipes/shapes_diffusion_decoder.yaml`.
+`recipes/shapes_diffusion_decoder.yaml`. `--add-to` puts the last one into the model's repository.
 """
 
 import argparse
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import set_seed
 
+from ..hub_cards.cards import decoder_section
+from ..hub_cards.export import add_diffusion_decoder
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .checkpoints import last_checkpoint
@@ -115,6 +118,18 @@ def decoder_stage(stage: str, folder: Path) -> None:
     pipeline.to("cpu").save_pretrained(folder / f"diffusion_decoder_{stage}")
 
 
+def export_stage(folder: Path, repository: Path, report: Path | None) -> None:
+    """The decoder of twice the size into the model's repository, with what was measured on its card."""
+    pipeline = NextFlowDiffusionDecoderPipeline.from_pretrained(folder / f"diffusion_decoder_{STAGES[-1]}")
+    measured = {}
+    if report is not None:
+        shutil.copyfile(report / "pictures.png", repository / "diffusion_decoder.png")
+        measured = {"tables": (report / "tables.md").read_text(), "picture": "diffusion_decoder.png"}
+    options = load_decoder_recipe("shapes_diffusion_decoder")["sampling"]
+    section = decoder_section(pipeline, options=options, **measured)
+    add_diffusion_decoder(repository, pipeline, dtype=torch.bfloat16, section=section)
+
+
 # Stage -> the file that is there when it is finished.
 FINISHED = {
     "denoiser": "denoiser/diffusion_pytorch_model.safetensors",
@@ -126,6 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="The folder of `train_shapes`.")
     parser.add_argument("--stage", choices=FINISHED, nargs="*", default=list(FINISHED), help="Default: all, in order.")
+    parser.add_argument("--add-to", type=Path, help="Then add the decoder to this exported repository of the model.")
+    parser.add_argument("--report", type=Path, help="Folder that the benchmark wrote, for the card of `--add-to`.")
     return parser
 
 
@@ -139,6 +156,8 @@ def main() -> None:
                 denoiser_stage(args.output_dir)
             else:
                 decoder_stage(stage, args.output_dir)
+    if args.add_to is not None:
+        export_stage(args.output_dir, args.add_to, args.report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A denoiser of Shapes pictures that knows no codes: what the diffusion decoder starts from, as its large siblings start
+"""A denoiser of Shapes pictures that knows no codes: what the diffusion decoder starts from, as its large siblings do
 from a model that draws. Pictures in, the scheduler's loss out, nothing else."""
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..decoder_trainer import NextFlowDiffusionDecoderTrainingArguments, add_tra
 
 
 class DenoisingLoss(nn.Module):
-    """A UNet's loss on pixels, as `Trainer` takes it. The text branch gets what a decoder without captions gives it."""
+    """A UNet's loss on pixels, as `Trainer` takes it. The text branch gets what one without captions gets."""
 
     def __init__(
         self, unet: UNet2DConditionModel, scheduler: SchedulerMixin, args: NextFlowDiffusionDecoderTrainingArguments
