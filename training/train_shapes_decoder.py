@@ -46,7 +46,7 @@ from .train_shapes import device_arguments, draw_pictures, load_recipe, make_pro
 
 logger = logging.getLogger(__name__)
 
-EVAL_SEED = 7
+HELD_OUT, EVAL_SEED = 64, 7
 
 
 class HeldOutPictures(Dataset):
@@ -112,7 +112,7 @@ def decoder_stage(stage: str, folder: Path) -> None:
         resume_from_checkpoint=last_checkpoint(run),
         device_arguments=shapes_device_arguments(),
         train_dataset=NextFlowDecoderDataset(load_codes(folder / "codes", vision_tokenizer=tokenizer), get_row),
-        eval_dataset=HeldOutPictures(pipeline, 64, side),
+        eval_dataset=HeldOutPictures(pipeline, HELD_OUT, side),
     )
     load_stage(pipeline, run.parent / stage)
     pipeline.to("cpu").save_pretrained(folder / f"diffusion_decoder_{stage}")
