@@ -1,11 +1,13 @@
 """The diffusion decoder against the VQ decoder, on held-out pictures and edits of the Shapes world:
 
     python benchmarks/diffusion_decoder_shapes.py --decoder runs/shapes/diffusion_decoder_base \
-        --model runs/shapes/nextflow-shapes --teacher runs/shapes/teacher --output-dir runs/decoder_benchmark
+        runs/shapes/diffusion_decoder_upscale --teacher runs/shapes/teacher --output-dir runs/decoder_benchmark
 
-Writes `table.md`, `numbers.json` and `pictures.png`. Both decoders get the same codes. Perceptual: GMSD and, with
-`--teacher`, the cosine distance of its features. Sharpness: how steep the edges are, the true picture's being 1. What
-sharpness costs: PSNR, and PSNR where an edit was to change nothing.
+Writes `tables.md`, `numbers.json` and `pictures.png`. All decoders get the same codes: those of the true pictures.
+They are judged at the pictures' size, and at twice that, where the VQ decoder is enlarged by a filter; what is larger
+than the truth is reduced by averaging. Perceptual: GMSD and, with `--teacher`, the cosine distance of its features at
+the size that it knows. Sharpness: how steep the edges are, the true picture's being 1. What sharpness costs: PSNR, and
+PSNR where an edit changes nothing, of the edited picture's codes against the source.
 """
 
 import argparse
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from transformers import Siglip2Model
 
 from nextflow_hf import NextFlowDiffusionDecoderPipeline, NextFlowPipeline
@@ -25,177 +28,208 @@ from nextflow_hf.training.evaluation.reconstruction import (
     edge_steepness,
     gradient_similarity_deviation,
     peak_signal_to_noise,
+    structural_similarity,
 )
 from nextflow_hf.training.shapes import render, sample_edit, sample_prompt, sample_scene
+from nextflow_hf.training.shapes.scene import Scene
 
 
 COLUMNS = {
-    "psnr": "PSNR, dB",
-    "gmsd": "GMSD (lower is nearer)",
-    "teacher": "distance to the teacher's features",
-    "sharpness": "edge steepness (true: 1)",
-    "untouched": "untouched by edits, PSNR, dB",
-    "seconds": "s per picture",
+    "psnr": ("PSNR, dB", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "gmsd": ("GMSD (lower is nearer)", ".4f"),
+    "nearer": ("lower than the first row's in", ".0%"),
+    "teacher": ("distance to the teacher's features", ".5f"),
+    "sharpness": ("edge steepness (true: 1)", ".3f"),
+    "untouched": ("untouched by edits: PSNR, dB", ".2f"),
+    "seconds": ("s per picture", ".3f"),
 }
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}
+Decode = Callable[[torch.LongTensor, torch.LongTensor], torch.FloatTensor]
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoder", type=Path, help="Folder of a diffusion decoder's pipeline; default: the model's.")
-    parser.add_argument("--model", help="NextFlow repository. default: the shipped Shapes model")
+    parser.add_argument(
+        "--decoder", type=Path, nargs="+", help="Folders of diffusion decoders' pipelines; default: the model's."
+    )
+    parser.add_argument("--model", help="NextFlow repository with a decoder. default: the shipped Shapes model")
     parser.add_argument("--teacher", type=Path, help="Folder of the Siglip2 teacher, for a distance of features.")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--num-images", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--num-edits", type=int, default=60, help="default: %(default)s; 0 draws none")
-    parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--num-edits", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--strengths", type=float, nargs="*", default=[1.0, 0.5], help="default: 1.0 0.5")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     return parser
 
 
-def held_out_pictures(count: int, size: int, seed: int) -> list[Image.Image]:
-    rng = np.random.default_rng((seed, 1))
-    return [
-        Image.fromarray(render(sample_scene(rng, sample_prompt(rng, split="test")), size, size)) for _ in range(count)
-    ]
+def load_decoders(args: argparse.Namespace) -> list[NextFlowDiffusionDecoderPipeline]:
+    """Pipelines around one and the same vision tokenizer."""
+    if args.decoder is None:
+        model = NextFlowPipeline.from_pretrained(args.model or shapes_model_path(), dtype=torch.float32)
+        pipes = [model.diffusion_decoder_pipeline]
+    else:
+        pipes = [NextFlowDiffusionDecoderPipeline.from_pretrained(path, dtype=torch.float32) for path in args.decoder]
+    weights = pipes[0].vision_tokenizer.state_dict()
+    for pipe in pipes:
+        if any(not torch.equal(value, weights[name]) for name, value in pipe.vision_tokenizer.state_dict().items()):
+            raise ValueError("the vision tokenizers of the decoders differ, expected one: they are to get equal codes")
+        pipe.to(args.device)
+        pipe.set_progress_bar_config(disable=True)
+    return pipes
 
 
-def held_out_edits(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[str], torch.BoolTensor]:
-    """Sources, instructions, and where source and target are the same (n, height, width)."""
-    rng = np.random.default_rng((seed, 2))
-    edits = [sample_edit(rng, split="test") for _ in range(count)]
-    sources = [render(edit.source, size, size) for edit in edits]
-    targets = [render(edit.target, size, size) for edit in edits]
-    same = [(source == target).all(-1) for source, target in zip(sources, targets, strict=True)]
-    # An edit of the background touches all there is.
-    kept = [index for index, mask in enumerate(same) if mask.mean() > 0.5]
-    masks = torch.from_numpy(np.stack([same[index] for index in kept]))
-    return [Image.fromarray(sources[index]) for index in kept], [edits[index].instruction for index in kept], masks
+def draw(scenes: list[Scene], size: int) -> torch.FloatTensor:
+    """The true pictures, (n, 3, size, size) in [0, 1]."""
+    return torch.stack([torch.from_numpy(render(scene, size, size)) for scene in scenes]).permute(0, 3, 1, 2) / 255
 
 
-def to_tensor(images: list[Image.Image]) -> torch.FloatTensor:
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in images])
+def encode(pipe: NextFlowDiffusionDecoderPipeline, pictures: torch.FloatTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return pipe.encode_image([Image.fromarray(one) for one in to_bytes(pictures)])
 
 
-def teacher_features(teacher: Siglip2Model | None, pipe: NextFlowDiffusionDecoderPipeline, images: torch.Tensor):
+def to_bytes(pictures: torch.FloatTensor) -> np.ndarray:
+    return pictures.permute(0, 2, 3, 1).clamp(0, 1).mul(255).round().byte().numpy()
+
+
+def resized(pictures: torch.FloatTensor, size: int, filter_name: str | None = None) -> torch.FloatTensor:
+    """Enlarged by a filter of PIL, reduced by averaging."""
+    if pictures.shape[-1] >= size:
+        return F.interpolate(pictures, (size, size), mode="area")
+    images = [Image.fromarray(one).resize((size, size), FILTERS[filter_name]) for one in to_bytes(pictures)]
+    return torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in images])
+
+
+def teacher_features(
+    teacher: Siglip2Model, pipe: NextFlowDiffusionDecoderPipeline, pictures: torch.FloatTensor
+) -> torch.FloatTensor:
     """What the teacher sees in the pictures, (n, cells, hidden)."""
-    if teacher is None:
-        return None
-    inputs = pipe.image_processor(list(images), return_tensors="pt", device="cpu")
-    tokenizer = pipe.vision_tokenizer
-    grids = inputs["image_grids"]
-    features = tokenizer.get_teacher_features(teacher.vision_model.cpu(), inputs["pixel_values"].float(), grids)
-    return torch.stack(features)
+    inputs = pipe.image_processor(list(pictures), do_rescale=False, return_tensors="pt", device="cpu")
+    pixel_values, grids = inputs["pixel_values"].float(), inputs["image_grids"]
+    return torch.stack(pipe.vision_tokenizer.get_teacher_features(teacher.vision_model, pixel_values, grids))
 
 
-@torch.no_grad()
 def measure(
-    decode: Callable[[torch.LongTensor, torch.LongTensor], torch.Tensor],
-    coded: tuple[torch.LongTensor, torch.LongTensor],
-    true: torch.Tensor,
-    features: Callable[[torch.Tensor], torch.Tensor | None],
-    edits: tuple | None,
-) -> tuple[dict[str, float], torch.Tensor]:
-    """The numbers of one way to decode, and its pictures."""
-    start = time.perf_counter()
-    decoded = decode(*coded)
-    seconds = (time.perf_counter() - start) / len(decoded)
-    numbers = {
-        "psnr": peak_signal_to_noise(decoded, true).mean().item(),
-        "gmsd": gradient_similarity_deviation(decoded, true).mean().item(),
-        "sharpness": (edge_steepness(decoded) / edge_steepness(true)).mean().item(),
-        "seconds": seconds,
+    decoded: torch.FloatTensor,
+    true: torch.FloatTensor,
+    edited: torch.FloatTensor,
+    edits: tuple[torch.FloatTensor, torch.BoolTensor],
+    features: Callable[[torch.FloatTensor], torch.FloatTensor] | None,
+) -> dict[str, torch.FloatTensor]:
+    """One number a picture."""
+    values = {
+        "psnr": peak_signal_to_noise(decoded, true),
+        "ssim": structural_similarity(decoded, true),
+        "gmsd": gradient_similarity_deviation(decoded, true),
+        "sharpness": edge_steepness(decoded) / edge_steepness(true),
+        "untouched": peak_signal_to_noise(edited, *edits),
     }
-    seen, expected = features(decoded), features(true)
-    if seen is not None:
-        numbers["teacher"] = (1 - torch.cosine_similarity(seen, expected, dim=-1)).mean().item()
-    if edits is not None:
-        edited_codes, sources, masks = edits
-        numbers["untouched"] = peak_signal_to_noise(decode(*edited_codes), sources, masks).mean().item()
-    return numbers, decoded
+    if features is not None:
+        values["teacher"] = 1 - torch.cosine_similarity(features(decoded), features(true), dim=-1).mean(1)
+    return values
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     names = [name for name in COLUMNS if name in next(iter(rows.values()))]
-    lines = ["| decoder | " + " | ".join(COLUMNS[name] for name in names) + " |", "|---|" + "---:|" * len(names)]
+    lines = [f"| decoder | {' | '.join(COLUMNS[name][0] for name in names)} |", "|---|" + "---:|" * len(names)]
     for title, numbers in rows.items():
-        cells = [f"{numbers[name]:.2f}" if name in ("psnr", "untouched") else f"{numbers[name]:.4f}" for name in names]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(format(numbers[name], COLUMNS[name][1]) for name in names)} |")
     return "\n".join(lines) + "\n"
 
 
-def picture_rows(rows: list[torch.Tensor], count: int = 12, zoom: int = 4) -> Image.Image:
-    """The first pictures of every row, one row above the other."""
-    strips = [torch.cat(list(row[:count]), dim=2) for row in rows]
-    pixels = torch.cat(strips, dim=1).permute(1, 2, 0).clamp(0, 1).mul(255).round().byte().numpy()
-    image = Image.fromarray(pixels)
-    return image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST)
+def sheet(rows: dict[str, torch.FloatTensor], side: int = 256, count: int = 6) -> Image.Image:
+    """The first pictures of every row under its title, each pixel as a square."""
+    label = 16
+    image = Image.new("RGB", (count * side, len(rows) * (side + label)), "white")
+    for index, (title, pictures) in enumerate(rows.items()):
+        top = index * (side + label)
+        ImageDraw.Draw(image).text((2, top + 2), title, "black")
+        for column, one in enumerate(to_bytes(pictures[:count])):
+            square = Image.fromarray(one).resize((side, side), Image.Resampling.NEAREST)
+            image.paste(square, (column * side, top + label))
+    return image
 
 
+def vq_decoder(pipe: NextFlowDiffusionDecoderPipeline) -> Decode:
+    def decode(codes: torch.LongTensor, grids: torch.LongTensor) -> torch.FloatTensor:
+        return pipe.vision_tokenizer.decode(codes, grids).float().cpu().add(1).div(2).clamp(0, 1)
+
+    return decode
+
+
+def diffusion_decoder(pipe: NextFlowDiffusionDecoderPipeline, strength: float, args: argparse.Namespace) -> Decode:
+    def decode(codes: torch.LongTensor, grids: torch.LongTensor) -> torch.FloatTensor:
+        noise = [torch.Generator().manual_seed(args.seed + index) for index in range(len(grids))]
+        options = {"num_inference_steps": args.steps, "strength": strength, "output_type": "pt"}
+        return pipe(codes, grids, generator=noise, **options).images.float().cpu()
+
+    return decode
+
+
+@torch.no_grad()
 def main() -> None:
     args = make_parser().parse_args()
-    whole = NextFlowPipeline.from_pretrained(args.model or shapes_model_path(), dtype=torch.float32)
-    if args.decoder is None:
-        pipe = whole.diffusion_decoder_pipeline
-    else:
-        pipe = NextFlowDiffusionDecoderPipeline.from_pretrained(args.decoder, dtype=torch.float32)
-        if any(
-            not torch.equal(value, pipe.vision_tokenizer.state_dict()[name])
-            for name, value in whole.vision_tokenizer.state_dict().items()
-        ):
-            raise ValueError(
-                f"the vision tokenizers of {args.decoder} and of the model differ, expected the same codes"
-            )
-    for each in (whole, pipe):
-        each.to(args.device)
-        each.set_progress_bar_config(disable=True)
-    size = whole.processor.image_processor.resolution
-    teacher = None if args.teacher is None else Siglip2Model.from_pretrained(args.teacher).eval()
+    pipes = load_decoders(args)
+    size = pipes[0].image_processor.resolution
+    features = None
+    if args.teacher is not None:
+        teacher = Siglip2Model.from_pretrained(args.teacher).eval()
+        features = lambda pictures: teacher_features(teacher, pipes[0], pictures)  # noqa: E731
 
-    pictures = held_out_pictures(args.num_images, size, args.seed)
-    coded = pipe.encode_image(pictures)
-    edits = None
-    if args.num_edits:
-        sources, instructions, masks = held_out_edits(args.num_edits, size, args.seed)
-        generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(sources))]
-        drawn = whole(instructions, image=sources, generator=generators, output_type="codes")
-        edits = ((drawn.image_codes, drawn.image_grids), to_tensor(sources), masks)
+    rng = np.random.default_rng((args.seed, 1))
+    scenes = [sample_scene(rng, sample_prompt(rng, split="test")) for _ in range(args.num_images)]
+    rng = np.random.default_rng((args.seed, 2))
+    edits = [sample_edit(rng, split="test") for _ in range(args.num_edits)]
+    # An edit of the background touches all there is.
+    edits = [edit for edit in edits if edit.source.background == edit.target.background]
+    codes = encode(pipes[0], draw(scenes, size))
+    edited_codes = encode(pipes[0], draw([edit.target for edit in edits], size))
 
-    def decode_vq(codes: torch.LongTensor, grids: torch.LongTensor) -> torch.Tensor:
-        images = [torch.as_tensor(image) for image in whole.decode_codes(codes, grids, output_type="pt")]
-        return torch.stack(images).cpu()
-
-    def diffusion_decoder(strength: float) -> Callable:
-        def decode(codes: torch.LongTensor, grids: torch.LongTensor) -> torch.Tensor:
-            noise = [torch.Generator().manual_seed(args.seed + index) for index in range(len(grids))]
-            images = pipe(codes, grids, num_inference_steps=args.steps, strength=strength, generator=noise,
-                          output_type="pt").images.float().cpu()  # fmt: skip
-            # A decoder of twice the size is judged at the size of the truth.
-            return torch.nn.functional.interpolate(images, (size, size), mode="area")
-
-        return decode
-
-    ways = {"VQ": decode_vq}
-    for strength in args.strengths:
-        start = "noise" if strength == 1 else f"the VQ picture at strength {strength:g}"
-        ways[f"diffusion, {args.steps} steps from {start}"] = diffusion_decoder(strength)
-    true = to_tensor(pictures)
-    rows, shown = {}, [true]
+    ways = {"VQ": vq_decoder(pipes[0])}
+    for pipe in pipes:
+        factor = pipe.diffusion_decoder.config.upscale_factor
+        for strength in args.strengths:
+            start = "noise" if strength == 1 else f"the VQ picture at strength {strength:g}"
+            title = f"diffusion {factor}x, {args.steps} steps, from {start}"
+            ways[title] = diffusion_decoder(pipe, strength, args)
+    decoded, edited, seconds = {}, {}, {}
     for title, decode in ways.items():
-        rows[title], decoded = measure(
-            decode, coded, true, lambda images: teacher_features(teacher, pipe, images), edits
-        )
-        shown.append(decoded)
-        print(title, {name: round(value, 4) for name, value in rows[title].items()}, flush=True)
+        begin = time.perf_counter()
+        decoded[title] = decode(*codes)
+        seconds[title] = (time.perf_counter() - begin) / args.num_images
+        edited[title] = decode(*edited_codes)
 
+    text, numbers, values = "", {}, {}
+    for factor in sorted({1, *(pipe.diffusion_decoder.config.upscale_factor for pipe in pipes)}):
+        side = factor * size
+        true, sources = draw(scenes, side), draw([edit.source for edit in edits], side)
+        targets = draw([edit.target for edit in edits], side)
+        untouched = sources, (sources == targets).all(1)
+        rows: dict[str, dict[str, float]] = {}
+        shown = {"true picture": true}
+        for title in ways:
+            small = decoded[title].shape[-1] < side
+            if small and title != "VQ":
+                continue  # it has no say in the larger size
+            for name in FILTERS if small else [None]:
+                full = f"{title}, enlarged by a {name} filter" if small else title
+                shown[full] = resized(decoded[title], side, name)
+                each = measure(shown[full], true, resized(edited[title], side, name), untouched, features)
+                rows[full] = {key: one.mean().item() for key, one in each.items()} | {"seconds": seconds[title]}
+                values[f"{side}: {full}"] = {key: one.tolist() for key, one in each.items()}
+                first = torch.tensor(values[f"{side}: {next(iter(rows))}"]["gmsd"])
+                rows[full]["nearer"] = (each["gmsd"] < first).float().mean().item()
+        numbers[side] = rows
+        text += f"{side} x {side} pixels:\n\n{table(rows)}\n"
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "tables.md").write_text(text.strip() + "\n")
     (args.output_dir / "numbers.json").write_text(
-        json.dumps({"arguments": vars(args), "rows": rows}, default=str, indent=2)
+        json.dumps({"arguments": vars(args), "rows": numbers, "pictures": values}, default=str, indent=1)
     )
-    (args.output_dir / "table.md").write_text(table(rows))
-    picture_rows(shown).save(args.output_dir / "pictures.png")
-    print(table(rows))
+    sheet(shown).save(args.output_dir / "pictures.png", optimize=True)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
+from nextflow_hf.pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 
 
 TAGS = ["nextflow", "next-scale-prediction", "autoregressive", "arxiv:2601.02204"]
@@ -201,6 +202,31 @@ def shapes_card(pipeline: NextFlowPipeline, context: Mapping[str, Any]) -> Model
     )
 
 
+def decoder_section(
+    decoder: NextFlowDiffusionDecoderPipeline,
+    *,
+    options: Mapping[str, Any] | None = None,
+    tables: str | None = None,
+    picture: str | None = None,
+) -> str:
+    """
+    What the card of a model says of its diffusion decoder, for [`~hub_cards.export.add_diffusion_decoder`].
+
+    Args:
+        decoder ([`NextFlowDiffusionDecoderPipeline`]): With an image processor.
+        options (`Mapping`, *optional*): Arguments of the snippet's call beside `decoder`.
+        tables (`str`, *optional*): What was measured, Markdown.
+        picture (`str`, *optional*): File name of a picture of it, relative to the repository.
+    """
+    return TEMPLATES.get_template("decoder_section.md").render(
+        parameters=f"{decoder.diffusion_decoder.num_parameters():,}",
+        side=decoder.image_processor.resolution * decoder.diffusion_decoder.config.upscale_factor,
+        options="".join(f", {name}={value!r}" for name, value in (options or {}).items()),
+        tables=tables and tables.strip(),
+        picture=picture,
+    )
+
+
 def _render(
     template: str, metadata: ModelCardData, *, pictures: Mapping[str, str] | None, **context: Any
 ) -> ModelCard:
@@ -208,4 +234,4 @@ def _render(
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text))  # parts that are left out leave their blank lines
 
 
-__all__ = ["create_card", "create_metadata", "pipeline_facts", "shapes_card"]
+__all__ = ["create_card", "create_metadata", "decoder_section", "pipeline_facts", "shapes_card"]

@@ -28,6 +28,7 @@ from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
 from nextflow_hf.modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
 from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
+from nextflow_hf.pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 
 
 if TYPE_CHECKING:
@@ -94,6 +95,60 @@ def export_pipeline(
         for path in [path for name in code_files() for path in output_dir.rglob(name)]:
             path.unlink()
     return output_dir
+
+
+def add_diffusion_decoder(
+    repository: str | Path,
+    decoder: NextFlowDiffusionDecoderPipeline,
+    *,
+    dtype: torch.dtype | None = None,
+    section: str | None = None,
+) -> Path:
+    """
+    Puts a diffusion decoder into a repository that [`export_pipeline`] wrote, beside what is there, which stays as it
+    is: `pipe(..., decoder="diffusion")` then draws with it. One that is there already is replaced.
+
+    Args:
+        repository (`str` or `Path`): The folder.
+        decoder ([`NextFlowDiffusionDecoderPipeline`]):
+            Around the repository's own vision tokenizer: the codes of another one would mean nothing to it.
+        dtype (`torch.dtype`, *optional*): Of the weights in the files, as in [`export_pipeline`].
+        section (`str`, *optional*):
+            What the card says of it, Markdown that begins with a heading of the second level. It goes before the
+            citation, in the place of a section with the same heading.
+
+    Returns:
+        `Path`: `repository`.
+    """
+    repository = Path(repository)
+    whole = NextFlowPipeline.from_pretrained(repository, **dict.fromkeys(NextFlowPipeline._optional_components))
+    own = cast_copy(decoder.vision_tokenizer, torch.float32).state_dict()
+    theirs = cast_copy(whole.vision_tokenizer, torch.float32).state_dict()
+    if own.keys() != theirs.keys() or any(not torch.equal(value, theirs[name]) for name, value in own.items()):
+        raise ValueError(
+            f"the diffusion decoder was made for another vision tokenizer than that of {repository}: train it on the "
+            "codes of that one"
+        )
+    parts = {"diffusion_decoder": decoder.diffusion_decoder}
+    for name, component in decoder.components.items():
+        if f"decoder_{name}" in NextFlowPipeline._optional_components and component is not None:
+            parts[f"decoder_{name}"] = component
+    for name in NextFlowPipeline._optional_components:
+        shutil.rmtree(repository / name, ignore_errors=True)
+    for name, component in parts.items():
+        if dtype is not None and isinstance(component, (PreTrainedModel, ModelMixin)):
+            component = cast_copy(component, dtype)
+        component.save_pretrained(repository / name)
+    index = model_index(NextFlowPipeline(**{**whole.components, **parts}))
+    (repository / "model_index.json").write_text(index, encoding="utf-8")
+    if section is not None:
+        card = repository / "README.md"
+        text, section = card.read_text(encoding="utf-8"), section.strip()
+        heading = re.escape(section.splitlines()[0])
+        text = re.sub(rf"^{heading}\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+        before, citation, after = text.partition("## Citation\n")
+        card.write_text(f"{before.rstrip()}\n\n{section}\n\n{citation}{after}".rstrip() + "\n", encoding="utf-8")
+    return repository
 
 
 def present_components(pipeline: NextFlowPipeline) -> dict[str, Any]:
@@ -213,4 +268,12 @@ def cast_copy(model: PreTrainedModel | ModelMixin, dtype: torch.dtype) -> PreTra
     return model
 
 
-__all__ = ["cast_copy", "export_adapter", "export_pipeline", "model_index", "push_pipeline", "write_code"]
+__all__ = [
+    "add_diffusion_decoder",
+    "cast_copy",
+    "export_adapter",
+    "export_pipeline",
+    "model_index",
+    "push_pipeline",
+    "write_code",
+]

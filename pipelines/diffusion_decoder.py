@@ -109,6 +109,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         subfolder: str | None = None,
         projection_dim: int | None = None,
         upscale_factor: int = 1,
+        embedded_guidance: float = 1.0,
         **kwargs,
     ) -> "NextFlowDiffusionDecoder":
         """
@@ -122,6 +123,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
             condition_channels=condition_channels,
             projection_dim=projection_dim,
             upscale_factor=upscale_factor,
+            embedded_guidance=embedded_guidance,
         )
 
     @classmethod

@@ -35,7 +35,7 @@ def encode_latents(
     if vae is None:
         return pixels.float()
     is_video = isinstance(vae, AutoencoderKLQwenImage)  # one frame of it
-    pixels = pixels.to(vae.device, vae.dtype)
+    pixels = pixels.to(vae.dtype)  # where the VAE computes the caller knows: offloaded, it does not say
     distribution = vae.encode(pixels.unsqueeze(2) if is_video else pixels).latent_dist
     latents = (distribution.sample(generator) if sample else distribution.mode()).float()
     shift, scale = _shift_and_scale(vae, latents)

@@ -191,7 +191,10 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
 
     @property
     def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop there: the images are previews of what was drawn."""
+        """
+        Set `pipe._interrupt = True` in a callback to stop there: the images are previews of what was drawn. Set while
+        the diffusion decoder draws, it ends that: the images are as far as they have come.
+        """
         return self._interrupt
 
     @torch.no_grad()
@@ -573,13 +576,19 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
         if call.output_type == "codes":
             return None
         images = [None] * len(drawing.prompts)
+        was_interrupted = self.interrupt
+
+        def pass_on(decoder: NextFlowDiffusionDecoderPipeline, *_: Any) -> dict:
+            decoder._interrupt = self.interrupt and not was_interrupted
+            return {}
+
         for members in drawing.groups:
             codes = torch.cat([drawing.image_codes[index] for index in members])
             options = {"num_scales": drawing.count_drawn(members[0]), "output_type": call.output_type}
             if call.decoder == "diffusion":
                 for name, each in (("prompt", drawing.captions), ("generator", drawing.noise_generators)):
                     options[name] = None if each is None else [each[index] for index in members]
-                options = {**call.decoder_settings, **options}
+                options = {**call.decoder_settings, **options, "callback_on_step_end": pass_on}
                 decoded = self.diffusion_decoder_pipeline(codes, drawing.image_grids(members), **options).images
             else:
                 decoded = self.decode_codes(codes, drawing.image_grids(members), **options)

@@ -196,12 +196,14 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
         num_inference_steps: int = 25,
         strength: float = 1.0,
         tile_size: int | None = None,
+        negative_prompt: str | list[str] | None = None,
         **others: Any,
     ) -> None:
         """Whether the decoder can do what a call asks for. `others` cannot be wrong, or show where they are used."""
         self.check_components()
-        if prompt is not None and not self.has_text_encoder:
-            raise ValueError(f"`prompt` is {prompt!r}, expected None: this decoder has no text encoder")
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None and not self.has_text_encoder:
+                raise ValueError(f"`{name}` is {text!r}, expected None: this decoder has no text encoder")
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1")
         if not 0 < strength <= 1 or num_inference_steps * strength < 1:
@@ -512,7 +514,7 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs
-        self.check_settings(prompt, num_inference_steps, strength, tile_size)
+        self.check_settings(prompt, num_inference_steps, strength, tile_size, negative_prompt)
         self.check_inputs(
             image_codes,
             image_grids,

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from toy_decoder import toy_clip, toy_decoder_pipeline, toy_denoiser, toy_scheduler, toy_vae
+from toy_decoder import toy_base_model, toy_decoder_pipeline
 from toy_pipeline import toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder
@@ -124,7 +124,7 @@ def test_resumed_training_is_uninterrupted_training(make_trainer, family, option
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "qwen"])
 def test_a_lora_is_loaded_by_load_lora_weights(make_trainer, family):
-    trainer = make_trainer(family, lora_rank=2, max_steps=2)
+    trainer = make_trainer(family, lora_rank=2, lora_alpha=6, max_steps=2)
     before = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
     trainer.train()
     changed = {name for name, v in trainer.decoder.state_dict().items() if not torch.equal(v, before[name])}
@@ -179,7 +179,7 @@ def test_rows_pair_an_image_with_its_own_codes(tmp_path):
         self_correction=False,
         image_drop_rate=0.5,
     )
-    data = NextFlowDecoderDataset(codes, get_row)
+    data = NextFlowDecoderDataset(codes, lambda _, row_id: get_row(int(row_id)))
     for index in range(4):
         expected, grids = pipe.encode_image(picture(index))
         assert torch.equal(data[index]["image_codes"], expected)
@@ -202,7 +202,7 @@ def test_the_appended_scale_of_a_given_image_is_no_code_of_its_picture(tmp_path)
     processor.append_last_scale = True
     options = {"self_correction": False, "text_drop_rate": 0.0, "image_drop_rate": 0.0}
     codes = extract_codes(get_row, 2, tmp_path, processor=processor, vision_tokenizer=pipe.vision_tokenizer, **options)
-    data = NextFlowDecoderDataset(codes, get_row)
+    data = NextFlowDecoderDataset(codes, lambda _, row_id: get_row(int(row_id)))
     drawn, given = data[0], data[1]
     assert [len(row["image_grids"][row["image_grids"].prod(-1) > 0]) for row in (drawn, given)] == [4, 5]
     batch = NextFlowDecoderCollator(pipe.image_processor)([drawn, given])
@@ -231,17 +231,9 @@ def test_bad_arguments_are_refused(arguments, changes, message):
         arguments(**changes)
 
 
-def write_stock_pipeline(folder) -> None:
-    """A whole tiny Stable Diffusion, as a hub has it."""
-    encoder, tokenizer = toy_clip()
-    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    unet, scheduler, vae = toy_denoiser("unet"), toy_scheduler("unet"), toy_vae("unet")
-    StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, **parts).save_pretrained(folder)
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_both_stages_of_a_recipe(tmp_path, lora):
-    write_stock_pipeline(tmp_path / "base_model")
+    toy_base_model("unet").save_pretrained(tmp_path / "base_model")
     options = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 2}
     recipe = {
         "base_model": str(tmp_path / "base_model"),

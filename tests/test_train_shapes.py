@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.training import train_shapes
+from nextflow_hf.training import train_shapes, train_shapes_decoder
 
 
 @pytest.fixture
@@ -62,3 +63,32 @@ def test_from_nothing_to_a_repository(tiny_recipes, tmp_path, monkeypatch):
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     train_shapes.main()
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    # Its diffusion decoder, from a denoiser to a part of that repository.
+    load = train_shapes_decoder.load_decoder_recipe
+
+    def load_tiny(name: str) -> dict:
+        recipe = load(name)
+        recipe["training"] |= {"warmup_steps": 0, "logging_steps": 1, "save_steps": 1}
+        recipe["training"] |= {"per_device_train_batch_size": 2}
+        recipe["pretraining"] |= {"max_steps": 2}
+        for stage in recipe["stages"].values():
+            stage |= {"max_steps": 1, "per_device_train_batch_size": 2}
+        return recipe
+
+    monkeypatch.setattr(train_shapes_decoder, "load_decoder_recipe", load_tiny)
+    monkeypatch.setattr(train_shapes_decoder, "HELD_OUT", 2)
+    monkeypatch.setattr("sys.argv", ["decoder", "--output-dir", str(tmp_path), "--add-to", str(repository)])
+    train_shapes_decoder.main()
+    pipe = NextFlowPipeline.from_pretrained(repository)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"decoder": "diffusion", "decoder_num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    assert pipe("a red circle", **options).images[0].size == (128, 128)
+    assert 'pipe("a red circle", decoder="diffusion"' in (repository / "README.md").read_text()
+    # Before the two stages it was the denoiser.
+    base, denoiser = (
+        load_file(tmp_path / folder / "diffusion_pytorch_model.safetensors")
+        for folder in ("diffusion_decoder_base/diffusion_decoder", "denoiser")
+    )
+    assert base["denoiser.conv_in.weight"].shape[1] == denoiser["conv_in.weight"].shape[1] + 16
+    torch.testing.assert_close(base["denoiser.conv_out.weight"], denoiser["conv_out.weight"], atol=5e-3, rtol=0)

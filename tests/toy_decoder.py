@@ -5,11 +5,16 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
     ModelMixin,
+    QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,6 +26,8 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
 )
@@ -32,7 +39,7 @@ FAMILIES = ("unet", "flux", "sd3", "qwen")
 CONDITION = 6 + 4 + 16  # the toy tokenizer's two codes and its semantic features
 
 
-def toy_denoiser(family: str, channels: int = 4) -> ModelMixin:
+def toy_denoiser(family: str, channels: int = 4, **options) -> ModelMixin:
     """The input channels are those of latents with `channels`."""
     torch.manual_seed(3)
     if family == "unet":
@@ -46,6 +53,7 @@ def toy_denoiser(family: str, channels: int = 4) -> ModelMixin:
             norm_num_groups=4,
             cross_attention_dim=8,
             attention_head_dim=4,
+            **options,
         ).eval()
     if family == "flux":
         return FluxTransformer2DModel(
@@ -57,6 +65,7 @@ def toy_denoiser(family: str, channels: int = 4) -> ModelMixin:
             joint_attention_dim=8,
             pooled_projection_dim=8,
             axes_dims_rope=(4, 4, 8),
+            **options,
         ).eval()
     if family == "sd3":
         return SD3Transformer2DModel(
@@ -69,7 +78,7 @@ def toy_denoiser(family: str, channels: int = 4) -> ModelMixin:
             joint_attention_dim=8,
             caption_projection_dim=16,
             pooled_projection_dim=8,
-            pos_embed_max_size=16,
+            pos_embed_max_size=64,
         ).eval()
     return QwenImageTransformer2DModel(
         in_channels=4 * channels,
@@ -156,10 +165,52 @@ def toy_clip(hidden_size: int = 8, *, projection: bool = False) -> tuple[PreTrai
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval(), tokenizer
 
 
-def toy_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+def toy_words() -> PreTrainedTokenizerFast:
+    """A number for every word and every mark."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+
+
+def toy_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     config = T5Config(vocab_size=4, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     torch.manual_seed(6)
-    return T5EncoderModel(config).eval(), tokenizer
+    return T5EncoderModel(config).eval(), toy_words()
+
+
+def toy_qwen() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
+    """A text encoder of Qwen-Image's kind."""
+    text = {
+        "vocab_size": 4,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8}
+    torch.manual_seed(7)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    return model.eval(), toy_words()
+
+
+def toy_base_model(family: str) -> DiffusionPipeline:
+    """A whole pipeline of diffusers of that family, as a hub has it, without its denoiser's twin of ours."""
+    parts = {"scheduler": toy_scheduler(family), "vae": toy_vae(family)}
+    parts["unet" if family == "unet" else "transformer"] = toy_denoiser(family)
+    if family == "qwen":
+        parts["text_encoder"], parts["tokenizer"] = toy_qwen()
+        return QwenImagePipeline(**parts)
+    if family == "sd3":
+        for suffix in ("", "_2"):
+            parts[f"text_encoder{suffix}"], parts[f"tokenizer{suffix}"] = toy_clip(4, projection=True)
+        parts["text_encoder_3"], parts["tokenizer_3"] = toy_t5()
+        return StableDiffusion3Pipeline(**parts)
+    parts["text_encoder"], parts["tokenizer"] = toy_clip()
+    if family == "flux":
+        parts["text_encoder_2"], parts["tokenizer_2"] = toy_t5()
+        return FluxPipeline(**parts)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -40,11 +40,12 @@ class StagedCheckpoint:
         name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         self.source, self.target = os.path.join(self.folder, name), os.path.join(run_dir, name)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "StagedCheckpoint":
         if self.trainer.args.should_save:
             shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed
         self.trainer.accelerator.wait_for_everyone()
         self.trainer._staged_checkpoint = self
+        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         trainer = self.trainer

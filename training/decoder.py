@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 import yaml
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from transformers import ImageProcessingMixin
 
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -49,17 +49,20 @@ def build_decoder_pipeline(
     image_processor: ImageProcessingMixin,
     *,
     dtype: torch.dtype | None = None,
+    denoiser: ModelMixin | None = None,
 ) -> NextFlowDiffusionDecoderPipeline:
-    """The pipeline before the first step: its decoder is the base denoiser, and ignores the codes."""
+    """
+    The pipeline before the first step: its decoder is the base denoiser, and ignores the codes. `denoiser`, if given,
+    is that base, and the recipe's says only what it once was.
+    """
     parts: dict[str, Any] = {}
     if "base_model" in recipe:
         stock = DiffusionPipeline.from_pretrained(recipe["base_model"], **({} if dtype is None else {"dtype": dtype}))
         kinds = ("scheduler", "vae", "text_encoder", "tokenizer")
         parts = {name: part for name, part in stock.components.items() if name.rstrip("_23") in kinds}
-        denoiser = stock.components[recipe["denoiser"]]
-    else:
-        config = dict(recipe["denoiser"])
-        denoiser = getattr(diffusers, config.pop("class")).from_config(config)
+        denoiser = denoiser or stock.components[recipe["denoiser"]]
+    elif denoiser is None:
+        denoiser = make_denoiser(recipe["denoiser"])
         denoiser = denoiser if dtype is None else denoiser.to(dtype)
     if "scheduler" in recipe:
         parts["scheduler"] = make_scheduler(recipe["scheduler"], parts.get("scheduler"))
@@ -69,6 +72,12 @@ def build_decoder_pipeline(
     return NextFlowDiffusionDecoderPipeline(
         decoder, vision_tokenizer=vision_tokenizer, image_processor=image_processor, **parts
     )
+
+
+def make_denoiser(options: dict[str, Any]) -> ModelMixin:
+    """A random one: `options` name the class and give its configuration."""
+    options = dict(options)
+    return getattr(diffusers, options.pop("class")).from_config(options)
 
 
 def make_scheduler(options: dict[str, Any], base: SchedulerMixin | None) -> SchedulerMixin:
@@ -116,6 +125,7 @@ __all__ = [
     "condition_channels",
     "load_decoder_recipe",
     "load_stage",
+    "make_denoiser",
     "make_scheduler",
     "train_stage",
 ]

@@ -1,36 +1,52 @@
-"""Trains the diffusion decoder of the Shapes world on the codes that `train_shapes` extracted.
+"""Trains the diffusion decoder of the Shapes world, in the folder in which `train_shapes` has trained the rest:
 
     python -m nextflow_hf.training.train_shapes_decoder --output-dir runs/shapes
 
-Writes a [`NextFlowDiffusionDecoderPipeline`] as `diffusion_decoder_base` (and `diffusion_decoder_upscale`) in that
-folder, for `benchmarks/diffusion_decoder_shapes.py`. The same command resumes; the numbers are in
-`recipes/shapes_diffusion_decoder.yaml`.
+First a denoiser of pictures that knows no codes, then the two stages of the paper: a decoder of the pictures' size,
+and one of twice that. Either is a [`NextFlowDiffusionDecoderPipeline`], `diffusion_decoder_base` and
+`diffusion_decoder_upscale`, for `benchmarks/diffusion_decoder_shapes.py`. The same command resumes; the numbers are in
+`recipes/shapes_diffusion_decoder.yaml`. `--add-to` puts the last one into the model's repository.
 """
 
 import argparse
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from ..hub_cards.cards import decoder_section
+from ..hub_cards.export import add_diffusion_decoder
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from .checkpoints import last_checkpoint
 from .data.decoder_rows import NextFlowDecoderDataset
 from .data.extraction import load_codes
-from .decoder import STAGES, UPSCALE_FACTOR, build_decoder_pipeline, load_decoder_recipe, load_stage, train_stage
+from .decoder import (
+    STAGES,
+    UPSCALE_FACTOR,
+    build_decoder_pipeline,
+    load_decoder_recipe,
+    load_stage,
+    make_denoiser,
+    make_scheduler,
+    train_stage,
+)
+from .decoder_trainer import NextFlowDiffusionDecoderTrainingArguments
 from .shapes import render, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
-from .train_shapes import device_arguments, load_recipe, make_processor
+from .shapes.denoiser import train_denoiser
+from .train_shapes import device_arguments, draw_pictures, load_recipe, make_processor
 
 
 logger = logging.getLogger(__name__)
 
-EVAL_SEED = 7
+HELD_OUT, EVAL_SEED = 64, 7
 
 
 class HeldOutPictures(Dataset):
@@ -54,18 +70,39 @@ class HeldOutPictures(Dataset):
         return self.rows[index]
 
 
-def run_stage(stage: str, folder: Path) -> None:
-    recipe, data_recipe = load_decoder_recipe("shapes_diffusion_decoder"), load_recipe("extract")
-    # Half precision, as when the codes were extracted and as it is shipped
-    tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer", dtype=torch.bfloat16).eval()
+def shapes_device_arguments() -> dict:
+    """A CPU computes convolutions of so few channels faster in float32."""
+    return {**device_arguments(), "bf16": torch.accelerator.is_available()}
+
+
+def denoiser_stage(folder: Path) -> None:
+    """What the decoder starts from."""
+    recipe = load_decoder_recipe("shapes_diffusion_decoder")
     set_seed(recipe["training"]["seed"])
-    pipeline = build_decoder_pipeline(recipe, tokenizer, make_processor(folder).image_processor)
+    options = {**recipe["training"], **recipe["pretraining"], **shapes_device_arguments()}
+    args = NextFlowDiffusionDecoderTrainingArguments(output_dir=str(folder / "denoiser_run"), **options)
+    pictures, _ = draw_pictures(folder)
+    num_eval = load_recipe("pictures")["num_eval"]
+    scheduler = make_scheduler(recipe["scheduler"], None)
+    train_denoiser(make_denoiser(recipe["denoiser"]), scheduler, pictures[:-num_eval], args).save_pretrained(
+        folder / "denoiser"
+    )
+
+
+def decoder_stage(stage: str, folder: Path) -> None:
+    recipe, data_recipe = load_decoder_recipe("shapes_diffusion_decoder"), load_recipe("extract")
+    # In half precision, as when the codes were extracted and as it is shipped; a CPU computes faster in float32.
+    tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer", dtype=torch.bfloat16).eval()
+    tokenizer = tokenizer if torch.accelerator.is_available() else tokenizer.float()
+    set_seed(recipe["training"]["seed"])
+    denoiser = UNet2DConditionModel.from_pretrained(folder / "denoiser")
+    pipeline = build_decoder_pipeline(recipe, tokenizer, make_processor(folder).image_processor, denoiser=denoiser)
     pipeline.diffusion_decoder.register_to_config(upscale_factor=UPSCALE_FACTOR[stage])
     side = load_recipe("pictures")["size"] * UPSCALE_FACTOR[stage]
 
-    def get_row(index: int) -> dict:
+    def get_row(_: None, row_id: str) -> dict:
         # The same scenes that the codes show, drawn at the size of the stage
-        return shapes_sample(data_recipe["data_seed"], index, tasks=data_recipe["tasks"], sizes=((side, side),))
+        return shapes_sample(data_recipe["data_seed"], int(row_id), tasks=data_recipe["tasks"], sizes=((side, side),))
 
     run = folder / "diffusion_decoder_run" / f"{stage}_run"
     train_stage(
@@ -73,30 +110,55 @@ def run_stage(stage: str, folder: Path) -> None:
         recipe,
         stage,
         run.parent,
-        resume_from_checkpoint=get_last_checkpoint(run) if run.is_dir() else None,
-        device_arguments=device_arguments(),
+        resume_from_checkpoint=last_checkpoint(run),
+        device_arguments=shapes_device_arguments(),
         train_dataset=NextFlowDecoderDataset(load_codes(folder / "codes", vision_tokenizer=tokenizer), get_row),
-        eval_dataset=HeldOutPictures(pipeline, 64, side),
+        eval_dataset=HeldOutPictures(pipeline, HELD_OUT, side),
     )
     load_stage(pipeline, run.parent / stage)
     pipeline.to("cpu").save_pretrained(folder / f"diffusion_decoder_{stage}")
 
 
+def export_stage(folder: Path, repository: Path, report: Path | None) -> None:
+    """The decoder of twice the size into the model's repository, with what was measured on its card."""
+    pipeline = NextFlowDiffusionDecoderPipeline.from_pretrained(folder / f"diffusion_decoder_{STAGES[-1]}")
+    measured = {}
+    if report is not None:
+        shutil.copyfile(report / "pictures.png", repository / "diffusion_decoder.png")
+        measured = {"tables": (report / "tables.md").read_text(), "picture": "diffusion_decoder.png"}
+    options = load_decoder_recipe("shapes_diffusion_decoder")["sampling"]
+    section = decoder_section(pipeline, options=options, **measured)
+    add_diffusion_decoder(repository, pipeline, dtype=torch.bfloat16, section=section)
+
+
+# Stage -> the file that is there when it is finished.
+FINISHED = {
+    "denoiser": "denoiser/diffusion_pytorch_model.safetensors",
+    **{stage: f"diffusion_decoder_{stage}/model_index.json" for stage in STAGES},
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="The folder of `train_shapes`.")
-    parser.add_argument("--stage", choices=STAGES, nargs="*", default=["base"], help="default: base")
+    parser.add_argument("--stage", choices=FINISHED, nargs="*", default=list(FINISHED), help="Default: all, in order.")
+    parser.add_argument("--add-to", type=Path, help="Then add the decoder to this exported repository of the model.")
+    parser.add_argument("--report", type=Path, help="Folder that the benchmark wrote, for the card of `--add-to`.")
     return parser
 
 
 def main() -> None:
     args = make_parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for stage in STAGES:
-        finished = args.output_dir / f"diffusion_decoder_{stage}" / "model_index.json"
-        if stage in args.stage and not finished.exists():
+    for stage, finished in FINISHED.items():
+        if stage in args.stage and not (args.output_dir / finished).exists():
             logger.info("stage %s", stage)
-            run_stage(stage, args.output_dir)
+            if stage == "denoiser":
+                denoiser_stage(args.output_dir)
+            else:
+                decoder_stage(stage, args.output_dir)
+    if args.add_to is not None:
+        export_stage(args.output_dir, args.add_to, args.report)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset as CodesDataset
 from torch.utils.data import Dataset
 
-from .messages import _parts
+from .messages import _parts, open_image
 
 
 class NextFlowDecoderDataset(Dataset):
@@ -14,12 +14,18 @@ class NextFlowDecoderDataset(Dataset):
     The last image of every row: what the transformer draws, with the codes that it is trained to draw.
 
     Args:
-        codes (`datasets.Dataset`): The shards of [`~training.data.extraction.extract_codes`].
-        get_row (`Callable`): Number -> the row with "messages" and "images" that the codes were extracted from.
+        codes (`datasets.Dataset`): The shards of [`~training.data.extraction.extract_codes`]. Rows of text alone are
+            left out.
+        get_row (`Callable`):
+            `get_row(source, row_id)` is the row with "messages" and "images" that the codes were extracted from:
+            [`~training.data.mixture.MixtureRows`] of a mixture. The shards of one data set name no source, and their
+            ids are numbers.
     """
 
-    def __init__(self, codes: CodesDataset, get_row: Callable[[int], dict]):
-        self.codes = codes
+    def __init__(self, codes: CodesDataset, get_row: Callable[[str | None, str], dict]):
+        self.codes = codes.filter(
+            lambda grids: [len(one) > 0 for one in grids], input_columns="image_grids", batched=True
+        )
         self.get_row = get_row
 
     def __len__(self) -> int:
@@ -27,10 +33,13 @@ class NextFlowDecoderDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         stored = self.codes[index]
-        row = self.get_row(int(stored["row_id"]))  # bad rows may have been left out
+        row = self.get_row(stored["source"], stored["row_id"])
         image_grids = torch.tensor(stored["image_grids"])
-        if not len(image_grids) or not row["images"]:
-            raise ValueError(f"row {index} has {len(image_grids)} images' codes and {len(row['images'])} images")
+        if not row["images"]:
+            raise ValueError(
+                f"row {stored['row_id']!r} of source {stored['source']!r} has codes of {len(image_grids)} images, but "
+                "no image: has the data set changed since they were extracted?"
+            )
         # `torch.tensor` copies: rows of a memory-mapped data set are read-only.
         codes = torch.tensor(stored["image_codes"])[-int(image_grids[-1].prod(-1).sum()) :]
         return {
@@ -56,30 +65,47 @@ class NextFlowDecoderCollator:
         self.upscale_factor = upscale_factor
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor | list[str]]:
-        # The same cells, each of more pixels.
-        inputs = self.image_processor(
-            [row["image"] for row in rows],
-            patch_size=self.image_processor.patch_size * self.upscale_factor,
-            resolution=self.image_processor.resolution * self.upscale_factor,
-            return_tensors="pt",
-        )
-        image_grids, image_codes = inputs["image_grids"], []
-        for index, row in enumerate(rows):
-            stored = row["image_grids"][row["image_grids"].prod(-1) > 0]
-            own = image_grids[index][image_grids[index].prod(-1) > 0]
-            # An image that was given, not drawn, may have its last grid again: the processor's `append_last_scale`.
-            if not (torch.equal(stored, own) or torch.equal(stored, torch.cat([own, own[-1:]]))):
-                raise ValueError(
-                    f"an image's codes have the grids {stored.tolist()}, but the image processor gives "
-                    f"{own.tolist()}: were they extracted with another one?"
-                )
-            image_codes.append(row["image_codes"][: int(own.prod(-1).sum())])
+        pictures, schedules, image_codes = [], [], []
+        for row in rows:
+            pixels, grids = self._prepare(row)
+            pictures.append(pixels)
+            schedules.append(grids)
+            image_codes.append(row["image_codes"][: int(grids.prod(-1).sum())])
+        size = [max(picture.shape[axis] for picture in pictures) for axis in (1, 2)]
+        pixel_values = torch.zeros(len(rows), 3, *size)
+        image_grids = torch.zeros(len(rows), max(map(len, schedules)), 2, dtype=torch.long)
+        for index, (picture, grids) in enumerate(zip(pictures, schedules, strict=True)):
+            pixel_values[index, :, : picture.shape[1], : picture.shape[2]] = picture
+            image_grids[index, : len(grids)] = grids
         return {
-            "pixel_values": inputs["pixel_values"],
+            "pixel_values": pixel_values,
             "image_codes": torch.cat(image_codes),
             "image_grids": image_grids,
             "captions": [row["caption"] for row in rows],
         }
+
+    def _prepare(self, row: dict) -> tuple[torch.FloatTensor, torch.LongTensor]:
+        """The picture at the level that its codes have, of as many cells but more pixels, and its grids."""
+        stored = row["image_grids"][row["image_grids"].prod(-1) > 0]
+        schedule = self.image_processor.schedule
+        patch_size = schedule.patch_size * self.upscale_factor
+        image = open_image(row["image"], self.image_processor.max_pixels)
+        # An image that was given, not drawn, may have its last grid again: the processor's `append_last_scale`.
+        is_again = len(stored) > 1 and torch.equal(stored[-1], stored[-2])
+        own = stored[:0]
+        for count in [len(stored), len(stored) - 1] if is_again else [len(stored)]:
+            if count > schedule.max_scales:
+                continue
+            resolution = schedule.resolutions[count - 1] * self.upscale_factor
+            inputs = self.image_processor(image, patch_size=patch_size, resolution=resolution, return_tensors="pt")
+            own = inputs["image_grids"][0]
+            own = own[own.prod(-1) > 0]
+            if torch.equal(stored[:count], own):
+                return inputs["pixel_values"][0], own
+        raise ValueError(
+            f"an image's codes have the grids {stored.tolist()}, but the image processor gives {own.tolist()}: were "
+            "they extracted with another one?"
+        )
 
 
 def caption_of(messages: list[dict]) -> str:

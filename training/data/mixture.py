@@ -10,8 +10,11 @@ here: an image is the path or the bytes that its file has.
 """
 
 import glob
+import itertools
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +199,37 @@ def load_mixture(mixture: MixtureArguments) -> Dataset | IterableDataset:
     return index.with_transform(fetch)
 
 
+class MixtureRows:
+    """
+    The rows of a mixture by the names that its shards have for them: `rows(source, row_id)` is the row with "messages"
+    and "images" that the codes were extracted from.
+
+    Args:
+        mixture ([`MixtureArguments`]): That of the extraction.
+    """
+
+    def __init__(self, mixture: MixtureArguments):
+        sources = [_Source(source, number, mixture.data_seed) for number, source in enumerate(mixture.sources)]
+        self._sources = {source.label: source for source in sources}
+        if len(self._sources) < len(sources):
+            labels = [source.label for source in sources]
+            raise ValueError(
+                f"sources are named {labels}, and shards have no other name: give each a label of its own"
+            )
+        if streamed := [source.label for source in sources if source.streaming]:
+            raise ValueError(
+                f"{streamed} stream: their rows come in order, not by name, expected sources on this disk"
+            )
+
+    def __call__(self, source: str, row_id: str) -> dict[str, Any]:
+        if source not in self._sources:
+            raise ValueError(f"a shard's row is of source {source!r}, but the sources are {sorted(self._sources)}")
+        opened = self._sources[source]
+        if row_id not in opened.numbers:
+            raise ValueError(f"source {source} has no row {row_id!r}: has it changed since the codes were extracted?")
+        return opened.row(opened.numbers[row_id])
+
+
 class _Source:
     """An opened [`DataSource`]: its columns are known to be there, its rows become messages one by one."""
 
@@ -208,6 +242,18 @@ class _Source:
         self.columns = self._find_columns(names)
         kept = {self._top_level(column, names) for column in self.columns.values()}
         self.rows = _undecoded(rows.select_columns([name for name in names if name in kept]))
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """Name of a row -> its number."""
+        ids: Iterable = itertools.repeat(None, len(self.rows))
+        if (column := self.columns.get("id")) is not None:
+            top = self._top_level(column, self.rows.column_names)
+            ids = (_lookup({top: value}, column) for value in self.rows[top])
+        numbers = {str(number if row_id is None else row_id): number for number, row_id in enumerate(ids)}
+        if len(numbers) < len(self.rows):
+            raise ValueError(f"source {self.label} has {len(self.rows)} rows of {len(numbers)} names in {column!r}")
+        return numbers
 
     def row(self, number: int) -> dict[str, Any]:
         """Row `number` as messages and images."""
@@ -330,4 +376,4 @@ def _undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return rows
 
 
-__all__ = ["DataSource", "MixtureArguments", "ROW_FEATURES", "load_mixture"]
+__all__ = ["DataSource", "MixtureArguments", "MixtureRows", "ROW_FEATURES", "load_mixture"]
