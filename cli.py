@@ -27,6 +27,7 @@ COMMANDS = {
         "nextflow_hf.training.train_tokenizer",
         "one stage of a vision tokenizer's training, by a recipe",
     ),
+    "train-decoder": ("nextflow_hf.training.train_decoder", "train a diffusion decoder by a recipe"),
 }
 
 
