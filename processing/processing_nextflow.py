@@ -9,17 +9,26 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import (
+    AudioKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    VideosKwargs,
+)
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .control_tokens import CUT, ControlTokens
 from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
+from .message_images import take_images
 from .reasoning import (
     THINKING_PROMPT,
     split_reasoning,
@@ -33,7 +42,6 @@ from .tokenizer_extension import code_token
 
 
 IGNORE_INDEX = -100
-_IMAGE_KEYS = ("image", "path", "url", "base64")
 _GENERATION_MODES = (None, "text", "image", "interleaved")
 _TEXT_OPTIONS = {
     "padding",
@@ -43,6 +51,8 @@ _TEXT_OPTIONS = {
     "return_tensors",
     "return_attention_mask",
     "return_mm_token_type_ids",
+    "return_text_replacement_offsets",
+    "truncation",
 }
 
 
@@ -67,10 +77,11 @@ class NextFlowProcessorKwargs(ProcessingKwargs, total=False):
     target_grids: list | tuple | None
 
 
-# Every option of `NextFlowProcessor.__call__`, flat or in its group.
+# Every option of `NextFlowProcessor.__call__`, flat or in its group. Those of sounds and videos mean nothing here;
+# transformers lets callers pass them to any processor.
 _OPTIONS = {
     option
-    for group in (NextFlowProcessorKwargs, NextFlowImageProcessorKwargs, TextKwargs)
+    for group in (NextFlowProcessorKwargs, NextFlowImageProcessorKwargs, TextKwargs, VideosKwargs, AudioKwargs)
     for option in group.__annotations__
 } | {"common_kwargs"}
 
@@ -128,6 +139,11 @@ class NextFlowProcessor(ProcessorMixin):
             chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        files = super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        vars(self).pop("auto_map", None)  # left there by saving; a processor that was loaded has none
+        return files
+
     @property
     def max_scales(self) -> int:
         """Scales of the longest image: the number of rows of an image in `image_grids`."""
@@ -146,8 +162,8 @@ class NextFlowProcessor(ProcessorMixin):
 
         Args:
             images (image or (nested) list of images, *optional*):
-                One for every `<boi><|image_pad|><eoi>` of the text, in reading order. A list per prompt is checked per
-                prompt.
+                One for every `<|image_pad|>` of the text, alone or as `<boi><|image_pad|><eoi>`, in reading order. A
+                list per prompt is checked per prompt.
             text (`str` or `list[str]`, *optional*):
                 Trusted text: control tokens in it are control tokens. A `<boi>` at the very end is an image to draw.
                 Its images count as given: who showed them is known to `apply_chat_template` alone.
@@ -160,8 +176,8 @@ class NextFlowProcessor(ProcessorMixin):
 
         Raises:
             `ValueError` where images and placeholders differ in number, where an image is not laid out as above, and
-            where a row with all its image cells is longer than the tokenizer's `model_max_length`: nothing is
-            truncated.
+            where a row with all its image cells is longer than `max_length` or the tokenizer's `model_max_length`:
+            `truncation` cuts rows of text alone.
         """
         if text is None:
             if images is None:
@@ -272,10 +288,15 @@ class NextFlowProcessor(ProcessorMixin):
         # 1. Take the images out, and mark the control tokens that the messages spell out
         if len(conversation) == 0:
             raise ValueError("got 0 messages, expected at least 1")
+        if tools and "tool" not in template:
+            raise ValueError(f"this chat template knows no tools, got {len(tools)}")
         conversations, is_batched = self._normalize_conversations(conversation)
         if enable_thinking:
             conversations = list(map(with_thinking_prompt, conversations))
-        row_images, is_drawn = self._images_of(conversations, images)
+        row_images, is_drawn = take_images(conversations, images)
+        tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
+        tokens = {**self.tokenizer.special_tokens_map, **tokens}
+        tokens |= {name: variables.pop(name) for name in tokens if name in variables}  # the caller's, and no message
         if sanitize_control_tokens:
             control_tokens = self._control_tokens
             conversations = [
@@ -286,7 +307,6 @@ class NextFlowProcessor(ProcessorMixin):
             )
 
         # 2. Render
-        tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
         texts, responses = render_jinja_template(
             conversations=conversations,
             tools=tools,
@@ -295,7 +315,7 @@ class NextFlowProcessor(ProcessorMixin):
             return_assistant_tokens_mask=mark_responses,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **tokens, **variables},
+            **{**tokens, **variables},
         )
         if not tokenize:
             if options.get("generation_mode") == "image":
@@ -324,11 +344,11 @@ class NextFlowProcessor(ProcessorMixin):
         """`kwargs` sorted into ours, the tokenizer's and the image processor's; one nobody knows is an error."""
         if unknown := sorted(set(kwargs) - _OPTIONS):
             raise TypeError(f"got unexpected options {unknown}")
-        # Without the tokenizer's own settings: its `padding_side` must not undo ours.
-        options = self._merge_kwargs(**kwargs)
+        # Of the tokenizer's own settings, its `padding_side` must not undo ours.
+        names = _TEXT_OPTIONS - {"padding_side"}
+        own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in names}
+        options = self._merge_kwargs(tokenizer_init_kwargs=own, **kwargs)
         text_options = options["text_kwargs"]
-        if text_options.pop("truncation", None) not in (None, False, "do_not_truncate"):
-            raise ValueError("truncation would cut images apart: shorten the conversation or lower the resolution")
         text_options.pop("add_special_tokens", None)  # the template writes them all
         if unknown := sorted(name for name, value in text_options.items() if value and name not in _TEXT_OPTIONS):
             raise TypeError(f"got unsupported tokenizer options {unknown}")
@@ -365,49 +385,6 @@ class NextFlowProcessor(ProcessorMixin):
     def _control_tokens(self) -> ControlTokens:
         return ControlTokens(self.tokenizer, (self.image_token, self.boi_token, self.eoi_token))
 
-    def _images_of(
-        self, conversations: list[list[dict[str, Any]]], images: Any | None
-    ) -> tuple[list[list[Any]], list[list[bool]]]:
-        """
-        Images of every conversation, in reading order, and which of them are the assistant's. Checks the parts, and
-        strips them of the images in place.
-        """
-        spare = [] if images is None else flatten_images(images)
-        rows, is_drawn, num_empty = [], [], 0
-        for conversation in conversations:
-            row, by_assistant = [], []
-            for index, message in enumerate(conversation):
-                if "role" not in message or "content" not in message:
-                    raise ValueError(f"message {index} has the keys {sorted(message)}, expected role and content")
-                content = message["content"]
-                if isinstance(content, str):
-                    continue
-                parts = []
-                for part in content:
-                    if part.get("type") == "text" and not isinstance(part.get("text"), str):
-                        raise ValueError(
-                            f"message {index} has a text part with text={part.get('text')!r}, expected a string"
-                        )
-                    if part.get("type") == "image":
-                        data = [part[key] for key in _IMAGE_KEYS if part.get(key) is not None]
-                        if len(data) > 1:
-                            raise ValueError(f"message {index} has an image part with {len(data)} sources, expected 1")
-                        if data and part.get("base64") is not None:
-                            data = [f"data:image/any;base64,{data[0].rpartition(',')[2]}"]
-                        if not data:
-                            data = spare[num_empty : num_empty + 1]
-                            num_empty += 1
-                        row.extend(data)
-                        by_assistant.append(message["role"] == "assistant")
-                        part = {"type": "image"}
-                    parts.append(part)
-                message["content"] = parts
-            rows.append(row)
-            is_drawn.append(by_assistant)
-        if num_empty != len(spare):
-            raise ValueError(f"the messages have {num_empty} image parts without data, but images= holds {len(spare)}")
-        return rows, is_drawn
-
     # ---- the sequence
 
     def _model_inputs(
@@ -421,10 +398,21 @@ class NextFlowProcessor(ProcessorMixin):
         train_on: str | None = None,
         return_mask: bool = False,
     ) -> BatchFeature:
+        text_options = options["text_kwargs"]
+        return_tensors = text_options.pop("return_tensors", None)
+        return_types, return_replacements = (
+            text_options.pop(name, None) or options.get(name)
+            for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        )
+        truncates = text_options.pop("truncation", None) not in (None, False, "do_not_truncate")
+        limit = self.tokenizer.model_max_length
+        if text_options.get("max_length") is not None:
+            limit = min(limit, text_options["max_length"])
+
         # 1. Tokens, with one placeholder per image
         rows, in_response = [], []
         for index, text in enumerate(texts):
-            ids, mask = self._encode(text, [] if responses is None else responses[index])
+            ids, mask = self._frame(*self._encode(text, [] if responses is None else responses[index]))
             if options.get("generation_mode") == "image" and ids[-1:] != [self.boi_token_id]:
                 ids.append(self.boi_token_id)
                 mask.append(False)
@@ -439,7 +427,7 @@ class NextFlowProcessor(ProcessorMixin):
         flat_images = self._check_images(rows, images)
         data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
         closed = iter(data["image_grids"].tolist() if flat_images else [])
-        image_grids, target_grids = [], []
+        image_grids, target_grids, replacements = [], [], []
         wished = functools.cache(functools.partial(self._wished_grids, options))  # once a call: it may warn
 
         # 3. Every placeholder becomes the cells of its image
@@ -452,25 +440,30 @@ class NextFlowProcessor(ProcessorMixin):
             ]
             repeats = iter([num_cells(grids) - 1 for grids in schedules])
             repeats = [next(repeats) if token == self.image_token_id else 1 for token in ids]
+            to_draw = 0
             if ids[-1:] == [self.boi_token_id]:
                 schedules.append(self._target_grids(options, shown, wished))
-                self._check_length(index, sum(repeats), num_cells(schedules[-1]), options["text_kwargs"])
-            else:
-                if options.get("generation_mode") == "interleaved":
-                    target_grids.append(self._padded(self._target_grids(options, shown, wished)))
-                self._check_length(index, sum(repeats), 0, options["text_kwargs"])
-            rows[index] = [token for token, count in zip(ids, repeats, strict=True) for _ in range(count)]
-            in_response[index] = [
-                inside for inside, count in zip(in_response[index], repeats, strict=True) for _ in range(count)
-            ]
+                to_draw = num_cells(schedules[-1])
+            elif options.get("generation_mode") == "interleaved":
+                target_grids.append(self._padded(self._target_grids(options, shown, wished)))
+            kept = slice(None)
+            if schedules or not truncates:
+                self._check_length(index, sum(repeats), to_draw, limit)
+            elif sum(repeats) > limit:
+                kept = slice(limit) if self.tokenizer.truncation_side == "right" else slice(len(ids) - limit, None)
+            counts = [count for token, count in zip(ids, repeats, strict=True) if token == self.image_token_id]
+            replacements.append(self._replacements(texts[index], counts))
+            rows[index], in_response[index] = (
+                [value for value, count in zip(values, repeats, strict=True) for _ in range(count)][kept]
+                for values in (ids, in_response[index])
+            )
             image_grids += map(self._padded, schedules)
         if wishes_of(options) and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
             raise ValueError(f"{wishes_of(options)} describe an image to draw, but no row ends in {self.boi_token}")
 
         # 4. Padding
-        text_options = dict(options["text_kwargs"])
-        return_tensors = text_options.pop("return_tensors", None)
-        return_types = text_options.pop("return_mm_token_type_ids", None) or options.get("return_mm_token_type_ids")
+        if text_options.get("padding") != "max_length":
+            text_options.pop("max_length", None)
         padded = self.tokenizer.pad({"input_ids": rows}, **text_options)
         data = {"input_ids": padded["input_ids"], "attention_mask": padded.get("attention_mask"), **data}
         if data["attention_mask"] is None:
@@ -495,11 +488,13 @@ class NextFlowProcessor(ProcessorMixin):
             data["assistant_masks"] = pad([list(map(int, mask)) for mask in in_response], 0)
         if return_types:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(padded["input_ids"])
+        if return_replacements:
+            data["text_replacement_offsets"] = replacements
         if image_grids:
             data["image_grids"] = image_grids
         if target_grids:
             data["target_grids"] = target_grids
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def _encode(self, text: str, responses: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """
@@ -515,6 +510,16 @@ class NextFlowProcessor(ProcessorMixin):
                     mask += [inside] * len(tokens)
             position = end
         return ids, mask
+
+    def _frame(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+        """With `<boi>` and `<eoi>` around every placeholder that stands without."""
+        frame = (self.boi_token_id, self.image_token_id, self.eoi_token_id)
+        framed, inside = [], []
+        for index, token in enumerate(ids):
+            alone = token == self.image_token_id and ids[index - 1 : index] != [self.boi_token_id]
+            framed += frame if alone else (token,)
+            inside += [mask[index]] * (len(framed) - len(inside))
+        return framed, inside
 
     def _check_layout(self, rows: list[list[int]]) -> None:
         """Every image is `<boi><|image_pad|><eoi>`, or the `<boi>` that ends its row; no code is written by name."""
@@ -545,7 +550,10 @@ class NextFlowProcessor(ProcessorMixin):
         expected = [ids.count(self.image_token_id) for ids in rows]
         flat = [] if images is None else flatten_images(images)
         if len(flat) != sum(expected):
-            raise ValueError(f"got {len(flat)} images for {sum(expected)} image placeholders (by row: {expected})")
+            raise ValueError(
+                f"got {len(flat)} images for {sum(expected)} image placeholders (by row: {expected}): the number of "
+                f"{self.image_token} tokens in the prompts should be the same as the number of images"
+            )
         if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
             given = [len(flatten_images(row)) for row in images]
             if len(given) != len(expected) or given != expected:
@@ -567,14 +575,35 @@ class NextFlowProcessor(ProcessorMixin):
         is_last = (image_grids[..., 0] > 0).sum(-1, keepdim=True) - 1 == torch.arange(image_grids.shape[1])
         return image_grids.masked_fill(is_last[..., None], 0)
 
-    def _check_length(self, index: int, length: int, to_draw: int, text_options: dict[str, Any]) -> None:
+    @staticmethod
+    def _check_length(index: int, length: int, to_draw: int, limit: int) -> None:
         """`to_draw` counts the cells of scales 2..K and the `<eoi>` that will follow."""
-        limit = self.tokenizer.model_max_length
-        if text_options.get("max_length") is not None:
-            limit = min(limit, text_options["max_length"])
         if length + to_draw > limit:
             more = f" and the image to draw {to_draw} more" if to_draw else ""
-            raise ValueError(f"row {index} has {length} tokens, image cells included{more}, expected at most {limit}")
+            raise ValueError(
+                f"row {index} has {length} tokens, image cells included{more}, expected at most {limit}: shorten the "
+                "text or lower the resolution, as nothing is cut from a row with images"
+            )
+
+    def _replacements(self, text: str, counts: list[int]) -> list[dict[str, Any]]:
+        """Where the placeholders of a text stand, and what becomes of them, as transformers describes it."""
+        found, gained = [], 0
+        for match, count in zip(re.finditer(re.escape(self.image_token), text), counts):
+            cells = self.image_token * count
+            framed = text.endswith(self.boi_token, 0, match.start())
+            replacement = cells if framed else f"{self.boi_token}{cells}{self.eoi_token}"
+            start, length = match.start() - text.count(CUT, 0, match.start()), len(self.image_token)
+            found.append(
+                {
+                    "type": "image",
+                    "text": self.image_token,
+                    "replacement": replacement,
+                    "span": (start, start + length),
+                    "new_span": (start + gained, start + gained + len(replacement)),
+                }
+            )
+            gained += len(replacement) - length
+        return found
 
     def _target_grids(
         self, options: dict[str, Any], previous: list[list[list[int]]], wished: Callable[[], list[list[int]]]
