@@ -18,126 +18,6 @@ def default_mrope_section(head_dim: int) -> list[int]:
 
 
 @strict
-class NextFlowConfig(Qwen2Config):
-    r"""
-    Configuration of [`NextFlowModel`]: a Qwen2.5 decoder whose vocabulary is text, image codes, `<boi>`, `<eoi>`.
-
-    Args:
-        vocab_size (`int`, *optional*, defaults to 184834):
-            `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2). More
-            where the embeddings were resized: added tokens come last.
-        head_dim (`int`, *optional*):
-            Width of an attention head. Defaults to `hidden_size // num_attention_heads`.
-        qk_norm (`bool`, *optional*, defaults to `False`):
-            Whether the layers are Qwen3's, which norm queries and keys, in the place of Qwen2.5's.
-        attention_bias (`bool`, *optional*, defaults to `False`):
-            Whether Qwen3's projections have a bias. Qwen2.5's queries, keys and values always have one.
-        text_vocab_size (`int`, *optional*, defaults to 152064):
-            Rows of the language model the text part comes from, its padding included. Image code `c` is token
-            `text_vocab_size + c`.
-        codebook_size (`int`, *optional*, defaults to 32768):
-            Number of image codes (not specified by the paper; TokenFlow's releases).
-        semantic_code_dim (`int`, *optional*, defaults to 32): Width of the semantic codebook.
-        pixel_code_dim (`int`, *optional*, defaults to 8): Width of the pixel codebook.
-        boi_token_id (`int`, *optional*, defaults to 184832): `<boi>`, begin of image. Its slot predicts the 1x1 scale.
-        eoi_token_id (`int`, *optional*, defaults to 184833): `<eoi>`, end of image.
-        image_token_id (`int`, *optional*, defaults to 151655):
-            Placeholder in `input_ids` for every cell of scales 2..K.
-        rope_parameters (`dict`, *optional*):
-            As everywhere in transformers, with `mrope_section`: how many of the rotary frequencies turn with the
-            scale, the row and the column. Defaults to 24, 20, 20 for the 64 frequencies of the paper's model, and to
-            the same shares of another head dimension (not specified by the paper).
-        max_scales (`int`, *optional*, defaults to 18): Rows of the scale embedding; the longest schedule (table 14).
-        spatial_rope_extent (`float`, *optional*, defaults to 64.0):
-            C of equation 1: row and column coordinates of a square image span [0, C] at every resolution (value not
-            specified by the paper).
-        scale_loss_alpha (`float`, *optional*, defaults to 0.9):
-            Scale reweight `k_s = (h_s * w_s) ** -alpha` (§3.2.3). 0 weighs every code alike.
-        joint_image_loss (`bool`, *optional*, defaults to `True`):
-            Whether the loss of an image code is over the whole vocabulary of the one head, as that of text always is
-            (not specified by the paper). `False`: over the codes alone, among which it is drawn; at the sizes of the
-            7B model that takes 5.6 times less of the head's work.
-        connector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation between the connector's two layers (not specified by the paper; TokenFlow).
-        boi_scale_embedding (`bool`, *optional*, defaults to `True`):
-            Whether `<boi>` receives the embedding of scale 1, which it predicts (not specified by the paper).
-        train_codebook (`bool`, *optional*, defaults to `True`):
-            Whether the transformer's own copy of the codebook is trained (not specified by the paper).
-        vision_tokenizer_fingerprint (`str`, *optional*):
-            Of the vision tokenizer whose codes the model knows, as `codes_fingerprint` gives it: with it, training
-            refuses the codes of another one.
-        vision_tokenizer_config (`NextFlowVisionTokenizerConfig` or `dict`, *optional*):
-            Of the vision tokenizer at the transformer's side, for [`NextFlowForConditionalGeneration`] alone.
-    """
-
-    model_type = "nextflow"
-    default_theta = 1_000_000.0
-    ignore_keys_at_rope_validation = {"mrope_section"}
-
-    vocab_size: int = 184834
-    hidden_size: int = 3584
-    intermediate_size: int = 18944
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 28
-    num_key_value_heads: int | None = 4
-    max_position_embeddings: int = 128000
-    rope_parameters: RopeParameters | dict | None = None
-    eos_token_id: int | list[int] | None = 151645
-    pad_token_id: int | None = 151643
-
-    head_dim: int | None = None
-    qk_norm: bool = False
-    attention_bias: bool = False
-    text_vocab_size: int = 152064
-    codebook_size: int = 32768
-    semantic_code_dim: int = 32
-    pixel_code_dim: int = 8
-    boi_token_id: int = 184832
-    eoi_token_id: int = 184833
-    image_token_id: int = 151655
-    max_scales: int = 18
-    spatial_rope_extent: float = 64.0
-    scale_loss_alpha: float = 0.9
-    joint_image_loss: bool = True
-    connector_hidden_act: str = "gelu"
-    boi_scale_embedding: bool = True
-    train_codebook: bool = True
-    vision_tokenizer_fingerprint: str | None = None
-    vision_tokenizer_config: dict | PreTrainedConfig | None = None
-
-    # Stages in the order they run; the cells of images are embedded where the text is.
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "image_codebook": (["image_codes"], ["inputs_embeds"]),
-        "connector": (["image_codes"], ["inputs_embeds"]),
-        "scale_embedding": (["image_grids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
-
-    def __post_init__(self, **kwargs):
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if isinstance(self.vision_tokenizer_config, dict):
-            self.vision_tokenizer_config = NextFlowVisionTokenizerConfig(**self.vision_tokenizer_config)
-        super().__post_init__(**kwargs)
-        self.rope_parameters = {"mrope_section": default_mrope_section(self.head_dim), **self.rope_parameters}
-        smallest = self.text_vocab_size + self.codebook_size + 2
-        if self.vocab_size < smallest:
-            raise ValueError(
-                f"vocab_size is {self.vocab_size}, expected text_vocab_size + codebook_size + 2 = {smallest} or, with "
-                "added tokens, more"
-            )
-        if "sliding_attention" in self.layer_types:
-            raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")
-
-    @property
-    def image_vocabulary(self) -> slice:
-        """Tokens that are no text: the image codes, `<boi>` and `<eoi>`. What a resize adds comes after them."""
-        return slice(self.text_vocab_size, self.text_vocab_size + self.codebook_size + 2)
-
-
-@strict
 class NextFlowViTConfig(Siglip2VisionConfig):
     r"""
     Configuration of [`NextFlowViT`]: SigLIP2's, and what CLIP and BEiT have besides.
@@ -252,14 +132,16 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
                 "num_attention_heads": 16,
                 "patch_size": 16,
                 "num_patches": 256,
-                "vision_use_head": False,
             }
         for name in ("semantic_config", "semantic_decoder_config"):
             value = getattr(self, name)
             if isinstance(value, Siglip2VisionConfig) and not isinstance(value, NextFlowViTConfig):
                 value = value.to_dict()
             if isinstance(value, dict):
-                setattr(self, name, NextFlowViTConfig(**value))
+                value = NextFlowViTConfig(**value)
+            if value is not None:
+                value.vision_use_head = False  # it would pool what is to stay a map
+                setattr(self, name, value)
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:
@@ -274,6 +156,127 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         """The pixel branch's stride: its pixels per cell of the last grid, along each axis."""
         return 2 ** (len(self.channel_multipliers) - 1)
+
+
+@strict
+class NextFlowConfig(Qwen2Config):
+    r"""
+    Configuration of [`NextFlowModel`]: a Qwen2.5 decoder whose vocabulary is text, image codes, `<boi>`, `<eoi>`.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 184834):
+            `text_vocab_size + codebook_size + 2`: one embedding table and one head for both modalities (§2.2). More
+            where the embeddings were resized: added tokens come last.
+        head_dim (`int`, *optional*):
+            Width of an attention head. Defaults to `hidden_size // num_attention_heads`.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether the layers are Qwen3's, which norm queries and keys, in the place of Qwen2.5's.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether Qwen3's projections have a bias. Qwen2.5's queries, keys and values always have one.
+        text_vocab_size (`int`, *optional*, defaults to 152064):
+            Rows of the language model the text part comes from, its padding included. Image code `c` is token
+            `text_vocab_size + c`.
+        codebook_size (`int`, *optional*, defaults to 32768):
+            Number of image codes (not specified by the paper; TokenFlow's releases).
+        semantic_code_dim (`int`, *optional*, defaults to 32): Width of the semantic codebook.
+        pixel_code_dim (`int`, *optional*, defaults to 8): Width of the pixel codebook.
+        boi_token_id (`int`, *optional*, defaults to 184832): `<boi>`, begin of image. Its slot predicts the 1x1 scale.
+        eoi_token_id (`int`, *optional*, defaults to 184833): `<eoi>`, end of image.
+        image_token_id (`int`, *optional*, defaults to 151655):
+            Placeholder in `input_ids` for every cell of scales 2..K.
+        rope_parameters (`dict`, *optional*):
+            As everywhere in transformers, with `mrope_section`: how many of the rotary frequencies turn with the
+            scale, the row and the column. Defaults to 24, 20, 20 for the 64 frequencies of the paper's model, and to
+            the same shares of another head dimension (not specified by the paper).
+        max_scales (`int`, *optional*, defaults to 18): Rows of the scale embedding; the longest schedule (table 14).
+        spatial_rope_extent (`float`, *optional*, defaults to 64.0):
+            C of equation 1: row and column coordinates of a square image span [0, C] at every resolution (value not
+            specified by the paper).
+        scale_loss_alpha (`float`, *optional*, defaults to 0.9):
+            Scale reweight `k_s = (h_s * w_s) ** -alpha` (§3.2.3). 0 weighs every code alike.
+        joint_image_loss (`bool`, *optional*, defaults to `True`):
+            Whether the loss of an image code is over the whole vocabulary of the one head, as that of text always is
+            (not specified by the paper). `False`: over the codes alone, among which it is drawn; at the sizes of the
+            7B model that takes 5.6 times less of the head's work.
+        connector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation between the connector's two layers (not specified by the paper; TokenFlow).
+        boi_scale_embedding (`bool`, *optional*, defaults to `True`):
+            Whether `<boi>` receives the embedding of scale 1, which it predicts (not specified by the paper).
+        train_codebook (`bool`, *optional*, defaults to `True`):
+            Whether the transformer's own copy of the codebook is trained (not specified by the paper).
+        vision_tokenizer_fingerprint (`str`, *optional*):
+            Of the vision tokenizer whose codes the model knows, as `codes_fingerprint` gives it: with it, training
+            refuses the codes of another one.
+        vision_tokenizer_config (`NextFlowVisionTokenizerConfig` or `dict`, *optional*):
+            Of the vision tokenizer at the transformer's side, for [`NextFlowForConditionalGeneration`] alone.
+    """
+
+    model_type = "nextflow"
+    sub_configs_defaults = {
+        "vision_tokenizer_config": SubConfigSpec(config_class=NextFlowVisionTokenizerConfig, optional=True)
+    }
+    default_theta = 1_000_000.0
+    ignore_keys_at_rope_validation = {"mrope_section"}
+
+    vocab_size: int = 184834
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    max_position_embeddings: int = 128000
+    rope_parameters: RopeParameters | dict | None = None
+    eos_token_id: int | list[int] | None = 151645
+    pad_token_id: int | None = 151643
+
+    head_dim: int | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
+    text_vocab_size: int = 152064
+    codebook_size: int = 32768
+    semantic_code_dim: int = 32
+    pixel_code_dim: int = 8
+    boi_token_id: int = 184832
+    eoi_token_id: int = 184833
+    image_token_id: int = 151655
+    max_scales: int = 18
+    spatial_rope_extent: float = 64.0
+    scale_loss_alpha: float = 0.9
+    joint_image_loss: bool = True
+    connector_hidden_act: str = "gelu"
+    boi_scale_embedding: bool = True
+    train_codebook: bool = True
+    vision_tokenizer_fingerprint: str | None = None
+    vision_tokenizer_config: dict | PreTrainedConfig | None = None
+
+    # Stages in the order they run; the cells of images are embedded where the text is.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "image_codebook": (["image_codes"], ["inputs_embeds"]),
+        "connector": (["image_codes"], ["inputs_embeds"]),
+        "scale_embedding": (["image_grids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self.rope_parameters = {"mrope_section": default_mrope_section(self.head_dim), **self.rope_parameters}
+        smallest = self.text_vocab_size + self.codebook_size + 2
+        if self.vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}, expected text_vocab_size + codebook_size + 2 = {smallest} or, with "
+                "added tokens, more"
+            )
+        if "sliding_attention" in self.layer_types:
+            raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")
+
+    @property
+    def image_vocabulary(self) -> slice:
+        """Tokens that are no text: the image codes, `<boi>` and `<eoi>`. What a resize adds comes after them."""
+        return slice(self.text_vocab_size, self.text_vocab_size + self.codebook_size + 2)
 
 
 __all__ = ["NextFlowConfig", "NextFlowViTConfig", "NextFlowVisionTokenizerConfig"]

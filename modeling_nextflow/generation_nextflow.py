@@ -136,6 +136,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             return self._generate_image(kwargs.pop("input_ids", inputs), options)
         if generation_mode == "interleaved":
             return self._generate_interleaved(kwargs.pop("input_ids", inputs), options)
+        self._check_no_images(kwargs.get("input_ids", inputs), kwargs)
         text_only = TextOnlyLogitsProcessor(self.config.image_vocabulary, self.config.image_token_id)
         options["logits_processor"] = LogitsProcessorList([text_only, *(logits_processor or [])])
         return super().generate(inputs, **options)
@@ -412,6 +413,7 @@ class NextFlowGenerationMixin(GenerationMixin):
                 "interleaved generation begins images itself: it needs input_ids that do not end in <boi> (use "
                 'generation_mode="image" to draw one right away)'
             )
+        self._check_no_images(input_ids, options)
         settings = {name: value for name, value in options.items() if name != "generation_config"}
         config, arguments = self._prepare_generation_config(options["generation_config"], **settings)
         self._refuse_config(config, "interleaved")
@@ -508,15 +510,34 @@ class NextFlowGenerationMixin(GenerationMixin):
             if value and (name, value) != ("cache_implementation", "dynamic"):
                 raise ValueError(f"generation_mode={mode!r} does not go with {name}, got {value!r}")
 
+    def _check_no_images(self, input_ids: torch.LongTensor | None, options: dict[str, Any]) -> None:
+        """Raise where tokens that are not in the cache yet are an image's, and nothing says whose."""
+        if options.get("image_grids") is not None or options.get("inputs_embeds") is not None:
+            return
+        if input_ids is None or input_ids.ndim != 2:  # transformers says what is wrong
+            return
+        cache, mask = options.get("past_key_values"), options.get("attention_mask")
+        is_whole = mask is None or mask.shape[1] == input_ids.shape[1]
+        cached = 0 if cache is None or not is_whole else int(cache.get_seq_length())
+        self.model.check_no_images(input_ids[:, cached:])
+
     # ---- transformers' hooks
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # Overwritten: images take one step of the rotary text axis per scale, so the axes run apart.
-        input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        if input_ids.is_floating_point() or model_kwargs.get("image_grids") is None:
+        if model_kwargs.get("image_grids") is None:
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-            batch = len(inputs_tensor)
-            return positions.float().expand(4, batch, -1) if positions.ndim == 2 else positions
+            if positions.ndim != 2:
+                return positions
+            positions = positions.float().expand(4, len(inputs_tensor), -1)
+            cache = model_kwargs.get("past_key_values")
+            place = getattr(cache, "nextflow_place", None)
+            if place is None or not cache.get_seq_length():
+                return positions
+            # On top of images that the cache holds: only the new tokens' places are read.
+            ahead = place.steps_ahead(cache, len(inputs_tensor))
+            return torch.cat([positions[:1], positions[1:] + ahead])
+        input_ids = self._prompt_ids(model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("inputs_embeds"))
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.shape != input_ids.shape:
             raise ValueError(
@@ -524,6 +545,14 @@ class NextFlowGenerationMixin(GenerationMixin):
                 "with images, a call that goes on from past_key_values takes the whole input_ids"
             )
         return self.model.get_position_ids(input_ids, image_grids=model_kwargs["image_grids"], attention_mask=mask)
+
+    def _prompt_ids(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+    ) -> torch.LongTensor:
+        """The prompt's tokens or, where there are only embeddings, those of its images among zeros."""
+        if inputs_embeds is not None and (input_ids is None or input_ids.shape[1] < inputs_embeds.shape[1]):
+            return self.model.get_placeholder_ids(inputs_embeds)
+        return input_ids
 
     def prepare_inputs_for_generation(
         self,
@@ -536,25 +565,29 @@ class NextFlowGenerationMixin(GenerationMixin):
         use_cache=True,
         **kwargs,
     ):
-        if kwargs.get("image_grids") is not None:
-            if not is_first_iteration and use_cache:  # the images are in the cache
-                kwargs["image_codes"] = kwargs["image_grids"] = None
-            elif next_sequence_length is not None:  # some are
+        image_grids = kwargs.get("image_grids")
+        if image_grids is not None and not is_first_iteration and use_cache:
+            # An assistant model's first iteration does not count as one: then nothing is in its cache.
+            if past_key_values is not None and past_key_values.get_seq_length():
+                image_grids = kwargs["image_codes"] = kwargs["image_grids"] = None
+        if image_grids is not None:
+            prompt_ids = self._prompt_ids(input_ids, inputs_embeds if is_first_iteration else None)
+            if next_sequence_length is not None:  # some images are in the cache
                 kwargs["image_codes"], kwargs["image_grids"] = self._images_after(
-                    input_ids, next_sequence_length, kwargs.get("image_codes"), kwargs["image_grids"]
+                    prompt_ids, next_sequence_length, kwargs.get("image_codes"), image_grids
                 )
-        if kwargs.get("image_grids") is not None and past_key_values is not None and past_key_values.is_compileable:
-            # For such a cache transformers builds the mask itself, and knows nothing of blocks.
-            length = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
-            attention_mask = get_attention_mask(
-                self.config,
-                torch.empty(len(input_ids), length, 0, dtype=self.dtype, device=input_ids.device),
-                attention_mask,
-                kwargs["position_ids"][..., -length:],
-                past_key_values,
-                self.model.get_image_layout(input_ids[:, -length:], kwargs["image_grids"]),
-            )
-        return super().prepare_inputs_for_generation(
+                prompt_ids = prompt_ids[:, -next_sequence_length:]
+            if past_key_values is not None and past_key_values.is_compileable and kwargs["image_grids"] is not None:
+                # For such a cache transformers builds the mask itself, and knows nothing of blocks.
+                attention_mask = get_attention_mask(
+                    self.config,
+                    torch.empty(*prompt_ids.shape, 0, dtype=self.dtype, device=prompt_ids.device),
+                    attention_mask,
+                    kwargs["position_ids"][..., -prompt_ids.shape[1] :],
+                    past_key_values,
+                    self.model.get_image_layout(prompt_ids, kwargs["image_grids"]),
+                )
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length,
             past_key_values,
@@ -564,6 +597,9 @@ class NextFlowGenerationMixin(GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if kwargs.get("image_grids") is not None:  # transformers drops them where the iteration is not the first
+            inputs.setdefault("image_grids", kwargs["image_grids"].to(self.device))
+        return inputs
 
     def _images_after(
         self,
@@ -572,21 +608,33 @@ class NextFlowGenerationMixin(GenerationMixin):
         image_codes: torch.LongTensor | None,
         image_grids: torch.LongTensor,
     ) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
-        """Codes and grids of the images in the last `length` tokens: the others are in the cache."""
-        boi = self.config.boi_token_id
-        codes, grids = split_images(input_ids, image_codes, image_grids, boi_token_id=boi)
-        counts = (input_ids[:, -length:] == boi).sum(1).tolist()
-        kept_grids = [row[len(row) - count :] for row, count in zip(grids, counts)]
-        sizes = [int(row.prod(-1).sum()) for row in kept_grids]
-        if not sum(counts):
+        """
+        Codes and grids of the images in the last `length` tokens. The others are in the cache: their grids are needed,
+        but their codes need not be given.
+        """
+        is_boi = input_ids == self.config.boi_token_id
+        counts = is_boi[:, -length:].sum(1).tolist()
+        if not any(counts):
             return None, None
-        return torch.cat([row[len(row) - size :] for row, size in zip(codes, sizes)]), torch.cat(kept_grids)
+        if int(is_boi.sum()) != len(image_grids):
+            count = int(is_boi.sum())
+            raise ValueError(f"input_ids hold {count} <boi> tokens, image_grids has {len(image_grids)} rows")
+        rows = image_grids.split(is_boi.sum(1).tolist())
+        rows = [row[len(row) - count :] for row, count in zip(rows, counts)]
+        is_open = is_boi[:, -1].tolist()
+        sizes = [int(row[: len(row) - opens].prod(-1).sum()) for row, opens in zip(rows, is_open)]
+        if image_codes is None or len(image_codes) != sum(sizes):
+            codes, _ = split_images(input_ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
+            image_codes = torch.cat([row[len(row) - size :] for row, size in zip(codes, sizes)])
+        return image_codes, torch.cat(rows)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Overwritten: images lie flat over the batch, those of a row are repeated together.
         repeated = {}
         for prefix in ("", "negative_", "imageless_"):
-            ids = model_kwargs.get(f"{prefix}input_ids") if prefix else input_ids
+            ids = model_kwargs.get(f"{prefix}input_ids")
+            if not prefix:
+                ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
             image_codes, image_grids = (
                 model_kwargs.pop(f"{prefix}{name}", None) for name in ("image_codes", "image_grids")
             )

@@ -19,7 +19,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nextflow import get_attention_mask
@@ -35,6 +35,9 @@ from .loss_nextflow import (
     weighted_cross_entropy,
 )
 from .rope_nextflow import CachePlace, ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -252,7 +255,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if layout is None:
-            self._check_no_images(input_ids)
+            self.check_no_images(input_ids, strict=False)
             return self._with_gradients_of_images(inputs_embeds)
         codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
         images = self._present_grids(input_ids, codes, image_grids, layout)
@@ -348,14 +351,16 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids = torch.where((inputs_embeds == embedding).all(-1), token_id, input_ids)
         return input_ids
 
-    def _check_no_images(self, input_ids: torch.LongTensor) -> None:
+    def check_no_images(self, input_ids: torch.LongTensor, *, strict: bool = True) -> None:
+        """Raise where tokens that came without `image_grids` are an image's; where not `strict`, warn."""
         if torch.compiler.is_compiling():  # looking at values would break the graph
             return
-        stray = (input_ids == self.config.image_token_id) | (input_ids == self.config.boi_token_id)
-        if stray.any():
-            raise ValueError(
-                f"input_ids hold {int(stray.sum())} <boi> or image placeholder tokens, but no image_grids were given"
-            )
+        count = int(((input_ids == self.config.image_token_id) | (input_ids == self.config.boi_token_id)).sum())
+        message = "input_ids hold <boi> or image placeholder tokens, but no image_grids were given"
+        if count and strict:
+            raise ValueError(f"{message}, which {count} tokens need: pass all that the processor returned")
+        if count:
+            logger.warning_once(f"{message}: they are embedded as text is")
 
     def _present_grids(
         self,
@@ -505,6 +510,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         has_labels = labels is not None or shift_labels is not None
         loss = scale_losses = scale_counts = logits = None
         if has_labels:
+            if image_grids is None and input_ids is not None:
+                self.model.check_no_images(input_ids)
             if input_ids is None and image_grids is not None:
                 input_ids = self.model.get_placeholder_ids(inputs_embeds)
             targets, weights, scale = self.get_targets(

@@ -15,12 +15,17 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowConfig
-from .generation_nextflow import NextFlowImageGenerationOutput, NextFlowInterleavedGenerationOutput
+from .generation_nextflow import (
+    NextFlowGenerationMixin,
+    NextFlowImageGenerationOutput,
+    NextFlowInterleavedGenerationOutput,
+)
 from .modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForCausalLM
 from .modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 
 
 VISION_TOKENIZER = "vision_tokenizer"
+TOKENIZER_ATTENTION = (None, "eager", "sdpa")
 # Arguments of `from_pretrained` that are the repository's, and so for both parts.
 _REPOSITORY_ARGUMENTS = (
     "cache_dir",
@@ -38,7 +43,7 @@ _REPOSITORY_ARGUMENTS = (
 )
 
 
-class NextFlowForConditionalGeneration(NextFlowForCausalLM):
+class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMixin):
     r"""
     [`NextFlowForCausalLM`] that takes `pixel_values` wherever that takes `image_codes`, and gives pixels for codes.
     The tokenizer is frozen. Weights keep the names they have without it.
@@ -47,11 +52,16 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM):
         config ([`NextFlowConfig`]): The transformer's, with a `vision_tokenizer_config`.
     """
 
+    _keys_to_ignore_on_load_missing = [rf"^{VISION_TOKENIZER}\."]  # they come from files of their own
+
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
-        self.vision_tokenizer = None  # `from_pretrained` puts it there: it comes from files of its own
-        if config.vision_tokenizer_config is not None:
-            self._set_vision_tokenizer(NextFlowVisionTokenizer._from_config(config.vision_tokenizer_config))
+        self.vision_tokenizer = None  # `from_pretrained` puts it there
+        own = config.vision_tokenizer_config
+        if own is not None:
+            if own._attn_implementation not in TOKENIZER_ATTENTION:
+                own._attn_implementation = None
+            self._set_vision_tokenizer(NextFlowVisionTokenizer._from_config(own))
         self.post_init()
 
     def _set_vision_tokenizer(self, vision_tokenizer: NextFlowVisionTokenizer) -> None:
@@ -62,6 +72,9 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM):
             )
         self.vision_tokenizer = vision_tokenizer.eval().requires_grad_(False)
         self.config.vision_tokenizer_config = vision_tokenizer.config
+        # What `post_init` gathers from parts that are there by then
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_no_split_modules"):
+            setattr(self, name, {*(getattr(self, name) or ()), *getattr(vision_tokenizer, name)})
 
     def train(self, mode: bool = True) -> "NextFlowForConditionalGeneration":
         super().train(mode)
@@ -75,8 +88,9 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         r"""
         As everywhere in transformers, with two parts to load. `dtype`, `attn_implementation` and `device_map` are for
-        both; as dictionaries, those of the tokenizer are under `"vision_tokenizer"`. An attention that the tokenizer
-        does not have leaves it with its own. `quantization_config` and all other options are the transformer's.
+        both; as dictionaries, those of the tokenizer are under `"vision_tokenizer"` (or `"vision_tokenizer_config"`,
+        as transformers names sub-configurations). An attention that the tokenizer does not have leaves it with its
+        own. `quantization_config` and all other options are the transformer's.
         """
         if pretrained_model_name_or_path is None:  # with a `state_dict` of both
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
@@ -87,8 +101,9 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM):
         for name in ("dtype", "torch_dtype", "attn_implementation", "device_map"):
             if name in kwargs:
                 kwargs[name], own[name] = _split(kwargs[name], name)
-        if own.get("attn_implementation") not in ("eager", "sdpa"):
-            own.pop("attn_implementation", None)
+        attention = own.get("attn_implementation")
+        if not isinstance(attention, dict) and attention not in TOKENIZER_ATTENTION:
+            own.pop("attn_implementation")
         loading_info = kwargs.get("output_loading_info", False)
         model = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         model, info = model if loading_info else (model, None)
@@ -160,23 +175,32 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM):
         self,
         input_ids: torch.LongTensor | None,
         pixel_values: torch.FloatTensor,
-        image_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor | None,
+        *,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        cached: int = 0,
     ) -> torch.LongTensor:
-        """Codes of the images in a prompt. A `<boi>` that ends its row has a schedule, but no pixels and no codes."""
+        """
+        Codes of the images in a prompt, or of those behind its first `cached` tokens. A `<boi>` that ends its row has
+        a schedule, but no pixels and no codes.
+        """
         if image_codes is not None:
             raise ValueError("got pixel_values and image_codes: pass one, `get_image_tokens` gives codes of pixels")
-        if input_ids is None or image_grids is None:
+        if image_grids is None or (input_ids is None and inputs_embeds is None):
             raise ValueError("pixel_values need input_ids and image_grids: they say where images are, and how large")
-        is_boi = input_ids == self.config.boi_token_id
+        is_boi = self._prompt_ids(input_ids, inputs_embeds) == self.config.boi_token_id
         if int(is_boi.sum()) != len(image_grids):
             count = int(is_boi.sum())
             raise ValueError(f"input_ids hold {count} <boi> tokens, image_grids has {len(image_grids)} rows")
-        last = torch.zeros_like(is_boi)
-        last[:, -1] = True
-        given = image_grids[~last[is_boi]]
+        has_pixels = is_boi.clone()
+        has_pixels[:, -1] = False
+        if len(pixel_values) != int(has_pixels.sum()):
+            has_pixels[:, :cached] = False
+        given = image_grids[has_pixels[is_boi]]
         if len(pixel_values) != len(given):
-            raise ValueError(f"pixel_values has {len(pixel_values)} images, input_ids hold {len(given)}")
+            where = " after those in past_key_values" if cached else ""
+            raise ValueError(f"pixel_values has {len(pixel_values)} images, input_ids hold {len(given)}{where}")
         return self.get_image_tokens(pixel_values, given)
 
     # ---- forward and generate
@@ -204,7 +228,13 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM):
                 The images of `input_ids` in reading order, instead of their `image_codes`.
         """
         if pixel_values is not None:
-            image_codes = self._codes_of_prompt(input_ids, pixel_values, image_codes, image_grids)
+            image_codes = self._codes_of_prompt(
+                input_ids,
+                pixel_values,
+                image_codes=image_codes,
+                image_grids=image_grids,
+                inputs_embeds=inputs_embeds,
+            )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -230,12 +260,15 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM):
         pixel_values: torch.FloatTensor | None = None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput | NextFlowImageGenerationOutput:
-        """[`NextFlowForCausalLM.generate`], where the images of the prompts may be `pixel_values`."""
+        """
+        [`NextFlowForCausalLM.generate`], where the images of the prompts may be `pixel_values`: of all or, with
+        `past_key_values`, of those that are not in the cache yet.
+        """
         if pixel_values is not None:
-            input_ids = kwargs.get("input_ids", inputs)
-            kwargs["image_codes"] = self._codes_of_prompt(
-                input_ids, pixel_values, kwargs.get("image_codes"), kwargs.get("image_grids")
-            )
+            input_ids, cache = kwargs.get("input_ids", inputs), kwargs.get("past_key_values")
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            images = {name: kwargs.get(name) for name in ("image_codes", "image_grids", "inputs_embeds")}
+            kwargs["image_codes"] = self._codes_of_prompt(input_ids, pixel_values, cached=cached, **images)
         return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
 
 
@@ -247,6 +280,7 @@ def _split(value: Any, name: str) -> tuple[Any, Any]:
     """A value for both parts, or a dictionary by module names, as (the transformer's, the tokenizer's)."""
     if not isinstance(value, dict):
         return value, value
+    value = {VISION_TOKENIZER if key == f"{VISION_TOKENIZER}_config" else key: part for key, part in value.items()}
     own = {key for key in value if key.split(".")[0] == VISION_TOKENIZER}
     rest = {key: part for key, part in value.items() if key not in own}
     mine = {key.removeprefix(VISION_TOKENIZER).removeprefix("."): value[key] for key in own}

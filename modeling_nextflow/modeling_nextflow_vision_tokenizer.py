@@ -197,13 +197,11 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         hidden_size = semantic_config.hidden_size
         code_dim = config.semantic_code_dim
 
-        # Where the features are the last but one hidden state, neither the last layer nor the last norm is built:
+        self.semantic_encoder = NextFlowViT._from_config(semantic_config)
+        # Where the features are the last but one hidden state, neither the last layer nor the last norm is kept:
         # `last_hidden_state` of this model is `hidden_states[-2]` of the whole one, and a whole checkpoint loads.
-        layers_left_out = -1 - config.semantic_layer
-        self.semantic_encoder = NextFlowViT._from_config(
-            _vit_variant(semantic_config, num_hidden_layers=semantic_config.num_hidden_layers - layers_left_out)
-        )
-        if layers_left_out:
+        if config.semantic_layer == -2:
+            del self.semantic_encoder.encoder.layers[-1]
             self.semantic_encoder.post_layernorm = nn.Identity()
         self.encode_task_layer = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, code_dim)
@@ -577,7 +575,6 @@ def _check_sizes(config: NextFlowVisionTokenizerConfig) -> None:
 
 def _vit_variant(config: NextFlowViTConfig, **changes: int) -> NextFlowViTConfig:
     variant = copy.deepcopy(config)
-    variant.vision_use_head = False
     for name, value in changes.items():
         setattr(variant, name, value)
     return variant

@@ -4,9 +4,10 @@
 import transformers  # noqa: F401
 
 from .image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
-from .processing_nextflow import NextFlowProcessor, extend_tokenizer
+from .processing_nextflow import NextFlowProcessor
 from .reasoning import THINKING_PROMPT, join_reasoning, split_reasoning
 from .scale_schedule import ScaleSchedule
+from .tokenizer_extension import extend_tokenizer
 
 
 __all__ = [

@@ -36,8 +36,8 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     patch_size (`int`, *optional*, defaults to 16): Pixels per cell of the last grid, along each axis.
     bucket_area (`int`, *optional*, defaults to 256): Largest `a * b` of a bucket.
     min_bucket_fill (`float`, *optional*, defaults to 0.9): Smallest share of `bucket_area` that a bucket fills.
-    max_aspect_ratio (`float`, *optional*, defaults to 4.0): Ratio of the widest bucket; images beyond twice are
-        refused.
+    max_aspect_ratio (`float`, *optional*, defaults to 4.0): Ratio of the widest bucket; images of more than five
+        times that are refused.
     max_pixels (`int`, *optional*, defaults to 178956970): Images with more pixels are refused before they are decoded.
     """
 
@@ -293,6 +293,12 @@ class _NextFlowImageProcessing:
         kwargs.update(do_resize=False, do_center_crop=False)
         super()._validate_preprocess_kwargs(**kwargs)
 
+    def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:
+        kwargs = super()._standardize_kwargs(**kwargs)
+        if "scale_bases" in kwargs:
+            kwargs["scale_bases"] = list(kwargs["scale_bases"])  # as it is when it was saved and loaded
+        return kwargs
+
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         return flatten_images(images)
 
@@ -332,6 +338,14 @@ class _NextFlowImageProcessing:
             bucket = schedule.nearest_bucket(height, width)
             size = schedule.pixel_size(bucket, num_scales)
             box = crop_box(height, width, *size, do_resize=do_resize, do_center_crop=do_center_crop)
+            left, top, right, bottom = box
+            kept = (right - left) * (bottom - top) / (height * width)
+            if do_resize and kept < 0.5:
+                warnings.warn(
+                    f"an image is {height} x {width} pixels (height x width): {kept:.0%} of it, its middle, fits the "
+                    f"bucket nearest to that, {size[0]} x {size[1]}",
+                    stacklevel=2,
+                )
             image = self._resize_box(image, box, size, resample)
             if do_rescale:
                 image = self.rescale(image, rescale_factor)

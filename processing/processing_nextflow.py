@@ -9,27 +9,39 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
-from transformers.utils import logging
+from transformers.processing_utils import (
+    AudioKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    VideosKwargs,
+)
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .control_tokens import CUT, ControlTokens
 from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
-from .reasoning import THINKING_PROMPT, split_reasoning
+from .message_images import take_images
+from .reasoning import (
+    THINKING_PROMPT,
+    split_reasoning,
+    unconditional_messages,
+    with_thinking_prompt,
+    without_thinking_prompt,
+)
 from .scale_schedule import num_cells
+from .target_grids import wished_grids, wishes_of
+from .tokenizer_extension import code_token
 
-
-logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
-# Cuts the rendered chat into pieces that are tokenized on their own. A Unicode noncharacter: no text may contain it.
-_CUT = "\ufdd0"
-_IMAGE_KEYS = ("image", "path", "url", "base64")
 _GENERATION_MODES = (None, "text", "image", "interleaved")
 _TEXT_OPTIONS = {
     "padding",
@@ -39,6 +51,8 @@ _TEXT_OPTIONS = {
     "return_tensors",
     "return_attention_mask",
     "return_mm_token_type_ids",
+    "return_text_replacement_offsets",
+    "truncation",
 }
 
 
@@ -63,10 +77,11 @@ class NextFlowProcessorKwargs(ProcessingKwargs, total=False):
     target_grids: list | tuple | None
 
 
-# Every option of `NextFlowProcessor.__call__`, flat or in its group.
+# Every option of `NextFlowProcessor.__call__`, flat or in its group. Those of sounds and videos mean nothing here;
+# transformers lets callers pass them to any processor.
 _OPTIONS = {
     option
-    for group in (NextFlowProcessorKwargs, NextFlowImageProcessorKwargs, TextKwargs)
+    for group in (NextFlowProcessorKwargs, NextFlowImageProcessorKwargs, TextKwargs, VideosKwargs, AudioKwargs)
     for option in group.__annotations__
 } | {"common_kwargs"}
 
@@ -95,6 +110,8 @@ class NextFlowProcessor(ProcessorMixin):
     # For the pipeline, which has the processor and not this island's code
     thinking_prompt = THINKING_PROMPT
     split_reasoning = staticmethod(split_reasoning)
+    without_thinking_prompt = staticmethod(without_thinking_prompt)
+    unconditional_messages = staticmethod(unconditional_messages)
 
     def __init__(
         self,
@@ -122,6 +139,11 @@ class NextFlowProcessor(ProcessorMixin):
             chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        files = super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        vars(self).pop("auto_map", None)  # left there by saving; a processor that was loaded has none
+        return files
+
     @property
     def max_scales(self) -> int:
         """Scales of the longest image: the number of rows of an image in `image_grids`."""
@@ -140,8 +162,8 @@ class NextFlowProcessor(ProcessorMixin):
 
         Args:
             images (image or (nested) list of images, *optional*):
-                One for every `<boi><|image_pad|><eoi>` of the text, in reading order. A list per prompt is checked per
-                prompt.
+                One for every `<|image_pad|>` of the text, alone or as `<boi><|image_pad|><eoi>`, in reading order. A
+                list per prompt is checked per prompt.
             text (`str` or `list[str]`, *optional*):
                 Trusted text: control tokens in it are control tokens. A `<boi>` at the very end is an image to draw.
                 Its images count as given: who showed them is known to `apply_chat_template` alone.
@@ -154,8 +176,8 @@ class NextFlowProcessor(ProcessorMixin):
 
         Raises:
             `ValueError` where images and placeholders differ in number, where an image is not laid out as above, and
-            where a row with all its image cells is longer than the tokenizer's `model_max_length`: nothing is
-            truncated.
+            where a row with all its image cells is longer than `max_length` or the tokenizer's `model_max_length`:
+            `truncation` cuts rows of text alone.
         """
         if text is None:
             if images is None:
@@ -266,18 +288,25 @@ class NextFlowProcessor(ProcessorMixin):
         # 1. Take the images out, and mark the control tokens that the messages spell out
         if len(conversation) == 0:
             raise ValueError("got 0 messages, expected at least 1")
+        if tools and "tool" not in template:
+            raise ValueError(f"this chat template knows no tools, got {len(tools)}")
         conversations, is_batched = self._normalize_conversations(conversation)
         if enable_thinking:
-            conversations = list(map(_with_thinking_prompt, conversations))
-        row_images, is_drawn = self._images_of(conversations, images)
+            conversations = list(map(with_thinking_prompt, conversations))
+        row_images, is_drawn = take_images(conversations, images)
+        tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
+        tokens = {**self.tokenizer.special_tokens_map, **tokens}
+        tokens |= {name: variables.pop(name) for name in tokens if name in variables}  # the caller's, and no message
         if sanitize_control_tokens:
-            conversations = [[self._as_text(message, refuse=not tokenize) for message in row] for row in conversations]
+            control_tokens = self._control_tokens
+            conversations = [
+                [control_tokens.as_text(message, refuse=not tokenize) for message in row] for row in conversations
+            ]
             tools, documents, variables = (
-                self._cut_control_tokens(given, refuse=not tokenize) for given in (tools, documents, variables)
+                control_tokens.cut(given, refuse=not tokenize) for given in (tools, documents, variables)
             )
 
         # 2. Render
-        tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
         texts, responses = render_jinja_template(
             conversations=conversations,
             tools=tools,
@@ -286,7 +315,7 @@ class NextFlowProcessor(ProcessorMixin):
             return_assistant_tokens_mask=mark_responses,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **tokens, **variables},
+            **{**tokens, **variables},
         )
         if not tokenize:
             if options.get("generation_mode") == "image":
@@ -305,33 +334,6 @@ class NextFlowProcessor(ProcessorMixin):
         )
         return inputs if return_dict else inputs["input_ids"]
 
-    @staticmethod
-    def unconditional_messages(
-        conversation: list[dict[str, Any]], text: str = "", *, keep_images: bool = True
-    ) -> list[dict[str, Any]]:
-        """
-        The unconditional prompt of guidance: the same messages without the user's text, as training drops it, and
-        without the request to think.
-
-        Args:
-            conversation (`list[dict]`): The messages, which are left as they are.
-            text (`str`, *optional*, defaults to `""`): A negative prompt, at the end of the last user message.
-            keep_images (`bool`, *optional*, defaults to `True`): Otherwise without the user's images, too.
-        """
-        messages = []
-        for message in NextFlowProcessor.without_thinking_prompt(conversation):
-            if message["role"] == "user":
-                parts = [] if isinstance(message["content"], str) else message["content"]
-                kept = [part for part in parts if part["type"] != "text" and (keep_images or part["type"] != "image")]
-                message = {**message, "content": kept}
-            messages.append(message)
-        users = [message for message in messages if message["role"] == "user"]
-        if text and not users:
-            raise ValueError("negative_prompt needs a user message to stand in, and the conversation has none")
-        if text:
-            users[-1]["content"].append({"type": "text", "text": text})
-        return messages
-
     def _unconditional(self, conversation: list, text: str) -> list:
         """One or several conversations as [`~NextFlowProcessor.unconditional_messages`]."""
         if isinstance(conversation[0], dict):
@@ -342,11 +344,11 @@ class NextFlowProcessor(ProcessorMixin):
         """`kwargs` sorted into ours, the tokenizer's and the image processor's; one nobody knows is an error."""
         if unknown := sorted(set(kwargs) - _OPTIONS):
             raise TypeError(f"got unexpected options {unknown}")
-        # Without the tokenizer's own settings: its `padding_side` must not undo ours.
-        options = self._merge_kwargs(**kwargs)
+        # Of the tokenizer's own settings, its `padding_side` must not undo ours.
+        names = _TEXT_OPTIONS - {"padding_side"}
+        own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in names}
+        options = self._merge_kwargs(tokenizer_init_kwargs=own, **kwargs)
         text_options = options["text_kwargs"]
-        if text_options.pop("truncation", None) not in (None, False, "do_not_truncate"):
-            raise ValueError("truncation would cut images apart: shorten the conversation or lower the resolution")
         text_options.pop("add_special_tokens", None)  # the template writes them all
         if unknown := sorted(name for name, value in text_options.items() if value and name not in _TEXT_OPTIONS):
             raise TypeError(f"got unsupported tokenizer options {unknown}")
@@ -377,101 +379,11 @@ class NextFlowProcessor(ProcessorMixin):
         if mark_responses and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError("labels and masks need a chat template with {% generation %} around assistant responses")
 
-    # ---- what messages are not allowed to do
+    # ---- messages
 
     @cached_property
-    def _control_tokens(self) -> re.Pattern:
-        """
-        Matches the empty string in front of every special token. Numbered families (image codes) are one alternative.
-        """
-        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        tokens |= {self.image_token, self.boi_token, self.eoi_token}
-        families = {r"\d+".join(map(re.escape, re.split(r"\d+", token))) for token in tokens}
-        return re.compile(f"(?={'|'.join(sorted(families, key=len, reverse=True))})")
-
-    def _cut_control_tokens(self, given: Any, *, refuse: bool) -> Any:
-        """Strings in `given` with a cut inside every control token, so that the tokenizer never sees it whole."""
-        if isinstance(given, str):
-            given = given.replace(_CUT, "")
-            found = self._control_tokens.search(given)
-            if found is None:
-                return given
-            if refuse:
-                raise ValueError(
-                    f"a message contains the control token {given[found.start() : found.start() + 24]!r}: as text it "
-                    "is safe only with tokenize=True; if it is meant, pass sanitize_control_tokens=False"
-                )
-            starts = {match.start() for match in self._control_tokens.finditer(given)}
-            return "".join(letter + _CUT if index in starts else letter for index, letter in enumerate(given))
-        if isinstance(given, dict):
-            return {name: self._cut_control_tokens(value, refuse=refuse) for name, value in given.items()}
-        if isinstance(given, (list, tuple)):
-            return [self._cut_control_tokens(value, refuse=refuse) for value in given]
-        return given
-
-    def _as_text(self, message: dict[str, Any], *, refuse: bool) -> dict[str, Any]:
-        """
-        A message whose text cannot become control tokens: none inside a string, none across the seam of two parts, and
-        every text starts on a token of its own (so a response's first token never merges with the header's line
-        break).
-        """
-        message = self._cut_control_tokens(message, refuse=refuse)
-        if refuse:  # the plain rendered string: no cuts, but the seams of its parts still count
-            joined = message.get("content")
-            if isinstance(joined, list):
-                self._cut_control_tokens("".join(part.get("text") or "" for part in joined), refuse=True)
-            return message
-        content = message.get("content")
-        if isinstance(content, str):
-            return {**message, "content": _CUT + content + _CUT}
-        parts = [
-            {**part, "text": _CUT + part["text"] + _CUT} if part.get("type") == "text" else part
-            for part in content or []
-        ]
-        return {**message, "content": parts}
-
-    def _images_of(
-        self, conversations: list[list[dict[str, Any]]], images: Any | None
-    ) -> tuple[list[list[Any]], list[list[bool]]]:
-        """
-        Images of every conversation, in reading order, and which of them are the assistant's. Checks the parts, and
-        strips them of the images in place.
-        """
-        spare = [] if images is None else flatten_images(images)
-        rows, is_drawn, num_empty = [], [], 0
-        for conversation in conversations:
-            row, by_assistant = [], []
-            for index, message in enumerate(conversation):
-                if "role" not in message or "content" not in message:
-                    raise ValueError(f"message {index} has the keys {sorted(message)}, expected role and content")
-                content = message["content"]
-                if isinstance(content, str):
-                    continue
-                parts = []
-                for part in content:
-                    if part.get("type") == "text" and not isinstance(part.get("text"), str):
-                        raise ValueError(
-                            f"message {index} has a text part with text={part.get('text')!r}, expected a string"
-                        )
-                    if part.get("type") == "image":
-                        data = [part[key] for key in _IMAGE_KEYS if part.get(key) is not None]
-                        if len(data) > 1:
-                            raise ValueError(f"message {index} has an image part with {len(data)} sources, expected 1")
-                        if data and part.get("base64") is not None:
-                            data = [f"data:image/any;base64,{data[0].rpartition(',')[2]}"]
-                        if not data:
-                            data = spare[num_empty : num_empty + 1]
-                            num_empty += 1
-                        row.extend(data)
-                        by_assistant.append(message["role"] == "assistant")
-                        part = {"type": "image"}
-                    parts.append(part)
-                message["content"] = parts
-            rows.append(row)
-            is_drawn.append(by_assistant)
-        if num_empty != len(spare):
-            raise ValueError(f"the messages have {num_empty} image parts without data, but images= holds {len(spare)}")
-        return rows, is_drawn
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer, (self.image_token, self.boi_token, self.eoi_token))
 
     # ---- the sequence
 
@@ -486,10 +398,21 @@ class NextFlowProcessor(ProcessorMixin):
         train_on: str | None = None,
         return_mask: bool = False,
     ) -> BatchFeature:
+        text_options = options["text_kwargs"]
+        return_tensors = text_options.pop("return_tensors", None)
+        return_types, return_replacements = (
+            text_options.pop(name, None) or options.get(name)
+            for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        )
+        truncates = text_options.pop("truncation", None) not in (None, False, "do_not_truncate")
+        limit = self.tokenizer.model_max_length
+        if text_options.get("max_length") is not None:
+            limit = min(limit, text_options["max_length"])
+
         # 1. Tokens, with one placeholder per image
         rows, in_response = [], []
         for index, text in enumerate(texts):
-            ids, mask = self._encode(text, [] if responses is None else responses[index])
+            ids, mask = self._frame(*self._encode(text, [] if responses is None else responses[index]))
             if options.get("generation_mode") == "image" and ids[-1:] != [self.boi_token_id]:
                 ids.append(self.boi_token_id)
                 mask.append(False)
@@ -504,8 +427,8 @@ class NextFlowProcessor(ProcessorMixin):
         flat_images = self._check_images(rows, images)
         data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
         closed = iter(data["image_grids"].tolist() if flat_images else [])
-        image_grids, target_grids = [], []
-        wished = functools.cache(lambda: self._wished_grids(options))  # once a call: it warns of a size that is not
+        image_grids, target_grids, replacements = [], [], []
+        wished = functools.cache(functools.partial(self._wished_grids, options))  # once a call: it may warn
 
         # 3. Every placeholder becomes the cells of its image
         for index, ids in enumerate(rows):
@@ -517,25 +440,30 @@ class NextFlowProcessor(ProcessorMixin):
             ]
             repeats = iter([num_cells(grids) - 1 for grids in schedules])
             repeats = [next(repeats) if token == self.image_token_id else 1 for token in ids]
+            to_draw = 0
             if ids[-1:] == [self.boi_token_id]:
                 schedules.append(self._target_grids(options, shown, wished))
-                self._check_length(index, sum(repeats), num_cells(schedules[-1]), options["text_kwargs"])
-            else:
-                if options.get("generation_mode") == "interleaved":
-                    target_grids.append(self._padded(self._target_grids(options, shown, wished)))
-                self._check_length(index, sum(repeats), 0, options["text_kwargs"])
-            rows[index] = [token for token, count in zip(ids, repeats, strict=True) for _ in range(count)]
-            in_response[index] = [
-                inside for inside, count in zip(in_response[index], repeats, strict=True) for _ in range(count)
-            ]
+                to_draw = num_cells(schedules[-1])
+            elif options.get("generation_mode") == "interleaved":
+                target_grids.append(self._padded(self._target_grids(options, shown, wished)))
+            kept = slice(None)
+            if schedules or not truncates:
+                self._check_length(index, sum(repeats), to_draw, limit)
+            elif sum(repeats) > limit:
+                kept = slice(limit) if self.tokenizer.truncation_side == "right" else slice(len(ids) - limit, None)
+            counts = [count for token, count in zip(ids, repeats, strict=True) if token == self.image_token_id]
+            replacements.append(self._replacements(texts[index], counts))
+            rows[index], in_response[index] = (
+                [value for value, count in zip(values, repeats, strict=True) for _ in range(count)][kept]
+                for values in (ids, in_response[index])
+            )
             image_grids += map(self._padded, schedules)
-        if self._wishes(options) and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
-            raise ValueError(f"{self._wishes(options)} describe an image to draw, but no row ends in {self.boi_token}")
+        if wishes_of(options) and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
+            raise ValueError(f"{wishes_of(options)} describe an image to draw, but no row ends in {self.boi_token}")
 
         # 4. Padding
-        text_options = dict(options["text_kwargs"])
-        return_tensors = text_options.pop("return_tensors", None)
-        return_types = text_options.pop("return_mm_token_type_ids", None) or options.get("return_mm_token_type_ids")
+        if text_options.get("padding") != "max_length":
+            text_options.pop("max_length", None)
         padded = self.tokenizer.pad({"input_ids": rows}, **text_options)
         data = {"input_ids": padded["input_ids"], "attention_mask": padded.get("attention_mask"), **data}
         if data["attention_mask"] is None:
@@ -560,11 +488,13 @@ class NextFlowProcessor(ProcessorMixin):
             data["assistant_masks"] = pad([list(map(int, mask)) for mask in in_response], 0)
         if return_types:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(padded["input_ids"])
+        if return_replacements:
+            data["text_replacement_offsets"] = replacements
         if image_grids:
             data["image_grids"] = image_grids
         if target_grids:
             data["target_grids"] = target_grids
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def _encode(self, text: str, responses: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """
@@ -574,12 +504,22 @@ class NextFlowProcessor(ProcessorMixin):
         ids, mask, position = [], [], 0
         for start, end in [*responses, (len(text), len(text))]:
             for piece, inside in ((text[position:start], False), (text[start:end], True)):
-                for part in piece.split(_CUT):
+                for part in piece.split(CUT):
                     tokens = self.tokenizer.encode(part, add_special_tokens=False) if part else []
                     ids += tokens
                     mask += [inside] * len(tokens)
             position = end
         return ids, mask
+
+    def _frame(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+        """With `<boi>` and `<eoi>` around every placeholder that stands without."""
+        frame = (self.boi_token_id, self.image_token_id, self.eoi_token_id)
+        framed, inside = [], []
+        for index, token in enumerate(ids):
+            alone = token == self.image_token_id and ids[index - 1 : index] != [self.boi_token_id]
+            framed += frame if alone else (token,)
+            inside += [mask[index]] * (len(framed) - len(inside))
+        return framed, inside
 
     def _check_layout(self, rows: list[list[int]]) -> None:
         """Every image is `<boi><|image_pad|><eoi>`, or the `<boi>` that ends its row; no code is written by name."""
@@ -603,14 +543,17 @@ class NextFlowProcessor(ProcessorMixin):
 
     @cached_property
     def _first_code_id(self) -> int:
-        return self.tokenizer.get_vocab().get(_code_token(0), self.boi_token_id)
+        return self.tokenizer.get_vocab().get(code_token(0), self.boi_token_id)
 
     def _check_images(self, rows: list[list[int]], images: Any | None) -> list[Any]:
         """`images` as a flat list, as many as there are placeholders, per row where they are given per row."""
         expected = [ids.count(self.image_token_id) for ids in rows]
         flat = [] if images is None else flatten_images(images)
         if len(flat) != sum(expected):
-            raise ValueError(f"got {len(flat)} images for {sum(expected)} image placeholders (by row: {expected})")
+            raise ValueError(
+                f"got {len(flat)} images for {sum(expected)} image placeholders (by row: {expected}): the number of "
+                f"{self.image_token} tokens in the prompts should be the same as the number of images"
+            )
         if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
             given = [len(flatten_images(row)) for row in images]
             if len(given) != len(expected) or given != expected:
@@ -632,78 +575,49 @@ class NextFlowProcessor(ProcessorMixin):
         is_last = (image_grids[..., 0] > 0).sum(-1, keepdim=True) - 1 == torch.arange(image_grids.shape[1])
         return image_grids.masked_fill(is_last[..., None], 0)
 
-    def _check_length(self, index: int, length: int, to_draw: int, text_options: dict[str, Any]) -> None:
+    @staticmethod
+    def _check_length(index: int, length: int, to_draw: int, limit: int) -> None:
         """`to_draw` counts the cells of scales 2..K and the `<eoi>` that will follow."""
-        limit = self.tokenizer.model_max_length
-        if text_options.get("max_length") is not None:
-            limit = min(limit, text_options["max_length"])
         if length + to_draw > limit:
             more = f" and the image to draw {to_draw} more" if to_draw else ""
-            raise ValueError(f"row {index} has {length} tokens, image cells included{more}, expected at most {limit}")
+            raise ValueError(
+                f"row {index} has {length} tokens, image cells included{more}, expected at most {limit}: shorten the "
+                "text or lower the resolution, as nothing is cut from a row with images"
+            )
 
-    @staticmethod
-    def _wishes(options: dict[str, Any]) -> list[str]:
-        """Names of the options given that describe the image to draw."""
-        names = ("target_grids", "aspect_ratio", "height", "width")
-        return [name for name in names if options.get(name) is not None]
+    def _replacements(self, text: str, counts: list[int]) -> list[dict[str, Any]]:
+        """Where the placeholders of a text stand, and what becomes of them, as transformers describes it."""
+        found, gained = [], 0
+        for match, count in zip(re.finditer(re.escape(self.image_token), text), counts):
+            cells = self.image_token * count
+            framed = text.endswith(self.boi_token, 0, match.start())
+            replacement = cells if framed else f"{self.boi_token}{cells}{self.eoi_token}"
+            start, length = match.start() - text.count(CUT, 0, match.start()), len(self.image_token)
+            found.append(
+                {
+                    "type": "image",
+                    "text": self.image_token,
+                    "replacement": replacement,
+                    "span": (start, start + length),
+                    "new_span": (start + gained, start + gained + len(replacement)),
+                }
+            )
+            gained += len(replacement) - length
+        return found
 
     def _target_grids(
         self, options: dict[str, Any], previous: list[list[list[int]]], wished: Callable[[], list[list[int]]]
     ) -> list[list[int]]:
         """Row of `image_grids` of the image to draw: as wished, else that of the last image before it, else square."""
-        if self._wishes(options) or not previous:
-            return wished()
-        return previous[-1]
+        return wished() if wishes_of(options) or not previous else previous[-1]
 
     def _wished_grids(self, options: dict[str, Any]) -> list[list[int]]:
-        """Row of `image_grids` that the options describe; without wishes a square's."""
-        images_kwargs = {name: value for name, value in options["images_kwargs"].items() if value is not None}
-        resolution = images_kwargs.get("resolution")
-        schedule = self.image_processor.schedule
-        wishes = self._wishes(options)
-        if len(wishes) > 1 and wishes != ["height", "width"]:
-            raise ValueError(f"got {wishes}, expected one of target_grids, aspect_ratio, or height and width")
-        num_scales = schedule.num_scales(resolution or self.image_processor.resolution)
-        if "target_grids" in wishes:
-            grids = schedule.check_grids(options["target_grids"])
-        elif "aspect_ratio" in wishes:
-            grids = schedule.grids(schedule.bucket_from_aspect_ratio(options["aspect_ratio"]), num_scales)
-        elif len(wishes) == 1:
-            raise ValueError(f"got only {wishes[0]}, expected height and width")
-        elif wishes:
-            grids = self._grids_of_size(options["height"], options["width"], resolution=resolution)
-        else:
-            grids = schedule.grids(schedule.nearest_bucket(1, 1), num_scales)
-        return schedule.image_grids([grids])[0]
-
-    def _grids_of_size(self, height: int, width: int, *, resolution: int | None) -> list[tuple[int, int]]:
-        """
-        The schedule of a size in pixels: the nearest bucket, at `resolution` if given, else at the level that has
-        exactly this size, else at the processor's resolution or the halving of it that is nearest in area.
-        """
-        schedule = self.image_processor.schedule
-        bucket = schedule.nearest_bucket(height, width)
-        sizes = {level: schedule.pixel_size(bucket, schedule.num_scales(level)) for level in schedule.resolutions}
-        exact = [level for level, size in sizes.items() if size == (height, width)]
-        if resolution is None and exact:
-            resolution = exact[-1]
-        elif resolution is None:
-            own = self.image_processor.resolution
-            levels = [
-                level for level in schedule.resolutions if any(level << n == own for n in range(own.bit_length()))
-            ]
-
-            def distance(level: int) -> float:
-                area = sizes[level][0] * sizes[level][1]
-                return max(area / (height * width), height * width / area)
-
-            resolution = min(levels, key=distance)
-        if sizes[resolution] != (height, width):
-            logger.warning(
-                f"the image to draw is {sizes[resolution][0]} x {sizes[resolution][1]} pixels (height x width), the "
-                f"size of the bucket nearest to the {height} x {width} asked for"
-            )
-        return schedule.grids(bucket, schedule.num_scales(resolution))
+        return wished_grids(
+            self.image_processor.schedule,
+            options,
+            resolution=options["images_kwargs"].get("resolution"),
+            default=self.image_processor.resolution,
+        )
 
     # ---- back again
 
@@ -790,20 +704,6 @@ class NextFlowProcessor(ProcessorMixin):
                 parts.append({"type": "text", "text": text})
         return parts
 
-    @staticmethod
-    def without_thinking_prompt(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages of one conversation as they would be without `enable_thinking`."""
-        if not conversation or conversation[0].get("role") != "system":
-            return conversation
-        first, *others = conversation
-        content = first.get("content") or ""
-        text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-        if text == THINKING_PROMPT:
-            return others
-        if text.startswith(f"{THINKING_PROMPT}\n"):
-            return [{**first, "content": text.removeprefix(f"{THINKING_PROMPT}\n")}, *others]
-        return conversation
-
     # ---- transformers' hooks
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
@@ -830,73 +730,4 @@ class NextFlowProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
 
 
-def _with_thinking_prompt(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with `THINKING_PROMPT` as their system message, in front of what theirs says, once."""
-    if not conversation or conversation[0].get("role") != "system":
-        return [{"role": "system", "content": THINKING_PROMPT}, *conversation]
-    if NextFlowProcessor.without_thinking_prompt(conversation) is not conversation:
-        return conversation
-    first, *others = conversation
-    content = first.get("content") or ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    asked = {"type": "text", "text": f"{THINKING_PROMPT}\n" if content else THINKING_PROMPT}
-    return [{**first, "content": [asked, *parts]}, *others]
-
-
-def _code_token(code: int) -> str:
-    return f"<|image_code_{code}|>"
-
-
-def extend_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, *, text_vocab_size: int, codebook_size: int
-) -> PreTrainedTokenizerBase:
-    """
-    Makes a text tokenizer NextFlow's, in place: `len(tokenizer) == text_vocab_size + codebook_size + 2`, as in the
-    model.
-
-    Chat markers and `<|image_pad|>` are added where missing, the text range is filled up to `text_vocab_size` (the
-    language model's padded vocabulary), then come `<|image_code_0|>` ..., `<boi>` and `<eoi>`, all special.
-    `<|im_end|>` becomes the end-of-sequence token and `<|endoftext|>` the padding token. A tokenizer that is already
-    extended is left as it is.
-    """
-    expected = text_vocab_size + codebook_size + 2
-    if "<boi>" in (vocabulary := tokenizer.get_vocab()):
-        found = (len(tokenizer), vocabulary["<boi>"], vocabulary.get(_code_token(0)))
-        if found != (expected, expected - 2, text_vocab_size):
-            raise ValueError(
-                f"the tokenizer is extended for other sizes: (length, <boi>, first code) is {found}, expected "
-                f"{(expected, expected - 2, text_vocab_size)}"
-            )
-        return tokenizer
-
-    def add(tokens: list[str]) -> None:
-        tokenizer.add_tokens(
-            [AddedToken(token, normalized=False, special=True) for token in tokens], special_tokens=True
-        )
-
-    add(
-        [
-            token
-            for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
-            if token not in vocabulary
-        ]
-    )
-    if len(tokenizer) > text_vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, expected at most text_vocab_size = {text_vocab_size}"
-        )
-    add([f"<|text_filler_{index}|>" for index in range(len(tokenizer), text_vocab_size)])
-    add([*map(_code_token, range(codebook_size)), "<boi>", "<eoi>"])
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.pad_token = "<|endoftext|>"
-
-    ids = tokenizer.convert_tokens_to_ids([_code_token(0), "<boi>", "<eoi>"])
-    if len(tokenizer) != expected or ids != [text_vocab_size, expected - 2, expected - 1]:
-        raise ValueError(
-            f"the tokenizer's ids have gaps: (length, first code, <boi>, <eoi>) is {(len(tokenizer), *ids)}, expected "
-            f"{(expected, text_vocab_size, expected - 2, expected - 1)}"
-        )
-    return tokenizer
-
-
-__all__ = ["NextFlowProcessor", "NextFlowProcessorKwargs", "extend_tokenizer"]
+__all__ = ["NextFlowProcessor", "NextFlowProcessorKwargs"]

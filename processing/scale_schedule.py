@@ -100,15 +100,15 @@ class ScaleSchedule:
     def nearest_bucket(self, height: float, width: float) -> tuple[int, int]:
         """
         The bucket whose ratio is nearest to `height : width` on a logarithmic scale. A ratio beyond `max_aspect_ratio`
-        gets the outermost bucket; beyond twice that (`ValueError`) too little of the image would survive the crop.
+        gets the outermost bucket; beyond five times that (`ValueError`) too little of the image would be left.
         """
         if not (height > 0 and width > 0 and math.isfinite(height) and math.isfinite(width)):
             raise ValueError(f"height and width must be positive, got {height} and {width}")
         ratio = max(height, width) / min(height, width)
-        if ratio > 2 * self.max_aspect_ratio:
+        if ratio > 5 * self.max_aspect_ratio:
             raise ValueError(
                 f"aspect ratio of {height} x {width} (height x width) is {ratio:.4g}, expected at most "
-                f"{2 * self.max_aspect_ratio:g} (twice the widest bucket)"
+                f"{5 * self.max_aspect_ratio:g} (five times the widest bucket)"
             )
 
         def distance(bucket: tuple[int, int]) -> tuple[Fraction, int, Fraction]:

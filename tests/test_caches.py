@@ -84,6 +84,28 @@ def test_a_cache_that_was_cut_does_not_guess_where_it_ends(model):
     torch.testing.assert_close(cut, model(input_ids=torch.tensor([[5, 6, 7, 9]])).logits[:, -1])
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("form", ["all tokens and grids", "all tokens", "new tokens"])
+def test_generate_goes_on_after_an_image_that_the_cache_holds(model, kind, form):
+    """Codes are needed no more, and grids neither: the cache knows where it ends on the rotary axes."""
+    rows = [[5, 6, *image_tokens(SQUARE)], [7, *image_tokens(WIDE)]]
+    length = max(map(len, rows))
+    prompt = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
+    more = torch.tensor([[9, 10], [11, 12]])
+    ids, grids = torch.cat([prompt, more], dim=1), grids_tensor(SQUARE, WIDE)
+    mask = (ids != PAD).long()
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "disable_compile": True,
+                "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
+    codes = random_codes(SQUARE, WIDE)
+    expected = model.generate(ids, attention_mask=mask, image_codes=codes, image_grids=grids, **settings)
+    cache = make_cache(kind, model)
+    model(input_ids=prompt, attention_mask=mask[:, :-2], image_codes=codes, image_grids=grids, past_key_values=cache)
+    given = {"inputs": more if form == "new tokens" else ids, "image_grids": grids if "grids" in form else None}
+    found = model.generate(**given, attention_mask=mask, past_key_values=cache, **settings)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.sequences[:, -4:], expected.sequences[:, -4:])
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 def test_static_cache_writes_the_same_text_after_an_image(model, padded):
     rows = [[5, 6, *image_tokens(SQUARE)], ([7] if padded else [7, 8]) + image_tokens(SQUARE)]

@@ -162,7 +162,54 @@ def test_from_a_configuration_with_both(model):
         NextFlowForConditionalGeneration(config)
 
 
+@pytest.mark.parametrize("name", ["vision_tokenizer", "vision_tokenizer_config"])
+def test_attention_of_both_and_of_each(folder, name):
+    def of(model) -> tuple[str, str, str]:
+        parts = (model, model.vision_tokenizer, model.vision_tokenizer.semantic_encoder)
+        return tuple(part.config._attn_implementation for part in parts)
+
+    load = NextFlowForConditionalGeneration.from_pretrained
+    assert of(load(folder, attn_implementation="eager")) == ("eager",) * 3
+    assert of(load(folder, attn_implementation="flex_attention")) == ("flex_attention", "sdpa", "sdpa")
+    model = load(folder, attn_implementation={"": "sdpa", name: "eager"})
+    assert of(model) == ("sdpa", "eager", "eager")
+    model.set_attn_implementation({"": "eager", "vision_tokenizer_config": "sdpa"})
+    assert of(model) == ("eager", "sdpa", "sdpa")
+    config = NextFlowConfig.from_dict(model.config.to_dict())
+    config._attn_implementation = "flex_attention"  # reaches the configuration of each part
+    assert of(NextFlowForConditionalGeneration(config)) == ("flex_attention", "sdpa", "sdpa")
+
+
+def test_parts_that_stay_in_float32_are_known(model):
+    assert "quantizer" in model._keep_in_fp32_modules_strict
+    assert "NextFlowMultiScaleQuantizer" in model._no_split_modules
+
+
 # ---- pixels for codes
+
+
+def test_pixels_with_embeddings_and_of_new_images_alone(pipe, model):
+    conversation = messages("<image>", "ab")
+    inputs = inputs_of(pipe, conversation)
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    first = model.generate(**inputs, **settings)
+    embedded = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    del embedded["input_ids"]
+    assert torch.equal(model.generate(**embedded, **settings).sequences, first.sequences[:, -3:])
+    torch.testing.assert_close(model(**embedded).logits, model(**inputs).logits)
+
+    second = inputs_of(pipe, messages("<image>", "c", color="blue"))
+    ids = torch.cat([first.sequences, second["input_ids"]], dim=1)
+    following = {"input_ids": ids, "image_grids": torch.cat([inputs["image_grids"], second["image_grids"]])}
+    whole = torch.cat([inputs["pixel_values"], second["pixel_values"]])
+    expected = model.generate(**following, pixel_values=whole, **settings).sequences
+    for pixels in (whole, second["pixel_values"]):
+        cache = model.generate(**inputs, **settings).past_key_values
+        found = model.generate(**following, pixel_values=pixels, past_key_values=cache, **settings)
+        assert torch.equal(found.sequences, expected)
+    with pytest.raises(ValueError, match="has 3 images, input_ids hold 1 after those in past_key_values"):
+        cache = model.generate(**inputs, **settings).past_key_values
+        model.generate(**following, pixel_values=whole[[0, 0, 1]], past_key_values=cache, **settings)
 
 
 def test_forward_with_pixels_equals_forward_with_codes(pipe, model):

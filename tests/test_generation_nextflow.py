@@ -325,6 +325,37 @@ def test_beams_and_returned_sequences_repeat_the_images_of_a_row(model):
         assert torch.equal(both.sequences[own, -5:], alone.sequences[:, -5:])
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_prompts_may_be_embeddings_with_images(model, settings):
+    settings = {**settings, "max_new_tokens": 5, "do_sample": False, "disable_compile": True}
+    images = {name: value for name, value in IMAGE_PROMPTS.items() if name != "input_ids"}
+    expected = model.generate(**IMAGE_PROMPTS, **settings)
+    embeds = model.get_input_embeddings()(IMAGE_PROMPTS["input_ids"])
+    found = model.generate(inputs_embeds=embeds, **images, **settings)
+    assert torch.equal(found, expected[:, -found.shape[1] :]) and found.shape[1] == 5
+
+
+def test_an_assistant_sees_the_images_of_the_prompt(model):
+    """The same model as its own assistant: every candidate is right."""
+    row = {name: value[:1] if name == "input_ids" else value for name, value in IMAGE_PROMPTS.items()}
+    row.pop("attention_mask")
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+    expected = model.generate(**row, **settings)
+    assistant = copy.deepcopy(model)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    passes = []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: passes.append(kwargs), with_kwargs=True)
+    found = model.generate(**row, **settings, assistant_model=assistant)
+    hook.remove()
+    assert torch.equal(found, expected) and len(passes) == 2  # three candidates and one more token, twice
+    other = toy_model()
+    other.lm_head.weight.data.normal_()
+    assert torch.equal(model.generate(**row, **settings, assistant_model=other), expected)
+    assert torch.equal(model.generate(**row, **settings, prompt_lookup_num_tokens=2), expected)
+
+
 def test_static_cache_with_images_in_the_prompt(model):
     settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     dynamic = model.generate(**IMAGE_PROMPTS, **settings)

@@ -112,9 +112,11 @@ def test_batch_is_padded_top_left(processor: NextFlowImageProcessorPil):
 
 
 def test_absurd_ratios_are_refused(processor: NextFlowImageProcessorPil):
-    assert processor(Image.new("RGB", (800, 100)))["image_grids"][0, -1].tolist() == [4, 16]
-    with pytest.raises(ValueError, match=r"100 x 801 \(height x width\) is 8.01, expected at most 8"):
-        processor(Image.new("RGB", (801, 100)))
+    with pytest.warns(UserWarning, match=r"is 10 x 200 pixels \(height x width\): 20% of it, its middle, fits"):
+        out = processor(Image.new("RGB", (200, 10)))
+    assert out["image_grids"][0, -1].tolist() == [4, 16]
+    with pytest.raises(ValueError, match=r"10 x 201 \(height x width\) is 20.1, expected at most 20"):
+        processor(Image.new("RGB", (201, 10)))
 
 
 # ---- every kind of image

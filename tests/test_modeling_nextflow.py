@@ -26,6 +26,7 @@ from toy import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from nextflow_hf.modeling_nextflow import modeling_nextflow
 from nextflow_hf.modeling_nextflow.attention_nextflow import get_attention_mask
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.loss_nextflow import get_targets, scale_weights
@@ -292,7 +293,7 @@ def test_every_parameter_gets_a_gradient(model):
 
 
 BAD_INPUTS = {
-    "no grids": ({"image_grids": None}, "no image_grids were given"),
+    "no grids": ({"image_grids": None, "labels": torch.tensor([[5, *image_tokens(SQUARE)]])}, "30 tokens need"),
     "too many grids": ({"image_grids": grids_tensor(SQUARE, SQUARE)}, "1 <boi> tokens, but image_grids has 2 rows"),
     "other grids": ({"image_grids": grids_tensor(WIDE)}, "do not fill its scales"),
     "too few codes": ({"image_codes": random_codes(SQUARE)[:-1]}, "need 30 codes, got image_codes of length 29"),
@@ -357,6 +358,20 @@ def test_rotary_frequencies_are_dealt_out_in_turn():
         step = torch.zeros(3, 1, 1)
         step[axis] = 1.0
         assert NextFlowRotaryEmbedding(config)(step, step)[1].abs().max() > 0.5
+
+
+def test_image_tokens_without_an_image(model, monkeypatch):
+    """Upstream's suites take random tokens for a prompt; whoever loses the images of theirs is told."""
+    warnings = []
+    monkeypatch.setattr(modeling_nextflow.logger, "warning_once", warnings.append)
+    row = torch.tensor([[5, *image_tokens(SQUARE)]])
+    assert model(input_ids=row).logits.isfinite().all()
+    assert "no image_grids were given: they are embedded as text is" in warnings.pop()
+    model(input_ids=torch.tensor([[5, 6]]))
+    assert not warnings
+    for mode in ("text", "interleaved"):
+        with pytest.raises(ValueError, match="no image_grids were given, which 30 tokens need"):
+            model.generate(row, max_new_tokens=1, generation_mode=mode)
 
 
 def test_rotary_split_must_fit_the_head():

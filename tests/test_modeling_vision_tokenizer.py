@@ -1,5 +1,6 @@
 """The vision tokenizer's invariants, with toy sizes: what must be equal, what must stay, what must raise."""
 
+import copy
 import math
 
 import pytest
@@ -446,7 +447,9 @@ def test_learns_one_batch():
 @pytest.mark.parametrize("schedule", [SQUARE, WIDE, TALL])
 def test_semantic_encoder_is_siglip2(schedule: list):
     model = build()
-    teacher = Siglip2VisionModel(model.config.semantic_config).eval()
+    whole = copy.deepcopy(model.config.semantic_config)
+    whole.vision_use_head = True
+    teacher = Siglip2VisionModel(whole).eval()
     missing, unexpected = model.semantic_encoder.load_state_dict(teacher.state_dict(), strict=False)
     assert not missing
     assert {name.split(".layers.")[-1].split(".")[0] for name in unexpected} == {"2", "post_layernorm", "head"}
@@ -506,6 +509,10 @@ def test_attention_implementations_agree(model: NextFlowVisionTokenizer, attenti
     assert loaded.semantic_decoder.config._attn_implementation == attention
     output, expected = (each(pixels(WIDE), grids(WIDE)) for each in (loaded, model))
     torch.testing.assert_close(output.reconstruction, expected.reconstruction, atol=1e-5, rtol=1e-5)
+    other = {"eager": "sdpa", "sdpa": "eager"}[attention]
+    loaded.set_attn_implementation({"semantic_config": other})
+    assert loaded.config._attn_implementation == attention
+    assert loaded.semantic_encoder.config._attn_implementation == other
 
 
 def test_default_size_on_the_meta_device():

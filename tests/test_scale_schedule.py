@@ -94,7 +94,7 @@ def test_image_grids_pads_with_zeros():
     "call, message",
     [
         (lambda: ScaleSchedule().num_scales(500), "resolution is 500, expected one of .*512"),
-        (lambda: ScaleSchedule().nearest_bucket(100, 801), "8.01, expected at most 8"),
+        (lambda: ScaleSchedule().nearest_bucket(100, 2001), "20.01, expected at most 20"),
         (lambda: ScaleSchedule().nearest_bucket(0, 8), "must be positive, got 0 and 8"),
         (lambda: ScaleSchedule().nearest_bucket(float("nan"), 8), "must be positive"),
         (lambda: ScaleSchedule().bucket_from_aspect_ratio("wide"), "'wide', expected"),

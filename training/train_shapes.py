@@ -30,8 +30,9 @@ from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
-from ..processing.processing_nextflow import NextFlowProcessor, extend_tokenizer
+from ..processing.processing_nextflow import NextFlowProcessor
 from ..processing.scale_schedule import ScaleSchedule
+from ..processing.tokenizer_extension import extend_tokenizer
 from .checkpoints import last_checkpoint
 from .codebook import distinct_codes, with_codes
 from .data.extraction import extract_codes, load_codes
