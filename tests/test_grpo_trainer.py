@@ -1,6 +1,9 @@
 """`NextFlowGRPOTrainer` on a toy pipeline: its loss against a slow statement of it, and what of TRL carries over."""
 
+import ast
 import asyncio
+import functools
+import inspect
 import math
 
 import numpy as np
@@ -14,10 +17,10 @@ from toy_pipeline import CODES, TEXT_VOCAB, toy_pipeline
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from nextflow_hf.training import grpo_trainer
+from nextflow_hf.training import grpo_contract, grpo_trainer
 from nextflow_hf.training.grpo_config import REFUSED
 from nextflow_hf.training.grpo_math import group_advantages, group_advantages_by_function
-from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer, check_trl_contract
+from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
 
 def low_codes(codes, **columns) -> list[float]:
@@ -155,8 +158,8 @@ def test_rewards_get_what_they_are_promised(tmp_path):
     picture = PILImage.new("RGB", (16, 16), "red")
     rows = [{"prompt": "paint it blue", "images": [picture], "category": "edit"}] * 4
     trainer = make_trainer(
-        tmp_path, [plain, Slow()], Dataset.from_list(rows, features=features), reward_weights=[1.0, 0.5],
-        trainer_class=Recording, guidance_scale=2.0,
+        tmp_path, [functools.partial(plain), Slow()], Dataset.from_list(rows, features=features),
+        reward_weights=[1.0, 0.5], trainer_class=Recording, guidance_scale=2.0,
     )  # fmt: skip
     trainer.train()
     images, codes, prompts, sources, category, step, rest = calls["plain"]
@@ -424,22 +427,90 @@ def test_wrong_parts_are_named(tmp_path):
         make_trainer(tmp_path, [low_codes, low_codes])
 
 
+def test_a_reference_that_follows(tmp_path):
+    """With `sync_ref_model` the reference becomes the policy after every second step, and the KL starts anew."""
+    numbers = {"beta": 0.1, "max_steps": 4, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    trainer = make_trainer(tmp_path, **numbers, ref_model_mixup_alpha=1.0)
+    trainer.train()
+    kl = history(trainer, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] == pytest.approx(0, abs=1e-6)
+    assert kl[1] > 1e-5 and kl[3] > 1e-5
+
+
+def test_a_repository_brings_all_parts(tmp_path, caplog):
+    toy_pipeline().save_pretrained(tmp_path / "model")
+    numbers = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = NextFlowGRPOConfig(**numbers, model_init_kwargs={"dtype": "bfloat16"})
+    rows = Dataset.from_list([{"prompt": "a"}])
+    trainer = NextFlowGRPOTrainer(str(tmp_path / "model"), low_codes, args, rows)
+    assert trainer.model.dtype == torch.bfloat16 and args.model_init_kwargs == {"dtype": "bfloat16"}
+    assert "ignored" not in caplog.text  # as TRL says of options for a model that is there already
+    trainer = NextFlowGRPOTrainer(str(tmp_path / "model"), low_codes, NextFlowGRPOConfig(**numbers), rows)
+    assert trainer.model.dtype == torch.float32
+    with pytest.raises(ValueError, match="`model_init_kwargs`"):
+        make_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+
+
+def test_a_reward_by_its_hub_id(tmp_path):
+    trainer = make_trainer(tmp_path, ["openai/clip-vit-base-patch32", low_codes])
+    assert trainer.reward_func_names == ["clip-vit-base-patch32", "low_codes"]
+
+
+def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
+    made = GRPOTrainer.__init__
+
+    def sharded(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(GRPOTrainer, "__init__", sharded)
+    with pytest.raises(ValueError, match="`fsdp`"):
+        make_trainer(tmp_path)
+
+
 def test_columns_cannot_hide_what_rewards_are_told(tmp_path):
     rows = Dataset.from_list([{"prompt": "a", "codes": 1}] * 8)
     with pytest.raises(ValueError, match=r"columns \['codes'\]"):
         make_trainer(tmp_path, rows=rows).train()
 
 
-def test_contract_with_the_installed_trl(monkeypatch):
-    check_trl_contract()
-    for name in grpo_trainer.TRL_CONTRACT:
+def test_contract_with_the_installed_trl(monkeypatch, tmp_path):
+    grpo_contract.check_trl_methods()
+    for name in grpo_contract.METHODS:
         with monkeypatch.context() as patch:
             patch.setattr(GRPOTrainer, name, lambda self, something_else: None)
             with pytest.raises(ImportError, match=f"GRPOTrainer.{name} with the parameters"):
-                check_trl_contract()
+                grpo_contract.check_trl_methods()
 
     class Moved:
         pass
 
     with pytest.raises(ImportError, match="Moved._generate_and_score_completions with the parameters None"):
-        check_trl_contract(Moved)
+        grpo_contract.check_trl_methods(Moved)
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert [name for name in grpo_contract.ATTRIBUTES if not hasattr(trainer, name)] == []
+    del trainer._pending_metrics
+    with pytest.raises(ImportError, match="without \\['_pending_metrics'\\]"):
+        grpo_contract.check_trl_attributes(trainer)
+
+
+def test_all_that_is_private_in_trl_is_in_the_contract():
+    """Attributes of `self` in our trainer that neither ours nor transformers' defines."""
+    tree = ast.parse(inspect.getsource(grpo_trainer))
+    of_self = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    ]  # fmt: skip
+    ours = set(vars(NextFlowGRPOTrainer)) | {"_failed_rewards", "_masks", "pipeline"}
+    transformers = {
+        "accelerator",
+        "add_callback",
+        "args",
+        "callback_handler",
+        "is_deepspeed_enabled",
+        "is_fsdp_enabled",
+    }
+    transformers |= {"model", "model_wrapped", "state"}
+    used = {node.attr for node in of_self} - ours - transformers
+    assert used == {*grpo_contract.ATTRIBUTES, "_calculate_rewards"}
