@@ -291,14 +291,14 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             self.pipeline, inputs, guided=args.guidance_scale != 1, **{n: v for n, v in size.items() if v is not None}
         )
         thoughts = [range(0)] * len(prompts)
-        unwrapped = unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
-        was_training = self.model.training
-        with unwrapped, self.accelerator.autocast():
+        was_training, options = self.model.training, args.gradient_checkpointing_kwargs
+        with (
+            disable_gradient_checkpointing(self.model, options),  # TRL's unwrapping would forget the options
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
+            ),
+            self.accelerator.autocast(),
+        ):
             self.model.eval()
             if args.max_thinking_tokens:
                 longer = think(
