@@ -97,6 +97,7 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     numbers = {**ARMS[arm], "seed": seed, "data_seed": seed, "save_strategy": "steps", "save_steps": 10}
     numbers |= {"save_total_limit": 1, "max_steps": num_updates(arm, args.max_steps)}
     numbers |= {"use_cpu": not torch.accelerator.is_available(), "learning_rate": args.learning_rate}
+    numbers |= {"per_device_train_batch_size": args.num_pictures}
     trainer = make_trainer(start, load_recipe("shapes_grpo"), folder, **numbers)
     checkpoint = last_checkpoint(folder)
     began = time.process_time()
@@ -170,8 +171,8 @@ def results_table(runs: list[dict], args: argparse.Namespace) -> str:
 
     start = {run["seed"]: run["before"] for run in runs}.values()
     lines = [
-        f"{args.max_steps} updates of 64 pictures (VMR: as many pictures), learning rate {args.learning_rate}, "
-        f"{args.num_prompts} held-out prompts. Mean and standard deviation over the seeds.",
+        f"{args.max_steps} updates of {args.num_pictures} pictures (VMR: as many pictures in all), learning rate "
+        f"{args.learning_rate}, {args.num_prompts} held-out prompts. Mean and standard deviation over the seeds.",
         "",
         "| arm | seeds | judge | gain | clean shapes | PSNR to codes | mean reward | CPU s / update |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -325,9 +326,10 @@ def make_parser() -> argparse.ArgumentParser:
     comparison.add_argument("--transformer", help="checkpoint to start from instead of the model's own transformer")
     comparison.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     comparison.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    comparison.add_argument("--max-steps", type=int, default=load_recipe("shapes_grpo")["training"]["max_steps"])
-    learning_rate = load_recipe("shapes_grpo")["training"]["learning_rate"]
-    comparison.add_argument("--learning-rate", type=float, default=learning_rate)
+    training = load_recipe("shapes_grpo")["training"]
+    comparison.add_argument("--max-steps", type=int, default=training["max_steps"])
+    comparison.add_argument("--num-pictures", type=int, default=training["per_device_train_batch_size"])
+    comparison.add_argument("--learning-rate", type=float, default=training["learning_rate"])
     comparison.add_argument("--num-prompts", type=int, default=240)
     commands.choices["measure"].add_argument("--rollouts", type=int, required=True)
     commands.choices["measure"].add_argument("--prefix-scales", type=int)

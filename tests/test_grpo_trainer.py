@@ -18,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from nextflow_hf.training import grpo_contract, grpo_trainer
+from nextflow_hf.training.checkpoints import last_checkpoint
 from nextflow_hf.training.grpo_config import REFUSED
 from nextflow_hf.training.grpo_math import group_advantages, group_advantages_by_function
 from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
@@ -273,6 +274,26 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
     ).exists()
 
 
+def test_a_checkpoint_that_was_not_finished_is_none(tmp_path, monkeypatch):
+    """Killed while the second is written, training goes on from the first."""
+    numbers = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, **numbers)
+    save = trainer._save_optimizer_and_scheduler
+
+    def dies(folder):
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    resumed = make_trainer(tmp_path, **numbers)
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert len(history(resumed, "reward")) == 2 and last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 def test_middle_returns_and_turns_of_the_suffix(tmp_path):
     """Prefix turn: the value of every prefix from its two suffixes. Suffix turn: groups share their prefix."""
     seen = []
@@ -502,7 +523,7 @@ def test_all_that_is_private_in_trl_is_in_the_contract():
         node for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     ]  # fmt: skip
-    ours = set(vars(NextFlowGRPOTrainer)) | {"_failed_rewards", "_masks", "pipeline"}
+    ours = set(vars(NextFlowGRPOTrainer)) | {"_failed_rewards", "_masks", "_staged_checkpoint", "pipeline"}
     transformers = {
         "accelerator",
         "add_callback",
