@@ -133,8 +133,8 @@ def judge_start(start: Path, seed: int, args: argparse.Namespace) -> dict:
 def compare(args: argparse.Namespace) -> None:
     start = assemble(args.model, args.transformer, args.output_dir / "start")
     runs = []
-    for arm in args.arms:
-        for seed in args.seeds:
+    for seed in args.seeds:  # every arm once before any twice
+        for arm in args.arms:
             name = f"{arm.replace(', ', '_').replace(' ', '_')}-{seed}"
             results, work = args.output_dir / "runs", args.output_dir / "work" / name
             before = once(results / f"start-{seed}.json", partial(judge_start, start, seed, args))

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from transformers import BatchFeature, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
 from nextflow_hf.training.rewards import Combined, OCRReward, OCRWord, RapidOCREngine, Scaled, VLMJudge
@@ -120,6 +120,18 @@ def test_the_engine_reads(monkeypatch):
     assert engine(PICTURE) == [OCRWord("hi", 0.7, (1, 1, 5, 4))]
     engine._engine = lambda array: SimpleNamespace(txts=None, scores=None, boxes=None)  # a blank picture
     assert engine(PICTURE) == []
+
+
+def test_the_real_engine_reads():
+    for package in ("rapidocr", "onnxruntime"):
+        pytest.importorskip(package)
+    picture = Image.new("RGB", (320, 80), "white")
+    ImageDraw.Draw(picture).text((20, 20), "HELLO WORLD", fill="black", font=ImageFont.load_default(36))
+    masks = []
+    columns = {"prompts": ["a", "b"], "text": ["Hello world", "x"], "report_masks": masks.extend}
+    read, blank = OCRReward()(images=[picture, Image.new("RGB", (320, 80), "white")], **columns)
+    assert read > 1.8 and blank == pytest.approx(-0.6)
+    assert masks[0][30:50, 30:250].all() and not masks[0][:8].any() and masks[1] is None
 
 
 # ---- combination

@@ -74,6 +74,26 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         vision_tokenizer ([`NextFlowVisionTokenizer`]): Needed unless `model` is a repository. It is not trained.
         reward_processing_classes, quantization_config, tools, rollout_func, environment_factory: Refused; TRL's for
             text.
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset
+    >>> from nextflow_hf import NextFlowGRPOConfig, NextFlowGRPOTrainer
+
+
+    >>> def redness(images, **columns):
+    ...     return [image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images]
+
+
+    >>> trainer = NextFlowGRPOTrainer(
+    ...     "hub_cards/nextflow-shapes",
+    ...     redness,
+    ...     NextFlowGRPOConfig("runs/red", num_generations=8, prefix_scales=2),
+    ...     Dataset.from_list([{"prompt": "a circle"}, {"prompt": "two squares"}]),
+    ... )
+    >>> trainer.train()
+    ```
     """
 
     _tag_names = ["trl", "grpo", "nextflow"]
