@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from transformers import TrainerCallback
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, NextFlowPipeline
 from nextflow_hf.processing.scale_schedule import ScaleSchedule, num_cells
@@ -48,20 +49,46 @@ ARMS = {
 COLORS = ("#0b6e4f", "#c1121f", "#3a5ba0", "#e09f3e", "#7b2d8b", "#00a6a6", "#7f7f7f")
 
 
-def judge(pipeline: NextFlowPipeline, num_prompts: int, seed: int, guidance_scale: float, top_k: int) -> dict:
-    """Held-out scores of a pipeline: the judge's, how clean the shapes are, and the PSNR in dB of the pictures to what
-    the vision tokenizer makes of them, which falls where pictures leave what its codes can say."""
+def draw_held_out(
+    pipeline: NextFlowPipeline, num_prompts: int, seed: int, guidance_scale: float, top_k: int
+) -> tuple[float, list[Image.Image]]:
+    """The judge's score of held-out prompts, the same for the same seed, and the pictures."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
-    functions = pipeline_functions(pipeline, seed, guidance_scale=guidance_scale, top_k=top_k)
-    report = evaluate_shapes(functions, {"prompt": num_prompts}, seed=seed)
-    pictures = [item.pictures[0] for item in report.results]
+    functions = pipeline_functions(pipeline, 1000 + seed, guidance_scale=guidance_scale, top_k=top_k)
+    report = evaluate_shapes(functions, {"prompt": num_prompts}, seed=1000 + seed)
+    return report.to_dict()["prompt"]["overall"], [item.pictures[0] for item in report.results]
+
+
+def judge(pipeline: NextFlowPipeline, *args) -> dict:
+    """Held-out scores of a pipeline: the judge's, how clean the shapes are, and the PSNR in dB of the pictures to what
+    the vision tokenizer makes of them, which falls where pictures leave what its codes can say."""
+    overall, pictures = draw_held_out(pipeline, *args)
     psnr, _ = reconstruct(pipeline, np.stack([np.asarray(picture) for picture in pictures]))
-    return {
-        "overall": report.to_dict()["prompt"]["overall"],
-        "clean": statistics.mean(clean_shapes(images=pictures)),
-        "psnr_to_codes": psnr,
-    }
+    return {"overall": overall, "clean": statistics.mean(clean_shapes(images=pictures)), "psnr_to_codes": psnr}
+
+
+class JudgeCallback(TrainerCallback):
+    """The judge's held-out score at each quarter of a training but the last, in `folder/judge-<quarter>.json`."""
+
+    def __init__(self, pipeline: NextFlowPipeline, folder: Path, *judge_args):
+        self.pipeline, self.folder, self.judge_args = pipeline, folder, judge_args
+        self.seconds = 0.0
+
+    def file(self, quarter: int) -> Path:
+        return self.folder / f"judge-{quarter}.json"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        began = time.process_time()
+        for quarter in (1, 2, 3):
+            if state.global_step == round(quarter * state.max_steps / 4):
+                score, _ = draw_held_out(self.pipeline, *self.judge_args)
+                self.file(quarter).write_text(json.dumps(score))
+                self.pipeline.transformer.train()  # TRL logs what it measured under the mode that it finds
+        self.seconds += time.process_time() - began
+
+    def scores(self) -> list[float]:
+        return [json.loads(self.file(quarter).read_text()) for quarter in (1, 2, 3)]
 
 
 def once(file: Path, make: Callable[[], dict]) -> dict:
@@ -99,27 +126,31 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     numbers |= {"use_cpu": not torch.accelerator.is_available(), "learning_rate": args.learning_rate}
     numbers |= {"per_device_train_batch_size": args.num_pictures}
     trainer = make_trainer(start, load_recipe("shapes_grpo"), folder, **numbers)
+    judge_args = (args.num_prompts, seed, *sampling_of(trainer.args))
+    middle = JudgeCallback(trainer.pipeline, folder, *judge_args)
+    trainer.add_callback(middle)
     checkpoint = last_checkpoint(folder)
     began = time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.process_time() - began
+    seconds = time.process_time() - began - middle.seconds
     entries = [entry for entry in trainer.state.log_history if "reward" in entry]
-    done_before = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    done_now = len(entries) - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
     names = ("reward", "kl", "entropy", "frac_reward_zero_std", "vmr/suffix_std", "reward_std")
     result = {
         "arm": arm,
         "seed": seed,
-        "after": judge(trainer.pipeline, args.num_prompts, 1000 + seed, **sampling_of(trainer.args)),
-        "seconds_per_update": seconds / (len(entries) - done_before),
+        "middle": middle.scores(),
+        "after": judge(trainer.pipeline, *judge_args),
+        "seconds_per_update": seconds / done_now if done_now else float("nan"),
         **{name: [entry[name] for entry in entries if name in entry] for name in names},
     }
     shutil.rmtree(folder)
     return result
 
 
-def sampling_of(args: NextFlowGRPOConfig) -> dict:
-    """Held-out pictures are drawn as the rollouts are."""
-    return {"guidance_scale": args.guidance_scale, "top_k": args.top_k}
+def sampling_of(args: NextFlowGRPOConfig) -> tuple[float, int]:
+    """Guidance and top-k of held-out pictures: the rollouts'."""
+    return args.guidance_scale, args.top_k
 
 
 def judge_start(start: Path, seed: int, args: argparse.Namespace) -> dict:
@@ -127,7 +158,7 @@ def judge_start(start: Path, seed: int, args: argparse.Namespace) -> dict:
         "unused", use_cpu=not torch.accelerator.is_available(), **load_recipe("shapes_grpo")["training"]
     )
     pipeline = NextFlowPipeline.from_pretrained(start, dtype=torch.float32)
-    return judge(pipeline, args.num_prompts, 1000 + seed, **sampling_of(numbers))
+    return judge(pipeline, args.num_prompts, seed, *sampling_of(numbers))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -148,13 +179,12 @@ def report(runs: list[dict], args: argparse.Namespace) -> None:
     (args.output_dir / "results.md").write_text(results_table(runs, args))
     arms = [arm for arm in args.arms if any(run["arm"] == arm for run in runs)]
     curves = {arm: [smooth(run["reward"]) for run in runs if run["arm"] == arm] for arm in arms}
-    draw_curves(
-        args.output_dir / "reward.png", curves, "share of the judge's checks that hold, over equal numbers of pictures"
-    )
+    draw_curves(args.output_dir / "reward.png", curves, "share of the judge's checks that hold in training")
     scores = {
-        arm: [[run[w]["overall"] for w in ("before", "after")] for run in runs if run["arm"] == arm] for arm in arms
+        arm: [[run["before"]["overall"], *run["middle"], run["after"]["overall"]] for run in runs if run["arm"] == arm]
+        for arm in arms
     }
-    draw_curves(args.output_dir / "judge.png", scores, "held-out judge, before and after")
+    draw_curves(args.output_dir / "judge.png", scores, "share of held-out prompts that the judge passes")
 
 
 def smooth(values: Sequence[float], window: int = 8) -> list[float]:
@@ -210,7 +240,6 @@ def draw_curves(
     values = [value for lines in curves.values() for line in lines for value in line]
     low, high = min(values), max(values)
     low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
-    length = max(len(line) for lines in curves.values() for line in lines)
 
     def point(index: int, count: int, value: float) -> tuple[float, float]:
         # Arms of fewer, larger updates have the same length: the axis is samples.
@@ -223,8 +252,8 @@ def draw_curves(
         y = point(0, 1, value)[1]
         draw.line([(left, y), (right, y)], fill="#dddddd")
         draw.text((left - 48, y - 6), f"{value:.3f}", fill="black")
-    draw.text((left, bottom + 12), "0", fill="black")
-    draw.text((right - 30, bottom + 12), str(length), fill="black")
+    draw.text((left, bottom + 12), "start", fill="black")
+    draw.text((right - 190, bottom + 12), "end, after equal numbers of pictures", fill="black")
     for row, ((name, lines), color) in enumerate(zip(curves.items(), COLORS)):
         mean = [statistics.mean(column) for column in zip(*lines)]
         for line, width in [*((line, 1) for line in lines), (mean, 4)]:
