@@ -1,31 +1,37 @@
 """Reinforcement learning on the Shapes model: what the prefix, PANW, VMR and mask propagation are worth (§3.4).
 
-    python benchmarks/grpo_shapes.py compare --model DIR --transformer CHECKPOINT --output-dir benchmarks/grpo_shapes
-    python benchmarks/grpo_shapes.py memory --model DIR --output-dir benchmarks/grpo_shapes
+    python benchmarks/grpo_shapes.py compare --model DIR --transformer CHECKPOINT --output-dir runs/grpo_shapes
+    python benchmarks/grpo_shapes.py memory --model DIR --output-dir runs/grpo_shapes
 
 `compare` trains every arm with every seed from one checkpoint, best an early one of the transformer's training, at
-equal samples, and writes `runs/*.json`, `results.md`, `reward.png` and `judge.png`. What is finished is not repeated.
-`memory` measures seconds and memory of an update against the number of rollouts, and states the arithmetic for 7B.
+equal numbers of pictures, and writes `results.md`, `reward.png` and `judge.png` after each. `memory` measures the cost
+of an update against the number of rollouts, and states the arithmetic for 7B. Both go on where they were interrupted.
+Times are seconds of the processor, which neighbours on the machine do not change.
 """
 
 import argparse
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from transformers import TrainerCallback
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, NextFlowPipeline
 from nextflow_hf.processing.scale_schedule import ScaleSchedule, num_cells
+from nextflow_hf.training.checkpoints import last_checkpoint
 from nextflow_hf.training.evaluation.shapes import evaluate_shapes, pipeline_functions
 from nextflow_hf.training.grpo import load_recipe, make_trainer
+from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
 from nextflow_hf.training.rewards.shapes import clean_shapes
 from nextflow_hf.training.train_shapes import reconstruct
 
@@ -43,25 +49,60 @@ ARMS = {
 COLORS = ("#0b6e4f", "#c1121f", "#3a5ba0", "#e09f3e", "#7b2d8b", "#00a6a6", "#7f7f7f")
 
 
-def judge(pipeline: NextFlowPipeline, num_prompts: int, seed: int, guidance_scale: float, top_k: int) -> dict:
-    """Held-out scores of a pipeline: the judge's, how clean the shapes are, and the PSNR in dB of the pictures to what
-    the vision tokenizer makes of them, which falls where pictures leave what its codes can say."""
+def draw_held_out(
+    pipeline: NextFlowPipeline, num_prompts: int, seed: int, guidance_scale: float, top_k: int
+) -> tuple[float, list[Image.Image]]:
+    """The judge's score of held-out prompts, the same for the same seed, and the pictures."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
-    functions = pipeline_functions(pipeline, seed, guidance_scale=guidance_scale, top_k=top_k)
-    report = evaluate_shapes(functions, {"prompt": num_prompts}, seed=seed)
-    pictures = [item.pictures[0] for item in report.results]
+    functions = pipeline_functions(pipeline, 1000 + seed, guidance_scale=guidance_scale, top_k=top_k)
+    report = evaluate_shapes(functions, {"prompt": num_prompts}, seed=1000 + seed)
+    return report.to_dict()["prompt"]["overall"], [item.pictures[0] for item in report.results]
+
+
+def judge(pipeline: NextFlowPipeline, *args) -> dict:
+    """Held-out scores of a pipeline: the judge's, how clean the shapes are, and the PSNR in dB of the pictures to what
+    the vision tokenizer makes of them, which falls where pictures leave what its codes can say."""
+    overall, pictures = draw_held_out(pipeline, *args)
     psnr, _ = reconstruct(pipeline, np.stack([np.asarray(picture) for picture in pictures]))
-    return {
-        "overall": report.to_dict()["prompt"]["overall"],
-        "clean": statistics.mean(clean_shapes(images=pictures)),
-        "psnr_to_codes": psnr,
-    }
+    return {"overall": overall, "clean": statistics.mean(clean_shapes(images=pictures)), "psnr_to_codes": psnr}
+
+
+class JudgeCallback(TrainerCallback):
+    """The judge's held-out score at each quarter of a training but the last, in `folder/judge-<quarter>.json`."""
+
+    def __init__(self, pipeline: NextFlowPipeline, folder: Path, *judge_args):
+        self.pipeline, self.folder, self.judge_args = pipeline, folder, judge_args
+        self.seconds = 0.0
+
+    def file(self, quarter: int) -> Path:
+        return self.folder / f"judge-{quarter}.json"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        began = time.process_time()
+        for quarter in (1, 2, 3):
+            if state.global_step == round(quarter * state.max_steps / 4):
+                score, _ = draw_held_out(self.pipeline, *self.judge_args)
+                self.file(quarter).write_text(json.dumps(score))
+                self.pipeline.transformer.train()  # TRL logs what it measured under the mode that it finds
+        self.seconds += time.process_time() - began
+
+    def scores(self) -> list[float]:
+        return [json.loads(self.file(quarter).read_text()) for quarter in (1, 2, 3)]
+
+
+def once(file: Path, make: Callable[[], dict]) -> dict:
+    """What `make` gives, from `file` where it was made before."""
+    if not file.exists():
+        result = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result))
+    return json.loads(file.read_text())
 
 
 def assemble(model: str, transformer: str | None, folder: Path) -> Path:
     """The repository to start from: `model`, with the weights of `transformer` where given."""
-    if transformer is not None and not folder.exists():
+    if transformer is not None and not (folder / "model_index.json").exists():
         pipeline = NextFlowPipeline.from_pretrained(model, dtype=torch.float32)
         weights = NextFlowForCausalLM.from_pretrained(transformer, dtype=torch.float32)
         weights.generation_config = pipeline.transformer.generation_config
@@ -70,52 +111,80 @@ def assemble(model: str, transformer: str | None, folder: Path) -> Path:
     return Path(model) if transformer is None else folder
 
 
-def run_arm(arm: str, seed: int, start: Path, args: argparse.Namespace) -> dict:
-    """One training: its rewards, what an update costs, and the held-out scores before and after."""
-    recipe = load_recipe("shapes_grpo")
-    folder = args.output_dir / "work"
-    numbers = {**ARMS[arm], "seed": seed, "data_seed": seed, "save_strategy": "no", "max_steps": args.max_steps}
-    trainer = make_trainer(start, recipe, folder, use_cpu=not torch.accelerator.is_available(), **numbers)
-    if ARMS[arm].get("vmr_num_suffixes", 1) > 1:  # equal samples: K pictures a prefix, half as many prefixes
-        samples = trainer.args.max_steps * recipe["training"]["per_device_train_batch_size"]
-        trainer.args.max_steps = samples // (recipe["training"]["per_device_train_batch_size"] * 2)
-    sampling = {"guidance_scale": trainer.args.guidance_scale, "top_k": trainer.args.top_k}
-    before = judge(trainer.pipeline, args.num_prompts, 1000 + seed, **sampling)
-    began = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - began
+def num_updates(arm: str, seed_updates: int) -> int:
+    """Updates of an arm that draw as many pictures as `seed_updates` updates of one picture a prefix: of every four
+    generations with VMR, three draw K pictures a prefix and one draws one."""
+    suffixes = ARMS[arm].get("vmr_num_suffixes", 1)
+    turns = ARMS[arm].get("prefix_updates_per_suffix", 0)
+    return round(seed_updates * (turns + 1) / (turns * suffixes + 1)) if suffixes > 1 else seed_updates
+
+
+def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Namespace) -> dict:
+    """One training: its rewards, what an update costs, and the held-out scores after it."""
+    numbers = {**ARMS[arm], "seed": seed, "data_seed": seed, "save_strategy": "steps", "save_steps": 10}
+    numbers |= {"save_total_limit": 1, "max_steps": num_updates(arm, args.max_steps)}
+    numbers |= {"use_cpu": not torch.accelerator.is_available(), "learning_rate": args.learning_rate}
+    numbers |= {"per_device_train_batch_size": args.num_pictures}
+    trainer = make_trainer(start, load_recipe("shapes_grpo"), folder, **numbers)
+    judge_args = (args.num_prompts, seed, *sampling_of(trainer.args))
+    middle = JudgeCallback(trainer.pipeline, folder, *judge_args)
+    trainer.add_callback(middle)
+    checkpoint = last_checkpoint(folder)
+    began = time.process_time()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.process_time() - began - middle.seconds
     entries = [entry for entry in trainer.state.log_history if "reward" in entry]
-    return {
+    done_now = len(entries) - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+    names = ("reward", "kl", "entropy", "frac_reward_zero_std", "vmr/suffix_std", "reward_std")
+    result = {
         "arm": arm,
         "seed": seed,
-        "before": before,
-        "after": judge(trainer.pipeline, args.num_prompts, 1000 + seed, **sampling),
-        "rewards": [entry["reward"] for entry in entries],
-        "seconds_per_update": seconds / len(entries),
-        "seconds_of_step": statistics.median(entry["step_time"] for entry in entries),
+        "middle": middle.scores(),
+        "after": judge(trainer.pipeline, *judge_args),
+        "seconds_per_update": seconds / done_now if done_now else float("nan"),
+        **{name: [entry[name] for entry in entries if name in entry] for name in names},
     }
+    shutil.rmtree(folder)
+    return result
+
+
+def sampling_of(args: NextFlowGRPOConfig) -> tuple[float, int]:
+    """Guidance and top-k of held-out pictures: the rollouts'."""
+    return args.guidance_scale, args.top_k
+
+
+def judge_start(start: Path, seed: int, args: argparse.Namespace) -> dict:
+    numbers = NextFlowGRPOConfig(
+        "unused", use_cpu=not torch.accelerator.is_available(), **load_recipe("shapes_grpo")["training"]
+    )
+    pipeline = NextFlowPipeline.from_pretrained(start, dtype=torch.float32)
+    return judge(pipeline, args.num_prompts, seed, *sampling_of(numbers))
 
 
 def compare(args: argparse.Namespace) -> None:
     start = assemble(args.model, args.transformer, args.output_dir / "start")
-    (args.output_dir / "runs").mkdir(parents=True, exist_ok=True)
     runs = []
-    for arm in args.arms:
-        for seed in args.seeds:
-            file = args.output_dir / "runs" / f"{arm.replace(', ', '_').replace(' ', '_')}-{seed}.json"
-            if not file.exists():
-                file.write_text(json.dumps(run_arm(arm, seed, start, args)))
-            runs.append(json.loads(file.read_text()))
+    for seed in args.seeds:  # every arm once before any twice
+        for arm in args.arms:
+            name = f"{arm.replace(', ', '_').replace(' ', '_')}-{seed}"
+            results, work = args.output_dir / "runs", args.output_dir / "work" / name
+            before = once(results / f"start-{seed}.json", partial(judge_start, start, seed, args))
+            run = once(results / f"{name}.json", partial(run_arm, arm, seed, start, work, args))
+            runs.append({**run, "before": before})
+            report(runs, args)
+
+
+def report(runs: list[dict], args: argparse.Namespace) -> None:
+    """The table and the pictures of the runs so far."""
     (args.output_dir / "results.md").write_text(results_table(runs, args))
-    curves = {arm: [smooth(run["rewards"]) for run in runs if run["arm"] == arm] for arm in args.arms}
-    draw_curves(
-        args.output_dir / "reward.png", curves, "share of the judge's checks that hold, over equal numbers of pictures"
-    )
+    arms = [arm for arm in args.arms if any(run["arm"] == arm for run in runs)]
+    curves = {arm: [smooth(run["reward"]) for run in runs if run["arm"] == arm] for arm in arms}
+    draw_curves(args.output_dir / "reward.png", curves, "share of the judge's checks that hold in training")
     scores = {
-        arm: [[run[w]["overall"] for w in ("before", "after")] for run in runs if run["arm"] == arm]
-        for arm in args.arms
+        arm: [[run["before"]["overall"], *run["middle"], run["after"]["overall"]] for run in runs if run["arm"] == arm]
+        for arm in arms
     }
-    draw_curves(args.output_dir / "judge.png", scores, "held-out judge, before and after")
+    draw_curves(args.output_dir / "judge.png", scores, "share of held-out prompts that the judge passes")
 
 
 def smooth(values: Sequence[float], window: int = 8) -> list[float]:
@@ -130,29 +199,35 @@ def results_table(runs: list[dict], args: argparse.Namespace) -> str:
         spread = statistics.stdev(values) if len(values) > 1 else float("nan")
         return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
+    start = {run["seed"]: run["before"] for run in runs}.values()
     lines = [
-        f"Seeds {args.seeds}, {args.max_steps} updates of 64 pictures (VMR: half as many updates of 128), held-out "
-        f"prompts: {args.num_prompts}. Mean and standard deviation over the seeds.",
+        f"{args.max_steps} updates of {args.num_pictures} pictures (VMR: as many pictures in all), learning rate "
+        f"{args.learning_rate}, {args.num_prompts} held-out prompts. Mean and standard deviation over the seeds.",
         "",
-        "| arm | judge before | judge after | gain | clean shapes | PSNR to codes | mean reward | s / update |",
+        "| arm | seeds | judge | gain | clean shapes | PSNR to codes | mean reward | CPU s / update |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| before | "
+        + " | ".join(
+            [str(len(start)), over_seeds([scores["overall"] for scores in start]), ""]
+            + [over_seeds([scores["clean"] for scores in start])]
+            + [over_seeds([scores["psnr_to_codes"] for scores in start], 2), "", ""]
+        )
+        + " |",
     ]
     for arm in args.arms:
         own = [run for run in runs if run["arm"] == arm]
-        cells = [
-            over_seeds([run["before"]["overall"] for run in own]),
-            over_seeds([run["after"]["overall"] for run in own]),
-            over_seeds([run["after"]["overall"] - run["before"]["overall"] for run in own]),
-            over_seeds([run["after"]["clean"] for run in own]),
-            over_seeds([run["after"]["psnr_to_codes"] for run in own], 2),
-            over_seeds([statistics.mean(run["rewards"]) for run in own]),
-            over_seeds([run["seconds_per_update"] for run in own], 2),
-        ]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    clean = [run["before"]["clean"] for run in runs]
-    psnr = [run["before"]["psnr_to_codes"] for run in runs]
-    lines += ["", f"Before training: clean shapes {over_seeds(clean)}, PSNR to codes {over_seeds(psnr, 2)}.", ""]
-    return "\n".join(lines)
+        if own:
+            cells = [
+                str(len(own)),
+                over_seeds([run["after"]["overall"] for run in own]),
+                over_seeds([run["after"]["overall"] - run["before"]["overall"] for run in own]),
+                over_seeds([run["after"]["clean"] for run in own]),
+                over_seeds([run["after"]["psnr_to_codes"] for run in own], 2),
+                over_seeds([statistics.mean(run["reward"]) for run in own]),
+                over_seeds([run["seconds_per_update"] for run in own], 2),
+            ]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def draw_curves(
@@ -165,7 +240,6 @@ def draw_curves(
     values = [value for lines in curves.values() for line in lines for value in line]
     low, high = min(values), max(values)
     low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
-    length = max(len(line) for lines in curves.values() for line in lines)
 
     def point(index: int, count: int, value: float) -> tuple[float, float]:
         # Arms of fewer, larger updates have the same length: the axis is samples.
@@ -178,8 +252,8 @@ def draw_curves(
         y = point(0, 1, value)[1]
         draw.line([(left, y), (right, y)], fill="#dddddd")
         draw.text((left - 48, y - 6), f"{value:.3f}", fill="black")
-    draw.text((left, bottom + 12), "0", fill="black")
-    draw.text((right - 30, bottom + 12), str(length), fill="black")
+    draw.text((left, bottom + 12), "start", fill="black")
+    draw.text((right - 190, bottom + 12), "end, after equal numbers of pictures", fill="black")
     for row, ((name, lines), color) in enumerate(zip(curves.items(), COLORS)):
         mean = [statistics.mean(column) for column in zip(*lines)]
         for line, width in [*((line, 1) for line in lines), (mean, 4)]:
@@ -191,36 +265,41 @@ def draw_curves(
 
 def measure(args: argparse.Namespace) -> None:
     """One process of `memory`: prints seconds per update and peak memory in MiB."""
-    numbers = {"max_steps": 3, "save_strategy": "no", "per_device_train_batch_size": args.rollouts}
+    numbers = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": args.rollouts}
     numbers |= {"prefix_scales": args.prefix_scales, "use_cpu": not torch.accelerator.is_available()}
     trainer = make_trainer(args.model, load_recipe("shapes_grpo"), args.output_dir / "work", **numbers)
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    began = time.process_time()
     trainer.train()
+    seconds = (time.process_time() - began) / trainer.args.max_steps
     if torch.cuda.is_available():
         idle, peak = 0.0, torch.cuda.max_memory_allocated() / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    steps = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
-    print(json.dumps({"seconds": min(steps), "peak": peak, "idle": idle}))
+    print(json.dumps({"seconds": seconds, "peak": peak, "idle": idle}))
+
+
+def last_line(command: Sequence) -> dict:
+    """What a command prints last."""
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 def memory(args: argparse.Namespace) -> None:
-    recipe = load_recipe("shapes_grpo")["training"]
+    prefix = load_recipe("shapes_grpo")["training"]["prefix_scales"]
     lines = [
-        "| rollouts an update | trained | s / update | peak MiB | above the loaded model |",
+        "| rollouts an update | trained | CPU s / update | peak MiB | above the loaded model |",
         "|---:|---|---:|---:|---:|",
     ]
-    for rollouts in (8, 16, 32, 64, 128):
-        for scales, name in ((recipe["prefix_scales"], "prefix"), (None, "whole")):
+    for rollouts in (16, 32, 64, 128):
+        for scales, name in ((prefix, "prefix"), (None, "whole")):
             command = [sys.executable, __file__, "measure", "--model", args.model, "--output-dir", args.output_dir]
             command += ["--rollouts", rollouts] + ([] if scales is None else ["--prefix-scales", scales])
-            result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-            found = json.loads(result.stdout.strip().splitlines()[-1])
+            found = once(args.output_dir / "memory" / f"{name}-{rollouts}.json", partial(last_line, command))
             lines.append(
                 f"| {rollouts} | {name} | {found['seconds']:.2f} | {found['peak']:.0f} | "
                 f"{found['peak'] - found['idle']:.0f} |"
             )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "memory.md").write_text("\n".join([*lines, "", memory_arithmetic(), ""]))
 
 
@@ -276,7 +355,10 @@ def make_parser() -> argparse.ArgumentParser:
     comparison.add_argument("--transformer", help="checkpoint to start from instead of the model's own transformer")
     comparison.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     comparison.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    comparison.add_argument("--max-steps", type=int, default=load_recipe("shapes_grpo")["training"]["max_steps"])
+    training = load_recipe("shapes_grpo")["training"]
+    comparison.add_argument("--max-steps", type=int, default=training["max_steps"])
+    comparison.add_argument("--num-pictures", type=int, default=training["per_device_train_batch_size"])
+    comparison.add_argument("--learning-rate", type=float, default=training["learning_rate"])
     comparison.add_argument("--num-prompts", type=int, default=240)
     commands.choices["measure"].add_argument("--rollouts", type=int, required=True)
     commands.choices["measure"].add_argument("--prefix-scales", type=int)

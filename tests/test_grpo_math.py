@@ -141,6 +141,17 @@ def test_group_advantages():
         group_advantages(rewards, 3, "std")
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage_at_all(scale):
+    """Not even that of rounding: the mean of seven times 0.7 is not 0.7 in single precision."""
+    alike = [0.7] * 7
+    assert torch.tensor(alike).mean() != torch.tensor(alike)[0]
+    rewards = torch.tensor([*alike, *alike[:5], NAN, NAN, *[NAN] * 7, *range(7)], dtype=torch.float32)
+    advantages, deviations = group_advantages(rewards, 7, scale)
+    assert not advantages[:21].any() and advantages[21:].any()
+    assert deviations[:3].tolist() == [0, 0, 0] and deviations[3] > 1
+
+
 def test_group_advantages_by_function():
     columns = [[1.0, 2.0, 0.0, 4.0], [10.0, 30.0, 5.0, 5.0]]
     weights = [1.0, 0.5]

@@ -90,10 +90,11 @@ def test_two_processes_share_groups_and_agree(tmp_path):
     """Each process has half of the one group of four: baseline, shared prefix and update are those of the group."""
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
+    launcher += ["--config_file", str(grpo.RECIPES / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(
-        [*command, str(worker), str(tmp_path / "run")], capture_output=True, text=True, env=environment
+        [*launcher, str(worker), str(tmp_path / "run")], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     first, second = (json.loads((tmp_path / "run" / f"result-{rank}.json").read_text()) for rank in range(2))

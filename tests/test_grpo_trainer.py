@@ -1,6 +1,9 @@
 """`NextFlowGRPOTrainer` on a toy pipeline: its loss against a slow statement of it, and what of TRL carries over."""
 
+import ast
 import asyncio
+import functools
+import inspect
 import math
 
 import numpy as np
@@ -11,13 +14,15 @@ from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PILImage
 from toy_pipeline import CODES, TEXT_VOCAB, toy_pipeline
+from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from nextflow_hf.training import grpo_trainer
-from nextflow_hf.training.grpo_config import REFUSED
+from nextflow_hf.training import grpo_contract, grpo_trainer
+from nextflow_hf.training.checkpoints import last_checkpoint
+from nextflow_hf.training.grpo_config import REFUSED, SUPPORTED, refusal
 from nextflow_hf.training.grpo_math import group_advantages, group_advantages_by_function
-from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer, check_trl_contract
+from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
 
 def low_codes(codes, **columns) -> list[float]:
@@ -155,8 +160,8 @@ def test_rewards_get_what_they_are_promised(tmp_path):
     picture = PILImage.new("RGB", (16, 16), "red")
     rows = [{"prompt": "paint it blue", "images": [picture], "category": "edit"}] * 4
     trainer = make_trainer(
-        tmp_path, [plain, Slow()], Dataset.from_list(rows, features=features), reward_weights=[1.0, 0.5],
-        trainer_class=Recording, guidance_scale=2.0,
+        tmp_path, [functools.partial(plain), Slow()], Dataset.from_list(rows, features=features),
+        reward_weights=[1.0, 0.5], trainer_class=Recording, guidance_scale=2.0,
     )  # fmt: skip
     trainer.train()
     images, codes, prompts, sources, category, step, rest = calls["plain"]
@@ -270,6 +275,26 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
     ).exists()
 
 
+def test_a_checkpoint_that_was_not_finished_is_none(tmp_path, monkeypatch):
+    """Killed while the second is written, training goes on from the first."""
+    numbers = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, **numbers)
+    save = trainer._save_optimizer_and_scheduler
+
+    def dies(folder):
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    resumed = make_trainer(tmp_path, **numbers)
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert len(history(resumed, "reward")) == 2 and last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 def test_middle_returns_and_turns_of_the_suffix(tmp_path):
     """Prefix turn: the value of every prefix from its two suffixes. Suffix turn: groups share their prefix."""
     seen = []
@@ -381,7 +406,9 @@ def test_thinking_evaluation_and_logged_completions(tmp_path):
         ("cast_lm_head_to_fp32", True), ("importance_sampling_level", "sequence"), ("top_entropy_quantile", 0.2),
         ("off_policy_mask_threshold", 0.5), ("use_adaptive_entropy", True), ("chat_template_kwargs", {"a": 1}),
         ("max_tool_calling_iterations", 2), ("router_aux_loss_coef", 0.1), ("use_transformers_paged", True),
-        ("loss_type", "dapo"), ("prefix_scales", 0), ("vmr_num_suffixes", 0), ("temperature", 0.0), ("vmr_eta", 0.0),
+        ("pad_to_multiple_of", 8), ("trust_remote_code", True), ("vllm_mode", "server"), ("sapo_temperature_neg", 1.2),
+        ("entropy_target", 0.3), ("loss_type", "dapo"),
+        ("prefix_scales", 0), ("vmr_num_suffixes", 0), ("temperature", 0.0), ("vmr_eta", 0.0),
         ("max_thinking_tokens", -1), ("rollout_batch_size", 0),
     ],
 )  # fmt: skip
@@ -390,10 +417,16 @@ def test_refused_numbers_are_named(tmp_path, name, value):
         NextFlowGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
 
 
-def test_every_refused_name_is_one_of_trl_and_tested():
+def test_every_number_of_trl_is_refused_or_supported():
+    """A field that TRL adds is refused until somebody looked at it."""
     marks = test_refused_numbers_are_named.pytestmark[0].args[1]
     assert set(REFUSED) <= {name for name, _ in marks}
-    assert set(REFUSED) <= set(GRPOConfig.__dataclass_fields__)
+    of_trl = set(GRPOConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
+    assert SUPPORTED - of_trl <= {"wandb_log_unique_prompts"}  # older than 1.16
+    assert not SUPPORTED & set(REFUSED) and "use_liger_kernel" in TrainingArguments.__dataclass_fields__
+    unknown = {name for name in of_trl if refusal(name) == refusal("a new one")}
+    assert unknown == set()
+    assert "not known" in refusal("a new one") and refusal("beta") is None
 
 
 def test_value_of_a_prefix_needs_totals_and_a_prefix(tmp_path):
@@ -424,22 +457,90 @@ def test_wrong_parts_are_named(tmp_path):
         make_trainer(tmp_path, [low_codes, low_codes])
 
 
+def test_a_reference_that_follows(tmp_path):
+    """With `sync_ref_model` the reference becomes the policy after every second step, and the KL starts anew."""
+    numbers = {"beta": 0.1, "max_steps": 4, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    trainer = make_trainer(tmp_path, **numbers, ref_model_mixup_alpha=1.0)
+    trainer.train()
+    kl = history(trainer, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] == pytest.approx(0, abs=1e-6)
+    assert kl[1] > 1e-5 and kl[3] > 1e-5
+
+
+def test_a_repository_brings_all_parts(tmp_path, caplog):
+    toy_pipeline().save_pretrained(tmp_path / "model")
+    numbers = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = NextFlowGRPOConfig(**numbers, model_init_kwargs={"dtype": "bfloat16"})
+    rows = Dataset.from_list([{"prompt": "a"}])
+    trainer = NextFlowGRPOTrainer(str(tmp_path / "model"), low_codes, args, rows)
+    assert trainer.model.dtype == torch.bfloat16 and args.model_init_kwargs == {"dtype": "bfloat16"}
+    assert "ignored" not in caplog.text  # as TRL says of options for a model that is there already
+    trainer = NextFlowGRPOTrainer(str(tmp_path / "model"), low_codes, NextFlowGRPOConfig(**numbers), rows)
+    assert trainer.model.dtype == torch.float32
+    with pytest.raises(ValueError, match="`model_init_kwargs`"):
+        make_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+
+
+def test_a_reward_by_its_hub_id(tmp_path):
+    trainer = make_trainer(tmp_path, ["openai/clip-vit-base-patch32", low_codes])
+    assert trainer.reward_func_names == ["clip-vit-base-patch32", "low_codes"]
+
+
+def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
+    made = GRPOTrainer.__init__
+
+    def sharded(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(GRPOTrainer, "__init__", sharded)
+    with pytest.raises(ValueError, match="`fsdp`"):
+        make_trainer(tmp_path)
+
+
 def test_columns_cannot_hide_what_rewards_are_told(tmp_path):
     rows = Dataset.from_list([{"prompt": "a", "codes": 1}] * 8)
     with pytest.raises(ValueError, match=r"columns \['codes'\]"):
         make_trainer(tmp_path, rows=rows).train()
 
 
-def test_contract_with_the_installed_trl(monkeypatch):
-    check_trl_contract()
-    for name in grpo_trainer.TRL_CONTRACT:
+def test_contract_with_the_installed_trl(monkeypatch, tmp_path):
+    grpo_contract.check_trl_methods()
+    for name in grpo_contract.METHODS:
         with monkeypatch.context() as patch:
             patch.setattr(GRPOTrainer, name, lambda self, something_else: None)
             with pytest.raises(ImportError, match=f"GRPOTrainer.{name} with the parameters"):
-                check_trl_contract()
+                grpo_contract.check_trl_methods()
 
     class Moved:
         pass
 
     with pytest.raises(ImportError, match="Moved._generate_and_score_completions with the parameters None"):
-        check_trl_contract(Moved)
+        grpo_contract.check_trl_methods(Moved)
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert [name for name in grpo_contract.ATTRIBUTES if not hasattr(trainer, name)] == []
+    del trainer._pending_metrics
+    with pytest.raises(ImportError, match="without \\['_pending_metrics'\\]"):
+        grpo_contract.check_trl_attributes(trainer)
+
+
+def test_all_that_is_private_in_trl_is_in_the_contract():
+    """Attributes of `self` in our trainer that neither ours nor transformers' defines."""
+    tree = ast.parse(inspect.getsource(grpo_trainer))
+    of_self = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    ]  # fmt: skip
+    ours = set(vars(NextFlowGRPOTrainer)) | {"_failed_rewards", "_masks", "_staged_checkpoint", "pipeline"}
+    transformers = {
+        "accelerator",
+        "add_callback",
+        "args",
+        "callback_handler",
+        "is_deepspeed_enabled",
+        "is_fsdp_enabled",
+    }
+    transformers |= {"model", "model_wrapped", "state"}
+    used = {node.attr for node in of_self} - ours - transformers
+    assert used == {*grpo_contract.ATTRIBUTES, "_calculate_rewards"}

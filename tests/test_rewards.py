@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import math
@@ -13,10 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from transformers import BatchFeature, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
 from nextflow_hf.training.rewards import Combined, OCRReward, OCRWord, RapidOCREngine, Scaled, VLMJudge
+from nextflow_hf.training.rewards.combination import is_async_reward, reward_name
 from nextflow_hf.training.rewards.ocr import (
     bag_distance,
     boxes_mask,
@@ -39,8 +41,9 @@ PICTURE = Image.new("RGB", (8, 8), "red")
 
 
 def test_words():
-    assert split_words("  Open 24-hours, “today”! ") == ["open", "24-hours", "today"]
-    assert split_words("...") == []
+    assert split_words("  Open 24-hours, “today”! ") == ["open", "24-hours,", "“today”!"]
+    assert split_words("  Open 24-hours, “today”! ", ignore_punctuation=True) == ["open", "24-hours", "today"]
+    assert split_words("...", ignore_punctuation=True) == [] and split_words(" ") == []
 
 
 def test_edit_similarity():
@@ -51,25 +54,29 @@ def test_edit_similarity():
 
     for first, second in [("kitten", "sitting"), ("abc", ""), ("abc", "abc"), ("ab", "ba"), ("flaw", "lawn")]:
         expected = 1 - distance(first, second) / max(len(first), len(second))
-        assert edit_similarity(first, second) == pytest.approx(expected)
-    assert edit_similarity("", "") == 1
+        assert edit_similarity(first, second) == pytest.approx(expected, abs=1e-6)
+    assert edit_similarity("", "") == 1 and edit_similarity("ab", "ab") == 1
 
 
 def test_text_rendering_by_hand():
     """Asked: "big red big". Read: "big" (.9), "rad" (.6), "big" (.5), "extra" (.8)."""
     targets = ["big", "red", "big"]
     words = [("big", 0.9), ("rad", 0.6), ("big", 0.5), ("extra", 0.8)]
-    assert completeness(targets, words) == pytest.approx((0.9 + 0.5) / 3)
-    assert completeness(["big"], words) == pytest.approx(0.9)  # the surer of the two
-    assert completeness(["big"] * 3, words) == pytest.approx((0.9 + 0.5) / 3)  # a third is missing
-    # "red" against "rad": one letter of three, .6 * 2/3 = .4; nothing else comes near
-    assert similarity(targets, words) == pytest.approx((0.9 + 0.4 + 0.9) / 3)
+    assert completeness(targets, words) == pytest.approx((0.5 + 0.5) / 3)  # the less sure of the two, both times
+    assert completeness(["big"], words) == pytest.approx(0.5)
+    assert completeness(["big"], words[:2]) == pytest.approx(0.9)
+    # "red" is nearest to "rad", one letter of three: .6 * 2/3 = .4
+    assert similarity(targets, words) == pytest.approx((0.5 + 0.4 + 0.5) / 3)
+    # The nearest word counts, however unsure: not the surest word that is a little less near.
+    assert similarity(["abcd"], [("abcx", 1.0), ("abcd", 0.1)]) == pytest.approx(0.1)
     # wanted bb ii gg r e d; read bb ii gg r a d e x t r a: missing none, too many a a r x t
     assert bag_distance(targets, words) == pytest.approx(5 / (9 + 14))
-    expected = 1.4 / 3 + 2.2 / 3 - 0.6 * 5 / 23
+    expected = 1 / 3 + 1.4 / 3 - 0.6 * 5 / 23
     assert text_rendering_score(targets, words) == pytest.approx(expected)
-    assert text_rendering_score(targets, [(word, 1.0) for word in targets]) == 2
+    assert text_rendering_score(targets, [(word, 1.0) for word in targets]) == pytest.approx(2)
     assert text_rendering_score(targets, []) == pytest.approx(-0.6)
+    # Writing it again gains nothing: letters too many, and the least sure reading counts.
+    assert text_rendering_score(["big"], [("big", 0.9)]) > text_rendering_score(["big"], [("big", 0.9), ("big", 0.8)])
     # Anagrams: no letter is wrong, no word is right.
     assert bag_distance(["abc"], [("cba", 1.0)]) == 0 and completeness(["abc"], [("cba", 1.0)]) == 0
     for equation in (completeness, similarity):
@@ -88,10 +95,12 @@ def test_ocr_reward_and_its_masks():
     rewards = OCRReward(engine)(
         images=pictures, prompts=["a"] * 3, text=["hello world", ["hello"], None], report_masks=masks.extend
     )
-    words = [("hello", 0.8), ("world", 0.8), ("x", 0.1)]
+    words = [("hello,", 0.8), ("world", 0.8), ("x", 0.1)]
     expected = [text_rendering_score(["hello", "world"], words), text_rendering_score(["hello"], []), None]
     assert rewards == pytest.approx(expected)
     assert masks[0].sum() == 2 * 4 and masks[0][2:4, 1:5].all() and masks[1] is None and masks[2] is None
+    (bare,) = OCRReward(engine, ignore_punctuation=True)(images=[PICTURE], prompts=["a"], text=["hello world!"])
+    assert bare == pytest.approx(text_rendering_score(["hello", "world"], [("hello", 0.8), *words[1:]]))
     with pytest.raises(ValueError, match="no column 'words'"):
         OCRReward(engine, target_column="words")(images=[PICTURE], prompts=["a"], text=["a"])
 
@@ -111,6 +120,18 @@ def test_the_engine_reads(monkeypatch):
     assert engine(PICTURE) == [OCRWord("hi", 0.7, (1, 1, 5, 4))]
     engine._engine = lambda array: SimpleNamespace(txts=None, scores=None, boxes=None)  # a blank picture
     assert engine(PICTURE) == []
+
+
+def test_the_real_engine_reads():
+    for package in ("rapidocr", "onnxruntime"):
+        pytest.importorskip(package)
+    picture = Image.new("RGB", (320, 80), "white")
+    ImageDraw.Draw(picture).text((20, 20), "HELLO WORLD", fill="black", font=ImageFont.load_default(36))
+    masks = []
+    columns = {"prompts": ["a", "b"], "text": ["Hello world", "x"], "report_masks": masks.extend}
+    read, blank = OCRReward()(images=[picture, Image.new("RGB", (320, 80), "white")], **columns)
+    assert read > 1.8 and blank == pytest.approx(-0.6)
+    assert masks[0][30:50, 30:250].all() and not masks[0][:8].any() and masks[1] is None
 
 
 # ---- combination
@@ -142,6 +163,17 @@ def test_combined_and_scaled(monkeypatch):
         Scaled(doubled, low=2, high=2)
     with pytest.raises(ValueError, match="at least one"):
         Combined([])
+
+
+def test_kinds_of_callables():
+    class Slow:
+        async def __call__(self, **columns):
+            return []
+
+    half = functools.partial(functools.partial(doubled), low=1)
+    assert [reward_name(reward) for reward in (doubled, half, Slow())] == ["doubled", "doubled", "Slow"]
+    assert [is_async_reward(reward) for reward in (half, Slow(), functools.partial(Slow()))] == [True] * 3
+    assert not is_async_reward(ones_and_none) and not is_async_reward(CLIPReward("a/b"))
 
 
 # ---- models of the Hub's shape

@@ -108,12 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     overrides = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in args.set)}
 
-    from transformers.trainer_utils import get_last_checkpoint
+    from nextflow_hf.training.checkpoints import last_checkpoint
 
     trainer = make_trainer(args.model, load_recipe(args.recipe), args.output_dir, **overrides)
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(str(args.output_dir)) if args.output_dir.exists() else None
-    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     save_pipeline(trainer, args.output_dir / "pipeline")
 
 

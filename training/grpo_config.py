@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 
@@ -28,7 +29,33 @@ REFUSED = {
     "entropy_coef": "use beta to keep the policy from collapsing",
     "use_adaptive_entropy": "use beta to keep the policy from collapsing",
     "router_aux_loss_coef": "the model has no experts",
+    "pad_to_multiple_of": "rows are padded to the longest of them",
+    "trust_remote_code": "a repository is loaded with the classes of this package",
 }
+REFUSED_FAMILIES = {
+    "vllm_": NO_TEXT_ROLLOUT,
+    "transformers_": NO_TEXT_ROLLOUT,
+    "sapo_": "it belongs to another `loss_type`",
+    "vespo_": "it belongs to another `loss_type`",
+    "entropy_": "use beta to keep the policy from collapsing",
+}
+# What of TRL's own means here what it means there.
+SUPPORTED = {
+    "beta", "delta", "disable_dropout", "ds3_gather_for_generation", "epsilon", "epsilon_high",
+    "generation_batch_size", "log_completions", "log_completions_hub_repo", "log_multimodal", "log_unique_prompts",
+    "loss_type", "model_init_kwargs", "multi_objective_aggregation", "num_completions_to_print", "num_generations",
+    "num_generations_eval", "num_iterations", "ref_model_mixup_alpha", "ref_model_sync_steps", "reward_weights",
+    "scale_rewards", "shuffle_dataset", "steps_per_generation", "sync_ref_model", "temperature", "top_k", "top_p",
+    "use_bias_correction_kl", "wandb_log_unique_prompts",
+}  # fmt: skip
+
+
+def refusal(name: str) -> str | None:
+    """Why TRL's field `name` is refused, None if it is supported."""
+    if name in SUPPORTED:
+        return None
+    families = [reason for prefix, reason in REFUSED_FAMILIES.items() if name.startswith(prefix)]
+    return REFUSED.get(name) or next(iter(families), "it is not known to this version of nextflow_hf")
 
 
 @dataclass
@@ -96,10 +123,11 @@ class NextFlowGRPOConfig(GRPOConfig):
     def __post_init__(self):
         if self.loss_type != "grpo":
             raise ValueError(f"`loss_type` is {self.loss_type!r}, expected 'grpo': the scales' weights normalise it")
-        defaults = {item.name: item.default for item in fields(GRPOConfig)}
-        for name, reason in REFUSED.items():
-            if name in defaults and getattr(self, name) != defaults[name]:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which is not supported: {reason}")
+        general = {item.name for item in fields(TrainingArguments)}
+        for item in fields(GRPOConfig):
+            reason = REFUSED.get(item.name) if item.name in general else refusal(item.name)
+            if reason is not None and getattr(self, item.name) != item.default:
+                raise ValueError(f"`{item.name}` is {getattr(self, item.name)!r}, which is not supported: {reason}")
         at_least = {"prefix_scales": 1, "vmr_num_suffixes": 1, "prefix_updates_per_suffix": 0}
         at_least |= {"max_thinking_tokens": 0, "rollout_batch_size": 1, "log_probs_chunk_size": 1}
         for name, low in at_least.items():

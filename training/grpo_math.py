@@ -81,8 +81,10 @@ def group_advantages(
     `"batch"`, over all samples; `"none"` does not divide. NaN rewards are left out and have advantage 0.
     """
     groups = rewards.view(-1, num_generations)
-    centered = groups - groups.nanmean(1, keepdim=True)
-    deviation = _deviation(groups, dim=1)
+    # Rounding makes of equal rewards a mean beside them, and an optimizer that normalises makes of that a whole step.
+    alike = ((groups == groups.nan_to_num(-math.inf).amax(1, keepdim=True)) | torch.isnan(groups)).all(1)
+    centered = (groups - groups.nanmean(1, keepdim=True)).masked_fill(alike[:, None], 0.0)
+    deviation = _deviation(groups, dim=1).masked_fill(alike, 0.0)
     advantages = centered
     if scale == "group":
         advantages = centered / (deviation[:, None] + 1e-4)

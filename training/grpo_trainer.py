@@ -13,28 +13,28 @@ is 0 where q is p, that is without guidance, top-k and top-p.
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import trl
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import get_callable_name, is_async_callable, use_adapter
+from trl.trainer.utils import use_adapter
 
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.processing_nextflow import NextFlowProcessor
 from ..processing.scale_schedule import num_cells
+from .checkpoints import StagedCheckpoint
 from .grpo_config import NO_TEXT_ROLLOUT, NextFlowGRPOConfig
+from .grpo_contract import check_trl_attributes, check_trl_methods
 from .grpo_math import (
     clipped_loss,
     combine_rewards,
@@ -46,33 +46,12 @@ from .grpo_math import (
 )
 from .grpo_policy import add_policy_forward, pad_rows, policy_inputs, policy_row
 from .grpo_rollout import Rollout, conversation_of, decode, draw, encode_rows, think
-from .rewards.combination import check_rewards
+from .rewards.combination import check_rewards, is_async_reward, reward_name
 from .rewards.preference import CLIPReward
 
 
 # What the trainer tells rewards beside the data set's columns.
 OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
-
-# The methods of TRL's trainer that ours replaces or calls, with their parameters, from 1.10 on.
-TRL_CONTRACT = {
-    "_generate_and_score_completions": ["self", "inputs"],
-    "_compute_loss": ["self", "model", "inputs"],
-    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-    "_prepare_inputs": ["self", "generation_batch"],
-    "log": ["self", "logs", "start_time"],
-}
-
-
-def check_trl_contract(trainer_class: type = GRPOTrainer) -> None:
-    """Raises `ImportError` where TRL no longer has the methods that [`NextFlowGRPOTrainer`] builds on."""
-    for name, expected in TRL_CONTRACT.items():
-        method = getattr(trainer_class, name, None)
-        found = None if method is None else list(inspect.signature(inspect.unwrap(method)).parameters)
-        if found != expected:
-            raise ImportError(
-                f"trl {trl.__version__} has {trainer_class.__name__}.{name} with the parameters {found}, expected "
-                f"{expected}: this version of nextflow_hf does not fit it"
-            )
 
 
 class NextFlowGRPOTrainer(GRPOTrainer):
@@ -95,6 +74,26 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         vision_tokenizer ([`NextFlowVisionTokenizer`]): Needed unless `model` is a repository. It is not trained.
         reward_processing_classes, quantization_config, tools, rollout_func, environment_factory: Refused; TRL's for
             text.
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset
+    >>> from nextflow_hf import NextFlowGRPOConfig, NextFlowGRPOTrainer
+
+
+    >>> def redness(images, **columns):
+    ...     return [image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images]
+
+
+    >>> trainer = NextFlowGRPOTrainer(
+    ...     "hub_cards/nextflow-shapes",
+    ...     redness,
+    ...     NextFlowGRPOConfig("runs/red", num_generations=8, prefix_scales=2),
+    ...     Dataset.from_list([{"prompt": "a circle"}, {"prompt": "two squares"}]),
+    ... )
+    >>> trainer.train()
+    ```
     """
 
     _tag_names = ["trl", "grpo", "nextflow"]
@@ -119,7 +118,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         *,
         vision_tokenizer: NextFlowVisionTokenizer | None = None,
     ):
-        check_trl_contract()
+        check_trl_methods()
         refused = {
             "reward_processing_classes": (reward_processing_classes, "a reward prepares its own inputs"),
             "quantization_config": (quantization_config, "load the model with it and pass the model"),
@@ -130,6 +129,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         for name, (value, reason) in refused.items():
             if value is not None:
                 raise ValueError(f"`{name}` is not supported: {reason}")
+        if args is not None and args.model_init_kwargs is not None and not isinstance(model, str):
+            raise ValueError("`model_init_kwargs` are for a model given by its name, but the model is here already")
         if isinstance(model, str):
             # In float32: an update of 1e-5 is lost in half precision, which `bf16` computes in anyway.
             options = {"dtype": torch.float32, **((args and args.model_init_kwargs) or {})}
@@ -155,14 +156,16 @@ class NextFlowGRPOTrainer(GRPOTrainer):
 
         # TRL would load the reference again from where the policy came from, which it may have left long ago. It is
         # copied instead, before anything patches the policy's forward.
-        beta, sync_reference = args.beta, args.sync_ref_model
+        beta, sync_reference, init_options = args.beta, args.sync_ref_model, args.model_init_kwargs
         needs_reference = beta != 0 and peft_config is None and not is_peft_model(model)
         reference = copy.deepcopy(model).eval().requires_grad_(False) if needs_reference else None
         if sync_reference and reference is None:
             raise ValueError("`sync_ref_model` needs a reference model: `beta` other than 0, and no adapters")
         if needs_reference:
             args.beta, args.sync_ref_model = 0.0, False
+        args.model_init_kwargs = None  # used above, or refused
         self._failed_rewards = 0
+        self._staged_checkpoint: StagedCheckpoint | None = None
         self._masks: list[np.ndarray | None] | None = None
         try:
             super().__init__(
@@ -177,7 +180,13 @@ class NextFlowGRPOTrainer(GRPOTrainer):
                 peft_config=peft_config,
             )
         finally:
-            args.beta, args.sync_ref_model = beta, sync_reference
+            args.beta, args.sync_ref_model, args.model_init_kwargs = beta, sync_reference, init_options
+        check_trl_attributes(self)
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "`fsdp` is not supported: rollouts call parts of the policy, which FSDP shards. Use DDP, with "
+                "`peft_config` where memory is short, or DeepSpeed"
+            )
         self.beta = beta
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -195,8 +204,6 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     def _prepare_reference(self, reference: PreTrainedModel) -> torch.nn.Module:
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     # ---- rewards
@@ -218,7 +225,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
 
     def _wrap_reward(self, reward: Callable) -> Callable:
         """The reward with its failures as infinity, since TRL gathers numbers and makes NaN of `None`."""
-        name = get_callable_name(reward)
+        name = reward_name(reward)
 
         def marked(values: Sequence[float | None], prompts: Sequence[Any]) -> list[float | None]:
             values = check_rewards(name, values, prompts)
@@ -229,7 +236,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         def arguments(columns: dict[str, Any]) -> dict[str, Any]:
             return {**columns, "report_masks": self._report_masks} if self.args.mask_propagation else columns
 
-        if is_async_callable(reward):
+        if is_async_reward(reward):
 
             async def wrapped(prompts, **columns):
                 return marked(await reward(prompts=prompts, **arguments(columns)), prompts)
@@ -306,14 +313,14 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             self.pipeline, inputs, guided=args.guidance_scale != 1, **{n: v for n, v in size.items() if v is not None}
         )
         thoughts = [range(0)] * len(prompts)
-        unwrapped = unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
-        was_training = self.model.training
-        with unwrapped, self.accelerator.autocast():
+        was_training, options = self.model.training, args.gradient_checkpointing_kwargs
+        with (
+            disable_gradient_checkpointing(self.model, options),  # TRL's unwrapping would forget the options
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
+            ),
+            self.accelerator.autocast(),
+        ):
             self.model.eval()
             if args.max_thinking_tokens:
                 longer = think(
@@ -536,6 +543,15 @@ class NextFlowGRPOTrainer(GRPOTrainer):
                         f"completions/{index}", np.asarray(image), self.state.global_step, dataformats="HWC"
                     )
 
+    # ---- checkpoints, whole or not at all, as [`NextFlowTrainer`]'s
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with StagedCheckpoint(self, super()._get_output_dir(trial)):
+            super()._save_checkpoint(model, trial)
+
 
 def _thumbnail(image: Any, side: int = 256) -> Any:
     small = image.convert("RGB")
@@ -543,4 +559,4 @@ def _thumbnail(image: Any, side: int = 256) -> Any:
     return small
 
 
-__all__ = ["NextFlowGRPOConfig", "NextFlowGRPOTrainer", "check_trl_contract"]
+__all__ = ["NextFlowGRPOConfig", "NextFlowGRPOTrainer"]

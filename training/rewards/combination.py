@@ -1,6 +1,7 @@
 """Several rewards as one, on a common scale, and the check that no failure passes for a number."""
 
 import asyncio
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +16,17 @@ Reward = Callable[..., Any]
 
 
 def reward_name(reward: Reward) -> str:
-    """The name of a function, or of the class of a callable object."""
+    """The name of a function (also behind `functools.partial`), or of the class of a callable object."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
     return getattr(reward, "__name__", type(reward).__name__)
+
+
+def is_async_reward(reward: Reward) -> bool:
+    """Whether calling it gives something to await; a callable object has its `async` at `__call__`."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
 def check_rewards(name: str, values: Sequence[float | None], prompts: Sequence[Any]) -> list[float | None]:

@@ -24,16 +24,20 @@ class OCRWord:
 OCREngine = Callable[[Image.Image], Sequence[OCRWord]]
 
 
-def split_words(text: str) -> list[str]:
-    """The words of a text, lower case, without punctuation around them."""
-    words = (word.strip("\"'`.,:;!?()[]{}<>“”‘’«»…") for word in text.lower().split())
+EPSILON = 1e-8
+PUNCTUATION = "\"'`.,:;!?()[]{}<>“”‘’«»…"
+
+
+def split_words(text: str, *, ignore_punctuation: bool = False) -> list[str]:
+    """The words of a text, lower case; on demand without punctuation around them."""
+    words = text.lower().split()
+    if ignore_punctuation:
+        words = [word.strip(PUNCTUATION) for word in words]
     return [word for word in words if word]
 
 
 def edit_similarity(first: str, second: str) -> float:
-    """1 minus the Levenshtein distance over the length of the longer text."""
-    if not first and not second:
-        return 1.0
+    """Equation 11: 1 minus the Levenshtein distance over the length of the longer text."""
     previous = list(range(len(second) + 1))
     for row, letter in enumerate(first, start=1):
         current = [row]
@@ -41,35 +45,36 @@ def edit_similarity(first: str, second: str) -> float:
             substituted = previous[column - 1] + (letter != other)
             current.append(min(previous[column] + 1, current[-1] + 1, substituted))
         previous = current
-    return 1 - previous[-1] / max(len(first), len(second))
+    return 1 - previous[-1] / (max(len(first), len(second)) + EPSILON)
 
 
 def completeness(targets: Sequence[str], words: Sequence[tuple[str, float]]) -> float:
-    """Share of the target words that were read exactly, each hit counted with its confidence.
-
-    A word that was read answers one target only, the surest first, so a word asked for twice must be there twice.
-    """
+    """Equation 12: share of the target words that were read exactly, each with the lowest confidence among all
+    readings of it, so that writing a word again and again gains nothing."""
     if not targets:
         raise ValueError("got no target words: a picture without text has no completeness")
-    confidences: dict[str, list[float]] = {}
-    for text, confidence in sorted(words, key=lambda word: -word[1]):
-        confidences.setdefault(text, []).append(confidence)
-    hits = 0.0
-    for text, count in Counter(targets).items():
-        hits += sum(confidences.get(text, [])[:count])
-    return hits / len(targets)
+    confidences: dict[str, float] = {}
+    for text, confidence in words:
+        confidences[text] = min(confidence, confidences.get(text, confidence))
+    return sum(confidences.get(target, 0.0) for target in targets) / len(targets)
 
 
 def similarity(targets: Sequence[str], words: Sequence[tuple[str, float]]) -> float:
-    """Mean over the target words of the best match: its [`edit_similarity`] times its confidence."""
+    """Equation 14: mean over the target words of the [`edit_similarity`] to the nearest word that was read, times the
+    confidence of that word; of equally near ones the least sure, as in [`completeness`]."""
     if not targets:
         raise ValueError("got no target words: a picture without text has no similarity")
-    best = [max((edit_similarity(target, text) * sure for text, sure in words), default=0.0) for target in targets]
-    return sum(best) / len(targets)
+    total = 0.0
+    for target in targets:
+        if words:
+            near, unsure = max((edit_similarity(target, text), -confidence) for text, confidence in words)
+            total += near * -unsure
+    return total / len(targets)
 
 
 def bag_distance(targets: Sequence[str], words: Sequence[tuple[str, float]]) -> float:
-    """Letters that are missing or too many, whatever their order, over all letters asked for and read: 0 to 1."""
+    """Equation 13 without its weight: letters that are missing or too many, whatever their order, over all letters
+    asked for and read, 0 to 1."""
     wanted, read = Counter("".join(targets)), Counter("".join(text for text, _ in words))
     total = wanted.total() + read.total()
     return ((wanted - read).total() + (read - wanted).total()) / total if total else 0.0
@@ -78,7 +83,7 @@ def bag_distance(targets: Sequence[str], words: Sequence[tuple[str, float]]) -> 
 def text_rendering_score(
     targets: Sequence[str], words: Sequence[tuple[str, float]], *, distance_weight: float = 0.6
 ) -> float:
-    """`completeness + similarity - distance_weight * bag distance`, at most 2."""
+    """Equation 15: `completeness + similarity - distance_weight * bag distance`, at most 2."""
     return completeness(targets, words) + similarity(targets, words) - distance_weight * bag_distance(targets, words)
 
 
@@ -111,12 +116,22 @@ class OCRReward:
             Column of the data set with what is to be written: a string or a list of strings. Where it is empty the
             reward does not apply. It is never guessed from the prompt.
         distance_weight (`float`, *optional*, defaults to 0.6): Weight of the bag distance.
+        ignore_punctuation (`bool`, *optional*, defaults to `False`):
+            Compare words without the punctuation around them. The paper's equations know lower case only.
     """
 
-    def __init__(self, engine: OCREngine | None = None, *, target_column: str = "text", distance_weight: float = 0.6):
+    def __init__(
+        self,
+        engine: OCREngine | None = None,
+        *,
+        target_column: str = "text",
+        distance_weight: float = 0.6,
+        ignore_punctuation: bool = False,
+    ):
         self.engine = RapidOCREngine() if engine is None else engine
         self.target_column = target_column
         self.distance_weight = distance_weight
+        self.ignore_punctuation = ignore_punctuation
         self.__name__ = "ocr"
 
     def __call__(
@@ -130,19 +145,22 @@ class OCRReward:
         scores, masks = [], []
         for image, wanted in zip(images, columns[self.target_column], strict=True):
             texts = [wanted] if isinstance(wanted, str) else list(wanted or [])
-            targets = [word for text in texts for word in split_words(text)]
+            targets = [word for text in texts for word in self._words(text)]
             if not targets:
                 scores.append(None)
                 masks.append(None)
                 continue
             found = self.engine(image)
             # An engine reads lines: all words of a line share its confidence.
-            words = [(word, line.confidence) for line in found for word in split_words(line.text)]
+            words = [(word, line.confidence) for line in found for word in self._words(line.text)]
             scores.append(text_rendering_score(targets, words, distance_weight=self.distance_weight))
             masks.append(boxes_mask([line.box for line in found if line.box is not None], image.size))
         if report_masks is not None:
             report_masks(masks)
         return scores
+
+    def _words(self, text: str) -> list[str]:
+        return split_words(text, ignore_punctuation=self.ignore_punctuation)
 
 
 def boxes_mask(boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> np.ndarray | None:

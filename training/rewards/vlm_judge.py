@@ -73,7 +73,7 @@ class VLMJudge:
         retries (`int`, *optional*, defaults to 3):
             Further attempts after a time-out, a lost connection or a busy server, after 1, 2, 4, ... times `backoff`.
         backoff (`float`, *optional*, defaults to 1): Seconds before the first further attempt.
-        max_requests (`int`, *optional*): The budget: requests in the judge's lifetime, retries included.
+        max_requests (`int`, *optional*): The budget, of each process: requests in all, retries included.
         concurrency (`int`, *optional*, defaults to 8): Requests at the same time.
     """
 
