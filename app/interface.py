@@ -223,7 +223,7 @@ class App:
                     file_types=FILE_TYPES,
                     sources=["upload", "clipboard"],
                     interactive=True,
-                    columns=4,
+                    columns=5,
                     fit_columns=False,
                     height=130,
                     object_fit="contain",
@@ -269,7 +269,7 @@ class App:
                     label="History: select an image to have its settings back",
                     columns=6,
                     fit_columns=False,
-                    height=230,
+                    height=264,
                     object_fit="contain",
                     interactive=False,
                     allow_preview=False,
@@ -333,7 +333,7 @@ class App:
     def _build_chat(self) -> None:
         chat = gr.Chatbot(
             label="Conversation",
-            height=560,
+            height=470,
             render_markdown=False,  # what is said is text, and must load nothing
             latex_delimiters=[],
             feedback_options=None,
@@ -352,9 +352,11 @@ class App:
             elem_id="chat-box",
         )
         with gr.Row(equal_height=True):
-            max_images = gr.Slider(0, 8, 4, step=1, label="Images in an answer, at most", elem_id="max-images")
-            stop = gr.Button("Stop", elem_id="chat-stop", min_width=120)
-            clear = gr.Button("New conversation", elem_id="chat-clear", min_width=120)
+            max_images = gr.Slider(
+                0, 8, 4, step=1, label="Images in an answer, at most", buttons=[], elem_id="max-images"
+            )
+            stop = gr.Button("Stop", size="md", elem_id="chat-stop", min_width=120)
+            clear = gr.Button("New conversation", size="md", elem_id="chat-clear", min_width=120)
         if self.talks:
             gr.Examples(
                 [[{"text": one, "files": []}] for one in self.talks],

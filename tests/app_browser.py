@@ -10,13 +10,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import JavascriptException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 
 MISSING = "no chromium or chromedriver on the PATH: install Debian's, `apt-get install chromium chromium-driver`"
+# What looking at a page raises that is being loaded, or has drawn an element anew.
+CHANGING = (StaleElementReferenceException, JavascriptException)
 FLAGS = (
     "--headless",
     "--no-sandbox",  # for root, as in a container
@@ -46,6 +48,7 @@ def open_browser(width: int = 1280, height: int = 1000) -> Iterator["Page"]:
         options.binary_location = browser
         for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"):
             options.add_argument(flag)
+        options.page_load_strategy = "none"  # `Page.open` knows better when the page is there
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
         try:
@@ -62,8 +65,10 @@ class Page:
         self.requests: list[str] = []
 
     def open(self, address: str) -> None:
+        self.chromium.execute_script("window.isLeft = true")
         self.chromium.get(address)
-        self.wait(lambda: self.find("#prompt textarea"))
+        there = "return !window.isLeft && document.querySelector('#prompt textarea') !== null"
+        self.wait(lambda: self.chromium.execute_script(there))
 
     # ---- looking
 
@@ -79,7 +84,7 @@ class Page:
         """The first true value of `condition()`."""
         end = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(StaleElementReferenceException):  # the page has drawn it anew
+            with contextlib.suppress(*CHANGING):
                 if value := condition():
                     return value
             if time.monotonic() > end:
@@ -106,9 +111,10 @@ class Page:
         asked = (urlsplit(url) for url in self.requests)
         return {one.geturl() for one in asked if one.scheme not in ("data", "blob", "chrome") and one.netloc != here}
 
-    def is_busy(self) -> bool:
-        """Whether the app is at something for this page."""
-        return bool(self.chromium.execute_script("return document.querySelector('.generating, .pending') !== null"))
+    def settle(self) -> None:
+        """Wait until the app has nothing left to do for this page."""
+        busy = "return document.querySelector('[data-testid=status-tracker]:not(.hide)') !== null"
+        self.wait(lambda: not self.chromium.execute_script(busy))
 
     # ---- doing
 
@@ -147,7 +153,15 @@ class Page:
         self.type("#prompt textarea", prompt)
         self.click("#draw-button")
         self.wait(lambda: len(self.find("#history button img")) == drawn + 1)
-        return self.wait_for_text("#status", "pixels")
+        self.settle()
+        return self.text("#status")
+
+    def fit(self) -> None:
+        """Make the window as high as the page."""
+        script = "return [document.documentElement.scrollHeight, window.outerHeight - window.innerHeight]"
+        self.chromium.set_window_size(
+            self.chromium.get_window_size()["width"], sum(self.chromium.execute_script(script))
+        )
 
     def save(self, path: Path) -> None:
         self.chromium.save_screenshot(str(path))

@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         app = App(Studio(pipe), folder, name=f"{Path(model).name} on cpu", prompts=PROMPTS[:4], talks=TALKS)
         blocks = app.build()
         address = serve(blocks)
-        with open_browser(1280, 1130 if args.tab == "draw" else 1020) as page:
+        with open_browser() as page:
             page.open(address)
             show_drawing(page, args.seed) if args.tab == "draw" else show_conversation(page)
+            page.fit()
             page.save(args.output)
         blocks.close(verbose=False)
     # Flat colours: a palette of 256 loses nothing that one sees.
@@ -71,7 +72,6 @@ def show_drawing(page: Page, seed: int) -> None:
     page.wait(lambda: page.image("#references"))
     page.draw(instruction)
     page.wait(lambda: page.image("#result"))
-    page.settle()
 
 
 def show_conversation(page: Page) -> None:

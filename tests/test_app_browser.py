@@ -175,10 +175,10 @@ def test_a_conversation_of_text_and_images(page, served, gate, tmp_path):
     gate.open()
     page.wait_for_text("#chat", "and no more")
     page.wait(lambda: len(page.find("#chat img")) == 2)
+    page.settle()
     page.type("#chat-box textarea", "go on\n")
     page.wait(lambda: page.text("#chat").count("and no more") == 2)
-    page.type("#chat-box textarea", "and now\n")  # once the answer is done
-    page.wait(lambda: page.text("#chat").count("and no more") == 3)
+    page.settle()
     assert page.overflow() <= 0 and page.outside(served[0]) == set()
     page.click("#chat-clear")
     page.wait(lambda: "no more" not in page.text("#chat"))
