@@ -126,6 +126,9 @@ class NextFlowGenerationMixin(GenerationMixin):
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be 'text', 'image' or 'interleaved', got {generation_mode!r}")
+        # One that was assigned may be transformers' own, which would not know our settings among the arguments.
+        if not isinstance(self.generation_config, NextFlowGenerationConfig):
+            self.generation_config = NextFlowGenerationConfig.from_plain(self.generation_config)
         options = {
             "generation_config": generation_config,
             "logits_processor": logits_processor,

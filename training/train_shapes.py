@@ -20,11 +20,12 @@ import yaml
 from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, GenerationConfig, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
 
 from ..hub_cards.cards import shapes_card
 from ..hub_cards.export import cast_copy, export_pipeline
 from ..modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
+from ..modeling_nextflow.generation_configuration_nextflow import NextFlowGenerationConfig
 from ..modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -313,7 +314,7 @@ def export_stage(folder: Path) -> None:
     # What is judged is what is written: half precision, codebooks apart.
     transformer = cast_copy(NextFlowForCausalLM.from_pretrained(folder / "transformer"), torch.bfloat16)
     tokenizer = cast_copy(NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer"), torch.bfloat16)
-    transformer.generation_config = GenerationConfig(
+    transformer.generation_config = NextFlowGenerationConfig(
         eos_token_id=transformer.config.eos_token_id,
         pad_token_id=transformer.config.pad_token_id,
         **recipe["generation"],
