@@ -35,7 +35,9 @@ class DrawnScale:
 
     Attributes:
         index: Of the scale, from 0.
-        image_codes: (images, codes so far), scale-major.
+        image_codes:
+            (images, codes so far), scale-major. May be replaced by others: the next scale is drawn from the codes of
+            this one. What was drawn from those before it stays.
         plan:
             The steps of all scales that are drawn. Those after `index` may be replaced, to change how they are drawn,
             or removed, to stop.
@@ -151,31 +153,46 @@ def draw_scales(
     batch = len(image_grids)
     grids = schedule_of(image_grids[0])
     plan = list(plan)
-    drawn: list[torch.LongTensor] = []
+    codes = image_grids.new_zeros(batch, 0)
     for index in range(len(grids)):
         step = plan[index]
         states = [rows.drawing_states for rows in row_sets]
         given, is_given = prefix[index] if index < len(prefix) else (None, None)
         if given is not None and is_given is None:
-            drawn.append(given)
+            drawn = given
         else:
             logits = torch.cat([model.image_logits(rows) for rows in states]).float()
             logits, unconditional, imageless, *_ = [*logits.split(batch), None, None]
             scales = {"scale": step.guidance_scale, "source_scale": step.source_guidance_scale}
             logits = guide(logits, unconditional, imageless=imageless, **scales)
             if given is None:
-                drawn.append(sample_codes(logits, step, generators))
+                drawn = sample_codes(logits, step, generators)
             else:
-                drawn.append(fill_codes(logits, step, generators, given, is_given))
-        yield DrawnScale(index, torch.cat(drawn, dim=1), plan)
+                drawn = fill_codes(logits, step, generators, given, is_given)
+        codes = torch.cat([codes, drawn], dim=1)
+        scale = DrawnScale(index, codes, plan)
+        yield scale
+        if scale.image_codes is not codes:
+            codes = _checked(scale.image_codes.to(codes.device), codes, model.config.codebook_size)
         if index + 1 == len(plan):
             return
         needed = batch * max(later.num_conditions for later in plan[index + 1 :])
         if needed < sum(len(rows) for rows in states):
             row_sets = [row_sets[0].first(needed)]
-        embeds = model.model.embed_scale(drawn[-1], image_grids, scale=index + 2, grids=grids)
+        cells = drawn.shape[1]
+        embeds = model.model.embed_scale(codes[:, -cells:], image_grids, scale=index + 2, grids=grids)
         for rows in row_sets:
             rows.append(model, embeds, block_position_ids(rows.boi_position + index + 1, grids[index + 1], model))
+
+
+def _checked(codes: torch.LongTensor, drawn: torch.LongTensor, codebook_size: int) -> torch.LongTensor:
+    """Codes that replace those that were drawn."""
+    if codes.shape != drawn.shape or codes.min() < 0 or codes.max() >= codebook_size:
+        raise ValueError(
+            f"image_codes were replaced by {tuple(codes.shape)} from {int(codes.min())} to {int(codes.max())}, "
+            f"expected {tuple(drawn.shape)} in [0, {codebook_size})"
+        )
+    return codes.to(drawn.dtype)
 
 
 def draw_images(*args, **kwargs) -> torch.LongTensor:

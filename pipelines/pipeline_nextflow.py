@@ -107,7 +107,7 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
         "decoder_text_encoder_3",
         "decoder_tokenizer_3",
     ]
-    _callback_tensor_inputs = ["image_codes", "image_grids"]
+    _callback_tensor_inputs = ["latents", "image_codes", "image_grids"]
 
     def __init__(
         self,
@@ -218,7 +218,9 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
         top_k: PerScale | None = None,
         top_p: PerScale | None = None,
         num_scales: int | None = None,
+        num_inference_steps: int | None = None,
         image_codes: torch.LongTensor | None = None,
+        latents: torch.LongTensor | None = None,
         image_grids: torch.LongTensor | None = None,
         keep_scales: int | None = None,
         mask_image: Image | list[Image] | None = None,
@@ -274,6 +276,8 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
             num_scales (`int`, *optional*):
                 Draw only the first so many scales: a preview at full size, of which `image_codes` and `image_grids`
                 have what was drawn.
+            num_inference_steps, latents (*optional*):
+                diffusers' names for `num_scales` and `image_codes`: steps are scales, and what is decoded is codes.
             image_codes, image_grids (`torch.LongTensor`, *optional*):
                 Codes and schedules of an earlier result or of [`~NextFlowPipeline.encode_images`], for all images, one
                 a prompt, or one an image; `keep_scales` and `mask_image` say what is kept of them. Without a size, a
@@ -305,17 +309,20 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
                 For the diffusion decoder, as in [`NextFlowDiffusionDecoderPipeline`], with its defaults.
             decoder_generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 For its noise, one or one for each image. By default each image goes on with its own of `generator`.
-            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"codes"`: no decoding.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"`, or `"codes"` (also `"latent"`, as diffusers calls it): no decoding.
             return_dict (`bool`, *optional*, defaults to `True`): Else the same as a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each scale as `callback(pipe, step, scale, callback_kwargs)`: `step` counts all scales of
                 the call (up to `num_timesteps`), `scale` those of the images that are drawn together. It may set
                 `pipe._interrupt`, or `pipe._guidance_scale` for the scales to come: a number for all or a list with an
                 entry for each scale of the schedule (without effect where the call began without guidance), and
-                `pipe._image_guidance_scale` likewise. The tensors are for reading: a preview is
+                `pipe._image_guidance_scale` likewise. Codes that it returns are those that the next scale is drawn
+                from; what was drawn from the scales before stays. A preview is
                 `pipe.decode_codes(image_codes.flatten(), image_grids, num_scales=scale + 1)`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["image_codes"]`):
-                `"image_codes"`: codes so far (images, codes); `"image_grids"`: the schedules (images, max_scales, 2).
+                `"image_codes"`: codes so far (images, codes), also as `"latents"`; `"image_grids"`: the schedules
+                (images, max_scales, 2), which are for reading.
             think (`bool`, *optional*, defaults to `False`):
                 Let the model write before each image, reasoning and then the prompt that it arrives at, and draw with
                 that in view. Text is sampled as the transformer's generation config says. The unconditional prompt of
@@ -541,21 +548,30 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
                     **drawing.settings,
                 )
                 for scale in scales:
-                    for index, codes in zip(members, scale.image_codes, strict=True):
-                        drawing.image_codes[index] = codes
                     progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
                     progress.update()
                     guidance = self._guidance_scale, self._image_guidance_scale
                     if call.callback_on_step_end is not None:
-                        tensors = {"image_codes": scale.image_codes, "image_grids": drawing.image_grids(members)}
-                        tensors = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs}
-                        call.callback_on_step_end(self, first_step + scale.index, scale.index, tensors)
+                        self._call_back(call, first_step + scale.index, scale, drawing.image_grids(members))
+                    for index, codes in zip(members, scale.image_codes, strict=True):
+                        drawing.image_codes[index] = codes
                     yield members, scale
                     if self.interrupt:
                         break
                     if guidance != (self._guidance_scale, self._image_guidance_scale):
                         self._change_guidance(scale)
                 first_step += count
+
+    def _call_back(self, call: NextFlowCall, step: int, scale: Any, image_grids: torch.LongTensor) -> None:
+        """Let the callback see the codes so far, and replace them by those that it returns."""
+        codes = scale.image_codes
+        tensors = {"latents": codes.clone(), "image_codes": codes.clone(), "image_grids": image_grids}
+        tensors = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs}
+        returned = call.callback_on_step_end(self, step, scale.index, tensors) or {}
+        for name in ("latents", "image_codes"):
+            changed = returned.get(name)
+            if changed is not None and not torch.equal(changed.to(codes.device), codes):
+                scale.image_codes = changed.to(codes.device)
 
     def _change_guidance(self, scale: Any) -> None:
         """Draw the scales to come with the guidance that the pipeline now has."""

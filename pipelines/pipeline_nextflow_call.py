@@ -20,7 +20,9 @@ from .pipeline_helpers import one_per_prompt
 Image = PIL.Image.Image | str | Path | np.ndarray | torch.Tensor
 PerScale = float | int | Sequence[float | int | None]
 
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
+# diffusers' names for what has names of its own here, which its tools and suites use.
+SYNONYMS = {"num_inference_steps": "num_scales", "latents": "image_codes"}
 DECODERS = ("vq", "diffusion")
 
 
@@ -44,7 +46,9 @@ class NextFlowCall:
     top_k: PerScale | None
     top_p: PerScale | None
     num_scales: int | None
+    num_inference_steps: int | None
     image_codes: torch.LongTensor | None
+    latents: torch.LongTensor | None
     image_grids: torch.LongTensor | None
     keep_scales: int | None
     mask_image: Image | list[Image] | None
@@ -65,6 +69,14 @@ class NextFlowCall:
     max_new_tokens: int | None
 
     def __post_init__(self):
+        for name, own in SYNONYMS.items():
+            if getattr(self, name) is None:
+                continue
+            if getattr(self, own) is not None:
+                raise ValueError(f"got `{own}` and `{name}`, which is another name for it: pass one")
+            setattr(self, own, getattr(self, name))
+        if self.output_type == "latent":
+            self.output_type = "codes"
         if isinstance(self.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             self.callback_on_step_end_tensor_inputs = self.callback_on_step_end.tensor_inputs
 

@@ -21,7 +21,6 @@ from nextflow_hf import NextFlowPipeline
 
 SKIPPED = {
     "test_attention_slicing_forward_pass": "transformers' attention has no slices; it has implementations",
-    "test_callback_inputs, zeroed latents": "codes are drawn, not refined: the callback reads them",
     "test_encode_prompt_works_in_isolation": "no `encode_prompt`: the transformer itself reads prompts, as tokens",
     "test_freeu, test_fused_qkv_projections, test_ip_adapter": "for UNets",
     "test_float16_inference": "needs an accelerator there; here it is `test_half_precision_inference_no_nan`",
@@ -31,8 +30,6 @@ SKIPPED = {
     "test_lora_scale_kwargs_match_fusion": "no `attention_kwargs`: `set_adapters` weighs (test_pipeline_lora.py)",
     "test_logs_info_when_no_lora_keys_found": "a LoRA without a matrix for the transformer is an error, not a warning",
     "test_multi_vae": "the vision tokenizer is not exchangeable: its codes are the transformer's vocabulary",
-    "test_pipeline_call_signature, latents": "the pictures begin with codes, not with noise",
-    "test_pipeline_call_signature, num_inference_steps": "steps are the scales of the size that is drawn",
     "test_pyramid_attention_broadcast, test_faster_cache, test_first_block_cache, test_taylorseer_cache, "
     "test_mag_cache": "they reuse one step's features in the next: here every step has a grid of its own",
     "test_save_load_float16": "needs an accelerator there; here it has its own",
@@ -114,6 +111,7 @@ def test_pipeline_call_signature():
     parameters = inspect.signature(NextFlowPipeline.__call__).parameters
     wanted = {"prompt", "image", "height", "width", "guidance_scale", "negative_prompt", "num_images_per_prompt"}
     wanted |= {"generator", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+    wanted |= {"num_inference_steps", "latents"}
     assert wanted <= set(parameters)
     assert all(one.default is not inspect.Parameter.empty for name, one in parameters.items() if name != "self")
 
@@ -217,7 +215,7 @@ def test_cfg(pipe):
     assert guided.shape == unguided.shape and not torch.equal(guided, unguided)
 
 
-@pytest.mark.parametrize("names", [["image_codes"], NextFlowPipeline._callback_tensor_inputs, []], ids=str)
+@pytest.mark.parametrize("names", [["latents"], NextFlowPipeline._callback_tensor_inputs, []], ids=str)
 def test_callback_inputs(pipe, names):
     seen = []
 
@@ -225,10 +223,21 @@ def test_callback_inputs(pipe, names):
         seen.append(set(kwargs))
         return kwargs
 
-    run(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, output_type="codes")
+    run(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, output_type="latent")
     assert seen == [set(names)] * pipe.num_timesteps
-    with pytest.raises(ValueError, match="latents"):
-        run(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents"])
+    with pytest.raises(ValueError, match="noise"):
+        run(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_callback_inputs_zeroed_latents(pipe):
+    def zero_the_last(pipe, step, scale, kwargs):
+        if step == pipe.num_timesteps - 1:
+            kwargs["latents"] = torch.zeros_like(kwargs["latents"])
+        return kwargs
+
+    options = {"callback_on_step_end": zero_the_last, "callback_on_step_end_tensor_inputs": ["latents"]}
+    assert run(pipe, **options, output_type="latent").abs().sum() == 0
+    assert not torch.equal(run(pipe, **options), run(pipe))
 
 
 def test_callback_cfg(pipe):

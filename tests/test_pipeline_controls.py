@@ -497,3 +497,35 @@ def test_the_examples_of_the_documentation_run(pipe, monkeypatch, tmp_path):
     assert len(names["variations"]) == 4 and names["whole"].size == names["half"].size == (16, 16)
     assert Image.open("growing.gif").n_frames == 4 and Image.open("growing.png").size == (64, 16)
     assert "keep_scales=3" in NextFlowPipeline.__call__.__doc__
+
+
+@pytest.mark.parametrize("name", ["latents", "image_codes"])
+def test_a_callback_may_change_the_codes(pipe, name):
+    """Those of the first scale: what follows is then drawn as it is after a prefix of them."""
+    plain = pipe("a red circle", temperature=0.0)
+    codes, grids = (plain.image_codes[:1] + 1) % 24, plain.image_grids.clone()
+    grids[:, 1:] = 0
+
+    def change(pipe, step, scale, kwargs):
+        return {name: codes[None]} if step == 0 else None
+
+    options = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": [name]}
+    changed = pipe("a red circle", temperature=0.0, **options).image_codes
+    expected = pipe("a red circle", temperature=0.0, image_codes=codes, image_grids=grids, height=16, width=16)
+    assert torch.equal(changed, expected.image_codes) and not torch.equal(changed, plain.image_codes)
+    codes = codes + 24
+    with pytest.raises(ValueError, match=r"replaced by \(1, 1\) from .* expected \(1, 1\) in \[0, 24\)"):
+        pipe("a red circle", **options)
+
+
+def test_diffusers_names(pipe):
+    options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    steps = pipe("a red circle", num_inference_steps=2, **options)
+    scales = pipe("a red circle", num_scales=2, generator=torch.Generator().manual_seed(0), output_type="codes")
+    assert torch.equal(steps[0], scales.image_codes) and len(steps[0]) == 5
+    decoded = pipe(latents=steps.image_codes, image_grids=steps.image_grids, output_type="pt").images
+    assert torch.equal(
+        decoded, pipe(image_codes=steps.image_codes, image_grids=steps.image_grids, output_type="pt")[0]
+    )
+    with pytest.raises(ValueError, match="got `num_scales` and `num_inference_steps`, which is another name for it"):
+        pipe("a red circle", num_scales=2, num_inference_steps=2)
