@@ -1,3 +1,4 @@
+import os
 import random
 
 import numpy as np
@@ -5,6 +6,8 @@ import pytest
 import torch
 
 
+if not torch.accelerator.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton, and with it Liger, is imported
 torch.set_num_threads(1)  # tiny models; the workers of pytest-xdist share the cores
 
 

@@ -348,3 +348,15 @@ def test_wrong_files_are_refused(example, tmp_path, options, message):
     (tmp_path / "bad.yaml").write_text(json.dumps({**example_config(), **options}))
     with pytest.raises(ValueError, match=message):
         cli.main(["extract", str(tmp_path / "bad.yaml")])
+
+
+def test_a_saved_pipeline_is_a_model_too(example, tmp_path, monkeypatch):
+    """Its processor is in a folder of its own, that of a Hub repository at the root."""
+    monkeypatch.chdir(example)
+    PROCESSOR.save_pretrained(tmp_path / "pipe" / "processor")
+    TOKENIZER.save_pretrained(tmp_path / "pipe" / "vision_tokenizer")
+    outputs = [str(tmp_path / name) for name in ("one", "two")]
+    for model, output in zip(("model", str(tmp_path / "pipe")), outputs):
+        cli.main(["extract", "data.yaml", "--num-rows", "4", "--model", model, "--output-dir", output])
+    one, two = map(load_codes, outputs)
+    assert all(np.array_equal(one[index][name], two[index][name]) for index in range(4) for name in one[0])

@@ -1,7 +1,9 @@
 """`use_liger_kernel=True`: the kernels reach every part of the transformer, and train as the plain modules do.
 
-On CUDA these are Liger's kernels; with TRITON_INTERPRET=1 those of them that Triton's interpreter runs. Where Liger is
-not installed a stand-in takes its names (liger_stand_in/), which shows the wiring, not the kernels.
+On CUDA these are Liger's kernels, elsewhere the same in Triton's interpreter (conftest.py turns it on). Where Liger is
+not installed a stand-in takes its names (liger_stand_in/), which shows the wiring and not the kernels. For these
+
+    pip install -e ".[test,liger]" && pytest tests/test_liger.py
 """
 
 import importlib.util
@@ -11,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers.integrations.liger
@@ -31,6 +34,24 @@ STAND_IN = Path(__file__).parent / "liger_stand_in"
 METADATA = "Metadata-Version: 2.1\nName: liger-kernel\nVersion: {}\n"
 
 
+def let_the_interpreter_run_liger() -> None:
+    """Two gaps of Triton's interpreter: it passes numbers to kernels as plain floats, and has no `libdevice.rsqrt`."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def convert_floats_too(argument):
+        if isinstance(argument, float):
+            handle = interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32)
+            return tl.core.tensor(handle, tl.float32)
+        return convert(argument)
+
+    interpreter._implicit_cvt = convert_floats_too
+    rms_norm = importlib.import_module("liger_kernel.ops.rms_norm")
+    rms_norm.rsqrt = lambda value: tl.rsqrt(value)  # looked up late: the interpreter replaces it at every launch
+
+
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
     """A folder with the stand-in's version; with the stand-in's own, what `sys.path` needs."""
@@ -45,10 +66,9 @@ def liger(stand_in):
     """(device, liger_kernel_config) of the kernels that can run here."""
     if INSTALLED and torch.cuda.is_available():
         yield "cuda", {}
-    elif INSTALLED and os.environ.get("TRITON_INTERPRET") == "1":
-        yield "cpu", {"rms_norm": False, "swiglu": False}  # the interpreter lacks what these use
     elif INSTALLED:
-        pytest.skip("Liger's kernels need CUDA, or TRITON_INTERPRET=1")
+        let_the_interpreter_run_liger()
+        yield "cpu", {}
     else:
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(str(STAND_IN))
@@ -239,6 +259,13 @@ def test_what_liger_cannot_do_is_refused(liger, case):
     model = None if overrides is None else toy_model(**overrides)
     with pytest.raises(error, match=message):
         apply_liger_kernel_to_nextflow(**{**arguments, "model": model})
+
+
+def test_kernels_need_a_gpu(liger, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="need a GPU, and there is none: leave use_liger_kernel out"):
+        apply_liger_kernel_to_nextflow(model=toy_model())
 
 
 def test_a_liger_without_the_right_gradient_is_refused(liger, monkeypatch):

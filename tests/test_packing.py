@@ -137,6 +137,18 @@ def test_report_by_hand():
         PackingReport.of([[0], [1], [2]], [1] * 3, [1.0] * 3, num_ranks=4)
 
 
+def test_report_of_padding_by_hand():
+    # Two ranks, two documents each: (6, 4) and (8, 8), padded to 6 and 8; the fifth makes no step.
+    report = PackingReport.of_padding(
+        [6, 4, 8, 8, 3], [36.0, 16.0, 64.0, 64.0, 9.0], batch_size=2, padding_flops=10.0, num_ranks=2
+    )
+    assert (report.num_documents, report.num_packs, report.num_tokens) == (4, 2, 26)
+    assert report.padding == pytest.approx(2 / 28)
+    assert report.balance == pytest.approx((72 + 128) / 2 / 128)
+    with pytest.raises(ValueError, match="3 documents make no step of 2 ranks with 2 each"):
+        PackingReport.of_padding([1] * 3, [1.0] * 3, batch_size=2, padding_flops=1.0, num_ranks=2)
+
+
 def test_equal_computation_balances_ranks_better_than_equal_length():
     lengths = np.random.default_rng(1).choice([10, 80], 4000, p=[0.8, 0.2])
     flops = lengths + 0.05 * lengths**2.0

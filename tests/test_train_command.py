@@ -1,5 +1,6 @@
 """`nextflow-hf train`: recipes and what is written over them, what a stage trains, adapters, samples, memory."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -15,18 +16,24 @@ from processes import in_processes
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training_equivalence import FSDP2
+from torch.utils.data import DataLoader
 from toy import toy_config, toy_model
 from toy_codes import extract_toy_codes, toy_rows
 from toy_pipeline import toy_pipeline
 from transformers.integrations import TrackioCallback, WandbCallback
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, cli
+from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
+from nextflow_hf.processing.scale_schedule import ScaleSchedule
 from nextflow_hf.training import callbacks, train
 from nextflow_hf.training.arguments import NextFlowTrainingArguments
 from nextflow_hf.training.callbacks import SampleImagesCallback
+from nextflow_hf.training.data.streaming import RowStream
 from nextflow_hf.training.freezing import set_trainable
 from nextflow_hf.training.memory import layer_bytes_per_token, training_memory
 from nextflow_hf.training.memory import main as memory_main
+from nextflow_hf.training.model_loading import load_model
+from nextflow_hf.training.recipe import override
 from nextflow_hf.training.trainer import NextFlowTrainer
 
 
@@ -65,14 +72,31 @@ def on_toys(toy: Path, name: str, output_dir: Path) -> list[str]:
 # --- recipes
 
 
-PAPER = {  # table 2: learning rate, tokens in 1e12, level
-    "alignment": (1e-3, 0.01, 256),
-    "pretrain_256": (1e-4, 3.4, 256),
-    "pretrain_512": (1e-4, 1.8, 512),
-    "pretrain_1024": (1e-4, 0.2, 1024),
-    "continued_1024": (5e-5, 0.2, 1024),
-    "sft_1024": (1e-5, 0.02, 1024),
-}
+PAPER = {  # table 2: learning rate, tokens in 1e12, level, millions of samples
+    "alignment": (1e-3, 0.01, 256, {"image_to_text": 5, "text_to_image": 5}),
+    "pretrain_256": (
+        1e-4, 3.4, 256, {"text": 662, "text_to_image": 1891, "image_to_text": 520, "interleaved": 147}
+    ),
+    "pretrain_512": (1e-4, 1.8, 512, {"text": 700, "text_to_image": 345, "edit": 20, "interleaved": 5}),
+    "pretrain_1024": (1e-4, 0.2, 1024, {"text": 47, "text_to_image": 10, "edit": 2, "interleaved": 0.5}),
+    "continued_1024": (5e-5, 0.2, 1024, {"text": 47, "text_to_image": 9, "edit": 2}),
+    "sft_1024": (1e-5, 0.02, 1024, {"text": 5, "text_to_image": 1, "edit": 0.1}),
+}  # fmt: skip
+SCALES = {256: 12, 512: 16, 1024: 18}
+LONGEST = {256: 5, 512: 5, 1024: 3}  # images of a document (§3.3)
+
+
+def document(task: str, level: int) -> tuple[int, float]:
+    """Tokens and FLOPs of the mean document of a task, as benchmarks/packing.py assumes them."""
+    images = {"text": 0, "edit": 2, "interleaved": LONGEST[level]}.get(task, 1)
+    words = {"text": 357, "edit": 60, "interleaved": 400}.get(task, 120)
+    return costs_of(words, images, level)
+
+
+def costs_of(words: int, images: int, level: int) -> tuple[int, float]:
+    grids = ScaleSchedule().grids((16, 16), SCALES[level])
+    length = words + images * (sum(height * width for height, width in grids) + 1)
+    return length, training_flops(NextFlowConfig(), length, [grids] * images)
 
 
 def test_every_stage_has_a_recipe_and_a_twin():
@@ -81,15 +105,29 @@ def test_every_stage_has_a_recipe_and_a_twin():
 
 @pytest.mark.parametrize("stage", PAPER)
 def test_recipe_is_the_papers_row(stage):
-    rate, tokens, level = PAPER[stage]
+    rate, tokens, level, samples = PAPER[stage]
     model, data, args = train.parse_recipe({**train.read_recipe(f"7b/{stage}"), "use_cpu": True})
     assert args.learning_rate == rate and args.trainable == ("alignment" if stage == "alignment" else "all")
-    assert args.max_steps * 1024 * 16384 == pytest.approx(tokens * 1e12, rel=0.01)
     assert model.config_overrides == {"scale_loss_alpha": 0.9 if level > 256 else 0.0}
-    assert all(f"codes_{level}/" in folder for folder in data.train_codes)
+    folders = {f"runs/7b/codes_{level}/{task}": weight for task, weight in samples.items()}
+    assert dict(zip(data.train_codes, data.train_weights, strict=True)) == folders
+    # 1,024 packs a step: the tokens are the paper's.
+    documents = np.array([document(task, level) for task in samples])
+    length, flops = np.array(list(samples.values())) @ documents
+    assert args.max_steps * 1024 * data.pack_max_flops * length / flops == pytest.approx(tokens * 1e12, rel=0.01)
+    assert args.per_device_train_batch_size == args.gradient_accumulation_steps == 1
+    assert costs_of(2000, LONGEST[level], level)[1] <= data.pack_max_flops  # every document of the paper fits
     twin_model, twin_data, twin = train.parse_recipe({**train.read_recipe(f"shapes/{stage}"), "use_cpu": True})
     assert twin.trainable == args.trainable and twin_data.train_weights == data.train_weights
+    assert [Path(folder).name for folder in twin_data.train_codes] == list(samples)
     assert twin_model.config_overrides["scale_loss_alpha"] == model.config_overrides["scale_loss_alpha"]
+
+
+def test_stages_start_from_one_another():
+    for family in ("7b", "shapes"):
+        stages = [train.parse_recipe({**train.read_recipe(f"{family}/{stage}"), "use_cpu": True}) for stage in PAPER]
+        for (_, _, before), (model, _, _) in zip(stages, stages[1:]):
+            assert model.model_name_or_path == before.output_dir
 
 
 @pytest.mark.parametrize("stage", PAPER)
@@ -108,9 +146,9 @@ def test_list(capsys):
 
 def test_overrides_are_yaml_and_the_command_line_wins():
     recipe = {"learning_rate": "1e-4", "train_codes": ["a"], "model_name_or_path": "m", "use_cpu": True, "bf16": True}
-    train.override(recipe, "config_overrides.scale_loss_alpha=0.5")
-    train.override(recipe, "train_codes=[b, c]")
-    train.override(recipe, "max_steps=7")
+    override(recipe, "config_overrides.scale_loss_alpha=5e-1")
+    override(recipe, "train_codes=[b, c]")
+    override(recipe, "max_steps=7")
     model, data, args = train.parse_recipe(recipe, ["--weight_decay", "0.3", "--no-bf16"][:2])
     assert (args.learning_rate, args.max_steps, args.weight_decay, args.bf16) == (1e-4, 7, 0.3, True)
     assert data.train_codes == ["b", "c"] and model.config_overrides == {"scale_loss_alpha": 0.5}
@@ -138,13 +176,9 @@ def test_bad_recipes_are_refused(keys, message):
         train.parse_recipe({**BASE, **keys})
 
 
-def test_unknown_recipe_and_bad_override():
+def test_unknown_recipe():
     with pytest.raises(FileNotFoundError, match="7b/alignment"):
         train.read_recipe("shapes/nothing")
-    with pytest.raises(ValueError, match="expected key=value"):
-        train.override({}, "max_steps")
-    with pytest.raises(ValueError, match="expected a mapping"):
-        train.override({"optim": "sgd"}, "optim.name=1")
 
 
 def test_codes_of_two_tokenizers_are_refused(toy, tmp_path):
@@ -173,6 +207,7 @@ def test_packs_train_as_padded_rows_do(limits, toy, tmp_path):
         output_dir = tmp_path / name
         keys = {**keys, "max_steps": 1, "bf16": False, "eval_strategy": "no", "eval_rows": 0, "sample_prompts": None}
         keys |= {"per_device_train_batch_size": 64, "train_weights": None, "save_strategy": "no"}
+        keys |= {"optim": "sgd", "learning_rate": 0.1}  # AdamW's first step makes signs of gradients that are noise
         extra = [f"--override={key}={json.dumps(value)}" for key, value in keys.items()]
         assert cli.main(["train", *on_toys(toy, "shapes/pretrain_512", output_dir), *extra]) == 0
         state = json.loads((output_dir / "trainer_state.json").read_text())
@@ -184,10 +219,22 @@ def test_packs_train_as_padded_rows_do(limits, toy, tmp_path):
         torch.testing.assert_close(packed_weights[name], weight, atol=1e-6, rtol=1e-4)
 
 
-def test_packs_that_cannot_be(toy, tmp_path):
+def test_what_padding_costs_is_said(toy, caplog):
+    rows = train.load_rows([toy / "text", toy / "interleaved"])
+    args = train.parse_recipe({**BASE, "per_device_train_batch_size": 6})[2]
+    train.report_padding(rows, toy_config(), args)
+    lengths = np.array([rows[index]["length"] for index in np.random.default_rng(args.seed).permutation(12)])
+    batches = lengths.reshape(2, 6)
+    share = 1 - lengths.sum() / (batches.max(axis=1).sum() * 6)
+    assert f"in batches of 6 rows in random order, {share:.1%} of the tokens are padding" in caplog.text
+
+
+def test_packs_that_cannot_be(toy, tmp_path, caplog):
     arguments = on_toys(toy, "shapes/pretrain_512", tmp_path)
-    with pytest.raises(ValueError, match="fit into no pack"):
-        cli.main(["train", *arguments, "--override=pack_max_length=5"])
+    with pytest.raises(ValueError, match='fit into no pack.*on_long_row="skip"'):
+        cli.main(["train", *arguments, "--override=pack_max_length=50"])
+    assert cli.main(["train", *arguments, "--override=pack_max_length=50", "--override=on_long_row=skip"]) == 0
+    assert "rows fit into no pack and are left out: ['" in caplog.text
     with pytest.raises(ValueError, match="group_by_length"):
         cli.main(
             [
@@ -197,6 +244,82 @@ def test_packs_that_cannot_be(toy, tmp_path):
                 "--override=train_sampling_strategy=group_by_length",
             ]
         )
+
+
+# --- streams
+
+
+def stream_values(toy: Path) -> dict:
+    """Nothing evaluated, packs of a few rows, few rows at a time."""
+    folders = [str(toy / task) for task in ("text_to_image", "text")]
+    return {
+        "model_name_or_path": str(toy / "transformer"), "train_codes": folders, "train_weights": [2, 1],
+        "streaming": True, "pack_max_length": 150, "pack_window": 5, "shuffle_buffer": 4, "use_cpu": True,
+        "max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "save_steps": 2, "report_to": "none",
+        "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def train_stream(output_dir: Path, toy: Path, **changes) -> list[float]:
+    values = {**stream_values(toy), "output_dir": str(output_dir), **changes}
+    trainer = train.train(*train.parse_recipe(values))
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_stream_trains_goes_on_and_does_not_end(packed, toy, tmp_path):
+    changes = {} if packed else {"pack_max_length": None, "per_device_train_batch_size": 4}
+    losses = train_stream(tmp_path / "whole", toy, **changes)
+    # Twelve rows make fewer than four steps: the stream begins again, in another order.
+    assert len(losses) == 4 and len(set(losses)) == 4
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    assert train_stream(tmp_path / "on", toy, resume_from_checkpoint=checkpoint, **changes) == losses
+    whole, resumed = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "on"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_stream_is_the_same_for_two_processes(toy, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "no"}
+    losses = train_stream(tmp_path / "one", toy, per_device_train_batch_size=2, **options)
+    two, other = in_processes(lambda: train_stream(tmp_path / "two", toy, per_device_train_batch_size=1, **options))
+    assert two == other == pytest.approx(losses, rel=1e-5)
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-4)
+
+
+def test_a_stream_has_the_rows_and_the_shares_of_a_mixture(toy):
+    folders = [toy / "text_to_image", toy / "text"]
+    by_number = sorted(str(row["input_ids"].tolist()) for row in train.load_rows(folders))
+
+    def ids(stream: RowStream, count: int) -> list[str]:
+        return [str(row["input_ids"].tolist()) for row in itertools.islice(stream, count)]
+
+    plain = ids(RowStream(folders, shuffle_buffer=1), 24)
+    assert sorted(plain[:12]) == sorted(plain[12:]) == by_number  # every row once, and again
+    shuffled = ids(RowStream(folders, shuffle_buffer=3), 24)
+    assert shuffled != plain and shuffled == ids(RowStream(folders, shuffle_buffer=3), 24)
+    assert shuffled != ids(RowStream(folders, shuffle_buffer=3, seed=1), 24)
+    rows = itertools.islice(RowStream(folders, [9, 1], shuffle_buffer=3), 200)
+    assert np.mean([len(row["image_grids"]) > 0 for row in rows]) == pytest.approx(0.9, abs=0.07)
+    with pytest.raises(ValueError, match="expected those of 0123"):
+        RowStream(folders, vision_tokenizer="0123")
+
+
+@pytest.mark.parametrize("workers", [2, 3])  # as many files as workers, and fewer
+def test_workers_share_a_stream(workers, toy):
+    folders = [toy / "text_to_image", toy / "text"]
+    loader = DataLoader(RowStream(folders, shuffle_buffer=1), batch_size=None, num_workers=workers)
+    rows = [str(row["input_ids"].tolist()) for row in itertools.islice(loader, 12)]
+    assert sorted(rows) == sorted(str(row["input_ids"].tolist()) for row in train.load_rows(folders))
+
+
+def test_streams_that_cannot_be(toy, tmp_path):
+    values = stream_values(toy)
+    with pytest.raises(ValueError, match="a stream has no last rows: name eval_codes"):
+        train.parse_recipe({**values, "eval_rows": 2})
+    with pytest.raises(ValueError, match="a stream has no end"):
+        train_stream(tmp_path, toy, max_steps=-1)
 
 
 # --- launchers
@@ -216,7 +339,7 @@ def test_accelerate_launch(config, toy, tmp_path):
         "model_name_or_path": str(toy / "transformer"), "train_codes": [str(toy / "edit"), str(toy / "text")],
         "output_dir": str(tmp_path / "one"), "max_steps": 2, "per_device_train_batch_size": 2, "optim": "sgd",
         "learning_rate": 0.1, "seed": 3, "train_sampling_strategy": "sequential", "report_to": "none",
-        "disable_tqdm": True, "logging_steps": 1,
+        "disable_tqdm": True, "logging_steps": 1, "gradient_checkpointing": True,
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     configuration = train.RECIPES / "accelerate" / f"{config}.yaml"
@@ -325,13 +448,61 @@ def test_alignment_needs_a_head_of_its_own():
 def test_one_flag_trains_an_adapter(flags, toy, tmp_path):
     extra = [f"--override={key}={value}" for key, value in {"use_peft": True, **flags}.items()]
     arguments = on_toys(toy, "shapes/sft_1024", tmp_path)
-    trainer_args = [*arguments, *extra, "--override=eval_strategy='no'", "--override=eval_rows=0"]
+    trainer_args = [*arguments, *extra, "--override=eval_strategy=no", "--override=eval_rows=0"]
     trainer_args += ["--override=sample_prompts=null", "--override=bf16=false"]
     assert cli.main(["train", *trainer_args]) == 0
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in saved.items())
     assert any("connector" in name for name in saved) == bool(flags.get("lora_train_image_parts"))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_an_adapter_is_a_start_as_a_model_is(toy, tmp_path):
+    """The next stage goes on with it, or with all the weights that it is merged into."""
+    values = {
+        **stream_values(toy), "streaming": False, "pack_max_length": None, "max_steps": 2, "use_peft": True,
+        "lora_dropout": 0.0, "save_strategy": "no",
+    }  # fmt: skip
+    first = train.train(*train.parse_recipe({**values, "output_dir": str(tmp_path / "first")})).model
+    values |= {"model_name_or_path": str(tmp_path / "first"), "output_dir": str(tmp_path / "second")}
+    model_args = train.parse_recipe(values)[0]
+    batch = NextFlowTrainer(first, train.parse_recipe(values)[2]).data_collator(toy_code_rows(toy))
+    batch = {name: value for name, value in batch.items() if name != "row_ids"}
+    expected = first.eval()(**batch).loss
+    again = load_model(model_args)
+    torch.testing.assert_close(again.eval()(**batch).loss, expected)
+    trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in first.named_parameters() if parameter.requires_grad}
+    model_args.use_peft = False
+    merged = load_model(model_args)
+    torch.testing.assert_close(merged.eval()(**batch).loss, expected, atol=1e-5, rtol=1e-5)
+    assert type(merged) is NextFlowForCausalLM and all(p.requires_grad for p in merged.parameters())
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    train.train(*train.parse_recipe({**values, "use_peft": False}))
+    assert (tmp_path / "second" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match=r"is an adapter with \{'lora_r': 16\}, expected \{'lora_r': 8\}"):
+        load_model(train.parse_recipe({**values, "lora_r": 8})[0])
+
+
+def toy_code_rows(toy: Path) -> list[dict]:
+    return [train.load_rows([toy / "edit"])[index] for index in range(4)]
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_an_adapter_costs_no_float32_copy_of_its_base(bits, toy):
+    flags = {} if bits is None else {f"load_in_{bits}bit": True}
+    recipe = {"model_name_or_path": str(toy / "transformer"), "train_codes": ["a"], "use_cpu": True, "use_peft": True}
+    model_args, _, args = train.parse_recipe({**recipe, "bf16": True, "lora_train_image_parts": True, **flags})
+    model = load_model(model_args, in_bfloat16=args.bf16)
+    frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert frozen <= {torch.bfloat16, torch.uint8, torch.int8} and torch.bfloat16 in frozen
+    assert set(trained.values()) == {torch.float32}, trained
+    model_args.use_peft = False
+    if bits is None:
+        assert {parameter.dtype for parameter in load_model(model_args, in_bfloat16=True).parameters()} == {
+            torch.float32
+        }
 
 
 # --- samples

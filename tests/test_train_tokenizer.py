@@ -1,24 +1,24 @@
 """The tokenizer's training as a whole: by recipe through the three stages, killed and resumed, on two processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import in_processes
+from safetensors.torch import load_file
 from toy_pipeline import toy_vision_tokenizer
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from nextflow_hf import NextFlowVisionTokenizer, cli
 from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor
+from nextflow_hf.training.checkpoints import last_checkpoint
+from nextflow_hf.training.not_finite import NotFiniteError
 from nextflow_hf.training.shapes.dataset import shapes_sample
 from nextflow_hf.training.tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
-from nextflow_hf.training.tokenizer_recipe import RECIPES, last_whole_checkpoint, parse_recipe, read_recipe
+from nextflow_hf.training.tokenizer_recipe import RECIPES, parse_recipe, read_recipe
 from nextflow_hf.training.tokenizer_trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -85,10 +85,20 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path):
     assert {"adversarial_loss", "adversarial_weight", "discriminator_loss"} <= set(losses_of(whole)[2])
     assert "adversarial_loss" not in losses_of(whole)[1]
     assert sum(entry["restarted_codes"] for entry in losses_of(whole)) > 0
-    # The last checkpoint was being written when the process was killed.
-    (tmp_path / "whole" / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5, "log_h')
-    (tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").unlink()
-    checkpoint = last_whole_checkpoint(tmp_path / "whole")
+    # Stopped while the checkpoint of step 4 is written.
+    killed = make_trainer(tmp_path / "killed", **options)
+    save = killed._save_rng_state
+
+    def stop_at_four(folder: str) -> None:
+        if killed.state.global_step == 4:
+            raise KeyboardInterrupt
+        save(folder)
+
+    killed._save_rng_state = stop_at_four
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir())[-1] == "unfinished-checkpoint"
+    checkpoint = last_checkpoint(tmp_path / "killed")
     assert checkpoint.endswith("checkpoint-3")
     again = make_trainer(tmp_path / "again", **options)
     again.train(resume_from_checkpoint=checkpoint)
@@ -98,6 +108,26 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path):
     silent = make_trainer(tmp_path / "silent", **options, adversarial_loss_weight=0.0)
     with pytest.raises(ValueError, match="has an adversary, but adversarial_loss_weight is 0.0"):
         silent.train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("bad", ["tokenizer", "discriminator"])
+def test_a_bad_number_stops_before_the_weights_change(bad, tmp_path):
+    trainer = make_trainer(tmp_path, adversarial_start=0, continuous_steps=0, per_device_train_batch_size=2)
+    trainer.train_dataset = [
+        {**item, "row_id": f"picture {index}"} for index, item in enumerate(trainer.train_dataset)
+    ]
+    network = trainer.tokenizer.pixel_decoder if bad == "tokenizer" else trainer.adversary.discriminator
+    # In the second step: times one before it.
+    network.register_forward_hook(lambda _, __, output: output * (torch.nan if trainer.state.global_step == 1 else 1))
+    with pytest.raises(NotFiniteError, match="loss of step 2 is not finite"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    notes = json.loads((tmp_path / "bad-batch-step2-rank0-0.json").read_text())
+    assert notes["row_ids"] == ["picture 2", "picture 3"] and notes["loss"] == "nan"
+    batch = load_file(tmp_path / "bad-batch-step2-rank0-0.safetensors")
+    assert torch.equal(batch["pixel_values"][0], trainer.train_dataset[2]["pixel_values"])
+    assert all(parameter.isfinite().all() for parameter in trainer.tokenizer.parameters())
+    assert all(parameter.isfinite().all() for parameter in trainer.adversary.discriminator.parameters())
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):
@@ -124,21 +154,9 @@ def train_one_of_two(folder: str) -> None:
 
 
 def test_two_processes_are_one_with_both_batches(tmp_path):
-    code = f"import test_train_tokenizer; test_train_tokenizer.train_one_of_two({str(tmp_path)!r})"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **{name: str(value) for name, value in ranks.items()}}
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-        processes.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE))
+    in_processes(train_one_of_two, str(tmp_path))
     whole = make_trainer(tmp_path / "one", per_device_train_batch_size=8)
     whole.train()
-    for process in processes:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors.decode()[-3000:]
     both = torch.load(tmp_path / "result.pt")
     assert sum(entry["restarted_codes"] for entry in both["losses"]) > 0
     for one, other in zip(losses_of(whole), both["losses"], strict=True):

@@ -109,6 +109,14 @@ def test_all_processes_stop_when_one_has_a_bad_batch(tmp_path):
     assert len(list(tmp_path.glob("bad-batch-*.safetensors"))) == 1
 
 
+def test_a_code_out_of_range_names_its_rows(tmp_path):
+    rows = toy_rows(4)
+    rows[1]["image_codes"][0] = 24
+    with pytest.raises(ValueError, match=r"image_codes must lie in \[0, 24\), got 0 to 24") as raised:
+        make_trainer(tmp_path, rows=rows, per_device_train_batch_size=2).train()
+    assert raised.value.__notes__ == ["It was raised by a batch of the rows ['row-0', 'row-1']"]
+
+
 # --- checkpoints
 
 

@@ -3,10 +3,12 @@
 Names are those of transformers' `TrainingArguments` and of TRL's `ModelConfig`, where these have one.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .data.packing import ON_LONG_ROW
 from .freezing import TRAINABLE
 
 
@@ -17,14 +19,16 @@ class ModelArguments:
 
     Args:
         model_name_or_path (`str`, *optional*):
-            A NextFlow transformer (`nextflow-hf convert qwen` makes the one that alignment starts from). Without it
-            one with random weights is made for `processor_name_or_path` and `vision_tokenizer_name_or_path`.
+            A NextFlow transformer (`nextflow-hf convert qwen` makes the one that alignment starts from), or an adapter
+            of one: with `use_peft` the training goes on with it, else with the weights that it is merged into. Without
+            it a model with random weights is made for `processor_name_or_path` and `vision_tokenizer_name_or_path`.
         config_overrides (`dict`, *optional*): Fields of [`NextFlowConfig`], for either.
         processor_name_or_path (`str`, *optional*): The processor; needed to sample images.
         vision_tokenizer_name_or_path (`str`, *optional*): The vision tokenizer; needed to sample images.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Of the weights. In float32 `bf16: true` computes in bfloat16 and keeps what is trained exact; an adapter's
-            frozen base, and a model whose float32 copy does not fit, are best in bfloat16.
+        dtype (`str`, *optional*):
+            Of the weights. By default float32, where `bf16: true` computes in bfloat16 and keeps what is trained
+            exact; under an adapter, whose base is frozen, bfloat16 with `bf16: true`. A model whose float32 copy does
+            not fit is best in bfloat16.
         attn_implementation (`str`, *optional*): As in `from_pretrained`.
         use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter in the place of the model.
         lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save, use_rslora, use_dora:
@@ -42,7 +46,7 @@ class ModelArguments:
     config_overrides: dict | None = None
     processor_name_or_path: str | None = None
     vision_tokenizer_name_or_path: str | None = None
-    dtype: str = field(default="float32", metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    dtype: str | None = field(default=None, metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
     attn_implementation: str | None = None
     use_peft: bool = False
     lora_r: int = 16
@@ -91,6 +95,14 @@ class DataArguments:
             documents that do not see each other, and of as much computation as the others where FLOPs limit it (§4).
             By default a row is one document, padded to the longest of its batch.
         pack_window (`int`, *optional*, defaults to 2048): Documents that are packed among themselves.
+        on_long_row (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` stops before the training at a document that fits into no pack; `"skip"` leaves such out, counted
+            and named.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read the shards as they come, in an order that is shuffled by files and within `shuffle_buffer` rows, and
+            not by number from a copy in the cache of `datasets`: for more rows than that is for. Needs `max_steps`;
+            every process reads all files.
+        shuffle_buffer (`int`, *optional*, defaults to 1000): Rows among which the next one of a stream is drawn.
     """
 
     train_codes: list[str] = field(default_factory=list)
@@ -100,6 +112,9 @@ class DataArguments:
     pack_max_length: int | None = None
     pack_max_flops: float | None = None
     pack_window: int = 2048
+    on_long_row: str = field(default="raise", metadata={"choices": list(ON_LONG_ROW)})
+    streaming: bool = False
+    shuffle_buffer: int = 1000
 
     @property
     def is_packed(self) -> bool:
@@ -111,16 +126,20 @@ class DataArguments:
         if self.train_weights is not None and len(self.train_weights) != len(self.train_codes):
             raise ValueError(
                 f"train_weights has {len(self.train_weights)} entries for {len(self.train_codes)} folders of "
-                "train_codes, expected one for each"
+                "train_codes, expected one for each, or null: every row once an epoch"
             )
         if self.eval_codes and self.eval_rows:
             raise ValueError(f"eval_rows is {self.eval_rows} and eval_codes is {self.eval_codes}: pass one of the two")
+        if self.eval_rows and self.streaming:
+            raise ValueError(f"eval_rows is {self.eval_rows}, but a stream has no last rows: name eval_codes instead")
 
 
 @dataclass
 class NextFlowTrainingArguments(TrainingArguments):
     """
     [`~transformers.TrainingArguments`] and, besides:
+
+    Where FSDP recomputes activations itself, which suits it better, `gradient_checkpointing` is turned off.
 
     Args:
         trainable (`str`, *optional*, defaults to `"all"`):
@@ -140,10 +159,18 @@ class NextFlowTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self._fsdp_recomputes:
+            self.gradient_checkpointing = self.activation_checkpointing = False
         # A batch has one row of codes for all its images: a batch of the first process cannot be cut for the others.
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise ValueError("accelerator_config has dispatch_batches or split_batches, but batches cannot be cut")
         self.accelerator_config.dispatch_batches = False
+
+    @property
+    def _fsdp_recomputes(self) -> bool:
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # by `accelerate launch`
+            return os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+        return bool(self.fsdp) and str(self.fsdp_config.get("activation_checkpointing")).lower() == "true"
 
 
 __all__ = ["DataArguments", "ModelArguments", "NextFlowTrainingArguments"]

@@ -1,4 +1,4 @@
-"""A checkpoint that is there whole or not at all, whatever kills the process that writes it.
+"""A checkpoint that is there whole or not at all, whatever kills the process that writes it. For any `Trainer`.
 
 `Trainer` writes into `checkpoint-N` file by file and resumes from the highest N. Here it writes into a folder that
 nothing resumes from; the finished checkpoint is then flushed to the disk and moved to its place by one rename.
@@ -7,18 +7,10 @@ nothing resumes from; the finished checkpoint is then flushed to the disk and mo
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import logging
 
-
-if TYPE_CHECKING:
-    from .trainer import NextFlowTrainer
-
-
-logger = logging.get_logger(__name__)
 
 STAGING_FOLDER = "unfinished-checkpoint"
 STATE_FILE = "trainer_state.json"
@@ -29,11 +21,11 @@ class StagedCheckpoint:
     Context in which `trainer` writes its checkpoint into `folder`; at its end the checkpoint is moved to `run_dir`.
 
     Args:
-        trainer ([`NextFlowTrainer`]): All processes of it must come here.
+        trainer (`Trainer` with [`StagedCheckpointsMixin`]): All processes of it must come here.
         run_dir (`str`): Where the checkpoints are.
     """
 
-    def __init__(self, trainer: "NextFlowTrainer", run_dir: str):
+    def __init__(self, trainer: "StagedCheckpointsMixin", run_dir: str):
         self.trainer = trainer
         self.run_dir = run_dir
         self.folder = os.path.join(run_dir, STAGING_FOLDER)
@@ -85,6 +77,25 @@ class StagedCheckpoint:
         _flush(Path(self.run_dir))
 
 
+class StagedCheckpointsMixin:
+    """Before `Trainer` among the bases of a trainer: its checkpoints are written by [`StagedCheckpoint`]."""
+
+    _staged_checkpoint: StagedCheckpoint | None = None
+
+    def save_own_state(self, folder: str) -> None:
+        """What a subclass has to keep besides what `Trainer` does; every process comes here, the folder exists."""
+
+    def _get_output_dir(self, trial) -> str:
+        # While a checkpoint is written this is where `Trainer` puts it.
+        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with StagedCheckpoint(self, super()._get_output_dir(trial)):
+            os.makedirs(self._staged_checkpoint.source, exist_ok=True)
+            self.save_own_state(self._staged_checkpoint.source)
+            super()._save_checkpoint(model, trial)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -98,4 +109,4 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
     return get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
 
 
-__all__ = ["StagedCheckpoint", "last_checkpoint"]
+__all__ = ["StagedCheckpoint", "StagedCheckpointsMixin", "last_checkpoint"]

@@ -16,14 +16,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import PartialState
 from transformers import HfArgumentParser
+from transformers.utils import PROCESSOR_NAME, cached_file
 
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..processing.processing_nextflow import NextFlowProcessor
 from .data.extraction import ExtractionSettings, extract_rows
 from .data.mixture import MixtureArguments, load_mixture
+from .recipe import read_recipe
 
 
 @dataclass(kw_only=True)
@@ -32,7 +33,9 @@ class ModelArguments:
     What encodes, and where the codes go.
 
     Args:
-        model (`str`, *optional*): Folder or Hub id with the processor and, in `vision_tokenizer/`, its tokenizer.
+        model (`str`, *optional*):
+            Folder or Hub id with the processor, at its root or in `processor/`, and, in `vision_tokenizer/`, its
+            tokenizer: what the exporter writes, and what the pipeline's `save_pretrained` writes.
         vision_tokenizer, processor (`str`, *optional*): Folders or Hub ids in the place of those of `model`.
         revision (`str`, *optional*): Of `model`, `vision_tokenizer` and `processor` on the Hub.
         output_dir (`str`): Folder of the shards.
@@ -71,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, MixtureArguments,
     )
     parser.add_argument("config", type=Path, help="YAML file with the sources and other options")
     config, _ = parser.parse_known_args(argv, argparse.Namespace())
-    values = yaml.safe_load(config.config.read_text(encoding="utf-8")) or {}
+    values = read_recipe(config.config)
     known = {entry.name for group in groups for entry in fields(group)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{config.config} has {unknown}, expected some of {sorted(known)}")
@@ -80,12 +83,21 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, MixtureArguments,
     return tuple(arguments)
 
 
+def load_processor(model: ModelArguments, **revision: str) -> NextFlowProcessor:
+    """The processor that the arguments name."""
+    if model.processor is not None:
+        return NextFlowProcessor.from_pretrained(model.processor, **revision)
+    at_root = cached_file(model.model, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **revision)
+    where = {} if at_root else {"subfolder": "processor"}
+    return NextFlowProcessor.from_pretrained(model.model, **where, **revision)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Extract; returns the exit status."""
     model, mixture, settings = parse(argv)
     state = PartialState(cpu=not torch.accelerator.is_available())
     revision = {} if model.revision is None else {"revision": model.revision}
-    processor = NextFlowProcessor.from_pretrained(model.processor or model.model, **revision)
+    processor = load_processor(model, **revision)
     sampling = {
         name: getattr(model, name)
         for name in ("self_correction_top_k", "self_correction_ratio")

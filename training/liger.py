@@ -5,6 +5,7 @@ imported when they are applied.
 """
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 from types import FunctionType, MethodType
 
@@ -45,6 +46,11 @@ def apply_liger_kernel_to_nextflow(
         raise ValueError("Liger's kernels are applied to an instance of NextFlow: pass model")
     if cross_entropy:
         raise ValueError("cross_entropy=True needs all logits at once: use fused_linear_cross_entropy=True")
+    if not torch.accelerator.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "Liger's kernels need a GPU, and there is none: leave use_liger_kernel out. The loss holds no logits "
+            "of a whole sequence without it either"
+        )
     found = importlib.metadata.version("liger-kernel")
     if version.parse(found) < version.parse(MINIMUM_VERSION):
         raise ImportError(

@@ -91,7 +91,7 @@ def training_memory(
     The memory of one step.
 
     Args:
-        trainable (`str`): `"all"`, `"alignment"`, `"lora"` or `"qlora"` (4 bits, nested constants).
+        trainable (`str`): `"all"`, `"alignment"`, `"lora"` or `"qlora"` (4 bits).
         optim (`str`): One of `OPTIMIZERS`, by the names of `TrainingArguments.optim`.
         dtype (`str`): Of the weights: `"bfloat16"`, or `"float32"` computed in bfloat16 (`bf16: true`).
         tokens (`int`): Of a micro-batch.
@@ -109,9 +109,9 @@ def training_memory(
     if dtype == "float32":  # autocast casts a weight once a step; embeddings are not cast
         weights += 2 * sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     if trainable == "qlora":
-        # Linear layers of the decoder: half a byte, a byte for 64 of them, and an fp32 constant for 256 of those.
+        # Linear layers of the decoder: half a byte, and an fp32 constant for 64 of them.
         linear = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
-        weights = size * (parameters - linear) + linear * (0.5 + (1 + 4 / 256) / 64)
+        weights = size * (parameters - linear) + linear * (0.5 + 4 / 64)
     trained_size = size
     if trainable in ("lora", "qlora"):
         model = add_adapter(model, ModelArguments("meta", use_peft=True, lora_r=lora_r))

@@ -1,7 +1,11 @@
 """The transformer that a recipe trains: a saved one or a new one, quantised or not, with an adapter or without."""
 
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
@@ -12,8 +16,13 @@ from .arguments import ModelArguments
 from .data.extraction import codes_fingerprint
 
 
-def load_model(args: ModelArguments) -> PreTrainedModel:
-    """The model of a recipe; with `use_peft` it is PEFT's around it."""
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrainedModel:
+    """The model of a recipe, which computes `in_bfloat16` or not; with `use_peft` it is PEFT's around it."""
+    dtype = args.dtype or ("bfloat16" if args.use_peft and in_bfloat16 else "float32")
     if args.model_name_or_path is None:
         model = new_transformer(
             NextFlowProcessor.from_pretrained(args.processor_name_or_path),
@@ -21,17 +30,43 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
             attn_implementation=args.attn_implementation,
             **args.config_overrides or {},
         )
-        if args.dtype != "auto":
-            model = model.to(getattr(torch, args.dtype))
-    else:
-        model = NextFlowForCausalLM.from_pretrained(
-            args.model_name_or_path,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-            quantization_config=quantization_config(args),
-            **args.config_overrides or {},
+        if dtype != "auto":
+            model = model.to(getattr(torch, dtype))
+        return add_adapter(model, args) if args.use_peft else model
+    adapter = saved_adapter(args.model_name_or_path)
+    model = NextFlowForCausalLM.from_pretrained(
+        args.model_name_or_path if adapter is None else adapter.base_model_name_or_path,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        quantization_config=quantization_config(args, dtype),
+        **args.config_overrides or {},
+    )
+    if adapter is None:
+        return add_adapter(model, args) if args.use_peft else model
+    peft = import_peft()
+    if args.use_peft:
+        check_adapter(adapter, args)
+        return peft.PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
+    # A stage that trains all weights starts from those that the adapter made.
+    return peft.PeftModel.from_pretrained(model, args.model_name_or_path).merge_and_unload().requires_grad_(True)
+
+
+def saved_adapter(name_or_path: str) -> "LoraConfig | None":
+    """The configuration of the adapter that a folder or a repository holds in the place of a model."""
+    if find_adapter_config_file(name_or_path) is None:
+        return None
+    return import_peft().PeftConfig.from_pretrained(name_or_path)
+
+
+def check_adapter(adapter: "LoraConfig", args: ModelArguments) -> None:
+    """Refuse to go on with an adapter of another shape than the recipe's."""
+    found = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
+    found["use_dora"] = adapter.use_dora
+    if differing := {name: value for name, value in found.items() if value != getattr(args, name)}:
+        raise ValueError(
+            f"{args.model_name_or_path} is an adapter with {differing}, expected "
+            f"{ {name: getattr(args, name) for name in differing} }: the training goes on with the adapter as it is"
         )
-    return add_adapter(model, args) if args.use_peft else model
 
 
 def new_transformer(
@@ -78,11 +113,11 @@ def new_transformer(
     return model
 
 
-def quantization_config(args: ModelArguments) -> BitsAndBytesConfig | None:
+def quantization_config(args: ModelArguments, dtype: str) -> BitsAndBytesConfig | None:
     if args.load_in_4bit:
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_compute_dtype="bfloat16" if args.dtype == "auto" else args.dtype,
+            bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
             bnb_4bit_quant_type=args.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
             bnb_4bit_quant_storage=args.bnb_4bit_quant_storage,
@@ -90,23 +125,26 @@ def quantization_config(args: ModelArguments) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_8bit=True) if args.load_in_8bit else None
 
 
+def import_peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapters need PEFT: pip install 'nextflow-hf[train]'") from error
+    return peft
+
+
 def add_adapter(model: NextFlowForCausalLM, args: ModelArguments) -> PreTrainedModel:
     """PEFT's model around this one."""
-    try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    except ImportError as error:
-        raise ImportError("use_peft needs PEFT: pip install nextflow-hf[train]") from error
-
-    if args.load_in_4bit or args.load_in_8bit:
-        # The trainer turns activation checkpointing on where the recipe says so.
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    peft = import_peft()
+    # Without `prepare_model_for_kbit_training`, which turns what is not quantised, the head above all, to float32: the
+    # norms and the loss compute in it anyway, and recomputing activations needs no gradient of a layer's input.
     modules_to_save, token_indices = args.lora_modules_to_save, None
     if args.lora_train_image_parts:
         modules_to_save = sorted({*(modules_to_save or []), *IMAGE_MODULES})
         token_indices = image_token_rows(model.config)
-    return get_peft_model(
+    model = peft.get_peft_model(
         model,
-        LoraConfig(
+        peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
@@ -118,6 +156,10 @@ def add_adapter(model: NextFlowForCausalLM, args: ModelArguments) -> PreTrainedM
             use_dora=args.use_dora,
         ),
     )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # as PEFT has its matrices; the copies of modules have the base's dtype
+            parameter.data = parameter.data.float()
+    return model
 
 
 __all__ = ["add_adapter", "load_model", "new_transformer", "quantization_config"]

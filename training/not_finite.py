@@ -1,27 +1,54 @@
-"""What happens when a loss or a gradient is not finite: the batch is saved, and every process stops.
+"""For any `Trainer`: when a loss or a gradient is not finite, the batch is saved and every process stops.
 
 `Trainer`'s `logging_nan_inf_filter` only hides such a loss from the logs; the weights would be lost all the same.
 """
 
 import json
+import math
 import os
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
-
-
-if TYPE_CHECKING:
-    from .trainer import NextFlowTrainer
+from transformers import Trainer
 
 
 class NotFiniteError(FloatingPointError):
     """A loss or a gradient of the training is NaN or infinite."""
 
 
+class FiniteStepsMixin:
+    """
+    Before `Trainer` among the bases of a trainer, which calls [`watch`] with every loss that it trains on: a step with
+    a loss or a gradient that is not finite raises [`NotFiniteError`] on every process before the weights change.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._step_batches: list[tuple[dict, torch.Tensor]] = []  # of this optimisation step, with their losses
+
+    def watch(self, inputs: dict, loss: torch.Tensor) -> None:
+        """A batch and its loss, of every process at the same time."""
+        self._step_batches.append((inputs, loss.detach()))
+        # Before the last backward pass of a step: DeepSpeed changes the weights in there.
+        if self.accelerator.sync_gradients:
+            is_bad = ~torch.isfinite(torch.stack([loss for _, loss in self._step_batches])).all()
+            if self.accelerator.reduce(is_bad.float()) > 0:
+                stop_training(self, self._step_batches, None)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # After all backward passes of a step and before the weights change; the norm is the same on every process.
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        batches, self._step_batches = self._step_batches, []
+        is_known = grad_norm is not None and self.accelerator.scaler is None  # fp16's scaler skips such steps itself
+        if is_known and not math.isfinite(grad_norm):
+            stop_training(self, batches, grad_norm)
+        return grad_norm
+
+
 def stop_training(
-    trainer: "NextFlowTrainer", batches: list[tuple[dict, torch.Tensor]], grad_norm: torch.Tensor | float | None
+    trainer: Trainer, batches: list[tuple[dict, torch.Tensor]], grad_norm: torch.Tensor | float | None
 ) -> NoReturn:
     """
     Save the batches whose loss is not finite, and raise. All processes come here.
@@ -56,4 +83,4 @@ def stop_training(
     )
 
 
-__all__ = ["NotFiniteError", "stop_training"]
+__all__ = ["FiniteStepsMixin", "NotFiniteError", "stop_training"]

@@ -3,26 +3,23 @@
 What they name is built here: the tokenizer before its first step, its teacher, and the pictures.
 """
 
-import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import AutoConfig, HfArgumentParser, Siglip2Model, Siglip2VisionModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import AutoConfig, Siglip2Model, Siglip2VisionModel
 
 from ..modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
+from . import recipe as recipes
 from .data.pictures import NextFlowPictureDataset, load_pictures
 from .evaluation.reconstruction_report import load_vision_tokenizer
 from .tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
 
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = recipes.RECIPES
 
 
 @dataclass
@@ -85,43 +82,19 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     if not path.is_file():
         ours = sorted(file.stem for file in RECIPES.glob("*vision_tokenizer_*.yaml"))
         raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
-    recipe = yaml.safe_load(path.read_text())
-    for override in overrides:
-        apply_override(recipe, override)
+    recipe = recipes.read_recipe(path)
+    for assignment in overrides:
+        recipes.override(recipe, assignment)
     return recipe
-
-
-def apply_override(recipe: dict[str, Any], override: str) -> None:
-    """Sets a key as `key=value` says; the value is YAML, and `a.b=value` sets `b` in the mapping `a`."""
-    path, equals, value = override.partition("=")
-    if not equals:
-        raise ValueError(f"--override got {override!r}, expected key=value such as max_steps=100")
-    *parents, key = path.split(".")
-    for parent in parents:
-        recipe[parent] = recipe.get(parent) or {}
-        recipe = recipe[parent]
-        if not isinstance(recipe, dict):
-            raise ValueError(f"--override {override}: {parent} is {recipe!r}, expected a mapping")
-    recipe[key] = yaml.safe_load(value)
 
 
 def parse_recipe(
     recipe: dict[str, Any],
 ) -> tuple[VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments]:
     """A recipe's keys as arguments. Raises `ValueError` on a key that is none."""
-    parser = HfArgumentParser((VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments))
-    actions = {action.dest: action for action in parser._actions}
-    unknown = {key: difflib.get_close_matches(key, actions, n=3) for key in sorted(set(recipe) - set(actions))}
-    if unknown:
-        raise ValueError(f"the recipe has unknown keys; near ones that exist: {unknown}")
-    if "train_images" not in recipe:
-        raise ValueError("train_images is missing, expected a folder or a data set: --override train_images=path")
-    for key, value in recipe.items():
-        # To YAML, 1e-4 is text.
-        is_number = actions[key].type in (int, float) and isinstance(value, str)
-        parser.set_defaults(**{key: actions[key].type(value) if is_number else value})
-        actions[key].required = False
-    return parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+    groups = (VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments)
+    needed = {"train_images": "a folder or a data set: --override train_images=path"}
+    return recipes.parse_recipe(recipe, groups, prog="nextflow-hf train-tokenizer", needed=needed)
 
 
 def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
@@ -184,24 +157,11 @@ def build_datasets(
     return train, NextFlowPictureDataset(rows, image_processor, on_bad_picture=args.on_bad_picture)
 
 
-def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end: `Trainer` writes its own state last."""
-    checkpoints = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
-        return str(checkpoint)
-    return None
-
-
 __all__ = [
     "PictureArguments",
     "VisionTokenizerArguments",
     "build_datasets",
     "build_tokenizer",
-    "last_whole_checkpoint",
     "load_teacher",
     "parse_recipe",
     "read_recipe",

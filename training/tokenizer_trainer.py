@@ -22,9 +22,11 @@ from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import (
     schedules_from_grids,
 )
 from .adversary import Adversary, PatchDiscriminator, adaptive_weight
+from .checkpoints import StagedCheckpointsMixin
 from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
 from .data.pictures import NextFlowVisionTokenizerCollator
 from .evaluation.reconstruction_report import measure_batch
+from .not_finite import FiniteStepsMixin
 from .tokenizer_arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
 from .tokenizer_losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
 
@@ -34,9 +36,12 @@ SEMANTIC_CODEBOOK = "quantizer.semantic_codebook"
 STATE_NAME = "vision_tokenizer_trainer.pt"
 
 
-class NextFlowVisionTokenizerTrainer(Trainer):
+class NextFlowVisionTokenizerTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains a [`NextFlowVisionTokenizer`].
+
+    A step whose loss or gradient is not finite raises [`NotFiniteError`] on every process before the weights change,
+    and the batch is saved. A checkpoint is written beside its place and moved there when it is complete.
 
     Args:
         model (`NextFlowVisionTokenizer`): The tokenizer.
@@ -133,6 +138,8 @@ class NextFlowVisionTokenizerTrainer(Trainer):
             loss = loss + adversarial["adversarial_weight"] * adversarial["adversarial_loss"]
             parts |= adversarial
         if model.training:
+            # Neither may the discriminator's be a bad number: it learns from the same pictures.
+            self.watch(inputs, loss + 0 * parts.get("discriminator_loss", 0))
             self._keep_for_logs(outputs, parts)
             if self.quantizes:
                 self.usage.add(outputs.image_codes, image_grids)
@@ -344,15 +351,11 @@ class NextFlowVisionTokenizerTrainer(Trainer):
         with self._averaged_weights():
             super().save_model(output_dir)
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        # Before the rest: `Trainer` writes its own state last, and what has that is whole.
+    def save_own_state(self, folder: str) -> None:
         if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            os.makedirs(folder, exist_ok=True)
             parts = {"ema": self.ema, "adversary": self.adversary}
             state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
             torch.save({**state, "steps_unused": self.usage.steps_unused}, os.path.join(folder, STATE_NAME))
-        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

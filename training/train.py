@@ -10,26 +10,34 @@ command is given again; `--override resume_from_checkpoint=false` starts anew.
 """
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
-import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
+from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
+from nextflow_hf.training import recipe as recipes
 from nextflow_hf.training.arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from nextflow_hf.training.callbacks import SampleImagesCallback
 from nextflow_hf.training.checkpoints import last_checkpoint
 from nextflow_hf.training.data.extraction import load_codes
-from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
+from nextflow_hf.training.data.packing import (
+    PackedDataset,
+    PackedIterableDataset,
+    PackingCollator,
+    PackingReport,
+    row_flops,
+)
+from nextflow_hf.training.data.streaming import RowStream
 from nextflow_hf.training.freezing import set_trainable
 from nextflow_hf.training.model_loading import load_model
 from nextflow_hf.training.trainer import NextFlowTrainer
@@ -37,7 +45,7 @@ from nextflow_hf.training.trainer import NextFlowTrainer
 
 logger = logging.get_logger(__name__)
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = recipes.RECIPES
 FAMILIES = ("7b", "shapes")
 
 
@@ -56,42 +64,15 @@ def read_recipe(name_or_path: str) -> dict:
         raise FileNotFoundError(
             f"{name_or_path} is no file and no shipped recipe; those are {', '.join(shipped_recipes())}"
         )
-    recipe = yaml.safe_load(path.read_text())
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} holds {type(recipe).__name__}, expected a mapping of keys to values")
-    return recipe
-
-
-def override(recipe: dict, assignment: str) -> None:
-    """Set a key as `key=value` says, in place; the value is YAML, and `a.b=value` sets `b` in the mapping `a`."""
-    key, separator, value = assignment.partition("=")
-    if not separator:
-        raise ValueError(f"--override got {assignment!r}, expected key=value")
-    *parents, key = key.strip().split(".")
-    for parent in parents:
-        recipe[parent] = recipe.get(parent) or {}
-        recipe = recipe[parent]
-        if not isinstance(recipe, dict):
-            raise ValueError(f"--override {assignment}: {parent} is {recipe!r}, expected a mapping")
-    recipe[key] = yaml.safe_load(value)
+    return recipes.read_recipe(path)
 
 
 def parse_recipe(
     recipe: dict, rest: Sequence[str] = ()
 ) -> tuple[ModelArguments, DataArguments, NextFlowTrainingArguments]:
     """The recipe's keys, and what the command line says besides (`--learning_rate 1e-4`), as arguments."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, NextFlowTrainingArguments), prog="nextflow-hf train")
-    actions = {action.dest: action for action in parser._actions}
-    if unknown := sorted(set(recipe) - set(actions)):
-        hints = {key: difflib.get_close_matches(key, actions, n=3) for key in unknown}
-        raise ValueError(f"the recipe has unknown keys; near ones that exist: {hints}")
-    for key, value in recipe.items():
-        # argparse reads a string as it reads the command line: to YAML, 1e-4 is none of its numbers.
-        action = actions[key]
-        is_number = action.type in (int, float) and isinstance(value, str)
-        parser.set_defaults(**{key: action.type(value) if is_number else value})
-        action.required = False
-    return parser.parse_args_into_dataclasses(args=list(rest), look_for_args_file=False)
+    groups = (ModelArguments, DataArguments, NextFlowTrainingArguments)
+    return recipes.parse_recipe(recipe, groups, prog="nextflow-hf train", rest=rest)
 
 
 # --- data
@@ -115,9 +96,13 @@ def mix_rows(
 
 def training_and_evaluation_rows(
     args: DataArguments, seed: int, vision_tokenizer: str | None = None
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+) -> tuple[datasets.Dataset | RowStream, datasets.Dataset | None]:
     """The rows to train and to evaluate on; all of one vision tokenizer: the model's, whose fingerprint this is."""
     check_same_codes([*args.train_codes, *(args.eval_codes or [])])
+    if args.streaming:
+        evaluation = load_rows(args.eval_codes) if args.eval_codes else None
+        options = {"seed": seed, "shuffle_buffer": args.shuffle_buffer, "vision_tokenizer": vision_tokenizer}
+        return RowStream(args.train_codes, args.train_weights, **options), evaluation
     sources = [load_codes(folder, vision_tokenizer=vision_tokenizer) for folder in args.train_codes]
     evaluation = load_rows(args.eval_codes) if args.eval_codes else None
     if args.eval_rows:
@@ -129,25 +114,47 @@ def training_and_evaluation_rows(
 
 
 def pack_rows(
-    rows: datasets.Dataset, config: NextFlowConfig, data_args: DataArguments, args: NextFlowTrainingArguments
-) -> PackedDataset:
-    """The rows in packs, with a word on what that is worth."""
+    rows: datasets.Dataset | RowStream,
+    config: NextFlowConfig,
+    data_args: DataArguments,
+    args: NextFlowTrainingArguments,
+) -> PackedDataset | PackedIterableDataset:
+    """The rows in packs, with a word on what that is worth where they are all known."""
     if args.train_sampling_strategy == "group_by_length":
         raise ValueError("train_sampling_strategy is 'group_by_length', but packs have no length to be grouped by")
-    packs = PackedDataset(
-        rows,
-        config,
-        max_length=data_args.pack_max_length,
-        max_flops=data_args.pack_max_flops,
-        window=data_args.pack_window,
-        seed=args.seed,
-    )
+    options = {
+        "max_length": data_args.pack_max_length,
+        "max_flops": data_args.pack_max_flops,
+        "window": data_args.pack_window,
+        "on_long_row": data_args.on_long_row,
+    }
+    if isinstance(rows, RowStream):
+        return PackedIterableDataset(rows, config, **options)
+    packs = PackedDataset(rows, config, **options, seed=args.seed)
     report = packs.report(min(args.world_size * args.per_device_train_batch_size, len(packs)))
     logger.warning(
         f"{report.num_documents} documents in {report.num_packs} packs of {report.num_tokens / report.num_packs:.0f} "
         f"tokens on average; of a step's time, processes wait {1 - report.balance:.1%} for the busiest"
     )
     return packs
+
+
+def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlowTrainingArguments) -> None:
+    """A word on what padding to the longest row of a batch costs, from some of the rows."""
+    ranks, batch_size = args.world_size, args.per_device_train_batch_size
+    if len(rows) < ranks * batch_size or ranks * batch_size == 1:
+        return
+    some = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
+    sizes = rows.select_columns(["length", "image_grids"]).select(some)
+    lengths, flops = zip(*((int(row["length"]), row_flops(config, row)) for row in sizes))
+    padding_flops = training_flops(config, 1) - training_flops(config, 0)
+    report = PackingReport.of_padding(
+        lengths, flops, batch_size=batch_size, padding_flops=padding_flops, num_ranks=ranks
+    )
+    logger.warning(
+        f"in batches of {batch_size} rows in random order, {report.padding:.1%} of the tokens are padding; of a step, "
+        f"processes wait {1 - report.balance:.1%} for the busiest: pack_max_length or pack_max_flops help"
+    )
 
 
 def check_same_codes(folders: Sequence[str]) -> None:
@@ -173,15 +180,22 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: NextFlowTr
     if checkpoint is not None:
         logger.warning(f"going on from {checkpoint}")
 
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError(f"max_steps is {args.max_steps}, expected a number of steps: a stream has no end")
     set_seed(args.seed)
-    model = load_model(model_args)
+    model = load_model(model_args, in_bfloat16=args.bf16)
     if model_args.use_peft and args.trainable != "all":
         raise ValueError(f"trainable is {args.trainable!r}, but an adapter trains its own matrices: leave it 'all'")
     set_trainable(model, args.trainable)
     rows, evaluation = training_and_evaluation_rows(data_args, args.seed, model.config.vision_tokenizer_fingerprint)
     collator = None
     if data_args.is_packed:
-        rows, collator = pack_rows(rows, model.config, data_args, args), PackingCollator(model.config)
+        # Flex attention masks whole tiles of 128.
+        multiple = 128 if model.config._attn_implementation == "flex_attention" else 1
+        collator = PackingCollator(model.config, pad_to_multiple_of=multiple)
+        rows = pack_rows(rows, model.config, data_args, args)
+    elif not data_args.streaming:
+        report_padding(rows, model.config, args)
     trainer = NextFlowTrainer(model, args, collator, train_dataset=rows, eval_dataset=evaluation)
     if args.sample_prompts:
         trainer.add_callback(sampling_callback(trainer, model_args, args))
@@ -230,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_parser().error("name a recipe, or --list them")
     recipe = read_recipe(args.recipe)
     for assignment in args.override:
-        override(recipe, assignment)
+        recipes.override(recipe, assignment)
     recipe.setdefault("use_cpu", not torch.accelerator.is_available())
     train(*parse_recipe(recipe, rest))
     return 0

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from transformers import set_seed
 
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
-from .tokenizer_recipe import build_datasets, build_tokenizer, last_whole_checkpoint, parse_recipe, read_recipe
+from .checkpoints import last_checkpoint
+from .tokenizer_recipe import build_datasets, build_tokenizer, parse_recipe, read_recipe
 from .tokenizer_trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_dataset=evaluation,
         processing_class=image_processor,
     )
-    checkpoint = None if args.from_scratch else last_whole_checkpoint(training_args.output_dir)
+    checkpoint = None if args.from_scratch else last_checkpoint(training_args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     if evaluation is not None:
         trainer.save_metrics("eval", trainer.evaluate())

@@ -5,7 +5,6 @@ images and for every scale, a loss that is no number stops the training, and a c
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
@@ -14,16 +13,16 @@ from transformers import Trainer
 
 from ..modeling_nextflow.loss_nextflow import get_targets
 from ..modeling_nextflow.rope_nextflow import get_image_layout
-from .checkpoints import StagedCheckpoint
+from .checkpoints import StagedCheckpointsMixin
 from .data.collator import NextFlowDataCollator
 from .freezing import is_head_cut, join_head
-from .not_finite import stop_training
+from .not_finite import FiniteStepsMixin
 
 
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
 
 
-class NextFlowTrainer(Trainer):
+class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains [`NextFlowForCausalLM`] (§3.2).
 
@@ -49,8 +48,6 @@ class NextFlowTrainer(Trainer):
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
-        self._step_batches: list[tuple[dict, torch.Tensor]] = []  # of this optimisation step, with their losses
-        self._staged_checkpoint: StagedCheckpoint | None = None
 
     # --- counting
 
@@ -89,11 +86,15 @@ class NextFlowTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         known = {name: value for name, value in inputs.items() if name != ROW_IDS}
-        loss, outputs = super().compute_loss(model, known, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        try:
+            loss, outputs = super().compute_loss(
+                model, known, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        except ValueError as error:  # tokens, grids and codes do not fit together, or a code is out of range
+            error.add_note(f"It was raised by a batch of the rows {inputs.get(ROW_IDS, '(without row_id)')}")
+            raise
         if model.training:
-            self._step_batches.append((inputs, loss.detach()))
-            if self.accelerator.sync_gradients:
-                self._check_losses()
+            self.watch(inputs, loss)
         if outputs.get("scale_losses") is not None:
             losses = self._training_losses if model.training else self._evaluation_losses
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -121,32 +122,7 @@ class NextFlowTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
 
-    # --- losses that are no number
-
-    def _check_losses(self) -> None:
-        """Before the last backward pass of a step: DeepSpeed changes the weights in there."""
-        is_bad = ~torch.isfinite(torch.stack([loss for _, loss in self._step_batches])).all()
-        if self.accelerator.reduce(is_bad.float()) > 0:
-            stop_training(self, self._step_batches, None)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        # After all backward passes of a step and before the weights change; the norm is the same on every process.
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        batches, self._step_batches = self._step_batches, []
-        is_known = grad_norm is not None and self.accelerator.scaler is None  # fp16's scaler skips such steps itself
-        if is_known and not math.isfinite(grad_norm):
-            stop_training(self, batches, grad_norm)
-        return grad_norm
-
     # --- checkpoints
-
-    def _get_output_dir(self, trial) -> str:
-        # While a checkpoint is written this is where `Trainer` puts it.
-        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
-
-    def _save_checkpoint(self, model, trial) -> None:
-        with StagedCheckpoint(self, super()._get_output_dir(trial)):
-            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -5,18 +5,24 @@ FLOPs (time), or by both: packs of as many tokens are not as long at work, since
 document. Deterministic; either over a data set, from its lengths alone, or over a stream, a window at a time.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
+from transformers.utils import logging
 
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.flops_nextflow import training_flops
 from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ...modeling_nextflow.rope_nextflow import get_position_ids
+
+
+logger = logging.get_logger(__name__)
+
+ON_LONG_ROW = ("raise", "skip")
 
 
 def row_flops(config: NextFlowConfig, row: dict) -> float:
@@ -45,6 +51,28 @@ def make_packs(
             Documents that are packed among themselves, so that packs are as mixed as the data are.
         seed (`int`, *optional*): Shuffles the documents before, and the packs after. In the given order by default.
     """
+    shares = _shares(lengths, flops, max_length=max_length, max_flops=max_flops)
+    too_large = np.flatnonzero((shares > 1).any(axis=1))
+    if len(too_large):
+        index = int(too_large[0])
+        cost = f"{int(lengths[index])} tokens" + (f" and {flops[index]:.3g} FLOPs" if max_flops is not None else "")
+        raise ValueError(
+            f"{len(too_large)} documents fit into no pack, the first is document {index} of {cost}; a pack has "
+            f"max_length={max_length}, max_flops={max_flops}. Raise the limit, or leave them out with "
+            'on_long_row="skip"'
+        )
+    rng = np.random.default_rng(seed)
+    order = np.arange(len(lengths)) if seed is None else rng.permutation(len(lengths))
+    packs = []
+    for start in range(0, len(order), window):
+        packs += _first_fit(order[start : start + window], shares)
+    return packs if seed is None else [packs[index] for index in rng.permutation(len(packs))]
+
+
+def _shares(
+    lengths: Sequence[int], flops: Sequence[float] | None, *, max_length: int | None, max_flops: float | None
+) -> np.ndarray:
+    """(documents, limits): how much of each limit of a pack a document takes."""
     lengths = np.asarray(lengths, dtype=np.float64)
     if max_length is None and max_flops is None:
         raise ValueError("pass max_length, max_flops or both: something must limit a pack")
@@ -54,21 +82,7 @@ def make_packs(
     costs = [lengths / max_length] if max_length is not None else []
     if max_flops is not None:
         costs.append(np.asarray(flops, dtype=np.float64) / max_flops)
-    shares = np.stack(costs, axis=1)  # (documents, limits), of the limit
-    too_large = np.flatnonzero((shares > 1).any(axis=1))
-    if len(too_large):
-        index = int(too_large[0])
-        cost = f"{int(lengths[index])} tokens" + (f" and {flops[index]:.3g} FLOPs" if max_flops is not None else "")
-        raise ValueError(
-            f"{len(too_large)} documents fit into no pack, the first is document {index} of {cost}; a pack has "
-            f"max_length={max_length}, max_flops={max_flops}. Raise the limit or filter them out"
-        )
-    rng = np.random.default_rng(seed)
-    order = np.arange(len(lengths)) if seed is None else rng.permutation(len(lengths))
-    packs = []
-    for start in range(0, len(order), window):
-        packs += _first_fit(order[start : start + window], shares)
-    return packs if seed is None else [packs[index] for index in rng.permutation(len(packs))]
+    return np.stack(costs, axis=1)
 
 
 def _first_fit(documents: np.ndarray, shares: np.ndarray) -> list[list[int]]:
@@ -130,6 +144,31 @@ class PackingReport:
             balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
         )
 
+    @classmethod
+    def of_padding(
+        cls,
+        lengths: Sequence[int],
+        flops: Sequence[float],
+        *,
+        batch_size: int,
+        padding_flops: float,
+        num_ranks: int = 1,
+    ) -> "PackingReport":
+        """Batches of documents in the given order, each padded to its longest, a token of it at `padding_flops`."""
+        whole = len(lengths) // (batch_size * num_ranks) * batch_size * num_ranks
+        if not whole:
+            raise ValueError(f"{len(lengths)} documents make no step of {num_ranks} ranks with {batch_size} each")
+        lengths, work = (np.asarray(values)[:whole].reshape(-1, batch_size) for values in (lengths, flops))
+        padding = lengths.max(axis=1) * batch_size - lengths.sum(axis=1)
+        work = (work.sum(axis=1) + padding * padding_flops).reshape(-1, num_ranks)
+        return cls(
+            num_documents=whole,
+            num_packs=len(padding),
+            num_tokens=int(lengths.sum()),
+            padding=float(padding.sum() / (padding.sum() + lengths.sum())),
+            balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
+        )
+
 
 class PackedDataset(Dataset):
     """
@@ -139,6 +178,8 @@ class PackedDataset(Dataset):
         dataset: Rows of tokens and codes, as [`load_codes`] gives them.
         config ([`NextFlowConfig`]): Of the model: it says what a row costs.
         max_length, max_flops, window, seed: See [`make_packs`].
+        on_long_row (`str`, *optional*, defaults to `"raise"`):
+            What becomes of rows that fit into no pack: `"raise"` is an error, `"skip"` leaves them out and names them.
     """
 
     def __init__(
@@ -150,6 +191,7 @@ class PackedDataset(Dataset):
         max_flops: float | None = None,
         window: int = 2048,
         seed: int | None = 0,
+        on_long_row: str = "raise",
     ):
         self.dataset = dataset
         sizes = dataset.select_columns(["length", "image_grids"]) if isinstance(dataset, datasets.Dataset) else dataset
@@ -157,9 +199,16 @@ class PackedDataset(Dataset):
         for row in sizes:
             self.lengths.append(int(row["length"]))
             self.flops.append(row_flops(config, row))
-        self.packs = make_packs(
-            self.lengths, self.flops, max_length=max_length, max_flops=max_flops, window=window, seed=seed
+        limits = {"max_length": max_length, "max_flops": max_flops}
+        kept = _rows_to_pack(self.lengths, self.flops, on_long_row, lambda index: self.dataset[index], **limits)
+        packs = make_packs(
+            [self.lengths[index] for index in kept],
+            [self.flops[index] for index in kept],
+            **limits,
+            window=window,
+            seed=seed,
         )
+        self.packs = [[kept[index] for index in pack] for pack in packs]
 
     def report(self, num_ranks: int = 1, *, padded_length: int | None = None) -> PackingReport:
         return PackingReport.of(self.packs, self.lengths, self.flops, num_ranks=num_ranks, padded_length=padded_length)
@@ -175,8 +224,7 @@ class PackedIterableDataset(IterableDataset):
     """
     Packs of a stream of rows, a window at a time: [`PackedDataset`] for data that do not end or are not at hand.
 
-    Arguments as there. Windows are taken as they come: shuffle and split by rank before, as `datasets` does. The last
-    pack of a window may be small.
+    Arguments as there. Windows are taken as they come: shuffle before. The last pack of a window may be small.
     """
 
     def __init__(
@@ -187,11 +235,13 @@ class PackedIterableDataset(IterableDataset):
         max_length: int | None = None,
         max_flops: float | None = None,
         window: int = 2048,
+        on_long_row: str = "raise",
     ):
         self.dataset = dataset
         self.config = config
         self.limits = {"max_length": max_length, "max_flops": max_flops}
         self.window = window
+        self.on_long_row = on_long_row
 
     def __iter__(self) -> Iterator[list[dict]]:
         rows: list[dict] = []
@@ -206,8 +256,32 @@ class PackedIterableDataset(IterableDataset):
         if rows:
             lengths = [int(row["length"]) for row in rows]
             flops = [row_flops(self.config, row) for row in rows]
-            for documents in make_packs(lengths, flops, **self.limits, window=self.window):
-                yield [rows[index] for index in documents]
+            kept = _rows_to_pack(lengths, flops, self.on_long_row, rows.__getitem__, **self.limits)
+            sizes = [lengths[index] for index in kept], [flops[index] for index in kept]
+            for documents in make_packs(*sizes, **self.limits, window=self.window):
+                yield [rows[kept[index]] for index in documents]
+
+
+def _rows_to_pack(
+    lengths: Sequence[int],
+    flops: Sequence[float],
+    on_long_row: str,
+    get_row: Callable[[int], dict],
+    *,
+    max_length: int | None,
+    max_flops: float | None,
+) -> list[int]:
+    """Numbers of the rows that are to be packed: without those that fit into no pack, if these are to be skipped."""
+    if on_long_row not in ON_LONG_ROW:
+        raise ValueError(f"on_long_row is {on_long_row!r}, expected one of {ON_LONG_ROW}")
+    if on_long_row == "raise":
+        return list(range(len(lengths)))
+    is_long = (_shares(lengths, flops, max_length=max_length, max_flops=max_flops) > 1).any(axis=1)
+    if is_long.any():
+        long = np.flatnonzero(is_long).tolist()
+        names = [str(get_row(index).get("row_id", index)) for index in long[:20]]
+        logger.warning(f"{len(long)} of {len(lengths)} rows fit into no pack and are left out: {names}")
+    return np.flatnonzero(~is_long).tolist()
 
 
 @dataclass
@@ -274,4 +348,12 @@ class PackingCollator:
         )[:, 0]
 
 
-__all__ = ["PackedDataset", "PackedIterableDataset", "PackingCollator", "PackingReport", "make_packs", "row_flops"]
+__all__ = [
+    "ON_LONG_ROW",
+    "PackedDataset",
+    "PackedIterableDataset",
+    "PackingCollator",
+    "PackingReport",
+    "make_packs",
+    "row_flops",
+]

@@ -45,7 +45,7 @@ def load_pictures(
 class NextFlowPictureDataset(Dataset):
     """
     Items for [`NextFlowVisionTokenizerCollator`]: `pixel_values` (3, height, width) of the picture's bucket and
-    `image_grids` (scales, 2).
+    `image_grids` (scales, 2); and `row_id`, which names it where a batch is bad.
 
     Args:
         rows (`datasets.Dataset`): With encoded images in "image": what [`load_pictures`] gives.
@@ -97,7 +97,7 @@ class NextFlowPictureDataset(Dataset):
         """Indices of the pictures of this process that were skipped so far."""
         return self.is_bad.nonzero().flatten().tolist()
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             if self.is_bad[candidate]:
@@ -112,7 +112,7 @@ class NextFlowPictureDataset(Dataset):
                 self.is_bad[candidate] = True
         raise ValueError(f"all {len(self)} pictures are bad; see the log for the first causes")
 
-    def _load(self, index: int) -> dict[str, torch.Tensor]:
+    def _load(self, index: int) -> dict[str, torch.Tensor | str]:
         encoded = self.rows[index]["image"]
         if encoded is None:
             raise ValueError("the image is missing")
@@ -122,7 +122,8 @@ class NextFlowPictureDataset(Dataset):
             picture = self._augment(picture, np.random.default_rng((self.seed, int(self.epoch[0]), index)))
         inputs = self.image_processor(picture, return_tensors="pt")
         grids = inputs["image_grids"][0]
-        return {"pixel_values": inputs["pixel_values"][0], "image_grids": grids[grids.prod(-1) > 0]}
+        row_id = f"{index}: {self._name(index)}"
+        return {"pixel_values": inputs["pixel_values"][0], "image_grids": grids[grids.prod(-1) > 0], "row_id": row_id}
 
     def _augment(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
         scale, left, top = rng.uniform(self.random_crop, 1), rng.random(), rng.random()
@@ -140,7 +141,7 @@ class NextFlowPictureDataset(Dataset):
 class NextFlowVisionTokenizerCollator:
     """
     Items to a batch: `pixel_values` float32 (n, 3, max_height, max_width), zero-padded, and `image_grids`
-    LongTensor (n, max_scales, 2).
+    LongTensor (n, max_scales, 2); and the `row_ids` of items that have one.
 
     Args:
         image_processor (`Callable`, *optional*):
@@ -151,7 +152,7 @@ class NextFlowVisionTokenizerCollator:
     def __init__(self, image_processor: Callable | None = None):
         self.image_processor = image_processor
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor | list[str]]:
         if self.image_processor is not None:
             batch = self.image_processor([item["image"] for item in items], return_tensors="pt")
             return {name: batch[name] for name in ("pixel_values", "image_grids")}
@@ -164,7 +165,8 @@ class NextFlowVisionTokenizerCollator:
         for index, (image, rows) in enumerate(zip(pixels, grids, strict=True)):
             pixel_values[index, :, : image.shape[1], : image.shape[2]] = image
             image_grids[index, : len(rows)] = rows
-        return {"pixel_values": pixel_values, "image_grids": image_grids}
+        names = {"row_ids": [item["row_id"] for item in items]} if "row_id" in items[0] else {}
+        return {"pixel_values": pixel_values, "image_grids": image_grids, **names}
 
 
 def pixels_from_uint8(image: np.ndarray) -> torch.FloatTensor:

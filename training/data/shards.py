@@ -190,6 +190,15 @@ def load_codes(
         `datasets.Dataset` with `input_ids`, `labels`, `image_codes`, `image_target_codes`, `image_grids`, `length`,
         and for the reader `task`, `source` and `row_id`.
     """
+    files = [str(path) for path in checked_files(folder, vision_tokenizer=vision_tokenizer, verify=verify)]
+    rows = Dataset.from_parquet(files) if not streaming else IterableDataset.from_parquet(files)
+    return rows.with_format("numpy")
+
+
+def checked_files(
+    folder: str | os.PathLike, *, vision_tokenizer: NextFlowVisionTokenizer | str | None = None, verify: bool = True
+) -> list[Path]:
+    """The shards of a finished extraction that hold rows. Arguments and refusals are those of [`load_codes`]."""
     folder = Path(folder)
     if not (folder / INDEX).exists():
         started = (folder / MANIFEST).exists()
@@ -214,9 +223,7 @@ def load_codes(
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for entry in index["shards"][rank::world_size]:
             _verify(folder / entry["file"], entry["sha256"])
-    files = [str(folder / entry["file"]) for entry in index["shards"] if entry["num_rows"]]
-    rows = Dataset.from_parquet(files) if not streaming else IterableDataset.from_parquet(files)
-    return rows.with_format("numpy")
+    return [folder / entry["file"] for entry in index["shards"] if entry["num_rows"]]
 
 
 def _verify(path: Path, expected: str) -> None:

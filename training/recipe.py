@@ -1,0 +1,93 @@
+"""Recipes: YAML files whose keys are the fields of groups of arguments. Knows files and keys, not what they are for.
+
+The YAML is that of version 1.2, as people write it: `no` is a word (`eval_strategy: no`), `1e-4` is a number. PyYAML
+reads version 1.1, where the first is false and the second a text.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_RESOLVED_ANEW = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _RESOLVED_ANEW]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
+# After integers, which are resolved first.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"({_NUMBER.pattern})$"), [*"-+0123456789."])
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe."""
+    recipe = load_yaml(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds {type(recipe).__name__}, expected a mapping of keys to values")
+    return recipe
+
+
+def override(recipe: dict[str, Any], assignment: str) -> None:
+    """Set a key as `key=value` says, in place; the value is YAML, and `a.b=value` sets `b` in the mapping `a`."""
+    path, separator, value = assignment.partition("=")
+    if not separator:
+        raise ValueError(f"--override got {assignment!r}, expected key=value such as max_steps=100")
+    *parents, key = path.strip().split(".")
+    for parent in parents:
+        recipe[parent] = recipe.get(parent) or {}
+        recipe = recipe[parent]
+        if not isinstance(recipe, dict):
+            raise ValueError(f"--override {assignment}: {parent} is {recipe!r}, expected a mapping")
+    recipe[key] = load_yaml(value)
+
+
+def parse_recipe(
+    recipe: dict[str, Any],
+    groups: Iterable[type],
+    *,
+    prog: str,
+    needed: dict[str, str] | None = None,
+    rest: Sequence[str] = (),
+) -> tuple[Any, ...]:
+    """
+    A recipe's keys as one instance of each group of arguments.
+
+    Args:
+        groups: Dataclasses.
+        prog: Name of the command, for its errors.
+        needed: Keys without a default that must be there, and what is expected of them.
+        rest: What the command line says besides (`--learning_rate 1e-4`); it wins.
+    """
+    parser = HfArgumentParser(tuple(groups), prog=prog)
+    actions = {action.dest: action for action in parser._actions}
+    if unknown := sorted(set(recipe) - set(actions)):
+        hints = {key: difflib.get_close_matches(key, actions, n=3) for key in unknown}
+        raise ValueError(f"the recipe has unknown keys; near ones that exist: {hints}")
+    for key, expected in (needed or {}).items():
+        if recipe.get(key) is None and not any(word.partition("=")[0] == f"--{key}" for word in rest):
+            raise ValueError(f"{key} is missing, expected {expected}")
+    for key, value in recipe.items():
+        parser.set_defaults(**{key: value})
+        actions[key].required = False
+    return parser.parse_args_into_dataclasses(args=list(rest), look_for_args_file=False)
+
+
+__all__ = ["RECIPES", "load_yaml", "override", "parse_recipe", "read_recipe"]
