@@ -293,7 +293,7 @@ def test_progress_shows_the_grid(pipe, capfd):
         ({"prompt": []}, TypeError, "`prompt` is \\[\\]"),
         ({"prompt": 3}, TypeError, "`prompt` is 3"),
         ({"prompt": "a", "negative_prompt": ["b", "c"], "guidance_scale": 2.0}, ValueError, "2 entries for 1 prompts"),
-        ({"prompt": "a", "output_type": "latent"}, ValueError, "'latent', expected one of \\['pil'"),
+        ({"prompt": "a", "output_type": "latents"}, ValueError, "'latents', expected one of \\['pil'"),
         ({"prompt": "a", "height": 16}, ValueError, "`height` is 16 and `width` is None"),
         ({"prompt": "a", "height": 16, "width": 16, "aspect_ratio": "1:1"}, ValueError, "one of the two"),
         ({"prompt": "a", "resolution": 17}, ValueError, "resolution is 17, expected one of \\[4, 8, 12, 16\\]"),
@@ -302,7 +302,7 @@ def test_progress_shows_the_grid(pipe, capfd):
         ({"prompt": ["a", "b"], "image": [picture()]}, ValueError, "1 entries for 2 prompts"),
         ({"prompt": "a", "image": [[picture()], [picture()]]}, ValueError, "2 entries for 1 prompts"),
         ({"prompt": "a", "image": "missing.png"}, FileNotFoundError, "missing.png"),
-        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["latents"]}, ValueError, "\\['latents'\\], expected"),
+        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["logits"]}, ValueError, "\\['logits'\\], expected"),
         ({"prompt": "a", "temperature": [1.0, 2.0]}, ValueError, "2 entries, expected one for each of the 4 scales"),
     ],
 )
