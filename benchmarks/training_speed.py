@@ -4,8 +4,11 @@
     python benchmarks/training_speed.py --device cuda        # the 7B model's shape, 512-level documents
 
 Each row is a way to attend, with Liger's kernels or without, and a way to batch the same documents (the mix of
-packing.py). All are timed in turn in one process, and again, and the median counts: compare rows of one run only. The
-optimizer's step is left out.
+packing.py). All are timed in turn in one process, again and again, and the median counts: compare rows of one run.
+"forward" is the same without gradients, as in an evaluation. The optimizer's step is left out.
+
+On the CPU a second is one of the process's own (`time.process_time`), which other work on the machine takes little of.
+Flex attention has no backward pass there, and Liger no kernels.
 
 On CUDA the model has a few layers of the 7B model's 28. What is outside the layers costs the same at any depth, so two
 depths a < b give those 28: time(28) = time(a) + (28 - a) * (time(b) - time(a)) / (b - a), and memory alike.
@@ -15,6 +18,7 @@ The peak is --peak-tflops, or by default what a large matrix product reaches her
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -76,36 +80,43 @@ def make_batches(rows: list[dict], config: NextFlowConfig, batch_size: int) -> d
     return batches
 
 
-def train(model: NextFlowForCausalLM, batches: list[dict]) -> None:
+def step(model: NextFlowForCausalLM, batches: list[dict], *, backward: bool) -> None:
     for batch in batches:
         batch = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cpu"):
+        with (
+            torch.set_grad_enabled(backward),
+            torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cpu"),
+        ):
             loss = model(**batch).loss
-        loss.backward()
-        model.zero_grad()
+        if backward:
+            loss.backward()
+            model.zero_grad()
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    """Of the clock on CUDA, of the process on the CPU: see above."""
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def peak_gigabytes(model: NextFlowForCausalLM, batches: list[dict]) -> float:
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        train(model, batches)
+        step(model, batches, backward=True)
         return torch.cuda.max_memory_allocated() / 1e9
     peaks = []
     for batch in batches:
         tracker = MemTracker()  # it takes one step
         tracker.track_external(model)
         with tracker:
-            train(model, [batch])
+            step(model, [batch], backward=True)
         peaks.append(sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values()))
     return max(peaks) / 1e9
 
@@ -138,31 +149,83 @@ def make_models(config: NextFlowConfig, arguments: argparse.Namespace) -> dict[b
     return models
 
 
-def measure(
-    cases: list[tuple], models: dict[bool, NextFlowForCausalLM], batches: dict, depths: list[int], repeats: int
-) -> tuple[dict[tuple, float], dict[tuple, float], dict[tuple, str]]:
-    """Median seconds and peak gigabytes of every case at every depth, and why a case has none."""
-    times: dict[tuple, list[float]] = {(*case, depth): [] for case in cases for depth in depths}
-    memory, failures = {}, {}
-    for repeat in range(repeats + 1):  # the first warms up
-        for attention, liger, batching, depth in times:
-            case, model = (attention, liger, batching), models[liger]
-            if case in failures:
-                continue
-            model.set_attn_implementation(attention)
-            layers = model.model.layers
-            model.model.layers = layers[:depth]
-            try:
-                if repeat == 0:
-                    memory[(*case, depth)] = peak_gigabytes(model, batches[batching])
+Case = tuple[str, bool, str]  # attention, with Liger's kernels, batches by
+OUT_OF_MEMORY = "out of memory"
+
+
+class Measurements:
+    """
+    Seconds and gigabytes of every case at every depth, and why a case has none.
+
+    Args:
+        models: Without Liger's kernels and with them.
+        batches: The documents in the ways that they are batched.
+        depths: Numbers of layers that are measured.
+        impossible: Cases that cannot be trained, or not run at all, with the reason.
+    """
+
+    def __init__(
+        self,
+        models: dict[bool, NextFlowForCausalLM],
+        batches: dict[str, list[dict]],
+        depths: list[int],
+        impossible: dict[Case, str],
+    ):
+        self.models, self.batches, self.depths, self.impossible = models, batches, depths, dict(impossible)
+        self.device = models[False].device.type
+        self.times: dict[tuple, list[float]] = {}  # (case, depth, backward)
+        self.memory: dict[tuple, float] = {}  # (case, depth)
+
+    def run(self, cases: list[Case], repeats: int) -> None:
+        for repeat in range(repeats + 1):  # the first warms up, and measures the memory
+            for case in cases:
+                for depth in self.depths:
+                    self._run(case, depth, is_first=repeat == 0)
+
+    def _run(self, case: Case, depth: int, *, is_first: bool) -> None:
+        attention, liger, batching = case
+        if liger not in self.models or self.impossible.get(case) == OUT_OF_MEMORY:
+            return
+        model, batches = self.models[liger], self.batches[batching]
+        model.set_attn_implementation(attention)
+        layers = model.model.layers
+        model.model.layers = layers[:depth]
+        try:
+            for backward in (False, True):
+                if backward and case in self.impossible:
+                    continue
+                if is_first and backward:
+                    self.memory[case, depth] = peak_gigabytes(model, batches)
+                elif is_first:
+                    step(model, batches, backward=False)
                 else:
-                    times[(*case, depth)].append(seconds(partial(train, model, batches[batching]), model.device.type))
-            except torch.OutOfMemoryError:
-                failures[case] = "out of memory"
-                model.zero_grad()
-                torch.cuda.empty_cache()
-            model.model.layers = layers
-    return {key: statistics.median(found) for key, found in times.items() if found}, memory, failures
+                    found = seconds(partial(step, model, batches, backward=backward), self.device)
+                    self.times.setdefault((case, depth, backward), []).append(found)
+        except torch.OutOfMemoryError:
+            self.impossible[case] = OUT_OF_MEMORY
+            model.zero_grad()
+            torch.cuda.empty_cache()
+        model.model.layers = layers
+
+    def seconds(self, case: Case, num_layers: int, *, backward: bool) -> float | None:
+        """Of all documents, at the full depth; None where there is none."""
+        low, high = (self.times.get((case, depth, backward)) for depth in (self.depths[0], self.depths[-1]))
+        if not low or (backward and case in self.impossible):
+            return None
+        return self._at_depth(statistics.median(low), statistics.median(high), num_layers)
+
+    def gigabytes(self, case: Case, num_layers: int) -> float:
+        return self._at_depth(self.memory[case, self.depths[0]], self.memory[case, self.depths[-1]], num_layers)
+
+    def _at_depth(self, low: float, high: float, num_layers: int) -> float:
+        if self.depths[0] == self.depths[-1]:
+            return low
+        return low + (num_layers - self.depths[0]) * (high - low) / (self.depths[-1] - self.depths[0])
+
+    @property
+    def spread(self) -> float:
+        """The largest difference of a repeat from the median of its case, over that median."""
+        return max(abs(value / statistics.median(found) - 1) for found in self.times.values() for value in found)
 
 
 def main() -> None:
@@ -171,7 +234,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8, help="documents of a padded batch, on average of a pack")
     parser.add_argument("--layers", type=int, nargs=2, default=[2, 4], help="both depths that are timed on CUDA")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--frozen", action="store_true", help="all weights but the connector's, as under an adapter")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
     parser.add_argument("--peak-tflops", type=float, help="of the device, e.g. 989 for an H100's bfloat16")
@@ -189,44 +252,38 @@ def main() -> None:
     shallow = NextFlowConfig(num_hidden_layers=max(depths)) if on_cuda else config
     models = make_models(shallow, arguments)
 
-    attentions = ["eager", "sdpa", "flex_attention"] if on_cuda else ["eager", "sdpa"]
-    cases = [(attention, liger, "computation") for attention in attentions for liger in models]
-    cases += [(attentions[-1], max(models), batching) for batching in ("padding", "length")]
-    times, memory, failures = measure(cases, models, batches, depths, arguments.repeats)
-
-    def at_full_depth(values: dict[tuple, float], case: tuple) -> float:
-        low, high = values[(*case, depths[0])], values[(*case, depths[-1])]
-        if low == high:
-            return low
-        return low + (config.num_hidden_layers - depths[0]) * (high - low) / (depths[-1] - depths[0])
+    ours, best = "computation", "flex_attention" if on_cuda else "sdpa"
+    cases = [(attention, liger, ours) for attention in ("eager", "sdpa", "flex_attention") for liger in (False, True)]
+    cases += [(best, True in models, batching) for batching in ("padding", "length")]
+    impossible = {case: "Liger is not installed" if on_cuda else "no kernels on the CPU" for case in cases if case[1]}
+    impossible = {case: reason for case, reason in impossible.items() if True not in models}
+    if not on_cuda:
+        impossible["flex_attention", False, ours] = "no backward pass on the CPU"
+    measured = Measurements(models, batches, depths, impossible)
+    measured.run(cases, arguments.repeats)
 
     peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else product_flops(device)
     name = torch.cuda.get_device_name() if on_cuda else "one CPU thread"
     print(
         f"{name}, torch {torch.__version__}; {config.num_hidden_layers} layers, timed at {depths}; "
         f"{len(rows)} documents, {tokens} tokens of {flops / tokens / 1e9:.3g} GFLOPs; "
-        f"peak {peak / 1e12:.3g} TFLOP/s\n"
+        f"peak {peak / 1e12:.3g} TFLOP/s; median of {arguments.repeats}, none further from it than "
+        f"{measured.spread:.0%}; load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores\n"
     )
-    print("| attention | Liger | batches by | tokens/s | ratio | peak memory (GB) | MFU |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| attention | Liger | batches by | tokens/s | ratio | MFU | peak memory (GB) | tokens/s, forward |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     baseline = None
     for case in cases:
         cells = [case[0], "yes" if case[1] else "no", case[2]]
-        if case in failures:
-            cells += [failures[case], "", "", ""]
+        taken = measured.seconds(case, config.num_hidden_layers, backward=True)
+        if taken is None:
+            cells += [measured.impossible[case], "", "", ""]
         else:
-            rate = tokens / at_full_depth(times, case)
-            baseline = baseline or rate
-            utilisation = flops / tokens * rate / peak
-            cells += [
-                f"{rate:.0f}",
-                f"{rate / baseline:.2f}",
-                f"{at_full_depth(memory, case):.2f}",
-                f"{utilisation:.1%}",
-            ]
-        print("|", " | ".join(cells), "|")
-    if not on_cuda:
-        print("\nFlex attention has no backward pass on the CPU, and Liger no kernels.")
+            baseline = baseline or taken
+            cells += [f"{tokens / taken:.0f}", f"{baseline / taken:.2f}", f"{flops / taken / peak:.1%}"]
+            cells.append(f"{measured.gigabytes(case, config.num_hidden_layers):.2f}")
+        forward = measured.seconds(case, config.num_hidden_layers, backward=False)
+        print("|", " | ".join([*cells, "" if forward is None else f"{tokens / forward:.0f}"]), "|")
 
 
 if __name__ == "__main__":
