@@ -384,8 +384,9 @@ def multiplies_faster_in_bf16(size: int = 1024, repeats: int = 5) -> bool:
 
 
 def training_attention() -> dict:
-    """On a CPU, eager attention trains in bf16 1.5 times as fast as sdpa."""
-    return {} if torch.accelerator.is_available() else {"attn_implementation": "eager"}
+    """On a CPU, eager attention trains in bf16 1.5 times as fast as sdpa; in fp32 it is no faster."""
+    eager = not torch.accelerator.is_available() and multiplies_faster_in_bf16()
+    return {"attn_implementation": "eager"} if eager else {}
 
 
 def make_parser() -> argparse.ArgumentParser:
