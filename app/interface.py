@@ -96,7 +96,8 @@ class App:
                 status = f"Scale {last.scale} of {last.num_scales}: {width} × {height} cells"
                 yield last.images[0], status, scales_html(previews), gr.skip(), gr.skip(), gr.skip()
         except USER_ERRORS as error:
-            yield gr.skip(), "Nothing was drawn.", gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            status = f"Nothing was drawn: {html.escape(str(error))}"
+            yield gr.skip(), status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
             raise gr.Error(str(error), title="Cannot draw that", print_exception=False) from error
         if last is None or last.scale < last.num_scales:
             status = f"Stopped after scale {len(previews)}."

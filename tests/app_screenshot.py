@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from app_browser import MISSING, Page, find_chromium, open_browser
 from PIL import Image
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
     model = args.model or shapes_model_path()
-    pipe = NextFlowPipeline.from_pretrained(model, dtype="float32")
+    pipe = NextFlowPipeline.from_pretrained(model, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         app = App(Studio(pipe), folder, name=f"{Path(model).name} on cpu", prompts=PROMPTS[:4], talks=TALKS)
         blocks = app.build()

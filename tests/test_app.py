@@ -200,7 +200,7 @@ def test_mistakes_are_said_and_leave_the_history(app, tmp_path):
         seen = []
         with pytest.raises(gr.Error, match=message):
             seen.extend(iter(steps.__next__, None))
-        assert seen[-1][1] == "Nothing was drawn." and not said(seen[-1][4])
+        assert seen[-1][1].startswith("Nothing was drawn: ") and message in seen[-1][1] and not said(seen[-1][4])
 
 
 def test_refused_uploads_are_left_out_and_named(app, tmp_path, monkeypatch):

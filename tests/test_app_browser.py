@@ -101,7 +101,7 @@ def test_the_history_gives_settings_back(page):
     seed = page.value("#seed input")
     page.draw("a blue square")
     assert page.value("#seed input") != seed
-    page.find("#history button img")[1].click()
+    page.click("#history button img", 1)
     page.wait(lambda: page.value("#prompt textarea") == "a red circle")
     assert page.value("#seed input") == seed and not page.find("#random input")[0].is_selected()
     before = page.find("#history button img")[1].get_attribute("src")
