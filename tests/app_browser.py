@@ -75,6 +75,8 @@ class Page:
         self.requests: list[str] = []
 
     def open(self, address: str) -> None:
+        self.chromium.get_log("performance")  # what the page before it asked for
+        self.requests.clear()
         self.chromium.execute_script("window.isLeft = true")
         self.chromium.get(address)
         there = "return !window.isLeft && document.querySelector('#prompt textarea') !== null"
@@ -112,7 +114,7 @@ class Page:
         )
 
     def outside(self, address: str) -> set[str]:
-        """What the page has asked other hosts for, since it was opened."""
+        """What the page has asked other hosts for since it was opened, be it in vain."""
         for entry in self.chromium.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
