@@ -9,8 +9,20 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from nextflow_hf.commands import drawing, loading, records
+from nextflow_hf.commands.console import Console, run
+from nextflow_hf.commands.options import SHIPPED_MODEL, add_model_options, new_parser
+
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from nextflow_hf import NextFlowPipeline
+    from nextflow_hf.app.studio import Drawing
 
 # For the shipped model.
 TALKS = (
@@ -18,70 +30,75 @@ TALKS = (
     "a story: a red circle on a white background moves from left to right",
     "what color is the background",
 )
-MISTAKE = 2  # exit status, as argparse's
+EXAMPLES = """\
+  nextflow-hf app
+  nextflow-hf app --model path/to/pipeline --device cuda --port 8000
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nextflow-hf app", description="Draw, edit and talk in the browser.")
-    parser.add_argument("--model", help="folder or Hub id of a NextFlowPipeline; default: the shipped Shapes model")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the accelerator, where there is one")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights; default: float32 on a CPU, else bfloat16",
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, for this machine only")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--share", action="store_true", help="also at a public address, through gradio.app")
+    parser = new_parser("app", "Draw, edit and talk in the browser, and watch images grow.", EXAMPLES)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="default: %(default)s, for this machine only")
+    group.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    group.add_argument("--share", action="store_true", help="also at a public address, through gradio.app")
+    add_model_options(parser)
+    # As the other commands have them: neither is of use here.
+    parser.set_defaults(json=False, quiet=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The app, until it is interrupted; returns the exit status."""
-    args = make_parser().parse_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-    try:
-        _run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"nextflow-hf app: {error}", file=sys.stderr)
-        return MISTAKE
-    return 0
+    return run("app", make_parser().parse_args(argv), open_app)
 
 
-def _run(args: argparse.Namespace) -> None:
+def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
         raise ImportError('the app needs Gradio: pip install "nextflow-hf[app]"') from error
-    import torch
 
-    from nextflow_hf import NextFlowPipeline
     from nextflow_hf.app.interface import App
     from nextflow_hf.app.server import serve, warnings_about
     from nextflow_hf.app.studio import Studio
-    from nextflow_hf.hub_cards import shapes_model_path
     from nextflow_hf.hub_cards.demo import PROMPTS
 
     for warning in warnings_about(args.host, args.share):
-        print(f"nextflow-hf app: warning: {warning}", file=sys.stderr)
-    try:
-        model = args.model or shapes_model_path()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}\nThis installation comes without the model: train one "
-            "(`python -m nextflow_hf.training.train_shapes`), or pass --model."
-        ) from None
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = args.device or ("cpu" if accelerator is None else accelerator.type)
-    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
-    pipe = NextFlowPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
-    examples = {} if args.model else {"prompts": PROMPTS[:4], "talks": TALKS}
+        console.warn(f"warning: {warning}")
+    pipe = loading.load_pipeline(args)
+    examples = {"prompts": PROMPTS[:4], "talks": TALKS} if args.model == SHIPPED_MODEL else {}
     with tempfile.TemporaryDirectory(prefix="nextflow-app-") as folder:
-        name = f"{os.path.basename(os.path.normpath(model))} on {device}"
-        page = App(Studio(pipe), folder, name=name, **examples).build()
+        name = f"{Path(args.model).name} on {args.device}"
+        page = App(Studio(pipe), folder, save=saver(args, pipe), name=name, **examples).build()
         address = serve(page, host=args.host, port=args.port, share=args.share)
-        print(f"NextFlow is at {address}  (Ctrl-C stops it)", flush=True)
+        console.show(f"NextFlow is at {address}  (Ctrl-C stops it)")
         page.block_thread()
+    return {}
+
+
+def saver(args: argparse.Namespace, pipe: "NextFlowPipeline") -> "Callable[[PIL.Image.Image, Path, Drawing], None]":
+    """Writes a drawn image with its record: `nextflow-hf generate --from-image`, or `edit`, draws it again."""
+    args.no_metadata = False
+    modules = loading.drawing_modules(pipe)
+    recorders = {
+        command: records.Recorder(command, args, drawing.RECORDED, modules) for command in ("generate", "edit")
+    }
+
+    def save(image: "PIL.Image.Image", path: Path, drawn: "Drawing") -> None:
+        settings = {**pipe.get_image_settings(), **drawn.settings}
+        recorders["edit" if drawn.references else "generate"].save(
+            image,
+            path,
+            batch={"seeds": [drawn.seed], "index": 0},
+            **settings,
+            prompt=drawn.prompt,
+            seed=drawn.seed,
+            image=[Path(reference) for reference in drawn.references] or None,
+        )
+
+    return save
 
 
 if __name__ == "__main__":

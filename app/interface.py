@@ -9,7 +9,7 @@ import io
 import secrets
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class App:
     Args:
         studio ([`Studio`]): Does the work.
         folder (`str`): Where drawn images are kept while the app runs.
+        save (`Callable`, *optional*): `save(image, path, drawing)` writes a drawn image, by default without settings.
         name (`str`): Of the model, for the page.
         prompts, talks (`list[str]`): Examples for the two tabs.
     """
@@ -45,12 +46,14 @@ class App:
         studio: Studio,
         folder: str,
         *,
+        save: Callable[[Any, Path, Drawing], None] | None = None,
         name: str = "",
         prompts: Sequence[str] = (),
         talks: Sequence[str] = (),
     ):
         self.studio = studio
         self.folder = Path(folder)
+        self.save = save
         self.name = name
         self.prompts = prompts
         self.talks = talks
@@ -96,14 +99,15 @@ class App:
                 status = f"Scale {last.scale} of {last.num_scales}: {width} × {height} cells"
                 yield last.images[0], status, scales_html(previews), gr.skip(), gr.skip(), gr.skip()
         except USER_ERRORS as error:
-            yield gr.skip(), "Nothing was drawn.", gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            status = f"Nothing was drawn: {html.escape(str(error))}"
+            yield gr.skip(), status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
             raise gr.Error(str(error), title="Cannot draw that", print_exception=False) from error
         if last is None or last.scale < last.num_scales:
             status = f"Stopped after scale {len(previews)}."
             yield gr.skip(), status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
         image = last.images[0]
-        path = self._save(image)
+        path = self._save(image, drawing)
         history = [(path, drawing), *history][:MAX_HISTORY]
         status = f"{image.width} × {image.height} pixels, seed {drawing.seed}, {time.perf_counter() - begun:.1f} s"
         yield path, status, gr.skip(), gr.skip(), history, gallery_of(history)
@@ -183,9 +187,12 @@ class App:
         if not self.studio.stop(request.session_hash):
             gr.Info("Nothing of yours is being drawn or written.", title="Stop")
 
-    def _save(self, image: Any) -> str:
+    def _save(self, image: Any, drawing: Drawing | None = None) -> str:
         path = self.folder / f"{uuid.uuid4().hex}.png"
-        image.save(path)
+        if drawing is not None and self.save is not None:
+            self.save(image, path, drawing)
+        else:
+            image.save(path)
         return str(path)
 
     # ---- the page
@@ -225,7 +232,7 @@ class App:
                     interactive=True,
                     columns=5,
                     fit_columns=False,
-                    height=130,
+                    height=144,
                     object_fit="contain",
                     buttons=[],
                     elem_id="references",
@@ -351,7 +358,7 @@ class App:
             max_plain_text_length=PROMPT_LENGTH,
             elem_id="chat-box",
         )
-        with gr.Row(equal_height=True):
+        with gr.Row():
             max_images = gr.Slider(
                 0, 8, 4, step=1, label="Images in an answer, at most", buttons=[], elem_id="max-images"
             )

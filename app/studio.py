@@ -29,6 +29,17 @@ class Drawing:
     aspect_ratio: str | None = None
     resolution: int | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the pipeline's arguments that are not the model's own. Without references nothing guides there."""
+        settings = {
+            "guidance_scale": self.guidance_scale,
+            "image_guidance_scale": self.image_guidance_scale if self.references else None,
+            "aspect_ratio": self.aspect_ratio,
+            "resolution": self.resolution,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
 
 class Studio:
     """
@@ -93,10 +104,7 @@ class Studio:
                 drawing.prompt,
                 image=references or None,
                 generator=torch.Generator().manual_seed(drawing.seed),
-                guidance_scale=drawing.guidance_scale,
-                image_guidance_scale=drawing.image_guidance_scale if references else None,
-                aspect_ratio=drawing.aspect_ratio,
-                resolution=drawing.resolution,
+                **drawing.settings,
             ),
             owner,
         )

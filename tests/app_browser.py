@@ -10,15 +10,25 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from selenium import webdriver
-from selenium.common.exceptions import JavascriptException, StaleElementReferenceException
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    JavascriptException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 
 MISSING = "no chromium or chromedriver on the PATH: install Debian's, `apt-get install chromium chromium-driver`"
-# What looking at a page raises that is being loaded, or has drawn an element anew.
-CHANGING = (StaleElementReferenceException, JavascriptException)
+# What a page raises that is being loaded, that moves, or that has drawn an element anew.
+CHANGING = (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    JavascriptException,
+    StaleElementReferenceException,
+)
 FLAGS = (
     "--headless",
     "--no-sandbox",  # for root, as in a container
@@ -65,10 +75,13 @@ class Page:
         self.requests: list[str] = []
 
     def open(self, address: str) -> None:
+        self.chromium.get_log("performance")  # what the page before it asked for
+        self.requests.clear()
         self.chromium.execute_script("window.isLeft = true")
         self.chromium.get(address)
         there = "return !window.isLeft && document.querySelector('#prompt textarea') !== null"
         self.wait(lambda: self.chromium.execute_script(there))
+        self.settle()
 
     # ---- looking
 
@@ -101,7 +114,7 @@ class Page:
         )
 
     def outside(self, address: str) -> set[str]:
-        """What the page has asked other hosts for, since it was opened."""
+        """What the page has asked other hosts for since it was opened, be it in vain."""
         for entry in self.chromium.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
@@ -118,17 +131,30 @@ class Page:
 
     # ---- doing
 
-    def click(self, selector: str) -> None:
-        self.wait(lambda: self.find(selector))[0].click()
+    def click(self, selector: str, index: int = 0) -> None:
+        self.wait(lambda: self._click(self.find(selector)[index:]))
 
     def tab(self, name: str) -> None:
-        self.wait(lambda: [one for one in self.find("button[role=tab]") if one.text == name])[0].click()
+        self.wait(lambda: self._click([one for one in self.find("button[role=tab]") if one.text == name]))
+
+    @staticmethod
+    def _click(found: list[WebElement]) -> bool:
+        for one in found[:1]:
+            one.click()
+        return bool(found)
 
     def type(self, selector: str, text: str) -> None:
-        field = self.wait(lambda: self.find(selector))[0]
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(Keys.DELETE)
-        field.send_keys(text)
+        """In place of what is there."""
+
+        def write() -> bool:
+            found = self.find(selector)
+            for one in found[:1]:
+                one.send_keys(Keys.CONTROL, "a")
+                one.send_keys(Keys.DELETE)
+                one.send_keys(text)
+            return bool(found)
+
+        self.wait(write)
 
     def value(self, selector: str) -> str:
         return self.wait(lambda: self.find(selector))[0].get_attribute("value")

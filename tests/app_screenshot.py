@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from app_browser import MISSING, Page, find_chromium, open_browser
 from PIL import Image
 
@@ -25,13 +26,14 @@ from nextflow_hf.hub_cards.demo import EDITS, PROMPTS
 
 MAX_BYTES = 300_000
 EDIT = 2  # which of the demo's edits
-BEFORE = (7, 5, 4, 3, 1)  # prompts of the demo, for the history
+BEFORE = (7, 6, 5, 3, 1)  # prompts of the demo, for the history
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw in the app, and take a picture of it.")
     parser.add_argument("--model", help="default: the shipped Shapes model")
     parser.add_argument("--output", type=Path, default=Path("app.png"), help="default: %(default)s")
+    parser.add_argument("--edit", action="store_true", help="edit what was drawn last")
     parser.add_argument("--tab", choices=("draw", "chat"), default="draw", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
@@ -40,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
     model = args.model or shapes_model_path()
-    pipe = NextFlowPipeline.from_pretrained(model, dtype="float32")
+    pipe = NextFlowPipeline.from_pretrained(model, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         app = App(Studio(pipe), folder, name=f"{Path(model).name} on cpu", prompts=PROMPTS[:4], talks=TALKS)
         blocks = app.build()
         address = serve(blocks)
         with open_browser() as page:
             page.open(address)
-            show_drawing(page, args.seed) if args.tab == "draw" else show_conversation(page)
+            show_drawing(page, args.seed, edits=args.edit) if args.tab == "draw" else show_conversation(page)
             page.fit()
             page.save(args.output)
         blocks.close(verbose=False)
@@ -61,22 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def show_drawing(page: Page, seed: int) -> None:
-    """Some pictures in the history, then one drawn and edited."""
+def show_drawing(page: Page, seed: int, *, edits: bool) -> None:
+    """Some pictures in the history, then one drawn and, perhaps, edited."""
     index, instruction = EDITS[EDIT]
     page.click("#random input")
     page.type("#seed input", str(seed))
-    for prompt in (*(PROMPTS[one] for one in BEFORE if one != index), PROMPTS[index]):
+    for prompt in (*(PROMPTS[one] for one in BEFORE), PROMPTS[index]):
         page.draw(prompt)
-    page.click("#edit-button")
-    page.wait(lambda: page.image("#references"))
-    page.draw(instruction)
+    if edits:
+        page.click("#edit-button")
+        page.wait(lambda: page.image("#references"))
+        page.draw(instruction)
     page.wait(lambda: page.image("#result"))
 
 
 def show_conversation(page: Page) -> None:
     page.tab("Chat")
-    for text in (TALKS[0], TALKS[2], TALKS[1]):
+    for text in TALKS[1::-1]:
         answers = len(page.find("#chat .bot-row"))
         page.type("#chat-box textarea", f"{text}\n")
         page.wait(lambda count=answers: len(page.find("#chat .bot-row")) > count)

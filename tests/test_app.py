@@ -1,5 +1,7 @@
 """The app without a browser: what it lets in, how requests share a pipeline, what its buttons do, what it serves."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from toy_app import bomb, picture, scripted_pipeline
+from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.app import command
@@ -17,6 +20,7 @@ from nextflow_hf.app.interface import App, chat_of
 from nextflow_hf.app.server import is_loopback, serve, warnings_about
 from nextflow_hf.app.studio import Drawing, Studio
 from nextflow_hf.app.uploads import MAX_IMAGES, check_image, check_images
+from nextflow_hf.commands import edit, generate
 
 
 ANNA, BERT = SimpleNamespace(session_hash="anna"), SimpleNamespace(session_hash="bert")
@@ -200,7 +204,7 @@ def test_mistakes_are_said_and_leave_the_history(app, tmp_path):
         seen = []
         with pytest.raises(gr.Error, match=message):
             seen.extend(iter(steps.__next__, None))
-        assert seen[-1][1] == "Nothing was drawn." and not said(seen[-1][4])
+        assert seen[-1][1].startswith("Nothing was drawn: ") and message in seen[-1][1] and not said(seen[-1][4])
 
 
 def test_refused_uploads_are_left_out_and_named(app, tmp_path, monkeypatch):
@@ -330,15 +334,36 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys):
     assert capsys.readouterr().err == 'nextflow-hf app: the app needs Gradio: pip install "nextflow-hf[app]"\n'
 
 
-def test_the_command_serves_a_model(pipe, tmp_path, monkeypatch, capsys):
-    pipe.save_pretrained(tmp_path / "toy")
-    pages = []
+def test_the_command_serves_a_model_whose_images_say_how_they_were_made(tmp_path, monkeypatch, capsys):
+    toy_pipeline().save_pretrained(tmp_path / "toy")
+    monkeypatch.setattr("nextflow_hf.app.interface.App", KeptApp)
+    pages, drawn = [], []
 
     def visit(page):
         pages.append(httpx.get(page.local_url).text)
+        fields = {**FIELDS, "aspect_ratio": "16:9"}
+        drawn.append(list(KeptApp.made[-1].draw(**fields, history=[], request=ANNA))[-1][0])
+        reference = shutil.copy(drawn[0], tmp_path / "reference.png")
+        fields = {**FIELDS, "references": [(reference, None)], "image_guidance": 1.5}
+        drawn.append(list(KeptApp.made[-1].draw(**fields, history=[], request=ANNA))[-1][0])
+        for name, path in zip(("drawn.png", "edited.png"), drawn):
+            shutil.copy(path, tmp_path / name)
         page.close(verbose=False)
 
     monkeypatch.setattr(gr.Blocks, "block_thread", visit)
     assert command.main(["--model", str(tmp_path / "toy"), "--device", "cpu"]) == 0
     assert "NextFlow is at http://127.0.0.1:" in capsys.readouterr().out
     assert "toy on cpu" in pages[0]
+    assert not Path(drawn[0]).exists()  # kept while the app ran
+    for main, name in ((generate.main, "drawn.png"), (edit.main, "edited.png")):
+        again = ["--from-image", str(tmp_path / name), "--output", str(tmp_path / "again.png"), "--device", "cpu"]
+        assert main([*again, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["images"][0]["identical"] is True
+
+
+class KeptApp(App):
+    made: list[App] = []
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.made.append(self)

@@ -69,6 +69,17 @@ def test_an_image_grows_scale_by_scale(page, served, gate):
     assert page.outside(served[0]) == set() and len(page.requests) > 10
 
 
+def test_the_browser_refuses_what_is_not_from_here(page, served):
+    script = """
+        const done = arguments[0];
+        addEventListener('securitypolicyviolation', event => done(event.blockedURI));
+        new Image().src = 'http://outside.example/image.png';
+    """
+    page.chromium.set_script_timeout(60)
+    assert page.chromium.execute_async_script(script) == "http://outside.example/image.png"
+    assert page.outside(served[0]) == {"http://outside.example/image.png"}
+
+
 def test_an_upload_is_edited_and_so_is_the_result(page, tmp_path):
     page.upload("#references", Path(picture(tmp_path / "wide.png")))
     assert page.wait(lambda: page.image("#references")) == (20, 12)
@@ -101,7 +112,7 @@ def test_the_history_gives_settings_back(page):
     seed = page.value("#seed input")
     page.draw("a blue square")
     assert page.value("#seed input") != seed
-    page.find("#history button img")[1].click()
+    page.click("#history button img", 1)
     page.wait(lambda: page.value("#prompt textarea") == "a red circle")
     assert page.value("#seed input") == seed and not page.find("#random input")[0].is_selected()
     before = page.find("#history button img")[1].get_attribute("src")
