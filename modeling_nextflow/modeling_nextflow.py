@@ -179,7 +179,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         hidden_states = inputs_embeds
         text_positions = position_ids[0].long() if len(position_ids) == 4 else None  # tell flash packed documents
         position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer where an early exit drafts
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,

@@ -285,6 +285,23 @@ def test_interleaved_answer_becomes_text_and_pictures(pipe, model):
     assert model.generate(**following, do_sample=False, max_new_tokens=2).shape[0] == 1
 
 
+def test_interleaved_text_ends_where_a_string_ends(pipe, model):
+    tokenizer = pipe.processor.tokenizer
+    a, b, c = (tokenizer.encode(letter)[0] for letter in "abc")
+
+    def spell(ids, scores):
+        following = {a: b, b: c}.get(int(ids[0, -1]), a)
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([following]), 1e4)
+
+    inputs = inputs_of(pipe, messages("hi"), generation_mode="interleaved")
+    settings = {**GREEDY, "generation_mode": "interleaved", "max_new_tokens": 8, "logits_processor": [spell]}
+    config = NextFlowGenerationConfig(stop_strings="bc", eos_token_id=model.config.eos_token_id)
+    for given in ({"stop_strings": ["bc"]}, {"generation_config": config}):
+        out = model.generate(**inputs, **settings, **given, tokenizer=tokenizer)
+        assert tokenizer.decode(out.answer().sequences[0]) == "abc"
+    assert config.stop_strings == "bc"
+
+
 @pytest.mark.parametrize("mode", ["image", "text"], ids=["prompt ends in boi", "boi is put there"])
 def test_guidance_is_the_pipelines(pipe, model, mode):
     source = Image.new("RGB", (16, 16), "red")
