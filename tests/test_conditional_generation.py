@@ -378,6 +378,29 @@ def test_image_text_to_text_pipeline(pipe, model, without_torchvision):
     assert record["generated_text"] == pipe.processor.tokenizer.decode(tokens[0, prompt:], skip_special_tokens=True)
 
 
+def test_pipelines_batch_prompts_of_several_lengths(pipe, folder, without_torchvision):
+    """transformers pads them itself, on the side that the tokenizer was saved with."""
+    pipeline = transformers.pipeline("image-text-to-text", model=str(folder))
+    conversations = [messages("<image>", "ab"), messages("<image>", "a longer question", color="blue")]
+    options = {"generate_kwargs": {"max_new_tokens": 4, "do_sample": False}, "return_full_text": False}
+    alone = [pipeline(text=one, **options)[0]["generated_text"] for one in conversations]
+    batch = [record["generated_text"] for (record,) in pipeline(text=conversations, batch_size=2, **options)]
+    assert batch == alone
+
+
+def test_any_to_any_pipeline_takes_text_and_images_apart(pipe, model, without_torchvision):
+    pipeline = transformers.pipeline("any-to-any", model=model, processor=pipe.processor)
+    image = messages("<image>")[0]["content"][0]["image"]
+    options = {"max_new_tokens": 3, "return_full_text": False}
+    (record,) = pipeline(text="<|image_pad|>what", images=image, **options)
+    tokens = model.generate(**pipe.processor(text="<|image_pad|>what", images=image), max_new_tokens=3)
+    assert record["generated_text"] == pipe.processor.tokenizer.decode(tokens[0, -3:], skip_special_tokens=True)
+    (record,) = pipeline(text="ab", generation_mode="image")
+    assert record["generated_image"].size == (16, 16)
+    with pytest.raises(ValueError, match="got videos: NextFlow reads text and images"):
+        pipeline(text="ab", videos=[image])
+
+
 def test_any_to_any_pipeline_writes(pipe, folder, without_torchvision):
     pipeline = transformers.pipeline("any-to-any", model=str(folder))
     assert type(pipeline.model) is NextFlowForConditionalGeneration
