@@ -274,6 +274,11 @@ class NextFlowConfig(Qwen2Config):
             raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")
 
     @property
+    def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
+        """The vision tokenizer's where it is there: transformers takes those that it finds here for configurations."""
+        return {} if self.vision_tokenizer_config is None else super().sub_configs
+
+    @property
     def image_vocabulary(self) -> slice:
         """Tokens that are no text: the image codes, `<boi>` and `<eoi>`. What a resize adds comes after them."""
         return slice(self.text_vocab_size, self.text_vocab_size + self.codebook_size + 2)

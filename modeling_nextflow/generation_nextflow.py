@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
 from .attention_nextflow import get_attention_mask
@@ -31,6 +31,7 @@ from .drawing_nextflow import (
     stack_rows,
 )
 from .generation_configuration_nextflow import DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS, NextFlowGenerationConfig
+from .generation_refusals_nextflow import refuse_config, refuse_options, refuse_text_settings
 from .interleaving_nextflow import (
     Drawing,
     NextFlowInterleavedGenerationOutput,
@@ -266,18 +267,22 @@ class NextFlowGenerationMixin(GenerationMixin):
 
     def _generate_image(self, input_ids: torch.LongTensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
-        self._refuse(options, "image", ("logits_processor", "stopping_criteria", "streamer", "past_key_values"))
+        names = ("logits_processor", "stopping_criteria", "streamer", "past_key_values", "inputs_embeds")
+        refuse_options(options, "image", names)
+        count = options.pop("num_return_sequences", None)
         # Names that transformers would take for the text's: here they are the image's, as in `generate_images`.
         settings = {name: options.pop(name, None) for name in IMAGE_DEFAULTS}
         if options.get("do_sample") is False and settings["temperature"] is None:
             settings["temperature"] = 0.0
+        refuse_text_settings(options)
         config, arguments = self._prepare_generation_config(options.pop("generation_config"), **options)
-        self._refuse_config(config, "image")
+        refuse_config(config, "image")
         settings = _image_settings(config, settings)
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments = self._end_in_boi(input_ids, arguments, config)
-        if config.num_return_sequences > 1:
-            input_ids, arguments = self._expand_inputs_for_generation(config.num_return_sequences, **arguments)
+        count = config.num_return_sequences if count is None else count
+        if count > 1:
+            input_ids, arguments = self._expand_inputs_for_generation(count, **arguments)
             arguments["input_ids"] = input_ids
         return self.generate_images(**settings, **arguments)
 
@@ -404,9 +409,9 @@ class NextFlowGenerationMixin(GenerationMixin):
         self, input_ids: torch.LongTensor, options: dict[str, Any]
     ) -> NextFlowInterleavedGenerationOutput:
         options.pop("input_ids", None)
-        self._refuse(options, "interleaved", ("inputs_embeds",))
-        names = ("target_grids", "generator", "streamer", "stop_at_image")
-        target_grids, generator, streamer, stop_at_image = (options.pop(name, None) for name in names)
+        refuse_options(options, "interleaved", ("inputs_embeds",))
+        names = ("target_grids", "generator", "streamer", "stop_at_image", "tokenizer")
+        target_grids, generator, streamer, stop_at_image, tokenizer = (options.pop(name, None) for name in names)
         negative = {
             name: options.pop(f"negative_{name}", None)
             for name in ("input_ids", "attention_mask", "image_codes", "image_grids")
@@ -419,13 +424,21 @@ class NextFlowGenerationMixin(GenerationMixin):
         self._check_no_images(input_ids, options)
         settings = {name: value for name, value in options.items() if name != "generation_config"}
         config, arguments = self._prepare_generation_config(options["generation_config"], **settings)
-        self._refuse_config(config, "interleaved")
+        refuse_config(config, "interleaved")
+        if config.stop_strings is not None:
+            if tokenizer is None:
+                raise ValueError(f"stop_strings are text, got {config.stop_strings!r}: pass the tokenizer, too")
+            criteria = [*(options["stopping_criteria"] or []), StopStringCriteria(tokenizer, config.stop_strings)]
+            options = self._configured(options, "stop_strings")
+            options["stopping_criteria"] = StoppingCriteriaList(criteria)
         if config.num_return_sequences > 1:
             input_ids, arguments, target_grids, options = self._repeat_prompts(
                 input_ids, arguments, target_grids, options, config.num_return_sequences
             )
         max_images = getattr(config, "max_images", None)  # a plain `GenerationConfig` has none
         max_images = DEFAULT_MAX_IMAGES if max_images is None else max_images
+        if max_images < 0:
+            raise ValueError(f"max_images is {max_images}, expected at least 0")
         if max_images == 0 and target_grids is None:
             target_grids = input_ids.new_zeros(1, self.config.max_scales, 2)
         target_grids = self._targets(
@@ -458,11 +471,14 @@ class NextFlowGenerationMixin(GenerationMixin):
             target_grids = target_grids.repeat_interleave(count, dim=0)
         input_ids, arguments = self._expand_inputs_for_generation(count, input_ids=input_ids, **arguments)
         options = {**options, **{name: value for name, value in arguments.items() if name in options}}
-        options.pop("num_return_sequences", None)
+        return input_ids, arguments, target_grids, self._configured(options, "num_return_sequences", 1)
+
+    def _configured(self, options: dict[str, Any], name: str, value: Any = None) -> dict[str, Any]:
+        """The options of a call with one setting of its generation config changed."""
         base = self.generation_config if options["generation_config"] is None else options["generation_config"]
-        options["generation_config"] = copy.deepcopy(base)
-        options["generation_config"].num_return_sequences = 1
-        return input_ids, arguments, target_grids, options
+        config = copy.deepcopy(base)
+        setattr(config, name, value)
+        return {key: given for key, given in options.items() if key != name} | {"generation_config": config}
 
     def _negative_context(
         self,
@@ -488,30 +504,6 @@ class NextFlowGenerationMixin(GenerationMixin):
         images = self.config.image_vocabulary
         is_image = (token_ids >= images.start) & (token_ids < images.stop) | (token_ids == self.config.image_token_id)
         return ~is_image
-
-    def _refuse(self, options: dict[str, Any], mode: str, names: Sequence[str]) -> None:
-        """Raise where a call has options that mean nothing in this mode."""
-        names = ("assistant_model", "custom_generate", "prefix_allowed_tokens_fn", "synced_gpus", *names)
-        for name in names:
-            if options.get(name) is not None and options[name] is not False:
-                raise ValueError(f"generation_mode={mode!r} does not go with {name}")
-
-    def _refuse_config(self, config: GenerationConfig, mode: str) -> None:
-        """Raise where a generation config asks for what this mode cannot do."""
-        if config.num_beams > 1:
-            raise ValueError(f"generation_mode={mode!r} does not go with beams, got num_beams={config.num_beams}")
-        names = ["prompt_lookup_num_tokens"]
-        if mode == "interleaved":
-            # Scores of what step; lengths of whose tokens; a cache that does not grow.
-            names += ["output_scores", "output_logits", "output_attentions", "output_hidden_states"]
-            names += ["min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty"]
-            names += ["cache_implementation", "prefill_chunk_size", "token_healing"]
-            if config.use_cache is False:
-                raise ValueError("generation_mode='interleaved' does not go without a cache, got use_cache=False")
-        for name in names:
-            value = getattr(config, name, None)
-            if value and (name, value) != ("cache_implementation", "dynamic"):
-                raise ValueError(f"generation_mode={mode!r} does not go with {name}, got {value!r}")
 
     def _check_no_images(self, input_ids: torch.LongTensor | None, options: dict[str, Any]) -> None:
         """Raise where tokens that are not in the cache yet are an image's, and nothing says whose."""

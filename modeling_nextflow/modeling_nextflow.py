@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
@@ -94,7 +95,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
-        "hidden_states": [Qwen2DecoderLayer, Qwen3DecoderLayer],
+        "hidden_states": GradientCheckpointingLayer,  # what both kinds of layer are, and nothing else in here is
         "attentions": [Qwen2Attention, Qwen3Attention],
     }
 
@@ -179,7 +180,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         hidden_states = inputs_embeds
         text_positions = position_ids[0].long() if len(position_ids) == 4 else None  # tell flash packed documents
         position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer where an early exit drafts
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,

@@ -179,6 +179,9 @@ class NextFlowProcessor(ProcessorMixin):
             where a row with all its image cells is longer than `max_length` or the tokenizer's `model_max_length`:
             `truncation` cuts rows of text alone.
         """
+        for name in ("videos", "audio"):  # transformers' pipelines name them to every processor
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"got {name}: NextFlow reads text and images")
         if text is None:
             if images is None:
                 raise ValueError("got neither text nor images")

@@ -50,6 +50,8 @@ def extend_tokenizer(
     add([*map(code_token, range(codebook_size)), "<boi>", "<eoi>"])
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
+    # Where rows are padded that are to be gone on with. What is not an argument of the tokenizer's is not saved.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
     ids = tokenizer.convert_tokens_to_ids([code_token(0), "<boi>", "<eoi>"])
     if len(tokenizer) != expected or ids != [text_vocab_size, expected - 2, expected - 1]:

@@ -285,6 +285,23 @@ def test_interleaved_answer_becomes_text_and_pictures(pipe, model):
     assert model.generate(**following, do_sample=False, max_new_tokens=2).shape[0] == 1
 
 
+def test_interleaved_text_ends_where_a_string_ends(pipe, model):
+    tokenizer = pipe.processor.tokenizer
+    a, b, c = (tokenizer.encode(letter)[0] for letter in "abc")
+
+    def spell(ids, scores):
+        following = {a: b, b: c}.get(int(ids[0, -1]), a)
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([following]), 1e4)
+
+    inputs = inputs_of(pipe, messages("hi"), generation_mode="interleaved")
+    settings = {**GREEDY, "generation_mode": "interleaved", "max_new_tokens": 8, "logits_processor": [spell]}
+    config = NextFlowGenerationConfig(stop_strings="bc", eos_token_id=model.config.eos_token_id)
+    for given in ({"stop_strings": ["bc"]}, {"generation_config": config}):
+        out = model.generate(**inputs, **settings, **given, tokenizer=tokenizer)
+        assert tokenizer.decode(out.answer().sequences[0]) == "abc"
+    assert config.stop_strings == "bc"
+
+
 @pytest.mark.parametrize("mode", ["image", "text"], ids=["prompt ends in boi", "boi is put there"])
 def test_guidance_is_the_pipelines(pipe, model, mode):
     source = Image.new("RGB", (16, 16), "red")
@@ -359,6 +376,29 @@ def test_image_text_to_text_pipeline(pipe, model, without_torchvision):
     tokens = model.generate(**inputs_of(pipe, conversation), max_new_tokens=4)
     prompt = inputs_of(pipe, conversation)["input_ids"].shape[1]
     assert record["generated_text"] == pipe.processor.tokenizer.decode(tokens[0, prompt:], skip_special_tokens=True)
+
+
+def test_pipelines_batch_prompts_of_several_lengths(pipe, folder, without_torchvision):
+    """transformers pads them itself, on the side that the tokenizer was saved with."""
+    pipeline = transformers.pipeline("image-text-to-text", model=str(folder))
+    conversations = [messages("<image>", "ab"), messages("<image>", "a longer question", color="blue")]
+    options = {"generate_kwargs": {"max_new_tokens": 4, "do_sample": False}, "return_full_text": False}
+    alone = [pipeline(text=one, **options)[0]["generated_text"] for one in conversations]
+    batch = [record["generated_text"] for (record,) in pipeline(text=conversations, batch_size=2, **options)]
+    assert batch == alone
+
+
+def test_any_to_any_pipeline_takes_text_and_images_apart(pipe, model, without_torchvision):
+    pipeline = transformers.pipeline("any-to-any", model=model, processor=pipe.processor)
+    image = messages("<image>")[0]["content"][0]["image"]
+    options = {"max_new_tokens": 3, "return_full_text": False}
+    (record,) = pipeline(text="<|image_pad|>what", images=image, **options)
+    tokens = model.generate(**pipe.processor(text="<|image_pad|>what", images=image), max_new_tokens=3)
+    assert record["generated_text"] == pipe.processor.tokenizer.decode(tokens[0, -3:], skip_special_tokens=True)
+    (record,) = pipeline(text="ab", generation_mode="image")
+    assert record["generated_image"].size == (16, 16)
+    with pytest.raises(ValueError, match="got videos: NextFlow reads text and images"):
+        pipeline(text="ab", videos=[image])
 
 
 def test_any_to_any_pipeline_writes(pipe, folder, without_torchvision):

@@ -261,6 +261,13 @@ BAD_CALLS = {
     "static cache": ({"cache_implementation": "static"}, "does not go with cache_implementation, got 'static'"),
     "no cache": ({"use_cache": False}, "does not go without a cache"),
     "guidance": ({"image_guidance_scale": 2.0}, "needs negative_input_ids"),
+    "guidance of text": (
+        {"guidance_scale": 2.0},
+        "does not go with guidance_scale, got 2.0: .* is image_guidance_scale",
+    ),
+    "stop strings": ({"stop_strings": ["a"]}, r"stop_strings are text, got \['a'\]: pass the tokenizer"),
+    "images": ({"max_images": -1}, "max_images is -1, expected at least 0"),
+    "early exit": ({"assistant_early_exit": 1}, "does not go with assistant_early_exit, got 1"),
     "per scale": ({"image_top_k": [1, 2]}, "top_k has 2 entries, expected one for each of the 4 scales"),
     "generators": ({"generator": [torch.Generator()] * 2}, "got 2 generators for a batch of 1"),
     "boi": ({"input_ids": torch.tensor([[5, BOI]])}, "do not end in <boi>"),

@@ -293,8 +293,13 @@ def test_image_mode_takes_settings_under_both_names_and_greedy(model):
     assert torch.equal(model.generate(**inputs, do_sample=False).image_codes, expected)
     config = NextFlowGenerationConfig(image_temperature=0.0)
     assert torch.equal(model.generate(**inputs, generation_config=config).image_codes, expected)
-    several = model.generate(**inputs, temperature=0.0, do_sample=True, num_return_sequences=3)
+    several = model.generate(**inputs, temperature=0.0, num_return_sequences=3)
     assert torch.equal(several.image_codes, expected.repeat(3)) and len(several.image_grids) == 3
+    # What a caller of all modes says, and what the model's texts are configured to be, is no matter of images.
+    plain = {"max_new_tokens": 9, "eos_token_id": EOS, "repetition_penalty": 1.0, "use_cache": True}
+    assert torch.equal(model.generate(**inputs, temperature=0.0, **plain).image_codes, expected)
+    config = NextFlowGenerationConfig(image_temperature=0.0, repetition_penalty=1.3, do_sample=True, min_p=0.1)
+    assert torch.equal(model.generate(**inputs, generation_config=config).image_codes, expected)
 
 
 IMAGE_PROMPTS = torch.tensor([[5, *image_tokens(WIDE), 6, 7], [0] * 15 + [8, 9, 10]])
@@ -356,6 +361,15 @@ def test_an_assistant_sees_the_images_of_the_prompt(model):
     assert torch.equal(model.generate(**row, **settings, prompt_lookup_num_tokens=2), expected)
 
 
+def test_an_early_exit_drafts_with_the_first_layers(model):
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    row = {"input_ids": IMAGE_PROMPTS["input_ids"][:1], "image_codes": random_codes(WIDE)}
+    row["image_grids"] = grids_tensor(WIDE)
+    expected = model.generate(**row, **settings)
+    assert torch.equal(model.generate(**row, **settings, assistant_early_exit=1), expected)
+    assert model.config.num_hidden_layers == 2
+
+
 def test_static_cache_with_images_in_the_prompt(model):
     settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     dynamic = model.generate(**IMAGE_PROMPTS, **settings)
@@ -389,6 +403,13 @@ BAD_CALLS = {
     "streamer": ({"streamer": object()}, "'image' does not go with streamer"),
     "processors": ({"logits_processor": [object()]}, "'image' does not go with logits_processor"),
     "assistant": ({"assistant_model": object()}, "'image' does not go with assistant_model"),
+    "penalty": ({"repetition_penalty": 1.3}, "'image' does not go with repetition_penalty, got 1.3: it is about text"),
+    "scores": ({"output_scores": True}, "'image' does not go with output_scores"),
+    "no cache": ({"use_cache": False}, "'image' does not go with use_cache, got False"),
+    "early exit": (
+        {"generation_config": GenerationConfig(assistant_early_exit=1)},
+        "does not go with assistant_early",
+    ),
     "no size": (
         {"input_ids": torch.tensor([[5]]), "image_grids": None},
         "pass target_grids, or set image_target_grids",

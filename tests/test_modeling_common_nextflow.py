@@ -84,6 +84,14 @@ def test_hidden_states_and_attentions_are_those_of_every_layer(model, batch):
         assert torch.equal((weights > 0).all(1)[real], seen[real])
 
 
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["Qwen2.5", "Qwen3"])
+def test_hidden_states_of_some_layers(batch, qk_norm):
+    model = toy_model(qk_norm=qk_norm)
+    every = model(**batch, output_hidden_states=True).hidden_states
+    first, second, last = model(**batch, output_hidden_states=[0, -1]).hidden_states
+    assert second is None and torch.equal(first, every[0]) and torch.equal(last, every[-1])
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(batch, use_reentrant):
     gradients = []
