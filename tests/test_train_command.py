@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -325,12 +327,16 @@ def test_streams_that_cannot_be(toy, tmp_path):
 # --- launchers
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+no_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["ddp", "fsdp2", *(pytest.param(f"deepspeed_zero{stage}", marks=no_deepspeed) for stage in (2, 3))],
+)
 def test_accelerate_launch(config, toy, tmp_path):
-    script = {
-        "ddp": ["-m", "nextflow_hf.training.train"],
-        "fsdp2": [str(Path(__file__).with_name("fsdp_on_cpu.py"))],
-    }[config]
+    is_fsdp = config == "fsdp2"
+    script = [str(Path(__file__).with_name("fsdp_on_cpu.py"))] if is_fsdp else ["-m", "nextflow_hf.training.train"]
     arguments = [
         str(tmp_path / "recipe.yaml"), "--override", f"output_dir={tmp_path / 'two'}",
         "--override", "per_device_train_batch_size=1",
@@ -347,7 +353,8 @@ def test_accelerate_launch(config, toy, tmp_path):
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration),
         "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", *script, *arguments,
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     train.main([str(tmp_path / "recipe.yaml")])
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
@@ -364,6 +371,13 @@ def test_accelerate_reads_the_configs(config):
 
     loaded = load_config_from_file(str(train.RECIPES / "accelerate" / f"{config}.yaml"))
     assert loaded.num_processes == 8 and loaded.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("changes", [{"trainable": "alignment"}, {"use_peft": True, "lora_train_image_parts": True}])
+def test_zero3_trains_no_rows_of_the_head(changes, monkeypatch):
+    monkeypatch.setattr(train, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 shards the head, .*: use deepspeed_zero2.yaml"):
+        train.train(*train.parse_recipe({**BASE, **changes}))
 
 
 # --- what a stage trains
