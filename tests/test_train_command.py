@@ -26,6 +26,7 @@ from transformers.integrations import TrackioCallback, WandbCallback
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, cli
 from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
+from nextflow_hf.processing import NextFlowImageProcessorPil
 from nextflow_hf.processing.scale_schedule import ScaleSchedule
 from nextflow_hf.training import callbacks, train
 from nextflow_hf.training.arguments import NextFlowTrainingArguments
@@ -36,6 +37,7 @@ from nextflow_hf.training.memory import layer_bytes_per_token, training_memory
 from nextflow_hf.training.memory import main as memory_main
 from nextflow_hf.training.model_loading import load_model
 from nextflow_hf.training.recipe import override
+from nextflow_hf.training.shapes.stage_codes import LEVELS
 from nextflow_hf.training.trainer import NextFlowTrainer
 
 
@@ -123,6 +125,16 @@ def test_recipe_is_the_papers_row(stage):
     assert twin.trainable == args.trainable and twin_data.train_weights == data.train_weights
     assert [Path(folder).name for folder in twin_data.train_codes] == list(samples)
     assert twin_model.config_overrides["scale_loss_alpha"] == model.config_overrides["scale_loss_alpha"]
+
+
+def test_twins_are_at_levels_of_the_shapes_world():
+    schedule = yaml.safe_load((train.RECIPES / "shapes_pictures.yaml").read_text())["schedule"]
+    assert set(LEVELS) <= set(NextFlowImageProcessorPil(**schedule).scale_schedule.resolutions)
+    for stage in PAPER:
+        _, data, args = train.parse_recipe({**train.read_recipe(f"shapes/{stage}"), "use_cpu": True})
+        level = args.sample_settings["height"]
+        assert level in LEVELS and args.sample_settings["width"] == level
+        assert {Path(folder).parent.name for folder in data.train_codes} == {f"codes_{level}"}
 
 
 def test_stages_start_from_one_another():
