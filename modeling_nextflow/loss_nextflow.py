@@ -5,11 +5,13 @@ them here. Knows token ids, grids, hidden states and a head; nothing of the mode
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from .rope_nextflow import ImageLayout
@@ -69,13 +71,33 @@ def get_targets(
     return targets, weights
 
 
-def plain_weight(head: nn.Module) -> nn.Parameter | None:
+def plain_weight(head: nn.Module) -> torch.Tensor | None:
     """The matrix of a head that is nothing else, to be multiplied in part. `None` for one that has its weights, or all
     of them, in its call alone: with an adapter, quantised, offloaded or sharded."""
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
-        return None
     # Offloading replaces the `forward` of the very module, sharding hooks into it.
-    return None if "forward" in vars(head) or head._forward_pre_hooks else head.weight
+    return head.weight if _is_plain(head) and not head._forward_pre_hooks else None
+
+
+def has_whole_weight_in_call(head: nn.Module) -> bool:
+    """Whether hooks make a plain matrix whole for its call: sharded by DeepSpeed, which gathers it there."""
+    return _is_plain(head) and bool(head._forward_pre_hooks)
+
+
+def call_with_weight(head: nn.Linear, hidden_states: torch.FloatTensor, function: Callable) -> Any:
+    """`function(hidden_states, weight)` in the place of the head's product: in one call of it, so that all processes
+    gather the weight as often, however many tokens each has."""
+    head.forward = lambda hidden: function(hidden, head.weight)
+    try:
+        return head(hidden_states)
+    finally:
+        del head.forward
+
+
+def _is_plain(head: nn.Module) -> bool:
+    if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
+        return False
+    # Joined: of rows that are trained and rows that are not.
+    return is_parametrized(head, "weight") or (type(head) is nn.Linear and type(head.weight) is nn.Parameter)
 
 
 def linear_cross_entropy(

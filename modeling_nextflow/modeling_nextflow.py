@@ -6,6 +6,7 @@ upsampled, through a connector), the block attention rule and the loss. It knows
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,9 @@ from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMix
 from .grids_nextflow import Schedule, check_shape, schedules_from_grids
 from .loss_nextflow import (
     IGNORE_INDEX,
+    call_with_weight,
     get_targets,
+    has_whole_weight_in_call,
     linear_cross_entropy,
     mean_by_scale,
     plain_weight,
@@ -261,25 +264,31 @@ class NextFlowModel(NextFlowPreTrainedModel):
         codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
         images = self._present_grids(input_ids, codes, image_grids, layout)
 
+        if not (self._trains_with_others or any(len(grids) > 1 for grids, _ in images)):
+            cells = inputs_embeds.new_zeros(0, inputs_embeds.shape[-1])
+        else:
+            cells = self._embed_cells(codes, images)
+        # Of `<boi>`, and of every cell.
+        scale_terms = self.scale_embedding(F.pad(layout.scale[layout.is_cell] - 1, (1, 0)))
+        boi_term = self.scale_length_encoding(image_grids) + scale_terms[0] * self.config.boi_scale_embedding
         is_boi = layout.scale == 1
-        boi_term = self.scale_length_encoding(image_grids)
-        if self.config.boi_scale_embedding:
-            boi_term = boi_term + self.scale_embedding(input_ids.new_zeros(1))
         inputs_embeds = inputs_embeds.masked_scatter(
             is_boi[..., None], (inputs_embeds[is_boi] + boi_term).to(inputs_embeds.dtype)
         )
-        if not any(len(grids) > 1 for grids, _ in images):
-            return self._with_gradients_of_images(inputs_embeds)
-        cells = self._embed_cells(codes, images)
         length_term = self.scale_length_encoding(image_grids)[layout.image_index[layout.is_cell]]
-        scale_term = self.scale_embedding(layout.scale[layout.is_cell] - 1)
-        cells = (cells + scale_term + length_term).to(inputs_embeds.dtype)
+        cells = (cells + scale_terms[1:] + length_term).to(inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(layout.is_cell[..., None], cells)
 
+    @property
+    def _trains_with_others(self) -> bool:
+        """Processes that train together wait for each other: for the gradients of every parameter, also of what a
+        batch of text does not use, and where weights are sharded at every call of a module. So all call the codebook,
+        the connector and the scale embedding once, in this order, whatever their batch is."""
+        return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+
     def _with_gradients_of_images(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
-        """`inputs_embeds`, with gradients (zeros) for what only images use: processes that train together wait for the
-        same gradients from each, also from one whose rows are all text."""
-        if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        """`inputs_embeds`, with gradients (zeros) for what only images use."""
+        if not self._trains_with_others:
             return inputs_embeds
         code = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
         unused = self.connector(self.image_codebook(code)) + self.scale_embedding(code)
@@ -287,34 +296,36 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def _embed_cells(self, codes: torch.LongTensor, images: list[tuple[Schedule, int]]) -> torch.FloatTensor:
         """Connector outputs (cells of scales 2..m of all images, hidden), images with one schedule in one go."""
-        per_image = codes.split([count for _, count in images])
         groups: dict[Schedule, list[int]] = {}
         for index, (grids, _) in enumerate(images):
             groups.setdefault(grids, []).append(index)
-        embedded: list[torch.Tensor | None] = [None] * len(images)
+        # A closed image also brings the codes of its last scale, which are no input.
+        used = [sum(height * width for height, width in grids[:-1]) for grids, _ in images]
+        per_image = codes.split([count for _, count in images])
+        looked_up = self.image_codebook(torch.cat([rows[:count] for rows, count in zip(per_image, used)]))
+        per_image = looked_up.split(used)
+        embedded = [rows[:0] for rows in per_image]  # of an image of one scale: nothing
         for grids, members in groups.items():
             if len(grids) == 1:
                 continue
-            # A closed image also brings the codes of its last scale, which are no input.
-            used = sum(height * width for height, width in grids[:-1])
-            stacked = torch.stack([per_image[index][:used] for index in members])
+            stacked = torch.stack([per_image[index] for index in members])  # (images, codes, code_dim)
             features, start = [], 0
             for grid, next_grid in zip(grids, grids[1:]):
                 cells = grid[0] * grid[1]
                 features.append(self.upsampled_features(stacked[:, start : start + cells], grid, next_grid))
                 start += cells
-            for index, rows in zip(members, self.connector(torch.cat(features, dim=1))):
+            for index, rows in zip(members, torch.cat(features, dim=1)):
                 embedded[index] = rows
-        return torch.cat([rows for rows in embedded if rows is not None])
+        return self.connector(torch.cat(embedded))
 
     def upsampled_features(
-        self, codes: torch.LongTensor, grid: tuple[int, int], next_grid: tuple[int, int]
+        self, looked_up: torch.FloatTensor, grid: tuple[int, int], next_grid: tuple[int, int]
     ) -> torch.FloatTensor:
-        """Codebook features of the codes (batch, h*w) of one scale, residual and not accumulated, at the next grid.
+        """Codebook features of the codes of one scale (batch, h*w, code_dim), residual and not accumulated, at the
+        next grid.
 
         Bicubic in fp32; both halves l2-normalised as the tokenizer looks them up. Returns (batch, h'*w', code_dim).
         """
-        looked_up = self.image_codebook(codes)
         halves = [self.config.semantic_code_dim, self.config.pixel_code_dim]
         semantic, pixel = looked_up.float().split(halves, dim=-1)
         features = torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
@@ -329,7 +340,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
         `image_grids` (batch or 1, max_scales, 2) are the full schedules: the number of scales is part of the input.
         """
-        features = self.upsampled_features(codes, grids[scale - 2], grids[scale - 1])
+        features = self.upsampled_features(self.image_codebook(codes), grids[scale - 2], grids[scale - 1])
         embeds = self.connector(features)
         term = self.scale_embedding(codes.new_full((1,), scale - 1)) + self.scale_length_encoding(image_grids)
         return (embeds + term[:, None]).to(self.norm.weight.dtype)
@@ -596,11 +607,17 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         parts = [(int(members.sum()), rows) for members, rows in kinds]
 
         weight = plain_weight(self.lm_head)
+        cross_entropy = partial(
+            self.weighted_cross_entropy,
+            targets=targets,
+            token_weights=weights,
+            parts=parts,
+            chunk_size=self.loss_chunk_size,
+        )
         if weight is not None:
-            total, losses = self.weighted_cross_entropy(
-                hidden_states, weight, targets, weights, parts=parts, chunk_size=self.loss_chunk_size
-            )
-            return total, losses, scale
+            return *cross_entropy(hidden_states, weight), scale
+        if has_whole_weight_in_call(self.lm_head):
+            return *call_with_weight(self.lm_head, hidden_states, cross_entropy), scale
         losses = []
         counts = [count for count, _ in parts]
         for hidden, target, (_, rows) in zip(hidden_states.split(counts), targets.split(counts), parts):

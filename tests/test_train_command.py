@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from transformers.integrations import TrackioCallback, WandbCallback
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, cli
 from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
+from nextflow_hf.processing import NextFlowImageProcessorPil
 from nextflow_hf.processing.scale_schedule import ScaleSchedule
 from nextflow_hf.training import callbacks, train
 from nextflow_hf.training.arguments import NextFlowTrainingArguments
@@ -34,6 +37,7 @@ from nextflow_hf.training.memory import layer_bytes_per_token, training_memory
 from nextflow_hf.training.memory import main as memory_main
 from nextflow_hf.training.model_loading import load_model
 from nextflow_hf.training.recipe import override
+from nextflow_hf.training.shapes.stage_codes import LEVELS
 from nextflow_hf.training.trainer import NextFlowTrainer
 
 
@@ -121,6 +125,16 @@ def test_recipe_is_the_papers_row(stage):
     assert twin.trainable == args.trainable and twin_data.train_weights == data.train_weights
     assert [Path(folder).name for folder in twin_data.train_codes] == list(samples)
     assert twin_model.config_overrides["scale_loss_alpha"] == model.config_overrides["scale_loss_alpha"]
+
+
+def test_twins_are_at_levels_of_the_shapes_world():
+    schedule = yaml.safe_load((train.RECIPES / "shapes_pictures.yaml").read_text())["schedule"]
+    assert set(LEVELS) <= set(NextFlowImageProcessorPil(**schedule).scale_schedule.resolutions)
+    for stage in PAPER:
+        _, data, args = train.parse_recipe({**train.read_recipe(f"shapes/{stage}"), "use_cpu": True})
+        level = args.sample_settings["height"]
+        assert level in LEVELS and args.sample_settings["width"] == level
+        assert {Path(folder).parent.name for folder in data.train_codes} == {f"codes_{level}"}
 
 
 def test_stages_start_from_one_another():
@@ -325,12 +339,16 @@ def test_streams_that_cannot_be(toy, tmp_path):
 # --- launchers
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+no_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["ddp", "fsdp2", *(pytest.param(f"deepspeed_zero{stage}", marks=no_deepspeed) for stage in (2, 3))],
+)
 def test_accelerate_launch(config, toy, tmp_path):
-    script = {
-        "ddp": ["-m", "nextflow_hf.training.train"],
-        "fsdp2": [str(Path(__file__).with_name("fsdp_on_cpu.py"))],
-    }[config]
+    is_fsdp = config == "fsdp2"
+    script = [str(Path(__file__).with_name("fsdp_on_cpu.py"))] if is_fsdp else ["-m", "nextflow_hf.training.train"]
     arguments = [
         str(tmp_path / "recipe.yaml"), "--override", f"output_dir={tmp_path / 'two'}",
         "--override", "per_device_train_batch_size=1",
@@ -347,7 +365,8 @@ def test_accelerate_launch(config, toy, tmp_path):
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration),
         "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", *script, *arguments,
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     train.main([str(tmp_path / "recipe.yaml")])
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
@@ -364,6 +383,13 @@ def test_accelerate_reads_the_configs(config):
 
     loaded = load_config_from_file(str(train.RECIPES / "accelerate" / f"{config}.yaml"))
     assert loaded.num_processes == 8 and loaded.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("changes", [{"trainable": "alignment"}, {"use_peft": True, "lora_train_image_parts": True}])
+def test_zero3_trains_no_rows_of_the_head(changes, monkeypatch):
+    monkeypatch.setattr(train, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 shards the head, .*: use deepspeed_zero2.yaml"):
+        train.train(*train.parse_recipe({**BASE, **changes}))
 
 
 # --- what a stage trains

@@ -14,6 +14,7 @@ from toy import SQUARE, TEXT, WIDE, toy_model
 from toy_codes import row
 
 from nextflow_hf.training.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.data.collator import NextFlowDataCollator
 from nextflow_hf.training.trainer import NextFlowTrainer
 
 
@@ -150,6 +151,32 @@ def test_fsdp2_in_two_processes(by_hand, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         assert config["architectures"] == ["NextFlowForCausalLM"]
         assert not list(folder.glob("_fsdp*")) and load_file(folder / "model.safetensors")
+
+
+IMAGES = ["image_codebook", "connector", "scale_embedding"]
+
+
+@pytest.mark.parametrize("rows", [ROWS[2:4], ROWS[:1], ROWS[:4], ROWS[7:]], ids=["text", "one", "mixed", "several"])
+def test_every_batch_calls_the_same_modules(rows, monkeypatch):
+    """Where weights are sharded, a call gathers them, and all processes must: DeepSpeed's ZeRO-3."""
+    plain = toy_model(scale_loss_alpha=ALPHA).train()
+    batch = {k: v for k, v in NextFlowDataCollator(pad_token_id=0)(rows).items() if k != "row_ids"}
+    expected = plain(**batch)
+    expected.loss.backward()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model, calls = toy_model(scale_loss_alpha=ALPHA).train(), []
+    model.loss_chunk_size = 5
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in (*IMAGES, "embed_tokens", "lm_head"):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append(name.split(".")[-1]))
+    outputs = model(**batch)
+    assert calls == ["embed_tokens", *IMAGES, "lm_head"]
+    outputs.loss.backward()
+    assert "forward" not in vars(model.lm_head)
+    torch.testing.assert_close(outputs.loss, expected.loss)
+    for (name, parameter), (_, other) in zip(model.named_parameters(), plain.named_parameters()):
+        other = torch.zeros_like(parameter) if other.grad is None else other.grad
+        torch.testing.assert_close(parameter.grad, other, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_evaluation_weighs_tokens_and_not_batches(tmp_path):

@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import torch
 from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
@@ -132,17 +133,19 @@ def pack_rows(
         return PackedIterableDataset(rows, config, **options)
     packs = PackedDataset(rows, config, **options, seed=args.seed)
     report = packs.report(min(args.world_size * args.per_device_train_batch_size, len(packs)))
-    logger.warning(
-        f"{report.num_documents} documents in {report.num_packs} packs of {report.num_tokens / report.num_packs:.0f} "
-        f"tokens on average; of a step's time, processes wait {1 - report.balance:.1%} for the busiest"
-    )
+    if args.should_log:
+        logger.warning(
+            f"{report.num_documents} documents in {report.num_packs} packs of "
+            f"{report.num_tokens / report.num_packs:.0f} tokens on average; of a step's time, processes wait "
+            f"{1 - report.balance:.1%} for the busiest"
+        )
     return packs
 
 
 def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlowTrainingArguments) -> None:
     """A word on what padding to the longest row of a batch costs, from some of the rows."""
     ranks, batch_size = args.world_size, args.per_device_train_batch_size
-    if len(rows) < ranks * batch_size or ranks * batch_size == 1:
+    if not args.should_log or len(rows) < ranks * batch_size or ranks * batch_size == 1:
         return
     some = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
     sizes = rows.select_columns(["length", "image_grids"]).select(some)
@@ -182,6 +185,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: NextFlowTr
 
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError(f"max_steps is {args.max_steps}, expected a number of steps: a stream has no end")
+    if is_deepspeed_zero3_enabled() and (args.trainable == "alignment" or model_args.lora_train_image_parts):
+        raise ValueError(
+            "ZeRO-3 shards the head, of which 'alignment' and lora_train_image_parts train some rows: use "
+            "deepspeed_zero2.yaml, ddp.yaml or fsdp2.yaml, which few trained parameters let fit"
+        )
     set_seed(args.seed)
     model = load_model(model_args, in_bfloat16=args.bf16)
     if model_args.use_peft and args.trainable != "all":
