@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Siglip2VisionModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
 from .grids_nextflow import Schedule, count_codes, schedules_from_grids
@@ -371,6 +371,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
                 targets[index] = output.hidden_states[-2][row]
         return targets
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.FloatTensor,

@@ -12,8 +12,12 @@ transformers' own suite for models (ModelTesterMixin and GenerationTesterMixin o
 - start from a lone `bos_token_id`: Qwen2.5 has no such token.
 
 With images, it also cannot run: assisted decoding (a draft model is given the tokens without their images), the
-resizing tests that clip token ids (they clip `<boi>` away), and random token ids out of the whole vocabulary (`<boi>`
-and placeholders without an image are refused).
+resizing tests that clip token ids (they clip `<boi>` away), random token ids out of the whole vocabulary (`<boi>`
+and placeholders without an image are refused), and what cuts every input along two axes (codes have one) or exports a
+graph (how many codes there are, the tokens say).
+
+`NextFlowForConditionalGeneration` cannot run, besides: a load from the folder of its base model (it is read from a
+repository with its parts), and positions that count tokens given beside images (those of images are three numbers).
 """
 
 import copy

@@ -1,4 +1,11 @@
-"""The vision tokenizer's invariants, with toy sizes: what must be equal, what must stay, what must raise."""
+"""The vision tokenizer's invariants, with toy sizes: what must be equal, what must stay, what must raise.
+
+Of transformers' own suite for models (ModelTesterMixin of 5.23) these cannot run, and why:
+
+- `output_hidden_states` and `output_attentions` (5 tests): it has three encoders and decoders, and no one stack of layers.
+- `get_input_embeddings`: its input is pixels; the codebook is `codebook`.
+- gradient checkpointing, resizing of embeddings, tensor parallelism, RoPE: it has none.
+"""
 
 import copy
 import math
@@ -166,6 +173,13 @@ def test_mixed_batch_equals_single(model: NextFlowVisionTokenizer):
             torch.testing.assert_close(features[name][index, :, :rows, :columns], value[0], atol=1e-5, rtol=1e-5)
         losses.append(model(alone, row).loss)
     torch.testing.assert_close(model(pixel_values, image_grids).loss, torch.stack(losses).mean())
+
+
+def test_outputs_as_a_tuple(model: NextFlowVisionTokenizer):
+    inputs = pixels(SQUARE), grids(SQUARE)
+    expected = model(*inputs).to_tuple()
+    torch.testing.assert_close(model(*inputs, return_dict=False), expected, rtol=0, atol=0)
+    assert len(expected) == 6  # without the semantic loss, which nobody asked for
 
 
 def test_split_and_join_are_inverse():
