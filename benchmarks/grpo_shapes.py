@@ -133,8 +133,8 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     began = time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.process_time() - began - middle.seconds
-    entries = [entry for entry in trainer.state.log_history if "reward" in entry]
-    done_now = len(entries) - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+    entries = [entry for entry in trainer.state.log_history if "reward" in entry]  # one for every drawing
+    done_now = trainer.state.global_step - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
     names = ("reward", "kl", "entropy", "frac_reward_zero_std", "vmr/suffix_std", "reward_std")
     result = {
         "arm": arm,
