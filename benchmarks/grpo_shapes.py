@@ -46,26 +46,30 @@ ARMS = {
     "prefix, VMR": VMR,
     "prefix, masks": {"mask_propagation": True},
 }
+COLD = 0.3  # a temperature
 COLORS = ("#0b6e4f", "#c1121f", "#3a5ba0", "#e09f3e", "#7b2d8b", "#00a6a6", "#7f7f7f")
 
 
 def draw_held_out(
-    pipeline: NextFlowPipeline, num_prompts: int, seed: int, guidance_scale: float, top_k: int
+    pipeline: NextFlowPipeline, num_prompts: int, seed: int, sampling: dict[str, float]
 ) -> tuple[float, list[Image.Image]]:
     """The judge's score of held-out prompts, the same for the same seed, and the pictures."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
-    functions = pipeline_functions(pipeline, 1000 + seed, guidance_scale=guidance_scale, top_k=top_k)
+    functions = pipeline_functions(pipeline, 1000 + seed, **sampling)
     report = evaluate_shapes(functions, {"prompt": num_prompts}, seed=1000 + seed)
     return report.to_dict()["prompt"]["overall"], [item.pictures[0] for item in report.results]
 
 
-def judge(pipeline: NextFlowPipeline, *args) -> dict:
+def judge(pipeline: NextFlowPipeline, num_prompts: int, seed: int, sampling: dict[str, float]) -> dict:
     """Held-out scores of a pipeline: the judge's, how clean the shapes are, and the PSNR in dB of the pictures to what
-    the vision tokenizer makes of them, which falls where pictures leave what its codes can say."""
-    overall, pictures = draw_held_out(pipeline, *args)
+    the vision tokenizer makes of them, which falls where pictures leave what its codes can say. And the judge's of
+    pictures that are drawn cold: what a sharper policy gains, that gives without training."""
+    overall, pictures = draw_held_out(pipeline, num_prompts, seed, sampling)
     psnr, _ = reconstruct(pipeline, np.stack([np.asarray(picture) for picture in pictures]))
-    return {"overall": overall, "clean": statistics.mean(clean_shapes(images=pictures)), "psnr_to_codes": psnr}
+    cold, _ = draw_held_out(pipeline, num_prompts, seed, {**sampling, "temperature": COLD})
+    clean = statistics.mean(clean_shapes(images=pictures))
+    return {"overall": overall, "clean": clean, "psnr_to_codes": psnr, "cold": cold}
 
 
 class JudgeCallback(TrainerCallback):
@@ -126,7 +130,7 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     numbers |= {"use_cpu": not torch.accelerator.is_available(), "learning_rate": args.learning_rate}
     numbers |= {"per_device_train_batch_size": args.num_pictures}
     trainer = make_trainer(start, load_recipe("shapes_grpo"), folder, **numbers)
-    judge_args = (args.num_prompts, seed, *sampling_of(trainer.args))
+    judge_args = (args.num_prompts, seed, sampling_of(trainer.args))
     middle = JudgeCallback(trainer.pipeline, folder, *judge_args)
     trainer.add_callback(middle)
     checkpoint = last_checkpoint(folder)
@@ -148,9 +152,9 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     return result
 
 
-def sampling_of(args: NextFlowGRPOConfig) -> tuple[float, int]:
-    """Guidance and top-k of held-out pictures: the rollouts'."""
-    return args.guidance_scale, args.top_k
+def sampling_of(args: NextFlowGRPOConfig) -> dict[str, float]:
+    """How held-out pictures are drawn: as the rollouts, which is the policy that is trained."""
+    return {"guidance_scale": args.guidance_scale, "temperature": args.temperature, "top_k": args.top_k}
 
 
 def judge_start(start: Path, seed: int, args: argparse.Namespace) -> dict:
@@ -158,7 +162,7 @@ def judge_start(start: Path, seed: int, args: argparse.Namespace) -> dict:
         "unused", use_cpu=not torch.accelerator.is_available(), **load_recipe("shapes_grpo")["training"]
     )
     pipeline = NextFlowPipeline.from_pretrained(start, dtype=torch.float32)
-    return judge(pipeline, args.num_prompts, seed, *sampling_of(numbers))
+    return judge(pipeline, args.num_prompts, seed, sampling_of(numbers))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -204,12 +208,13 @@ def results_table(runs: list[dict], args: argparse.Namespace) -> str:
         f"{args.max_steps} updates of {args.num_pictures} pictures (VMR: as many pictures in all), learning rate "
         f"{args.learning_rate}, {args.num_prompts} held-out prompts. Mean and standard deviation over the seeds.",
         "",
-        "| arm | seeds | judge | gain | clean shapes | PSNR to codes | mean reward | CPU s / update |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| arm | seeds | judge | gain | judge at temperature {COLD} | clean shapes | PSNR to codes | mean reward "
+        "| CPU s / update |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         "| before | "
         + " | ".join(
             [str(len(start)), over_seeds([scores["overall"] for scores in start]), ""]
-            + [over_seeds([scores["clean"] for scores in start])]
+            + [over_seeds([scores[name] for scores in start]) for name in ("cold", "clean")]
             + [over_seeds([scores["psnr_to_codes"] for scores in start], 2), "", ""]
         )
         + " |",
@@ -221,7 +226,7 @@ def results_table(runs: list[dict], args: argparse.Namespace) -> str:
                 str(len(own)),
                 over_seeds([run["after"]["overall"] for run in own]),
                 over_seeds([run["after"]["overall"] - run["before"]["overall"] for run in own]),
-                over_seeds([run["after"]["clean"] for run in own]),
+                *(over_seeds([run["after"][name] for run in own]) for name in ("cold", "clean")),
                 over_seeds([run["after"]["psnr_to_codes"] for run in own], 2),
                 over_seeds([statistics.mean(run["reward"]) for run in own]),
                 over_seeds([run["seconds_per_update"] for run in own], 2),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Siglip2Model, Siglip2VisionModel, TrainingArguments, set_seed
@@ -369,18 +370,20 @@ def device_arguments() -> dict:
 
 
 @functools.cache
-def multiplies_faster_in_bf16(size: int = 1024, repeats: int = 5) -> bool:
-    """Of this CPU: some multiply 2.5 times as fast in bf16, others half as fast."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix, times = torch.ones(size, size, dtype=dtype), []
-        for _ in range(repeats):
+def multiplies_faster_in_bf16(size: int = 1024, repeats: int = 20) -> bool:
+    """
+    Of this CPU: some multiply 2.5 times as fast in bf16, others half as fast. All processes get the answer of the main
+    one, since they train one model: all of them must ask.
+    """
+    matrices = {dtype: torch.ones(size, size, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    times = {dtype: [] for dtype in matrices}
+    for _ in range(repeats):  # in turn: what else the machine does hits both
+        for dtype, matrix in matrices.items():
             start = time.perf_counter()
             matrix @ matrix
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
+            times[dtype].append(time.perf_counter() - start)
+    answer = [min(times[torch.bfloat16]) < min(times[torch.float32])]
+    return broadcast_object_list(answer)[0]
 
 
 def training_attention() -> dict:
@@ -400,6 +403,8 @@ def main() -> None:
     args = make_parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     state = PartialState(cpu=not torch.accelerator.is_available())
+    if not torch.accelerator.is_available():
+        multiplies_faster_in_bf16()  # here, where all processes are
     for stage in STAGES:
         run_stage, finished = STAGES[stage]
         if stage in args.stage and not (args.output_dir / finished).exists():
