@@ -2,7 +2,7 @@
 
 Of transformers' own suite for models (ModelTesterMixin of 5.23) these cannot run, and why:
 
-- `output_hidden_states` and `output_attentions` (5 tests): it has three encoders and decoders, and no one stack of layers.
+- `output_hidden_states` and `output_attentions` (5 tests): it is four networks, and no one stack of layers.
 - `get_input_embeddings`: its input is pixels; the codebook is `codebook`.
 - gradient checkpointing, resizing of embeddings, tensor parallelism, RoPE: it has none.
 """

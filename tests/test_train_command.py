@@ -29,7 +29,7 @@ from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
 from nextflow_hf.processing import NextFlowImageProcessorPil
 from nextflow_hf.processing.scale_schedule import ScaleSchedule
 from nextflow_hf.training import callbacks, train
-from nextflow_hf.training.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.arguments import ModelArguments, NextFlowTrainingArguments
 from nextflow_hf.training.callbacks import SampleImagesCallback
 from nextflow_hf.training.data.streaming import RowStream
 from nextflow_hf.training.freezing import set_trainable
@@ -142,6 +142,14 @@ def test_stages_start_from_one_another():
         stages = [train.parse_recipe({**train.read_recipe(f"{family}/{stage}"), "use_cpu": True}) for stage in PAPER]
         for (_, _, before), (model, _, _) in zip(stages, stages[1:]):
             assert model.model_name_or_path == before.output_dir
+
+
+def test_a_stage_before_its_predecessor_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    sources = {"model_name_or_path": "runs/7b/alignment", "processor_name_or_path": "here"}
+    with pytest.raises(FileNotFoundError, match="model_name_or_path is 'runs/7b/alignment'.*the stage before"):
+        load_model(ModelArguments(**sources))
 
 
 @pytest.mark.parametrize("stage", PAPER)

@@ -1,9 +1,11 @@
 """The transformer that a recipe trains: a saved one or a new one, quantised or not, with an adapter or without."""
 
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrainedModel:
     """The model of a recipe, which computes `in_bfloat16` or not; with `use_peft` it is PEFT's around it."""
+    for field in ("model_name_or_path", "processor_name_or_path", "vision_tokenizer_name_or_path"):
+        check_source(field, getattr(args, field))
     dtype = args.dtype or ("bfloat16" if args.use_peft and in_bfloat16 else "float32")
     if args.model_name_or_path is None:
         model = new_transformer(
@@ -49,6 +53,19 @@ def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrained
         return peft.PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
     # A stage that trains all weights starts from those that the adapter made.
     return peft.PeftModel.from_pretrained(model, args.model_name_or_path).merge_and_unload().requires_grad_(True)
+
+
+def check_source(field: str, name_or_path: str | None) -> None:
+    """Refuse what is neither a folder nor can be the name of a repository."""
+    if name_or_path is None or Path(name_or_path).exists():
+        return
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"{field} is {name_or_path!r}, where there is no folder, and it is no repository of a Hub: is what makes "
+            "it, such as the stage before this one, finished?"
+        ) from None
 
 
 def saved_adapter(name_or_path: str) -> "LoraConfig | None":
