@@ -129,7 +129,7 @@ def test_recipe_is_the_papers_row(stage):
 
 def test_twins_are_at_levels_of_the_shapes_world():
     schedule = yaml.safe_load((train.RECIPES / "shapes_pictures.yaml").read_text())["schedule"]
-    assert set(LEVELS) <= set(NextFlowImageProcessorPil(**schedule).scale_schedule.resolutions)
+    assert set(LEVELS) <= set(NextFlowImageProcessorPil(**schedule).schedule.resolutions)
     for stage in PAPER:
         _, data, args = train.parse_recipe({**train.read_recipe(f"shapes/{stage}"), "use_cpu": True})
         level = args.sample_settings["height"]
