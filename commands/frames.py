@@ -1,6 +1,6 @@
 """A short sequence of images from a storyline, as one file:
 
-nextflow-hf frames "a story: a red circle moves from left to right" --num-frames 3 --output story.gif
+    nextflow-hf frames "a story: a red circle on a white background moves from left to right" --num-frames 3
 """
 
 import argparse
@@ -17,7 +17,8 @@ from nextflow_hf.commands.output import slug
 
 
 EXAMPLES = """\
-  nextflow-hf frames "a story: a red circle moves from left to right" --num-frames 3 --output story.gif
+  nextflow-hf frames "a story: a red circle on a white background moves from left to right" --num-frames 3 \\
+      --output story.gif
   nextflow-hf frames "a red circle" "make the circle blue" "add a green square" --output sheet.png
   nextflow-hf frames --from-image sheet.png --seed 5 --output other.mp4
 """

@@ -1,6 +1,6 @@
 """Answers of text and images, in which the model begins the images itself; as they come, and as a folder:
 
-    nextflow-hf interleave "a story: a red circle turns blue and then green" --output story
+    nextflow-hf interleave "a story: a red circle on a white background turns blue and then green" --output story
 
 The folder has the images, `answer.md` to read, and `messages.json` to go on with.
 """
@@ -21,7 +21,7 @@ from nextflow_hf.commands.output import folder_for, slug
 
 
 EXAMPLES = """\
-  nextflow-hf interleave "a story: a red circle turns blue and then green" --output story
+  nextflow-hf interleave "a story: a red circle on a white background turns blue and then green" --output story
   nextflow-hf interleave "go on" --messages story/messages.json --max-images 2 --output more
   nextflow-hf interleave --from-image story/1.png --output again
 """

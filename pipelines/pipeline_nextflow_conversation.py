@@ -140,7 +140,8 @@ class NextFlowConversationMixin:
 
         Examples:
             ```py
-            >>> messages = [{"role": "user", "content": "a story: a red circle turns blue and then green"}]
+            >>> story = "a story: a red circle on a white background turns blue and then green"
+            >>> messages = [{"role": "user", "content": story}]
             >>> parts = pipe.interleave(messages, max_images=3)
             >>> images = [part["image"] for part in parts if part["type"] == "image"]
 
