@@ -1,6 +1,6 @@
 """A short sequence of images from a storyline, as one file:
 
-    nextflow-hf frames "a story: a red circle on a white background moves from left to right" --num-frames 3
+nextflow-hf frames "a story: a red circle on a white background moves from left to right" --num-frames 3
 """
 
 import argparse
