@@ -270,7 +270,13 @@ def draw_curves(
 
 def measure(args: argparse.Namespace) -> None:
     """One process of `memory`: prints seconds per update and peak memory in MiB."""
-    numbers = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": args.rollouts}
+    # Every update with a drawing of its own.
+    numbers = {
+        "max_steps": 2,
+        "num_iterations": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": args.rollouts,
+    }
     numbers |= {"prefix_scales": args.prefix_scales, "use_cpu": not torch.accelerator.is_available()}
     trainer = make_trainer(args.model, load_recipe("shapes_grpo"), args.output_dir / "work", **numbers)
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
