@@ -1,14 +1,31 @@
 """The whole training of the small model in miniature: every stage runs, is skipped when finished, and ends in a
 repository that draws."""
 
+import itertools
 import json
+import os
 
 import pytest
 import torch
+from accelerate import PartialState
+from processes import in_processes
 from safetensors.torch import load_file
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.training import train_shapes, train_shapes_decoder
+
+
+def measured_precision() -> bool:
+    """Of a process whose own clock says that bf16 is slower if it is the first, and faster if not."""
+    slower = os.environ["RANK"] == "0"
+    seconds = itertools.cycle([0, 1, 0, 2] if slower else [0, 2, 0, 1])  # start and end of fp32, then of bf16
+    train_shapes.time.perf_counter = lambda: next(seconds)
+    PartialState(cpu=True)
+    return train_shapes.multiplies_faster_in_bf16(size=4)
+
+
+def test_processes_agree_on_the_precision():
+    assert in_processes(measured_precision) == [False, False]
 
 
 @pytest.fixture
