@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
+
+from packaging.requirements import Requirement
 
 from nextflow_hf import __version__
 
@@ -41,7 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=summary, add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     module, _ = COMMANDS[arguments.command]
-    return importlib.import_module(module).main(rest) or 0
+    try:
+        return importlib.import_module(module).main(rest) or 0
+    except ModuleNotFoundError as error:
+        extra = extra_with(error.name)
+        if extra is None:
+            raise
+        print(f"nextflow-hf {arguments.command} needs {error.name}: {extra}", file=sys.stderr)
+        return 2
+
+
+def extra_with(package: str | None) -> str | None:
+    """How to install a package that an extra of this one brings; `None` where none does."""
+    for line in importlib.metadata.requires("nextflow-hf") or []:
+        requirement = Requirement(line)
+        if requirement.name == package and requirement.marker is not None:
+            for extra in importlib.metadata.metadata("nextflow-hf").get_all("Provides-Extra"):
+                if requirement.marker.evaluate({"extra": extra}):
+                    return f'pip install "nextflow-hf[{extra}]"'
+    return None
 
 
 if __name__ == "__main__":

@@ -292,3 +292,17 @@ for argv in [["--help"], *([name, "--help"] for name in {names})]:
     assert result.returncode == 0, result.stderr
     for name in names:
         assert f"usage: nextflow-hf {name}" in result.stdout
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("datasets", "train"), ("scipy", "train"), ("trl", "rl")])
+def test_a_command_without_its_extra_names_it(missing, extra, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(cli.COMMANDS, "train", (missing, ""))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == f'nextflow-hf train needs {missing}: pip install "nextflow-hf[{extra}]"\n'
+
+
+def test_a_command_that_is_broken_says_so(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "train", ("no_such_module", ""))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        cli.main(["train"])
