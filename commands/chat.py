@@ -39,10 +39,7 @@ a line of text    says it
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("chat", "Talk about images; without a text, a conversation line by line.", EXAMPLES)
     parser.add_argument("prompt", nargs="*", help="what to say, in quotes")
-    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="to show; repeat for several")
-    parser.add_argument(
-        "--messages", type=Path, metavar="FILE", help="the conversation so far, as JSON (-: standard input)"
-    )
+    options.add_conversation_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument("--seed", type=int, help="of what is sampled; default: a random one")
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="where /draw saves images; default: here")

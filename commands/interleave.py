@@ -33,10 +33,7 @@ RECORDED = (*options.MODEL, "prompt", "messages", "image", "seed", *SETTINGS)
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("interleave", "Answer in text and images.", EXAMPLES)
     parser.add_argument("prompt", nargs="*", help="what to tell or to show, in quotes")
-    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="to show; repeat for several")
-    parser.add_argument(
-        "--messages", type=Path, metavar="FILE", help="the conversation so far, as JSON (-: standard input)"
-    )
+    options.add_conversation_options(parser)
     parser.add_argument("--max-images", type=int, metavar="N", help="that the answer may have; default: 5")
     parser.add_argument("--seed", type=int, help="default: a random one")
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="default: named by the prompt, here")

@@ -92,6 +92,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, na
     group.add_argument("--offload", action="store_true", help="keep on the accelerator only what computes")
 
 
+def add_conversation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="to show; repeat for several")
+    parser.add_argument(
+        "--messages", type=Path, metavar="FILE", help="the conversation so far, as JSON (-: standard input)"
+    )
+
+
 def add_size_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("size of the image")
     group.add_argument("--height", type=int, metavar="PIXELS", help="snapped to the nearest size the model knows")

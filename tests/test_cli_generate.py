@@ -8,7 +8,7 @@ import torch
 from command_line import pixels, save_picture, use_pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from toy_decoder import toy_clip, toy_decoder, toy_scheduler, toy_vae
+from toy_decoder import toy_whole_pipeline
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
@@ -249,15 +249,7 @@ def test_a_quantised_transformer(command_line, tmp_path):
 
 
 def test_the_diffusion_decoder(command_line, monkeypatch):
-    text_encoder, tokenizer = toy_clip()
-    pipe = NextFlowPipeline(
-        **{name: part for name, part in toy_pipeline().components.items() if part is not None},
-        diffusion_decoder=toy_decoder("unet"),
-        decoder_scheduler=toy_scheduler("unet"),
-        decoder_vae=toy_vae("unet"),
-        decoder_text_encoder=text_encoder,
-        decoder_tokenizer=tokenizer,
-    )
+    pipe = toy_whole_pipeline()
     use_pipeline(monkeypatch, pipe)
     run = ["generate", "a", "--model", "toy/model", "--seed", 1, "--preview", "grow.png", "--output", "a.png"]
     command_line.run(*run, "--decoder", "diffusion", "--decoder-num-inference-steps", 2)

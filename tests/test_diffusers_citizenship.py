@@ -19,7 +19,7 @@ from diffusers.pipelines import auto_pipeline
 from huggingface_hub import constants, hf_api
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from toy_decoder import toy_clip, toy_decoder, toy_scheduler, toy_vae
+from toy_decoder import toy_whole_pipeline
 from toy_hub import ToyHub
 from toy_pipeline import toy_pipeline
 
@@ -212,15 +212,7 @@ def test_a_quantised_transformer(tmp_path):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A saved pipeline with a diffusion decoder and every part of it that a UNet has."""
-    text_encoder, tokenizer = toy_clip()
-    pipe = NextFlowPipeline(
-        **{name: part for name, part in toy_pipeline().components.items() if part is not None},
-        diffusion_decoder=toy_decoder("unet"),
-        decoder_scheduler=toy_scheduler("unet"),
-        decoder_vae=toy_vae("unet"),
-        decoder_text_encoder=text_encoder,
-        decoder_tokenizer=tokenizer,
-    )
+    pipe = toy_whole_pipeline()
     pipe.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("whole")
     pipe.save_pretrained(folder)

@@ -18,7 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
-from toy_pipeline import toy_processor, toy_vision_tokenizer
+from toy_pipeline import toy_pipeline, toy_processor, toy_vision_tokenizer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -32,7 +32,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline
+from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline, NextFlowPipeline
 
 
 FAMILIES = ("unet", "flux", "sd3", "qwen")
@@ -214,3 +214,16 @@ def toy_base_model(family: str) -> DiffusionPipeline:
         parts["text_encoder_2"], parts["tokenizer_2"] = toy_t5()
         return FluxPipeline(**parts)
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def toy_whole_pipeline() -> NextFlowPipeline:
+    """The toy pipeline with a diffusion decoder, and every part of it that a UNet has."""
+    text_encoder, tokenizer = toy_clip()
+    return NextFlowPipeline(
+        **{name: part for name, part in toy_pipeline().components.items() if part is not None},
+        diffusion_decoder=toy_decoder("unet"),
+        decoder_scheduler=toy_scheduler("unet"),
+        decoder_vae=toy_vae("unet"),
+        decoder_text_encoder=text_encoder,
+        decoder_tokenizer=tokenizer,
+    )

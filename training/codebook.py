@@ -214,7 +214,9 @@ __all__ = [
     "CodeUsage",
     "codebook_statistics",
     "count_codes_per_scale",
+    "distinct_codes",
     "draw_queries",
     "scale_queries",
     "spherical_kmeans",
+    "with_codes",
 ]

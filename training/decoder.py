@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import torch
-import yaml
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from transformers import ImageProcessingMixin
 
@@ -17,9 +16,9 @@ from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisio
 from ..pipelines.diffusion_decoder import NextFlowDiffusionDecoder
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .decoder_trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
+from .recipe import RECIPES, read_recipe
 
 
-RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("base", "upscale")
 UPSCALE_FACTOR = {"base": 1, "upscale": 2}
 
@@ -30,7 +29,7 @@ def load_decoder_recipe(name: str | Path) -> dict[str, Any]:
     if not path.is_file():
         ours = sorted(file.stem for file in RECIPES.glob("*diffusion_decoder*.yaml"))
         raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
-    recipe = yaml.safe_load(path.read_text())
+    recipe = read_recipe(path)
     missing = [key for key in ("denoiser", "training", "stages") if key not in recipe]
     if missing:
         raise ValueError(f"{path} lacks {missing}")

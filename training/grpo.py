@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from nextflow_hf.training.recipe import RECIPES, load_yaml, read_recipe
 
 
-RECIPES = Path(__file__).parent / "recipes"
 # Name in a recipe -> (module, name, whether the options make it).
 REWARDS = {
     "shapes_judge": ("shapes", "shapes_judge", False),
@@ -38,7 +37,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     if not path.exists():
         names = sorted(file.stem for file in RECIPES.glob("*grpo*.yaml"))
         raise FileNotFoundError(f"no recipe {name_or_path!r}, expected one of {names} or a .yaml file")
-    return yaml.safe_load(path.read_text())
+    return read_recipe(path)
 
 
 def make_reward(name: str, **options: Any) -> Callable:
@@ -106,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    overrides = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in args.set)}
+    overrides = {name: load_yaml(value) for name, _, value in (entry.partition("=") for entry in args.set)}
 
     from nextflow_hf.training.checkpoints import last_checkpoint
 

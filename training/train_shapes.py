@@ -4,7 +4,7 @@
     python -m nextflow_hf.training.train_shapes --output-dir runs/shapes --stage tokenizer
 
 A finished stage is skipped and an interrupted one goes on from its last checkpoint, so the same command resumes. The
-numbers are in `recipes/shapes_<stage>.yaml`; they fit one CPU core, and a GPU is used where there is one.
+numbers are in `recipes/shapes_<stage>.yaml`; they fit two CPU cores, and a GPU is used where there is one.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
@@ -42,6 +41,7 @@ from .data.pictures import pixels_from_uint8
 from .evaluation.reconstruction_report import measure_batch
 from .evaluation.shapes import evaluate_shapes, pipeline_functions
 from .model_loading import new_transformer
+from .recipe import RECIPES, read_recipe
 from .shapes import describe, render, sample_edit, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
 from .shapes.teacher import CaptionedPictures, train_teacher
@@ -52,8 +52,6 @@ from .trainer import NextFlowTrainer
 
 
 logger = logging.getLogger(__name__)
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 class Pictures(Dataset):
@@ -73,7 +71,7 @@ class Pictures(Dataset):
 
 def load_recipe(stage: str) -> dict:
     """The numbers of a stage."""
-    return yaml.safe_load((RECIPES / f"shapes_{stage.replace('-', '_')}.yaml").read_text())
+    return read_recipe(RECIPES / f"shapes_{stage.replace('-', '_')}.yaml")
 
 
 def draw_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
