@@ -516,6 +516,8 @@ def test_an_adapter_is_a_start_as_a_model_is(toy, tmp_path):
     assert (tmp_path / "second" / "model.safetensors").exists()
     with pytest.raises(ValueError, match=r"is an adapter with \{'lora_r': 16\}, expected \{'lora_r': 8\}"):
         load_model(train.parse_recipe({**values, "lora_r": 8})[0])
+    with pytest.raises(ValueError, match="use_muon is for the decoder's matrices"):
+        train.train(*train.parse_recipe({**values, "use_muon": True, "optim": "adamw_torch"}))
 
 
 def toy_code_rows(toy: Path) -> list[dict]:

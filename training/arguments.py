@@ -144,6 +144,9 @@ class NextFlowTrainingArguments(TrainingArguments):
     Args:
         trainable (`str`, *optional*, defaults to `"all"`):
             `"all"`, or `"alignment"`: the connector and the head's rows of image codes, `<boi>` and `<eoi>` (§3.3).
+        use_muon (`bool`, *optional*, defaults to `False`):
+            Muon for the matrices of the decoder's layers, with the same learning rate and weight decay, and the AdamW
+            of the other arguments for the rest ([`MuonWithAdamW`]). For whole matrices: no FSDP, DeepSpeed or adapter.
         sample_prompts (`list[str]`, *optional*): Drawn at every evaluation, each with the same seed every time.
         sample_seed (`int`, *optional*, defaults to 0): Seed of the first prompt; the next has the next.
         sample_settings (`dict`, *optional*):
@@ -151,6 +154,7 @@ class NextFlowTrainingArguments(TrainingArguments):
     """
 
     trainable: str = field(default="all", metadata={"choices": list(TRAINABLE)})
+    use_muon: bool = False
     sample_prompts: list[str] | None = None
     sample_seed: int = 0
     sample_settings: dict | None = None
@@ -165,6 +169,16 @@ class NextFlowTrainingArguments(TrainingArguments):
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise ValueError("accelerator_config has dispatch_batches or split_batches, but batches cannot be cut")
         self.accelerator_config.dispatch_batches = False
+        if self.use_muon:
+            self._check_muon()
+
+    def _check_muon(self) -> None:
+        if self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(f"use_muon has torch's AdamW beside it, but optim is {self.optim.value!r}")
+        if self.trainable != "all":
+            raise ValueError(f"use_muon is for the decoder's matrices, but trainable is {self.trainable!r}")
+        if self.fsdp or self.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError("use_muon needs whole matrices, but FSDP and DeepSpeed shard them: use DDP, or AdamW")
 
     @property
     def _fsdp_recomputes(self) -> bool:

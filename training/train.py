@@ -190,10 +190,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: NextFlowTr
             "ZeRO-3 shards the head, of which 'alignment' and lora_train_image_parts train some rows: use "
             "deepspeed_zero2.yaml, ddp.yaml or fsdp2.yaml, which few trained parameters let fit"
         )
-    set_seed(args.seed)
-    model = load_model(model_args, in_bfloat16=args.bf16)
     if model_args.use_peft and args.trainable != "all":
         raise ValueError(f"trainable is {args.trainable!r}, but an adapter trains its own matrices: leave it 'all'")
+    if model_args.use_peft and args.use_muon:
+        raise ValueError("use_muon is for the decoder's matrices, but use_peft trains an adapter: leave it false")
+    set_seed(args.seed)
+    model = load_model(model_args, in_bfloat16=args.bf16)
     set_trainable(model, args.trainable)
     rows, evaluation = training_and_evaluation_rows(data_args, args.seed, model.config.vision_tokenizer_fingerprint)
     collator = None

@@ -34,6 +34,7 @@ from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor
 from ..processing.scale_schedule import ScaleSchedule
 from ..processing.tokenizer_extension import extend_tokenizer
+from .arguments import NextFlowTrainingArguments
 from .checkpoints import last_checkpoint
 from .codebook import distinct_codes, with_codes
 from .data.extraction import extract_codes, load_codes
@@ -262,7 +263,7 @@ def train_transformer(
     folder: Path, model: NextFlowForCausalLM, rows: Dataset, training: dict, run: str, result: str
 ) -> None:
     """Train `model` in the folder `run` and save it, with its losses, as `result`."""
-    args = TrainingArguments(
+    args = NextFlowTrainingArguments(
         output_dir=folder / run, train_sampling_strategy="group_by_length", **device_arguments(), **training
     )
     set_seed(args.seed)

@@ -13,9 +13,11 @@ from transformers import Trainer
 
 from ..modeling_nextflow.loss_nextflow import get_targets
 from ..modeling_nextflow.rope_nextflow import get_image_layout
+from .arguments import NextFlowTrainingArguments
 from .checkpoints import StagedCheckpointsMixin
 from .data.collator import NextFlowDataCollator
 from .freezing import is_head_cut, join_head
+from .muon import MuonWithAdamW
 from .not_finite import FiniteStepsMixin
 
 
@@ -48,6 +50,36 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
+
+    # --- optimiser
+
+    def create_optimizer(self, model=None):
+        wants_muon = isinstance(self.args, NextFlowTrainingArguments) and self.args.use_muon
+        if self.optimizer is None and wants_muon:
+            self.optimizer = self._create_muon(self.model if model is None else model)
+        return super().create_optimizer(model)
+
+    def _create_muon(self, model: torch.nn.Module) -> MuonWithAdamW:
+        layers = self.accelerator.unwrap_model(model).model.layers
+        matrices = [weight for weight in layers.parameters() if weight.ndim == 2 and weight.requires_grad]
+        of_muon = {id(matrix) for matrix in matrices}
+        names = self.get_decay_parameter_names(model)
+        decayed, others = [], []
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and id(weight) not in of_muon:
+                (decayed if name in names else others).append(weight)
+        return MuonWithAdamW(
+            matrices,
+            [
+                {"params": decayed, "weight_decay": self.args.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            fused=self.args.optim == "adamw_torch_fused",
+        )
 
     # --- counting
 
