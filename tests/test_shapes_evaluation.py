@@ -5,13 +5,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from nextflow_hf import NextFlowPipeline
+from nextflow_hf.hub_cards import shapes_model_path
 from nextflow_hf.processing import split_reasoning
 from nextflow_hf.training.evaluation.shapes import (
     DEFAULT_COUNTS,
     ShapesFunctions,
     evaluate_shapes,
+    main,
     make_parser,
     pipeline_functions,
 )
@@ -166,3 +170,16 @@ def test_wilson_interval():
     low, high = wilson_interval(8, 10)
     assert low == pytest.approx(0.490, abs=1e-3) and high == pytest.approx(0.943, abs=1e-3)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_the_command_judges_a_checkpoint_of_a_training(tmp_path):
+    pipe = NextFlowPipeline.from_pretrained(shapes_model_path())
+    torch.manual_seed(0)
+    pipe.transformer.lm_head.weight.data.normal_()
+    pipe.transformer.save_pretrained(tmp_path / "checkpoint-1")
+    rates = []
+    for others in ([], ["--transformer", str(tmp_path / "checkpoint-1")]):
+        counts = [f"--num-{kind.plural}={4 if name == 'prompt' else 0}" for name, kind in KINDS.items()]
+        main(["--model", str(shapes_model_path()), *counts, *others, "--json", str(tmp_path / "report.json")])
+        rates.append(json.loads((tmp_path / "report.json").read_text())["prompt"]["overall"])
+    assert rates[0] >= 0.5 and rates[1] == 0

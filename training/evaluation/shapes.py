@@ -150,6 +150,7 @@ def pipeline_functions(pipe: Any, seed: int, **options: Any) -> ShapesFunctions:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Judge a Shapes model on held-out conversations of all kinds.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a NextFlowPipeline")
+    parser.add_argument("--transformer", help="a transformer for it in place of its own: a checkpoint of a training")
     for name, kind in KINDS.items():
         help = f"trials of {kind.title.lower()}, default {DEFAULT_COUNTS[name]}"
         parser.add_argument(f"--num-{kind.plural}", dest=name, type=int, default=DEFAULT_COUNTS[name], help=help)
@@ -168,9 +169,15 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
     from nextflow_hf.pipelines import NextFlowPipeline
 
-    pipe = NextFlowPipeline.from_pretrained(args.model).to(args.device)
+    pipe = NextFlowPipeline.from_pretrained(args.model)
+    if args.transformer is not None:
+        transformer = NextFlowForCausalLM.from_pretrained(args.transformer, dtype=pipe.transformer.dtype)
+        transformer.generation_config = pipe.transformer.generation_config  # export sets how it samples
+        pipe.register_modules(transformer=transformer)
+    pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     options = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     report = evaluate_shapes(
