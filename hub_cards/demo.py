@@ -27,7 +27,7 @@ PROMPTS = (
 # (index of the prompt whose picture is edited, instruction)
 EDITS = (
     (2, "make the ring red"),
-    (3, "change the background to black"),
+    (1, "change the background to white"),
     (4, "remove the red square"),
     (7, "add a blue square in the bottom right corner"),
 )
