@@ -230,6 +230,7 @@ def extract_stage(folder: Path) -> None:
         folder / "codes",
         processor=make_processor(folder),
         vision_tokenizer=vision_tokenizer,
+        data={"seed": data_seed, "tasks": tasks},
         **recipe,
     )
     (folder / "codes" / "finished").touch()

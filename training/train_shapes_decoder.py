@@ -9,6 +9,7 @@ and one of twice that. Either is a [`NextFlowDiffusionDecoderPipeline`], `diffus
 """
 
 import argparse
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDec
 from .checkpoints import last_checkpoint
 from .data.decoder_rows import NextFlowDecoderDataset
 from .data.extraction import load_codes
+from .data.shards import MANIFEST
 from .decoder import (
     STAGES,
     UPSCALE_FACTOR,
@@ -90,7 +92,8 @@ def denoiser_stage(folder: Path) -> None:
 
 
 def decoder_stage(stage: str, folder: Path) -> None:
-    recipe, data_recipe = load_decoder_recipe("shapes_diffusion_decoder"), load_recipe("extract")
+    recipe = load_decoder_recipe("shapes_diffusion_decoder")
+    data = json.loads((folder / "codes" / MANIFEST).read_text())["data"]  # of the codes, whatever the recipe says now
     # In half precision, as when the codes were extracted and as it is shipped; a CPU computes faster in float32.
     tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer", dtype=torch.bfloat16).eval()
     tokenizer = tokenizer if torch.accelerator.is_available() else tokenizer.float()
@@ -102,7 +105,7 @@ def decoder_stage(stage: str, folder: Path) -> None:
 
     def get_row(_: None, row_id: str) -> dict:
         # The same scenes that the codes show, drawn at the size of the stage
-        return shapes_sample(data_recipe["data_seed"], int(row_id), tasks=data_recipe["tasks"], sizes=((side, side),))
+        return shapes_sample(data["seed"], int(row_id), tasks=data["tasks"], sizes=((side, side),))
 
     run = folder / "diffusion_decoder_run" / f"{stage}_run"
     train_stage(

@@ -166,6 +166,7 @@ def extract_codes(
     *,
     processor: NextFlowProcessor,
     vision_tokenizer: NextFlowVisionTokenizer,
+    data: dict[str, Any] | None = None,
     **settings,
 ) -> Dataset:
     """
@@ -178,6 +179,7 @@ def extract_codes(
         processor=processor,
         vision_tokenizer=vision_tokenizer,
         settings=ExtractionSettings(**settings),
+        data=data,
     )
     PartialState().wait_for_everyone()
     return load_codes(output_dir)
