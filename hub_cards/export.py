@@ -83,6 +83,7 @@ def export_pipeline(
             component.save_pretrained(folder, max_shard_size=max_shard_size)
         else:
             component.save_pretrained(folder)
+        forget_source(folder)
     # What is marked as derived from the model's config is derived again on loading, without our `image_*` settings.
     generation_config = copy.deepcopy(pipeline.transformer.generation_config)
     generation_config._from_model_config = None
@@ -95,6 +96,14 @@ def export_pipeline(
         for path in [path for name in code_files() for path in output_dir.rglob(name)]:
             path.unlink()
     return output_dir
+
+
+def forget_source(folder: Path) -> None:
+    """Take out of a saved config from where the model was loaded here, which diffusers writes down."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def add_diffusion_decoder(
@@ -139,6 +148,7 @@ def add_diffusion_decoder(
         if dtype is not None and isinstance(component, (PreTrainedModel, ModelMixin)):
             component = cast_copy(component, dtype)
         component.save_pretrained(repository / name)
+        forget_source(repository / name)
     index = model_index(NextFlowPipeline(**{**whole.components, **parts}))
     (repository / "model_index.json").write_text(index, encoding="utf-8")
     if section is not None:

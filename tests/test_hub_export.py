@@ -300,11 +300,13 @@ def test_a_diffusion_decoder_is_added(pipe, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     decoder = toy_decoder_pipeline("unet", upscale_factor=2)
     decoder.register_modules(vision_tokenizer=cast_copy(pipe.vision_tokenizer, torch.bfloat16))
+    decoder.diffusion_decoder.register_to_config(_name_or_path="/a/folder/of/mine")
     for tables in ("first", "| second |"):
         section = decoder_section(decoder, options={"decoder_strength": 0.5}, tables=tables, picture="decoder.png")
         add_diffusion_decoder(folder, decoder, dtype=torch.bfloat16, section=section)
     changed = {path.name for path in before if path.read_bytes() != before[path]}
     assert changed == {"model_index.json", "README.md"}
+    assert "/a/folder/of/mine" not in (folder / "diffusion_decoder" / "config.json").read_text()
     card = (folder / "README.md").read_text()
     assert 'decoder="diffusion", decoder_strength=0.5)' in card and "32 x 32 pixels" in card
     assert card.count("## Diffusion decoder") == 1 and "first" not in card
