@@ -119,7 +119,7 @@ def test_only_matrices():
 def arguments(tmp_path, **others) -> NextFlowTrainingArguments:
     return NextFlowTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_steps=1, logging_steps=1,
-        learning_rate=1e-2, weight_decay=DECAY, use_muon=True, **{"max_steps": 2, **others},
+        learning_rate=1e-2, weight_decay=DECAY, **{"max_steps": 2, "use_muon": True, **others},
     )  # fmt: skip
 
 
@@ -158,3 +158,12 @@ def test_a_training_resumes_where_it_was(tmp_path):
 def test_what_does_not_go_together_is_refused(tmp_path, others, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **others)
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerate_launches_is_refused_too(tmp_path, monkeypatch, name):
+    plain = arguments(tmp_path, use_muon=False)
+    monkeypatch.setenv(name, "true")
+    plain.use_muon = True
+    with pytest.raises(ValueError, match="needs whole matrices"):
+        plain._check_muon()

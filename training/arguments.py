@@ -177,7 +177,8 @@ class NextFlowTrainingArguments(TrainingArguments):
             raise ValueError(f"use_muon has torch's AdamW beside it, but optim is {self.optim.value!r}")
         if self.trainable != "all":
             raise ValueError(f"use_muon is for the decoder's matrices, but trainable is {self.trainable!r}")
-        if self.fsdp or self.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        launched = [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]  # `accelerate launch`
+        if self.fsdp or self.deepspeed or "true" in launched:
             raise ValueError("use_muon needs whole matrices, but FSDP and DeepSpeed shard them: use DDP, or AdamW")
 
     @property
