@@ -33,6 +33,7 @@ from nextflow_hf.training.evaluation.shapes import evaluate_shapes, pipeline_fun
 from nextflow_hf.training.grpo import load_recipe, make_trainer
 from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
 from nextflow_hf.training.rewards.shapes import clean_shapes
+from nextflow_hf.training.shapes import CATEGORIES
 from nextflow_hf.training.train_shapes import reconstruct
 
 
@@ -129,7 +130,9 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     numbers |= {"save_total_limit": 1, "max_steps": num_updates(arm, args.max_steps)}
     numbers |= {"use_cpu": not torch.accelerator.is_available(), "learning_rate": args.learning_rate}
     numbers |= {"per_device_train_batch_size": args.num_pictures}
-    trainer = make_trainer(start, load_recipe("shapes_grpo"), folder, **numbers)
+    recipe = load_recipe("shapes_grpo")
+    recipe["data"]["shapes"]["categories"] = args.categories
+    trainer = make_trainer(start, recipe, folder, **numbers)
     judge_args = (args.num_prompts, seed, sampling_of(trainer.args))
     middle = JudgeCallback(trainer.pipeline, folder, *judge_args)
     trainer.add_callback(middle)
@@ -206,7 +209,8 @@ def results_table(runs: list[dict], args: argparse.Namespace) -> str:
     start = {run["seed"]: run["before"] for run in runs}.values()
     lines = [
         f"{args.max_steps} updates of {args.num_pictures} pictures (VMR: as many pictures in all), learning rate "
-        f"{args.learning_rate}, {args.num_prompts} held-out prompts. Mean and standard deviation over the seeds.",
+        f"{args.learning_rate}, prompts of {', '.join(args.categories or ['every category'])}; {args.num_prompts} "
+        "held-out ones of every category. Mean and standard deviation over the seeds.",
         "",
         f"| arm | seeds | judge | gain | judge at temperature {COLD} | clean shapes | PSNR to codes | mean reward "
         "| CPU s / update |",
@@ -370,7 +374,8 @@ def make_parser() -> argparse.ArgumentParser:
     comparison.add_argument("--max-steps", type=int, default=training["max_steps"])
     comparison.add_argument("--num-pictures", type=int, default=training["per_device_train_batch_size"])
     comparison.add_argument("--learning-rate", type=float, default=training["learning_rate"])
-    comparison.add_argument("--num-prompts", type=int, default=240)
+    comparison.add_argument("--num-prompts", type=int, default=240, help="held-out ones, of every category")
+    comparison.add_argument("--categories", nargs="*", choices=CATEGORIES, help="of the prompts of the training")
     commands.choices["measure"].add_argument("--rollouts", type=int, required=True)
     commands.choices["measure"].add_argument("--prefix-scales", type=int)
     return parser

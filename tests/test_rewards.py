@@ -371,3 +371,17 @@ def test_shapes_prompts_and_their_judge():
     background = np.asarray(right[0])[0, 0]
     assert (np.asarray(right[0])[~masks[0]] == background).all()  # every object lies inside
     assert shapes_prompts(5, seed=3, edit_fraction=0.5)["prompt"] == rows["prompt"][:5]
+
+
+def test_shapes_prompts_of_some_categories():
+    every = shapes_prompts(60, seed=3, edit_fraction=0.5)
+    some = shapes_prompts(6, seed=3, edit_fraction=0.5, categories=["counting", "recolor"])
+    assert (
+        some["world"]
+        == [
+            world for world, category in zip(every["world"], every["category"]) if category in ("counting", "recolor")
+        ][:6]
+    )
+    for categories in (["recolor"], ["heads"], []):  # without edits there is nothing to recolor
+        with pytest.raises(ValueError, match="categories must be some of"):
+            shapes_prompts(6, categories=categories)

@@ -1,5 +1,6 @@
 """The Shapes world as a reward: prompts as a data set, and the judge in code that knows what each of them means."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,20 +22,38 @@ def shapes_task(seed: int, index: int, split: str, edit_fraction: float) -> Prom
 
 
 def shapes_prompts(
-    num_rows: int, *, seed: int = 0, split: str = "train", edit_fraction: float = 0.0, size: int = 64
+    num_rows: int,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    edit_fraction: float = 0.0,
+    categories: Sequence[str] | None = None,
+    size: int = 64,
 ) -> Dataset:
     """Rows of `prompt`, `images` (the source of an edit, `size` pixels wide), `category`, and `world`: the arguments
-    of [`shapes_task`], from which the rewards know what was asked."""
+    of [`shapes_task`], from which the rewards know what was asked.
+
+    `categories` keeps the tasks of some categories (of prompts and of edits): a group of which all pictures pass
+    teaches nothing, so what a model can do already is best left out.
+    """
+    possible = (CATEGORIES if edit_fraction < 1 else ()) + (EDIT_TASKS if edit_fraction > 0 else ())
+    if categories is not None and not (categories and set(categories) <= set(possible)):
+        raise ValueError(f"categories must be some of {possible} at edit_fraction {edit_fraction}, got {categories}")
     rows = []
-    for index in range(num_rows):
+    for index in itertools.count():
+        if len(rows) == num_rows:
+            break
         world = {"seed": seed, "index": index, "split": split, "edit_fraction": edit_fraction}
         task = shapes_task(**world)
         is_edit = isinstance(task, Edit)
+        category = task.task if is_edit else task.category
+        if categories is not None and category not in categories:
+            continue
         rows.append(
             {
                 "prompt": task.instruction if is_edit else task.text,
                 "images": [PILImage.fromarray(render(task.source, size, size))] if is_edit else [],
-                "category": task.task if is_edit else task.category,
+                "category": category,
                 "world": world,
             }
         )
