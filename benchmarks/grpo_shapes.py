@@ -1,11 +1,14 @@
 """Reinforcement learning on the Shapes model: what the prefix, PANW, VMR and mask propagation are worth (§3.4).
 
     python benchmarks/grpo_shapes.py compare --model DIR --transformer CHECKPOINT --output-dir runs/grpo_shapes
+    python benchmarks/grpo_shapes.py ceiling --model DIR --transformer CHECKPOINT --output-dir runs/grpo_shapes
     python benchmarks/grpo_shapes.py memory --model DIR --output-dir runs/grpo_shapes
 
 `compare` trains every arm with every seed from one checkpoint, best an early one of the transformer's training, at
-equal numbers of pictures, and writes `results.md`, `reward.png` and `judge.png` after each. `memory` measures the cost
-of an update against the number of rollouts, and states the arithmetic for 7B. Both go on where they were interrupted.
+equal numbers of pictures, and writes `results.md`, `reward.png` and `judge.png` after each. `ceiling` draws several
+prefixes a prompt and several pictures a prefix: what the best prefixes have over all of them is about what a training
+of the prefix alone can gain. `memory` measures the cost of an update against the number of rollouts, and states the
+arithmetic for 7B. `compare` and `memory` go on where they were interrupted.
 Times are seconds of the processor, which neighbours on the machine do not change.
 """
 
@@ -33,7 +36,8 @@ from nextflow_hf.training.evaluation.shapes import evaluate_shapes, pipeline_fun
 from nextflow_hf.training.grpo import load_recipe, make_trainer
 from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
 from nextflow_hf.training.rewards.shapes import clean_shapes
-from nextflow_hf.training.shapes import CATEGORIES
+from nextflow_hf.training.shapes import CATEGORIES, sample_prompt
+from nextflow_hf.training.shapes.judge import judge_prompt
 from nextflow_hf.training.train_shapes import reconstruct
 
 
@@ -179,6 +183,36 @@ def compare(args: argparse.Namespace) -> None:
             run = once(results / f"{name}.json", partial(run_arm, arm, seed, start, work, args))
             runs.append({**run, "before": before})
             report(runs, args)
+
+
+def ceiling(args: argparse.Namespace) -> None:
+    """Share of pictures that pass: of all prefixes, and of each prompt's best and worst, which half of a prefix's
+    pictures choose and the other half judge."""
+    recipe = load_recipe("shapes_grpo")["training"]
+    start = assemble(args.model, args.transformer, args.output_dir / "start")
+    pipeline = NextFlowPipeline.from_pretrained(start, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    sampling = {name: recipe[name] for name in ("guidance_scale", "top_k", "top_p")} | {"temperature": 1.0}
+    draw = partial(pipeline, num_images_per_prompt=args.num_prefixes, generator=generator, **sampling)
+    results = []
+    for index in range(args.num_prompts):
+        prompt = sample_prompt(random, CATEGORIES[index % len(CATEGORIES)])
+        first = draw(prompt.text)
+        passed = []
+        for codes, grids in zip(first.image_codes.chunk(args.num_prefixes), first.image_grids):
+            kept = {"image_codes": codes, "image_grids": grids[None], "keep_scales": recipe["prefix_scales"]}
+            passed.append([judge_prompt(image, prompt).passed for image in draw(prompt.text, **kept).images])
+        passed = np.array(passed, float)
+        choosing, judging = np.split(passed, [args.num_prefixes // 2], axis=1)
+        rank = choosing.mean(1)
+        results.append((prompt.category, passed.mean(), judging[rank.argmax()].mean(), judging[rank.argmin()].mean()))
+    lines = ["| prompts | all prefixes | the best | the worst |", "|---|---:|---:|---:|"]
+    for name in ("all", *CATEGORIES):
+        own = np.mean([row[1:] for row in results if name in ("all", row[0])], axis=0)
+        lines.append(f"| {name.replace('_', ' ')} | {own[0]:.3f} | {own[1]:.3f} | {own[2]:.3f} |")
+    (args.output_dir / "ceiling.md").write_text("\n".join([*lines, ""]))
+    print(*lines, sep="\n")
 
 
 def report(runs: list[dict], args: argparse.Namespace) -> None:
@@ -361,13 +395,21 @@ def memory_arithmetic(rank: int = 64, group: int = 16, prompt: int = 100, drawn_
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, function in (("compare", compare), ("memory", memory), ("measure", measure)):
+    functions = {"compare": compare, "ceiling": ceiling, "memory": memory, "measure": measure}
+    for name, function in functions.items():
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--model", required=True, help="folder or Hub id of a NextFlowPipeline")
         command.add_argument("--output-dir", type=Path, required=True)
     comparison = commands.choices["compare"]
-    comparison.add_argument("--transformer", help="checkpoint to start from instead of the model's own transformer")
+    for name in ("compare", "ceiling"):
+        commands.choices[name].add_argument(
+            "--transformer", help="checkpoint to start from instead of the model's own transformer"
+        )
+    commands.choices["ceiling"].add_argument("--num-prompts", type=int, default=48)
+    commands.choices["ceiling"].add_argument(
+        "--num-prefixes", type=int, default=8, help="of a prompt, and pictures of a prefix"
+    )
     comparison.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     comparison.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     training = load_recipe("shapes_grpo")["training"]
