@@ -46,7 +46,7 @@ def tiny_recipes(monkeypatch):
             recipe |= {"num_train": 700, "num_eval": 12}
         if stage == "text-tokenizer":
             recipe |= {"num_texts": 300}
-        if stage in ("tokenizer", "sharpen"):
+        if stage in ("tokenizer", "sharpen", "pixel-decoder"):
             recipe["training"] |= {"eval_steps": 2}
         if stage == "tokenizer":
             recipe["model"] |= {"codebook_size": 64}

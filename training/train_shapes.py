@@ -164,7 +164,7 @@ def sharpen_stage(folder: Path) -> None:
 def train_tokenizer(
     folder: Path,
     model: NextFlowVisionTokenizer,
-    teacher: Siglip2VisionModel,
+    teacher: Siglip2VisionModel | None,
     training: dict,
     run: str,
     result: str,
@@ -200,7 +200,14 @@ def merge_stage(folder: Path) -> None:
             codes = model.encode(batch["pixel_values"], batch["image_grids"]).image_codes
         counts += torch.bincount(codes, minlength=len(counts))
     merged = with_codes(model, distinct_codes(model.quantizer, counts, recipe["codebook_size"]))
-    merged.save_pretrained(folder / "vision_tokenizer")
+    merged.save_pretrained(folder / "vision_tokenizer_merged")
+
+
+def pixel_decoder_stage(folder: Path) -> None:
+    """The vision tokenizer's pixel decoder alone, on the codes that are left, which stay as they are."""
+    recipe = load_recipe("pixel-decoder")
+    model = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer_merged", attn_implementation="eager")
+    train_tokenizer(folder, model, None, recipe["training"], "pixel_decoder_run", "vision_tokenizer")
 
 
 def make_processor(folder: Path) -> NextFlowProcessor:
@@ -355,7 +362,8 @@ STAGES = {
     "teacher": (teacher_stage, "teacher/model.safetensors"),
     "tokenizer": (tokenizer_stage, "vision_tokenizer_start/model.safetensors"),
     "sharpen": (sharpen_stage, "vision_tokenizer_sharp/model.safetensors"),
-    "merge": (merge_stage, "vision_tokenizer/model.safetensors"),
+    "merge": (merge_stage, "vision_tokenizer_merged/model.safetensors"),
+    "pixel-decoder": (pixel_decoder_stage, "vision_tokenizer/model.safetensors"),
     "extract": (extract_stage, "codes/finished"),
     "transformer": (transformer_stage, "transformer_start/model.safetensors"),
     "mixture": (mixture_stage, "transformer/model.safetensors"),
