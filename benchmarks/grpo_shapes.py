@@ -56,23 +56,28 @@ COLORS = ("#0b6e4f", "#c1121f", "#3a5ba0", "#e09f3e", "#7b2d8b", "#00a6a6", "#7f
 
 
 def draw_held_out(
-    pipeline: NextFlowPipeline, num_prompts: int, seed: int, sampling: dict[str, float]
+    pipeline: NextFlowPipeline, num_prompts: int, seed: int, sampling: dict[str, float], categories: list[str] | None
 ) -> tuple[float, list[Image.Image]]:
-    """The judge's score of held-out prompts, the same for the same seed, and the pictures."""
+    """The judge's score of held-out prompts, the same for the same seed, and the pictures. The score is the mean of
+    `categories`, or of all."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
     functions = pipeline_functions(pipeline, 1000 + seed, **sampling)
     report = evaluate_shapes(functions, {"prompt": num_prompts}, seed=1000 + seed)
-    return report.to_dict()["prompt"]["overall"], [item.pictures[0] for item in report.results]
+    rates = report.to_dict()["prompt"]["categories"]
+    score = statistics.mean(rates[category]["rate"] for category in categories or CATEGORIES)
+    return score, [item.pictures[0] for item in report.results]
 
 
-def judge(pipeline: NextFlowPipeline, num_prompts: int, seed: int, sampling: dict[str, float]) -> dict:
+def judge(
+    pipeline: NextFlowPipeline, num_prompts: int, seed: int, sampling: dict[str, float], categories: list[str] | None
+) -> dict:
     """Held-out scores of a pipeline: the judge's, how clean the shapes are, and the PSNR in dB of the pictures to what
     the vision tokenizer makes of them, which falls where pictures leave what its codes can say. And the judge's of
     pictures that are drawn cold: what a sharper policy gains, that gives without training."""
-    overall, pictures = draw_held_out(pipeline, num_prompts, seed, sampling)
+    overall, pictures = draw_held_out(pipeline, num_prompts, seed, sampling, categories)
     psnr, _ = reconstruct(pipeline, np.stack([np.asarray(picture) for picture in pictures]))
-    cold, _ = draw_held_out(pipeline, num_prompts, seed, {**sampling, "temperature": COLD})
+    cold, _ = draw_held_out(pipeline, num_prompts, seed, {**sampling, "temperature": COLD}, categories)
     clean = statistics.mean(clean_shapes(images=pictures))
     return {"overall": overall, "clean": clean, "psnr_to_codes": psnr, "cold": cold}
 
@@ -137,7 +142,7 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     recipe = load_recipe("shapes_grpo")
     recipe["data"]["shapes"]["categories"] = args.categories
     trainer = make_trainer(start, recipe, folder, **numbers)
-    judge_args = (args.num_prompts, seed, sampling_of(trainer.args))
+    judge_args = (args.num_prompts, seed, sampling_of(trainer.args), args.categories)
     middle = JudgeCallback(trainer.pipeline, folder, *judge_args)
     trainer.add_callback(middle)
     checkpoint = last_checkpoint(folder)
@@ -169,7 +174,7 @@ def judge_start(start: Path, seed: int, args: argparse.Namespace) -> dict:
         "unused", use_cpu=not torch.accelerator.is_available(), **load_recipe("shapes_grpo")["training"]
     )
     pipeline = NextFlowPipeline.from_pretrained(start, dtype=torch.float32)
-    return judge(pipeline, args.num_prompts, seed, sampling_of(numbers))
+    return judge(pipeline, args.num_prompts, seed, sampling_of(numbers), args.categories)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -243,8 +248,8 @@ def results_table(runs: list[dict], args: argparse.Namespace) -> str:
     start = {run["seed"]: run["before"] for run in runs}.values()
     lines = [
         f"{args.max_steps} updates of {args.num_pictures} pictures (VMR: as many pictures in all), learning rate "
-        f"{args.learning_rate}, prompts of {', '.join(args.categories or ['every category'])}; {args.num_prompts} "
-        "held-out ones of every category. Mean and standard deviation over the seeds.",
+        f"{args.learning_rate}, prompts of {', '.join(args.categories or ['every category'])}, which are "
+        f"judged of {args.num_prompts} held-out ones. Mean and standard deviation over the seeds.",
         "",
         f"| arm | seeds | judge | gain | judge at temperature {COLD} | clean shapes | PSNR to codes | mean reward "
         "| CPU s / update |",
@@ -417,7 +422,7 @@ def make_parser() -> argparse.ArgumentParser:
     comparison.add_argument("--num-pictures", type=int, default=training["per_device_train_batch_size"])
     comparison.add_argument("--learning-rate", type=float, default=training["learning_rate"])
     comparison.add_argument("--num-prompts", type=int, default=240, help="held-out ones, of every category")
-    comparison.add_argument("--categories", nargs="*", choices=CATEGORIES, help="of the prompts of the training")
+    comparison.add_argument("--categories", nargs="*", choices=CATEGORIES, help="that are trained and judged")
     commands.choices["measure"].add_argument("--rollouts", type=int, required=True)
     commands.choices["measure"].add_argument("--prefix-scales", type=int)
     return parser
