@@ -169,12 +169,14 @@ def sampling_of(args: NextFlowGRPOConfig) -> dict[str, float]:
     return {"guidance_scale": args.guidance_scale, "temperature": args.temperature, "top_k": args.top_k}
 
 
+def recipe_numbers() -> NextFlowGRPOConfig:
+    use_cpu = not torch.accelerator.is_available()
+    return NextFlowGRPOConfig("unused", use_cpu=use_cpu, **load_recipe("shapes_grpo")["training"])
+
+
 def judge_start(start: Path, seed: int, args: argparse.Namespace) -> dict:
-    numbers = NextFlowGRPOConfig(
-        "unused", use_cpu=not torch.accelerator.is_available(), **load_recipe("shapes_grpo")["training"]
-    )
     pipeline = NextFlowPipeline.from_pretrained(start, dtype=torch.float32)
-    return judge(pipeline, args.num_prompts, seed, sampling_of(numbers), args.categories)
+    return judge(pipeline, args.num_prompts, seed, sampling_of(recipe_numbers()), args.categories)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -193,20 +195,20 @@ def compare(args: argparse.Namespace) -> None:
 def ceiling(args: argparse.Namespace) -> None:
     """Share of pictures that pass: of all prefixes, and of each prompt's best and worst, which half of a prefix's
     pictures choose and the other half judge."""
-    recipe = load_recipe("shapes_grpo")["training"]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    numbers = recipe_numbers()
     start = assemble(args.model, args.transformer, args.output_dir / "start")
     pipeline = NextFlowPipeline.from_pretrained(start, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    sampling = {name: recipe[name] for name in ("guidance_scale", "top_k", "top_p")} | {"temperature": 1.0}
-    draw = partial(pipeline, num_images_per_prompt=args.num_prefixes, generator=generator, **sampling)
+    draw = partial(pipeline, num_images_per_prompt=args.num_prefixes, generator=generator, **sampling_of(numbers))
     results = []
     for index in range(args.num_prompts):
         prompt = sample_prompt(random, CATEGORIES[index % len(CATEGORIES)])
         first = draw(prompt.text)
         passed = []
         for codes, grids in zip(first.image_codes.chunk(args.num_prefixes), first.image_grids):
-            kept = {"image_codes": codes, "image_grids": grids[None], "keep_scales": recipe["prefix_scales"]}
+            kept = {"image_codes": codes, "image_grids": grids[None], "keep_scales": numbers.prefix_scales}
             passed.append([judge_prompt(image, prompt).passed for image in draw(prompt.text, **kept).images])
         passed = np.array(passed, float)
         choosing, judging = np.split(passed, [args.num_prefixes // 2], axis=1)
@@ -248,8 +250,8 @@ def results_table(runs: list[dict], args: argparse.Namespace) -> str:
     start = {run["seed"]: run["before"] for run in runs}.values()
     lines = [
         f"{args.max_steps} updates of {args.num_pictures} pictures (VMR: as many pictures in all), learning rate "
-        f"{args.learning_rate}, prompts of {', '.join(args.categories or ['every category'])}, which are "
-        f"judged of {args.num_prompts} held-out ones. Mean and standard deviation over the seeds.",
+        f"{args.learning_rate}, trained and judged on {', '.join(args.categories or ['every category'])} "
+        f"(of {args.num_prompts} held-out prompts of all). Mean and standard deviation over the seeds.",
         "",
         f"| arm | seeds | judge | gain | judge at temperature {COLD} | clean shapes | PSNR to codes | mean reward "
         "| CPU s / update |",

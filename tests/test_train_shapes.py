@@ -70,6 +70,11 @@ def test_from_nothing_to_a_repository(tiny_recipes, tmp_path, monkeypatch):
     for _, finished in train_shapes.STAGES.values():
         assert (tmp_path / finished).exists()
     repository = tmp_path / "nextflow-shapes"
+    merged, last = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("vision_tokenizer_merged", "vision_tokenizer")
+    )
+    changed = {name.split(".")[0] for name in merged if not torch.equal(merged[name], last[name])}
+    assert changed == {"pixel_decoder"}  # the codes stay
     losses = json.loads((tmp_path / "transformer" / "trainer_state.json").read_text())["log_history"]
     assert len([entry for entry in losses if "loss" in entry]) == 2
     card = (repository / "README.md").read_text()

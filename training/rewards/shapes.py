@@ -39,11 +39,9 @@ def shapes_prompts(
     possible = (CATEGORIES if edit_fraction < 1 else ()) + (EDIT_TASKS if edit_fraction > 0 else ())
     if categories is not None and not (categories and set(categories) <= set(possible)):
         raise ValueError(f"categories must be some of {possible} at edit_fraction {edit_fraction}, got {categories}")
-    rows = []
-    for index in itertools.count():
-        if len(rows) == num_rows:
-            break
-        world = {"seed": seed, "index": index, "split": split, "edit_fraction": edit_fraction}
+    rows, indices = [], itertools.count()
+    while len(rows) < num_rows:
+        world = {"seed": seed, "index": next(indices), "split": split, "edit_fraction": edit_fraction}
         task = shapes_task(**world)
         is_edit = isinstance(task, Edit)
         category = task.task if is_edit else task.category
