@@ -29,7 +29,7 @@ from nextflow_hf.training.trainer import NextFlowTrainer
 def make_model(config: NextFlowConfig, trainable: str, device: str, folder: Path) -> torch.nn.Module:
     """With random weights in bfloat16."""
     with torch.device(device):
-        model = NextFlowForCausalLM(config).to(torch.bfloat16)
+        model = NextFlowForCausalLM._from_config(config, dtype=torch.bfloat16)
     if trainable == "qlora":  # bitsandbytes quantises what is loaded
         model.save_pretrained(folder)
         del model
@@ -72,7 +72,10 @@ def main() -> None:
             report_to="none",
         )
         collator = PackingCollator(config, length=-(-arguments.tokens // 128) * 128)
-        NextFlowTrainer(model, args, collator, train_dataset=packs).train()
+        trainer = NextFlowTrainer(model, args, collator, train_dataset=packs)
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()  # making random weights takes more than loading them
+        trainer.train()
 
     expected = training_memory(
         config, trainable=arguments.trainable, optim=arguments.optim, tokens=collator.length, dtype="bfloat16"

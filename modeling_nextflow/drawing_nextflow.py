@@ -5,6 +5,7 @@ Reads a list of [`ScaleStep`] and rows whose `<boi>` the cache holds; knows neit
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from .sampling_nextflow import ScaleStep, fill_codes, guide, sample_codes
 
 
 DrawingCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
+
+# Tokens from which on a pass is bound by arithmetic, and no longer by starting its kernels: two such passes cost no
+# more than one of both, and save the mask.
+ARITHMETIC_BOUND = 1024
 
 
 @dataclass
@@ -63,6 +68,7 @@ class DrawingRows:
         boi_position: (rows, 1), place of `<boi>` on the first rotary axis.
         hidden_states: (rows, cells, hidden) of the last block; its scale's codes are read off them.
         drawing: Indices of the rows that draw, `None` for all. The others get padding.
+        padding: Tokens of padding before each row; `None` where the cache is not for the drawing alone.
     """
 
     cache: DynamicCache
@@ -70,29 +76,45 @@ class DrawingRows:
     boi_position: torch.FloatTensor
     hidden_states: torch.FloatTensor | None = None
     drawing: torch.LongTensor | None = None
+    padding: list[int] | None = None
 
     @property
     def drawing_states(self) -> torch.FloatTensor:
         return self.hidden_states if self.drawing is None else self.hidden_states[self.drawing]
 
+    @property
+    def num_drawing(self) -> int:
+        return len(self.boi_position if self.drawing is None else self.drawing)
+
     def first(self, count: int) -> "DrawingRows":
-        """Only the first `count` rows; the cache is cut in place."""
-        if self.drawing is not None or len(self.boi_position) == count:
+        """Only the first `count` rows that draw; the cache is cut in place."""
+        if self.num_drawing <= count:
             return self
         self.cache.batch_select_indices(torch.arange(count, device=self.boi_position.device))
         mask = None if self.mask is None else self.mask[:count]
-        return DrawingRows(self.cache, mask, self.boi_position[:count], self.hidden_states[:count])
+        padding = None if self.padding is None else self.padding[:count]
+        return DrawingRows(self.cache, mask, self.boi_position[:count], self.hidden_states[:count], padding=padding)
+
+    def split(self, cells: int) -> list["DrawingRows"]:
+        """The same rows in caches without padding, which need no mask, where blocks of `cells` are worth it."""
+        if self.mask is None or self.padding is None:
+            return [self]
+        runs = [(padding, len(list(rows))) for padding, rows in groupby(self.padding)]
+        if cells * min(count for _, count in runs) < ARITHMETIC_BOUND:
+            return [self]
+        parts, start = [], 0
+        for padding, count in runs:
+            rows = slice(start, start + count)
+            data = [(layer.keys[rows, :, padding:], layer.values[rows, :, padding:]) for layer in self.cache.layers]
+            parts.append(DrawingRows(DynamicCache(data), None, self.boi_position[rows]))
+            start += count
+        return parts
 
     def append(self, model: PreTrainedModel, embeds: torch.FloatTensor, position_ids: torch.FloatTensor) -> None:
-        """Run one block (images, cells, hidden) on top of the cache. Its cells see everything that is no padding.
-
-        Where the rows are a multiple of the images (those of guidance follow the others), each gets its copy.
-        """
+        """Run one block (rows that draw, cells, hidden) on top of the cache. Its cells see all that is no padding."""
         rows, cells = len(self.boi_position), embeds.shape[1]
         real = torch.ones(rows, cells, dtype=torch.long, device=embeds.device)
-        if self.drawing is None:
-            embeds = embeds.repeat(rows // len(embeds), 1, 1)
-        else:
+        if self.drawing is not None:
             embeds = embeds.new_zeros(rows, *embeds.shape[1:]).index_copy(0, self.drawing, embeds)
             real = torch.zeros_like(real).index_fill(0, self.drawing, 1)
         if self.mask is not None:
@@ -109,7 +131,8 @@ class DrawingRows:
 
 def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> DrawingRows:
     """Prompts that end in `<boi>`, in a cache of their own."""
-    mask = None if rows.attention_mask.all() else rows.attention_mask
+    padding = (rows.attention_mask == 0).sum(1).tolist()
+    mask = rows.attention_mask if any(padding) else None
     position_ids = model.model.get_position_ids(
         rows.input_ids, image_grids=rows.image_grids, attention_mask=rows.attention_mask
     )
@@ -123,7 +146,7 @@ def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> DrawingRows:
         past_key_values=cache,
         use_cache=True,
     )
-    return DrawingRows(cache, mask, position_ids[1, :, -1:], outputs.last_hidden_state[:, -1:])
+    return DrawingRows(cache, mask, position_ids[1, :, -1:], outputs.last_hidden_state[:, -1:], padding=padding)
 
 
 def begin_images(model: PreTrainedModel, rows: DrawingRows, image_grids: torch.LongTensor) -> None:
@@ -177,12 +200,23 @@ def draw_scales(
         if index + 1 == len(plan):
             return
         needed = batch * max(later.num_conditions for later in plan[index + 1 :])
-        if needed < sum(len(rows) for rows in states):
-            row_sets = [row_sets[0].first(needed)]
         cells = drawn.shape[1]
         embeds = model.model.embed_scale(codes[:, -cells:], image_grids, scale=index + 2, grids=grids)
-        for rows in row_sets:
-            rows.append(model, embeds, block_position_ids(rows.boi_position + index + 1, grids[index + 1], model))
+        row_sets = [part for rows in first_rows(row_sets, needed) for part in rows.split(embeds.shape[1])]
+        image_of_row = torch.arange(needed, device=codes.device) % batch
+        for rows, images in zip(row_sets, image_of_row.split([rows.num_drawing for rows in row_sets])):
+            position_ids = block_position_ids(rows.boi_position + index + 1, grids[index + 1], model)
+            rows.append(model, embeds[images], position_ids)
+
+
+def first_rows(row_sets: list[DrawingRows], count: int) -> list[DrawingRows]:
+    """Those of `row_sets` that hold the first `count` rows that draw."""
+    kept = []
+    for rows in row_sets:
+        if count > 0:
+            kept.append(rows.first(count))
+            count -= kept[-1].num_drawing
+    return kept
 
 
 def _checked(codes: torch.LongTensor, drawn: torch.LongTensor, codebook_size: int) -> torch.LongTensor:

@@ -107,6 +107,15 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         # Who wraps by these names (FSDP) expects each of them in the model.
         self._no_split_modules = ["Qwen3DecoderLayer" if config.qk_norm else "Qwen2DecoderLayer"]
 
+    def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
+        """
+        Compile the decoder's layers in place, for drawing and writing: they share their code, so it takes a layer's
+        time. As in diffusers, arguments are `torch.compile`'s; `dynamic` is on, as every scale has a shape of its own.
+        """
+        for module in self.modules():
+            if type(module).__name__ in self._no_split_modules:
+                module.compile(*args, dynamic=dynamic, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -183,13 +192,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
         hidden_states = inputs_embeds
         text_positions = position_ids[0].long() if len(position_ids) == 4 else None  # tell flash packed documents
         position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
-        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer where an early exit drafts
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer where an early exit drafts
+        for layer, cache in zip(layers, caches_of_layers(past_key_values, len(layers))):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=text_positions,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -426,6 +436,15 @@ class NextFlowModel(NextFlowPreTrainedModel):
             found = f"{int(codes.min())} to {int(codes.max())}"
             raise ValueError(f"image_codes must lie in [0, {self.config.codebook_size}), got {found}")
         return images
+
+
+def caches_of_layers(past_key_values: Cache | None, count: int) -> list:
+    """What each layer is given as its cache: its own layer of a dynamic one, which has the same `update`, else the
+    whole. To find its part a layer reads its index, and torch.compile would make code for every one of them."""
+    if type(past_key_values) is DynamicCache and not past_key_values.offloading:
+        if len(past_key_values.layers) >= count:
+            return past_key_values.layers[:count]
+    return [past_key_values] * count
 
 
 class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):

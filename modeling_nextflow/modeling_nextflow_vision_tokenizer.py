@@ -22,7 +22,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
 from .grids_nextflow import Schedule, count_codes, schedules_from_grids
-from .pixel_cnn_nextflow import NextFlowPixelDecoder, NextFlowPixelEncoder, NextFlowZeroConv2d
+from .pixel_cnn_nextflow import (
+    NextFlowPixelDecoder,
+    NextFlowPixelEncoder,
+    NextFlowZeroConv2d,
+    convolution_layout,
+)
 from .quantizer_nextflow import NextFlowMultiScaleQuantizer
 from .vit_nextflow import NextFlowViT
 
@@ -457,6 +462,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def _decode_pixels(self, quantized: torch.Tensor, **tiles: int) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
         pixel_map = quantized[:, self.config.semantic_code_dim :].to(self.post_quant_conv.weight.dtype)
+        # It lies as the codes were looked up, and so would the maps of the whole CNN.
+        pixel_map = pixel_map.contiguous(memory_format=convolution_layout(pixel_map.device))
         pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
         return _resize(pixels, self.pixel_size(quantized.shape[2:]))
 

@@ -14,6 +14,11 @@ from .configuration_nextflow import NextFlowVisionTokenizerConfig
 from .tiling_nextflow import in_tiles
 
 
+def convolution_layout(device: torch.device) -> torch.memory_format:
+    """How maps and weights lie for the fastest CNN: channels last, unless group norms copy that back, as on a GPU."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
 class NextFlowZeroConv2d(nn.Conv2d):
     """
     The last convolution of a residual branch, which starts at zero: the CNN learns several times faster (not specified

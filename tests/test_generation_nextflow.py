@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from toy import (
     BOI,
     CODES,
     EOS,
+    PAD,
     SQUARE,
     TEXT,
     WIDE,
@@ -21,6 +23,7 @@ from toy import (
 from transformers import GenerationConfig
 
 from nextflow_hf import NextFlowGenerationConfig
+from nextflow_hf.modeling_nextflow import drawing_nextflow
 from nextflow_hf.modeling_nextflow.generation_nextflow import ScaleStep, guide, sample_codes, scale_plan
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
@@ -122,6 +125,57 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(model):
             generator=torch.Generator().manual_seed(seed), **arguments,
         ).image_codes  # fmt: skip
         assert torch.equal(single, batch[seed])
+
+
+def test_rows_of_different_length_go_apart_where_blocks_are_large(model, monkeypatch):
+    seen, masks, original = recorded_logits(model, monkeypatch), [], model.model.forward
+
+    def forward(**inputs):
+        masks.append(inputs.get("attention_mask"))
+        return original(**inputs)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    prompts, mask = torch.tensor([[5, 6, 7, BOI], [PAD, 8, 9, BOI]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    arguments = {
+        "image_grids": grids_tensor(SQUARE, SQUARE),
+        "negative_input_ids": torch.tensor([[10, BOI]]),
+        "guidance_scale": [3.0, 3.0, 3.0, 1.0],
+        "temperature": 0.0,
+    }
+    together = model.generate_images(prompts, mask, **arguments).image_codes
+    expected = [logits.split(1) for logits in seen]
+    assert all(mask is not None for mask in masks)
+    for list_ in (seen, masks):
+        list_.clear()
+    # Rows of lengths 4, 3, 2, 2: the smallest part is a row, which is worth a pass of its own from 9 cells on.
+    monkeypatch.setattr(drawing_nextflow, "ARITHMETIC_BOUND", 9)
+    apart = model.generate_images(prompts, mask, **arguments).image_codes
+    assert torch.equal(apart, together)
+    assert [mask is None for mask in masks] == [False, False, True, True, True, True, True]
+    assert [len(logits) for logits in seen] == [4, 4, 1, 1, 2, 1, 1]
+    torch.testing.assert_close(seen[2:], [*expected[2][:2], torch.cat(expected[2][2:]), *expected[3]])
+
+
+@pytest.mark.parametrize("negative", [[10, 11], [10]], ids=["equal", "padded"])
+def test_compiled_layers_share_their_code_and_draw_the_same(negative, monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    draw = {
+        "input_ids": torch.tensor([[5, 6, BOI]]),
+        "image_grids": grids_tensor(SQUARE),
+        "negative_input_ids": torch.tensor([[*negative, BOI]]),
+        "guidance_scale": 3.0,
+        "temperature": 0.0,
+    }
+    write = {"max_new_tokens": 6, "do_sample": False}
+    compiled, frames = toy_model(num_hidden_layers=12), []
+    expected = compiled.generate_images(**draw).image_codes, compiled.generate(torch.tensor([[5, 6]]), **write)
+    compiled.compile_repeated_blocks(backend=counter)
+    assert torch.equal(compiled.generate_images(**draw).image_codes, expected[0])
+    frames.append(counter.frame_count)
+    assert torch.equal(compiled.generate_images(**draw).image_codes, expected[0])
+    assert torch.equal(compiled.generate(torch.tensor([[5, 6]]), **write), expected[1])
+    frames.append(counter.frame_count)
+    assert frames[0] < 6 and frames[1] < 8  # of the limit of 8, after which torch.compile gives up
 
 
 def test_drawing_with_a_generator_leaves_the_global_one_alone(model):

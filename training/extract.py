@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ..modeling_nextflow.pixel_cnn_nextflow import convolution_layout
 from ..processing.processing_nextflow import NextFlowProcessor
 from .data.extraction import ExtractionSettings, extract_rows
 from .data.mixture import MixtureArguments, load_mixture
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_mixture(mixture),
         model.output_dir,
         processor=processor,
-        vision_tokenizer=vision_tokenizer.eval().to(state.device, memory_format=torch.channels_last),
+        vision_tokenizer=vision_tokenizer.eval().to(state.device, memory_format=convolution_layout(state.device)),
         settings=settings,
         data=mixture.to_dict(),
     )

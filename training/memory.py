@@ -32,7 +32,8 @@ OPTIMIZERS = {
     "lion_8bit": lambda size: 1 + 4 / 256,
     "sgd": lambda size: 0,
 }
-TRAINABLE = ("all", "alignment", "lora", "qlora")
+ADAPTED = ("lora", "qlora")
+TRAINABLE = ("all", "alignment", *ADAPTED)
 HEADROOM = 0.06  # of the GPU: CUDA's context, workspaces of its libraries, fragmentation
 
 
@@ -113,7 +114,7 @@ def training_memory(
         linear = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
         weights = size * (parameters - linear) + linear * (0.5 + 4 / 64)
     trained_size = size
-    if trainable in ("lora", "qlora"):
+    if trainable in ADAPTED:
         model = add_adapter(model, ModelArguments("meta", use_peft=True, lora_r=lora_r))
         trained_size = 4  # PEFT keeps adapters in fp32
         weights += sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -126,6 +127,9 @@ def training_memory(
         wide = sum(module.weight.numel() for module in embeddings if module.weight.requires_grad)
         states = 1 if optim == "lion_8bit" else 2
         optimizer += wide * (4 * states - OPTIMIZERS[optim](trained_size))
+    layer = layer_bytes_per_token(config, frozen=trainable != "all")
+    if trainable in ADAPTED:
+        layer += adapter_bytes_per_token(config)
     return TrainingMemory(
         parameters=parameters,
         trained_parameters=trained,
@@ -134,23 +138,33 @@ def training_memory(
         optimizer=optimizer,
         paged_optimizer=optimizer if optim.startswith("paged") else 0,
         checkpoints=2 * tokens * config.hidden_size * config.num_hidden_layers,
-        layer=tokens * layer_bytes_per_token(config),
+        layer=tokens * layer,
         logits=min(tokens, loss_chunk_size) * logits_bytes_per_token(config)
         + 2 * config.vocab_size * config.hidden_size * (trainable in ("all", "alignment")),
     )
 
 
-def layer_bytes_per_token(config: NextFlowConfig) -> int:
+def layer_bytes_per_token(config: NextFlowConfig, *, frozen: bool = False) -> int:
     """What autograd keeps of one decoder layer, in bfloat16, with flash attention and nothing fused."""
     hidden, feed_forward = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    # Each norm: the fp32 input, the normalised bf16 input of its weight, and its output, which the projections read.
-    norms = 2 * (4 + 2 + 2) * hidden
-    # What rotation leaves of queries and keys, the values, and the output, which its projection reads.
-    attention = 2 * (queries + keys + keys + queries)
-    # Gate and up, the activation, and their product.
-    return norms + attention + 2 * 4 * feed_forward
+    # Each norm: the fp32 input. What rotation leaves of queries and keys, the values, and attention's output.
+    kept = 2 * 4 * hidden + 2 * (queries + keys + keys + queries)
+    # Gate, up and the activation.
+    kept += 2 * 3 * feed_forward
+    if frozen:
+        return kept
+    # What weights are multiplied with: each norm's own and then the projections', and the last one's of the MLP.
+    return kept + 2 * (2 + 2) * hidden + 2 * feed_forward
+
+
+def adapter_bytes_per_token(config: NextFlowConfig) -> int:
+    """What LoRA on all projections of a frozen decoder layer adds, with PEFT's adapters in fp32."""
+    queries = config.num_attention_heads * config.head_dim
+    inputs = 5 * config.hidden_size + queries + config.intermediate_size  # of seven projections
+    # Of every input the mask of dropout and what it leaves; of the widest, while it is read, both in fp32.
+    return (1 + 2) * inputs + 2 * 4 * config.intermediate_size
 
 
 def logits_bytes_per_token(config: NextFlowConfig) -> int:

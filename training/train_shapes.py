@@ -29,6 +29,7 @@ from ..modeling_nextflow.generation_configuration_nextflow import NextFlowGenera
 from ..modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ..modeling_nextflow.pixel_cnn_nextflow import convolution_layout
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor
@@ -176,7 +177,7 @@ def train_tokenizer(
     set_seed(args.seed)
     num_eval = load_recipe("pictures")["num_eval"]
     trainer = NextFlowVisionTokenizerTrainer(
-        model.to(memory_format=torch.channels_last),
+        model.to(memory_format=convolution_layout(args.device)),
         args,
         semantic_teacher=teacher,
         train_dataset=Pictures(pictures[:-num_eval], schedule),
@@ -230,7 +231,7 @@ def extract_stage(folder: Path) -> None:
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(folder / "vision_tokenizer", dtype=torch.bfloat16)
     if device.type == "cpu" and not multiplies_faster_in_bf16():
         vision_tokenizer = vision_tokenizer.float()  # of the weights that are shipped, which are rounded
-    vision_tokenizer = vision_tokenizer.eval().to(device, memory_format=torch.channels_last)
+    vision_tokenizer = vision_tokenizer.eval().to(device, memory_format=convolution_layout(device))
     extract_codes(
         lambda index: shapes_sample(data_seed, index, tasks=tasks),
         num_rows,
