@@ -138,7 +138,7 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     numbers = {**ARMS[arm], "seed": seed, "data_seed": seed, "save_strategy": "steps", "save_steps": 10}
     numbers |= {"save_total_limit": 1, "max_steps": num_updates(arm, args.max_steps)}
     numbers |= {"use_cpu": not torch.accelerator.is_available(), "learning_rate": args.learning_rate}
-    numbers |= {"per_device_train_batch_size": args.num_pictures, "lr_scheduler_type": args.lr_scheduler_type}
+    numbers |= {"per_device_train_batch_size": args.num_pictures}
     recipe = load_recipe("shapes_grpo")
     recipe["data"]["shapes"]["categories"] = args.categories
     trainer = make_trainer(start, recipe, folder, **numbers)
@@ -250,9 +250,8 @@ def results_table(runs: list[dict], args: argparse.Namespace) -> str:
     start = {run["seed"]: run["before"] for run in runs}.values()
     lines = [
         f"{args.max_steps} updates of {args.num_pictures} pictures (VMR: as many pictures in all), learning rate "
-        f"{args.learning_rate} ({args.lr_scheduler_type}), trained and judged on "
-        f"{', '.join(args.categories or ['every category'])} (of {args.num_prompts} held-out prompts of all). "
-        "Mean and standard deviation over the seeds.",
+        f"{args.learning_rate}, trained and judged on {', '.join(args.categories or ['every category'])} "
+        f"(of {args.num_prompts} held-out prompts of all). Mean and standard deviation over the seeds.",
         "",
         f"| arm | seeds | judge | gain | judge at temperature {COLD} | clean shapes | PSNR to codes | mean reward "
         "| CPU s / update |",
@@ -424,7 +423,6 @@ def make_parser() -> argparse.ArgumentParser:
     comparison.add_argument("--max-steps", type=int, default=training["max_steps"])
     comparison.add_argument("--num-pictures", type=int, default=training["per_device_train_batch_size"])
     comparison.add_argument("--learning-rate", type=float, default=training["learning_rate"])
-    comparison.add_argument("--lr-scheduler-type", default=training["lr_scheduler_type"])
     comparison.add_argument("--num-prompts", type=int, default=240, help="held-out ones, of every category")
     comparison.add_argument("--categories", nargs="*", choices=CATEGORIES, help="that are trained and judged")
     commands.choices["measure"].add_argument("--rollouts", type=int, required=True)

@@ -64,3 +64,11 @@ def test_what_is_wrong_is_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="holds list, expected a mapping"):
         read_recipe(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize("text", ["rate: 1\nname: a\nrate: 2\n", "fields:\n  a: 1\n  b: 2\n  a: 3\n", "{a: 1, a: 2}"])
+def test_a_key_that_is_there_twice_is_refused(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"recipe.yaml: '(rate|a)' is there twice, in lines \d and \d: keep one"):
+        read_recipe(path)

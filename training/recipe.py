@@ -26,6 +26,16 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Of two equal keys PyYAML takes the last, whatever the first one was for."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise ValueError(f"{key.value!r} is there twice, in lines {lines[key.value]} and {line}: keep one")
+            lines[str(key.value)] = line
+        return super().construct_mapping(node, deep=deep)
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
 # After integers, which are resolved first.
@@ -39,7 +49,10 @@ def load_yaml(text: str) -> Any:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe."""
-    recipe = load_yaml(path.read_text(encoding="utf-8"))
+    try:
+        recipe = load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds {type(recipe).__name__}, expected a mapping of keys to values")
     return recipe

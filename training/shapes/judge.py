@@ -11,7 +11,6 @@ from itertools import permutations
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from .captions import ObjectSpec, Prompt
 from .edits import Edit
@@ -30,6 +29,11 @@ from .scene import (
     signed_distance,
 )
 
+
+try:
+    from scipy import ndimage
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("the judge needs scipy: pip install 'nextflow-hf[train]'", name=error.name) from error
 
 UNKNOWN = "unknown"
 PALETTE = {**COLORS, **BACKGROUNDS}
