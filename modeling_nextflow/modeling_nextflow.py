@@ -113,7 +113,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         time. As in diffusers, arguments are `torch.compile`'s; `dynamic` is on, as every scale has a shape of its own.
         """
         for module in self.modules():
-            if type(module).__name__ in self._no_split_modules:
+            if isinstance(module, (Qwen2DecoderLayer, Qwen3DecoderLayer)):
                 module.compile(*args, dynamic=dynamic, **kwargs)
 
     @torch.no_grad()
