@@ -141,10 +141,10 @@ def inverse_transform(
         ]
     )
     cumulative = probabilities.cumsum(-1)
-    choice = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
-    # Rounding can put the number on the total itself; the last choice with mass is then meant.
-    last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)
-    return torch.minimum(choice, last)[..., 0]
+    total = cumulative[..., -1:].contiguous()
+    choice = torch.searchsorted(cumulative, uniform * total, right=True)
+    # Rounding can put the number on the total itself; the choice that reaches it is then meant.
+    return torch.minimum(choice, torch.searchsorted(cumulative, total))[..., 0]
 
 
 __all__ = ["PerScale", "ScaleStep", "fill_codes", "guide", "inverse_transform", "sample_codes", "scale_plan"]

@@ -26,6 +26,7 @@ from nextflow_hf import NextFlowGenerationConfig
 from nextflow_hf.modeling_nextflow import drawing_nextflow
 from nextflow_hf.modeling_nextflow.generation_nextflow import ScaleStep, guide, sample_codes, scale_plan
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+from nextflow_hf.modeling_nextflow.sampling_nextflow import inverse_transform
 
 
 NO_SAMPLING = {"guidance_scale": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
@@ -203,6 +204,14 @@ def test_sampling_follows_the_distribution_and_its_cuts():
     cold = (probabilities**2) / (probabilities**2).sum()
     torch.testing.assert_close(frequencies(temperature=0.5), cold, atol=0.01, rtol=0)
     assert frequencies(temperature=0.0).tolist() == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1.0])
+def test_a_code_without_mass_is_never_drawn(number, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))  # 1.0: as rounding can make it
+    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.125, 0.5, 0.0]).expand(1, 2, 6)
+    drawn = inverse_transform(probabilities, [torch.Generator()])
+    assert drawn.tolist() == [[{0.0: 1, 0.5: 4, 1.0: 4}[number]] * 2]
 
 
 def test_scale_plan_fans_out():
