@@ -146,8 +146,8 @@ def test_rows_of_different_length_go_apart_where_blocks_are_large(model, monkeyp
     together = model.generate_images(prompts, mask, **arguments).image_codes
     expected = [logits.split(1) for logits in seen]
     assert all(mask is not None for mask in masks)
-    for list_ in (seen, masks):
-        list_.clear()
+    seen.clear()
+    masks.clear()
     # Rows of lengths 4, 3, 2, 2: the smallest part is a row, which is worth a pass of its own from 9 cells on.
     monkeypatch.setattr(drawing_nextflow, "ARITHMETIC_BOUND", 9)
     apart = model.generate_images(prompts, mask, **arguments).image_codes
@@ -158,7 +158,7 @@ def test_rows_of_different_length_go_apart_where_blocks_are_large(model, monkeyp
 
 
 @pytest.mark.parametrize("negative", [[10, 11], [10]], ids=["equal", "padded"])
-def test_compiled_layers_share_their_code_and_draw_the_same(negative, monkeypatch):
+def test_compiled_layers_share_their_code_and_draw_the_same(negative):
     counter = CompileCounterWithBackend("eager")
     draw = {
         "input_ids": torch.tensor([[5, 6, BOI]]),
