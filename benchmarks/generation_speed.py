@@ -4,7 +4,8 @@
     python benchmarks/generation_speed.py --compile       # the decoder's layers and the pixel decoder compiled
     python benchmarks/generation_speed.py --toy           # that it runs: a toy model, on the CPU where there is no GPU
 
-Every row draws with guidance and decodes with the vision tokenizer; the median counts, after a call that warms up.
+Every row draws with guidance and decodes with the vision tokenizer; the median counts, after a call that warms up. On
+the CPU a second is one of the process's own.
 "as long": the unconditional prompt is as long as the prompt. In practice it is shorter, and its row has padding.
 
 The floor of the codes is what the FLOPs of both rows (flops_nextflow.py) take at the rate of a large matrix product,
@@ -13,12 +14,11 @@ measured here, and for every scale no less than reading the weights once takes a
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from training_speed import TOY, product_flops
+from training_speed import TOY, product_flops, seconds
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
@@ -37,25 +37,16 @@ TOY_TOKENIZER = {
 }  # fmt: skip
 
 
-def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
-    """The median, after one more that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def median_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """After one more call, which warms up."""
+    return statistics.median([seconds(run, device) for _ in range(repeats + 1)][1:])
 
 
 def copied_bytes(device: str) -> float:
     """Bytes read and written a second by a large copy."""
     source = torch.zeros(2**31 if device == "cuda" else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * len(source) / seconds(lambda: target.copy_(source), device, 10)
+    return 2 * len(source) / median_seconds(lambda: target.copy_(source), device, 10)
 
 
 def prompts_of(batch: int, negative: int, config: NextFlowConfig, grids: list, device: str) -> dict[str, torch.Tensor]:
@@ -79,7 +70,7 @@ def floor_seconds(config: NextFlowConfig, grids: list, batch: int, flops: float,
     total = before = 0.0
     for count in range(1, len(grids) + 1):
         cells = sum(height * width for height, width in grids[:count])
-        forward = training_flops(config, PROMPT_LENGTH + cells - 1, [grids[:count]]) / 3
+        forward = training_flops(config, PROMPT_LENGTH + cells - 1, [grids[:count]]) / 3  # backward is two thirds
         total += max(2 * batch * (forward - before) / flops, weights / bandwidth)
         before = forward
     return total
@@ -134,11 +125,11 @@ def main() -> None:
                 generators = [torch.Generator().manual_seed(index) for index in range(batch)]
                 draw = partial(model.generate_images, **inputs, **SAMPLING, generator=generators)
                 peak_gigabytes(device)
-                drawn = seconds(draw, device, arguments.repeats)
+                drawn = median_seconds(draw, device, arguments.repeats)
                 memory = [peak_gigabytes(device)]
                 output = draw()
                 decode = partial(vision_tokenizer.decode, output.image_codes, output.image_grids)
-                decoded = seconds(decode, device, arguments.repeats)
+                decoded = median_seconds(decode, device, arguments.repeats)
                 memory.append(peak_gigabytes(device))
                 floor = floor_seconds(config, grids, batch, flops, bandwidth)
                 print(

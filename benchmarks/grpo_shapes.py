@@ -35,6 +35,7 @@ from nextflow_hf.training.checkpoints import last_checkpoint
 from nextflow_hf.training.evaluation.shapes import evaluate_shapes, pipeline_functions
 from nextflow_hf.training.grpo import load_recipe, make_trainer
 from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
+from nextflow_hf.training.memory import training_memory
 from nextflow_hf.training.rewards.shapes import clean_shapes
 from nextflow_hf.training.shapes import CATEGORIES, sample_prompt
 from nextflow_hf.training.shapes.judge import judge_prompt
@@ -364,30 +365,30 @@ def memory_arithmetic(rank: int = 64, group: int = 16, prompt: int = 100, drawn_
     config, schedule = NextFlowConfig(), ScaleSchedule()
     bucket = schedule.nearest_bucket(1, 1)
     grids = {scales: schedule.grids(bucket, scales) for scales in (8, 12, 18)}
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    keys = hidden // config.num_attention_heads * config.num_key_value_heads
-    shapes = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
-    shapes += [(hidden, config.intermediate_size)] * 2 + [(config.intermediate_size, hidden)]
-    weights = layers * sum(rows * columns for rows, columns in shapes) + 2 * config.vocab_size * hidden
-    adapters = layers * rank * sum(rows + columns for rows, columns in shapes)
-    whole = num_cells(grids[18])
+    training = partial(training_memory, config, trainable="lora", optim="adamw_torch_fused", lora_r=rank)
+    model = training(tokens=0)
+    weights = 2 * model.parameters
+    adapters = model.weights - weights + model.gradients + model.optimizer
+    cached = 2 * drawn_together * (num_cells(grids[18]) + prompt)
+    keys = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     last = grids[18][-1][0] * grids[18][-1][1]
-    cached = 2 * drawn_together * (whole + prompt)
     rows = [
-        (f"weights, bf16 ({weights / 1e9:.2f} B)", 2 * weights),
-        (f"LoRA r = {rank} on all projections ({adapters / 1e6:.0f} M): fp32, gradient, AdamW", 16 * adapters),
-        (f"rollout: keys and values of {drawn_together} pictures, guided", cached * 2 * 2 * layers * keys),
+        (f"weights, bf16 ({model.parameters / 1e9:.2f} B)", weights),
+        (
+            f"LoRA r = {rank} on all projections ({model.trained_parameters / 1e6:.0f} M): fp32, gradient, AdamW",
+            adapters,
+        ),
+        (f"rollout: keys and values of {drawn_together} pictures, guided", cached * 2 * 2 * keys),
         (
             "rollout: logits of the last scale, fp32, three copies",
             2 * drawn_together * last * config.codebook_size * 12,
         ),
     ]
     for scales, cells in ((number, num_cells(grids[number])) for number in grids):
-        tokens = cells + prompt
-        kept = layers * tokens * hidden * 2  # checkpoints, one a layer
-        inside = tokens * (3 * config.intermediate_size + 6 * hidden) * 2  # one layer, computed again
-        logits = min(cells, 4096) * config.codebook_size * 4 * 3
-        rows.append((f"update, one picture, {scales} scales ({cells} codes)", kept + inside + logits))
+        update = training(tokens=cells + prompt)
+        logits = min(cells, 4096) * config.codebook_size * 4 * 3  # of codes alone; done before a layer is recomputed
+        held = update.checkpoints + max(update.layer, logits)
+        rows.append((f"update, one picture, {scales} scales ({cells} codes)", held))
     lines = ["| 7B, 1024 pixels | GiB |", "|---|---:|", *(f"| {name} | {size / 2**30:.2f} |" for name, size in rows)]
     fixed, rollout = rows[0][1] + rows[1][1], rows[2][1] + rows[3][1]
     lines += [
