@@ -27,6 +27,7 @@ from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
 from .data.pictures import NextFlowVisionTokenizerCollator
 from .evaluation.reconstruction_report import measure_batch
 from .not_finite import FiniteStepsMixin
+from .processes import ProcessesMixin
 from .tokenizer_arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
 from .tokenizer_losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
 
@@ -36,7 +37,7 @@ SEMANTIC_CODEBOOK = "quantizer.semantic_codebook"
 STATE_NAME = "vision_tokenizer_trainer.pt"
 
 
-class NextFlowVisionTokenizerTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
+class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains a [`NextFlowVisionTokenizer`].
 
