@@ -192,6 +192,12 @@ class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
         if max(self.mrope_section[1:]) * 3 > len(self.inv_freq) + 2:
             raise ValueError(f"mrope_section {self.mrope_section} cannot be interleaved: its first entry is too small")
 
+    @staticmethod
+    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.FloatTensor, float]:
+        # Overwritten to count in integers: while DeepSpeed shards what is made, `torch.arange` rounds floats.
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
