@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import DistributedType, PartialState
 from fsdp_on_cpu import CpuFsdpTrainer
 from processes import in_processes
 from safetensors.torch import load_file
@@ -16,13 +17,22 @@ from test_training_equivalence import FSDP2
 from torch.distributed.fsdp import MixedPrecision
 from toy import SQUARE, WIDE, toy_config, toy_model
 from toy_codes import row
+from toy_decoder import toy_decoder_pipeline
+from toy_pipeline import toy_vision_tokenizer
+from transformers import Trainer, TrainingArguments
 
 from nextflow_hf.modeling_nextflow import modeling_nextflow
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.rope_nextflow import NextFlowRotaryEmbedding
 from nextflow_hf.training.arguments import NextFlowTrainingArguments
 from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
+from nextflow_hf.training.decoder_trainer import (
+    NextFlowDiffusionDecoderTrainer,
+    NextFlowDiffusionDecoderTrainingArguments,
+)
 from nextflow_hf.training.processes import without_rounded_sums
+from nextflow_hf.training.tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.tokenizer_trainer import NextFlowVisionTokenizerTrainer
 from nextflow_hf.training.trainer import NextFlowTrainer, _LossSums
 
 
@@ -77,22 +87,19 @@ def whole(parameter: torch.nn.Parameter, stage: int | None) -> torch.Tensor:
     return full.detach().clone()
 
 
+def deepspeed_config(stage: int, *, bf16: bool) -> dict:
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {
+        **dict.fromkeys([*sizes, "gradient_clipping"], "auto"),
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
 def train_a_step(folder: Path, *, bf16: bool, trainer_class=NextFlowTrainer, stage: int | None = None) -> dict:
     """What a process saw in a step of plain gradient descent, the losses, and the gradients."""
-    options = {}
-    if stage is not None:
-        auto = (
-            "train_micro_batch_size_per_gpu",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "gradient_clipping",
-        )
-        options["deepspeed"] = {
-            **dict.fromkeys(auto, "auto"),
-            "zero_optimization": {"stage": stage},
-            "bf16": {"enabled": bf16},
-            "zero_allow_untested_optimizer": True,
-        }
+    options = {} if stage is None else {"deepspeed": deepspeed_config(stage, bf16=bf16)}
     args = NextFlowTrainingArguments(
         output_dir=str(folder / "run"), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1,
         max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, bf16=bf16,
@@ -185,3 +192,64 @@ def test_frequencies_are_float32_where_deepspeed_shards_a_new_model():
             return NextFlowRotaryEmbedding(toy_config()).inv_freq.tolist()
 
     assert in_processes(work, count=1, DS_ACCELERATOR="cpu") == [toy_model().model.rotary_emb.inv_freq.tolist()]
+
+
+# ---- what processes cannot do
+
+
+def make_transformer_trainer(folder: Path, **arguments) -> NextFlowTrainer:
+    return NextFlowTrainer(toy_model(), NextFlowTrainingArguments(str(folder), use_cpu=True, **arguments))
+
+
+def make_tokenizer_trainer(folder: Path, **arguments) -> NextFlowVisionTokenizerTrainer:
+    whole = {"dead_code_steps": 0, "codebook_init_batches": 0}
+    args = NextFlowVisionTokenizerTrainingArguments(str(folder), use_cpu=True, stage="pixel", **whole, **arguments)
+    return NextFlowVisionTokenizerTrainer(toy_vision_tokenizer(), args)
+
+
+def make_decoder_trainer(folder: Path, **arguments) -> NextFlowDiffusionDecoderTrainer:
+    args = NextFlowDiffusionDecoderTrainingArguments(str(folder), use_cpu=True, **arguments)
+    return NextFlowDiffusionDecoderTrainer(toy_decoder_pipeline("unet"), args)
+
+
+MAKERS = [make_transformer_trainer, make_tokenizer_trainer, make_decoder_trainer]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_several_gpus_in_one_process_are_refused(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="one process sees 2 GPUs, expected one each: start it with torchrun"):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize("make", MAKERS[1:])
+def test_models_that_processes_call_unequally_often_are_not_sharded(make, tmp_path):
+    def work() -> None:
+        create = Trainer.create_accelerator_and_postprocess
+
+        def create_with_fsdp(self) -> None:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # see `CpuFsdpTrainer`
+            create(self)
+
+        Trainer.create_accelerator_and_postprocess = create_with_fsdp
+        with pytest.raises(ValueError, match="but FSDP and ZeRO-3 gather weights at every call: use DDP or ZeRO-2"):
+            make(tmp_path)
+
+    in_processes(work, count=1, **FSDP2)
+
+
+@no_deepspeed
+@pytest.mark.parametrize(
+    ("make", "stage", "message"),
+    [
+        (make_tokenizer_trainer, 2, "DeepSpeed in bf16 rounds the codebooks"),
+        (make_tokenizer_trainer, 3, "once for every schedule of a batch"),
+        (make_decoder_trainer, 3, "once for every schedule of a batch"),
+    ],
+)
+def test_what_deepspeed_would_get_wrong_is_refused(make, stage, message, tmp_path):
+    def work() -> None:
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, bf16=True, deepspeed=deepspeed_config(stage, bf16=True))
+
+    in_processes(work, count=1, DS_ACCELERATOR="cpu")

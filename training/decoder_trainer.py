@@ -109,6 +109,7 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, Trainer):
     """
 
     loss_is_scaled_for_ga = False
+    can_shard_weights = False
 
     def __init__(
         self,

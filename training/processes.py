@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 class ProcessesMixin:
@@ -11,6 +12,10 @@ class ProcessesMixin:
     half precision without rounding what is summed.
     """
 
+    # Whether every process calls every module as often as the others, whatever its batch is. FSDP and ZeRO-3 gather
+    # weights in these calls, and the processes wait for each other there.
+    can_shard_weights = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:  # 1 for a model that is split over them by its `device_map`
@@ -18,6 +23,11 @@ class ProcessesMixin:
             raise ValueError(
                 f"one process sees {self.args.n_gpu} GPUs, expected one each: start it with torchrun or accelerate "
                 "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES"
+            )
+        if not self.can_shard_weights and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"{type(self).__name__} calls its model once for every schedule of a batch, which differs between "
+                "processes, but FSDP and ZeRO-3 gather weights at every call: use DDP or ZeRO-2"
             )
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -55,6 +55,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
     """
 
     loss_is_scaled_for_ga = False
+    can_shard_weights = False
 
     def __init__(
         self,
@@ -68,6 +69,11 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
         check_trainable(model, args, semantic_teacher)
         prepare_stage(model, args.stage)
         super().__init__(model, args, data_collator=data_collator or NextFlowVisionTokenizerCollator(), **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"DeepSpeed in {self.accelerator.mixed_precision} rounds the codebooks, and rounded ones have other "
+                "nearest codes (§2.1): use DDP, or leave bf16 and fp16 out"
+            )
         self.semantic_teacher = self.perceptual_distance = self.adversary = self.ema = None
         if semantic_teacher is not None:
             self.semantic_teacher = semantic_teacher.requires_grad_(False).eval().to(args.device)
