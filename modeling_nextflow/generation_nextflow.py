@@ -524,7 +524,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
             if positions.ndim != 2:
                 return positions
-            positions = positions.float().expand(4, len(inputs_tensor), -1)
+            positions = positions.expand(4, len(inputs_tensor), -1)
             cache = model_kwargs.get("past_key_values")
             place = getattr(cache, "nextflow_place", None)
             if place is None or not cache.get_seq_length():

@@ -174,8 +174,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
             position_ids = self.get_position_ids(
                 input_ids, inputs_embeds, image_grids, attention_mask, past_key_values
             )
-        elif position_ids.ndim == 2:  # plain text positions: the same on every axis
-            position_ids = position_ids.expand(4, inputs_embeds.shape[0], -1)
+        elif position_ids.ndim == 2:
+            position_ids = self.get_position_ids(
+                input_ids, inputs_embeds, image_grids, token_positions=position_ids.expand(len(inputs_embeds), -1)
+            )
         if isinstance(attention_mask, dict):  # prepared by `generate`
             mask = attention_mask["full_attention"]
         else:
@@ -226,10 +228,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
         image_grids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        token_positions: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """Positions (4, batch, length) from the tokens alone; see [`rope_nextflow.get_position_ids`].
 
         On top of a cache the tokens go on where it ends, which is not its length: an image took a step a scale.
+        `token_positions` say themselves where their tokens stand.
         """
         if input_ids is None:  # only its shape is read
             input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
@@ -246,6 +250,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids,
             image_grids,
             None if mask is None else mask[:, -length:],
+            token_positions,
             boi_token_id=self.config.boi_token_id,
             image_token_id=self.config.image_token_id,
             extent=self.config.spatial_rope_extent,
@@ -505,9 +510,11 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch, length)`):
                 Text tokens; an image is `<boi>`, one placeholder per cell of scales 2..K, `<eoi>`.
             attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*): 0 at padding.
-            position_ids (`torch.Tensor` of shape `(4, batch, length)` or `(batch, length)`, *optional*):
-                Token positions, then the rotary axes (scale, row, column). Derived from the tokens if absent. Restarts
-                of the first row mark packed documents, which then take no `attention_mask`.
+            position_ids (`torch.Tensor` of shape `(batch, length)` or `(4, batch, length)`, *optional*):
+                Token positions as integers, from which the rotary axes of text and images follow; or token positions
+                and the three rotary axes (scale, row, column). Derived from the tokens if absent. Where token
+                positions restart, a packed document begins; packed documents take no `attention_mask`. Sharded
+                training in half precision rounds inputs that are not integers: pass `(batch, length)` there.
             image_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*):
                 Input codes of all images in reading order: scale-major, row-major.
             image_grids (`torch.LongTensor` of shape `(n_images, max_scales, 2)`, *optional*):

@@ -4,7 +4,7 @@ A stack of feature maps of one schedule in, codes and their sum out, always in f
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig
 from .grids_nextflow import Schedule
+from .unrounded_nextflow import UnroundedModule
 
 
 @dataclass
@@ -37,15 +38,16 @@ class NextFlowQuantizerOutput(ModelOutput):
     commitment_loss: torch.FloatTensor | None = None
 
 
-class NextFlowMultiScaleQuantizer(nn.Module):
+class NextFlowMultiScaleQuantizer(UnroundedModule):
     """
     Multi-scale residual quantiser with two codebooks and one shared index (§2.1).
 
     Per scale: average the residual down to the grid, l2-normalise its semantic and its pixel part, take the code with
     the least weighted sum of squared distances, add its unit vectors, bicubically enlarged, to the sum, and subtract
     them from the residual. The whole module computes in float32 whatever the dtype of its input, of its parameters
-    or of an enclosing autocast; its codebooks stay in float32 where a model is cast to less. PyTorch's process-wide
-    TF32 switch is left as it is: turned on, it also rounds the products of the search.
+    or of an enclosing autocast; its codebooks stay in float32 where a model is cast to less, since a
+    rounded codebook has other nearest codes. PyTorch's process-wide TF32 switch is left as it is: turned on, it also
+    rounds the products of the search.
     """
 
     def __init__(self, config: NextFlowVisionTokenizerConfig):
@@ -53,19 +55,6 @@ class NextFlowMultiScaleQuantizer(nn.Module):
         self.config = config
         self.semantic_codebook = nn.Embedding(config.codebook_size, config.semantic_code_dim)
         self.pixel_codebook = nn.Embedding(config.codebook_size, config.pixel_code_dim)
-
-    def _apply(
-        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> "NextFlowMultiScaleQuantizer":
-        """What `.half()`, `.to(torch.bfloat16)` and the like do to a module: here they move and do not round, since a
-        rounded codebook has other nearest codes (§2.1 quantises in float32)."""
-
-        def without_rounding(tensor: torch.Tensor) -> torch.Tensor:
-            applied = fn(tensor)
-            rounds = applied.dtype != tensor.dtype and applied.itemsize < 4
-            return tensor.to(applied.device) if rounds else applied
-
-        return super()._apply(without_rounding, recurse)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from .configuration_nextflow import default_mrope_section
+from .unrounded_nextflow import UnroundedModule
 
 
 @dataclass
@@ -89,6 +90,7 @@ def get_position_ids(
     input_ids: torch.LongTensor,
     image_grids: torch.LongTensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    token_positions: torch.LongTensor | None = None,
     *,
     boi_token_id: int,
     image_token_id: int,
@@ -103,19 +105,24 @@ def get_position_ids(
     depend on t. Padding (`attention_mask == 0`) takes no step.
 
     Args:
+        token_positions: plain positions (batch, length), where they are given: a document begins wherever they do not
+            go up by one, and its rotary axes start from its first. Of packed documents, and instead of a mask.
         past_tokens, past_steps: how far the sequence has come before `input_ids`, on the plain position and on the
             rotary text axis; one for all rows or (batch, 1).
     """
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    token_position = (real.cumsum(1) - 1).clamp(min=0)
-    if image_grids is None or len(image_grids) == 0:
+    has_images = image_grids is not None and len(image_grids) > 0
+    is_packed = token_positions is not None
+    real = torch.ones_like(input_ids) if attention_mask is None or is_packed else attention_mask.long()
+    token_position = token_positions.long() if is_packed else (real.cumsum(1) - 1).clamp(min=0)
+    if not has_images:
         step_position = token_position + past_steps
         return torch.stack([token_position + past_tokens, *[step_position] * 3]).float()
 
     layout = get_image_layout(input_ids, image_grids, boi_token_id=boi_token_id, image_token_id=image_token_id)
     first_of_block = layout.is_cell & (layout.row == 0) & (layout.column == 0)
-    step = torch.where(layout.is_cell, first_of_block.long(), real)
-    axis = ((step.cumsum(1) - 1).clamp(min=0) + past_steps).float()
+    steps = torch.where(layout.is_cell, first_of_block.long(), real).cumsum(1)
+    axis = steps + _ahead(token_position, steps) if is_packed else (steps - 1).clamp(min=0)
+    axis = (axis + past_steps).float()
 
     index = layout.image_index.clamp(min=0)
     grid = image_grids[index, (layout.scale - 1).clamp(min=0)]
@@ -128,6 +135,14 @@ def get_position_ids(
             torch.where(layout.is_cell, column, axis),
         ]
     )
+
+
+def _ahead(token_positions: torch.LongTensor, steps: torch.LongTensor) -> torch.LongTensor:
+    """What the position of the first token of every token's document is ahead of its step, (batch, length)."""
+    is_first = torch.ones_like(steps, dtype=torch.bool)
+    is_first[:, 1:] = token_positions.diff(dim=1) != 1
+    index = torch.arange(steps.shape[1], device=steps.device)
+    return (token_positions - steps).gather(1, torch.where(is_first, index, 0).cummax(1).values)
 
 
 @dataclass
@@ -157,10 +172,11 @@ class CachePlace:
         )
 
 
-class NextFlowRotaryEmbedding(Qwen2RotaryEmbedding):
+class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
     """Qwen2's rotary embedding with its frequencies dealt out in turn to (scale, row, column).
 
-    Equal coordinates, as text has them, give plain RoPE for any split, so the language model is kept exactly.
+    Equal coordinates, as text has them, give plain RoPE for any split, so the language model is kept exactly. The
+    frequencies stay float32 however the model is cast: rounded to bfloat16 they are radians off at position 8,000.
     """
 
     def __init__(self, config):
@@ -175,6 +191,12 @@ class NextFlowRotaryEmbedding(Qwen2RotaryEmbedding):
             )
         if max(self.mrope_section[1:]) * 3 > len(self.inv_freq) + 2:
             raise ValueError(f"mrope_section {self.mrope_section} cannot be interleaved: its first entry is too small")
+
+    @staticmethod
+    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.FloatTensor, float]:
+        # Overwritten to count in integers: while DeepSpeed shards what is made, `torch.arange` rounds floats.
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update

@@ -146,13 +146,16 @@ def collated_packs() -> dict[str, torch.Tensor]:
 
 def test_packed_documents_see_themselves_alone(model, use):
     batch = collated_packs()
-    ids, positions = batch["input_ids"], batch["position_ids"]
+    ids, starts = batch["input_ids"], batch["position_ids"] == 0
     layout = get_image_layout(ids, batch["image_grids"], **IDS)
+    positions = model.model.get_position_ids(
+        ids, image_grids=batch["image_grids"], token_positions=batch["position_ids"]
+    )
     use("flex_attention")
     embeds = torch.zeros(*ids.shape, 32)
     block_mask = get_attention_mask(model.config, embeds, None, positions, None, layout)
     place = torch.arange(ids.shape[1])
-    document = (positions[0] == 0).cumsum(1)
+    document = starts.cumsum(1)
     for row in range(len(ids)):
         seen = block_mask.mask_mod(torch.tensor(row), torch.tensor(0), place[:, None], place[None])
         cells = layout.block_ids[row]

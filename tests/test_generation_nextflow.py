@@ -233,6 +233,20 @@ def test_guide_is_the_textbook_formula():
     assert guide(cond, None, 2.5) is cond
 
 
+def test_text_is_generated_from_integers_alone():
+    """A policy under FSDP2 in half precision rounds every other input of its forward, positions among them."""
+    model, floats = toy_model(), []
+
+    def look(module, args, inputs) -> None:
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        assert {"input_ids", "position_ids"} <= set(tensors)
+        floats.extend(name for name, value in tensors.items() if value.is_floating_point())
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    model.generate(torch.tensor([[5, 6], [PAD, 7]]), attention_mask=torch.tensor([[1, 1], [0, 1]]), max_new_tokens=3)
+    assert not floats
+
+
 def test_callback_sees_every_scale_and_can_change_the_rest(model):
     seen = []
 

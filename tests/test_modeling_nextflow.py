@@ -1,6 +1,7 @@
 """The transformer: layout, positions, mask, inputs, weights and loss against obvious restatements and hand-worked
 numbers."""
 
+import copy
 import itertools
 import math
 
@@ -84,6 +85,48 @@ def test_left_padding_takes_no_position():
     mask = torch.tensor([[0] * 3 + [1] * len(row)])
     padded = get_position_ids(torch.tensor([[PAD] * 3 + row]), grids_tensor(schedule), mask, extent=8.0, **IDS)
     torch.testing.assert_close(padded[:, :, 3:], alone)
+
+
+def test_integers_that_restart_are_the_positions_of_packed_documents(model):
+    """`position_ids` (batch, length) give what each document has alone, to the bit, whatever they begin with."""
+    layout = {**IDS, "extent": model.config.spatial_rope_extent}
+    documents = [
+        ([5, *image_tokens(WIDE), 6, 7, *image_tokens(SQUARE)], [WIDE, SQUARE]),
+        ([8], []),
+        ([9, 10], []),
+        ([5, *image_tokens(SQUARE), EOS], [SQUARE]),
+        ([*range(3, 35)] * 10, []),
+    ]
+    alone = [
+        get_position_ids(torch.tensor([ids]), grids_tensor(*grids) if grids else None, **layout)
+        for ids, grids in documents
+    ]
+    packed = torch.tensor([[token for ids, _ in documents for token in ids]])
+    restarting = torch.cat([torch.arange(len(ids)) for ids, _ in documents])[None]
+    grids = grids_tensor(*[schedule for _, schedules in documents for schedule in schedules])
+    positions = get_position_ids(packed, grids, token_positions=restarting, **layout)
+    assert torch.equal(positions, torch.cat(alone, dim=-1)) and positions.dtype == torch.float32
+
+    rows, both = packed.expand(2, -1), torch.cat([grids, grids])
+    codes = random_codes(WIDE, SQUARE, SQUARE, WIDE, SQUARE, SQUARE)
+    inputs = {"input_ids": rows, "image_grids": both, "image_codes": codes}
+    whole = model(**inputs, position_ids=torch.cat(alone, dim=-1).expand(-1, 2, -1)).logits
+    assert torch.equal(model(**inputs, position_ids=restarting).logits, whole)  # one for both rows
+
+    first = [5, *image_tokens(WIDE), 6]
+    later = get_position_ids(
+        torch.tensor([first]),
+        grids_tensor(WIDE),
+        token_positions=torch.arange(7, 7 + len(first))[None],
+        extent=8.0,
+        **IDS,
+    )
+    assert later[1].tolist() == [[7, 8, *[9] * 3, *[10] * 10, 11, 12]]
+    text = torch.tensor([[5, 6, 7]])
+    assert torch.equal(
+        model(text, position_ids=torch.tensor([[4, 5, 6]])).logits,
+        model(text, position_ids=torch.tensor([4.0, 5, 6]).expand(4, 1, -1)).logits,
+    )
 
 
 def reference_blocks(row: list[int], schedules: list) -> list[tuple[int, int]]:
@@ -358,6 +401,41 @@ def test_rotary_frequencies_are_dealt_out_in_turn():
         step = torch.zeros(3, 1, 1)
         step[axis] = 1.0
         assert NextFlowRotaryEmbedding(config)(step, step)[1].abs().max() > 0.5
+
+
+CASTS = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "to a device": lambda model: model.to("cpu", torch.float16),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "to float8": lambda model: model.to(torch.float8_e4m3fn),
+    "type": lambda model: model.type(torch.bfloat16),
+    "there and back": lambda model: model.half().float(),
+    "a copy": lambda model: copy.deepcopy(model).bfloat16(),
+}
+ROPES = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0, "original_max_position_embeddings": 64},
+    "longrope": {"original_max_position_embeddings": 64, "short_factor": [1.0] * 4, "long_factor": [2.5] * 4},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("cast", CASTS)
+def test_rotary_frequencies_are_float32_however_a_model_is_cast(cast, rope):
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, "mrope_section": [2, 1, 1], **ROPES[rope]}
+    plain, model = (toy_model(max_position_embeddings=64, rope_parameters=dict(parameters)) for _ in range(2))
+    cast_model = CASTS[cast](model)
+    assert cast == "there and back" or cast_model.lm_head.weight.itemsize < 4
+    ours, theirs = cast_model.model.rotary_emb, plain.model.rotary_emb
+    for name, frequencies in theirs.named_buffers():
+        assert torch.equal(ours.get_buffer(name), frequencies) and ours.get_buffer(name).dtype == torch.float32
+    # Beyond the trained length, which makes other frequencies of some; and back.
+    for longest in (8000, 30):
+        positions = torch.linspace(0, longest, 5).expand(3, 1, -1)
+        for one, two in zip(ours(positions, positions), theirs(positions, positions), strict=True):
+            assert torch.equal(one, two)
 
 
 def test_image_tokens_without_an_image(model, monkeypatch):

@@ -185,7 +185,7 @@ def test_a_packed_batch_is_its_documents_apart():
 
 def test_packing_collator_by_hand():
     batch = PackingCollator(toy_config(), length=12)([[row(text=2), row(text=3, seed=1)], row(text=4)])
-    assert batch["position_ids"][0].tolist() == [[0, 1, 2, 0, 1, 2, 3, *range(5)], [*range(5), *range(7)]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, *range(5)], [*range(5), *range(7)]]
     assert batch["labels"].tolist() == [
         [-100, 6, EOS, -100, 7, 8, EOS, *[-100] * 5],
         [-100, 6, 7, 8, EOS, *[-100] * 7],

@@ -34,6 +34,25 @@ def codes_of(pipe, prompt=None, *, seed=0, **kwargs) -> list[int]:
     return pipe(prompt, generator=generator, output_type="codes", **{**GUIDED, **kwargs}).image_codes.tolist()
 
 
+# --- precision
+
+
+def test_positions_and_codebooks_are_float32_however_a_pipeline_is_cast(tmp_path):
+    toy_pipeline().save_pretrained(tmp_path)
+    cast = {
+        "to": toy_pipeline().to(torch.bfloat16),
+        "from_pipe": NextFlowPipeline.from_pipe(toy_pipeline(), dtype=torch.bfloat16),
+        "from_pretrained": NextFlowPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16),
+    }
+    exact = toy_pipeline()
+    for name, pipe in cast.items():
+        assert pipe.transformer.lm_head.weight.dtype == torch.bfloat16, name
+        assert torch.equal(pipe.transformer.model.rotary_emb.inv_freq, exact.transformer.model.rotary_emb.inv_freq), (
+            name
+        )
+        assert torch.equal(pipe.vision_tokenizer.codebook, exact.vision_tokenizer.codebook), name
+
+
 # --- what comes out
 
 

@@ -133,6 +133,8 @@ def test_bitsandbytes(folder, bits, tmp_path):
     quantised = {name for name, module in model.named_modules() if isinstance(module, linear)}
     assert quantised == {f"model.{name}" for name in DECODER}
     assert model.model.connector.linear_1.weight.dtype == torch.float32
+    half = NextFlowForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float16)
+    assert torch.equal(half.model.rotary_emb.inv_freq, toy_model(**BLOCKS).model.rotary_emb.inv_freq)
     # Before the first pass: on a CPU it repacks four-bit weights, and what is saved after it is wrong.
     model.save_pretrained(tmp_path)
     again = NextFlowForCausalLM.from_pretrained(tmp_path).eval()

@@ -27,6 +27,7 @@ from ..pipelines.diffusion_decoder_latents import encode_latents
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .checkpoints import StagedCheckpoint
 from .data.decoder_rows import NextFlowDecoderCollator
+from .processes import ProcessesMixin
 
 
 WEIGHTING_SCHEMES = ("none", "logit_normal", "sigma_sqrt", "mode", "cosmap")
@@ -94,7 +95,7 @@ class _TrainedDecoder(nn.Module):
         self.decoder.enable_gradient_checkpointing()
 
 
-class NextFlowDiffusionDecoderTrainer(Trainer):
+class NextFlowDiffusionDecoderTrainer(ProcessesMixin, Trainer):
     """
     Trains the diffusion decoder of a pipeline.
 
@@ -108,6 +109,7 @@ class NextFlowDiffusionDecoderTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = False
+    can_shard_weights = False
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ from .grpo_math import (
 )
 from .grpo_policy import add_policy_forward, pad_rows, policy_inputs, policy_row
 from .grpo_rollout import Rollout, conversation_of, decode, draw, encode_rows, think
+from .processes import ProcessesMixin
 from .rewards.combination import check_rewards, is_async_reward, reward_name
 from .rewards.preference import CLIPReward
 
@@ -54,7 +55,7 @@ from .rewards.preference import CLIPReward
 OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
 
 
-class NextFlowGRPOTrainer(GRPOTrainer):
+class NextFlowGRPOTrainer(ProcessesMixin, GRPOTrainer):
     """
     Aligns [`NextFlowForCausalLM`] with any reward of its pictures.
 

@@ -78,10 +78,6 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
             raise ValueError(f"stage is {self.stage!r}, expected one of {STAGES}")
         if self.fp16 and self.adversarial_loss_weight:
             raise ValueError("fp16 scales the tokenizer's loss and not the discriminator's, expected bf16 or neither")
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.n_gpu} GPUs, expected one each: start it with torchrun or accelerate launch"
-            )
         # The collator makes the model's inputs; a data set may hold images, which are no argument of `forward`.
         self.remove_unused_columns = False
 

@@ -27,6 +27,7 @@ from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
 from .data.pictures import NextFlowVisionTokenizerCollator
 from .evaluation.reconstruction_report import measure_batch
 from .not_finite import FiniteStepsMixin
+from .processes import ProcessesMixin
 from .tokenizer_arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
 from .tokenizer_losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
 
@@ -36,7 +37,7 @@ SEMANTIC_CODEBOOK = "quantizer.semantic_codebook"
 STATE_NAME = "vision_tokenizer_trainer.pt"
 
 
-class NextFlowVisionTokenizerTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
+class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains a [`NextFlowVisionTokenizer`].
 
@@ -54,6 +55,7 @@ class NextFlowVisionTokenizerTrainer(FiniteStepsMixin, StagedCheckpointsMixin, T
     """
 
     loss_is_scaled_for_ga = False
+    can_shard_weights = False
 
     def __init__(
         self,
@@ -67,6 +69,11 @@ class NextFlowVisionTokenizerTrainer(FiniteStepsMixin, StagedCheckpointsMixin, T
         check_trainable(model, args, semantic_teacher)
         prepare_stage(model, args.stage)
         super().__init__(model, args, data_collator=data_collator or NextFlowVisionTokenizerCollator(), **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"DeepSpeed in {self.accelerator.mixed_precision} rounds the codebooks, and rounded ones have other "
+                "nearest codes (§2.1): use DDP, or leave bf16 and fp16 out"
+            )
         self.semantic_teacher = self.perceptual_distance = self.adversary = self.ema = None
         if semantic_teacher is not None:
             self.semantic_teacher = semantic_teacher.requires_grad_(False).eval().to(args.device)

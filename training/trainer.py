@@ -19,12 +19,13 @@ from .data.collator import NextFlowDataCollator
 from .freezing import is_head_cut, join_head
 from .muon import MuonWithAdamW
 from .not_finite import FiniteStepsMixin
+from .processes import ProcessesMixin
 
 
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
 
 
-class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
+class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains [`NextFlowForCausalLM`] (§3.2).
 
@@ -86,7 +87,9 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         # transformers would count labels; codes are supervised without one, and placeholders' labels are not read.
         counted = [{"labels": batch["labels"], "shift_labels": self._targets(batch)} for batch in batch_samples]
-        return super()._get_num_items_in_batch(counted, device)
+        num_items = super()._get_num_items_in_batch(counted, device)
+        # It was divided by the processes that share a batch, which makes a float of it; FSDP would round that.
+        return num_items.round().long() if torch.is_tensor(num_items) else num_items
 
     def _targets(self, batch: dict) -> torch.LongTensor:
         config = self.accelerator.unwrap_model(self.model).config
@@ -178,7 +181,7 @@ def _class_of_user(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _LossSums:
-    """Sums of losses and what they are sums of, on the device until they are read."""
+    """Running sums of losses (float32) and token counts, on the device until they are read."""
 
     def __init__(self):
         self._sums: list[torch.Tensor] | None = None
@@ -187,7 +190,7 @@ class _LossSums:
         """`outputs` of the model, and the number that its loss was divided by if not its own."""
         counts = outputs["scale_counts"]
         weighted = outputs["loss"].detach().float() * (counts.sum() if num_items is None else num_items)
-        sums = [weighted, outputs["scale_losses"] * counts, counts]
+        sums = [weighted, outputs["scale_losses"].float() * counts, counts]
         self._sums = sums if self._sums is None else [old + new for old, new in zip(self._sums, sums)]
 
     def pop(self, accelerator) -> tuple[float | None, dict[str, float]]:

@@ -17,7 +17,6 @@ from transformers.utils import logging
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.flops_nextflow import training_flops
 from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
-from ...modeling_nextflow.rope_nextflow import get_position_ids
 
 
 logger = logging.get_logger(__name__)
@@ -287,13 +286,14 @@ def _rows_to_pack(
 @dataclass
 class PackingCollator:
     """
-    Packs of rows -> a batch with a row for each, and `position_ids` whose restarts tell the documents apart.
+    Packs of rows -> a batch with a row for each, and integer `position_ids` (batch, length) that restart at every
+    document.
 
     Takes lists of rows, as [`PackedDataset`] has them; a plain row is a pack of one. What fills a row up is a document
     of its own, unsupervised, so there is no `attention_mask`. `row_ids` are as in [`NextFlowDataCollator`].
 
     Args:
-        config ([`NextFlowConfig`]): Of the model: token ids and positions.
+        config ([`NextFlowConfig`]): Of the model: its token ids.
         pad_to_multiple_of (`int`, *optional*, defaults to 1): Of the length of a row. 128 suits flex attention.
         length (`int`, *optional*): Length of all rows of all batches, for compiled models. As needed by default.
     """
@@ -311,17 +311,17 @@ class PackingCollator:
         shape = (len(packs), length)
         input_ids = torch.full(shape, self.config.pad_token_id)
         labels = torch.full(shape, IGNORE_INDEX)
-        position_ids = torch.zeros(4, *shape)
+        position_ids = torch.zeros(shape, dtype=torch.long)  # not floats: sharded training rounds those
         images: list[dict] = []
         for index, pack in enumerate(packs):
             start = 0
             for row in pack:
                 stop = start + len(row["input_ids"])
                 self._place(row, input_ids[index, start:stop], labels[index, start:stop])
-                position_ids[:, index, start:stop] = self._positions(input_ids[index, start:stop], row["image_grids"])
+                position_ids[index, start:stop] = torch.arange(stop - start)
                 images += [row] if len(row["image_grids"]) else []
                 start = stop
-            position_ids[:, index, start:] = torch.arange(length - start, dtype=torch.float)
+            position_ids[index, start:] = torch.arange(length - start)
         batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
         if images:
             for name in ("image_codes", "image_target_codes", "image_grids"):
@@ -337,15 +337,6 @@ class PackingCollator:
         if input_ids[0] == self.config.boi_token_id and labels[0] != IGNORE_INDEX:
             raise ValueError("a document begins with an image to be trained on: packed, a token must come before it")
         labels[0] = IGNORE_INDEX  # else the document before it would be trained to predict it
-
-    def _positions(self, input_ids: torch.Tensor, image_grids) -> torch.Tensor:
-        return get_position_ids(
-            input_ids[None],
-            torch.tensor(image_grids) if len(image_grids) else None,
-            boi_token_id=self.config.boi_token_id,
-            image_token_id=self.config.image_token_id,
-            extent=self.config.spatial_rope_extent,
-        )[:, 0]
 
 
 __all__ = [

@@ -1,0 +1,52 @@
+"""What every trainer of this library asks of the processes it runs in. For any `Trainer`."""
+
+from dataclasses import fields, replace
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+
+class ProcessesMixin:
+    """
+    Before `Trainer` among the bases of a trainer: it refuses several GPUs in one process, and lets FSDP compute in
+    half precision without rounding what is summed.
+    """
+
+    # Whether every process calls every module as often as the others, whatever its batch is. FSDP and ZeRO-3 gather
+    # weights in these calls, and the processes wait for each other there.
+    can_shard_weights = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:  # 1 for a model that is split over them by its `device_map`
+            # `nn.DataParallel` cuts every tensor by rows; the codes and grids of a batch are not one a row.
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs, expected one each: start it with torchrun or accelerate "
+                "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES"
+            )
+        if not self.can_shard_weights and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"{type(self).__name__} calls its model once for every schedule of a batch, which differs between "
+                "processes, but FSDP and ZeRO-3 gather weights at every call: use DDP or ZeRO-2"
+            )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = without_rounded_sums(plugin.mixed_precision_policy)
+
+
+def without_rounded_sums(policy):
+    """
+    The FSDP policy of accelerate, which has one dtype for everything, with that dtype for the computation alone.
+
+    Losses leave the model as they were computed, gradients are summed over the processes in float32, and buffers
+    (which FSDP1 casts past the modules' own methods) stay as they are.
+    """
+    exact = {"reduce_dtype": torch.float32, "output_dtype": None, "buffer_dtype": None}
+    names = {field.name for field in fields(policy)}
+    return replace(policy, **{name: dtype for name, dtype in exact.items() if name in names})
+
+
+__all__ = ["ProcessesMixin", "without_rounded_sums"]
