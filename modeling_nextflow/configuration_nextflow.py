@@ -217,6 +217,8 @@ class NextFlowConfig(Qwen2Config):
     }
     default_theta = 1_000_000.0
     ignore_keys_at_rope_validation = {"mrope_section"}
+    # Outputs that are no predictions: `compute_metrics` of a trainer gets the logits alone.
+    keys_to_ignore_at_inference = ["past_key_values", "scale_losses", "scale_counts"]
 
     vocab_size: int = 184834
     hidden_size: int = 3584

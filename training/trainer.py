@@ -45,8 +45,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
                 raise ValueError("with model_init, pass data_collator=NextFlowDataCollator(pad_token_id)")
             data_collator = NextFlowDataCollator(pad_token_id=model.config.pad_token_id)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        if self.args.label_names is None:  # transformers asks for every argument with "label" in its name
-            self.label_names = ["labels"]
+        self.model_accepts_loss_kwargs = True  # the number that is counted below, where the model counts labels
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
@@ -89,8 +88,9 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         return super()._get_num_items_in_batch(counted, device)
 
     def _targets(self, batch: dict) -> torch.LongTensor:
+        """What is supervised, to be counted: which code it is does not matter, and pixels have none yet."""
         config = self.accelerator.unwrap_model(self.model).config
-        layout = None
+        layout = codes = None
         if batch.get("image_grids") is not None:
             layout = get_image_layout(
                 batch["input_ids"],
@@ -98,11 +98,12 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
                 boi_token_id=config.boi_token_id,
                 image_token_id=config.image_token_id,
             )
+            codes = layout.is_slot.new_zeros(int(layout.is_slot.sum()), dtype=torch.long)
         targets, _ = get_targets(
             batch["input_ids"],
             batch["labels"],
             layout,
-            batch.get("image_codes"),
+            codes,
             batch.get("image_grids"),
             text_vocab_size=config.text_vocab_size,
             alpha=config.scale_loss_alpha,
