@@ -27,6 +27,7 @@ from ..pipelines.diffusion_decoder_latents import encode_latents
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .checkpoints import StagedCheckpoint
 from .data.decoder_rows import NextFlowDecoderCollator
+from .refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_one_device, check_trainer_options
 
 
 WEIGHTING_SCHEMES = ("none", "logit_normal", "sigma_sqrt", "mode", "cosmap")
@@ -69,7 +70,10 @@ class NextFlowDiffusionDecoderTrainingArguments(TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
 
     def __post_init__(self) -> None:
+        check_arguments(self)
+        check_numbers(self, {"lora_rank": 1, "lora_alpha": 1, "ema_decay": 0}, {"logit_std": 0})
         super().__post_init__()
+        check_one_device(self)
         if self.weighting_scheme not in WEIGHTING_SCHEMES:
             raise ValueError(f"weighting_scheme is {self.weighting_scheme!r}, expected one of {WEIGHTING_SCHEMES}")
         if not 0 <= self.condition_dropout <= 1:
@@ -117,6 +121,7 @@ class NextFlowDiffusionDecoderTrainer(Trainer):
         data_collator: object | None = None,
         **kwargs,
     ):
+        check_trainer_options(kwargs, OWN_LOSS_AND_EVALUATION)
         decoder = pipeline.diffusion_decoder
         if data_collator is None:
             if pipeline.image_processor is None:

@@ -4,8 +4,16 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .refusals import check_arguments, check_numbers, check_one_device
+
 
 STAGES = ("pixel", "joint", "decoder")
+AT_LEAST = {
+    "l1_loss_weight": 0, "edge_loss_weight": 0, "perceptual_loss_weight": 0, "adversarial_loss_weight": 0,
+    "adversarial_start": 0, "discriminator_channels": 1, "discriminator_layers": 1, "discriminator_learning_rate": 0,
+    "continuous_steps": 0, "codebook_init_batches": 0, "codebook_init_iterations": 0, "dead_code_steps": 0,
+    "dead_code_until": 0, "ema_decay": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -73,15 +81,14 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
 
     def __post_init__(self) -> None:
+        check_arguments(self)
+        check_numbers(self, AT_LEAST)
         super().__post_init__()
+        check_one_device(self)
         if self.stage not in STAGES:
             raise ValueError(f"stage is {self.stage!r}, expected one of {STAGES}")
         if self.fp16 and self.adversarial_loss_weight:
             raise ValueError("fp16 scales the tokenizer's loss and not the discriminator's, expected bf16 or neither")
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.n_gpu} GPUs, expected one each: start it with torchrun or accelerate launch"
-            )
         # The collator makes the model's inputs; a data set may hold images, which are no argument of `forward`.
         self.remove_unused_columns = False
 

@@ -27,6 +27,7 @@ from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
 from .data.pictures import NextFlowVisionTokenizerCollator
 from .evaluation.reconstruction_report import measure_batch
 from .not_finite import FiniteStepsMixin
+from .refusals import OWN_LOSS_AND_EVALUATION, check_trainer_options
 from .tokenizer_arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
 from .tokenizer_losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
 
@@ -64,6 +65,7 @@ class NextFlowVisionTokenizerTrainer(FiniteStepsMixin, StagedCheckpointsMixin, T
         data_collator: Callable | None = None,
         **kwargs,
     ):
+        check_trainer_options(kwargs, OWN_LOSS_AND_EVALUATION)
         check_trainable(model, args, semantic_teacher)
         prepare_stage(model, args.stage)
         super().__init__(model, args, data_collator=data_collator or NextFlowVisionTokenizerCollator(), **kwargs)

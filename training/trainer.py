@@ -19,6 +19,7 @@ from .data.collator import NextFlowDataCollator
 from .freezing import is_head_cut, join_head
 from .muon import MuonWithAdamW
 from .not_finite import FiniteStepsMixin
+from .refusals import OWN_LOSS, check_arguments, check_one_device, check_trainer_options
 
 
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
@@ -40,11 +41,17 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs):
+        check_trainer_options(kwargs, OWN_LOSS)
+        if args is not None:  # may be transformers' own
+            check_arguments(args)
         if data_collator is None:
             if model is None:
                 raise ValueError("with model_init, pass data_collator=NextFlowDataCollator(pad_token_id)")
             data_collator = NextFlowDataCollator(pad_token_id=model.config.pad_token_id)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        check_one_device(self.args)
+        if self._wants_muon and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
+            raise ValueError("use_muon makes the optimizer, but optimizers or optimizer_cls_and_kwargs name another")
         self.model_accepts_loss_kwargs = True  # the number that is counted below, where the model counts labels
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
@@ -52,9 +59,12 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
 
     # --- optimiser
 
+    @property
+    def _wants_muon(self) -> bool:
+        return isinstance(self.args, NextFlowTrainingArguments) and self.args.use_muon
+
     def create_optimizer(self, model=None):
-        wants_muon = isinstance(self.args, NextFlowTrainingArguments) and self.args.use_muon
-        if self.optimizer is None and wants_muon:
+        if self.optimizer is None and self._wants_muon:
             self.optimizer = self._create_muon(self.model if model is None else model)
         return super().create_optimizer(model)
 
