@@ -58,7 +58,7 @@ class NextFlowMultiScaleQuantizer(nn.Module):
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> "NextFlowMultiScaleQuantizer":
         """What `.half()`, `.to(torch.bfloat16)` and the like do to a module: here they move and do not round, since a
-        rounded codebook has other nearest codes (§2.1 quantises in float32)."""
+        rounded codebook has other nearest codes (§3.1 quantises in float32)."""
 
         def without_rounding(tensor: torch.Tensor) -> torch.Tensor:
             applied = fn(tensor)
@@ -83,7 +83,7 @@ class NextFlowMultiScaleQuantizer(nn.Module):
             schedule (`tuple[tuple[int, int], ...]`): Grids, coarse to fine.
             noise (`torch.Tensor` of shape `(n, cells, 2)`, *optional*):
                 Uniform numbers in [0, 1) for the self-correcting encoder: the first decides whether a cell's code is
-                sampled, the second which of the nearest codes it becomes (§3.2.1).
+                sampled, the second which of the nearest codes it becomes (§2.2).
             dropped (`Sequence[bool]`, *optional*): Scales that contribute nothing; the first and last never drop.
             quantize (`bool`, *optional*, defaults to `True`):
                 `False` passes the features on as they are, with a commitment to the sum that a perfect codebook, one

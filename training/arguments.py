@@ -149,7 +149,7 @@ class NextFlowTrainingArguments(TrainingArguments):
 
     Args:
         trainable (`str`, *optional*, defaults to `"all"`):
-            `"all"`, or `"alignment"`: the connector and the head's rows of image codes, `<boi>` and `<eoi>` (§3.3).
+            `"all"`, or `"alignment"`: the connector and the head's rows of image codes, `<boi>` and `<eoi>` (§3.2.2).
         use_muon (`bool`, *optional*, defaults to `False`):
             Muon for the matrices of the decoder's layers, with the same learning rate and weight decay, and the AdamW
             of the other arguments for the rest ([`MuonWithAdamW`]). For whole matrices: no FSDP, DeepSpeed or adapter.

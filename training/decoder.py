@@ -104,7 +104,7 @@ def train_stage(
     device_arguments: dict[str, Any] | None = None,
     **trainer_options: Any,
 ) -> NextFlowDiffusionDecoderTrainer:
-    """Trains one stage (§2.3) and saves its result as `output_dir/stage`."""
+    """Trains one stage (§3.3) and saves its result as `output_dir/stage`."""
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
     if stage == "upscale":

@@ -1,4 +1,4 @@
-"""Training of the diffusion decoder (§2.3): the scheduler's own loss on latents, under the condition of the codes.
+"""Training of the diffusion decoder (§3.3): the scheduler's own loss on latents, under the condition of the codes.
 
 A `transformers.Trainer` around a [`NextFlowDiffusionDecoderPipeline`], whose other parts stay frozen. A UNet trains
 whole; of a transformer a LoRA, and in full the projection of the condition with the input layer that takes it in. No
@@ -299,7 +299,7 @@ class _AverageCallback(TrainerCallback):
 
 
 def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDecoderTrainingArguments) -> None:
-    """Which weights train: all, or a LoRA with the projection of the condition and the input layer (§2.3)."""
+    """Which weights train: all, or a LoRA with the projection of the condition and the input layer (§3.3)."""
     decoder.train()
     if args.lora_rank is None:
         decoder.requires_grad_(True)

@@ -42,7 +42,7 @@ class ModelArguments:
         output_dir (`str`): Folder of the shards.
         dtype (`str`, *optional*, defaults to `"bfloat16"`): Of the encoder; the quantiser computes in float32.
         self_correction_top_k, self_correction_ratio (`int`, `float`, *optional*):
-            Candidates of a sampled code, and the share of the codes that are sampled (§3.2.1). Default to the
+            Candidates of a sampled code (§2.2), and the share of the codes that are sampled (§3.2.1). Default to the
             tokenizer's config: 10 and 0.6, the paper's share.
     """
 
