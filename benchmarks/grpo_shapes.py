@@ -1,4 +1,4 @@
-"""Reinforcement learning on the Shapes model: what the prefix, PANW, VMR and mask propagation are worth (§3.4).
+"""Reinforcement learning on the Shapes model: what the prefix, PANW, VMR and mask propagation are worth (§3.2.5).
 
     python benchmarks/grpo_shapes.py compare --model DIR --transformer CHECKPOINT --output-dir runs/grpo_shapes
     python benchmarks/grpo_shapes.py ceiling --model DIR --transformer CHECKPOINT --output-dir runs/grpo_shapes

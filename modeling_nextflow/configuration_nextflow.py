@@ -74,7 +74,7 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         norm_num_groups (`int`, *optional*, defaults to 32):
             Groups of the CNN's GroupNorm; 0 leaves it out. A narrow CNN has so few channels a group that the
             statistics carry a flat picture's colour away.
-        self_correction_top_k (`int`, *optional*, defaults to 10): Codes among which self-correction samples (§3.2.1).
+        self_correction_top_k (`int`, *optional*, defaults to 10): Codes among which self-correction samples (§2.2).
         self_correction_ratio (`float`, *optional*, defaults to 0.6): Share of the tokens of a scale that are sampled.
         scale_dropout (`float`, *optional*, defaults to 0.5): Probability that training drops a scale that is neither
             first nor last (§3.1; the paper gives the share, not the procedure).
@@ -193,7 +193,7 @@ class NextFlowConfig(Qwen2Config):
             C of equation 1: row and column coordinates of a square image span [0, C] at every resolution (value not
             specified by the paper).
         scale_loss_alpha (`float`, *optional*, defaults to 0.9):
-            Scale reweight `k_s = (h_s * w_s) ** -alpha` (§3.2.3). 0 weighs every code alike.
+            Scale reweight `k_s = (h_s * w_s) ** -alpha` (§2.2, §3.2.3). 0 weighs every code alike.
         joint_image_loss (`bool`, *optional*, defaults to `True`):
             Whether the loss of an image code is over the whole vocabulary of the one head, as that of text always is
             (not specified by the paper). `False`: over the codes alone, among which it is drawn; at the sizes of the
@@ -217,6 +217,8 @@ class NextFlowConfig(Qwen2Config):
     }
     default_theta = 1_000_000.0
     ignore_keys_at_rope_validation = {"mrope_section"}
+    # Outputs that are no predictions: `compute_metrics` of a trainer gets the logits alone.
+    keys_to_ignore_at_inference = ["past_key_values", "scale_losses", "scale_counts"]
 
     vocab_size: int = 184834
     hidden_size: int = 3584

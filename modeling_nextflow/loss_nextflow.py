@@ -196,6 +196,50 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None, None
 
 
+@torch.no_grad()
+def token_scores(
+    hidden_states: torch.FloatTensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    parts: list[tuple[torch.LongTensor, slice]],
+    chunk_size: int,
+) -> torch.FloatTensor:
+    """Cross-entropy, entropy, and 1 where the target is the most likely, of every token: (3, tokens).
+
+    `parts` are the targets, one after the other, and the rows of the head among which they are predicted.
+    """
+    scores, groups = [], hidden_states.split([len(targets) for targets, _ in parts])
+    for group, (targets, rows) in zip(groups, parts):
+        for hidden, target in zip(group.split(chunk_size), (targets - rows.start).split(chunk_size)):
+            log_probs = head(hidden)[..., rows].float().log_softmax(-1)
+            loss = F.nll_loss(log_probs, target, reduction="none")
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            scores.append(torch.stack([loss, entropy, (log_probs.argmax(-1) == target).float()]))
+    return torch.cat(scores, dim=1)
+
+
+class TokenLosses(torch.autograd.Function):
+    """The losses of the tokens that add up to `total`, with the gradient of their sum.
+
+    The gradient of `total` was made with the weights of the tokens in it: a trainer that weighs them again is refused.
+    """
+
+    @staticmethod
+    def forward(ctx, total: torch.FloatTensor, losses: torch.FloatTensor) -> torch.FloatTensor:
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.FloatTensor) -> tuple[torch.FloatTensor, None]:
+        first = gradient.flatten()[0]
+        if (gradient != first).any():
+            raise ValueError(
+                "the trainer weighs the tokens of the loss anew, which have the weights of their scales: only TRL's "
+                "SFTTrainer with loss_type='nll' trains this model"
+            )
+        return first, None
+
+
 def mean_by_scale(
     losses: torch.FloatTensor, scale: torch.LongTensor, max_scales: int
 ) -> tuple[torch.FloatTensor, torch.LongTensor]:

@@ -7,6 +7,7 @@ upsampled, through a connector), the block attention rule and the loss. It knows
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +31,14 @@ from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMix
 from .grids_nextflow import Schedule, check_shape, schedules_from_grids
 from .loss_nextflow import (
     IGNORE_INDEX,
+    TokenLosses,
     call_with_weight,
     get_targets,
     has_whole_weight_in_call,
     linear_cross_entropy,
     mean_by_scale,
     plain_weight,
+    token_scores,
     weighted_cross_entropy,
 )
 from .rope_nextflow import CachePlace, ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
@@ -67,6 +70,28 @@ class NextFlowCausalLMOutputWithPast(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     scale_losses: torch.FloatTensor | None = None
     scale_counts: torch.LongTensor | None = None
+
+
+@dataclass
+class NextFlowTokenScores(ModelOutput):
+    r"""
+    Output of [`NextFlowForCausalLM`] with `fused_lm_head=True`, the fields of TRL's output of the same name.
+
+    Args:
+        loss (`torch.FloatTensor`): Weighted cross-entropy over the supervised tokens.
+        log_probs (`torch.FloatTensor` of shape `(batch, length)`):
+            Log-probability of each target, times its weight in the loss. The negative sum is the loss before it is
+            divided. It has a gradient as a sum only.
+        entropy (`torch.FloatTensor` of shape `(batch, length)`): Of the distribution that the target is one of.
+        is_top1 (`torch.FloatTensor` of shape `(batch, length)`): 1 where the target is the most likely one.
+        label_mask (`torch.BoolTensor` of shape `(batch, length)`): The supervised positions; the rest is 0 everywhere.
+    """
+
+    loss: torch.FloatTensor | None = None
+    log_probs: torch.FloatTensor | None = None
+    entropy: torch.FloatTensor | None = None
+    is_top1: torch.FloatTensor | None = None
+    label_mask: torch.BoolTensor | None = None
 
 
 class NextFlowConnector(nn.Module):
@@ -160,6 +185,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if kwargs.get("pixel_values") is not None:  # a trainer's loss of its own calls this module by itself
+            raise ValueError(
+                "got pixel_values, but the transformer reads image_codes: train and call "
+                "NextFlowForConditionalGeneration, which has the vision tokenizer"
+            )
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -470,6 +500,9 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         "scale_embedding",
         "lm_head",
     ]
+    # `Trainer` would pass the number of labels as the loss's denominator, and codes are supervised without a label. So
+    # the loss is the mean of each micro-batch, and `NextFlowTrainer`, which counts targets, passes its own number.
+    accepts_loss_kwargs = False
     loss_chunk_size = 1024  # tokens whose logits exist at the same time in the loss
     weighted_cross_entropy = staticmethod(weighted_cross_entropy)  # training/liger.py puts its kernel here
 
@@ -478,6 +511,13 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         self.model = NextFlowModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # TRL's trainers replace `forward` by one that predicts the next token at every position, which images do not.
+        # The forward of this class understands the same argument.
+        if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
+            return
+        super().__setattr__(name, value)
 
     @classmethod
     def from_qwen(cls, pretrained_model_name_or_path, codebook: torch.Tensor | None = None, **kwargs):
@@ -502,10 +542,14 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
-        shift_labels: torch.LongTensor | None = None,
+        fused_lm_head: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> NextFlowCausalLMOutputWithPast:
+    ) -> NextFlowCausalLMOutputWithPast | NextFlowTokenScores:
         r"""
+        The loss is the mean over the supervised tokens of the batch, of text and of codes, weighted (equation 2).
+        `transformers.Trainer` with gradient accumulation and TRL's `SFTTrainer` average the means of micro-batches;
+        [`NextFlowTrainer`] weighs every token of an optimisation step alike.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`):
                 Text tokens; an image is `<boi>`, one placeholder per cell of scales 2..K, `<eoi>`.
@@ -530,9 +574,18 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
                 Positions to compute `logits` for: the last so many (0 is all), or which.
             skip_logits (`bool`, *optional*):
                 Leave `logits` out. Defaults to `True` in training with labels, where only the loss is read.
-            shift_labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Instead of `labels`: the same, one place earlier, at the tokens that predict them.
+            fused_lm_head (`bool`, *optional*, defaults to `False`):
+                Return [`NextFlowTokenScores`], as TRL's `SFTTrainer` asks for; needs labels.
+            kwargs:
+                Those of transformers; among them `shift_labels`, in the place of `labels`: the same, one place
+                earlier, at the tokens that predict them.
+
+        Raises:
+            `ValueError`: where tokens, grids and codes do not fit together, or with `fused_lm_head` in training
+            without gradients: then the trainer makes another loss.
         """
+        # No parameter of its own: transformers takes every parameter with "label" in its name as one of each batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -546,6 +599,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         has_labels = labels is not None or shift_labels is not None
+        if self.training and not torch.compiler.is_compiling():
+            self._check_loss_is_own(has_labels, image_grids, fused_lm_head)
         loss = scale_losses = scale_counts = logits = None
         if has_labels:
             if image_grids is None and input_ids is not None:
@@ -559,9 +614,11 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
                 image_grids,
                 is_shifted=shift_labels is not None,
             )
-            total, losses, scale = self.get_losses(hidden_states, targets, weights, scale)
+            total, losses, supervised_scale = self.get_losses(hidden_states, targets, weights, scale)
             loss = total / (len(losses) if num_items_in_batch is None else num_items_in_batch)
-            scale_losses, scale_counts = mean_by_scale(losses, scale, self.config.max_scales)
+            if fused_lm_head:
+                return self.score_tokens(hidden_states, targets, weights, scale, total)
+            scale_losses, scale_counts = mean_by_scale(losses, supervised_scale, self.config.max_scales)
         if not (self.training and has_labels if skip_logits is None else skip_logits):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         return NextFlowCausalLMOutputWithPast(
@@ -622,11 +679,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
 
         Arguments are (batch, length), as [`get_targets`] gives them. The logits are those of a chunk at a time.
         """
-        # Text is predicted among all rows of the head, an image code among the codes, as it is drawn.
-        codes = slice(self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size)
-        is_code = (scale > 0) & (not self.config.joint_image_loss)
-        supervised = targets != IGNORE_INDEX
-        kinds = [(supervised & ~is_code, slice(0, self.config.vocab_size)), (supervised & is_code, codes)]
+        kinds = self._kinds(targets, scale)
         hidden_states, targets, weights, scale = (
             torch.cat([tensor[members] for members, _ in kinds]) for tensor in (hidden_states, targets, weights, scale)
         )
@@ -657,6 +710,59 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             )
         losses = torch.cat(losses)
         return (losses * weights).sum(), losses.detach(), scale
+
+    def score_tokens(
+        self,
+        hidden_states: torch.FloatTensor,
+        targets: torch.LongTensor,
+        weights: torch.FloatTensor,
+        scale: torch.LongTensor,
+        total: torch.FloatTensor,
+    ) -> NextFlowTokenScores:
+        """The loss `total` of [`get_losses`] token by token, and what is reported of each. Arguments as there."""
+        kinds = self._kinds(targets, scale)
+        options = {
+            "parts": [(targets[members], rows) for members, rows in kinds],
+            "chunk_size": self.loss_chunk_size,
+        }
+        hidden = torch.cat([hidden_states[members] for members, _ in kinds])
+
+        def score(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return token_scores(hidden, partial(F.linear, weight=weight), **options)
+
+        if has_whole_weight_in_call(self.lm_head):
+            scores = call_with_weight(self.lm_head, hidden, score)
+        else:
+            scores = token_scores(hidden, self.lm_head, **options)
+        places = torch.cat([members.flatten().nonzero()[:, 0] for members, _ in kinds])
+        placed = scores.new_zeros(3, targets.numel()).index_copy(1, places, scores)
+        losses, entropy, is_top1 = placed.unflatten(1, targets.shape)
+        log_probs = -TokenLosses.apply(total, losses * weights)
+        mask = targets != IGNORE_INDEX
+        return NextFlowTokenScores(total / mask.sum(), log_probs, entropy, is_top1, mask)
+
+    def _kinds(self, targets: torch.LongTensor, scale: torch.LongTensor) -> list[tuple[torch.BoolTensor, slice]]:
+        """The supervised positions of text, predicted among all rows of the head, and those of image codes, predicted
+        among the codes, as they are drawn."""
+        codes = slice(self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size)
+        is_code = (scale > 0) & (not self.config.joint_image_loss)
+        supervised = targets != IGNORE_INDEX
+        return [(supervised & ~is_code, slice(0, self.config.vocab_size)), (supervised & is_code, codes)]
+
+    @staticmethod
+    def _check_loss_is_own(has_labels: bool, image_grids: torch.LongTensor | None, fused_lm_head: bool) -> None:
+        """In training: raise or warn where a trainer makes its loss outside of the model, from the logits."""
+        if not torch.is_grad_enabled():
+            if fused_lm_head:
+                raise ValueError(
+                    "the trainer makes a loss of its own from the logits, where images are not predicted token by "
+                    "token: leave out compute_loss_func and label_smoothing_factor, and use TRL's SFTTrainer"
+                )
+        elif image_grids is not None and not has_labels:
+            logger.warning_once(
+                "images were passed in training without labels: a loss made from the logits (compute_loss_func, "
+                "label_smoothing_factor) is not NextFlow's, as image codes are predicted in place, not one token later"
+            )
 
     def image_logits(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""

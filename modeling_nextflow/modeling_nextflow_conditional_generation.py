@@ -20,7 +20,7 @@ from .generation_nextflow import (
     NextFlowImageGenerationOutput,
     NextFlowInterleavedGenerationOutput,
 )
-from .modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForCausalLM
+from .modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForCausalLM, NextFlowTokenScores
 from .modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 
 
@@ -216,10 +216,11 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
         image_codes: torch.LongTensor | None = None,
         image_grids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        image_target_codes: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> NextFlowCausalLMOutputWithPast:
+    ) -> NextFlowCausalLMOutputWithPast | NextFlowTokenScores:
         r"""
         As [`NextFlowForCausalLM.forward`].
 
@@ -244,6 +245,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
             image_codes=image_codes,
             image_grids=image_grids,
             labels=labels,
+            image_target_codes=image_target_codes,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,

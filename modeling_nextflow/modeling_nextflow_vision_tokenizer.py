@@ -40,7 +40,7 @@ class NextFlowVisionTokenizerEncoderOutput(ModelOutput):
     Args:
         image_codes (`torch.LongTensor` of shape `(total_codes,)`): The codes an image is rebuilt from.
         image_target_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*, returned with `self_correction`):
-            What a transformer should answer: the nearest code of the residual that the input codes left (§3.2.1).
+            What a transformer should answer: the nearest code of the residual that the input codes left (§2.2).
     """
 
     image_codes: torch.LongTensor | None = None
@@ -166,7 +166,7 @@ class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
         "semantic_codebook",
         "pixel_codebook",
     ]
-    # A codebook rounded to half precision would give other codes (§2.1 quantises in float32).
+    # A codebook rounded to half precision would give other codes (§3.1 quantises in float32).
     _keep_in_fp32_modules_strict = ["quantizer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -297,7 +297,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             image_grids (`torch.LongTensor` of shape `(n, max_scales, 2)`): Scale schedule of every image.
             self_correction (`bool`, *optional*, defaults to `False`):
                 Whether to sample `self_correction_ratio` of the codes of every scale but the last among their
-                `self_correction_top_k` nearest, and to return the targets that correct for it (§3.2.1).
+                `self_correction_top_k` nearest, and to return the targets that correct for it (§2.2).
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the samples; a list has one per image, whose codes then do not depend on the batch.
 

@@ -72,7 +72,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
             schedule (`tuple[tuple[int, int], ...]`): Grids, coarse to fine.
             noise (`torch.Tensor` of shape `(n, cells, 2)`, *optional*):
                 Uniform numbers in [0, 1) for the self-correcting encoder: the first decides whether a cell's code is
-                sampled, the second which of the nearest codes it becomes (§3.2.1).
+                sampled, the second which of the nearest codes it becomes (§2.2).
             dropped (`Sequence[bool]`, *optional*): Scales that contribute nothing; the first and last never drop.
             quantize (`bool`, *optional*, defaults to `True`):
                 `False` passes the features on as they are, with a commitment to the sum that a perfect codebook, one

@@ -57,7 +57,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         projection_type (`str`, *optional*, defaults to `"linear"`): `"linear"`, or `"mlp"`: two layers and a GELU.
         upscale_factor (`int`, *optional*, defaults to 1):
             Side of the image that it was trained to draw, in units of what the VQ decoder draws: 1, or 2 after the
-            second training stage (§2.3).
+            second training stage (§3.3).
         embedded_guidance (`float`, *optional*, defaults to 1.0):
             What a guidance-distilled denoiser is told, in training as in sampling. Others ignore it.
     """

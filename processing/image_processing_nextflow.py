@@ -1,4 +1,4 @@
-"""Any image -> the pixels of its bucket, and back (§2.3; resize rule not specified by the paper).
+"""Any image -> the pixels of its bucket, and back (§2.1; resize rule not specified by the paper).
 
 Every input becomes an upright 8-bit RGB picture first (`load_rgb`), then the nearest bucket's size: resized to cover
 it, centre-cropped. What cannot be read faithfully is refused with its cause. Knows no tokens; the schedule is data to

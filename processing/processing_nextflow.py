@@ -1,4 +1,4 @@
-"""Messages with images <-> the sequence the model reads (§2.1; chat format not specified by the paper).
+"""Messages with images <-> the sequence the model reads (§2.2; chat format not specified by the paper).
 
 Owns the layout: an image is `<boi>`, one `<|image_pad|>` per cell of scales 2..K, `<eoi>`, and one row of
 `image_grids` per `<boi>`. Only the template writes control tokens: the same characters in somebody's message stay

@@ -1,5 +1,5 @@
-"""Thinking before drawing: how a conversation asks for it, and how an answer is laid out (§6; format not specified by
-the paper).
+"""Thinking before drawing: how a conversation asks for it, and how an answer is laid out (§6.4; format not specified
+by the paper).
 
 The system message asks: with it the model writes `<think>why</think>what to draw` and then draws, without it it draws
 at once. All of it is plain text, so any tokenizer can write it.

@@ -1,4 +1,4 @@
-"""The scale schedule: which grids an image is drawn on, coarse to fine (§2.3, appendix A.1, table 14).
+"""The scale schedule: which grids an image is drawn on, coarse to fine (§2.1, appendix A.1, table 14).
 
 Two lines of arithmetic, exact for all 41 rows of the paper's table. The only owner of the rule: everything else gets
 its result as data (`image_grids`). Knows numbers only: no tensors, no images, no tokens.

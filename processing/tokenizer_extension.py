@@ -1,4 +1,4 @@
-"""A text tokenizer with NextFlow's tokens: image codes, `<boi>`, `<eoi>`, and the chat markers (§2.2)."""
+"""A text tokenizer with NextFlow's tokens: image codes, `<boi>`, `<eoi>`, and the chat markers (§3.2.2)."""
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 

@@ -342,7 +342,7 @@ def test_the_example_through_the_command(example, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"output": "x"}, r"has \['output'\], expected some of"), ({"output_dir": None}, "got no output_dir")],
+    [({"output": "x"}, r"unknown keys.*'output': \['output_dir'"), ({"output_dir": None}, "got no output_dir")],
 )
 def test_wrong_files_are_refused(example, tmp_path, options, message):
     (tmp_path / "bad.yaml").write_text(json.dumps({**example_config(), **options}))

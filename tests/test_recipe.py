@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 from transformers import TrainingArguments
 
-from nextflow_hf.training.recipe import load_yaml, override, parse_recipe, read_recipe
+from nextflow_hf.training.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.recipe import Recipe, load_yaml, override, parse_recipe, read_recipe
 
 
 @dataclass
@@ -15,6 +16,8 @@ class Group:
     is_on: bool = False
     numbers: list[int] = field(default_factory=list)
     fields: dict | None = None
+    steps: int = 1
+    shares: list[float] | None = None
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,46 @@ def test_strategies_may_be_no(tmp_path):
     assert args.eval_strategy == "no" and args.save_strategy == "no"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rate: [0.1]", r"rate is \[0.1\], expected float"),
+        ("rate: fast", "rate is 'fast', expected float"),
+        ("rate: true", "rate is True, expected float"),
+        ("rate: null", "rate is None, expected float"),
+        ("name: 3", "name is 3, expected str | None"),
+        ("numbers: 3", r"numbers is 3, expected list\[int\]"),
+        ("numbers: [1.5]", r"numbers is \[1.5\], expected list\[int\]"),
+        ("fields: [a]", r"fields is \['a'\], expected dict | None"),
+        ("is_on: maybe", "is_on is 'maybe', expected bool"),
+        ("steps: 2.5", "steps is 2.5, expected int"),
+        ("lr_scheduler_type: sloping", "lr_scheduler_type is 'sloping', expected one of .*'cosine'"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size is 0, expected at least 1"),
+        ("max_steps: -3", "max_steps is -3, expected at least 1"),
+        ("label_smoothing_factor: 0.1", "label_smoothing_factor is 0.1, which is not supported"),
+        ("label_smoothing_factor: [0.1]", r"label_smoothing_factor is \[0.1\], expected float"),
+        ("1: a", "the key 1 in line 1 is int, expected a word"),
+        ("fields:\n  no: 1\n  2.5: 1", "the key 2.5 in line 3 is float"),
+        ("rate: [1", r"this is no YAML: while parsing a flow sequence.*line 1"),
+        ("rate: 1\n  b: 2", r"this is no YAML: mapping values are not allowed.*line 2"),
+        ("raet: 1", r"unknown keys; near ones that exist: .*'rate'"),
+    ],
+)
+def test_file_and_key_are_named_in_one_line(text, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{path}:? .*{message}") as error:
+        recipe = Recipe({"output_dir": str(tmp_path), "use_cpu": True, **read_recipe(path)}, path)
+        parse_recipe(recipe, [Group, NextFlowTrainingArguments], prog="x")
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_may_be_written_as_people_do(tmp_path):
+    recipe = load_yaml("{rate: 1, steps: 1e3, numbers: [1, 2], shares: [1, 0.5], fields: {a: 1}}")
+    (group,) = parse_recipe(recipe, [Group], prog="x")
+    assert (group.rate, group.steps, group.shares) == (1, 1000, [1, 0.5]) and type(group.steps) is int
+
+
 def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"unknown keys.*'raet': \['rate'\]"):
         parse_recipe({"raet": 1}, [Group], prog="x")
@@ -59,6 +102,8 @@ def test_what_is_wrong_is_named(tmp_path):
     assert parse_recipe({}, [Group], prog="x", needed={"name": "a name"}, rest=["--name", "it"])[0].name == "it"
     with pytest.raises(ValueError, match="expected key=value"):
         override({}, "max_steps")
+    with pytest.raises(ValueError, match=r"--override a=\[1: this is no YAML"):
+        override({}, "a=[1")
     with pytest.raises(ValueError, match="optim is 'sgd', expected a mapping"):
         override({"optim": "sgd"}, "optim.name=1")
     (tmp_path / "list.yaml").write_text("- 1\n")

@@ -85,7 +85,7 @@ PAPER = {  # table 2: learning rate, tokens in 1e12, level, millions of samples
     "sft_1024": (1e-5, 0.02, 1024, {"text": 5, "text_to_image": 1, "edit": 0.1}),
 }  # fmt: skip
 SCALES = {256: 12, 512: 16, 1024: 18}
-LONGEST = {256: 5, 512: 5, 1024: 3}  # images of a document (§3.3)
+LONGEST = {256: 5, 512: 5, 1024: 3}  # images of a document (§5.4)
 
 
 def document(task: str, level: int) -> tuple[int, float]:

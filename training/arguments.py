@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from .data.packing import ON_LONG_ROW
 from .freezing import TRAINABLE
+from .refusals import check_arguments, check_numbers
 
 
 @dataclass
@@ -64,6 +65,7 @@ class ModelArguments:
     bnb_4bit_quant_storage: str | None = None
 
     def __post_init__(self):
+        check_numbers(self, {"lora_r": 1, "lora_alpha": 1, "lora_dropout": 0})
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both true, expected at most one")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
@@ -123,6 +125,10 @@ class DataArguments:
     def __post_init__(self):
         if not self.train_codes:
             raise ValueError("train_codes is empty, expected at least one folder of extracted codes")
+        counts = {"eval_rows": 0, "pack_max_length": 1, "pack_window": 1, "shuffle_buffer": 1}
+        check_numbers(self, counts, {"pack_max_flops": 0})
+        if self.train_weights is not None and not (min(self.train_weights, default=0) >= 0 < sum(self.train_weights)):
+            raise ValueError(f"train_weights is {self.train_weights}, expected numbers that are not negative, or null")
         if self.train_weights is not None and len(self.train_weights) != len(self.train_codes):
             raise ValueError(
                 f"train_weights has {len(self.train_weights)} entries for {len(self.train_codes)} folders of "
@@ -143,7 +149,7 @@ class NextFlowTrainingArguments(TrainingArguments):
 
     Args:
         trainable (`str`, *optional*, defaults to `"all"`):
-            `"all"`, or `"alignment"`: the connector and the head's rows of image codes, `<boi>` and `<eoi>` (§3.3).
+            `"all"`, or `"alignment"`: the connector and the head's rows of image codes, `<boi>` and `<eoi>` (§3.2.2).
         use_muon (`bool`, *optional*, defaults to `False`):
             Muon for the matrices of the decoder's layers, with the same learning rate and weight decay, and the AdamW
             of the other arguments for the rest ([`MuonWithAdamW`]). For whole matrices: no FSDP, DeepSpeed or adapter.
@@ -162,6 +168,8 @@ class NextFlowTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
+        check_arguments(self)
+        check_numbers(self, {"sample_seed": 0})
         super().__post_init__()
         if self._fsdp_recomputes:
             self.gradient_checkpointing = self.activation_checkpointing = False

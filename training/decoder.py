@@ -16,7 +16,7 @@ from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisio
 from ..pipelines.diffusion_decoder import NextFlowDiffusionDecoder
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .decoder_trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
-from .recipe import RECIPES, read_recipe
+from .recipe import RECIPES, Recipe, parse_recipe, read_recipe
 
 
 STAGES = ("base", "upscale")
@@ -104,14 +104,15 @@ def train_stage(
     device_arguments: dict[str, Any] | None = None,
     **trainer_options: Any,
 ) -> NextFlowDiffusionDecoderTrainer:
-    """Trains one stage (§2.3) and saves its result as `output_dir/stage`."""
+    """Trains one stage (§3.3) and saves its result as `output_dir/stage`."""
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
     if stage == "upscale":
         load_stage(pipeline, output_dir / "base")
     pipeline.diffusion_decoder.register_to_config(upscale_factor=UPSCALE_FACTOR[stage])
-    options = {**recipe["training"], **recipe["stages"][stage], **(device_arguments or {})}
-    args = NextFlowDiffusionDecoderTrainingArguments(output_dir=str(output_dir / f"{stage}_run"), **options)
+    values = {**recipe["training"], **recipe["stages"][stage], **(device_arguments or {})}
+    values = Recipe.section(recipe, {"output_dir": str(output_dir / f"{stage}_run"), **values})
+    (args,) = parse_recipe(values, [NextFlowDiffusionDecoderTrainingArguments], prog="train_decoder")
     trainer = NextFlowDiffusionDecoderTrainer(pipeline, args, **trainer_options)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(str(output_dir / stage))

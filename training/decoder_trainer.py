@@ -1,4 +1,4 @@
-"""Training of the diffusion decoder (§2.3): the scheduler's own loss on latents, under the condition of the codes.
+"""Training of the diffusion decoder (§3.3): the scheduler's own loss on latents, under the condition of the codes.
 
 A `transformers.Trainer` around a [`NextFlowDiffusionDecoderPipeline`], whose other parts stay frozen. A UNet trains
 whole; of a transformer a LoRA, and in full the projection of the condition with the input layer that takes it in. No
@@ -28,6 +28,7 @@ from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDec
 from .checkpoints import StagedCheckpoint
 from .data.decoder_rows import NextFlowDecoderCollator
 from .processes import ProcessesMixin
+from .refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_trainer_options
 
 
 WEIGHTING_SCHEMES = ("none", "logit_normal", "sigma_sqrt", "mode", "cosmap")
@@ -70,6 +71,8 @@ class NextFlowDiffusionDecoderTrainingArguments(TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
 
     def __post_init__(self) -> None:
+        check_arguments(self)
+        check_numbers(self, {"lora_rank": 1, "lora_alpha": 1, "ema_decay": 0}, {"logit_std": 0})
         super().__post_init__()
         if self.weighting_scheme not in WEIGHTING_SCHEMES:
             raise ValueError(f"weighting_scheme is {self.weighting_scheme!r}, expected one of {WEIGHTING_SCHEMES}")
@@ -119,6 +122,7 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, Trainer):
         data_collator: object | None = None,
         **kwargs,
     ):
+        check_trainer_options(kwargs, OWN_LOSS_AND_EVALUATION)
         decoder = pipeline.diffusion_decoder
         if data_collator is None:
             if pipeline.image_processor is None:
@@ -296,7 +300,7 @@ class _AverageCallback(TrainerCallback):
 
 
 def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDecoderTrainingArguments) -> None:
-    """Which weights train: all, or a LoRA with the projection of the condition and the input layer (§2.3)."""
+    """Which weights train: all, or a LoRA with the projection of the condition and the input layer (§3.3)."""
     decoder.train()
     if args.lora_rank is None:
         decoder.requires_grad_(True)

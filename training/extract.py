@@ -12,7 +12,7 @@ processes. `load_codes("codes")` reads the result.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from ..modeling_nextflow.pixel_cnn_nextflow import convolution_layout
 from ..processing.processing_nextflow import NextFlowProcessor
 from .data.extraction import ExtractionSettings, extract_rows
 from .data.mixture import MixtureArguments, load_mixture
-from .recipe import read_recipe
+from .recipe import read_recipe, set_defaults
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class ModelArguments:
         output_dir (`str`): Folder of the shards.
         dtype (`str`, *optional*, defaults to `"bfloat16"`): Of the encoder; the quantiser computes in float32.
         self_correction_top_k, self_correction_ratio (`int`, `float`, *optional*):
-            Candidates of a sampled code, and the share of the codes that are sampled (§3.2.1). Default to the
+            Candidates of a sampled code (§2.2), and the share of the codes that are sampled (§3.2.1). Default to the
             tokenizer's config: 10 and 0.6, the paper's share.
     """
 
@@ -76,10 +76,7 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, MixtureArguments,
     parser.add_argument("config", type=Path, help="YAML file with the sources and other options")
     config, _ = parser.parse_known_args(argv, argparse.Namespace())
     values = read_recipe(config.config)
-    known = {entry.name for group in groups for entry in fields(group)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{config.config} has {unknown}, expected some of {sorted(known)}")
-    parser.set_defaults(**values)
+    set_defaults(parser, groups, values)
     *arguments, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return tuple(arguments)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nextflow_hf.training.recipe import RECIPES, load_yaml, read_recipe
+from nextflow_hf.training.recipe import RECIPES, Recipe, load_yaml, parse_recipe, read_recipe
 
 
 # Name in a recipe -> (module, name, whether the options make it).
@@ -73,11 +73,13 @@ def make_trainer(model: str, recipe: dict[str, Any], output_dir: str | Path, **o
         from peft import LoraConfig
 
         peft_config = LoraConfig(**recipe["peft"])
-    numbers = {"reward_weights": weights, "report_to": "none", **recipe["training"], **overrides}
+    values = {"reward_weights": weights, "report_to": "none", **recipe["training"], **overrides}
+    values = Recipe.section(recipe, {"output_dir": str(output_dir), **values})
+    (args,) = parse_recipe(values, [NextFlowGRPOConfig], prog="grpo")
     return NextFlowGRPOTrainer(
         str(model),
         [make_reward(**entry) for entry in rewards],
-        NextFlowGRPOConfig(output_dir=str(output_dir), **numbers),
+        args,
         make_dataset(**recipe["data"]),
         peft_config=peft_config,
     )

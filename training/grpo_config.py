@@ -1,9 +1,11 @@
 """`NextFlowGRPOConfig`: the numbers of [`NextFlowGRPOTrainer`], and what of TRL's has no meaning for pictures."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 from transformers import TrainingArguments
 from trl import GRPOConfig
+
+from .refusals import check_arguments, check_numbers
 
 
 # What TRL offers for text and cannot be done here -> why, or what there is instead.
@@ -21,6 +23,7 @@ REFUSED = {
     "max_completion_length": "a picture has as many codes as its schedule; text before it has max_thinking_tokens",
     "mask_truncated_completions": "a picture never ends early: every sample would be masked",
     "max_tool_calling_iterations": "there are no tools",
+    "include_for_metrics": "there is no compute_metrics",
     "use_liger_kernel": "the loss needs log-probabilities over the code rows of the head, not a fused cross-entropy",
     "cast_lm_head_to_fp32": "logits are made in the model's dtype and normalised in float32",
     "importance_sampling_level": "ratios are per code, weighted by scale: that of a grid is a product without bounds",
@@ -47,6 +50,11 @@ SUPPORTED = {
     "num_generations_eval", "num_iterations", "ref_model_mixup_alpha", "ref_model_sync_steps", "reward_weights",
     "scale_rewards", "shuffle_dataset", "steps_per_generation", "sync_ref_model", "temperature", "top_k", "top_p",
     "use_bias_correction_kl", "wandb_log_unique_prompts",
+}  # fmt: skip
+
+AT_LEAST = {
+    "prefix_scales": 1, "vmr_num_suffixes": 1, "prefix_updates_per_suffix": 0, "max_thinking_tokens": 0,
+    "rollout_batch_size": 1, "log_probs_chunk_size": 1,
 }  # fmt: skip
 
 
@@ -121,22 +129,16 @@ class NextFlowGRPOConfig(GRPOConfig):
     log_probs_chunk_size: int = field(default=4096, metadata={"help": "Tokens with logits at the same time."})
 
     def __post_init__(self):
+        check_arguments(self)
         if self.loss_type != "grpo":
-            raise ValueError(f"`loss_type` is {self.loss_type!r}, expected 'grpo': the scales' weights normalise it")
+            raise ValueError(f"loss_type is {self.loss_type!r}, expected 'grpo': the scales' weights normalise it")
         general = {item.name for item in fields(TrainingArguments)}
         for item in fields(GRPOConfig):
             reason = REFUSED.get(item.name) if item.name in general else refusal(item.name)
-            if reason is not None and getattr(self, item.name) != item.default:
-                raise ValueError(f"`{item.name}` is {getattr(self, item.name)!r}, which is not supported: {reason}")
-        at_least = {"prefix_scales": 1, "vmr_num_suffixes": 1, "prefix_updates_per_suffix": 0}
-        at_least |= {"max_thinking_tokens": 0, "rollout_batch_size": 1, "log_probs_chunk_size": 1}
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"`{name}` is {value}, expected at least {low}")
-        for name in ("temperature", "vmr_eta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected more than 0")
+            default = item.default if item.default is not MISSING else item.default_factory()
+            if reason is not None and getattr(self, item.name) != default:
+                raise ValueError(f"{item.name} is {getattr(self, item.name)!r}, which is not supported: {reason}")
+        check_numbers(self, AT_LEAST, {"temperature": 0, "vmr_eta": 0})
         if self.vmr_num_suffixes > 1 and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 f"`multi_objective_aggregation` is {self.multi_objective_aggregation!r}: with `vmr_num_suffixes` > 1 "

@@ -1,4 +1,4 @@
-"""The arithmetic of group-relative policy optimisation over scales (§3.4 and its companion, arXiv:2601.02256).
+"""The arithmetic of group-relative policy optimisation over scales (§3.2.5 and its companion, arXiv:2601.02256).
 
 Pure functions of tensors: weights of codes, the clipped objective, advantages, middle returns, masks. No model and no
 trainer.

@@ -1,5 +1,5 @@
 """What the policy is asked in reinforcement learning: rows that end with the last scale that is taught, and the
-log-probabilities of what was drawn, over the code rows of the head alone (§3.4).
+log-probabilities of what was drawn, over the code rows of the head alone (§3.2.5).
 
 They are computed inside the model's `forward`, because distributed wrappers and adapters act on nothing else.
 """

@@ -1,4 +1,4 @@
-"""Rollouts for reinforcement learning: from a data set's row to a picture, drawn whole and fast, with guidance (§3.4).
+"""Rollouts for reinforcement learning: from a data set's row to a picture, drawn whole and with guidance (§3.2.5).
 
 Drawing itself is the pipeline's. Text before the picture is sampled here, from the policy as it is: no guidance.
 """

@@ -1,4 +1,4 @@
-"""`NextFlowGRPOTrainer`: TRL's GRPO trainer for pictures drawn scale by scale (§3.4, arXiv:2601.02256).
+"""`NextFlowGRPOTrainer`: TRL's GRPO trainer for pictures drawn scale by scale (§3.2.5, arXiv:2601.02256).
 
 Two of TRL's steps are ours: how completions are made and scored, and the loss. Data loading, groups, accumulation,
 logging, checkpoints and adapters are TRL's.

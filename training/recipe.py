@@ -6,11 +6,17 @@ reads version 1.1, where the first is false and the second a text.
 
 import difflib
 import re
+from argparse import Action, ArgumentError
 from collections.abc import Iterable, Sequence
+from enum import Enum
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser
 
 
@@ -31,6 +37,10 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(name := self.construct_object(key, deep=True), str):
+                raise ValueError(
+                    f"the key {name!r} in line {line} is {type(name).__name__}, expected a word: quote it"
+                )
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
                 raise ValueError(f"{key.value!r} is there twice, in lines {lines[key.value]} and {line}: keep one")
             lines[str(key.value)] = line
@@ -42,20 +52,36 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"({_NUMBER.pattern})$"), [*"-+0123456789."])
 
 
+class Recipe(dict):
+    """Keys and values, and what errors call the place that they are from."""
+
+    def __init__(self, values: dict[str, Any], source: str | Path = "the recipe"):
+        super().__init__(values)
+        self.source = source
+
+    @classmethod
+    def section(cls, recipe: dict[str, Any], values: dict[str, Any]) -> "Recipe":
+        """`values` that are from where `recipe` is from."""
+        return cls(values, recipe.source) if isinstance(recipe, Recipe) else cls(values)
+
+
 def load_yaml(text: str) -> Any:
     """The value of a YAML text."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:  # its message is a drawing of several lines
+        raise ValueError(f"this is no YAML: {' '.join(str(error).split())}") from error
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> Recipe:
     """The keys of a recipe."""
     try:
-        recipe = load_yaml(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} holds {type(recipe).__name__}, expected a mapping of keys to values")
-    return recipe
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected a mapping of keys to values")
+    return Recipe(values, path)
 
 
 def override(recipe: dict[str, Any], assignment: str) -> None:
@@ -69,7 +95,10 @@ def override(recipe: dict[str, Any], assignment: str) -> None:
         recipe = recipe[parent]
         if not isinstance(recipe, dict):
             raise ValueError(f"--override {assignment}: {parent} is {recipe!r}, expected a mapping")
-    recipe[key] = load_yaml(value)
+    try:
+        recipe[key] = load_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"--override {assignment}: {error}") from error
 
 
 def parse_recipe(
@@ -89,18 +118,63 @@ def parse_recipe(
         needed: Keys without a default that must be there, and what is expected of them.
         rest: What the command line says besides (`--learning_rate 1e-4`); it wins.
     """
-    parser = HfArgumentParser(tuple(groups), prog=prog)
-    actions = {action.dest: action for action in parser._actions}
-    if unknown := sorted(set(recipe) - set(actions)):
-        hints = {key: difflib.get_close_matches(key, actions, n=3) for key in unknown}
-        raise ValueError(f"the recipe has unknown keys; near ones that exist: {hints}")
+    groups = tuple(groups)
+    parser = HfArgumentParser(groups, prog=prog)
+    set_defaults(parser, groups, recipe)
+    source = Recipe.section(recipe, {}).source
     for key, expected in (needed or {}).items():
         if recipe.get(key) is None and not any(word.partition("=")[0] == f"--{key}" for word in rest):
-            raise ValueError(f"{key} is missing, expected {expected}")
+            raise ValueError(f"{source}: {key} is missing, expected {expected}")
+    try:
+        return parser.parse_args_into_dataclasses(args=list(rest), look_for_args_file=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def set_defaults(parser: HfArgumentParser, groups: Iterable[type], recipe: dict[str, Any]) -> None:
+    """
+    Makes a recipe's values the defaults of `parser`, which is one of `groups`. Raises `ValueError` where a key is none
+    of theirs or a value is of another type.
+    """
+    source = Recipe.section(recipe, {}).source
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    actions = {action.dest: action for action in reversed(parser._actions)}  # the first, where there is a --no_ too
+    if unknown := sorted(set(recipe) - set(actions)):
+        near = {key: difflib.get_close_matches(key, actions, n=3) for key in unknown}
+        raise ValueError(f"{source} has unknown keys; near ones that exist: {near}")
     for key, value in recipe.items():
-        parser.set_defaults(**{key: value})
+        parser.set_defaults(**{key: _typed(parser, actions[key], value, hints[key], source)})
         actions[key].required = False
-    return parser.parse_args_into_dataclasses(args=list(rest), look_for_args_file=False)
 
 
-__all__ = ["RECIPES", "load_yaml", "override", "parse_recipe", "read_recipe"]
+def _typed(parser: HfArgumentParser, action: Action, value: Any, hint: Any, source: str | Path) -> Any:
+    """`value` as the type that `hint` says; a word is read as on the command line."""
+    kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
+    choices = action.choices or [member.value for kind in kinds for member in kind]
+    expected = f"one of {list(choices)}" if choices else hint.__name__ if isinstance(hint, type) else str(hint)
+    try:
+        found = parser._get_value(action, value) if isinstance(value, str) else value
+        if isinstance(found, bool) and bool not in (hint, *get_args(hint)) and str in (hint, *get_args(hint)):
+            found = str(found).lower()  # the word, as in `resume_from_checkpoint: false`
+        if isinstance(found, float) and found.is_integer() and int in (hint, *get_args(hint)):
+            found = int(found)
+        type_validator(action.dest, found, _with_whole_numbers(hint))
+        is_choice = not choices or found is None or found in choices
+    except (ArgumentError, TypeError):
+        is_choice = False
+    if not is_choice:
+        raise ValueError(f"{source}: {action.dest} is {value!r}, expected {expected}")
+    return found
+
+
+def _with_whole_numbers(hint: Any) -> Any:
+    """`hint`, where an integer is a float, too."""
+    if hint is float:
+        return float | int
+    parts = tuple(map(_with_whole_numbers, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return reduce(or_, parts)
+    return get_origin(hint)[parts] if get_origin(hint) in (list, dict) else hint
+
+
+__all__ = ["RECIPES", "Recipe", "load_yaml", "override", "parse_recipe", "read_recipe", "set_defaults"]

@@ -4,8 +4,16 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .refusals import check_arguments, check_numbers
+
 
 STAGES = ("pixel", "joint", "decoder")
+AT_LEAST = {
+    "l1_loss_weight": 0, "edge_loss_weight": 0, "perceptual_loss_weight": 0, "adversarial_loss_weight": 0,
+    "adversarial_start": 0, "discriminator_channels": 1, "discriminator_layers": 1, "discriminator_learning_rate": 0,
+    "continuous_steps": 0, "codebook_init_batches": 0, "codebook_init_iterations": 0, "dead_code_steps": 0,
+    "dead_code_until": 0, "ema_decay": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -73,6 +81,8 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
 
     def __post_init__(self) -> None:
+        check_arguments(self)
+        check_numbers(self, AT_LEAST)
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"stage is {self.stage!r}, expected one of {STAGES}")

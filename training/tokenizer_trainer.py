@@ -28,6 +28,7 @@ from .data.pictures import NextFlowVisionTokenizerCollator
 from .evaluation.reconstruction_report import measure_batch
 from .not_finite import FiniteStepsMixin
 from .processes import ProcessesMixin
+from .refusals import OWN_LOSS_AND_EVALUATION, check_trainer_options
 from .tokenizer_arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
 from .tokenizer_losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
 
@@ -66,6 +67,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
         data_collator: Callable | None = None,
         **kwargs,
     ):
+        check_trainer_options(kwargs, OWN_LOSS_AND_EVALUATION)
         check_trainable(model, args, semantic_teacher)
         prepare_stage(model, args.stage)
         super().__init__(model, args, data_collator=data_collator or NextFlowVisionTokenizerCollator(), **kwargs)

@@ -1,4 +1,4 @@
-"""Trains a diffusion decoder for the codes of a NextFlow model (§2.3), at their own size and then at twice that.
+"""Trains a diffusion decoder for the codes of a NextFlow model (§3.3), at their own size and then at twice that.
 
     accelerate launch -m nextflow_hf.training.train_decoder --recipe diffusion_decoder_12b --data data.yaml \
         --output-dir runs/decoder

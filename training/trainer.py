@@ -20,6 +20,7 @@ from .freezing import is_head_cut, join_head
 from .muon import MuonWithAdamW
 from .not_finite import FiniteStepsMixin
 from .processes import ProcessesMixin
+from .refusals import OWN_LOSS, check_arguments, check_trainer_options
 
 
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
@@ -41,22 +42,29 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs):
+        check_trainer_options(kwargs, OWN_LOSS)
+        if args is not None:  # may be transformers' own
+            check_arguments(args)
         if data_collator is None:
             if model is None:
                 raise ValueError("with model_init, pass data_collator=NextFlowDataCollator(pad_token_id)")
             data_collator = NextFlowDataCollator(pad_token_id=model.config.pad_token_id)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        if self.args.label_names is None:  # transformers asks for every argument with "label" in its name
-            self.label_names = ["labels"]
+        if self._wants_muon and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
+            raise ValueError("use_muon makes the optimizer, but optimizers or optimizer_cls_and_kwargs name another")
+        self.model_accepts_loss_kwargs = True  # the number that is counted below, where the model counts labels
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
 
     # --- optimiser
 
+    @property
+    def _wants_muon(self) -> bool:
+        return isinstance(self.args, NextFlowTrainingArguments) and self.args.use_muon
+
     def create_optimizer(self, model=None):
-        wants_muon = isinstance(self.args, NextFlowTrainingArguments) and self.args.use_muon
-        if self.optimizer is None and wants_muon:
+        if self.optimizer is None and self._wants_muon:
             self.optimizer = self._create_muon(self.model if model is None else model)
         return super().create_optimizer(model)
 
@@ -92,8 +100,9 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
         return num_items.round().long() if torch.is_tensor(num_items) else num_items
 
     def _targets(self, batch: dict) -> torch.LongTensor:
+        """What is supervised, to be counted: which code it is does not matter, and pixels have none yet."""
         config = self.accelerator.unwrap_model(self.model).config
-        layout = None
+        layout = codes = None
         if batch.get("image_grids") is not None:
             layout = get_image_layout(
                 batch["input_ids"],
@@ -101,11 +110,12 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
                 boi_token_id=config.boi_token_id,
                 image_token_id=config.image_token_id,
             )
+            codes = layout.is_slot.new_zeros(int(layout.is_slot.sum()), dtype=torch.long)
         targets, _ = get_targets(
             batch["input_ids"],
             batch["labels"],
             layout,
-            batch.get("image_codes"),
+            codes,
             batch.get("image_grids"),
             text_vocab_size=config.text_vocab_size,
             alpha=config.scale_loss_alpha,

@@ -133,7 +133,7 @@ def ready_messages(messages: Any, images: Any = None) -> Row:
 
 
 def first_images(row: Row, max_images: int) -> Row:
-    """The document up to, and without, its image number `max_images + 1` (§3.3 caps the frames of a document)."""
+    """The document up to, and without, its image number `max_images + 1` (§5.4 caps the frames of a document)."""
     (turn,), images = row
     parts, seen = [], 0
     for part in turn["content"]:

@@ -56,7 +56,7 @@ class ExtractionSettings:
         resolution (`int`, *optional*): Level of the images of rows that name none. Defaults to the processor's.
         train_on (`str`, *optional*, defaults to `"responses"`): As in [`~NextFlowProcessor.apply_chat_template`].
         self_correction (`bool`, *optional*, defaults to `True`):
-            Store sampled input codes and the targets that correct them (§3.2.1) for the images that are trained on.
+            Store sampled input codes and the targets that correct them (§2.2) for the images that are trained on.
             Context images are always clean. The tokenizer's config has the number of candidates
             (`self_correction_top_k`) and the share of the codes that are sampled (`self_correction_ratio`).
         self_correction_samples (`float`, *optional*, defaults to 1.0): Share of the rows that are (§3.2.1: all).

@@ -78,10 +78,10 @@ class DataSource:
         options (`dict`, *optional*): More for `load_dataset`, such as `{"sample_by": "document"}` for texts.
         image_root (`str`, *optional*): Folder of images that are named by relative paths.
         inversion_rate (`float`, *optional*, defaults to 0.1):
-            Share of the text-to-image rows that are turned round into captioning (§3.3).
+            Share of the text-to-image rows that are turned round into captioning (§6.7).
         caption_prompts (`list[str]`, *optional*): What captioning is asked with, one at random.
         max_images (`int`, *optional*):
-            Images of an interleaved document, whose rest is left out (§3.3: 5 at 512 pixels, 3 at 1024).
+            Images of an interleaved document, whose rest is left out (§5.4: 5 at 512 pixels, 3 at 1024).
         resolution (`int`, *optional*): Level of its images. Defaults to the processor's.
     """
 
