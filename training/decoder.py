@@ -15,8 +15,9 @@ from transformers import ImageProcessingMixin
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.diffusion_decoder import NextFlowDiffusionDecoder
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from .checkpoints import last_checkpoint, train_to_the_end
 from .decoder_trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
-from .recipe import RECIPES, read_recipe
+from .recipe import RECIPES, check_keys, parse_recipe, read_recipe
 
 
 STAGES = ("base", "upscale")
@@ -30,9 +31,8 @@ def load_decoder_recipe(name: str | Path) -> dict[str, Any]:
         ours = sorted(file.stem for file in RECIPES.glob("*diffusion_decoder*.yaml"))
         raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
     recipe = read_recipe(path)
-    missing = [key for key in ("denoiser", "training", "stages") if key not in recipe]
-    if missing:
-        raise ValueError(f"{path} lacks {missing}")
+    optional = ("base_model", "scheduler", "decoder", "pretraining", "sampling")
+    check_keys(recipe, path, needed=("denoiser", "training", "stages"), optional=optional)
     return recipe
 
 
@@ -76,14 +76,32 @@ def build_decoder_pipeline(
 def make_denoiser(options: dict[str, Any]) -> ModelMixin:
     """A random one: `options` name the class and give its configuration."""
     options = dict(options)
-    return getattr(diffusers, options.pop("class")).from_config(options)
+    return class_of_diffusers(options.pop("class", None)).from_config(options)
+
+
+def class_of_diffusers(name: str | None) -> type:
+    if name is None or not hasattr(diffusers, name):
+        raise ValueError(f"class is {name!r}, expected the name of a class of diffusers")
+    return getattr(diffusers, name)
 
 
 def make_scheduler(options: dict[str, Any], base: SchedulerMixin | None) -> SchedulerMixin:
     """`options` name the class and what differs from the configuration of `base`."""
     options = dict(options)
-    scheduler_class = getattr(diffusers, options.pop("class"))
+    scheduler_class = class_of_diffusers(options.pop("class", None))
     return scheduler_class.from_config({**({} if base is None else base.config), **options})
+
+
+def stage_arguments(
+    recipe: dict[str, Any], stage: str, output_dir: Path, **device_arguments: Any
+) -> NextFlowDiffusionDecoderTrainingArguments:
+    """The numbers of one stage, whose checkpoints go to `output_dir/<stage>_run`."""
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
+    options = {**recipe["training"], **recipe["stages"][stage], **device_arguments}
+    options["output_dir"] = str(output_dir / f"{stage}_run")
+    (args,) = parse_recipe(options, [NextFlowDiffusionDecoderTrainingArguments], prog="nextflow-hf train-decoder")
+    return args
 
 
 def load_stage(pipeline: NextFlowDiffusionDecoderPipeline, folder: Path) -> None:
@@ -96,25 +114,17 @@ def load_stage(pipeline: NextFlowDiffusionDecoderPipeline, folder: Path) -> None
 
 def train_stage(
     pipeline: NextFlowDiffusionDecoderPipeline,
-    recipe: dict[str, Any],
+    args: NextFlowDiffusionDecoderTrainingArguments,
     stage: str,
     output_dir: Path,
-    *,
-    resume_from_checkpoint: str | None = None,
-    device_arguments: dict[str, Any] | None = None,
     **trainer_options: Any,
 ) -> NextFlowDiffusionDecoderTrainer:
-    """Trains one stage (§2.3) and saves its result as `output_dir/stage`."""
-    if stage not in STAGES:
-        raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
+    """Trains one stage (§2.3), from its last checkpoint on, and saves its result as `output_dir/stage`."""
     if stage == "upscale":
         load_stage(pipeline, output_dir / "base")
     pipeline.diffusion_decoder.register_to_config(upscale_factor=UPSCALE_FACTOR[stage])
-    options = {**recipe["training"], **recipe["stages"][stage], **(device_arguments or {})}
-    args = NextFlowDiffusionDecoderTrainingArguments(output_dir=str(output_dir / f"{stage}_run"), **options)
     trainer = NextFlowDiffusionDecoderTrainer(pipeline, args, **trainer_options)
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    trainer.save_model(str(output_dir / stage))
+    train_to_the_end(trainer, last_checkpoint(args.output_dir), lambda: trainer.save_model(str(output_dir / stage)))
     return trainer
 
 
@@ -126,5 +136,6 @@ __all__ = [
     "load_stage",
     "make_denoiser",
     "make_scheduler",
+    "stage_arguments",
     "train_stage",
 ]

@@ -5,10 +5,11 @@ reads version 1.1, where the first is false and the second a text.
 """
 
 import difflib
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -44,7 +45,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"({_NUMBER.
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"this is no YAML: {' '.join(str(error).split())}") from error
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -56,6 +60,32 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds {type(recipe).__name__}, expected a mapping of keys to values")
     return recipe
+
+
+def check_keys(recipe: dict[str, Any], path: Path, *, needed: Sequence[str], optional: Sequence[str]) -> None:
+    """Refuse a recipe in parts that lacks one, or has one that nobody reads."""
+    if missing := [key for key in needed if key not in recipe]:
+        raise ValueError(f"{path} lacks {missing}")
+    if unknown := [key for key in recipe if key not in (*needed, *optional)]:
+        raise ValueError(f"{path} has {unknown}, expected some of {[*needed, *optional]}")
+    if broken := [key for key in ("training", "stages") if not isinstance(recipe.get(key, {}), dict)]:
+        raise ValueError(f"{broken} of {path} are no mappings of keys to values")
+
+
+def call_with(make: Callable, options: dict[str, Any], where: str) -> Any:
+    """`make(**options)`; options that its signature lacks, or needs, are a mistake in the part `where` of a recipe."""
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return make(**options)
+
+
+class OneLineParser(HfArgumentParser):
+    """Without its usage before an error: that is hundreds of options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def override(recipe: dict[str, Any], assignment: str) -> None:
@@ -89,7 +119,7 @@ def parse_recipe(
         needed: Keys without a default that must be there, and what is expected of them.
         rest: What the command line says besides (`--learning_rate 1e-4`); it wins.
     """
-    parser = HfArgumentParser(tuple(groups), prog=prog)
+    parser = OneLineParser(tuple(groups), prog=prog)
     actions = {action.dest: action for action in parser._actions}
     if unknown := sorted(set(recipe) - set(actions)):
         hints = {key: difflib.get_close_matches(key, actions, n=3) for key in unknown}
@@ -103,4 +133,13 @@ def parse_recipe(
     return parser.parse_args_into_dataclasses(args=list(rest), look_for_args_file=False)
 
 
-__all__ = ["RECIPES", "load_yaml", "override", "parse_recipe", "read_recipe"]
+__all__ = [
+    "RECIPES",
+    "OneLineParser",
+    "call_with",
+    "check_keys",
+    "load_yaml",
+    "override",
+    "parse_recipe",
+    "read_recipe",
+]
