@@ -1,6 +1,7 @@
 """Every command that trains or extracts, on toys: what it is given, and what must be the same at the end."""
 
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -18,9 +19,8 @@ from toy_pipeline import toy_pipeline
 from nextflow_hf.training import extract, grpo, train, train_decoder, train_tokenizer
 
 
-STEPS = 5
 TRAINING = {
-    "max_steps": STEPS, "save_steps": 2, "save_total_limit": 2, "per_device_train_batch_size": 2, "logging_steps": 1,
+    "max_steps": 5, "save_steps": 2, "save_total_limit": 2, "per_device_train_batch_size": 2, "logging_steps": 1,
     "learning_rate": 0.01, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
 }  # fmt: skip
 GRPO = {
@@ -62,6 +62,7 @@ class ToyCommand:
         prepare()
         with open(os.devnull, "w") as sys.stdout, open(output.with_suffix(".log"), "a") as sys.stderr:
             os.dup2(sys.stderr.fileno(), 2)
+            logging.basicConfig(force=True)  # not pytest's handlers
             sys.exit(self.run(output))
 
     def result(self, output: Path) -> dict[str, bytes]:
@@ -99,11 +100,11 @@ def toy_commands(folder: Path) -> dict[str, ToyCommand]:
     data = write("data", {**data, "output_dir": str(folder / "codes")})
     assert extract.main([data]) == 0
     transformer = {
-        **TRAINING, "model_name_or_path": str(folder / "model" / "transformer"), "use_peft": True, "lora_dropout": 0.3,
-        "train_codes": [str(folder / "codes")],
+        **TRAINING, "max_steps": 13, "model_name_or_path": str(folder / "model" / "transformer"), "use_peft": True,
+        "lora_dropout": 0.3, "train_codes": [str(folder / "codes")],
     }  # fmt: skip
     tokenizer = {
-        **TRAINING, "stage": "pixel", "train_images": str(folder / "pictures"),
+        **TRAINING, "max_steps": 13, "stage": "pixel", "train_images": str(folder / "pictures"),
         "vision_tokenizer_name_or_path": str(folder / "model" / "vision_tokenizer"), "random_flip": True,
         "image_processor": json.loads((folder / "model" / "processor" / "processor_config.json").read_text())[
             "image_processor"
