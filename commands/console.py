@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 MISTAKE = 2  # exit status, as argparse's
 DEBUG = "--debug"
 # What users can put right is said in one line; all else is a bug, and keeps its traceback.
-MISTAKES = (ValueError, OSError, ImportError)
+MISTAKES = (ValueError, OSError, ImportError, SafetensorError)  # the last is of weights that were cut short
 
 
 class Terminated(KeyboardInterrupt):

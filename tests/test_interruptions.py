@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from processes import in_processes
+from safetensors import SafetensorError
 from toy_commands import ToyCommand, files_of, toy_commands
 
 from nextflow_hf import cli
@@ -175,6 +176,8 @@ MISTAKES = {
         ["{toys}/train.yaml", "--override", "train_codes=[{toys}/nowhere]"],
         ["{toys}/train.yaml", "--override", "model_name_or_path={toys}/nowhere"],
         ["{toys}/train.yaml", "--override", "model_name_or_path={toys}/pictures"],
+        ["{toys}/train.yaml", "--override", "model_name_or_path={toys}/cut/transformer"],
+        ["{toys}/train.yaml", "--override", "config_overrides.nothing=1"],
         ["{toys}/train.yaml", "--max_stepz", "3"],
     ],
     "extract": [
@@ -186,6 +189,7 @@ MISTAKES = {
         ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--batch_size", "0"],
         ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--model", "{toys}/pictures"],
         ["{toys}/data.yaml", "--output_dir", "{toys}/data.yaml"],
+        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--model", "{toys}/cut"],
     ],
     "train-tokenizer": [
         ["nosuch"],
@@ -193,6 +197,8 @@ MISTAKES = {
         ["{toys}/tokenizer.yaml", "--override", "train_images={toys}/nowhere"],
         ["{toys}/tokenizer.yaml", "--override", "vision_tokenizer_name_or_path={toys}/pictures"],
         ["{toys}/tokenizer.yaml", "--override", "stage=first"],
+        ["{toys}/tokenizer.yaml", "--override", "config_overrides.nothing=1"],
+        ["{toys}/tokenizer.yaml", "--override", "vision_tokenizer_name_or_path={toys}/cut/vision_tokenizer"],
         ["{toys}/tokenizer.yaml", "--override", "save_steps=often"],
     ],
     "train-decoder": [
@@ -203,6 +209,8 @@ MISTAKES = {
         ["--recipe", "{toys}/decoder.yaml", "--data", "{toys}/data.yaml", "--model", "{toys}/pictures"],
         ["--recipe", "{toys}/bad_decoder.yaml", "--data", "{toys}/data.yaml"],
         ["--recipe", "{toys}/bad_denoiser.yaml", "--data", "{toys}/data.yaml"],
+        ["--recipe", "{toys}/bad_stages.yaml", "--data", "{toys}/data.yaml"],
+        ["--recipe", "{toys}/bad_parts.yaml", "--data", "{toys}/data.yaml"],
     ],
     "grpo": [
         ["--model", "{toys}/model", "--recipe", "nosuch"],
@@ -212,7 +220,9 @@ MISTAKES = {
         ["--model", "{toys}/model", "--recipe", "{toys}/grpo.yaml", "--set", "max_step=1"],
         ["--model", "{toys}/model", "--recipe", "{toys}/grpo.yaml", "--set", "learning_rate=fast"],
         ["--model", "{toys}/model", "--recipe", "{toys}/bad_reward.yaml"],
+        ["--model", "{toys}/model", "--recipe", "{toys}/bad_rewards.yaml"],
         ["--model", "{toys}/model", "--recipe", "{toys}/bad_peft.yaml"],
+        ["--model", "{toys}/cut", "--recipe", "{toys}/grpo.yaml"],
     ],
     "convert": [
         ["tokenflow", "{toys}/nowhere.pt", "{toys}/new"],
@@ -243,11 +253,17 @@ def toys(commands, tmp_path_factory) -> Path:
     wrong = {
         "bad_decoder": {**decoder, "training": {**decoder["training"], "max_step": 1}},
         "bad_denoiser": {**decoder, "base_model": str(folder / "pictures")},
+        "bad_stages": {**decoder, "stages": {"base": 3}},
+        "bad_parts": {**decoder, "decoder": {"nothing": 1}},
         "bad_reward": {**policy, "rewards": [{"weight": 1.0}]},
+        "bad_rewards": {**policy, "rewards": 3},
         "bad_peft": {**policy, "peft": {"rank": 2}},
     }
     for name, recipe in wrong.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.copytree(folder / "model", folder / "cut")
+    for weights in (folder / "cut").rglob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:2000])
     return folder
 
 
@@ -265,7 +281,7 @@ def test_a_mistake_is_one_line_and_status_2(name, argv, toys, tmp_path, capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("nextflow-hf ")]
     assert len(lines) == 1 and lines[0].startswith(f"nextflow-hf {name}: ")
     assert lines[0].endswith(" (--debug shows the traceback)")
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises((ValueError, OSError, SafetensorError)):
         MAINS[name]([*argv, "--debug"])
 
 

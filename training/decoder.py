@@ -17,7 +17,7 @@ from ..pipelines.diffusion_decoder import NextFlowDiffusionDecoder
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .checkpoints import last_checkpoint, train_to_the_end
 from .decoder_trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
-from .recipe import RECIPES, check_keys, parse_recipe, read_recipe
+from .recipe import RECIPES, call_with, check_parts, parse_recipe, read_recipe
 
 
 STAGES = ("base", "upscale")
@@ -31,8 +31,13 @@ def load_decoder_recipe(name: str | Path) -> dict[str, Any]:
         ours = sorted(file.stem for file in RECIPES.glob("*diffusion_decoder*.yaml"))
         raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
     recipe = read_recipe(path)
-    optional = ("base_model", "scheduler", "decoder", "pretraining", "sampling")
-    check_keys(recipe, path, needed=("denoiser", "training", "stages"), optional=optional)
+    check_parts(
+        recipe,
+        path,
+        {"denoiser": str if "base_model" in recipe else dict, "training": dict, "stages": dict},
+        {"base_model": str, "scheduler": dict, "decoder": dict, "pretraining": dict, "sampling": dict},
+    )
+    check_parts(recipe["stages"], f"stages of {path}", dict.fromkeys(STAGES, dict))
     return recipe
 
 
@@ -59,15 +64,16 @@ def build_decoder_pipeline(
         stock = DiffusionPipeline.from_pretrained(recipe["base_model"], **({} if dtype is None else {"dtype": dtype}))
         kinds = ("scheduler", "vae", "text_encoder", "tokenizer")
         parts = {name: part for name, part in stock.components.items() if name.rstrip("_23") in kinds}
+        if recipe["denoiser"] not in stock.components:
+            raise ValueError(f"denoiser is {recipe['denoiser']!r}, expected one of {list(stock.components)}")
         denoiser = denoiser or stock.components[recipe["denoiser"]]
     elif denoiser is None:
         denoiser = make_denoiser(recipe["denoiser"])
         denoiser = denoiser if dtype is None else denoiser.to(dtype)
     if "scheduler" in recipe:
         parts["scheduler"] = make_scheduler(recipe["scheduler"], parts.get("scheduler"))
-    decoder = NextFlowDiffusionDecoder.from_denoiser(
-        denoiser, condition_channels=condition_channels(vision_tokenizer), **recipe.get("decoder", {})
-    )
+    options = {"condition_channels": condition_channels(vision_tokenizer), **recipe.get("decoder", {})}
+    decoder = call_with(NextFlowDiffusionDecoder.from_denoiser, {"denoiser": denoiser, **options}, "decoder")
     return NextFlowDiffusionDecoderPipeline(
         decoder, vision_tokenizer=vision_tokenizer, image_processor=image_processor, **parts
     )
@@ -98,7 +104,7 @@ def stage_arguments(
     """The numbers of one stage, whose checkpoints go to `output_dir/<stage>_run`."""
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
-    options = {**recipe["training"], **recipe["stages"][stage], **device_arguments}
+    options = {**recipe["training"], **(recipe["stages"][stage] or {}), **device_arguments}
     options["output_dir"] = str(output_dir / f"{stage}_run")
     (args,) = parse_recipe(options, [NextFlowDiffusionDecoderTrainingArguments], prog="nextflow-hf train-decoder")
     return args

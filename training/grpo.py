@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nextflow_hf.atomic import replaced_folder
 from nextflow_hf.commands.console import one_line_mistakes
-from nextflow_hf.training.recipe import RECIPES, call_with, check_keys, override, parse_recipe, read_recipe
+from nextflow_hf.training.recipe import RECIPES, call_with, check_parts, override, parse_recipe, read_recipe
 
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
         names = sorted(file.stem for file in RECIPES.glob("*grpo*.yaml"))
         raise FileNotFoundError(f"no recipe {name_or_path!r}, expected one of {names} or a .yaml file")
     recipe = read_recipe(path)
-    check_keys(recipe, path, needed=("data", "rewards", "training"), optional=("peft",))
+    check_parts(recipe, path, {"data": dict, "rewards": list, "training": dict}, {"peft": dict})
+    if wrong := [entry for entry in recipe["rewards"] if not isinstance(entry, dict)]:
+        raise ValueError(f"rewards of {path} has {wrong}, expected mappings with name, weight and options")
     return recipe
 
 

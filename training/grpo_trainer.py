@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
@@ -97,7 +96,6 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
     ```
     """
 
-    _train_sampler: Sampler | None = None  # a stream has none
     _tag_names = ["trl", "grpo", "nextflow"]
     _name = "NextFlow GRPO"
 
@@ -543,18 +541,6 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
                     callback.tb_writer.add_image(
                         f"completions/{index}", np.asarray(image), self.state.global_step, dataformats="HWC"
                     )
-
-    # ---- the order of rows
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
-        # TRL's sampler has one generator for all epochs: a resumed run would begin with the order of the first one.
-        if self._train_sampler is not None and self.args.shuffle_dataset:
-            self._train_sampler.generator.manual_seed(self.args.seed + epoch)
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
 
 def _thumbnail(image: Any, side: int = 256) -> Any:

@@ -8,6 +8,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,14 +63,25 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def check_keys(recipe: dict[str, Any], path: Path, *, needed: Sequence[str], optional: Sequence[str]) -> None:
-    """Refuse a recipe in parts that lacks one, or has one that nobody reads."""
+def check_parts(
+    recipe: dict[str, Any], where: str | Path, needed: dict[str, type], optional: dict[str, type] | None = None
+) -> None:
+    """Refuse what lacks a part, has one that nobody reads, or one of another type than is given here by its name."""
+    known = {**needed, **(optional or {})}
     if missing := [key for key in needed if key not in recipe]:
-        raise ValueError(f"{path} lacks {missing}")
-    if unknown := [key for key in recipe if key not in (*needed, *optional)]:
-        raise ValueError(f"{path} has {unknown}, expected some of {[*needed, *optional]}")
-    if broken := [key for key in ("training", "stages") if not isinstance(recipe.get(key, {}), dict)]:
-        raise ValueError(f"{broken} of {path} are no mappings of keys to values")
+        raise ValueError(f"{where} lacks {missing}")
+    if unknown := [key for key in recipe if key not in known]:
+        raise ValueError(f"{where} has {unknown}, expected some of {list(known)}")
+    for key, value in recipe.items():
+        if value is not None and not isinstance(value, known[key]):
+            raise ValueError(f"{key} of {where} is {value!r}, expected {getattr(known[key], '__name__', known[key])}")
+
+
+def check_fields(values: dict[str, Any] | None, config: type, where: str) -> None:
+    """Refuse names that are no fields of `config`, which would take and forget them."""
+    known = {field.name for field in fields(config)}
+    if unknown := {key: difflib.get_close_matches(key, known, n=3) for key in values or {} if key not in known}:
+        raise ValueError(f"{where} has unknown keys; near ones that exist: {unknown}")
 
 
 def call_with(make: Callable, options: dict[str, Any], where: str) -> Any:
@@ -137,7 +149,8 @@ __all__ = [
     "RECIPES",
     "OneLineParser",
     "call_with",
-    "check_keys",
+    "check_fields",
+    "check_parts",
     "load_yaml",
     "override",
     "parse_recipe",
