@@ -5,13 +5,17 @@ VENV ?= .venv
 RUN ?= runs/shapes
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test train-shapes lint clean
+.PHONY: demo test kill-test train-shapes lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/nextflow-hf demo $(ARGS)
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+# Twenty kills of each training and extraction, each compared bit for bit; minutes.
+kill-test: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kill_test.py $(ARGS)
 
 train-shapes: $(VENV)/installed-train
 	$(VENV)/bin/python -m nextflow_hf.training.train_shapes --output-dir $(RUN) $(ARGS)

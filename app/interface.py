@@ -17,6 +17,7 @@ import gradio as gr
 
 from nextflow_hf.app.studio import Drawing, Studio
 from nextflow_hf.app.uploads import FILE_TYPES, check_images
+from nextflow_hf.atomic import write_file
 
 
 SEEDS = 2**32  # a number field of a browser is exact to 2**53
@@ -192,7 +193,7 @@ class App:
         if drawing is not None and self.save is not None:
             self.save(image, path, drawing)
         else:
-            image.save(path)
+            write_file(path, image.save)
         return str(path)
 
     # ---- the page

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nextflow_hf.atomic import write_json
+
 
 PROMPT = "a red circle"
 EDIT = "make the circle blue"
@@ -209,7 +211,7 @@ def main() -> None:
         print("- this system knows only the peak of a process's life: loaded and peak include loading")
     print(f"\n{table(results)}")
     if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.output, results)
 
 
 if __name__ == "__main__":

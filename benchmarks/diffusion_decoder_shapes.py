@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from transformers import Siglip2Model
 
 from nextflow_hf import NextFlowDiffusionDecoderPipeline, NextFlowPipeline
+from nextflow_hf.atomic import write_file, write_text
 from nextflow_hf.hub_cards import shapes_model_path
 from nextflow_hf.training.evaluation.reconstruction import (
     edge_steepness,
@@ -224,11 +225,10 @@ def main() -> None:
         numbers[side] = rows
         text += f"{side} x {side} pixels:\n\n{table(rows)}\n"
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "tables.md").write_text(text.strip() + "\n")
-    (args.output_dir / "numbers.json").write_text(
-        json.dumps({"arguments": vars(args), "rows": numbers, "pictures": values}, default=str, indent=1)
-    )
-    sheet(shown).save(args.output_dir / "pictures.png", optimize=True)
+    write_text(args.output_dir / "tables.md", text.strip() + "\n")
+    facts = {"arguments": vars(args), "rows": numbers, "pictures": values}
+    write_text(args.output_dir / "numbers.json", json.dumps(facts, default=str, indent=1))
+    write_file(args.output_dir / "pictures.png", lambda path: sheet(shown).save(path, optimize=True))
     print(text)
 
 

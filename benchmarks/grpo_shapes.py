@@ -30,10 +30,11 @@ from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, NextFlowPipeline
+from nextflow_hf.atomic import replaced_folder, write_file, write_json, write_text
 from nextflow_hf.processing.scale_schedule import ScaleSchedule, num_cells
 from nextflow_hf.training.checkpoints import last_checkpoint
 from nextflow_hf.training.evaluation.shapes import evaluate_shapes, pipeline_functions
-from nextflow_hf.training.grpo import load_recipe, make_trainer
+from nextflow_hf.training.grpo import load_recipe, make_config, make_trainer
 from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
 from nextflow_hf.training.memory import training_memory
 from nextflow_hf.training.rewards.shapes import clean_shapes
@@ -98,7 +99,7 @@ class JudgeCallback(TrainerCallback):
         for quarter in (1, 2, 3):
             if state.global_step == round(quarter * state.max_steps / 4):
                 score, _ = draw_held_out(self.pipeline, *self.judge_args)
-                self.file(quarter).write_text(json.dumps(score))
+                write_json(self.file(quarter), score)
                 self.pipeline.transformer.train()  # TRL logs what it measured under the mode that it finds
         self.seconds += time.process_time() - began
 
@@ -109,9 +110,7 @@ class JudgeCallback(TrainerCallback):
 def once(file: Path, make: Callable[[], dict]) -> dict:
     """What `make` gives, from `file` where it was made before."""
     if not file.exists():
-        result = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result))
+        write_json(file, make())
     return json.loads(file.read_text())
 
 
@@ -122,7 +121,8 @@ def assemble(model: str, transformer: str | None, folder: Path) -> Path:
         weights = NextFlowForCausalLM.from_pretrained(transformer, dtype=torch.float32)
         weights.generation_config = pipeline.transformer.generation_config
         pipeline.register_modules(transformer=weights)
-        pipeline.save_pretrained(folder)
+        with replaced_folder(folder) as staging:
+            pipeline.save_pretrained(staging)
     return Path(model) if transformer is None else folder
 
 
@@ -142,7 +142,7 @@ def run_arm(arm: str, seed: int, start: Path, folder: Path, args: argparse.Names
     numbers |= {"per_device_train_batch_size": args.num_pictures}
     recipe = load_recipe("shapes_grpo")
     recipe["data"]["shapes"]["categories"] = args.categories
-    trainer = make_trainer(start, recipe, folder, **numbers)
+    trainer = make_trainer(start, recipe, make_config(recipe, folder, **numbers))
     judge_args = (args.num_prompts, seed, sampling_of(trainer.args), args.categories)
     middle = JudgeCallback(trainer.pipeline, folder, *judge_args)
     trainer.add_callback(middle)
@@ -219,13 +219,13 @@ def ceiling(args: argparse.Namespace) -> None:
     for name in ("all", *CATEGORIES):
         own = np.mean([row[1:] for row in results if name in ("all", row[0])], axis=0)
         lines.append(f"| {name.replace('_', ' ')} | {own[0]:.3f} | {own[1]:.3f} | {own[2]:.3f} |")
-    (args.output_dir / "ceiling.md").write_text("\n".join([*lines, ""]))
+    write_text(args.output_dir / "ceiling.md", "\n".join([*lines, ""]))
     print(*lines, sep="\n")
 
 
 def report(runs: list[dict], args: argparse.Namespace) -> None:
     """The table and the pictures of the runs so far."""
-    (args.output_dir / "results.md").write_text(results_table(runs, args))
+    write_text(args.output_dir / "results.md", results_table(runs, args))
     arms = [arm for arm in args.arms if any(run["arm"] == arm for run in runs)]
     curves = {arm: [smooth(run["reward"]) for run in runs if run["arm"] == arm] for arm in arms}
     draw_curves(args.output_dir / "reward.png", curves, "share of the judge's checks that hold in training")
@@ -311,7 +311,7 @@ def draw_curves(
             draw.line([point(i, len(line), value) for i, value in enumerate(line)], fill=color, width=width)
         draw.line([(right + 16, top + 24 * row + 6), (right + 40, top + 24 * row + 6)], fill=color, width=4)
         draw.text((right + 48, top + 24 * row), name, fill="black")
-    image.save(path)
+    write_file(path, image.save)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -324,7 +324,8 @@ def measure(args: argparse.Namespace) -> None:
         "per_device_train_batch_size": args.rollouts,
     }
     numbers |= {"prefix_scales": args.prefix_scales, "use_cpu": not torch.accelerator.is_available()}
-    trainer = make_trainer(args.model, load_recipe("shapes_grpo"), args.output_dir / "work", **numbers)
+    recipe = load_recipe("shapes_grpo")
+    trainer = make_trainer(args.model, recipe, make_config(recipe, args.output_dir / "work", **numbers))
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     began = time.process_time()
     trainer.train()
@@ -357,7 +358,7 @@ def memory(args: argparse.Namespace) -> None:
                 f"| {rollouts} | {name} | {found['seconds']:.2f} | {found['peak']:.0f} | "
                 f"{found['peak'] - found['idle']:.0f} |"
             )
-    (args.output_dir / "memory.md").write_text("\n".join([*lines, "", memory_arithmetic(), ""]))
+    write_text(args.output_dir / "memory.md", "\n".join([*lines, "", memory_arithmetic(), ""]))
 
 
 def memory_arithmetic(rank: int = 64, group: int = 16, prompt: int = 100, drawn_together: int = 4) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nextflow_hf.atomic import write_file
 from nextflow_hf.commands import loading, options, records
 from nextflow_hf.commands.console import Console, run
 from nextflow_hf.commands.options import new_parser
@@ -88,12 +89,11 @@ def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     seconds = time.perf_counter() - start
 
     # 4. On disk
-    output.parent.mkdir(parents=True, exist_ok=True)
     columns = {} if args.columns is None else {"columns": args.columns}
     if output.suffix.lower() == ".png":
         recorder.save(drawn.contact_sheet(**columns), output, results={"number": None}, **settings)
     else:
-        drawn.save(output, fps=args.fps)
+        write_file(output, lambda temporary: drawn.save(temporary, fps=args.fps))
     paths = []
     for number, image in enumerate(drawn.frames if args.frames_dir is not None else (), start=1):
         paths.append(args.frames_dir / f"{number}.png")

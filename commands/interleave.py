@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nextflow_hf.atomic import write_text
 from nextflow_hf.commands import loading, options, records
 from nextflow_hf.commands.console import Console, run
 from nextflow_hf.commands.messages import conversation, read_messages, write_messages
@@ -95,9 +96,8 @@ def interleave(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.show("")
 
     # 4. As a folder
-    folder.mkdir(parents=True, exist_ok=True)
     write_messages([*messages, {"role": "assistant", "content": parts}], folder / "messages.json")
-    (folder / "answer.md").write_text(_markdown(parts), encoding="utf-8")
+    write_text(folder / "answer.md", _markdown(parts))
     console.say(f"written: {folder / 'answer.md'}")
     result = {
         "model": args.model,

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nextflow_hf.atomic import write_text
+
 
 def read_messages(path: Path) -> list[dict[str, Any]]:
     """The conversation in a JSON file (`-`: standard input), with a `Path` for every image."""
@@ -82,4 +84,4 @@ def write_messages(messages: list[dict[str, Any]], path: Path) -> None:
             return {key: plain(one) for key, one in value.items()}
         return [plain(one) for one in value] if isinstance(value, list) else value
 
-    path.write_text(json.dumps(plain(messages), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(plain(messages), indent=2, ensure_ascii=False) + "\n")

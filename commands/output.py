@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nextflow_hf.atomic import write_file
+
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -71,11 +73,11 @@ def save_preview(images: list["PIL.Image.Image"], path: Path) -> Path:
     """An image as it grew: scale after scale, or side by side."""
     from nextflow_hf.pipelines import NextFlowFramesOutput, save_strip
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".png":
-        save_strip(images, path)
+        write_file(path, lambda temporary: save_strip(images, temporary))
     else:
-        NextFlowFramesOutput([*images, *images[-1:] * PREVIEW_HOLD]).save(path, fps=PREVIEW_FPS)
+        frames = NextFlowFramesOutput([*images, *images[-1:] * PREVIEW_HOLD])
+        write_file(path, lambda temporary: frames.save(temporary, fps=PREVIEW_FPS))
     return path
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextflow_hf.atomic import write_file
 from nextflow_hf.commands import loading, options
 from nextflow_hf.commands.console import Console
 
@@ -173,8 +174,7 @@ def save_image(image: "PIL.Image.Image", path: Path, record: ImageRecord | None)
     chunks = PngInfo()
     if record is not None:
         chunks.add_text(CHUNK, json.dumps(asdict(record)))  # ASCII, which every version of the chunk can hold
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG", pnginfo=chunks)
+    write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
 
 
 def read_record(path: Path) -> ImageRecord:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nextflow_hf.commands.console import one_line_mistakes
+
 
 if TYPE_CHECKING:
     import torch
@@ -53,23 +55,18 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("output", type=Path, help="folder to write: new, or empty")
         command.add_argument("--max-shard-size", default="5GB", help="of one file; default: %(default)s")
         command.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+        command.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     return parser
 
 
+@one_line_mistakes("convert")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert, or say what would be; returns the exit status, 1 where the checkpoint is not what it should be."""
-    from safetensors import SafetensorError
-
+    """Convert, or say what would be; returns the exit status."""
     args = make_parser().parse_args(argv)
     # Weights are read where they lie while the output is written: into the same folder would destroy both.
     if not args.dry_run and args.output.exists() and (args.output.is_file() or any(args.output.iterdir())):
-        print(f"nextflow-hf convert: {args.output} exists and is not an empty folder", file=sys.stderr)
-        return 1
-    try:
-        (convert_tokenflow if args.source == "tokenflow" else convert_qwen)(args)
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"nextflow-hf convert: {error}", file=sys.stderr)
-        return 1
+        raise FileExistsError(f"{args.output} exists and is not an empty folder")
+    (convert_tokenflow if args.source == "tokenflow" else convert_qwen)(args)
     return 0
 
 
@@ -137,7 +134,10 @@ def convert_qwen(args: argparse.Namespace) -> None:
 
 def save(model: "PreTrainedModel", args: argparse.Namespace) -> None:
     print_size(model.parameters())
-    model.save_pretrained(args.output, max_shard_size=args.max_shard_size)  # with a progress bar over its files
+    from nextflow_hf.atomic import replaced_folder
+
+    with replaced_folder(args.output) as staging:
+        model.save_pretrained(staging, max_shard_size=args.max_shard_size)  # with a progress bar over its files
     print(f"written: {args.output.resolve()}")
 
 

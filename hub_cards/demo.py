@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nextflow_hf.atomic import write_file
+
 
 PROMPTS = (
     "a red circle",
@@ -87,10 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, (images, text) in enumerate(tiles, start=1):
         name = re.sub(r"\W+", "-", text)
         file = args.output_dir / f"{number:02d}-{name}.png"
-        images[-1].resize((4 * images[-1].width, 4 * images[-1].height), Image.Resampling.BICUBIC).save(file)
+        large = images[-1].resize((4 * images[-1].width, 4 * images[-1].height), Image.Resampling.BICUBIC)
+        write_file(file, large.save)
         files.append(file)
     sheet = args.output_dir / "contact_sheet.png"
-    contact_sheet(tiles).save(sheet)
+    write_file(sheet, contact_sheet(tiles).save)
     print(
         f"{len(drawn)} pictures and {len(edited)} edits in {time.perf_counter() - start:.1f} s: "
         f"{sheet.resolve()} (and {len(files)} single files beside it)"

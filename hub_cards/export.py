@@ -24,6 +24,7 @@ from diffusers import ModelMixin
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel
 
+from nextflow_hf.atomic import replaced_folder
 from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
 from nextflow_hf.modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
@@ -59,7 +60,8 @@ def export_pipeline(
 
     Args:
         pipeline ([`NextFlowPipeline`]): It is left as it is.
-        output_dir (`str` or `Path`): Created where missing; files of the same name are overwritten.
+        output_dir (`str` or `Path`):
+            Created where missing. An older repository in it is replaced as a whole, other files stay.
         card (`ModelCard`): See [`~hub_cards.cards.create_card`].
         dtype (`torch.dtype` or `dict[str, torch.dtype]`, *optional*):
             Of the weights in the files, or one for each component and `"default"`, as diffusers writes it. Modules
@@ -71,10 +73,24 @@ def export_pipeline(
     Returns:
         `Path`: `output_dir`.
     """
-    output_dir = Path(output_dir)
-    if output_dir.is_file():
-        raise NotADirectoryError(f"output_dir is the file {output_dir}, expected a folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(output_dir, without=code_files()) as folder:
+        _write_repository(pipeline, folder, card, dtype=dtype, max_shard_size=max_shard_size)
+        if include_code:
+            write_code(folder)
+        else:  # `save_pretrained` has written that of the components
+            for path in [path for name in code_files() for path in folder.rglob(name)]:
+                path.unlink()
+    return Path(output_dir)
+
+
+def _write_repository(
+    pipeline: NextFlowPipeline,
+    output_dir: Path,
+    card: ModelCard,
+    *,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+    max_shard_size: str,
+) -> None:
     for name, component in present_components(pipeline).items():
         folder = output_dir if name in ROOT_COMPONENTS else output_dir / name
         if isinstance(component, (PreTrainedModel, ModelMixin)):
@@ -90,12 +106,6 @@ def export_pipeline(
     generation_config.save_pretrained(output_dir)
     (output_dir / "model_index.json").write_text(model_index(pipeline), encoding="utf-8")
     card.save(output_dir / "README.md")
-    if include_code:
-        write_code(output_dir)
-    else:  # `save_pretrained` has written that of the components
-        for path in [path for name in code_files() for path in output_dir.rglob(name)]:
-            path.unlink()
-    return output_dir
 
 
 def forget_source(folder: Path) -> None:
@@ -142,23 +152,26 @@ def add_diffusion_decoder(
     for name, component in decoder.components.items():
         if f"decoder_{name}" in NextFlowPipeline._optional_components and component is not None:
             parts[f"decoder_{name}"] = component
-    for name in NextFlowPipeline._optional_components:
-        shutil.rmtree(repository / name, ignore_errors=True)
-    for name, component in parts.items():
-        if dtype is not None and isinstance(component, (PreTrainedModel, ModelMixin)):
-            component = cast_copy(component, dtype)
-        component.save_pretrained(repository / name)
-        forget_source(repository / name)
-    index = model_index(NextFlowPipeline(**{**whole.components, **parts}))
-    (repository / "model_index.json").write_text(index, encoding="utf-8")
-    if section is not None:
-        card = repository / "README.md"
-        text, section = card.read_text(encoding="utf-8"), section.strip()
-        heading = re.escape(section.splitlines()[0])
-        text = re.sub(rf"^{heading}\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
-        before, citation, after = text.partition("## Citation\n")
-        card.write_text(f"{before.rstrip()}\n\n{section}\n\n{citation}{after}".rstrip() + "\n", encoding="utf-8")
+    with replaced_folder(repository, without=NextFlowPipeline._optional_components) as folder:
+        for name, component in parts.items():
+            if dtype is not None and isinstance(component, (PreTrainedModel, ModelMixin)):
+                component = cast_copy(component, dtype)
+            component.save_pretrained(folder / name)
+            forget_source(folder / name)
+        index = model_index(NextFlowPipeline(**{**whole.components, **parts}))
+        (folder / "model_index.json").write_text(index, encoding="utf-8")
+        if section is not None:
+            card = folder / "README.md"
+            card.write_text(with_section(card.read_text(encoding="utf-8"), section.strip()), encoding="utf-8")
     return repository
+
+
+def with_section(card: str, section: str) -> str:
+    """The text of a card with a section before its citation, in the place of one with the same heading."""
+    heading = re.escape(section.splitlines()[0])
+    card = re.sub(rf"^{heading}\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
+    before, citation, after = card.partition("## Citation\n")
+    return f"{before.rstrip()}\n\n{section}\n\n{citation}{after}".rstrip() + "\n"
 
 
 def present_components(pipeline: NextFlowPipeline) -> dict[str, Any]:
@@ -208,23 +221,23 @@ def export_adapter(model: "PeftModel", output_dir: str | Path, card: ModelCard, 
 
     Args:
         model (`PeftModel`): Wraps a [`NextFlowForCausalLM`]; it is left as it is.
-        output_dir (`str` or `Path`): Created where missing; files of the same name are overwritten.
+        output_dir (`str` or `Path`): Created where missing. An older adapter in it is replaced as a whole.
         card (`ModelCard`): See [`~hub_cards.cards.create_card`].
         base_model (`str`): `"user/name"` of the model that the adapter goes on.
 
     Returns:
         `Path`: `output_dir`.
     """
-    output_dir = Path(output_dir)
-    # The rows are in the adapter: PEFT need not ask the Hub whether the vocabulary has grown.
-    model.save_pretrained(output_dir, save_embedding_layers=False)
-    for config_file in output_dir.rglob("adapter_config.json"):
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        # With its task named, `AutoPeftModelForCausalLM` finds the class through the model's own repository.
-        config |= {"base_model_name_or_path": base_model, "task_type": "CAUSAL_LM", "auto_mapping": None}
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    card.save(output_dir / "README.md")
-    return output_dir
+    with replaced_folder(output_dir) as folder:
+        # The rows are in the adapter: PEFT need not ask the Hub whether the vocabulary has grown.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        for config_file in folder.rglob("adapter_config.json"):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            # With its task named, `AutoPeftModelForCausalLM` finds the class through the model's own repository.
+            config |= {"base_model_name_or_path": base_model, "task_type": "CAUSAL_LM", "auto_mapping": None}
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        card.save(folder / "README.md")
+    return Path(output_dir)
 
 
 def code_files() -> dict[str, Path]:

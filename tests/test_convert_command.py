@@ -126,19 +126,19 @@ def test_a_dry_run_of_a_model_on_the_hub_reads_headers_alone(vision_tokenizer, t
 
 def test_failures_are_said_and_write_nothing(tokenflow, vision_tokenizer, qwen, tmp_path, capsys):
     output = tmp_path / "output"
-    assert cli.main(["convert", "tokenflow", str(tmp_path / "nowhere.pt"), str(output)]) == 1
+    assert cli.main(["convert", "tokenflow", str(tmp_path / "nowhere.pt"), str(output)]) == 2
     assert "nextflow-hf convert: no file " in capsys.readouterr().err
-    assert cli.main(["convert", "tokenflow", str(tokenflow), str(output), "--image-size", "100", "--dry-run"]) == 1
+    assert cli.main(["convert", "tokenflow", str(tokenflow), str(output), "--image-size", "100", "--dry-run"]) == 2
     assert "image_size is 100, expected one of [224, 256, 16]" in capsys.readouterr().err
     (qwen / "model.safetensors.index.json").unlink()
     command = ["convert", "qwen", str(qwen), "--vision-tokenizer", str(vision_tokenizer[0]), "--image-token-id", "90"]
     for options in ([], ["--dry-run"]):
-        assert cli.main([*command, str(output), *options]) == 1
+        assert cli.main([*command, str(output), *options]) == 2
         assert "lacks 1 of 1 files of weights: ['model.safetensors']" in capsys.readouterr().err
     assert not output.exists()
 
     # never over something: least of all over the checkpoint that is being read
-    assert cli.main([*command, str(qwen)]) == 1
+    assert cli.main([*command, str(qwen)]) == 2
     assert f"{qwen} exists and is not an empty folder" in capsys.readouterr().err
-    assert cli.main(["convert", "tokenflow", str(tokenflow), str(tokenflow)]) == 1
+    assert cli.main(["convert", "tokenflow", str(tokenflow), str(tokenflow)]) == 2
     assert f"{tokenflow} exists and is not an empty folder" in capsys.readouterr().err

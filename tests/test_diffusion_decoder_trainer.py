@@ -11,7 +11,13 @@ from toy_pipeline import toy_processor
 from nextflow_hf import NextFlowDiffusionDecoder
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset, caption_of
 from nextflow_hf.training.data.extraction import extract_codes
-from nextflow_hf.training.decoder import STAGES, build_decoder_pipeline, load_decoder_recipe, train_stage
+from nextflow_hf.training.decoder import (
+    STAGES,
+    build_decoder_pipeline,
+    load_decoder_recipe,
+    stage_arguments,
+    train_stage,
+)
 from nextflow_hf.training.decoder_trainer import (
     NextFlowDiffusionDecoderTrainer,
     NextFlowDiffusionDecoderTrainingArguments,
@@ -248,9 +254,8 @@ def test_both_stages_of_a_recipe(tmp_path, lora):
         pipe = build_decoder_pipeline(recipe, plain.vision_tokenizer, plain.image_processor)
         assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler" and pipe.has_text_encoder
         assert pipe.scheduler.config.timestep_spacing == "trailing" and pipe.vae.config.scaling_factor == 0.7
-        trainer = train_stage(
-            pipe, recipe, stage, tmp_path / "out", device_arguments={"use_cpu": True}, train_dataset=items(plain, 2)
-        )
+        args = stage_arguments(recipe, stage, tmp_path / "out", use_cpu=True)
+        trainer = train_stage(pipe, args, stage, tmp_path / "out", train_dataset=items(plain, 2))
         assert trainer.data_collator.upscale_factor == {"base": 1, "upscale": 2}[stage]
         trained[stage] = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
     # The second stage begins where the first ended: at a rate of 0 it ends there, too.

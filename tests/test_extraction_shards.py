@@ -101,7 +101,7 @@ def test_a_kill_before_any_of_the_writes(whole, tmp_path):
         with pytest.raises(FileNotFoundError, match="not finished, run it again|extract the codes first"):
             load_codes(folder)
         extract(folder)
-        assert {name: data for name, data in files(folder).items() if not name.endswith(".tmp")} == whole
+        assert {name: data for name, data in files(folder).items() if not name.startswith(".")} == whole
         assert len(load_codes(folder)) == NUM_ROWS
 
 
@@ -116,7 +116,7 @@ def test_a_kill_at_random_moments(whole, tmp_path):
         process.join()
     else:
         extract(tmp_path)  # on a slow machine
-    assert {name: data for name, data in files(tmp_path).items() if not name.endswith(".tmp")} == whole
+    assert {name: data for name, data in files(tmp_path).items() if not name.startswith(".")} == whole
 
 
 def as_rank(rank: int, port: int, folder: Path, rows) -> None:
@@ -333,11 +333,9 @@ def test_the_example_through_the_command(example, monkeypatch):
         # Scales of 1, 2, 3 and 4 cells a side; the tar files are read at the level of 12 pixels.
         scales = [3 if "tar" in str(row["source"]) else 4] * len(row["image_grids"])
         assert [int((grids[:, 0] > 0).sum()) for grids in row["image_grids"]] == scales
+    command = ["extract", "data.yaml", "--num-rows", "60", "--dtype", "float32", "--text_drop_rate", "0"]
     with pytest.raises(ValueError, match=r"other settings: .*data.data_seed.*self_correction_ratio"):
-        cli.main(
-            ["extract", "data.yaml", "--num-rows", "60", "--dtype", "float32", "--text_drop_rate", "0"]
-            + ["--data-seed", "1", "--self-correction-ratio", "0.5"]
-        )
+        cli.main([*command, "--data-seed", "1", "--self-correction-ratio", "0.5", "--debug"])
 
 
 @pytest.mark.parametrize(
@@ -347,7 +345,7 @@ def test_the_example_through_the_command(example, monkeypatch):
 def test_wrong_files_are_refused(example, tmp_path, options, message):
     (tmp_path / "bad.yaml").write_text(json.dumps({**example_config(), **options}))
     with pytest.raises(ValueError, match=message):
-        cli.main(["extract", str(tmp_path / "bad.yaml")])
+        cli.main(["extract", str(tmp_path / "bad.yaml"), "--debug"])
 
 
 def test_a_saved_pipeline_is_a_model_too(example, tmp_path, monkeypatch):

@@ -252,7 +252,7 @@ def test_what_padding_costs_is_said(toy, caplog):
 def test_packs_that_cannot_be(toy, tmp_path, caplog):
     arguments = on_toys(toy, "shapes/pretrain_512", tmp_path)
     with pytest.raises(ValueError, match='fit into no pack.*on_long_row="skip"'):
-        cli.main(["train", *arguments, "--override=pack_max_length=50"])
+        cli.main(["train", *arguments, "--override=pack_max_length=50", "--debug"])
     assert cli.main(["train", *arguments, "--override=pack_max_length=50", "--override=on_long_row=skip"]) == 0
     assert "rows fit into no pack and are left out: ['" in caplog.text
     with pytest.raises(ValueError, match="group_by_length"):
@@ -262,6 +262,8 @@ def test_packs_that_cannot_be(toy, tmp_path, caplog):
                 *arguments,
                 "--override=pack_max_length=500",
                 "--override=train_sampling_strategy=group_by_length",
+                "--override=resume_from_checkpoint=false",
+                "--debug",
             ]
         )
 
@@ -515,7 +517,8 @@ def test_an_adapter_is_a_start_as_a_model_is(toy, tmp_path):
     with pytest.raises(ValueError, match=r"is an adapter with \{'lora_r': 16\}, expected \{'lora_r': 8\}"):
         load_model(train.parse_recipe({**values, "lora_r": 8})[0])
     with pytest.raises(ValueError, match="use_muon is for the decoder's matrices"):
-        train.train(*train.parse_recipe({**values, "use_muon": True, "optim": "adamw_torch"}))
+        refused = {"use_muon": True, "optim": "adamw_torch", "output_dir": str(tmp_path / "third")}
+        train.train(*train.parse_recipe({**values, **refused}))
 
 
 def toy_code_rows(toy: Path) -> list[dict]:

@@ -200,12 +200,6 @@ def test_the_three_stages_by_recipe(tmp_path, monkeypatch):
         assert name.startswith("pixel_decoder") or torch.equal(trained[name], value), name
     sizes = [sum(p.numel() for p in loaded[stage].pixel_decoder.parameters()) for stage in ("joint", "decoder")]
     assert sizes[1] > 2 * sizes[0]
-    # Finished: the same command goes on from the last checkpoint, and has nothing to do.
-    before = torch.load("runs/shapes_vision_tokenizer_decoder/checkpoint-2/vision_tokenizer_trainer.pt")
-    cli.main(["train-tokenizer", "shapes_vision_tokenizer_decoder", *overrides])
-    after = torch.load("runs/shapes_vision_tokenizer_decoder/checkpoint-2/vision_tokenizer_trainer.pt")
-    assert torch.equal(before["adversary"]["discriminator"]["layers.0.weight"],
-                       after["adversary"]["discriminator"]["layers.0.weight"])  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)

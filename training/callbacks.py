@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from ..atomic import write_file
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.processing_nextflow import NextFlowProcessor
@@ -62,9 +63,7 @@ class SampleImagesCallback(TrainerCallback):
         images = self.draw()
         if state.is_world_process_zero:
             grid = make_image_grid(images, rows=1, cols=len(images))
-            folder = Path(args.output_dir) / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            grid.save(folder / f"step-{state.global_step:07d}.png")
+            write_file(Path(args.output_dir, "samples", f"step-{state.global_step:07d}.png"), grid.save)
             self._log(images, state.global_step)
 
     @property

@@ -15,8 +15,9 @@ from transformers import ImageProcessingMixin
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.diffusion_decoder import NextFlowDiffusionDecoder
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from .checkpoints import last_checkpoint, train_to_the_end
 from .decoder_trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
-from .recipe import RECIPES, Recipe, parse_recipe, read_recipe
+from .recipe import RECIPES, Recipe, call_with, check_parts, parse_recipe, read_recipe
 
 
 STAGES = ("base", "upscale")
@@ -30,9 +31,13 @@ def load_decoder_recipe(name: str | Path) -> dict[str, Any]:
         ours = sorted(file.stem for file in RECIPES.glob("*diffusion_decoder*.yaml"))
         raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
     recipe = read_recipe(path)
-    missing = [key for key in ("denoiser", "training", "stages") if key not in recipe]
-    if missing:
-        raise ValueError(f"{path} lacks {missing}")
+    check_parts(
+        recipe,
+        path,
+        {"denoiser": str if "base_model" in recipe else dict, "training": dict, "stages": dict},
+        {"base_model": str, "scheduler": dict, "decoder": dict, "pretraining": dict, "sampling": dict},
+    )
+    check_parts(recipe["stages"], f"stages of {path}", dict.fromkeys(STAGES, dict))
     return recipe
 
 
@@ -59,15 +64,16 @@ def build_decoder_pipeline(
         stock = DiffusionPipeline.from_pretrained(recipe["base_model"], **({} if dtype is None else {"dtype": dtype}))
         kinds = ("scheduler", "vae", "text_encoder", "tokenizer")
         parts = {name: part for name, part in stock.components.items() if name.rstrip("_23") in kinds}
+        if recipe["denoiser"] not in stock.components:
+            raise ValueError(f"denoiser is {recipe['denoiser']!r}, expected one of {list(stock.components)}")
         denoiser = denoiser or stock.components[recipe["denoiser"]]
     elif denoiser is None:
         denoiser = make_denoiser(recipe["denoiser"])
         denoiser = denoiser if dtype is None else denoiser.to(dtype)
     if "scheduler" in recipe:
         parts["scheduler"] = make_scheduler(recipe["scheduler"], parts.get("scheduler"))
-    decoder = NextFlowDiffusionDecoder.from_denoiser(
-        denoiser, condition_channels=condition_channels(vision_tokenizer), **recipe.get("decoder", {})
-    )
+    options = {"condition_channels": condition_channels(vision_tokenizer), **recipe.get("decoder", {})}
+    decoder = call_with(NextFlowDiffusionDecoder.from_denoiser, {"denoiser": denoiser, **options}, "decoder")
     return NextFlowDiffusionDecoderPipeline(
         decoder, vision_tokenizer=vision_tokenizer, image_processor=image_processor, **parts
     )
@@ -76,14 +82,33 @@ def build_decoder_pipeline(
 def make_denoiser(options: dict[str, Any]) -> ModelMixin:
     """A random one: `options` name the class and give its configuration."""
     options = dict(options)
-    return getattr(diffusers, options.pop("class")).from_config(options)
+    return class_of_diffusers(options.pop("class", None)).from_config(options)
+
+
+def class_of_diffusers(name: str | None) -> type:
+    if name is None or not hasattr(diffusers, name):
+        raise ValueError(f"class is {name!r}, expected the name of a class of diffusers")
+    return getattr(diffusers, name)
 
 
 def make_scheduler(options: dict[str, Any], base: SchedulerMixin | None) -> SchedulerMixin:
     """`options` name the class and what differs from the configuration of `base`."""
     options = dict(options)
-    scheduler_class = getattr(diffusers, options.pop("class"))
+    scheduler_class = class_of_diffusers(options.pop("class", None))
     return scheduler_class.from_config({**({} if base is None else base.config), **options})
+
+
+def stage_arguments(
+    recipe: dict[str, Any], stage: str, output_dir: Path, **device_arguments: Any
+) -> NextFlowDiffusionDecoderTrainingArguments:
+    """The numbers of one stage, whose checkpoints go to `output_dir/<stage>_run`."""
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
+    options = {**recipe["training"], **(recipe["stages"][stage] or {}), **device_arguments}
+    options["output_dir"] = str(output_dir / f"{stage}_run")
+    options = Recipe.section(recipe, options)
+    (args,) = parse_recipe(options, [NextFlowDiffusionDecoderTrainingArguments], prog="nextflow-hf train-decoder")
+    return args
 
 
 def load_stage(pipeline: NextFlowDiffusionDecoderPipeline, folder: Path) -> None:
@@ -96,26 +121,17 @@ def load_stage(pipeline: NextFlowDiffusionDecoderPipeline, folder: Path) -> None
 
 def train_stage(
     pipeline: NextFlowDiffusionDecoderPipeline,
-    recipe: dict[str, Any],
+    args: NextFlowDiffusionDecoderTrainingArguments,
     stage: str,
     output_dir: Path,
-    *,
-    resume_from_checkpoint: str | None = None,
-    device_arguments: dict[str, Any] | None = None,
     **trainer_options: Any,
 ) -> NextFlowDiffusionDecoderTrainer:
-    """Trains one stage (§3.3) and saves its result as `output_dir/stage`."""
-    if stage not in STAGES:
-        raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
+    """Trains one stage (§3.3), from its last checkpoint on, and saves its result as `output_dir/stage`."""
     if stage == "upscale":
         load_stage(pipeline, output_dir / "base")
     pipeline.diffusion_decoder.register_to_config(upscale_factor=UPSCALE_FACTOR[stage])
-    values = {**recipe["training"], **recipe["stages"][stage], **(device_arguments or {})}
-    values = Recipe.section(recipe, {"output_dir": str(output_dir / f"{stage}_run"), **values})
-    (args,) = parse_recipe(values, [NextFlowDiffusionDecoderTrainingArguments], prog="train_decoder")
     trainer = NextFlowDiffusionDecoderTrainer(pipeline, args, **trainer_options)
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    trainer.save_model(str(output_dir / stage))
+    train_to_the_end(trainer, last_checkpoint(args.output_dir), lambda: trainer.save_model(str(output_dir / stage)))
     return trainer
 
 
@@ -127,5 +143,6 @@ __all__ = [
     "load_stage",
     "make_denoiser",
     "make_scheduler",
+    "stage_arguments",
     "train_stage",
 ]

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..pipelines.diffusion_decoder import NextFlowDiffusionDecoder
 from ..pipelines.diffusion_decoder_latents import encode_latents
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .checkpoints import StagedCheckpoint
+from .checkpoints import StagedCheckpointsMixin
 from .data.decoder_rows import NextFlowDecoderCollator
 from .processes import ProcessesMixin
 from .refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_trainer_options
@@ -98,7 +98,7 @@ class _TrainedDecoder(nn.Module):
         self.decoder.enable_gradient_checkpointing()
 
 
-class NextFlowDiffusionDecoderTrainer(ProcessesMixin, Trainer):
+class NextFlowDiffusionDecoderTrainer(ProcessesMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains the diffusion decoder of a pipeline.
 
@@ -136,7 +136,6 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, Trainer):
         super().__init__(_TrainedDecoder(decoder), args, data_collator=data_collator, **kwargs)
         self.pipeline = pipeline.to(self.args.device)
         self.noise_scheduler = training_scheduler(pipeline.scheduler)
-        self._staged_checkpoint: StagedCheckpoint | None = None
         self.ema = None
         if args.ema_decay is not None:
             self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
@@ -245,16 +244,10 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, Trainer):
             )
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
-    def _get_output_dir(self, trial: object) -> str:
-        # While a checkpoint is written this is where `Trainer` puts it.
-        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        with StagedCheckpoint(self, super()._get_output_dir(trial)) as staged:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                ema = None if self.ema is None else self.ema.state_dict()
-                torch.save({"ema": ema}, os.path.join(staged.source, STATE_NAME))
+    def save_own_state(self, folder: str) -> None:
+        if self.args.should_save:
+            ema = None if self.ema is None else self.ema.state_dict()
+            torch.save({"ema": ema}, os.path.join(folder, STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.args.lora_rank is None:

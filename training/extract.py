@@ -17,15 +17,18 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import HfArgumentParser
-from transformers.utils import PROCESSOR_NAME, cached_file
+from transformers.utils import PROCESSOR_NAME, cached_file, logging
 
+from ..commands.console import one_line_mistakes
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..modeling_nextflow.pixel_cnn_nextflow import convolution_layout
 from ..processing.processing_nextflow import NextFlowProcessor
 from .data.extraction import ExtractionSettings, extract_rows
 from .data.mixture import MixtureArguments, load_mixture
-from .recipe import read_recipe, set_defaults
+from .recipe import OneLineParser, read_recipe, set_defaults
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -67,13 +70,14 @@ class ModelArguments:
 def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, MixtureArguments, ExtractionSettings]:
     """The options of the command line, over those of its YAML file, over the defaults."""
     groups = (ModelArguments, MixtureArguments, ExtractionSettings)
-    parser = HfArgumentParser(
+    parser = OneLineParser(
         groups,
         prog="nextflow-hf extract",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="YAML file with the sources and other options")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     config, _ = parser.parse_known_args(argv, argparse.Namespace())
     values = read_recipe(config.config)
     set_defaults(parser, groups, values)
@@ -90,6 +94,7 @@ def load_processor(model: ModelArguments, **revision: str) -> NextFlowProcessor:
     return NextFlowProcessor.from_pretrained(model.model, **where, **revision)
 
 
+@one_line_mistakes("extract")
 def main(argv: Sequence[str] | None = None) -> int:
     """Extract; returns the exit status."""
     model, mixture, settings = parse(argv)
@@ -105,14 +110,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(
         model.vision_tokenizer or model.model, dtype=getattr(torch, model.dtype), **where, **sampling, **revision
     )
-    extract_rows(
-        load_mixture(mixture),
-        model.output_dir,
-        processor=processor,
-        vision_tokenizer=vision_tokenizer.eval().to(state.device, memory_format=convolution_layout(state.device)),
-        settings=settings,
-        data=mixture.to_dict(),
-    )
+    vision_tokenizer = vision_tokenizer.eval().to(state.device, memory_format=convolution_layout(state.device))
+    try:
+        extract_rows(
+            load_mixture(mixture),
+            model.output_dir,
+            processor=processor,
+            vision_tokenizer=vision_tokenizer,
+            settings=settings,
+            data=mixture.to_dict(),
+        )
+    except KeyboardInterrupt:
+        logger.warning(f"{model.output_dir} keeps the shards that are written, and the same command goes on from them")
+        raise
     return 0
 
 

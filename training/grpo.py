@@ -10,12 +10,26 @@ last checkpoint. The result is a pipeline in `<output-dir>/pipeline`.
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nextflow_hf.training.recipe import RECIPES, Recipe, load_yaml, parse_recipe, read_recipe
+from nextflow_hf.atomic import replaced_folder
+from nextflow_hf.commands.console import one_line_mistakes
+from nextflow_hf.training.recipe import (
+    RECIPES,
+    Recipe,
+    call_with,
+    check_parts,
+    override,
+    parse_recipe,
+    read_recipe,
+)
 
+
+if TYPE_CHECKING:
+    from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
 # Name in a recipe -> (module, name, whether the options make it).
 REWARDS = {
@@ -37,10 +51,14 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     if not path.exists():
         names = sorted(file.stem for file in RECIPES.glob("*grpo*.yaml"))
         raise FileNotFoundError(f"no recipe {name_or_path!r}, expected one of {names} or a .yaml file")
-    return read_recipe(path)
+    recipe = read_recipe(path)
+    check_parts(recipe, path, {"data": dict, "rewards": list, "training": dict}, {"peft": dict})
+    if wrong := [entry for entry in recipe["rewards"] if not isinstance(entry, dict)]:
+        raise ValueError(f"rewards of {path} has {wrong}, expected mappings with name, weight and options")
+    return recipe
 
 
-def make_reward(name: str, **options: Any) -> Callable:
+def make_reward(name: str | None = None, **options: Any) -> Callable:
     """A reward by its name in a recipe."""
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}, expected one of {sorted(REWARDS)}")
@@ -48,7 +66,7 @@ def make_reward(name: str, **options: Any) -> Callable:
     reward = getattr(importlib.import_module(f"nextflow_hf.training.rewards.{module}"), attribute)
     if options and not takes_options:
         raise ValueError(f"the reward {name!r} has no options, got {sorted(options)}")
-    return reward(**options) if takes_options else reward
+    return call_with(reward, options, f"the reward {name!r}") if takes_options else reward
 
 
 def make_dataset(shapes: dict | None = None, **options: Any):
@@ -56,30 +74,40 @@ def make_dataset(shapes: dict | None = None, **options: Any):
     if shapes is not None:
         from nextflow_hf.training.rewards.shapes import shapes_prompts
 
-        return shapes_prompts(**shapes)
+        return call_with(shapes_prompts, shapes, "data.shapes")
     from datasets import load_dataset
 
     return load_dataset(**{"split": "train", **options})
 
 
-def make_trainer(model: str, recipe: dict[str, Any], output_dir: str | Path, **overrides: Any):
-    """The trainer of a recipe; `overrides` are entries of its `training`."""
-    from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
+def make_config(recipe: dict[str, Any], output_dir: str | Path, **overrides: Any) -> "NextFlowGRPOConfig":
+    """The numbers of a recipe; `overrides` are entries of its `training`."""
+    from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
 
-    rewards = [dict(entry) for entry in recipe["rewards"]]
-    weights = [float(entry.pop("weight", 1.0)) for entry in rewards]
+    weights = [float(entry.get("weight", 1.0)) for entry in recipe["rewards"]]
+    numbers = {"reward_weights": weights, "report_to": "none", **recipe["training"], **overrides}
+    values = Recipe.section(recipe, {**numbers, "output_dir": str(output_dir)})
+    (config,) = parse_recipe(values, [NextFlowGRPOConfig], prog="nextflow-hf grpo")
+    return config
+
+
+def make_trainer(model: str | Path, recipe: dict[str, Any], config: "NextFlowGRPOConfig") -> "NextFlowGRPOTrainer":
+    """The trainer of a recipe, with the numbers of [`make_config`]."""
+    from transformers import set_seed
+
+    from nextflow_hf.training.grpo_trainer import NextFlowGRPOTrainer
+
+    rewards = [{name: value for name, value in entry.items() if name != "weight"} for entry in recipe["rewards"]]
     peft_config = None
     if recipe.get("peft"):
         from peft import LoraConfig
 
-        peft_config = LoraConfig(**recipe["peft"])
-    values = {"reward_weights": weights, "report_to": "none", **recipe["training"], **overrides}
-    values = Recipe.section(recipe, {"output_dir": str(output_dir), **values})
-    (args,) = parse_recipe(values, [NextFlowGRPOConfig], prog="grpo")
+        peft_config = call_with(LoraConfig, recipe["peft"], "peft")
+    set_seed(config.seed)  # new adapters are random
     return NextFlowGRPOTrainer(
         str(model),
         [make_reward(**entry) for entry in rewards],
-        args,
+        config,
         make_dataset(**recipe["data"]),
         peft_config=peft_config,
     )
@@ -93,7 +121,8 @@ def save_pipeline(trainer, folder: str | Path) -> None:
     if is_peft_model(model):
         trainer.pipeline.register_modules(transformer=model.merge_and_unload())
     if trainer.accelerator.is_main_process:
-        trainer.pipeline.save_pretrained(folder)
+        with replaced_folder(folder) as staging:
+            trainer.pipeline.save_pretrained(staging)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,19 +131,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--recipe", default="shapes_grpo", help="name in recipes/, or a .yaml file")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="entries of the recipe's training")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@one_line_mistakes("grpo")
+def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    overrides = {name: load_yaml(value) for name, _, value in (entry.partition("=") for entry in args.set)}
+    recipe = load_recipe(args.recipe)
+    for assignment in args.set:
+        override(recipe["training"], assignment)
 
-    from nextflow_hf.training.checkpoints import last_checkpoint
+    from nextflow_hf.training.checkpoints import is_finished, last_checkpoint, train_to_the_end
 
-    trainer = make_trainer(args.model, load_recipe(args.recipe), args.output_dir, **overrides)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    save_pipeline(trainer, args.output_dir / "pipeline")
+    config = make_config(recipe, args.output_dir)
+    if is_finished(config):
+        return 0
+    trainer = make_trainer(args.model, recipe, config)
+    checkpoint = last_checkpoint(args.output_dir)
+    train_to_the_end(trainer, checkpoint, lambda: save_pipeline(trainer, args.output_dir / "pipeline"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -32,7 +32,7 @@ from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisio
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.processing_nextflow import NextFlowProcessor
 from ..processing.scale_schedule import num_cells
-from .checkpoints import StagedCheckpoint
+from .checkpoints import StagedCheckpointsMixin
 from .grpo_config import NO_TEXT_ROLLOUT, NextFlowGRPOConfig
 from .grpo_contract import check_trl_attributes, check_trl_methods
 from .grpo_math import (
@@ -55,7 +55,7 @@ from .rewards.preference import CLIPReward
 OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
 
 
-class NextFlowGRPOTrainer(ProcessesMixin, GRPOTrainer):
+class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
     """
     Aligns [`NextFlowForCausalLM`] with any reward of its pictures.
 
@@ -166,7 +166,6 @@ class NextFlowGRPOTrainer(ProcessesMixin, GRPOTrainer):
             args.beta, args.sync_ref_model = 0.0, False
         args.model_init_kwargs = None  # used above, or refused
         self._failed_rewards = 0
-        self._staged_checkpoint: StagedCheckpoint | None = None
         self._masks: list[np.ndarray | None] | None = None
         try:
             super().__init__(
@@ -543,15 +542,6 @@ class NextFlowGRPOTrainer(ProcessesMixin, GRPOTrainer):
                     callback.tb_writer.add_image(
                         f"completions/{index}", np.asarray(image), self.state.global_step, dataformats="HWC"
                     )
-
-    # ---- checkpoints, whole or not at all, as [`NextFlowTrainer`]'s
-
-    def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
-
-    def _save_checkpoint(self, model, trial) -> None:
-        with StagedCheckpoint(self, super()._get_output_dir(trial)):
-            super()._save_checkpoint(model, trial)
 
 
 def _thumbnail(image: Any, side: int = 256) -> Any:

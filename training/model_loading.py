@@ -16,6 +16,7 @@ from ..processing.processing_nextflow import NextFlowProcessor
 from .adapters import IMAGE_MODULES, image_token_rows
 from .arguments import ModelArguments
 from .data.extraction import codes_fingerprint
+from .recipe import check_fields
 
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrained
     """The model of a recipe, which computes `in_bfloat16` or not; with `use_peft` it is PEFT's around it."""
     for field in ("model_name_or_path", "processor_name_or_path", "vision_tokenizer_name_or_path"):
         check_source(field, getattr(args, field))
+    check_fields(args.config_overrides, NextFlowConfig, "config_overrides")
     dtype = args.dtype or ("bfloat16" if args.use_peft and in_bfloat16 else "float32")
     if args.model_name_or_path is None:
         model = new_transformer(

@@ -3,6 +3,7 @@
 `Trainer`'s `logging_nan_inf_filter` only hides such a loss from the logs; the weights would be lost all the same.
 """
 
+import functools
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from transformers import Trainer
+
+from ..atomic import write_file, write_text
 
 
 class NotFiniteError(FloatingPointError):
@@ -64,16 +67,15 @@ def stop_training(
     any_loss_is_bad = sum(gather_object([len(bad)])) > 0
     if not any_loss_is_bad:
         bad = [(index, *batch) for index, batch in enumerate(batches)]
-    os.makedirs(trainer.args.output_dir, exist_ok=True)
     files = []
     for index, batch, loss in bad:
         path = os.path.join(trainer.args.output_dir, f"bad-batch-step{step}-rank{rank}-{index}")
         tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         others = {name: value for name, value in batch.items() if name not in tensors}
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, f"{path}.safetensors")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_file(f"{path}.safetensors", functools.partial(save_file, tensors))
         notes = {"step": step, "rank": rank, "loss": str(loss.item()), "grad_norm": str(grad_norm), **others}
-        with open(f"{path}.json", "w") as file:
-            json.dump(notes, file, indent=2, default=str)
+        write_text(f"{path}.json", json.dumps(notes, indent=2, default=str))
         files.append(f"{path}.safetensors")
     what = "the loss" if any_loss_is_bad else f"the gradient (norm {float(grad_norm)})"
     raise NotFiniteError(

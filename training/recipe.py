@@ -5,15 +5,17 @@ reads version 1.1, where the first is false and the second a text.
 """
 
 import difflib
+import inspect
 import re
 from argparse import Action, ArgumentError
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from enum import Enum
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -84,6 +86,43 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(values, path)
 
 
+def check_parts(
+    recipe: dict[str, Any], where: str | Path, needed: dict[str, type], optional: dict[str, type] | None = None
+) -> None:
+    """Refuse what lacks a part, has one that nobody reads, or one of another type than is given here by its name."""
+    known = {**needed, **(optional or {})}
+    if missing := [key for key in needed if key not in recipe]:
+        raise ValueError(f"{where} lacks {missing}")
+    if unknown := [key for key in recipe if key not in known]:
+        raise ValueError(f"{where} has {unknown}, expected some of {list(known)}")
+    for key, value in recipe.items():
+        if value is not None and not isinstance(value, known[key]):
+            raise ValueError(f"{key} of {where} is {value!r}, expected {getattr(known[key], '__name__', known[key])}")
+
+
+def check_fields(values: dict[str, Any] | None, config: type, where: str) -> None:
+    """Refuse names that are no fields of `config`, which would take and forget them."""
+    known = {field.name for field in fields(config)}
+    if unknown := {key: difflib.get_close_matches(key, known, n=3) for key in values or {} if key not in known}:
+        raise ValueError(f"{where} has unknown keys; near ones that exist: {unknown}")
+
+
+def call_with(make: Callable, options: dict[str, Any], where: str) -> Any:
+    """`make(**options)`; options that its signature lacks, or needs, are a mistake in the part `where` of a recipe."""
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return make(**options)
+
+
+class OneLineParser(HfArgumentParser):
+    """Without its usage before an error: that is hundreds of options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def override(recipe: dict[str, Any], assignment: str) -> None:
     """Set a key as `key=value` says, in place; the value is YAML, and `a.b=value` sets `b` in the mapping `a`."""
     path, separator, value = assignment.partition("=")
@@ -119,7 +158,7 @@ def parse_recipe(
         rest: What the command line says besides (`--learning_rate 1e-4`); it wins.
     """
     groups = tuple(groups)
-    parser = HfArgumentParser(groups, prog=prog)
+    parser = OneLineParser(groups, prog=prog)
     set_defaults(parser, groups, recipe)
     source = Recipe.section(recipe, {}).source
     for key, expected in (needed or {}).items():
@@ -177,4 +216,16 @@ def _with_whole_numbers(hint: Any) -> Any:
     return get_origin(hint)[parts] if get_origin(hint) in (list, dict) else hint
 
 
-__all__ = ["RECIPES", "Recipe", "load_yaml", "override", "parse_recipe", "read_recipe", "set_defaults"]
+__all__ = [
+    "RECIPES",
+    "OneLineParser",
+    "Recipe",
+    "call_with",
+    "check_fields",
+    "check_parts",
+    "load_yaml",
+    "override",
+    "parse_recipe",
+    "read_recipe",
+    "set_defaults",
+]

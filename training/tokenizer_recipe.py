@@ -99,6 +99,7 @@ def parse_recipe(
 
 def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
     """The tokenizer before its first step, and the teacher if there is one."""
+    recipes.check_fields(args.config_overrides, NextFlowVisionTokenizerConfig, "config_overrides")
     teacher = None if args.semantic_teacher is None else load_teacher(args.semantic_teacher)
     if args.vision_tokenizer_name_or_path is None:
         parts, given, config = [], None, {}

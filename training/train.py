@@ -22,6 +22,7 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from nextflow_hf.commands.console import one_line_mistakes
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -29,7 +30,7 @@ from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
 from nextflow_hf.training import recipe as recipes
 from nextflow_hf.training.arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from nextflow_hf.training.callbacks import SampleImagesCallback
-from nextflow_hf.training.checkpoints import last_checkpoint
+from nextflow_hf.training.checkpoints import is_finished, last_checkpoint, train_to_the_end
 from nextflow_hf.training.data.extraction import load_codes
 from nextflow_hf.training.data.packing import (
     PackedDataset,
@@ -173,13 +174,20 @@ def check_same_codes(folders: Sequence[str]) -> None:
 # --- training
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: NextFlowTrainingArguments) -> NextFlowTrainer:
-    """Train, evaluate where there is something to evaluate on, and save the model in `output_dir`."""
+def train(
+    model_args: ModelArguments, data_args: DataArguments, args: NextFlowTrainingArguments
+) -> NextFlowTrainer | None:
+    """
+    Train, evaluate where there is something to evaluate on, and save the model in `output_dir`. Returns the trainer,
+    or `None` where the run is finished already.
+    """
     checkpoint = args.resume_from_checkpoint
-    if checkpoint in (None, True, "true"):
-        checkpoint = last_checkpoint(args.output_dir)
-    elif checkpoint in (False, "false"):
+    if checkpoint in (False, "false"):
         checkpoint = None
+    elif is_finished(args):
+        return None
+    elif checkpoint in (None, True, "true"):
+        checkpoint = last_checkpoint(args.output_dir)
     if checkpoint is not None:
         logger.warning(f"going on from {checkpoint}")
 
@@ -209,11 +217,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: NextFlowTr
     trainer = NextFlowTrainer(model, args, collator, train_dataset=rows, eval_dataset=evaluation)
     if args.sample_prompts:
         trainer.add_callback(sampling_callback(trainer, model_args, args))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if evaluation is not None:
-        trainer.evaluate()
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
+
+    def save() -> None:
+        if evaluation is not None:
+            trainer.evaluate()
+        trainer.save_model(args.output_dir)
+
+    train_to_the_end(trainer, checkpoint, save)
     return trainer
 
 
@@ -241,9 +251,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", nargs="?", help="A YAML file or the name of a shipped recipe.")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="May be repeated.")
     parser.add_argument("--list", action="store_true", help="List the shipped recipes.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of a mistake.")
     return parser
 
 
+@one_line_mistakes("train")
 def main(argv: Sequence[str] | None = None) -> int:
     args, rest = make_parser().parse_known_args(argv)
     if args.list:

@@ -18,14 +18,14 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
+from ..commands.console import one_line_mistakes
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from ..processing.processing_nextflow import NextFlowProcessor
 from . import extract
-from .checkpoints import last_checkpoint
+from .checkpoints import is_finished
 from .data.decoder_rows import NextFlowDecoderDataset
 from .data.extraction import load_codes
 from .data.mixture import MixtureRows
-from .decoder import STAGES, build_decoder_pipeline, load_decoder_recipe, train_stage
+from .decoder import STAGES, build_decoder_pipeline, load_decoder_recipe, stage_arguments, train_stage
 
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--codes", help="Folder of the extracted shards. default: output_dir of --data")
     parser.add_argument("--output-dir", type=Path, required=True, help="Folder of both stages.")
     parser.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES), help="Default: both, in order.")
-    parser.add_argument("--dtype", default="bfloat16", help="Of what stays frozen. default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="Of what stays frozen. default: %(default)s",
+    )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of a mistake.")
     return parser
 
 
+@one_line_mistakes("train-decoder")
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status."""
     args = make_parser().parse_args(argv)
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = [part for name, value in given.items() if value is not None for part in (name, value)]
     model, mixture, _ = extract.parse([args.data, *given])
     options = {} if model.revision is None else {"revision": model.revision}
-    processor = NextFlowProcessor.from_pretrained(model.processor or model.model, **options)
+    processor = extract.load_processor(model, **options)
     dtype = getattr(torch, args.dtype)
     where = {} if model.vision_tokenizer else {"subfolder": "vision_tokenizer"}
     tokenizer = NextFlowVisionTokenizer.from_pretrained(
@@ -63,20 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A denoiser that trains whole does so in float32.
     denoiser_dtype = dtype if "lora_rank" in recipe["training"] else None
     for stage in STAGES:
-        if stage not in args.stage or (args.output_dir / stage / "training_args.bin").exists():
+        if stage not in args.stage:
+            continue
+        use_cpu = not torch.accelerator.is_available()
+        stage_args = stage_arguments(recipe, stage, args.output_dir, use_cpu=use_cpu)
+        if is_finished(stage_args):
             continue
         logger.info("stage %s", stage)
+        set_seed(stage_args.seed)
         pipeline = build_decoder_pipeline(recipe, tokenizer, processor.image_processor, dtype=denoiser_dtype)
-        set_seed(recipe["training"].get("seed", 42))
-        train_stage(
-            pipeline,
-            recipe,
-            stage,
-            args.output_dir,
-            resume_from_checkpoint=last_checkpoint(args.output_dir / f"{stage}_run"),
-            device_arguments={"use_cpu": not torch.accelerator.is_available()},
-            train_dataset=data,
-        )
+        train_stage(pipeline, stage_args, stage, args.output_dir, train_dataset=data)
         PartialState().wait_for_everyone()
     return 0
 

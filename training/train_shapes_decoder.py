@@ -25,7 +25,6 @@ from ..hub_cards.cards import decoder_section
 from ..hub_cards.export import add_diffusion_decoder
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .checkpoints import last_checkpoint
 from .data.decoder_rows import NextFlowDecoderDataset
 from .data.extraction import load_codes
 from .data.shards import MANIFEST
@@ -37,6 +36,7 @@ from .decoder import (
     load_stage,
     make_denoiser,
     make_scheduler,
+    stage_arguments,
     train_stage,
 )
 from .decoder_trainer import NextFlowDiffusionDecoderTrainingArguments
@@ -107,18 +107,16 @@ def decoder_stage(stage: str, folder: Path) -> None:
         # The same scenes that the codes show, drawn at the size of the stage
         return shapes_sample(data["seed"], int(row_id), tasks=data["tasks"], sizes=((side, side),))
 
-    run = folder / "diffusion_decoder_run" / f"{stage}_run"
+    run = folder / "diffusion_decoder_run"
     train_stage(
         pipeline,
-        recipe,
+        stage_arguments(recipe, stage, run, **shapes_device_arguments()),
         stage,
-        run.parent,
-        resume_from_checkpoint=last_checkpoint(run),
-        device_arguments=shapes_device_arguments(),
+        run,
         train_dataset=NextFlowDecoderDataset(load_codes(folder / "codes", vision_tokenizer=tokenizer), get_row),
         eval_dataset=HeldOutPictures(pipeline, HELD_OUT, side),
     )
-    load_stage(pipeline, run.parent / stage)
+    load_stage(pipeline, run / stage)
     pipeline.to("cpu").save_pretrained(folder / f"diffusion_decoder_{stage}")
 
 

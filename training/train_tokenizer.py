@@ -9,12 +9,16 @@ tokenizer_recipe.py and tokenizer_arguments.py. The same command goes on where a
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import set_seed
 
+from ..atomic import write_json
+from ..commands.console import one_line_mistakes
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
-from .checkpoints import last_checkpoint
+from .checkpoints import is_finished, last_checkpoint, train_to_the_end
 from .tokenizer_recipe import build_datasets, build_tokenizer, parse_recipe, read_recipe
 from .tokenizer_trainer import NextFlowVisionTokenizerTrainer
 
@@ -29,13 +33,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="A YAML file, or the name of one in training/recipes.")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="May be repeated.")
     parser.add_argument("--from-scratch", action="store_true", help="Begin again, past any checkpoint.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of a mistake.")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@one_line_mistakes("train-tokenizer")
+def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     tokenizer_args, picture_args, training_args = parse_recipe(read_recipe(args.recipe, args.override))
+    if not args.from_scratch and is_finished(training_args):
+        return 0
     set_seed(training_args.seed)
     image_processor = NextFlowImageProcessor(**(picture_args.image_processor or {}))
     train, evaluation = build_datasets(picture_args, image_processor, seed=training_args.seed)
@@ -49,14 +57,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=image_processor,
     )
     checkpoint = None if args.from_scratch else last_checkpoint(training_args.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if evaluation is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_model()
-    trainer.save_state()
+
+    def save() -> None:
+        if evaluation is not None:
+            metrics = trainer.evaluate()
+            if trainer.is_world_process_zero():
+                write_json(Path(training_args.output_dir, "eval_results.json"), metrics)
+        trainer.save_model()
+
+    train_to_the_end(trainer, checkpoint, save)
     if train.bad_pictures:
         logger.warning("%d pictures were bad and skipped: %s", len(train.bad_pictures), train.bad_pictures[:100])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,14 +7,12 @@
       bad_rows.jsonl       all rows left out, with their source, id and cause
       index.json           the list of shards, written last: a folder without it is not finished, and not loaded
 
-Every file is written under another name, forced to the disk and renamed: a kill or a full disk leaves the old file or
-none, never half of one.
+Every file is written by atomic.py: a kill or a full disk leaves the old file or none, never half of one.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
+from ...atomic import write_file, write_json, write_text
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.processing_nextflow import NextFlowProcessor
 
@@ -45,29 +44,6 @@ SHARD_FEATURES = Features(
         "row_id": Value("string"),
     }
 )
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a file that is at `path` whole or not at all, even if the machine stops."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as a file of JSON, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def checksum(path: Path) -> str:
@@ -149,7 +125,7 @@ def write_shard(folder: Path, shard: int, rows: list[dict], *, num_read: int, ba
     """A shard of the `num_read` rows that were read for it, less those that are bad."""
     path = shard_path(folder, shard)
     table = pa.Table.from_pylist(rows, schema=SHARD_FEATURES.arrow_schema)
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    write_file(path, lambda temporary: pq.write_table(table, temporary))
     entry = {"file": path.name, "sha256": checksum(path), "num_rows": len(rows), "num_read": num_read}
     write_json(path.with_suffix(".json"), {**entry, "bad_rows": bad_rows})
 
@@ -161,7 +137,7 @@ def finish(folder: Path, num_shards: int) -> None:
     entries = [json.loads(shard_path(folder, shard).with_suffix(".json").read_text()) for shard in range(num_shards)]
     bad_rows = [row for entry in entries for row in entry.pop("bad_rows")]
     report = "".join(json.dumps(row) + "\n" for row in bad_rows)
-    write_atomically(folder / BAD_ROWS, lambda temporary: temporary.write_text(report))
+    write_text(folder / BAD_ROWS, report)
     totals = {"num_rows": sum(entry["num_rows"] for entry in entries), "num_bad_rows": len(bad_rows)}
     write_json(folder / INDEX, {**totals, "shards": entries})
     logger.warning(f"{folder}: {totals['num_rows']} rows in {num_shards} shards, {len(bad_rows)} bad rows left out")

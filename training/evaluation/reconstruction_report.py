@@ -9,7 +9,6 @@ column. r-FID is computed where `--features` names a feature model, and the numb
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedConfig
 
+from ...atomic import write_json
 from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report["bad_pictures"] = len(data.bad_pictures)
     logger.info("%s", "\n".join(f"{name:>20} {value:g}" for name, value in report.items()))
     if args.output is not None:
-        args.output.write_text(json.dumps({"model": args.model, "images": args.images, **report}, indent=2) + "\n")
+        write_json(args.output, {"model": args.model, "images": args.images, **report})
 
 
 __all__ = ["BatchMeasurement", "load_vision_tokenizer", "measure_batch", "reconstruction_report"]

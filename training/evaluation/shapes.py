@@ -6,7 +6,6 @@
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from nextflow_hf.atomic import write_json, write_text
 from nextflow_hf.processing.reasoning import join_reasoning
 from nextflow_hf.training.evaluation.shapes_report import ShapesReport, ShapesResult
 from nextflow_hf.training.evaluation.shapes_trials import KINDS, Conversation, Part, pictures_of, text_of
@@ -191,11 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     markdown = report.to_markdown()
     logger.info("\n%s", markdown)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "report.md").write_text(markdown)
+        write_text(args.out / "report.md", markdown)
         report.save_contact_sheets(args.out)
     if args.json is not None:
-        args.json.write_text(json.dumps(report.to_dict(), indent=2))
+        write_json(args.json, report.to_dict())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
+from ...atomic import write_file
 from .shapes_trials import KINDS
 
 
@@ -93,7 +94,7 @@ class ShapesReport:
         sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height), "white")
         for index, tile in enumerate(tiles):
             sheet.paste(tile, (index % columns * width, index // columns * height))
-        sheet.save(path)
+        write_file(path, sheet.save)
 
     def save_contact_sheets(self, folder: str | Path) -> list[Path]:
         """A contact sheet of each kind in `folder`, named by its plural."""

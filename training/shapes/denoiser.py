@@ -7,7 +7,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 from transformers import Trainer
 
-from ..checkpoints import last_checkpoint
+from ..checkpoints import StagedCheckpointsMixin, last_checkpoint
 from ..data.pictures import pixels_from_uint8
 from ..decoder_trainer import NextFlowDiffusionDecoderTrainingArguments, add_training_noise, training_scheduler
 
@@ -28,6 +28,10 @@ class DenoisingLoss(nn.Module):
         return {"loss": (weights * (predicted - target).square().flatten(1).mean(1)).mean()}
 
 
+class _DenoiserTrainer(StagedCheckpointsMixin, Trainer):
+    """Its checkpoints are whole, and it trains nothing after the last step."""
+
+
 def train_denoiser(
     unet: UNet2DConditionModel,
     scheduler: SchedulerMixin,
@@ -36,7 +40,7 @@ def train_denoiser(
 ) -> UNet2DConditionModel:
     """Trains on pictures uint8 (n, size, size, 3), from the last checkpoint of `args.output_dir` if there is one."""
     model = DenoisingLoss(unet, scheduler, args)
-    trainer = Trainer(
+    trainer = _DenoiserTrainer(
         model,
         args,
         train_dataset=pictures,

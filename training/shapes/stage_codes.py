@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nextflow_hf.atomic import replaced_folder
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from nextflow_hf.training.data.extraction import extract_codes
 from nextflow_hf.training.shapes.captions import describe
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=2)
     args = parser.parse_args(argv)
     processor = make_processor(args.shapes)
-    processor.save_pretrained(args.output_dir / "processor")
+    with replaced_folder(args.output_dir / "processor") as staging:
+        processor.save_pretrained(staging)
     vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(args.shapes / "vision_tokenizer").eval()
     for level in LEVELS:
         processor.image_processor.resolution = level

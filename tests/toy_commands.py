@@ -1,0 +1,148 @@
+"""Every command that trains or extracts, on toys: what it is given, and what must be the same at the end."""
+
+import json
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from toy_decoder import toy_base_model
+from toy_pipeline import toy_pipeline
+
+from nextflow_hf.training import extract, grpo, train, train_decoder, train_tokenizer
+
+
+TRAINING = {
+    "max_steps": 5, "save_steps": 2, "save_total_limit": 2, "per_device_train_batch_size": 2, "logging_steps": 1,
+    "learning_rate": 0.01, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+}  # fmt: skip
+GRPO = {
+    "data": {"shapes": {"num_rows": 24, "size": 16}},
+    "rewards": [{"name": "shapes_checks"}],
+    "training": {
+        **TRAINING, "per_device_train_batch_size": 4, "num_generations": 4, "bf16": False, "prefix_scales": 2,
+        "gradient_checkpointing": False,
+    },
+    "peft": {"r": 2, "target_modules": ["q_proj"]},
+}  # fmt: skip
+
+
+@dataclass
+class ToyCommand:
+    """
+    Args:
+        main (`Callable`): Of the command.
+        argv (`Callable`): Its arguments, of the folder to write.
+        results (`str`): Pattern of the files, in that folder, that depend on neither its name nor the time.
+    """
+
+    main: Callable[[list[str]], int]
+    argv: Callable[[Path], list[str]]
+    results: str = "**/*.safetensors"
+
+    def run(self, output: Path, *more: str) -> int:
+        return self.main([*self.argv(output), *more])
+
+    def start(self, output: Path, prepare: Callable[[], None] = lambda: None) -> multiprocessing.Process:
+        """The command in a process of its own, after `prepare`."""
+        process = multiprocessing.get_context("fork").Process(target=self._in_a_process, args=(output, prepare))
+        process.start()
+        return process
+
+    def _in_a_process(self, output: Path, prepare: Callable[[], None]) -> None:
+        torch.set_num_threads(1)  # another pool of threads does not survive the fork
+        output.parent.mkdir(parents=True, exist_ok=True)
+        prepare()
+        with open(os.devnull, "w") as sys.stdout, open(output.with_suffix(".log"), "a") as sys.stderr:
+            os.dup2(sys.stderr.fileno(), 2)
+            logging.basicConfig(force=True)  # not pytest's handlers
+            sys.exit(self.run(output))
+
+    def result(self, output: Path) -> dict[str, bytes]:
+        files = [path for path in output.glob(self.results) if "checkpoint-" not in str(path.relative_to(output))]
+        return {str(path.relative_to(output)): path.read_bytes() for path in files if not path.name.startswith(".")}
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Everything in a folder, with its times."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def toy_commands(folder: Path) -> dict[str, ToyCommand]:
+    """All of them, with what they need in `folder`."""
+    toy_pipeline().save_pretrained(folder / "model")
+    for name in ("transformer", "vision_tokenizer", "processor"):
+        getattr(toy_pipeline(), name).save_pretrained(folder / "model" / name)
+    for name in ("pictures", "captioned"):
+        (folder / name).mkdir()
+    for index in range(12):
+        pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        for name in ("pictures", "captioned"):
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+        (folder / "captioned" / f"{index}.txt").write_text(f"picture {index}")
+    toy_base_model("unet").save_pretrained(folder / "base_model")
+
+    def write(name: str, recipe: dict) -> str:
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        return str(folder / f"{name}.yaml")
+
+    source = {"path": str(folder / "captioned"), "format": "captioned_folder", "task": "text_to_image"}
+    data = {"model": str(folder / "model"), "sources": [source], "rows_per_shard": 2, "dtype": "float32"}
+    data |= {"batch_size": 1, "stopping_strategy": "all_exhausted_without_replacement"}
+    data = write("data", {**data, "output_dir": str(folder / "codes")})
+    assert extract.main([data]) == 0
+    transformer = {
+        **TRAINING, "max_steps": 13, "model_name_or_path": str(folder / "model" / "transformer"), "use_peft": True,
+        "lora_dropout": 0.3, "train_codes": [str(folder / "codes")],
+    }  # fmt: skip
+    tokenizer = {
+        **TRAINING, "max_steps": 13, "stage": "pixel", "train_images": str(folder / "pictures"),
+        "vision_tokenizer_name_or_path": str(folder / "model" / "vision_tokenizer"), "random_flip": True,
+        "image_processor": json.loads((folder / "model" / "processor" / "processor_config.json").read_text())[
+            "image_processor"
+        ],
+        "perceptual_loss_weight": 0.0, "ema_decay": 0.9,
+    }  # fmt: skip
+    tokenizer["image_processor"].pop("image_processor_type", None)
+    decoder = {
+        "base_model": str(folder / "base_model"), "denoiser": "unet", "training": {**TRAINING, "ema_decay": 0.9},
+        "stages": {"base": {}, "upscale": {"max_steps": 1}},
+    }  # fmt: skip
+    window = {**GRPO, "training": {**GRPO["training"], "num_iterations": 2, "save_steps": 1}}
+    recipes = {"train": transformer, "tokenizer": tokenizer, "decoder": decoder, "grpo": GRPO, "window": window}
+    recipes = {name: write(name, recipe) for name, recipe in recipes.items()}
+    model = str(folder / "model")
+    return {
+        "extract": ToyCommand(extract.main, lambda out: [data, "--output_dir", str(out)], "*[!g].*[!p]"),
+        "train": ToyCommand(train.main, lambda out: [recipes["train"], "--override", f"output_dir={out}"]),
+        "train-tokenizer": ToyCommand(
+            train_tokenizer.main, lambda out: [recipes["tokenizer"], "--override", f"output_dir={out}"]
+        ),
+        "train-decoder": ToyCommand(
+            train_decoder.main,
+            lambda out: [
+                "--recipe",
+                recipes["decoder"],
+                "--data",
+                data,
+                "--dtype",
+                "float32",
+                "--output-dir",
+                str(out),
+            ],
+        ),
+        "grpo": ToyCommand(
+            grpo.main, lambda out: ["--model", model, "--recipe", recipes["grpo"], "--output-dir", str(out)]
+        ),
+        "grpo in a rollout window": ToyCommand(
+            grpo.main, lambda out: ["--model", model, "--recipe", recipes["window"], "--output-dir", str(out)]
+        ),
+    }
