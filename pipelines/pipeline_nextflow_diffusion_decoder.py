@@ -23,7 +23,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import CogVideoXLoraLoaderMixin
-from diffusers.utils import load_image, replace_example_docstring
+from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -339,7 +339,8 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
         """Latents of the picture to begin with: `init_image`, or what the vision tokenizer decodes."""
         height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
         if init_image is not None:
-            init_image = [load_image(one) if isinstance(one, str) else one for one in init_image]
+            if any(isinstance(one, str) for one in init_image):
+                init_image = self.image_processor.fetch_images(init_image)
             pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in init_image])
         else:
             device = self._execution_device

@@ -228,5 +228,8 @@ def test_opening_images(tmp_path):
         open_image(picture(0), 300)
     with pytest.raises(FileNotFoundError):
         open_image({"bytes": None, "path": str(tmp_path / "b.png")}, MAX_PIXELS)
-    with pytest.raises(ValueError, match="cannot be fetched"):
+    with pytest.raises(ValueError, match="cannot be fetched: 127.0.0.1 has the address .* not public"):
         open_image("http://127.0.0.1:9/a.png", MAX_PIXELS)
+    for path in ("ftp://127.0.0.1/a.png", "zip://a.png::http://127.0.0.1/a.zip", "filecache::http://127.0.0.1/a.png"):
+        with pytest.raises(ValueError, match="may lead to a private address, expected some of"):
+            open_image(path, MAX_PIXELS)

@@ -4,7 +4,6 @@ The image processor makes the pixels; what it refuses (corrupt files, absurd rat
 picture, and skipped and counted or raised. A picture is a function of (seed, epoch, index), whatever the workers.
 """
 
-import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ...processing.image_processing_nextflow import NextFlowImageProcessor, load_rgb
+from ...processing.image_processing_nextflow import NextFlowImageProcessor
+from .messages import open_image
 
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ class NextFlowPictureDataset(Dataset):
         encoded = self.rows[index]["image"]
         if encoded is None:
             raise ValueError("the image is missing")
-        source = encoded["path"] if encoded["bytes"] is None else Image.open(io.BytesIO(encoded["bytes"]))
-        picture = load_rgb(source, self.image_processor.max_pixels)
+        picture = open_image(encoded, self.image_processor.max_pixels)
         if self.random_crop < 1 or self.random_flip:
             picture = self._augment(picture, np.random.default_rng((self.seed, int(self.epoch[0]), index)))
         inputs = self.image_processor(picture, return_tensors="pt")
