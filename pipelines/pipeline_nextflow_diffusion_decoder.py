@@ -231,6 +231,9 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
             raise ValueError("`image_codes` and `image_grids` go together, got one of them")
         if image is not None and self.image_processor is None:
             raise ValueError("`image` needs the component `image_processor`, which is None: pass `image_codes`")
+        names = [one for one in (init_image if isinstance(init_image, list) else [init_image]) if isinstance(one, str)]
+        if names and self.image_processor is None:
+            raise ValueError(f"`init_image` has {names[0]!r}, which needs `image_processor`: pass a PIL image")
         if init_image is not None and strength == 1:
             raise ValueError("`init_image` is given but `strength` is 1, expected less: at 1 all begins with noise")
         if output_type not in OUTPUT_TYPES:

@@ -184,7 +184,21 @@ HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "valu
         ("interleaved", {"texts": ["a"], "images": [None, b"1"]}, "got 1 texts and 2 images"),
         ("interleaved", {"texts": ["a"], "images": [b"1"]}, "place 0 has both a text and an image"),
         ("interleaved", {"texts": [None], "images": [None]}, "a message of the assistant is empty"),
-        ("interleaved", {"texts": ["a"], "images": [{"matched_text_index": 3}]}, r"before the texts \[3\]"),
+        *(
+            ("interleaved", {"texts": ["a"], "images": [{"matched_text_index": place, "image_name": "x"}]}, message)
+            for place, message in (
+                (3, "before the text 3, but there are 1"),
+                (-1, "before the text -1"),
+                (None, "None"),
+            )
+        ),
+        ("interleaved", {"texts": ["a"], "images": [{"matched_text_index": 0}]}, "has none of image, image_name"),
+        ("interleaved", {"texts": ["a"], "images": [{"matched_text_index": 0, "image": b"1"}, None]}, "is None, exp"),
+        ("conversation", {"conversations": [None, GPT]}, "a turn is None, expected a dictionary"),
+        ("messages", {"messages": [None]}, "a message is None, expected a dictionary"),
+        ("messages", {"messages": [{"role": "user", "content": [None]}]}, "a part of a message is None"),
+        ("text", {"text": "half \ud800"}, "a text is not Unicode"),
+        ("text_to_image", {"image": 5, "text": "x"}, r"images are \['int'\], expected paths"),
         ("text", {"text": ""}, "a text is empty"),
         ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
         ("messages", {"messages": [{"role": "assistant", "content": "x"}], "images": [b"1"]}, "1 images for 0"),

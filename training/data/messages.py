@@ -18,8 +18,17 @@ from ...processing.image_loading_nextflow import MAX_BYTES, load_image
 _FILE_SYSTEMS = {"file", "local", "memory", "zip", "tar", "hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 
 
+_IMAGE_TYPES = (str, bytes, np.ndarray, Image.Image)
+
+
 class BadRowError(ValueError):
     """A row that cannot be trained on: its message says what it has and what was expected."""
+
+
+def bad_row_reason(error: Exception) -> str:
+    """What to say of a row that raised `error`."""
+    says_all = type(error) in (BadRowError, ValueError, FileNotFoundError)
+    return str(error) if says_all else f"{type(error).__name__}: {error}"
 
 
 def text_part(text: Any) -> dict:
@@ -28,6 +37,10 @@ def text_part(text: Any) -> dict:
         raise BadRowError(f"a text is {type(text).__name__}, expected a string")
     if not text.strip():
         raise BadRowError("a text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can escape halves of characters
+        raise BadRowError(f"a text is not Unicode: {error}") from error
     return {"type": "text", "text": text}
 
 
@@ -48,6 +61,14 @@ def check_messages(messages: list[dict], images: list) -> None:
         raise BadRowError(f"got {len(images)} images for {expected} image parts")
     if missing := [index for index, image in enumerate(images) if is_missing(image)]:
         raise BadRowError(f"images {missing} of {len(images)} are missing")
+    if foreign := [type(image).__name__ for image in images if not _may_be_image(image)]:
+        raise BadRowError(f"images are {foreign}, expected paths, bytes, arrays or PIL images")
+
+
+def _may_be_image(image: Any) -> bool:
+    if isinstance(image, dict):
+        return isinstance(image.get("bytes"), bytes | None) and isinstance(image.get("path"), str | None)
+    return isinstance(image, _IMAGE_TYPES)
 
 
 def is_missing(image: Any) -> bool:

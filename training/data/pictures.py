@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
-from .messages import open_image
+from .messages import bad_row_reason, open_image
 
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,10 @@ class NextFlowPictureDataset(Dataset):
                 continue
             try:
                 return self._load(candidate)
-            except (ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
-                message = f"picture {candidate} ({self._name(candidate)}) is bad: {error}"
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever this one image raises, as in the extraction of rows
+                message = f"image {candidate} ({self._name(candidate)}) is bad: {bad_row_reason(error)}"
                 if self.on_bad_picture == "raise":
                     raise ValueError(message) from error
                 logger.warning("%s; the next one takes its place", message)
@@ -133,7 +135,10 @@ class NextFlowPictureDataset(Dataset):
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
 
     def _name(self, index: int) -> str:
-        encoded = self.rows[index]["image"] or {}
+        try:
+            encoded = self.rows[index]["image"] or {}
+        except ValueError:  # its row cannot be read
+            encoded = {}
         return encoded.get("path") or "no path"
 
 
