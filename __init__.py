@@ -19,6 +19,7 @@ _MODULE_OF_NAME = {
     "NextFlowForConditionalGeneration": "modeling_nextflow.modeling_nextflow_conditional_generation",
     "NextFlowGenerationConfig": "modeling_nextflow.generation_configuration_nextflow",
     "NextFlowVisionTokenizer": "modeling_nextflow.modeling_nextflow_vision_tokenizer",
+    "load_image": "processing.image_loading_nextflow",
     "NextFlowImageProcessor": "processing.image_processing_nextflow",
     "NextFlowImageProcessorPil": "processing.image_processing_nextflow",
     "NextFlowProcessor": "processing.processing_nextflow",

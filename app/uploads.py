@@ -1,11 +1,11 @@
 """What may come in from a browser: images of a few formats, limited in bytes and in pixels, judged by their header.
 
-Nothing is decoded here. What the header cannot say (whether the pixels are all there) the image processor finds out.
+Nothing is decoded here: whether the pixels are all there is found out when the image is used.
 """
 
 import os
 
-from PIL import Image, UnidentifiedImageError
+from nextflow_hf.processing.image_loading_nextflow import open_header
 
 
 MAX_BYTES = 20 * 1024**2
@@ -17,21 +17,8 @@ FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 
 def check_image(path: str, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> None:
     """`ValueError` with the cause if the file is no image, too large a file, or an image of too many pixels."""
-    name, size = os.path.basename(path), os.path.getsize(path)
-    if size > max_bytes:
-        raise ValueError(f"{name} has {size:,} bytes, expected at most {max_bytes:,}")
-    try:
-        with Image.open(path, formats=FORMATS) as image:  # reads the header only
-            width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} looks like a decompression bomb and was not decoded: {error}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} is not an image of the formats {', '.join(FORMATS)}, or it is damaged") from error
-    if width * height > max_pixels:
-        raise ValueError(
-            f"{name} has {width * height:,} pixels ({width} x {height}) and was not decoded: expected at most "
-            f"{max_pixels:,}"
-        )
+    with open_header(path, max_pixels, max_bytes=max_bytes, formats=FORMATS, name=os.path.basename(path)):
+        pass
 
 
 def check_images(paths: list[str]) -> None:

@@ -20,6 +20,7 @@ from nextflow_hf.commands.output import folder_for, numbered
 
 if TYPE_CHECKING:
     import PIL.Image
+    from transformers import BatchFeature
 
     from nextflow_hf import NextFlowPipeline
 
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     # 1. What to encode
-    sources = [existing_file(path) for path in args.image]
+    # One image that is not there is a mistake at once; among several, it is left out like any bad one.
+    sources = [existing_file(path) if len(args.image) == 1 else path.resolve() for path in args.image]
     paths = _output_paths(args.output, sources)
     given = [name for name in options.DECODING if name != "decoder" and getattr(args, name) is not None]
     if given and args.decoder != "diffusion":
@@ -68,30 +70,40 @@ def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     recorder = records.Recorder("reconstruct", args, RECORDED, loading.drawing_modules(pipe, args.decoder))
 
     # 3. There and back, one by one: their sizes differ
-    described = []
+    described, left_out = [], []
     for source, path in zip(sources, paths, strict=True):
-        original, image, measured = _there_and_back(pipe, args, source)
+        try:
+            inputs = pipe.processor.image_processor(source, return_tensors="pt", **_given(resolution=args.resolution))
+        except (ValueError, OSError) as error:
+            if len(sources) == 1:
+                raise
+            console.warn(f"left out {source}: {error}")
+            left_out.append({"source": str(source), "error": str(error)})
+            console.status = 1
+            continue
+        original, image, measured = _there_and_back(pipe, args, source, inputs)
         recorder.save(_beside(original, image) if args.compare else image, path, image=[source])
         described.append({"path": str(path), "source": str(source), **measured})
         console.show(
             f"{path}  {image.width} x {image.height}, {measured['codes']} codes ({measured['bits_per_pixel']:.3f} "
             f"bits a pixel), PSNR {measured['psnr']:.2f} dB"
         )
-    return {"model": args.model, "device": args.device, "dtype": args.dtype, "images": described}
+    return {"model": args.model, "device": args.device, "dtype": args.dtype, "images": described, "left_out": left_out}
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _there_and_back(
-    pipe: "NextFlowPipeline", args: argparse.Namespace, source: Path
+    pipe: "NextFlowPipeline", args: argparse.Namespace, source: Path, inputs: "BatchFeature"
 ) -> tuple["PIL.Image.Image", "PIL.Image.Image", dict[str, Any]]:
     """The image as the model sees it, what becomes of it, and how near that is."""
     import torch
 
-    image_processor = pipe.processor.image_processor
-    resolution = {} if args.resolution is None else {"resolution": args.resolution}
-    inputs = image_processor(source, return_tensors="pt", **resolution)
-    (original,) = image_processor.post_process_images(inputs["pixel_values"], inputs["image_grids"])
+    (original,) = pipe.processor.image_processor.post_process_images(**inputs)
     start = time.perf_counter()
-    codes, grids = pipe.encode_images(source, **resolution)
+    codes, grids = pipe.encode_images(source, **_given(resolution=args.resolution))
     num_scales = int((grids[0, :, 0] > 0).sum())
     if args.num_scales is not None:
         if not 1 <= args.num_scales <= num_scales:
@@ -105,7 +117,7 @@ def _there_and_back(
             grids,
             num_scales=num_scales,
             generator=torch.Generator().manual_seed(args.seed),
-            **{name: value for name, value in settings.items() if value is not None},
+            **_given(**settings),
         ).images
     else:
         (image,) = pipe.decode_codes(codes, grids, num_scales=num_scales)

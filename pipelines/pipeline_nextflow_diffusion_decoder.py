@@ -23,7 +23,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import CogVideoXLoraLoaderMixin
-from diffusers.utils import load_image, replace_example_docstring
+from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -231,6 +231,9 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
             raise ValueError("`image_codes` and `image_grids` go together, got one of them")
         if image is not None and self.image_processor is None:
             raise ValueError("`image` needs the component `image_processor`, which is None: pass `image_codes`")
+        names = [one for one in (init_image if isinstance(init_image, list) else [init_image]) if isinstance(one, str)]
+        if names and self.image_processor is None:
+            raise ValueError(f"`init_image` has {names[0]!r}, which needs `image_processor`: pass a PIL image")
         if init_image is not None and strength == 1:
             raise ValueError("`init_image` is given but `strength` is 1, expected less: at 1 all begins with noise")
         if output_type not in OUTPUT_TYPES:
@@ -339,7 +342,8 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
         """Latents of the picture to begin with: `init_image`, or what the vision tokenizer decodes."""
         height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
         if init_image is not None:
-            init_image = [load_image(one) if isinstance(one, str) else one for one in init_image]
+            if any(isinstance(one, str) for one in init_image):
+                init_image = self.image_processor.fetch_images(init_image)
             pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in init_image])
         else:
             device = self._execution_device

@@ -3,6 +3,7 @@
 # First, before any of our modules: importing transformers registers them with its auto classes (registration.py).
 import transformers  # noqa: F401
 
+from .image_loading_nextflow import load_image
 from .image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
 from .processing_nextflow import NextFlowProcessor
 from .reasoning import THINKING_PROMPT, join_reasoning, split_reasoning
@@ -18,5 +19,6 @@ __all__ = [
     "THINKING_PROMPT",
     "extend_tokenizer",
     "join_reasoning",
+    "load_image",
     "split_reasoning",
 ]

@@ -1,30 +1,25 @@
 """Any image -> the pixels of its bucket, and back (§2.1; resize rule not specified by the paper).
 
-Every input becomes an upright 8-bit RGB picture first (`load_rgb`), then the nearest bucket's size: resized to cover
-it, centre-cropped. What cannot be read faithfully is refused with its cause. Knows no tokens; the schedule is data to
-it. The crop box and all that comes before it are free of frameworks and shared by the PIL and the torchvision backend.
+Every input becomes upright 8-bit RGB first (image_loading_nextflow.py), then the nearest bucket's size: resized to
+cover it, centre-cropped. Knows no tokens; the schedule is data to it. The crop box and all that comes before it are
+free of frameworks and shared by the PIL and the torchvision backend.
 """
 
-import base64
-import binascii
 import math
-import struct
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from io import BytesIO
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, load_image
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, is_torchvision_available
 
+from .image_loading_nextflow import MAX_PIXELS, load_image
 from .scale_schedule import ScaleSchedule, num_cells
 
 
@@ -48,167 +43,6 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     min_bucket_fill: float
     max_aspect_ratio: float
     max_pixels: int
-
-
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """Turns whatever Pillow's decoders raise, and its decompression bomb warning, into a `ValueError` about `name`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} looks like a decompression bomb and was not decoded: {error}") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} does not exist") from error
-    except (OSError, SyntaxError, EOFError, IndexError, TypeError, struct.error) as error:
-        # SyntaxError is what Pillow raises for a broken PNG.
-        raise ValueError(f"{name} is truncated, corrupt or not an image: {error}") from error
-
-
-def _check_size(height: int, width: int, max_pixels: int, name: str) -> None:
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} is {height} x {width} pixels (height x width), expected at least 1 x 1")
-    if height * width > max_pixels:
-        raise ValueError(f"{name} has {height * width} pixels ({height} x {width}), expected at most {max_pixels}")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation shows it. A broken EXIF block costs the orientation, not the image."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, struct.error, ValueError, TypeError, KeyError) as error:
-        warnings.warn(f"the image's EXIF block cannot be read, its orientation is ignored: {error}", stacklevel=2)
-        return image.copy()
-
-
-def _picture_to_rgb(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
-    """
-    First frame of a PIL image of any mode -> upright RGB, transparency on white. The caller's image is left as is.
-    """
-    _check_size(image.height, image.width, max_pixels, name)  # known from the header: nothing is decoded yet
-    with _decoding(name):
-        frames = getattr(image, "n_frames", 1)  # only the formats that can hold several have it
-        if frames > 1 and image.format != "MPO":  # a phone's MPO is one picture with extras
-            warnings.warn(f"{name} has {frames} frames, only the first is used", stacklevel=2)
-        if frames > 1 and image.tell() != 0:
-            frame = image.tell()
-            image.seek(0)
-            first = image.copy()
-            image.seek(frame)
-            image = first
-        image.load()
-    image = _upright(image)
-
-    if image.mode.startswith("I"):  # 16 bits: I;16 in its byte orders, and I where a decoder has no narrower mode
-        return _array_to_rgb(np.asarray(image), None, max_pixels, name, bits=16)
-    if image.mode == "F":
-        return _array_to_rgb(np.asarray(image), None, max_pixels, name)
-    try:
-        if image.has_transparency_data:  # RGBA, LA, PA, and a transparent palette entry or colour
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"{name} has mode {image.mode}, which cannot become RGB: {error}") from error
-
-
-def _array_to_rgb(
-    array: np.ndarray, channels_last: bool | None, max_pixels: int, name: str, bits: int | None = None
-) -> Image.Image:
-    """
-    An array of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels -> RGB. 8-bit and 16-bit integers and
-    booleans span their whole range, floats span [0, 1]. `channels_last` says which layout wins where both fit (None:
-    only 2D).
-    """
-    if 0 in array.shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected at least one pixel")
-    if array.ndim == 3:
-        last, first = array.shape[2] in (1, 3, 4), array.shape[0] in (1, 3, 4)
-        if not (last or first):
-            raise ValueError(f"{name} has shape {array.shape}, expected 1, 3 or 4 channels first or last")
-        if not last or (first and not channels_last):
-            array = np.moveaxis(array, 0, 2)
-    elif array.ndim != 2:
-        raise ValueError(f"{name} has {array.ndim} dimensions {array.shape}, expected 2 or 3")
-    _check_size(*array.shape[:2], max_pixels, name)
-
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} has {int((~np.isfinite(array)).sum())} non-finite values, expected none")
-        low, high = float(array.min()), float(array.max())
-        if low < 0 or high > 1:
-            raise ValueError(
-                f"{name} is of floats in [{low:g}, {high:g}], expected [0, 1] (give 0 to 255 as 8-bit integers)"
-            )
-        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
-    elif np.issubdtype(array.dtype, np.integer):
-        if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-            bits = 16
-        limit = 65535 if bits == 16 else 255
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high > limit:
-            raise ValueError(f"{name} is of integers in [{low}, {high}], expected [0, {limit}]")
-        if bits == 16:
-            array = np.rint(array.astype(np.float32) / 257)  # 65535 / 257 = 255
-        array = array.astype(np.uint8)
-    else:
-        raise ValueError(f"{name} has dtype {array.dtype}, expected integers, floats or booleans")
-
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    return _picture_to_rgb(Image.fromarray(np.ascontiguousarray(array)), max_pixels, name)
-
-
-def load_rgb(source: Any, max_pixels: int, channels_last: bool | None = None) -> Image.Image:
-    """
-    One image of any supported kind -> upright 8-bit RGB picture, transparency composited on white.
-
-    Args:
-        source (`PIL.Image.Image`, `str`, `Path`, `bytes`, `np.ndarray` or `torch.Tensor`):
-            A string is a path, an `http(s)://` address or a `data:image/...;base64,` URI, bytes are those of a file.
-            Arrays are channels last unless only channels first fits, tensors the other way round; floats in [0, 1],
-            integers over their whole range.
-        max_pixels (`int`): Refuse larger images, before decoding where the header says so.
-        channels_last (`bool`, *optional*): Overrides the layout that wins where both fit.
-
-    Raises:
-        `FileNotFoundError` for a path that does not exist, `TypeError` for another kind of object, `ValueError` for
-        everything that cannot be read faithfully, with the cause and the numbers.
-    """
-    if isinstance(source, Image.Image):
-        return _picture_to_rgb(source, max_pixels, "the image")
-    if isinstance(source, torch.Tensor):
-        source = source.detach().cpu()
-        source = source.float() if source.is_floating_point() else source
-        return _array_to_rgb(source.numpy(), bool(channels_last), max_pixels, "the image tensor")
-    if isinstance(source, np.ndarray):
-        return _array_to_rgb(source, channels_last in (None, True), max_pixels, "the image array")
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        with _decoding(source):
-            image = load_image(source)
-        return _picture_to_rgb(image, max_pixels, source)
-    if isinstance(source, str) and source.startswith("data:image/"):
-        name = "the data URI"
-        try:
-            source = BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
-        except binascii.Error as error:
-            raise ValueError(f"the data URI is not base64: {error}") from error
-    elif isinstance(source, (str, Path)):
-        name = f"the image file {str(source)!r}"
-    elif isinstance(source, bytes):
-        name, source = f"the image file of {len(source)} bytes", BytesIO(source)
-    else:
-        raise TypeError(
-            f"an image is a {type(source).__name__}, expected a PIL image, a path, bytes, a numpy array or a torch "
-            "tensor"
-        )
-    with _decoding(name):
-        image = Image.open(source)
-    with image:
-        return _picture_to_rgb(image, max_pixels, name)
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -276,7 +110,7 @@ class _NextFlowImageProcessing:
     bucket_area = ScaleSchedule.bucket_area
     min_bucket_fill = ScaleSchedule.min_bucket_fill
     max_aspect_ratio = ScaleSchedule.max_aspect_ratio
-    max_pixels = 178_956_970  # where Pillow itself stops; at half of it, from files, it warns and we refuse
+    max_pixels = MAX_PIXELS
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -299,16 +133,33 @@ class _NextFlowImageProcessing:
             kwargs["scale_bases"] = list(kwargs["scale_bases"])  # as it is when it was saved and loaded
         return kwargs
 
-    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        return flatten_images(images)
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[Any]:
+        images = flatten_images(images)
+        names = [None] if len(images) == 1 else [f"images[{index}]" for index in range(len(images))]
+        return [self.process_image(image, name=name, **kwargs) for image, name in zip(images, names, strict=True)]
 
-    def _rgb_picture(
-        self, image: Any, *, do_convert_rgb: bool | None, input_data_format: str | None, max_pixels: int
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Paths and addresses, alone or in (nested) lists, as [`load_image`] reads them."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(one) for one in image_url_or_urls]
+        return (
+            load_image(image_url_or_urls, self.max_pixels) if isinstance(image_url_or_urls, str) else image_url_or_urls
+        )
+
+    def _load(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | None = None,
+        max_pixels: int | None = None,
+        name: str | None = None,
+        **kwargs,
     ) -> Image.Image:
         if not do_convert_rgb and isinstance(image, Image.Image) and image.mode != "RGB":
             raise ValueError(f"without do_convert_rgb the image has mode {image.mode}, expected RGB")
         channels_last = None if input_data_format is None else str(input_data_format).lower().endswith("last")
-        return load_rgb(image, max_pixels, channels_last)
+        max_pixels = self.max_pixels if max_pixels is None else max_pixels
+        return load_image(image, max_pixels, channels_last=channels_last, name=name)
 
     def _preprocess(
         self,
@@ -427,21 +278,8 @@ class NextFlowImageProcessorPil(_NextFlowImageProcessing, PilBackend):
     given per call.
     """
 
-    def process_image(
-        self,
-        image: Any,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | None = None,
-        max_pixels: int | None = None,
-        **kwargs,
-    ) -> np.ndarray:
-        picture = self._rgb_picture(
-            image,
-            do_convert_rgb=do_convert_rgb,
-            input_data_format=input_data_format,
-            max_pixels=self.max_pixels if max_pixels is None else max_pixels,
-        )
-        return np.asarray(picture).transpose(2, 0, 1)
+    def process_image(self, image: Any, **kwargs) -> np.ndarray:
+        return np.asarray(self._load(image, **kwargs)).transpose(2, 0, 1)
 
     def _resize_box(
         self,
@@ -463,22 +301,8 @@ if is_torchvision_available():
         [`NextFlowImageProcessorPil`] on tensors: the box is rounded to whole pixels, the filter runs on `device`.
         """
 
-        def process_image(
-            self,
-            image: Any,
-            do_convert_rgb: bool | None = None,
-            input_data_format: str | None = None,
-            device: str | torch.device | None = None,
-            max_pixels: int | None = None,
-            **kwargs,
-        ) -> torch.Tensor:
-            picture = self._rgb_picture(
-                image,
-                do_convert_rgb=do_convert_rgb,
-                input_data_format=input_data_format,
-                max_pixels=self.max_pixels if max_pixels is None else max_pixels,
-            )
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        def process_image(self, image: Any, device: str | torch.device | None = None, **kwargs) -> torch.Tensor:
+            pixels = torch.from_numpy(np.array(self._load(image, **kwargs))).permute(2, 0, 1)
             return pixels if device is None else pixels.to(device)
 
         def _resize_box(

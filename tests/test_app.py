@@ -61,16 +61,14 @@ def test_images_are_judged_by_their_header(tmp_path, monkeypatch):
         check_image(str(path))
     with pytest.raises(ValueError, match=r"good.png has \d+ bytes, expected at most 104"):
         check_image(good, max_bytes=104)
-    with pytest.raises(
-        ValueError, match=r"good.png has 240 pixels \(20 x 12\) and was not decoded: expected at most 239"
-    ):
+    with pytest.raises(ValueError, match=r"good.png has 240 pixels \(12 x 20\), expected at most 239"):
         check_image(good, max_pixels=239)
-    with pytest.raises(ValueError, match=r"large.png has 80,000,000 pixels \(10000 x 8000\)"):
+    with pytest.raises(ValueError, match=r"large.png has 80000000 pixels \(8000 x 10000\)"):
         check_image(bomb(tmp_path / "large.png", 10_000, 8_000))
     with pytest.raises(ValueError, match="bomb.png looks like a decompression bomb and was not decoded"):
         check_image(bomb(tmp_path / "bomb.png", 100_000, 100_000))
     for path in (text, drawing):
-        with pytest.raises(ValueError, match=f"{path.name} is not an image of the formats PNG, JPEG, "):
+        with pytest.raises(ValueError, match=f"{path.name} is truncated, .*not an image of the formats PNG, JPEG, "):
             check_image(str(path))
     with pytest.raises(ValueError, match=f"got {MAX_IMAGES + 1} images, expected at most {MAX_IMAGES}"):
         check_images([good] * (MAX_IMAGES + 1))
@@ -212,7 +210,7 @@ def test_refused_uploads_are_left_out_and_named(app, tmp_path, monkeypatch):
     monkeypatch.setattr(gr, "Warning", lambda message, title: warnings.append(message))
     good, large = picture(tmp_path / "good.png"), bomb(tmp_path / "large.png", 10_000, 8_000)
     assert app.keep_fit([(large, None), (good, None)]) == [(good, None)]
-    assert len(warnings) == 1 and "large.png has 80,000,000 pixels" in warnings[0]
+    assert len(warnings) == 1 and "large.png has 80000000 pixels" in warnings[0]
     assert len(app.keep_fit([(good, None)] * (MAX_IMAGES + 2))) == MAX_IMAGES
     assert app.keep_fit(None) == []
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +241,18 @@ def test_the_first_scales_beside_the_original(command_line, model_folder, tmp_pa
         assert both.crop((16, 0, 32, 16)).tobytes() == expected.tobytes()
         assert both.crop((0, 0, 16, 16)).tobytes() == pixels(source)[1]
     assert "PSNR" in command_line.run(*run)
+
+
+def test_one_bad_image_among_several_ends_nothing(command_line, model_folder, tmp_path):
+    good = [save_picture(tmp_path / name) for name in ("a.png", "c.png")]
+    bad = tmp_path / "b.png"
+    bad.write_bytes(good[0].read_bytes()[:60])
+    run = ["reconstruct", good[0], bad, tmp_path / "none.png", good[1], "--model", model_folder, "--output", "out"]
+    assert command_line.run(*run, status=1).count("PSNR") == 2
+    assert "b.png' is truncated, corrupt" in command_line.errors and "none.png' does not" in command_line.errors
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a-reconstructed.png", "c-reconstructed.png"]
+    said = command_line.json(*run, status=1)
+    assert [Path(one["source"]).name for one in said["left_out"]] == ["b.png", "none.png"]
 
 
 def test_through_the_diffusion_decoder(command_line, tmp_path, monkeypatch):

@@ -184,7 +184,21 @@ HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "valu
         ("interleaved", {"texts": ["a"], "images": [None, b"1"]}, "got 1 texts and 2 images"),
         ("interleaved", {"texts": ["a"], "images": [b"1"]}, "place 0 has both a text and an image"),
         ("interleaved", {"texts": [None], "images": [None]}, "a message of the assistant is empty"),
-        ("interleaved", {"texts": ["a"], "images": [{"matched_text_index": 3}]}, r"before the texts \[3\]"),
+        *(
+            ("interleaved", {"texts": ["a"], "images": [{"matched_text_index": place, "image_name": "x"}]}, message)
+            for place, message in (
+                (3, "before the text 3, but there are 1"),
+                (-1, "before the text -1"),
+                (None, "None"),
+            )
+        ),
+        ("interleaved", {"texts": ["a"], "images": [{"matched_text_index": 0}]}, "has none of image, image_name"),
+        ("interleaved", {"texts": ["a"], "images": [{"matched_text_index": 0, "image": b"1"}, None]}, "is None, exp"),
+        ("conversation", {"conversations": [None, GPT]}, "a turn is None, expected a dictionary"),
+        ("messages", {"messages": [None]}, "a message is None, expected a dictionary"),
+        ("messages", {"messages": [{"role": "user", "content": [None]}]}, "a part of a message is None"),
+        ("text", {"text": "half \ud800"}, "a text is not Unicode"),
+        ("text_to_image", {"image": 5, "text": "x"}, r"images are \['int'\], expected paths"),
         ("text", {"text": ""}, "a text is empty"),
         ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
         ("messages", {"messages": [{"role": "assistant", "content": "x"}], "images": [b"1"]}, "1 images for 0"),
@@ -228,5 +242,8 @@ def test_opening_images(tmp_path):
         open_image(picture(0), 300)
     with pytest.raises(FileNotFoundError):
         open_image({"bytes": None, "path": str(tmp_path / "b.png")}, MAX_PIXELS)
-    with pytest.raises(ValueError, match="cannot be fetched"):
+    with pytest.raises(ValueError, match="cannot be fetched: 127.0.0.1 has the address .* not public"):
         open_image("http://127.0.0.1:9/a.png", MAX_PIXELS)
+    for path in ("ftp://127.0.0.1/a.png", "zip://a.png::http://127.0.0.1/a.zip", "filecache::http://127.0.0.1/a.png"):
+        with pytest.raises(ValueError, match="may lead to a private address, expected some of"):
+            open_image(path, MAX_PIXELS)

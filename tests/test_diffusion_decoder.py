@@ -15,7 +15,7 @@ from toy_decoder import (
     toy_t5,
     toy_vae,
 )
-from toy_pipeline import toy_pipeline
+from toy_pipeline import toy_pipeline, toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline, NextFlowPipeline
 from nextflow_hf.hub_cards.cards import create_card
@@ -184,7 +184,7 @@ def codes_of_one(codes, grids, index):
 
 
 @pytest.mark.parametrize("family", ["unet", "flux"])
-def test_strength_begins_with_the_vq_image_or_another(pipes, family):
+def test_strength_begins_with_the_vq_image_or_another(pipes, family, tmp_path, monkeypatch):
     pipe = pipes[family]
     codes, grids = codes_of(pipe, (3, 5))
     options = {"num_inference_steps": 4, "strength": 0.5, "generator": generators(0)}
@@ -197,6 +197,13 @@ def test_strength_begins_with_the_vq_image_or_another(pipes, family):
     torch.testing.assert_close(start, encode_latents(pipe.vae, vq))
     red = Image.new("RGB", (30, 18), "red")
     given = pipe.encode_start(codes, grids, init_image=[red])
+    red.save(tmp_path / "red.png")
+    path = str(tmp_path / "red.png")
+    monkeypatch.setattr(pipe, "image_processor", toy_processor().image_processor)
+    assert torch.equal(pipe.encode_start(codes, grids, init_image=[path]), given)
+    monkeypatch.setattr(pipe, "image_processor", None)
+    with pytest.raises(ValueError, match="which needs `image_processor`: pass a PIL image"):
+        pipe(image_codes=codes, image_grids=grids, init_image=path, strength=0.5)
     pixels = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 12, 20)
     torch.testing.assert_close(given, encode_latents(pipe.vae, pixels), atol=1e-4, rtol=1e-3)
     timestep = pipe.prepare_timesteps(4, 0.5, (6, 10))[0]

@@ -53,6 +53,16 @@ def test_without_self_correction_all_codes_are_clean(tmp_path):
         assert row["image_codes"].tolist() == row["image_target_codes"].tolist()
 
 
+def test_rows_for_evaluation_are_clean_whatever_else_is_set(tmp_path):
+    options = {"text_drop_rate": 1.0, "image_drop_rate": 1.0, "self_correction_samples": 1.0}
+    rows = extract(tmp_path / "evaluation", purpose="evaluation", **options)
+    plain = extract(tmp_path / "plain", self_correction=False)
+    assert list(rows["is_clean"]) == [True] * 10 == list(plain["is_clean"])
+    for ours, theirs in zip(rows, plain, strict=True):
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert not any(extract(tmp_path / "training", **options)["is_clean"])
+
+
 def test_a_killed_extraction_goes_on_and_gives_the_same(tmp_path):
     whole = extract(tmp_path / "whole")
 

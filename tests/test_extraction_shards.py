@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from accelerate import PartialState
 from data_files import example_config, picture, write_example
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as Pillow
 from toy_pipeline import toy_processor, toy_vision_tokenizer
 
@@ -223,6 +223,73 @@ def test_bad_rows_are_left_out_and_reported(whole, tmp_path, caplog):
         assert cause in entry["reason"]
 
 
+class Rows(list):
+    """Of which one cannot even be read."""
+
+    def __getitem__(self, number: int) -> dict:
+        if number == 6:
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        return super().__getitem__(number)
+
+
+def foreign_rows() -> Rows:
+    """Rows whose errors are none of ours."""
+    rows = Rows(dict(row) for row in ROWS)
+    rows[0]["messages"] = [None, ROWS[0]["messages"][1]]
+    rows[1]["messages"] = [{"role": "user", "content": [None]}, ROWS[1]["messages"][1]]
+    rows[2]["images"] = [3]
+    rows[3]["images"] = ["nosuchfs://a/b.png"]
+    rows[4] = None
+    return rows
+
+
+def test_whatever_a_row_raises_is_skipped_and_named(tmp_path, caplog):
+    extract(tmp_path / "skip", foreign_rows(), on_bad_row="skip", allow_private_addresses=True)
+    assert list(load_codes(tmp_path / "skip")["row_id"]) == ["id 5"]
+    report = [json.loads(line) for line in (tmp_path / "skip" / "bad_rows.jsonl").read_text().splitlines()]
+    assert [entry["number"] for entry in report] == [0, 1, 2, 3, 4, 6]
+    causes = [
+        "NoneType",
+        "NoneType",
+        "is a int, expected a PIL image",
+        "nosuchfs",
+        "a row is None",
+        "UnicodeDecodeError",
+    ]
+    for cause, entry in zip(causes, report, strict=True):
+        assert cause in entry["reason"]
+    assert "1 bad rows: a row is None, expected a dictionary" in caplog.text
+    for number, row in enumerate(foreign_rows()[:5]):
+        with pytest.raises(BadRowError, match=rf"row '(id )?{number if row else 0}' of .*: .*Mend or remove it"):
+            extract(tmp_path / str(number), [row])
+
+
+def test_failures_of_the_encoder_are_no_bad_rows(tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(TOKENIZER, "encode", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        extract(tmp_path, on_bad_row="skip")
+
+
+def test_a_stream_that_breaks_off_is_an_error(tmp_path):
+    def rows():
+        yield from ROWS[:3]
+        raise OSError("connection lost")
+
+    broken = IterableDataset.from_generator(rows)
+    with pytest.raises(BadRowError, match="the stream breaks off after 3 rows: OSError: connection lost"):
+        extract(tmp_path, broken, on_bad_row="skip")
+
+
+def test_bad_rows_are_counted_by_their_kind(tmp_path, caplog):
+    rows = [*ROWS[:1], row(1, image=b"x"), row(2, image=b"longer"), {**row(3), "images": ["nowhere.png"]}]
+    extract(tmp_path, rows, on_bad_row="skip")
+    assert "2 bad rows: the image file of ... bytes is truncated, corrupt or not an image" in caplog.text
+    assert "1 bad rows: the image file ... does not exist" in caplog.text
+
+
 def test_a_bad_row_stops_and_another_run_may_leave_it_out(tmp_path):
     rows = [*ROWS[:2], row(2, image=b"no image"), *ROWS[3:]]
     with pytest.raises(BadRowError, match=r"row 'id 2' of source 'toy' \(number 2 .* not an image"):
@@ -346,6 +413,21 @@ def test_wrong_files_are_refused(example, tmp_path, options, message):
     (tmp_path / "bad.yaml").write_text(json.dumps({**example_config(), **options}))
     with pytest.raises(ValueError, match=message):
         cli.main(["extract", str(tmp_path / "bad.yaml"), "--debug"])
+
+
+def test_no_row_left_is_a_failure(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(example)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"junk")
+    (tmp_path / "bad" / "a.txt").write_text("red")
+    source = {"path": str(tmp_path / "bad"), "format": "captioned_folder", "task": "text_to_image"}
+    (tmp_path / "data.yaml").write_text(json.dumps({**example_config(), "sources": [source]}))
+    command = ["extract", str(tmp_path / "data.yaml"), "--output-dir", str(tmp_path / "codes")]
+    assert [cli.main(command) for _ in range(2)] == [1, 1]  # the second finds it finished
+    manifest = json.loads((tmp_path / "codes" / "manifest.json").read_text())
+    assert manifest["vision_tokenizer"]["dtype"] == "float32"
+    with pytest.raises(ValueError, match="written with other settings: .*vision_tokenizer.dtype"):
+        cli.main([*command, "--dtype", "bfloat16"])
 
 
 def test_a_saved_pipeline_is_a_model_too(example, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from nextflow_hf.processing import NextFlowImageProcessorPil, ScaleSchedule
-from nextflow_hf.processing.image_processing_nextflow import cover_box, load_rgb
+from nextflow_hf.processing import NextFlowImageProcessorPil, ScaleSchedule, load_image
+from nextflow_hf.processing.image_processing_nextflow import cover_box
 
 
 SMALL = {"scale_bases": (1, 2, 3, 4, 5, 6, 8), "patch_size": 8, "bucket_area": 64, "resolution": 64}
@@ -24,7 +24,7 @@ def processor() -> NextFlowImageProcessorPil:
 
 def rgb(source, max_pixels: int = 10**6) -> tuple[int, int, int]:
     """The colour of the middle pixel."""
-    image = load_rgb(source, max_pixels)
+    image = load_image(source, max_pixels)
     assert image.mode == "RGB"
     return image.getpixel((image.width // 2, image.height // 2))
 
@@ -150,12 +150,12 @@ def test_16_bits_are_scaled_not_clipped(tmp_path):
     with Image.open(path) as image:
         assert image.mode.startswith("I")
     expected = np.arange(256).reshape(16, 16)
-    assert (np.asarray(load_rgb(path, 1000))[..., 0] == expected).all()
-    assert (np.asarray(load_rgb(gradient, 1000))[..., 2] == expected).all()
+    assert (np.asarray(load_image(path, 1000))[..., 0] == expected).all()
+    assert (np.asarray(load_image(gradient, 1000))[..., 2] == expected).all()
     path = saved(Image.fromarray(gradient), "tiff", tmp_path)
-    assert (np.asarray(load_rgb(path, 1000))[..., 1] == expected).all()
+    assert (np.asarray(load_image(path, 1000))[..., 1] == expected).all()
     big_endian = Image.frombytes("I;16B", (16, 16), gradient.astype(">u2").tobytes())
-    assert (np.asarray(load_rgb(big_endian, 1000))[..., 0] == expected).all()
+    assert (np.asarray(load_image(big_endian, 1000))[..., 0] == expected).all()
 
 
 def test_transparent_palette_and_colour_key(tmp_path):
@@ -175,8 +175,8 @@ def test_exif_orientation_is_applied(tmp_path, orientation: int):
     path = saved(image, "png", tmp_path, exif=exif)
     with Image.open(path) as opened:
         expected = np.asarray(ImageOps.exif_transpose(opened))
-        assert (np.asarray(load_rgb(opened, 1000)) == expected).all()  # PIL images that carry the tag, too
-    assert (np.asarray(load_rgb(path, 1000)) == expected).all()
+        assert (np.asarray(load_image(opened, 1000)) == expected).all()  # PIL images that carry the tag, too
+    assert (np.asarray(load_image(path, 1000)) == expected).all()
     assert expected.shape[:2] == ((30, 20) if orientation >= 5 else (20, 30))
 
 
@@ -227,14 +227,14 @@ def test_animations_give_their_first_frame(tmp_path, suffix: str):
 )
 def test_arrays_and_tensors(array, colour: tuple[int, int, int]):
     assert rgb(array) == colour
-    assert load_rgb(array, 1000).size == (7, 9)
+    assert load_image(array, 1000).size == (7, 9)
 
 
 def test_ambiguous_layouts(processor: NextFlowImageProcessorPil):
     array = np.zeros((3, 3, 3), np.uint8)
     array[0] = 255  # channels first: red. channels last: a white row
-    assert load_rgb(array, 100).getpixel((0, 2)) == (0, 0, 0)
-    assert load_rgb(torch.from_numpy(array), 100).getpixel((0, 2)) == (255, 0, 0)
+    assert load_image(array, 100).getpixel((0, 2)) == (0, 0, 0)
+    assert load_image(torch.from_numpy(array), 100).getpixel((0, 2)) == (255, 0, 0)
     assert processor(array, input_data_format="channels_first")["pixel_values"][0, :, 60, 0].tolist() == [1, -1, -1]
     batch = np.zeros((2, 20, 20, 3), np.uint8)
     assert len(processor(batch)["pixel_values"]) == len(processor(torch.from_numpy(batch))["pixel_values"]) == 2
@@ -247,7 +247,7 @@ def test_sources(processor: NextFlowImageProcessorPil, tmp_path):
     for source in (path, str(path), uri):
         assert rgb(source) == (255, 0, 0)
     with pytest.raises(ValueError, match="data URI is not base64"):
-        load_rgb("data:image/png;base64,!!", 100)
+        load_image("data:image/png;base64,!!", 100)
 
 
 # ---- refusals
@@ -266,7 +266,7 @@ def test_truncated_files(tmp_path, suffix: str):
     for share in (0.0, 0.1, 0.5, 0.9):
         path.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(ValueError, match=f"image.{suffix}' is truncated, corrupt or not an image"):
-            load_rgb(path, 10**6)
+            load_image(path, 10**6)
 
 
 def test_files_that_are_no_images(tmp_path):
@@ -274,7 +274,7 @@ def test_files_that_are_no_images(tmp_path):
     path.write_text("hello")
     for source in (path, tmp_path):
         with pytest.raises(ValueError, match="is truncated, corrupt or not an image"):
-            load_rgb(source, 100)
+            load_image(source, 100)
 
 
 @pytest.mark.parametrize(
@@ -299,13 +299,13 @@ def test_files_that_are_no_images(tmp_path):
 )
 def test_unreadable_inputs(source, error, match: str):
     with pytest.raises(error, match=match):
-        load_rgb(source, 10**6)
+        load_image(source, 10**6)
 
 
 def test_decompression_bombs(processor: NextFlowImageProcessorPil, tmp_path, monkeypatch):
     path = saved(Image.new("1", (200, 100)), "png", tmp_path)
     with pytest.raises(ValueError, match=r"has 20000 pixels \(100 x 200\), expected at most 19999"):
-        load_rgb(path, 19999)
+        load_image(path, 19999)
     with pytest.raises(ValueError, match="20000 pixels"):
         processor(Image.new("L", (200, 100)), max_pixels=19999)
     with pytest.raises(ValueError, match="20000 pixels"):
@@ -313,7 +313,7 @@ def test_decompression_bombs(processor: NextFlowImageProcessorPil, tmp_path, mon
     for limit in (15000, 9000):  # Pillow warns, Pillow raises
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match="decompression bomb"):
-            load_rgb(path, 10**9)
+            load_image(path, 10**9)
 
 
 def test_bomb_header_is_refused_before_decoding(tmp_path):
@@ -326,7 +326,7 @@ def test_bomb_header_is_refused_before_decoding(tmp_path):
         chunk(file, b"IDAT", b"\x00")
         chunk(file, b"IEND", b"")
     with pytest.raises(ValueError, match="bomb.png' looks like a decompression bomb"):
-        load_rgb(path, NextFlowImageProcessorPil.max_pixels)
+        load_image(path, NextFlowImageProcessorPil.max_pixels)
 
 
 def test_other_refusals(processor: NextFlowImageProcessorPil):
@@ -351,7 +351,7 @@ def test_damaged_files_never_raise_anything_else(tmp_path, suffix: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                assert load_rgb(path, 10**6).mode == "RGB"
+                assert load_image(path, 10**6).mode == "RGB"
             except ValueError as error:
                 assert "image." in str(error)
 

@@ -139,7 +139,7 @@ def test_a_bad_picture_is_named_and_the_next_one_takes_its_place(folder, caplog)
     batch = NextFlowVisionTokenizerCollator()(items)
     assert len({tuple(map(tuple, item["image_grids"].tolist())) for item in items}) > 1
     assert len(batch["pixel_values"]) == 6
-    with pytest.raises(ValueError, match=f"picture {bad} .*2_broken.png.* is bad"):
+    with pytest.raises(ValueError, match=f"image {bad} .*2_broken.png.* is bad"):
         NextFlowPictureDataset(rows, processor, on_bad_picture="raise")[bad]
     with pytest.raises(ValueError, match="all 1 pictures are bad"):
         NextFlowPictureDataset(rows.select([bad]), processor)[0]

@@ -29,7 +29,7 @@ from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
 from nextflow_hf.processing import NextFlowImageProcessorPil
 from nextflow_hf.processing.scale_schedule import ScaleSchedule
 from nextflow_hf.training import callbacks, train
-from nextflow_hf.training.arguments import ModelArguments, NextFlowTrainingArguments
+from nextflow_hf.training.arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from nextflow_hf.training.callbacks import SampleImagesCallback
 from nextflow_hf.training.data.streaming import RowStream
 from nextflow_hf.training.freezing import set_trainable
@@ -50,7 +50,10 @@ def toy(tmp_path_factory) -> Path:
     for name in ("transformer", "vision_tokenizer", "processor"):
         getattr(pipe, name).save_pretrained(folder / name)
     for task in ("text_to_image", "image_to_text", "edit", "interleaved", "text"):
-        extract_toy_codes(folder / task, pipe.processor, pipe.vision_tokenizer, task=task, rows=6)
+        # Clean, so that some of the rows may be evaluated on.
+        extract_toy_codes(
+            folder / task, pipe.processor, pipe.vision_tokenizer, task=task, rows=6, purpose="evaluation"
+        )
     return folder
 
 
@@ -342,6 +345,29 @@ def test_streams_that_cannot_be(toy, tmp_path):
         train.parse_recipe({**values, "eval_rows": 2})
     with pytest.raises(ValueError, match="a stream has no end"):
         train_stream(tmp_path, toy, max_steps=-1)
+
+
+def test_rows_to_evaluate_on_are_clean(toy, tmp_path, caplog):
+    pipe = toy_pipeline()
+    options = {"text_drop_rate": 0.5, "self_correction_samples": 0.3}
+    mixed = extract_toy_codes(tmp_path / "mixed", pipe.processor, pipe.vision_tokenizer, rows=30, **options)
+    corrected = extract_toy_codes(tmp_path / "corrected", pipe.processor, pipe.vision_tokenizer, task="edit", rows=6)
+    rows = train.load_rows([mixed])
+    is_clean = list(rows["is_clean"])
+    assert 5 < sum(is_clean) < 25
+    for row in rows:
+        equal = row["image_codes"].tolist() == row["image_target_codes"].tolist()
+        assert equal or not row["is_clean"]
+    training, evaluation = train.training_and_evaluation_rows(DataArguments(train_codes=[str(mixed)], eval_rows=4), 0)
+    first = np.flatnonzero(is_clean)[-4]
+    assert list(training["row_id"]) == [str(number) for number in range(first)]
+    assert list(evaluation["row_id"]) == [str(number) for number in np.flatnonzero(is_clean)[-4:]]
+    with pytest.raises(ValueError, match="has 0 rows of 6 without dropout and self-correction, .* purpose=evaluation"):
+        train.training_and_evaluation_rows(DataArguments(train_codes=[str(corrected)], eval_rows=4), 0)
+    for folder, warned in ((toy / "edit", False), (corrected, True)):
+        caplog.clear()
+        train.training_and_evaluation_rows(DataArguments(train_codes=[str(mixed)], eval_codes=[str(folder)]), 0)
+        assert ("6 of 6 rows of eval_codes were extracted with prompt dropout" in caplog.text) == warned
 
 
 # --- launchers

@@ -184,7 +184,7 @@ def recipe(tmp_path_factory) -> Path:
     pipe = toy_pipeline()
     for name in ("transformer", "vision_tokenizer", "processor"):
         getattr(pipe, name).save_pretrained(folder / name)
-    codes = extract_toy_codes(folder / "codes", pipe.processor, pipe.vision_tokenizer, rows=20)
+    codes = extract_toy_codes(folder / "codes", pipe.processor, pipe.vision_tokenizer, rows=20, purpose="evaluation")
     keys = {
         "model_name_or_path": str(folder / "transformer"),
         "processor_name_or_path": str(folder / "processor"),

@@ -56,7 +56,9 @@ def toy_messages(task: str, index: int) -> dict:
     return {"messages": messages, "images": pictures[:count]}
 
 
-def extract_toy_codes(folder: Path, processor, vision_tokenizer, *, task: str | None = None, rows: int = 16) -> Path:
+def extract_toy_codes(
+    folder: Path, processor, vision_tokenizer, *, task: str | None = None, rows: int = 16, **settings
+) -> Path:
     """A folder of codes of one task, or of all in turn."""
     extract_codes(
         lambda index: toy_messages(task or TASKS[index % len(TASKS)], index),
@@ -64,5 +66,6 @@ def extract_toy_codes(folder: Path, processor, vision_tokenizer, *, task: str | 
         folder,
         processor=processor,
         vision_tokenizer=vision_tokenizer,
+        **settings,
     )
     return folder

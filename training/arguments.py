@@ -89,9 +89,11 @@ class DataArguments:
         train_weights (`list[float]`, *optional*):
             How often each is drawn from, relative to the others; rows repeat until every folder was seen whole. By
             default every row is seen once an epoch.
-        eval_codes (`list[str]`, *optional*): Folders that are evaluated on.
+        eval_codes (`list[str]`, *optional*):
+            Folders that are evaluated on, as `extract` writes them with `purpose: evaluation`.
         eval_rows (`int`, *optional*, defaults to 0):
-            Without `eval_codes`: this many rows, the last of every folder, are evaluated on and not trained on.
+            Without `eval_codes`: this many rows of every folder, the last ones that were extracted without prompt
+            dropout and self-correction, are evaluated on; the training ends before the first of them.
         pack_max_length, pack_max_flops (`int`, `float`, *optional*):
             Limits of a pack, in tokens and in FLOPs of its training: with either, a row of a batch is a pack of
             documents that do not see each other, and of as much computation as the others where FLOPs limit it (§4).

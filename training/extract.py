@@ -25,6 +25,7 @@ from ..modeling_nextflow.pixel_cnn_nextflow import convolution_layout
 from ..processing.processing_nextflow import NextFlowProcessor
 from .data.extraction import ExtractionSettings, extract_rows
 from .data.mixture import MixtureArguments, load_mixture
+from .data.shards import BAD_ROWS
 from .recipe import OneLineParser, read_recipe, set_defaults
 
 
@@ -43,7 +44,10 @@ class ModelArguments:
         vision_tokenizer, processor (`str`, *optional*): Folders or Hub ids in the place of those of `model`.
         revision (`str`, *optional*): Of `model`, `vision_tokenizer` and `processor` on the Hub.
         output_dir (`str`): Folder of the shards.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`): Of the encoder; the quantiser computes in float32.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Of the encoder; the quantiser computes in float32. `"bfloat16"` is faster and gives another code where two
+            are nearly as near: 0.9% of the last scale's codes for the 128 of Shapes, 4 to 16% for 32,768 random ones.
+            The shards remember it, and an extraction only goes on with the same.
         self_correction_top_k, self_correction_ratio (`int`, `float`, *optional*):
             Candidates of a sampled code (§2.2), and the share of the codes that are sampled (§3.2.1). Default to the
             tokenizer's config: 10 and 0.6, the paper's share.
@@ -54,7 +58,7 @@ class ModelArguments:
     processor: str | None = None
     revision: str | None = None
     output_dir: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     self_correction_top_k: int | None = None
     self_correction_ratio: float | None = None
 
@@ -111,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.vision_tokenizer or model.model, dtype=getattr(torch, model.dtype), **where, **sampling, **revision
     )
     vision_tokenizer = vision_tokenizer.eval().to(state.device, memory_format=convolution_layout(state.device))
+    torch.backends.cudnn.allow_tf32 = False  # else the convolutions of "float32" would keep 10 bits of mantissa
     try:
-        extract_rows(
+        num_rows = extract_rows(
             load_mixture(mixture),
             model.output_dir,
             processor=processor,
@@ -123,6 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.warning(f"{model.output_dir} keeps the shards that are written, and the same command goes on from them")
         raise
+    if num_rows == 0:
+        logger.error(f"{model.output_dir} has no rows: all were bad, see {Path(model.output_dir) / BAD_ROWS}")
+        return 1
     return 0
 
 

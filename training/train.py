@@ -102,17 +102,49 @@ def training_and_evaluation_rows(
     """The rows to train and to evaluate on; all of one vision tokenizer: the model's, whose fingerprint this is."""
     check_same_codes([*args.train_codes, *(args.eval_codes or [])])
     if args.streaming:
-        evaluation = load_rows(args.eval_codes) if args.eval_codes else None
+        evaluation = load_evaluation_rows(args.eval_codes)
         options = {"seed": seed, "shuffle_buffer": args.shuffle_buffer, "vision_tokenizer": vision_tokenizer}
         return RowStream(args.train_codes, args.train_weights, **options), evaluation
     sources = [load_codes(folder, vision_tokenizer=vision_tokenizer) for folder in args.train_codes]
-    evaluation = load_rows(args.eval_codes) if args.eval_codes else None
+    evaluation = load_evaluation_rows(args.eval_codes)
     if args.eval_rows:
-        if too_small := [folder for folder, rows in zip(args.train_codes, sources) if len(rows) <= args.eval_rows]:
-            raise ValueError(f"{too_small} have no more than eval_rows={args.eval_rows} rows")
-        evaluation = mix_rows([rows.select(range(len(rows) - args.eval_rows, len(rows))) for rows in sources])
-        sources = [rows.select(range(len(rows) - args.eval_rows)) for rows in sources]
+        sources, held_out = zip(
+            *(hold_out(rows, args.eval_rows, folder) for rows, folder in zip(sources, args.train_codes))
+        )
+        evaluation = mix_rows(held_out)
     return mix_rows(sources, args.train_weights, seed=seed), evaluation
+
+
+def hold_out(rows: datasets.Dataset, count: int, folder: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """
+    The rows to train on, and the last `count` rows behind them that have neither prompt dropout nor self-correction.
+    What a model loses on a sampled code or a missing prompt says nothing of how it answers, and the clean codes of a
+    self-corrected image cannot be told from its inputs and targets.
+    """
+    clean = clean_rows(rows)
+    if len(clean) < count or clean[-count] == 0:
+        raise ValueError(
+            f"{folder} has {len(clean)} rows of {len(rows)} without dropout and self-correction, expected eval_rows="
+            f"{count} of them behind others: extract rows with purpose=evaluation, and name their folder in eval_codes"
+        )
+    return rows.select(range(clean[-count])), rows.select(clean[-count:])
+
+
+def clean_rows(rows: datasets.Dataset) -> np.ndarray:
+    """Numbers of the rows with neither prompt dropout nor self-correction; none of shards that do not say it."""
+    return np.flatnonzero(rows["is_clean"][:] if "is_clean" in rows.column_names else np.zeros(0))
+
+
+def load_evaluation_rows(folders: Sequence[str] | None) -> datasets.Dataset | None:
+    if not folders:
+        return None
+    rows = load_rows(folders)
+    if (num_clean := len(clean_rows(rows))) < len(rows):
+        logger.warning(
+            f"{len(rows) - num_clean} of {len(rows)} rows of eval_codes were extracted with prompt dropout or "
+            "self-correction: their loss is that of training; extract them with purpose=evaluation"
+        )
+    return rows
 
 
 def pack_rows(

@@ -51,6 +51,7 @@ def conversation(conversations: Any, images: Any = None) -> Row:
         raise BadRowError(f"conversations is {conversations!r:.80}, expected a list of turns")
     messages = []
     for turn in conversations:
+        _check_dict(turn, "a turn")
         name, value = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content")
         if name not in _ROLES:
             raise BadRowError(f"a turn is from {name!r}, expected one of {list(_ROLES)}")
@@ -72,11 +73,10 @@ def interleaved(texts: Any, images: Any) -> Row:
     texts, images = _as_list(texts), _as_list(images)
     content = []  # (text or None, image or None)
     if any(isinstance(image, dict) and "matched_text_index" in image for image in images):
+        places = [_place(image, len(texts)) for image in images]
         for index, text in enumerate(texts):
-            content += [(None, image) for image in images if image["matched_text_index"] == index]
+            content += [(None, image) for image, place in zip(images, places) if place == index]
             content.append((text, None))
-        if lost := [image["matched_text_index"] for image in images if image["matched_text_index"] >= len(texts)]:
-            raise BadRowError(f"images stand before the texts {lost}, but there are {len(texts)}")
     else:
         if len(texts) != len(images):
             raise BadRowError(f"got {len(texts)} texts and {len(images)} images, expected lists of one length")
@@ -107,6 +107,8 @@ def ready_messages(messages: Any, images: Any = None) -> Row:
     if not isinstance(messages, list) or not messages:
         raise BadRowError(f"messages is {messages!r:.80}, expected a list of messages")
     images, found, turns = _as_list(images), [], []
+    for turn in messages:
+        _check_dict(turn, "a message")
     implied = len(images) if all(isinstance(turn.get("content"), str) for turn in messages) else 0
     spare = iter(images)
     for turn in messages:
@@ -118,14 +120,15 @@ def ready_messages(messages: Any, images: Any = None) -> Row:
             parts, implied = [_IMAGE] * implied, 0
             found += spare
         for part in [text_part(content)] if isinstance(content, str) else content or []:
-            if part["type"] == "text":
-                parts.append(text_part(part["text"]))
-            elif part["type"] == "image":
+            _check_dict(part, "a part of a message")
+            if part.get("type") == "text":
+                parts.append(text_part(part.get("text")))
+            elif part.get("type") == "image":
                 data = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
                 found.append(data[0] if data else next(spare, None))
                 parts.append(_IMAGE)
             else:
-                raise BadRowError(f"a message has a part of type {part['type']!r}, expected text or image")
+                raise BadRowError(f"a message has a part of type {part.get('type')!r}, expected text or image")
         turns.append(message(role, *parts))
     if left := list(spare):
         raise BadRowError(f"got {len(images)} images for {len(images) - len(left)} image parts")
@@ -190,6 +193,22 @@ TASKS = {
     "text": Task(plain_text, {"text": ("text", "content")}),
     "messages": Task(ready_messages, {"messages": ("messages",), "images": ("images", "image")}, optional=("images",)),
 }
+
+
+def _check_dict(value: Any, name: str) -> None:
+    if not isinstance(value, dict):
+        raise BadRowError(f"{name} is {value!r:.80}, expected a dictionary")
+
+
+def _place(image: Any, num_texts: int) -> int:
+    """MMC4's number of the text that an image stands before. An image without one would be lost without a word."""
+    _check_dict(image, "an image among those with matched_text_index")
+    place = image.get("matched_text_index")
+    if not isinstance(place, int) or not 0 <= place < num_texts:
+        raise BadRowError(f"an image stands before the text {place!r}, but there are {num_texts}, counted from 0")
+    if is_missing(_image_file(image)):
+        raise BadRowError(f"the image before the text {place} has none of image, image_name and raw_url")
+    return place
 
 
 def _as_list(value: Any) -> list:

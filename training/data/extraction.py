@@ -14,8 +14,9 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from transformers.utils import logging
 from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.processing_nextflow import NextFlowProcessor
-from .messages import BadRowError, drop_condition, open_image
+from .messages import BadRowError, bad_row_reason, drop_condition, open_image
 from .shards import (
     INDEX,
     check_manifest,
@@ -39,6 +40,7 @@ from .shards import (
     describe_tokenizer,
     finish,
     load_codes,
+    num_rows_of,
     shard_exists,
     write_shard,
 )
@@ -53,6 +55,9 @@ class ExtractionSettings:
     How rows become codes.
 
     Args:
+        purpose (`str`, *optional*, defaults to `"training"`):
+            With `"evaluation"` no condition is dropped and no code is sampled, whatever the other settings say. The
+            `eval_codes` of a training are such a folder.
         resolution (`int`, *optional*): Level of the images of rows that name none. Defaults to the processor's.
         train_on (`str`, *optional*, defaults to `"responses"`): As in [`~NextFlowProcessor.apply_chat_template`].
         self_correction (`bool`, *optional*, defaults to `True`):
@@ -65,10 +70,15 @@ class ExtractionSettings:
         decoding_threads (`int`, *optional*, defaults to 4): Threads that decode images ahead of the encoder.
         on_bad_row (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops at a row that cannot be trained on (missing, corrupt, too large or too long an image, empty
-            text, images that do not match the messages, too long a sequence); `"skip"` leaves it out and counts it.
+            text, images that do not match the messages, too long a sequence), and names it; `"skip"` leaves it out,
+            whatever it raises while it is read, adapted and tokenized, writes it to `bad_rows.jsonl` and counts it by
+            its cause. Failures of the encoder and of the disk end the extraction in either case.
+        allow_private_addresses (`bool`, *optional*, defaults to `False`):
+            Whether rows may name images at addresses of this machine and its network. See [`load_image`].
         seed (`int`, *optional*, defaults to 0): Of sampling and dropping.
     """
 
+    purpose: str = "training"
     resolution: int | None = None
     train_on: str = "responses"
     self_correction: bool = True
@@ -79,6 +89,7 @@ class ExtractionSettings:
     batch_size: int = 64
     decoding_threads: int = 4
     on_bad_row: str = "raise"
+    allow_private_addresses: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -90,10 +101,15 @@ class ExtractionSettings:
         for name in ("self_correction_samples", "text_drop_rate", "image_drop_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.purpose not in ("training", "evaluation"):
+            raise ValueError(f'purpose is {self.purpose!r}, expected "training" or "evaluation"')
+        if self.purpose == "evaluation":
+            self.self_correction, self.text_drop_rate, self.image_drop_rate = False, 0.0, 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the shards."""
-        free = ("batch_size", "decoding_threads", "on_bad_row")  # an extraction may go on with others
+        # An extraction may go on with others of these.
+        free = ("batch_size", "decoding_threads", "on_bad_row", "allow_private_addresses")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -105,7 +121,7 @@ def extract_rows(
     vision_tokenizer: NextFlowVisionTokenizer,
     settings: ExtractionSettings,
     data: dict[str, Any] | None = None,
-) -> None:
+) -> int | None:
     """
     Encode rows and store them as shards for [`load_codes`]; go on where an earlier call was interrupted.
 
@@ -121,6 +137,9 @@ def extract_rows(
         vision_tokenizer ([`NextFlowVisionTokenizer`]): The frozen encoder.
         settings ([`ExtractionSettings`]): How.
         data (`dict`, *optional*): What the rows are, for the manifest: an extraction only goes on with the same.
+
+    Returns:
+        The number of rows in the finished folder, or None where other processes are still at work on it.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -138,7 +157,7 @@ def extract_rows(
     }
     check_manifest(output_dir, manifest, origin)
     if (output_dir / INDEX).exists():
-        return
+        return num_rows_of(output_dir)
     encoder = _Encoder(processor, vision_tokenizer, settings)
     state = PartialState()
 
@@ -157,6 +176,7 @@ def extract_rows(
                 logger.warning(f"shard {shard}: {len(bad)} of {num_read} rows left out, the first: {bad[0]}")
             write_shard(output_dir, shard, good, num_read=num_read, bad_rows=bad)
     finish(output_dir, num_shards)
+    return num_rows_of(output_dir)
 
 
 def extract_codes(
@@ -206,14 +226,22 @@ def _read_by_number(
     """Every shard with its rows, or with None where they are not to be read."""
     for shard in range(math.ceil(len(rows) / rows_per_shard)):
         numbers = range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, len(rows)))
-        yield shard, ((number, rows[number]) for number in numbers) if is_mine(shard) else None
+        yield shard, ((number, _read(rows, number)) for number in numbers) if is_mine(shard) else None
+
+
+def _read(rows: Sequence[dict], number: int) -> dict:
+    try:
+        row = rows[number]
+    except Exception as error:  # whatever reading this one row raises
+        return {"error": bad_row_reason(error)}
+    return row if isinstance(row, Mapping) else {"error": f"a row is {row!r:.80}, expected a dictionary"}
 
 
 def _read_stream(
     rows: IterableDataset, rows_per_shard: int, is_mine: Callable[[int], bool]
 ) -> Iterator[tuple[int, NumberedRows | None]]:
     """As [`_read_by_number`]; only reading to its end tells how many shards a stream has."""
-    numbered = enumerate(rows)
+    numbered = enumerate(_until_it_breaks(rows))
     for shard in itertools.count():
         of_shard = itertools.islice(numbered, rows_per_shard)
         first = next(of_shard, None)
@@ -223,18 +251,44 @@ def _read_stream(
         deque(of_shard, maxlen=0)  # what was not read
 
 
+def _until_it_breaks(rows: IterableDataset) -> Iterator[dict]:
+    """The rows of a stream. There is no way on behind one that is not read: that is an error, not a bad row."""
+    number = -1
+    try:
+        for number, row in enumerate(rows):  # noqa: B007
+            yield row
+    except Exception as error:
+        raise BadRowError(f"the stream breaks off after {number + 1} rows: {bad_row_reason(error)}") from error
+
+
 @dataclass
 class _Item:
-    """A row on its way: what it is, and either its pictures or why there are none."""
+    """A row on its way: what it is, and either its images or why there are none."""
 
     number: int
     row: dict
     messages: list[dict] | None = None
     images: list | None = None
     error: str | None = None
+    cause: Exception | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what is done to this row alone, with no model: whatever that raises makes it a bad row."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:
+            self.error, self.cause = bad_row_reason(error), error
+
+    @property
+    def row_id(self) -> str:
+        row_id = self.row.get("row_id")
+        return str(self.number if row_id is None else row_id)
 
     def describe(self) -> dict[str, Any]:
-        names = {name: self.row.get(name) for name in ("source", "row_id", "task")}
+        names = {"source": self.row.get("source"), "row_id": self.row_id, "task": self.row.get("task")}
         return {"number": self.number, **names, "reason": self.error}
 
 
@@ -263,11 +317,11 @@ class _Encoder:
 
     def _check_wanted(self, item: _Item) -> None:
         if self.settings.on_bad_row == "raise":
-            row_id, source = item.row.get("row_id") or item.number, item.row.get("source")
             raise BadRowError(
-                f"row {row_id!r} of source {source!r} (number {item.number} of the mixture): {item.error}. Mend or "
-                'remove it, or leave such rows out with on_bad_row="skip"; what is extracted so far is kept'
-            )
+                f"row {item.row_id!r} of source {item.row.get('source')!r} (number {item.number} of the mixture): "
+                f'{item.error}. Mend or remove it, or leave such rows out with on_bad_row="skip"; what is extracted '
+                "so far is kept"
+            ) from item.cause
 
     def _decode_ahead(self, numbered_rows: Iterable[tuple[int, dict]]) -> Iterator[_Item]:
         """The rows with their images decoded, in order, some batches ahead of the encoder."""
@@ -286,12 +340,13 @@ class _Encoder:
             item.error = row["error"]
             return item
         rates = {"text_rate": self.settings.text_drop_rate, "image_rate": self.settings.image_drop_rate}
-        item.messages, images = drop_condition(row, np.random.default_rng((self.settings.seed, 1, number)), **rates)
+        options = {"allow_private_addresses": self.settings.allow_private_addresses}
         max_pixels = self.processor.image_processor.max_pixels
-        try:
-            item.images = [open_image(image, max_pixels) for image in images]
-        except (ValueError, FileNotFoundError) as error:
-            item.error = str(error)
+        with item.reading():
+            item.messages, images = drop_condition(
+                row, np.random.default_rng((self.settings.seed, 1, number)), **rates
+            )
+            item.images = [open_image(image, max_pixels, **options) for image in images]
         return item
 
     @torch.inference_mode()
@@ -340,7 +395,8 @@ class _Encoder:
                     "length": row["input_ids"].shape[1],
                     "task": item.row.get("task"),
                     "source": item.row.get("source"),
-                    "row_id": item.row.get("row_id", str(item.number)),
+                    "row_id": item.row_id,
+                    "is_clean": item.messages == item.row["messages"] and not any(one["corrected"] for one in members),
                 }
             )
         return rows
@@ -348,7 +404,7 @@ class _Encoder:
     def _tokenize(self, item: _Item) -> dict | None:
         """Tokens, labels, pixels and grids of a row, or None and its error."""
         resolution = item.row.get("resolution") or self.settings.resolution
-        try:
+        with item.reading():
             return self.processor.apply_chat_template(
                 item.messages,
                 images=item.images or None,
@@ -359,8 +415,6 @@ class _Encoder:
                 return_tensors="pt",
                 **({} if resolution is None else {"resolution": resolution}),
             )
-        except ValueError as error:
-            item.error = str(error)
 
     def _encode_images(self, images: list[dict]) -> None:
         """`codes` and `targets` of every image: those that are corrected for, and those that are not."""

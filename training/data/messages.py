@@ -4,19 +4,31 @@ A row is what TRL's trainers take, too: messages of content parts `{"type": "tex
 `{"type": "image"}`, and the images in reading order. Images stay undecoded until [`open_image`].
 """
 
-from http.client import HTTPException
 from typing import Any
-from urllib.request import urlopen
 
 import fsspec
 import numpy as np
 from PIL import Image
 
-from ...processing.image_processing_nextflow import load_rgb
+from ...processing.image_loading_nextflow import MAX_BYTES, load_image
+
+
+# Where a row may name an image that is not beside it: on this disk, in an archive, or in a store whose host is not for
+# the row to choose.
+_FILE_SYSTEMS = {"file", "local", "memory", "zip", "tar", "hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
+
+
+_IMAGE_TYPES = (str, bytes, np.ndarray, Image.Image)
 
 
 class BadRowError(ValueError):
     """A row that cannot be trained on: its message says what it has and what was expected."""
+
+
+def bad_row_reason(error: Exception) -> str:
+    """What to say of a row that raised `error`."""
+    says_all = type(error) in (BadRowError, ValueError, FileNotFoundError)
+    return str(error) if says_all else f"{type(error).__name__}: {error}"
 
 
 def text_part(text: Any) -> dict:
@@ -25,6 +37,10 @@ def text_part(text: Any) -> dict:
         raise BadRowError(f"a text is {type(text).__name__}, expected a string")
     if not text.strip():
         raise BadRowError("a text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can escape halves of characters
+        raise BadRowError(f"a text is not Unicode: {error}") from error
     return {"type": "text", "text": text}
 
 
@@ -45,6 +61,14 @@ def check_messages(messages: list[dict], images: list) -> None:
         raise BadRowError(f"got {len(images)} images for {expected} image parts")
     if missing := [index for index, image in enumerate(images) if is_missing(image)]:
         raise BadRowError(f"images {missing} of {len(images)} are missing")
+    if foreign := [type(image).__name__ for image in images if not _may_be_image(image)]:
+        raise BadRowError(f"images are {foreign}, expected paths, bytes, arrays or PIL images")
+
+
+def _may_be_image(image: Any) -> bool:
+    if isinstance(image, dict):
+        return isinstance(image.get("bytes"), bytes | None) and isinstance(image.get("path"), str | None)
+    return isinstance(image, _IMAGE_TYPES)
 
 
 def is_missing(image: Any) -> bool:
@@ -54,27 +78,33 @@ def is_missing(image: Any) -> bool:
     return image is None or isinstance(image, str | bytes) and not image
 
 
-def open_image(image: Any, max_pixels: int) -> Image.Image:
+def open_image(image: Any, max_pixels: int, *, allow_private_addresses: bool = False) -> Image.Image:
     """
-    The upright RGB picture of a value of `images`: a PIL image, an array, a path or address, the bytes of a file, or
-    the `{"bytes": ..., "path": ...}` of an undecoded column of `datasets`.
+    The upright RGB image of a value of `images`: whatever [`load_image`] takes, and a file of another file system, as
+    streamed data sets name them.
 
     Raises:
-        `FileNotFoundError` and `ValueError`: on what is missing, corrupt, or larger than `max_pixels` (see
-        [`load_rgb`]).
+        `FileNotFoundError` and `ValueError`: on what is missing, corrupt, or larger than `max_pixels`.
     """
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        try:
-            with urlopen(image, timeout=30) as response:
-                image = response.read()
-        except (OSError, HTTPException) as error:
-            raise ValueError(f"the image {image} cannot be fetched: {error}") from error
-    elif isinstance(image, str) and "://" in image:  # hf://, s3://, zip:// as streamed data sets name their files
-        with fsspec.open(image, "rb") as file:
-            image = file.read()
-    return load_rgb(image, max_pixels)
+    path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+    if isinstance(path, str) and "://" in path and not path.lower().startswith(("http://", "https://")):
+        image = {"path": path, "bytes": _read_file(path, allow_private_addresses)}
+    return load_image(image, max_pixels, allow_private_addresses=allow_private_addresses)
+
+
+def _read_file(path: str, allow_private_addresses: bool) -> bytes:
+    """A file by its fsspec address: hf://, s3://, zip://a.png::file.zip."""
+    protocols = {part.partition("://")[0] for part in path.split("::") if "://" in part}
+    if not allow_private_addresses and (refused := sorted(protocols - _FILE_SYSTEMS)):
+        raise ValueError(
+            f"the image {path} is read by {refused}, which may lead to a private address, expected some of "
+            f"{sorted(_FILE_SYSTEMS)}; set allow_private_addresses if you trust the rows"
+        )
+    with fsspec.open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"the image {path} has more than {MAX_BYTES} bytes, expected at most that")
+    return data
 
 
 def drop_condition(

@@ -9,10 +9,8 @@
 here: an image is the path or the bytes that its file has.
 """
 
-import glob
-import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +18,23 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from .adapters import TASKS
-from .messages import BadRowError
+from .messages import bad_row_reason
+from .raw_files import (
+    ERROR,
+    RawRows,
+    files_of,
+    is_json_lines,
+    open_captioned_folder,
+    open_json_lines,
+    open_tar_files,
+    open_text,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -236,57 +246,75 @@ class _Source:
     def __init__(self, source: DataSource, number: int, seed: int):
         self.source, self.number, self.seed = source, number, seed
         self.task, self.label = TASKS[source.task], source.label
-        rows = _open(source)
-        self.streaming = isinstance(rows, IterableDataset)
-        names = rows.column_names or list(next(iter(rows.take(1)), ()))
-        self.columns = self._find_columns(names)
-        kept = {self._top_level(column, names) for column in self.columns.values()}
-        self.rows = _undecoded(rows.select_columns([name for name in names if name in kept]))
+        try:
+            opened = _open(source)
+        except (DatasetGenerationError, pa.ArrowException) as error:  # names neither the source nor the cause
+            raise ValueError(f"source {source.label} cannot be read: {error.__cause__ or error}") from error
+        self.streaming, self.decode = isinstance(opened.rows, IterableDataset), opened.decode
+        self.columns = self._find_columns(opened.names)
+        kept = {ERROR, *(self._top_level(column, opened.names) for column in self.columns.values())}
+        names = opened.rows.column_names or opened.names
+        # What a line of JSON holds is no column of its file.
+        chosen = [name for name in names if name in kept] if set(opened.names) <= set(names) else names
+        self.rows = _undecoded(opened.rows.select_columns(chosen))
 
     @cached_property
     def numbers(self) -> Mapping[str, int]:
         """Name of a row -> its number."""
-        ids: Iterable = itertools.repeat(None, len(self.rows))
-        if (column := self.columns.get("id")) is not None:
-            top = self._top_level(column, self.rows.column_names)
-            ids = (_lookup({top: value}, column) for value in self.rows[top])
-        numbers = {str(number if row_id is None else row_id): number for number, row_id in enumerate(ids)}
-        if len(numbers) < len(self.rows):
-            raise ValueError(f"source {self.label} has {len(self.rows)} rows of {len(numbers)} names in {column!r}")
+        if (column := self.columns.get("id")) is None:
+            return {str(number): number for number in range(len(self.rows))}
+        top = self._top_level(column, self.rows.column_names)
+        rows = self.rows.select_columns([top]) if top in self.rows.column_names else self.rows
+        ids = [self._row_id(values, number) for number, values in enumerate(rows)]
+        numbers = {row_id: number for number, row_id in enumerate(ids)}
+        if len(numbers) < len(ids):
+            raise ValueError(f"source {self.label} has {len(ids)} rows of {len(numbers)} names in {column!r}")
         return numbers
+
+    def _row_id(self, values: dict[str, Any], number: int) -> str:
+        column = self.columns.get("id")
+        try:
+            values = values if column in values else self.decode(values)
+            row_id = None if column is None else _lookup(values, column)
+            return str(number if row_id is None else row_id)
+        except ValueError:  # no JSON; the row says so
+            return str(number)
 
     def row(self, number: int) -> dict[str, Any]:
         """Row `number` as messages and images."""
-        return self._adapt(self.rows[number], number)
+        return self._adapt(lambda: self.rows[number], number)
 
     def stream(self) -> IterableDataset:
         """All rows, one by one."""
         rows = self.rows if self.streaming else self.rows.to_iterable_dataset()
-        columns = rows.column_names
-        return rows.map(self._adapt, with_indices=True, remove_columns=columns, features=ROW_FEATURES)
 
-    def _adapt(self, values: dict[str, Any], number: int) -> dict[str, Any]:
+        def adapt(values: dict[str, Any], number: int) -> dict[str, Any]:
+            return self._adapt(lambda: values, number)
+
+        return rows.map(adapt, with_indices=True, remove_columns=rows.column_names, features=ROW_FEATURES)
+
+    def _adapt(self, read: Callable[[], dict[str, Any]], number: int) -> dict[str, Any]:
+        """
+        What `read` gives as messages and images. Whatever reading and adapting this one row raises is its `error`:
+        whoever reads the mixture decides what happens to it.
+        """
         source = self.source
-        found = {part: _lookup(values, column) for part, column in self.columns.items()}
-        row_id = found.pop("id", None)
-        row = {
-            "task": source.task,
-            "source": self.label,
-            "row_id": str(number if row_id is None else row_id),
-            "resolution": source.resolution,
-        }
-        rng = np.random.default_rng((self.seed, self.number, number))
-        inverted = source.task == "text_to_image" and rng.random() < source.inversion_rate
-        task = self.task
-        if inverted:
-            task, row["task"] = TASKS["image_to_text"], "image_to_text"
-        if row["task"] == "image_to_text" and "prompt" not in found:
-            found["prompt"] = source.caption_prompts[rng.integers(len(source.caption_prompts))]
+        row = {"task": source.task, "source": self.label, "row_id": str(number), "resolution": source.resolution}
         try:
+            values = read()
+            row["row_id"] = self._row_id(values, number)
+            values = self.decode(values)
+            found = {part: _lookup(values, column) for part, column in self.columns.items() if part != "id"}
+            task = self.task
+            rng = np.random.default_rng((self.seed, self.number, number))
+            if source.task == "text_to_image" and rng.random() < source.inversion_rate:
+                task, row["task"] = TASKS["image_to_text"], "image_to_text"
+            if row["task"] == "image_to_text" and "prompt" not in found:
+                found["prompt"] = source.caption_prompts[rng.integers(len(source.caption_prompts))]
             messages, images = task(found, max_images=source.max_images)
-        except BadRowError as error:
-            return {**row, "messages": [], "images": [], "error": str(error)}
-        return {**row, "messages": messages, "images": [self._rooted(image) for image in images], "error": None}
+            return {**row, "messages": messages, "images": [self._rooted(image) for image in images], "error": None}
+        except Exception as error:
+            return {**row, "messages": [], "images": [], "error": bad_row_reason(error)}
 
     def _rooted(self, image: Any) -> Any:
         """A relative path in the folder of the images."""
@@ -329,11 +357,23 @@ def _lookup(values: dict[str, Any], column: str) -> Any:
     return values
 
 
-def _open(source: DataSource) -> Dataset | IterableDataset:
+def _open(source: DataSource) -> RawRows:
     """The raw rows, by the library that knows the format."""
-    path = os.path.expanduser(source.path)
+    path, split, streaming = os.path.expanduser(source.path), source.split, source.streaming
     if source.format == "captioned_folder":
-        return _captioned_folder(Path(path))
+        return open_captioned_folder(Path(path))
+    files = files_of(path, _FILES[source.format]) if source.format in _FILES else path
+    if source.format == "webdataset":
+        return open_tar_files(files, split, streaming, source.options)
+    if source.format == "text":
+        return open_text(files, split, streaming, source.options)
+    if source.format == "json" and not source.options and is_json_lines(files):
+        return open_json_lines(files, split, streaming)
+    rows = _load(source, path, files)
+    return RawRows(rows, dict, rows.column_names or list(next(iter(rows.take(1)), ())))
+
+
+def _load(source: DataSource, path: str, files: str) -> Dataset | IterableDataset:
     if source.format == "disk":
         rows = datasets.load_from_disk(path)
         rows = rows[source.split] if isinstance(rows, datasets.DatasetDict) else rows
@@ -343,26 +383,7 @@ def _open(source: DataSource) -> Dataset | IterableDataset:
         return datasets.load_dataset(path, source.name, revision=source.revision, **options)
     if source.format == "imagefolder":
         return datasets.load_dataset("imagefolder", data_dir=path, **options)
-    if os.path.isdir(path) and source.format in _FILES:
-        path = os.path.join(glob.escape(path), "**", _FILES[source.format])
-    return datasets.load_dataset(source.format, data_files={source.split: path}, **options)
-
-
-def _captioned_folder(folder: Path) -> Dataset:
-    """Images below `folder` with the text of the `.txt` beside each; None where there is no such file."""
-    extensions = {f".{name}" for name in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")}
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
-    if not images:
-        raise FileNotFoundError(f"no images in {folder.absolute()}, expected some of {sorted(extensions)}")
-    captions = [path.with_suffix(".txt") for path in images]
-    return Dataset.from_dict(
-        {
-            "id": [path.relative_to(folder).as_posix() for path in images],
-            "image": [str(path) for path in images],
-            "text": [path.read_text(encoding="utf-8").strip() if path.is_file() else None for path in captions],
-        },
-        features=Features({name: Value("string") for name in ("id", "image", "text")}),
-    )
+    return datasets.load_dataset(source.format, data_files={source.split: files}, **options)
 
 
 def _undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -4,7 +4,6 @@ The image processor makes the pixels; what it refuses (corrupt files, absurd rat
 picture, and skipped and counted or raised. A picture is a function of (seed, epoch, index), whatever the workers.
 """
 
-import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ...processing.image_processing_nextflow import NextFlowImageProcessor, load_rgb
+from ...processing.image_processing_nextflow import NextFlowImageProcessor
+from .messages import bad_row_reason, open_image
 
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,10 @@ class NextFlowPictureDataset(Dataset):
                 continue
             try:
                 return self._load(candidate)
-            except (ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
-                message = f"picture {candidate} ({self._name(candidate)}) is bad: {error}"
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever this one image raises, as in the extraction of rows
+                message = f"image {candidate} ({self._name(candidate)}) is bad: {bad_row_reason(error)}"
                 if self.on_bad_picture == "raise":
                     raise ValueError(message) from error
                 logger.warning("%s; the next one takes its place", message)
@@ -116,8 +118,7 @@ class NextFlowPictureDataset(Dataset):
         encoded = self.rows[index]["image"]
         if encoded is None:
             raise ValueError("the image is missing")
-        source = encoded["path"] if encoded["bytes"] is None else Image.open(io.BytesIO(encoded["bytes"]))
-        picture = load_rgb(source, self.image_processor.max_pixels)
+        picture = open_image(encoded, self.image_processor.max_pixels)
         if self.random_crop < 1 or self.random_flip:
             picture = self._augment(picture, np.random.default_rng((self.seed, int(self.epoch[0]), index)))
         inputs = self.image_processor(picture, return_tensors="pt")
@@ -134,7 +135,10 @@ class NextFlowPictureDataset(Dataset):
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
 
     def _name(self, index: int) -> str:
-        encoded = self.rows[index]["image"] or {}
+        try:
+            encoded = self.rows[index]["image"] or {}
+        except ValueError:  # its row cannot be read
+            encoded = {}
         return encoded.get("path") or "no path"
 
 

@@ -13,6 +13,8 @@ Every file is written by atomic.py: a kill or a full disk leaves the old file or
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ SHARD_FEATURES = Features(
         "task": Value("string"),
         "source": Value("string"),
         "row_id": Value("string"),
+        # Neither prompt dropout nor self-correction: as it is asked for after the training.
+        "is_clean": Value("bool"),
     }
 )
 
@@ -141,6 +145,18 @@ def finish(folder: Path, num_shards: int) -> None:
     totals = {"num_rows": sum(entry["num_rows"] for entry in entries), "num_bad_rows": len(bad_rows)}
     write_json(folder / INDEX, {**totals, "shards": entries})
     logger.warning(f"{folder}: {totals['num_rows']} rows in {num_shards} shards, {len(bad_rows)} bad rows left out")
+    for kind, count in Counter(_kind(row["reason"]) for row in bad_rows).most_common():
+        logger.warning(f"{count} bad rows: {kind}")
+
+
+def _kind(reason: str) -> str:
+    """The reason without what is of its row alone: names, addresses and numbers."""
+    return re.sub(r"'[^']*'|\S*(://|\d)\S*", "...", reason)[:120]
+
+
+def num_rows_of(folder: Path) -> int | None:
+    """Rows of a finished extraction, else None."""
+    return json.loads((folder / INDEX).read_text())["num_rows"] if (folder / INDEX).exists() else None
 
 
 def load_codes(
@@ -164,7 +180,7 @@ def load_codes(
 
     Returns:
         `datasets.Dataset` with `input_ids`, `labels`, `image_codes`, `image_target_codes`, `image_grids`, `length`,
-        and for the reader `task`, `source` and `row_id`.
+        `is_clean` (neither dropout nor self-correction), and for the reader `task`, `source` and `row_id`.
     """
     files = [str(path) for path in checked_files(folder, vision_tokenizer=vision_tokenizer, verify=verify)]
     rows = Dataset.from_parquet(files) if not streaming else IterableDataset.from_parquet(files)

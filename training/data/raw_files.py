@@ -1,0 +1,162 @@
+"""Rows as their files have them, so that one broken row is one bad row and not the end of its file.
+
+Lines of JSON and of text, members of tar files and captions beside images come as bytes and paths; the `decode` of
+[`RawRows`] turns them into the values of a row, and raises what is wrong with that row. Where a tar file breaks off,
+one row with an error stands for the rest. What has no rows of its own (parquet, arrow, CSV, a JSON list) is read by
+`datasets` alone: a file of these that is damaged is an error of the whole source. Knows no tasks.
+"""
+
+import glob
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+from .messages import BadRowError
+
+
+ERROR = "__error__"
+# A character for each byte: whether a line is UTF-8 is found out line by line.
+_BYTES = "latin-1"
+_LOOKED_AT = 100  # rows whose names are the columns of a file of JSON
+_EXTENSIONS = {f".{name}" for name in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")}
+
+
+@dataclass
+class RawRows:
+    """Rows, what makes values of one, and the names that these have."""
+
+    rows: Dataset | IterableDataset
+    decode: Callable[[dict[str, Any]], dict[str, Any]]
+    names: list[str]
+
+
+def open_json_lines(files: str, split: str, streaming: bool) -> RawRows:
+    """Files of one JSON object a line."""
+    rows = _open_text({split: files}, split=split, streaming=streaming)
+    rows = rows.filter(lambda lines: [bool(line.strip()) for line in lines], input_columns="text", batched=True)
+    names = {}
+    for row in rows.take(_LOOKED_AT):
+        try:
+            names |= dict.fromkeys(_json_object(row))
+        except ValueError:  # for whoever reads it as a row
+            continue
+    return RawRows(rows, _json_object, list(names))
+
+
+def is_json_lines(files: str) -> bool:
+    """Whether the first file is of one object a line, and not one list of objects."""
+    for file in fsspec.open_files(files, "rb", compression="infer")[:1]:
+        with file as opened:
+            return opened.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    return False
+
+
+def open_text(files: str, split: str, streaming: bool, options: dict[str, Any]) -> RawRows:
+    """Files of texts, in UTF-8 unless the options name another encoding."""
+    rows = _open_text({split: files}, split=split, streaming=streaming, **options)
+    return RawRows(rows, dict if "encoding" in options else _text, ["text"])
+
+
+def open_tar_files(files: str, split: str, streaming: bool, options: dict[str, Any]) -> RawRows:
+    """Files of webdataset."""
+    builder = _TarFiles(data_files={split: files}, hash="1", **options)
+    if streaming:
+        rows = builder.as_streaming_dataset(split)
+    else:
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split)
+    return RawRows(rows, _members, [name for name in rows.column_names if name != ERROR])
+
+
+def open_captioned_folder(folder: Path) -> RawRows:
+    """Images below `folder` with the text of the `.txt` beside each; None where there is no such file."""
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS)
+    if not images:
+        raise FileNotFoundError(f"no images in {folder.absolute()}, expected some of {sorted(_EXTENSIONS)}")
+    columns = {
+        "id": [path.relative_to(folder).as_posix() for path in images],
+        "image": [str(path) for path in images],
+        "text": [str(path.with_suffix(".txt")) for path in images],
+    }
+    features = Features({name: Value("string") for name in columns})
+    return RawRows(Dataset.from_dict(columns, features=features), _caption, list(columns))
+
+
+def files_of(path: str, pattern: str) -> str:
+    """`path`, or the files below it where it is a folder."""
+    return os.path.join(glob.escape(path), "**", pattern) if os.path.isdir(path) else path
+
+
+def _open_text(files: dict[str, str], **options: Any) -> Dataset | IterableDataset:
+    features = Features({"text": Value("string")})  # a stream of texts does not know its columns
+    return datasets.load_dataset("text", data_files=files, features=features, **{"encoding": _BYTES, **options})
+
+
+def _json_object(values: dict[str, Any]) -> dict[str, Any]:
+    found = json.loads(values["text"].encode(_BYTES))
+    if not isinstance(found, dict):
+        raise BadRowError(f"a line of JSON is a {type(found).__name__}, expected an object")
+    return found
+
+
+def _text(values: dict[str, Any]) -> dict[str, Any]:
+    return {"text": values["text"].encode(_BYTES).decode()}
+
+
+def _members(values: dict[str, Any]) -> dict[str, Any]:
+    if (error := values.pop(ERROR)) is not None:
+        raise BadRowError(error)
+    return {name: _member(name, value) if isinstance(value, bytes) else value for name, value in values.items()}
+
+
+def _member(name: str, value: bytes) -> Any:
+    return WebDataset.DECODERS.get(name.rpartition(".")[2].lower(), bytes)(value)
+
+
+def _caption(values: dict[str, Any]) -> dict[str, Any]:
+    path = Path(values["text"])
+    return {**values, "text": path.read_text(encoding="utf-8").strip() if path.is_file() else None}
+
+
+class _TarFiles(WebDataset):
+    """Rows with undecoded members; where a file breaks off, one with an error."""
+
+    DECODERS = {}
+
+    @classmethod
+    def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Any) -> Iterator[dict[str, Any]]:
+        row = {}
+        try:
+            for row in super()._get_pipeline_from_tar(tar_path, tar_iterator):
+                yield {**row, ERROR: None}
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+            last = row.get("__key__")
+            cause = f"the rest of {tar_path} after {last!r} cannot be read: {error}"
+            yield {**dict.fromkeys(row), "__key__": f"{tar_path} after {last}", "__url__": tar_path, ERROR: cause}
+
+    def _split_generators(self, dl_manager: Any) -> list:
+        splits = super()._split_generators(dl_manager)
+        self.info.features[ERROR] = Value("string")  # known from rows without one
+        return splits
+
+
+__all__ = [
+    "ERROR",
+    "RawRows",
+    "files_of",
+    "is_json_lines",
+    "open_captioned_folder",
+    "open_json_lines",
+    "open_tar_files",
+    "open_text",
+]
