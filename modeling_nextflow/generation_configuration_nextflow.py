@@ -66,7 +66,7 @@ class NextFlowGenerationConfig(GenerationConfig):
         lengths = {name: len(value) for name, value in settings.items() if isinstance(value, (list, tuple))}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"image settings per scale must have one length, got {lengths}")
-        scale_plan([(1, 1)] * max(lengths.values(), default=1), **settings)
+        scale_plan([(1, 1)] * max(lengths.values(), default=1), prefix="image_", **settings)
         if self.max_images is not None and self.max_images < 0:
             raise ValueError(f"max_images is {self.max_images}, expected at least 0")
         if self.image_target_grids is not None and list(self.image_target_grids[0]) != [1, 1]:

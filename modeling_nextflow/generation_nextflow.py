@@ -228,7 +228,12 @@ class NextFlowGenerationMixin(GenerationMixin):
             guidance_schedule (`str`, *optional*): `"constant"` or `"linear"`; see [`scale_plan`].
             source_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
                 Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
-            generator (`torch.Generator` or list of them, *optional*): One, or one per row.
+            generator (`torch.Generator` or list of them, *optional*):
+                One, or one per row. With one per row, a row's codes do not depend on the other rows in float32; in
+                lower precision they change where rounding, which does, turns the two best codes of a cell.
+
+        Raises:
+            `ValueError`: on what does not fit together, codes out of range, and logits that are not finite.
         """
         batch = len(input_ids)
         grids, target_grids = self._target_schedule(input_ids, image_grids)
@@ -246,7 +251,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
         plan = plan[:num_scales]
         generators = _one_per_row(generator, batch)
-        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch)
+        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
         rows = self._prompt_rows(input_ids, attention_mask, image_codes, image_grids)
         conditions = max(step.num_conditions for step in plan)
         others = []
@@ -447,7 +452,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         image_settings = _image_settings(config, {})
 
         def plan_for(grids: list[tuple[int, int]]) -> list[ScaleStep]:
-            return scale_plan(grids, **image_settings)
+            return scale_plan(grids, prefix="image_", **image_settings)
 
         plans = [plan_for(schedule_of(row)) for row in target_grids] if max_images and not stop_at_image else []
         drawing = Drawing(

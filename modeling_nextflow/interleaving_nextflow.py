@@ -26,7 +26,7 @@ from .drawing_nextflow import (
     schedule_of,
     split_images,
 )
-from .sampling_nextflow import ScaleStep, inverse_transform
+from .sampling_nextflow import ScaleStep, sample
 
 
 @dataclass
@@ -260,6 +260,11 @@ def generate_interleaved(
         may_draw = num_images < drawing.max_images
         scores = logits_processor(answers.ids, _keep_text(scores, may_draw, model))
         scores = _keep_text(scores, may_draw, model)  # whatever the processors wish
+        if not scores[writing].amax(-1).isfinite().all():
+            raise ValueError(
+                f"the logits of text token {int(num_tokens.max()) + 1} are not finite: expected a higher temperature, "
+                "logits processors that leave a token, or weights without NaN"
+            )
         tokens = _choose(scores, writing, drawing.generators) if generation_config.do_sample else scores.argmax(-1)
         answers.write(tokens[:, None], writing)
         begun = writing & (tokens == model.config.boi_token_id)
@@ -318,8 +323,7 @@ def _choose(
 ) -> torch.LongTensor:
     """A token for each row that writes; the generators of the others stay where they are."""
     rows = writing.nonzero()[:, 0]
-    probabilities = scores[rows].softmax(-1)[:, None]
-    chosen = inverse_transform(probabilities, [generators[row] for row in rows.tolist()])[:, 0]
+    chosen = sample(scores[rows][:, None], [generators[row] for row in rows.tolist()])[:, 0]
     return scores.argmax(-1).index_copy(0, rows, chosen)
 
 

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_nextflow import get_attention_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
-from .grids_nextflow import Schedule, check_shape, schedules_from_grids
+from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
 from .loss_nextflow import (
     IGNORE_INDEX,
     call_with_weight,
@@ -357,9 +357,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def scale_length_encoding(self, image_grids: torch.LongTensor) -> torch.FloatTensor:
         """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale
-        embedding (amplitude not specified by the paper)."""
+        embedding (amplitude not specified by the paper). A grid that stands there twice shows the codes of one scale:
+        an image has as many scales where it is given as where it is drawn."""
         hidden = self.config.hidden_size
-        num_scales = (image_grids[..., 0] > 0).sum(-1, keepdim=True).float()  # (n_images, 1)
+        is_scale = image_grids[..., 0] > 0
+        if not self.config.scale_length_counts_repeats:
+            is_scale[:, 1:] &= (image_grids[:, 1:] != image_grids[:, :-1]).any(-1)
+        num_scales = is_scale.sum(-1, keepdim=True).float()  # (n_images, 1)
         exponent = torch.arange(0, hidden, 2, device=image_grids.device).float() / hidden
         angle = num_scales * 10000.0**-exponent
         encoding = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :hidden]
@@ -432,9 +436,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         expected = sum(count for _, count in images)
         if len(codes) != expected:
             raise ValueError(f"the images in input_ids need {expected} codes, got image_codes of length {len(codes)}")
-        if expected and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
-            found = f"{int(codes.min())} to {int(codes.max())}"
-            raise ValueError(f"image_codes must lie in [0, {self.config.codebook_size}), got {found}")
+        check_codes(codes, self.config.codebook_size)
         return images
 
 
