@@ -187,6 +187,7 @@ class NextFlowConversation:
         **settings: Any,
     ) -> list[dict[str, Any]]:
         pipe = self.pipe
+        pipe.processor.as_conversations([message])
         pipe._begin()
         # 1. The turn, and what is known from those before
         mode = "interleaved" if max_images else "text"
@@ -268,7 +269,7 @@ class NextFlowConversation:
 def _message(text: str | list[dict[str, Any]], image: Any) -> dict[str, Any]:
     """A user's message: the images, then the text."""
     images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    parts = [{"type": "text", "text": text}] if isinstance(text, str) else list(text)
+    parts = list(text) if isinstance(text, (list, tuple)) else [{"type": "text", "text": text}]
     return {"role": "user", "content": [*({"type": "image", "image": one} for one in images), *parts]}
 
 

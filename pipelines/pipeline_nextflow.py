@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from .diffusion_decoder import NextFlowDiffusionDecoder
 from .lora_nextflow import NextFlowLoraLoaderMixin
 from .pipeline_helpers import exclusive, exclusively, generator_per_image, one_per_prompt, stack_equal
-from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, has_user_image
+from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, build_messages, has_user_image
 from .pipeline_nextflow_conversation import NextFlowConversationMixin
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_drawing import (
@@ -453,7 +453,8 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
 
     def _encode(self, call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
         """The prompt of every image: tokens of the conversations, codes of the images in them, what is kept."""
-        conversations = call.conversations()
+        messages = build_messages(call.prompt, call.image) if call.messages is None else call.messages
+        conversations, _ = self.processor.as_conversations(messages)
         if _guides(self._image_guidance_scale) and not all(map(has_user_image, conversations)):
             raise ValueError(
                 f"`image_guidance_scale` is {self._image_guidance_scale}, which guides towards the user's images, but "

@@ -141,8 +141,6 @@ class NextFlowCall:
             )
         if self.messages is not None and self.image is not None:
             raise ValueError('`image` goes with `prompt`: in `messages` an image is {"type": "image", "image": ...}')
-        if self.messages is not None and len(self.messages) == 0:
-            raise ValueError("`messages` is empty, expected at least one message")
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
             texts = [value] if isinstance(value, str) else value
@@ -168,12 +166,6 @@ class NextFlowCall:
                     f"got {given} with `image_codes` and neither `prompt` nor `messages`: without them codes are only "
                     "decoded"
                 )
-
-    def conversations(self) -> list[list[dict[str, Any]]]:
-        """What to draw, as one conversation for each image or `num_images_per_prompt` images."""
-        if self.messages is not None:
-            return [self.messages] if isinstance(self.messages[0], dict) else list(self.messages)
-        return build_messages(self.prompt, self.image)
 
 
 def build_messages(prompt: str | list[str], image: Any = None) -> list[list[dict[str, Any]]]:

@@ -76,7 +76,7 @@ class NextFlowConversationMixin:
         Returns:
             `str`, or `list[str]` for a list of conversations.
         """
-        conversations, is_batched = _as_conversations(messages)
+        conversations, is_batched = self.processor.as_conversations(messages)
         text = self.get_text_settings(max_new_tokens, do_sample, temperature, top_k, top_p)
         self._begin()
         inputs = self.encode_conversations(conversations, generation_mode="text", resolution=resolution)
@@ -156,7 +156,7 @@ class NextFlowConversationMixin:
             `list[dict]`, parts `{"type": "text", "text": ...}` and `{"type": "image", "image": PIL image}`: content of
             an assistant's message. A list of those for a list of conversations, an iterator with `stream=True`.
         """
-        conversations, is_batched = _as_conversations(messages)
+        conversations, is_batched = self.processor.as_conversations(messages)
         if max_images < 0:
             raise ValueError(f"`max_images` is {max_images}, expected at least 0")
         if stream and is_batched:
@@ -361,7 +361,7 @@ class NextFlowConversationMixin:
             return_dict=True,
             return_tensors="pt",
             generation_mode=generation_mode,
-            **{name: value for name, value in options.items() if value is not None},
+            **{"negative_prompt": None, **{name: value for name, value in options.items() if value is not None}},
         )
         encoded = {name: tensor.to(device) for name, tensor in inputs.items() if name != "pixel_values"}
         if "pixel_values" in inputs and encode_images:
@@ -446,23 +446,6 @@ class NextFlowConversationMixin:
                 self.maybe_free_model_hooks()
 
         return iterate(work, stop.set)
-
-
-def _as_conversations(messages: Messages) -> tuple[list[list[dict[str, Any]]], bool]:
-    """A list of conversations, and whether it was one."""
-    rows = (
-        [messages] if isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], dict) else messages
-    )
-    if not (
-        isinstance(rows, (list, tuple))
-        and rows
-        and all(isinstance(row, (list, tuple)) and row and all(isinstance(one, dict) for one in row) for row in rows)
-    ):
-        raise TypeError(
-            f"`messages` is {messages!r}, expected a non-empty list of messages such as "
-            '[{"role": "user", "content": "..."}], or a list of such lists'
-        )
-    return [list(row) for row in rows], rows is messages
 
 
 def _frames_of(parts: list[dict[str, Any]]) -> tuple[list, list[str]]:

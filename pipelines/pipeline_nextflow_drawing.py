@@ -175,6 +175,7 @@ class NextFlowDrawingMixin:
             size: `height` and `width`, or `aspect_ratio`, and `resolution` of the image to draw.
         """
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "generation_mode": "image"}
+        options["negative_prompt"] = None  # they come as conversations of their own
         resolution = {name: value for name, value in size.items() if name == "resolution"}
         inputs = self.processor.apply_chat_template(conversations, **options, **size)
         image_grids = list(inputs["image_grids"].split(self._count_images(inputs)))

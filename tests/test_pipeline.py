@@ -288,7 +288,7 @@ def test_progress_shows_the_grid(pipe, capfd):
     [
         ({}, ValueError, "exactly one of `prompt` and `messages`, got neither"),
         ({"prompt": "a", "messages": [{}]}, ValueError, "got both"),
-        ({"messages": []}, ValueError, "`messages` is empty"),
+        ({"messages": []}, ValueError, "got 0 messages, expected at least 1"),
         ({"messages": [{"role": "user", "content": "a"}], "image": 0}, ValueError, "`image` goes with `prompt`"),
         ({"prompt": []}, TypeError, "`prompt` is \\[\\]"),
         ({"prompt": 3}, TypeError, "`prompt` is 3"),
