@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .pipeline_helpers import exclusive, generator_per_image
+from .pipeline_helpers import check_number, exclusive, generator_per_image
 
 
 class NextFlowConversation:
@@ -148,7 +148,9 @@ class NextFlowConversation:
         generator: torch.Generator | None = None,
     ) -> list[dict[str, Any]]:
         """An answer of text and `min_images` to `max_images` images, as in [`~NextFlowPipeline.interleave`]."""
-        if not 0 <= min_images <= max_images:
+        for name, count in (("min_images", min_images), ("max_images", max_images)):
+            check_number(name, count, is_whole=True)
+        if not min_images <= max_images:
             raise ValueError(f"`min_images` is {min_images} and `max_images` {max_images}, expected 0 <= min <= max")
         pipe = self.pipe
         return self._answer(

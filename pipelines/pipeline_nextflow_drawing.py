@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .pipeline_helpers import call_component
+from .pipeline_helpers import call_component, check_per_scale
 from .pipeline_nextflow_call import build_messages
 
 
@@ -125,6 +125,8 @@ class NextFlowDrawingMixin:
 
     def get_image_settings(self, **settings: Any) -> dict[str, Any]:
         """How to draw: what the call says, else the transformer's generation config, else [`DEFAULT_SETTINGS`]."""
+        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
+            check_per_scale(name, settings.get(name), is_whole=name == "top_k")
         configured = self.transformer.generation_config.to_dict()
         resolved = {}
         for name, default in DEFAULT_SETTINGS.items():

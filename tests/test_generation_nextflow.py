@@ -1,6 +1,7 @@
 """Drawing: the cached loop against one teacher-forced forward, guidance, sampling, and text generation."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from toy import (
 from transformers import GenerationConfig
 
 from nextflow_hf import NextFlowGenerationConfig
-from nextflow_hf.modeling_nextflow import drawing_nextflow
+from nextflow_hf.modeling_nextflow import drawing_nextflow, generation_nextflow
 from nextflow_hf.modeling_nextflow.generation_nextflow import guide
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
@@ -323,6 +324,31 @@ def test_image_mode_takes_settings_under_both_names_and_greedy(model):
     assert torch.equal(model.generate(**inputs, temperature=0.0, **plain).image_codes, expected)
     config = NextFlowGenerationConfig(image_temperature=0.0, repetition_penalty=1.3, do_sample=True, min_p=0.1)
     assert torch.equal(model.generate(**inputs, generation_config=config).image_codes, expected)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved", None], ids=str)
+def test_configured_guidance_without_a_negative_prompt_is_left_out_with_a_warning(model, monkeypatch, caplog, mode):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(generation_nextflow.logger, "warning_once", generation_nextflow.logger.warning)
+
+    def draw(**settings):
+        prompt, grids = torch.tensor([[5, BOI]]), grids_tensor(SQUARE)
+        if mode is None:
+            names = {"image_guidance_scale": "guidance_scale", "image_temperature": "temperature"}
+            return model.generate_images(prompt, image_grids=grids, **{names[k]: v for k, v in settings.items()})
+        if mode == "image":
+            return model.generate(prompt, image_grids=grids, generation_mode="image", **settings)
+        begin = {"logits_processor": [lambda ids, scores: scores.index_fill(1, torch.tensor([BOI]), 1e4)]}
+        settings |= {"target_grids": grids, "max_images": 1, "max_new_tokens": 1, "do_sample": False, **begin}
+        return model.generate(prompt[:, :1], generation_mode="interleaved", **settings)
+
+    expected = draw(image_temperature=0.0).image_codes
+    assert "without guidance" not in caplog.text
+    monkeypatch.setattr(model, "generation_config", NextFlowGenerationConfig(image_guidance_scale=[3.0] * 4))
+    assert torch.equal(draw(image_temperature=0.0).image_codes, expected)
+    assert caplog.text.count("the image is sampled without guidance: pass the unconditional prompt") == 1
+    with pytest.raises(ValueError, match="needs negative_input_ids"):  # what the call itself asks for
+        draw(image_guidance_scale=3.0)
 
 
 IMAGE_PROMPTS = torch.tensor([[5, *image_tokens(WIDE), 6, 7], [0] * 15 + [8, 9, 10]])

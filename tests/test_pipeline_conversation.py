@@ -474,6 +474,13 @@ def test_frames_are_saved_as_a_film(pipe, tmp_path):
 # ---- mistakes
 
 BAD_CALLS = {
+    "type of top-k": (lambda pipe: pipe.chat([user("a")], top_k=2.5), r"`top_k` is 2.5 \(float\), expected a whole"),
+    "temperature": (lambda pipe: pipe.chat([user("a")], temperature=float("nan")), "`temperature` is nan"),
+    "bool": (lambda pipe: pipe.chat([user("a")], max_new_tokens=True), r"`max_new_tokens` is True \(bool\)"),
+    "fraction of an image": (
+        lambda pipe: pipe.interleave([user("a")], 1.5),
+        r"`max_images` is 1.5 \(float\), expected a whole",
+    ),
     "no messages": (lambda pipe: pipe.chat([]), "got 0 messages, expected at least 1"),
     "a string": (lambda pipe: pipe.chat("hello"), "messages are 'hello' .* expected a list such as"),
     "too short": (
