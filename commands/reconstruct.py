@@ -77,7 +77,7 @@ def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"{path}  {image.width} x {image.height}, {measured['codes']} codes ({measured['bits_per_pixel']:.3f} "
             f"bits a pixel), PSNR {measured['psnr']:.2f} dB"
         )
-    return {"model": args.model, "device": args.device, "dtype": args.dtype, "images": described}
+    return {"model": args.model, "device": args.device, "dtype": args.loaded_dtype, "images": described}
 
 
 def _there_and_back(

@@ -2,6 +2,7 @@
 one shape as one."""
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,24 @@ def exclusively(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return guarded
+
+
+class SharedComponentsMixin:
+    """For pipelines whose components are all that they are made of."""
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """
+        A pipeline on the components of another one, of which `kwargs` replace some. Overwritten: without a `dtype`
+        diffusers casts them to float32, and with them those of the pipeline that it was given.
+        """
+        if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
+            return super().from_pipe(pipeline, **kwargs)
+        names = inspect.signature(cls.__init__).parameters
+        shared = {name: part for name, part in pipeline.components.items() if name in names}
+        made = cls(**{**shared, **kwargs})
+        made.register_to_config(**{name: value for name, value in pipeline.config.items() if name.startswith("_")})
+        return made
 
 
 def generator_per_image(

@@ -20,7 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .diffusion_decoder import NextFlowDiffusionDecoder
 from .lora_nextflow import NextFlowLoraLoaderMixin
-from .pipeline_helpers import exclusive, exclusively, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_helpers import (
+    SharedComponentsMixin,
+    exclusive,
+    exclusively,
+    generator_per_image,
+    one_per_prompt,
+    stack_equal,
+)
 from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, build_messages, has_user_image
 from .pipeline_nextflow_conversation import NextFlowConversationMixin
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
@@ -78,7 +85,13 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlowLoraLoaderMixin, DiffusionPipeline):
+class NextFlowPipeline(
+    NextFlowConversationMixin,
+    NextFlowDrawingMixin,
+    NextFlowLoraLoaderMixin,
+    SharedComponentsMixin,
+    DiffusionPipeline,
+):
     r"""
     Text-to-image, editing of one or several images, thinking before drawing, and conversations of text and images.
 
@@ -144,6 +157,11 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
         self._num_timesteps = 0
         self._interrupt = False
         self._current = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's, or the vision tokenizer's where that is all there is. Components may differ in theirs."""
+        return (self.vision_tokenizer if self.transformer is None else self.transformer).dtype
 
     @property
     def vae(self) -> PreTrainedModel:
