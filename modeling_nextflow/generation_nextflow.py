@@ -537,14 +537,12 @@ class NextFlowGenerationMixin(GenerationMixin):
         # Overwritten: images take one step of the rotary text axis per scale, so the axes run apart.
         if model_kwargs.get("image_grids") is None:
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-            if positions.ndim != 2:
-                return positions
-            positions = positions.float().expand(4, len(inputs_tensor), -1)
             cache = model_kwargs.get("past_key_values")
             place = getattr(cache, "nextflow_place", None)
-            if place is None or not cache.get_seq_length():
+            if positions.ndim != 2 or place is None or not cache.get_seq_length():
                 return positions
             # On top of images that the cache holds: only the new tokens' places are read.
+            positions = positions.float().expand(4, len(inputs_tensor), -1)
             ahead = place.steps_ahead(cache, len(inputs_tensor))
             return torch.cat([positions[:1], positions[1:] + ahead])
         input_ids = self._prompt_ids(model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("inputs_embeds"))

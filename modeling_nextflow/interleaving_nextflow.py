@@ -245,7 +245,8 @@ def generate_interleaved(
     if mask is None and batch > 1:
         mask = input_ids.new_ones(batch, cache.get_seq_length())
     pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
-    position = model_kwargs["position_ids"][1, :, -1:] + 1
+    position_ids = model_kwargs["position_ids"]
+    position = (position_ids if position_ids.ndim == 2 else position_ids[1])[:, -1:].float().expand(batch, 1) + 1
     answers = _Answers(model, input_ids, cache, mask, position, pad)
 
     # 2. Until every row is done. Text alone counts towards the length: an image is one token, its `<boi>`

@@ -170,6 +170,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             layout = self.get_image_layout(input_ids, image_grids)
         if inputs_embeds is None or layout is not None:
             inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
+        is_plain = layout is None and (position_ids is None or position_ids.ndim == 2)  # as in any language model
         if position_ids is None:
             position_ids = self.get_position_ids(
                 input_ids, inputs_embeds, image_grids, attention_mask, past_key_values
@@ -204,7 +205,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
-        if past_key_values is not None and not torch.compiler.is_compiling():
+        # Not on a cache of text alone, which stays what other code expects: torch.export flattens its attributes.
+        place = getattr(past_key_values, "nextflow_place", None)
+        if past_key_values is not None and not torch.compiler.is_compiling() and not (is_plain and place is None):
             past_key_values.nextflow_place = CachePlace.after(position_ids, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
