@@ -16,6 +16,15 @@ IMAGE_DEFAULTS = {
     "top_k": 0,
     "top_p": 1.0,
 }
+# How the paper samples in reinforcement learning (§3.2.5; VAR-RL, arXiv:2601.02256): VAR's ramp to its cfg 5, which is
+# a guidance of 6 in the definition of `guide`.
+PAPER_SAMPLING = {
+    "image_guidance_scale": 6.0,
+    "image_guidance_schedule": "linear",
+    "image_temperature": 1.0,
+    "image_top_k": 2,
+    "image_top_p": 0.9,
+}
 DEFAULT_MAX_IMAGES = 4
 
 
@@ -88,4 +97,4 @@ class NextFlowGenerationConfig(GenerationConfig):
         return {name: value for name, value in settings.items() if value is not None or name not in unset}
 
 
-__all__ = ["DEFAULT_MAX_IMAGES", "IMAGE_DEFAULTS", "NextFlowGenerationConfig"]
+__all__ = ["DEFAULT_MAX_IMAGES", "IMAGE_DEFAULTS", "PAPER_SAMPLING", "NextFlowGenerationConfig"]

@@ -7,9 +7,19 @@ import pytest
 import torch
 from toy import BOI, CODES, SQUARE, grids_tensor, toy_model
 
+from nextflow_hf import NextFlowGenerationConfig
+from nextflow_hf.hub_cards import shapes_model_path
 from nextflow_hf.modeling_nextflow import drawing_nextflow
+from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import IMAGE_DEFAULTS, PAPER_SAMPLING
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.modeling_nextflow.sampling_nextflow import ScaleStep, _splitmix, sample, sample_codes, scale_plan
+from nextflow_hf.modeling_nextflow.sampling_nextflow import (
+    ScaleStep,
+    _splitmix,
+    guide,
+    sample,
+    sample_codes,
+    scale_plan,
+)
 
 
 NEUTRAL = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -87,6 +97,19 @@ def test_scale_plan_fans_out():
         scale_plan(SQUARE, top_p=[0.5, 0.6])
     with pytest.raises(ValueError, match="'constant' or 'linear'"):
         scale_plan(SQUARE, guidance_schedule="cosine")
+
+
+def test_the_papers_guidance_is_vars():
+    """VAR: `(1 + t) * logits - t * unconditional` with t from 0 to its cfg, 5 in the paper."""
+    logits, unconditional = torch.randn(2, 1, 1, CODES, generator=seeded())
+    for index, step in enumerate(scale_plan(SQUARE, guidance_scale=6.0, guidance_schedule="linear")):
+        t = 5 * index / (len(SQUARE) - 1)
+        expected = (1 + t) * logits - t * unconditional
+        torch.testing.assert_close(guide(logits, unconditional, step.guidance_scale), expected)
+    names = [f"image_{name}" for name in IMAGE_DEFAULTS]
+    assert PAPER_SAMPLING.keys() == set(names) and PAPER_SAMPLING["image_guidance_scale"] == 6
+    shipped = NextFlowGenerationConfig.from_pretrained(shapes_model_path())
+    assert all(getattr(shipped, name) is not None for name in names)
 
 
 def test_numpy_scalars_are_numbers():
