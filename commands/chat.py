@@ -77,7 +77,7 @@ def chat(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {
         "model": args.model,
         "device": args.device,
-        "dtype": args.dtype,
+        "dtype": args.loaded_dtype,
         "seed": args.seed,
         "answer": said[-1] if said else None,
         "turns": turns,

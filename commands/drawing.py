@@ -133,7 +133,7 @@ def draw(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {
         "model": args.model,
         "device": args.device,
-        "dtype": args.dtype,
+        "dtype": args.loaded_dtype,
         "load_seconds": round(load_seconds, 3),
         "seconds": round(time.perf_counter() - start, 3),
         "images": saved,

@@ -104,7 +104,7 @@ def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     result = {
         "model": args.model,
         "device": args.device,
-        "dtype": args.dtype,
+        "dtype": args.loaded_dtype,
         "seed": args.seed,
         "seconds": round(seconds, 3),
         "output": str(output),

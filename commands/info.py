@@ -59,7 +59,7 @@ def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from nextflow_hf.commands.checkpoint import describe, read_checkpoint
 
     folder = read_checkpoint(args.model, revision=args.revision)
-    described = describe(folder, dtype=args.dtype)
+    described = describe(folder, dtype=None if args.dtype == "auto" else args.dtype)
     described["model"] = args.model or options.SHIPPED_MODEL
     for line in _lines(described):
         console.show(line)
@@ -70,7 +70,7 @@ def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         pipe.set_progress_bar_config(disable=True)
         described["measured"] = {
             "device": args.device,
-            "dtype": args.dtype,
+            "dtype": args.loaded_dtype,
             **measure(pipe, repeats=args.repeats),
             "environment": loading.environment(),
         }

@@ -102,7 +102,7 @@ def interleave(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     result = {
         "model": args.model,
         "device": args.device,
-        "dtype": args.dtype,
+        "dtype": args.loaded_dtype,
         "seed": args.seed,
         "seconds": round(time.perf_counter() - start, 3),
         "output": str(folder),

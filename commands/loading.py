@@ -73,7 +73,7 @@ def choose_device(name: str | None) -> str:
 def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "NextFlowPipeline":
     """
     The pipeline of [`~commands.options.add_model_options`], on its device. `args.model`, `args.device` and
-    `args.dtype` then name what was chosen.
+    `args.dtype` then name what was chosen, and `args.loaded_dtype` what the transformer was loaded in.
 
     Args:
         without (`Sequence[str]`, *optional*): Components that are not loaded.
@@ -83,7 +83,7 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     if Path(found).is_dir() and args.model != SHIPPED_MODEL:
         args.model = found
     args.device = choose_device(args.device)
-    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.dtype = args.dtype or "auto"
     if args.offload and args.device == "cpu":
         raise ValueError("--offload needs an accelerator to spare, and the device is the CPU: leave it out")
 
@@ -94,10 +94,12 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     options: dict[str, Any] = dict.fromkeys(without)
     if args.revision is not None:
         options["revision"] = args.revision
+    if args.dtype != "auto":  # else as in Python: each component as it was saved
+        options["dtype"] = getattr(torch, args.dtype)
     if getattr(args, "quantize", None) is not None:
         options["quantization_config"] = _quantization(args.quantize, args.dtype)
     try:
-        pipe = NextFlowPipeline.from_pretrained(found, dtype=getattr(torch, args.dtype), **options)
+        pipe = NextFlowPipeline.from_pretrained(found, **options)
     except OSError as error:
         if Path(found).is_dir():
             raise
@@ -109,6 +111,7 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     else:
         pipe.to(args.device)
     pipe.set_progress_bar_config(desc="scale", disable=args.quiet)
+    args.loaded_dtype = str(pipe.dtype).removeprefix("torch.")
     return pipe
 
 
@@ -124,7 +127,7 @@ def _quantization(kind: str, dtype: str) -> Any:
         bits = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": getattr(torch, dtype),
+            "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         }
     return PipelineQuantizationConfig(
         quant_backend=f"bitsandbytes_{kind}", quant_kwargs=bits, components_to_quantize=["transformer"]

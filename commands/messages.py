@@ -19,20 +19,15 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
         messages = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-        raise ValueError(
-            f"{path} holds no conversation, expected a list such as "
-            '[{"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "..."}]}]'
-        )
-    return [{**message, "content": _with_paths(message["content"], folder)} for message in messages]
+    from nextflow_hf.processing.message_checks import as_conversations
 
-
-def _is_message(message: Any) -> bool:
-    if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-        return False
-    content = message.get("content")
-    is_list = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-    return is_list or isinstance(content, str)
+    try:
+        conversations, _ = as_conversations(messages)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no conversation: {error}") from error
+    if len(conversations) > 1:
+        raise ValueError(f"{path} holds {len(conversations)} conversations, expected 1")
+    return [{**message, "content": _with_paths(message["content"], folder)} for message in conversations[0]]
 
 
 def _with_paths(content: str | list[dict[str, Any]], folder: Path) -> str | list[dict[str, Any]]:

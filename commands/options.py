@@ -78,8 +78,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, na
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the accelerator, where there is one")
     group.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights; default: float32 on a CPU, else bfloat16",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights; default: auto, each component as it was saved",
     )
     if draws:
         group.add_argument("--quantize", choices=("4bit", "8bit"), help="the transformer, by bitsandbytes")

@@ -88,7 +88,8 @@ def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"{path}  {image.width} x {image.height}, {measured['codes']} codes ({measured['bits_per_pixel']:.3f} "
             f"bits a pixel), PSNR {measured['psnr']:.2f} dB"
         )
-    return {"model": args.model, "device": args.device, "dtype": args.dtype, "images": described, "left_out": left_out}
+    loaded = {"model": args.model, "device": args.device, "dtype": args.loaded_dtype}
+    return {**loaded, "images": described, "left_out": left_out}
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Inert data. Defaults are the paper's model: Qwen2.5-VL-7B's language model with 
 silent the docstring says so; every such choice is a named field.
 """
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config, Siglip2VisionConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -188,7 +190,13 @@ class NextFlowConfig(Qwen2Config):
             As everywhere in transformers, with `mrope_section`: how many of the rotary frequencies turn with the
             scale, the row and the column. Defaults to 24, 20, 20 for the 64 frequencies of the paper's model, and to
             the same shares of another head dimension (not specified by the paper).
-        max_scales (`int`, *optional*, defaults to 18): Rows of the scale embedding; the longest schedule (table 14).
+        max_scales (`int`, *optional*, defaults to 18):
+            Rows of the scale embedding and of an image in `image_grids`: the longest schedule (table 14), and one more
+            where given images have their last grid twice (the processor's `append_last_scale`).
+        scale_length_counts_repeats (`bool`, *optional*, defaults to `False`):
+            Whether the scale-length term counts a last grid that stands there twice as two scales. Without it, an
+            image has the same number of scales as a source and as a target. Models that were saved before this field
+            existed were trained with repeats counted, so their configurations load with `True`.
         spatial_rope_extent (`float`, *optional*, defaults to 64.0):
             C of equation 1: row and column coordinates of a square image span [0, C] at every resolution (value not
             specified by the paper).
@@ -242,6 +250,7 @@ class NextFlowConfig(Qwen2Config):
     eoi_token_id: int = 184833
     image_token_id: int = 151655
     max_scales: int = 18
+    scale_length_counts_repeats: bool = False
     spatial_rope_extent: float = 64.0
     scale_loss_alpha: float = 0.9
     joint_image_loss: bool = True
@@ -274,6 +283,11 @@ class NextFlowConfig(Qwen2Config):
             )
         if "sliding_attention" in self.layer_types:
             raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # Overwritten: what was saved without the field is a model that was trained with repeats counted.
+        return super().from_dict({"scale_length_counts_repeats": True, **config_dict}, **kwargs)
 
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:

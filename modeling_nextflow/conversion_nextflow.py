@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
+from .generation_configuration_nextflow import PAPER_SAMPLING, NextFlowGenerationConfig
 from .modeling_nextflow import NextFlowForCausalLM
 
 
@@ -129,7 +130,8 @@ def from_qwen(
         kwargs: Further arguments of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
 
     The rows of image codes, `<boi>` and `<eoi>` in embedding and head are drawn from a normal distribution with the
-    mean and the deviation of the text rows, per channel (not specified by the paper). A tied head becomes a copy.
+    mean and the deviation of the text rows, per channel (not specified by the paper). A tied head becomes a copy. The
+    generation config samples images as the paper does.
 
     Raises:
         `ValueError`: on another kind of model, and on a checkpoint that is not whole, naming what is missing.
@@ -159,6 +161,8 @@ def from_qwen(
         model = NextFlowForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
         # Loading initialises only modules that have parameters of their own; this one's scale is known to its parent.
         torch.nn.init.normal_(model.model.scale_embedding.weight, std=model.model.scale_embedding_std)
+    model.generation_config = NextFlowGenerationConfig.from_plain(model.generation_config)
+    model.generation_config.update(**PAPER_SAMPLING)
     logger.info(
         "kept %d layers and %d text rows, added %d image codes",
         config.num_hidden_layers, config.text_vocab_size, codebook_size,

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from .grids_nextflow import check_codes
 from .rope_nextflow import cell_coordinates
-from .sampling_nextflow import ScaleStep, fill_codes, guide, sample_codes
+from .sampling_nextflow import ScaleStep, fill_codes, guide, largest_score, sample_codes
 
 
 DrawingCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
@@ -172,11 +173,16 @@ def draw_scales(
     `row_sets` hold the rows that draw, one an image in order, then those of the same prompts without their text and
     those without text and source images, if any: in the same cache or in another. `prefix` has codes (images, cells)
     of the first scales, and which of them are taken as they are (`None`: all, and no number is drawn for them).
+
+    Raises:
+        `ValueError`: on logits that are not finite. On a CPU at their scale, elsewhere before the last one is yielded:
+        looking at them earlier would make the host wait at every scale.
     """
     batch = len(image_grids)
     grids = schedule_of(image_grids[0])
     plan = list(plan)
     codes = image_grids.new_zeros(batch, 0)
+    unchecked = {}
     for index in range(len(grids)):
         step = plan[index]
         states = [rows.drawing_states for rows in row_sets]
@@ -188,16 +194,20 @@ def draw_scales(
             logits, unconditional, imageless, *_ = [*logits.split(batch), None, None]
             scales = {"scale": step.guidance_scale, "source_scale": step.source_guidance_scale}
             logits = guide(logits, unconditional, imageless=imageless, **scales)
+            unchecked[index] = largest_score(logits, step)
             if given is None:
                 drawn = sample_codes(logits, step, generators)
             else:
                 drawn = fill_codes(logits, step, generators, given, is_given)
         codes = torch.cat([codes, drawn], dim=1)
+        if _is_synchronous(codes.device) or index + 1 == len(plan):
+            _check_finite(unchecked, plan)
         scale = DrawnScale(index, codes, plan)
         yield scale
         if scale.image_codes is not codes:
-            codes = _checked(scale.image_codes.to(codes.device), codes, model.config.codebook_size)
+            codes = _replaced(codes, scale.image_codes.to(codes.device), model.config.codebook_size)
         if index + 1 == len(plan):
+            _check_finite(unchecked, plan)  # where the plan was cut short
             return
         needed = batch * max(later.num_conditions for later in plan[index + 1 :])
         cells = drawn.shape[1]
@@ -219,14 +229,30 @@ def first_rows(row_sets: list[DrawingRows], count: int) -> list[DrawingRows]:
     return kept
 
 
-def _checked(codes: torch.LongTensor, drawn: torch.LongTensor, codebook_size: int) -> torch.LongTensor:
-    """Codes that replace those that were drawn."""
-    if codes.shape != drawn.shape or codes.min() < 0 or codes.max() >= codebook_size:
-        raise ValueError(
-            f"image_codes were replaced by {tuple(codes.shape)} from {int(codes.min())} to {int(codes.max())}, "
-            f"expected {tuple(drawn.shape)} in [0, {codebook_size})"
-        )
-    return codes.to(drawn.dtype)
+def _is_synchronous(device: torch.device) -> bool:
+    """Whether a look at a tensor's values costs nothing: an accelerator would have to finish its work first."""
+    return device.type == "cpu"
+
+
+def _check_finite(scores: dict[int, torch.FloatTensor], plan: Sequence[ScaleStep]) -> None:
+    """Raise where the largest score of a scale is not finite; empties `scores`."""
+    found = torch.stack(list(scores.values())).isfinite().tolist() if scores else []
+    for (index, _), is_finite in zip(scores.items(), found, strict=True):
+        if not is_finite:
+            step = plan[index]
+            raise ValueError(
+                f"the logits of scale {index + 1} ({step.grid[0]}x{step.grid[1]}) are not finite with guidance_scale "
+                f"{step.guidance_scale:g} and temperature {step.temperature:g}: expected a lower guidance, a higher "
+                "temperature, or weights without NaN"
+            )
+    scores.clear()
+
+
+def _replaced(codes: torch.LongTensor, others: torch.LongTensor, codebook_size: int) -> torch.LongTensor:
+    """`others` in the place of `codes`."""
+    if others.shape != codes.shape:
+        raise ValueError(f"image_codes were replaced by {tuple(others.shape)}, expected {tuple(codes.shape)}")
+    return check_codes(others, codebook_size)
 
 
 def draw_images(*args, **kwargs) -> torch.LongTensor:
@@ -251,7 +277,11 @@ def schedule_of(image_grids: torch.LongTensor) -> list[tuple[int, int]]:
 
 
 def split_prefix(
-    codes: torch.LongTensor | None, mask: torch.BoolTensor | None, grids: Sequence[tuple[int, int]], batch: int
+    codes: torch.LongTensor | None,
+    mask: torch.BoolTensor | None,
+    grids: Sequence[tuple[int, int]],
+    batch: int,
+    codebook_size: int,
 ) -> list[tuple[torch.LongTensor, torch.BoolTensor | None]]:
     """Codes (batch, codes) of the first scales, and which are taken as they are, scale by scale."""
     if codes is None:
@@ -263,6 +293,7 @@ def split_prefix(
         raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
     if mask is not None and (mask.shape != codes.shape or mask.dtype != torch.bool):
         raise ValueError(f"prefix_mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(codes.shape)}")
+    check_codes(codes if mask is None else codes[mask], codebook_size, "prefix_codes")
     ends = ends[: ends.index(codes.shape[1])]
     scales = codes.tensor_split(ends, dim=1)
     if mask is None:

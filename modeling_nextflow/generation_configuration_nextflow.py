@@ -16,6 +16,15 @@ IMAGE_DEFAULTS = {
     "top_k": 0,
     "top_p": 1.0,
 }
+# How the paper samples in reinforcement learning (§3.2.5; VAR-RL, arXiv:2601.02256): VAR's ramp to its cfg 5, which is
+# a guidance of 6 in the definition of `guide`.
+PAPER_SAMPLING = {
+    "image_guidance_scale": 6.0,
+    "image_guidance_schedule": "linear",
+    "image_temperature": 1.0,
+    "image_top_k": 2,
+    "image_top_p": 0.9,
+}
 DEFAULT_MAX_IMAGES = 4
 
 
@@ -66,7 +75,7 @@ class NextFlowGenerationConfig(GenerationConfig):
         lengths = {name: len(value) for name, value in settings.items() if isinstance(value, (list, tuple))}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"image settings per scale must have one length, got {lengths}")
-        scale_plan([(1, 1)] * max(lengths.values(), default=1), **settings)
+        scale_plan([(1, 1)] * max(lengths.values(), default=1), prefix="image_", **settings)
         if self.max_images is not None and self.max_images < 0:
             raise ValueError(f"max_images is {self.max_images}, expected at least 0")
         if self.image_target_grids is not None and list(self.image_target_grids[0]) != [1, 1]:
@@ -88,4 +97,4 @@ class NextFlowGenerationConfig(GenerationConfig):
         return {name: value for name, value in settings.items() if value is not None or name not in unset}
 
 
-__all__ = ["DEFAULT_MAX_IMAGES", "IMAGE_DEFAULTS", "NextFlowGenerationConfig"]
+__all__ = ["DEFAULT_MAX_IMAGES", "IMAGE_DEFAULTS", "PAPER_SAMPLING", "NextFlowGenerationConfig"]

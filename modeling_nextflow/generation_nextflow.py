@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .attention_nextflow import get_attention_mask
 from .drawing_nextflow import (
@@ -40,6 +40,8 @@ from .interleaving_nextflow import (
 )
 from .sampling_nextflow import PerScale, ScaleStep, guide, sample_codes, scale_plan
 
+
+logger = logging.get_logger(__name__)
 
 GENERATION_MODES = ("text", "image", "interleaved")
 
@@ -114,7 +116,8 @@ class NextFlowGenerationMixin(GenerationMixin):
                 Schedules of the images to draw, where no row of `image_grids` says so. Defaults to that of the last
                 image of the prompt, then to `image_target_grids` of the generation config.
             negative_input_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
-                Unconditional prompts, where `image_guidance_scale` is not 1.
+                Unconditional prompts, where `image_guidance_scale` is not 1. Without them, guidance of the generation
+                config is left out with a warning, and guidance of the call is an error.
             generator (`torch.Generator` or list of them, *optional*):
                 One, or one a row. In interleaved mode it also samples the text.
             stop_at_image (`bool`, *optional*, defaults to `False`):
@@ -228,7 +231,12 @@ class NextFlowGenerationMixin(GenerationMixin):
             guidance_schedule (`str`, *optional*): `"constant"` or `"linear"`; see [`scale_plan`].
             source_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
                 Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
-            generator (`torch.Generator` or list of them, *optional*): One, or one per row.
+            generator (`torch.Generator` or list of them, *optional*):
+                One, or one per row. With one per row, a row's codes do not depend on the other rows in float32; in
+                lower precision they change where rounding, which does, turns the two best codes of a cell.
+
+        Raises:
+            `ValueError`: on what does not fit together, codes out of range, and logits that are not finite.
         """
         batch = len(input_ids)
         grids, target_grids = self._target_schedule(input_ids, image_grids)
@@ -241,12 +249,14 @@ class NextFlowGenerationMixin(GenerationMixin):
         }
         source_guidance_scale = 1.0 if source_guidance_scale is None else source_guidance_scale
         settings = _image_settings(self.generation_config, given)
+        if guidance_scale is None:
+            settings = _without_guidance(settings, negative_input_ids)
         plan = scale_plan(grids, source_guidance_scale=source_guidance_scale, **settings)
         if num_scales is not None and not 1 <= num_scales <= len(plan):
             raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
         plan = plan[:num_scales]
         generators = _one_per_row(generator, batch)
-        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch)
+        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
         rows = self._prompt_rows(input_ids, attention_mask, image_codes, image_grids)
         conditions = max(step.num_conditions for step in plan)
         others = []
@@ -275,9 +285,12 @@ class NextFlowGenerationMixin(GenerationMixin):
         if options.get("do_sample") is False and settings["temperature"] is None:
             settings["temperature"] = 0.0
         refuse_text_settings(options)
+        is_asked = settings["guidance_scale"] is not None or options.get("image_guidance_scale") is not None
         config, arguments = self._prepare_generation_config(options.pop("generation_config"), **options)
         refuse_config(config, "image")
         settings = _image_settings(config, settings)
+        if not is_asked:
+            settings = _without_guidance(settings, arguments.get("negative_input_ids"))
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments = self._end_in_boi(input_ids, arguments, config)
         count = config.num_return_sequences if count is None else count
@@ -445,9 +458,11 @@ class NextFlowGenerationMixin(GenerationMixin):
             input_ids, arguments.get("image_codes"), arguments.get("image_grids"), target_grids, config
         )
         image_settings = _image_settings(config, {})
+        if max_images and not stop_at_image and options.get("image_guidance_scale") is None:
+            image_settings = _without_guidance(image_settings, negative["input_ids"])
 
         def plan_for(grids: list[tuple[int, int]]) -> list[ScaleStep]:
-            return scale_plan(grids, **image_settings)
+            return scale_plan(grids, prefix="image_", **image_settings)
 
         plans = [plan_for(schedule_of(row)) for row in target_grids] if max_images and not stop_at_image else []
         drawing = Drawing(
@@ -522,14 +537,12 @@ class NextFlowGenerationMixin(GenerationMixin):
         # Overwritten: images take one step of the rotary text axis per scale, so the axes run apart.
         if model_kwargs.get("image_grids") is None:
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-            if positions.ndim != 2:
-                return positions
-            positions = positions.expand(4, len(inputs_tensor), -1)
             cache = model_kwargs.get("past_key_values")
             place = getattr(cache, "nextflow_place", None)
-            if place is None or not cache.get_seq_length():
+            if positions.ndim != 2 or place is None or not cache.get_seq_length():
                 return positions
             # On top of images that the cache holds: only the new tokens' places are read.
+            positions = positions.float().expand(4, len(inputs_tensor), -1)
             ahead = place.steps_ahead(cache, len(inputs_tensor))
             return torch.cat([positions[:1], positions[1:] + ahead])
         input_ids = self._prompt_ids(model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("inputs_embeds"))
@@ -654,6 +667,23 @@ def _image_settings(config: GenerationConfig, given: dict[str, Any]) -> dict[str
         candidates = (given.get(name), getattr(config, f"image_{name}", None))
         settings[name] = next((value for value in candidates if value is not None), default)
     return settings
+
+
+def _without_guidance(settings: dict[str, Any], negative_input_ids: torch.LongTensor | None) -> dict[str, Any]:
+    """
+    Settings without the guidance that a generation config asks for, where the call gives no unconditional prompt.
+    Guidance that the call itself asks for is an error then.
+    """
+    scales = settings["guidance_scale"]
+    scales = scales if isinstance(scales, (list, tuple)) else [scales]
+    if negative_input_ids is not None or all(scale in (None, 1) for scale in scales):
+        return settings
+    logger.warning_once(
+        f"the generation config has image_guidance_scale={settings['guidance_scale']}, but without negative_input_ids "
+        "the image is sampled without guidance: pass the unconditional prompt, which the processor makes "
+        "(`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
+    )
+    return {**settings, "guidance_scale": 1.0}
 
 
 def _one_per_row(

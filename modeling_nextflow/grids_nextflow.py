@@ -32,3 +32,13 @@ def check_shape(image_grids: torch.LongTensor) -> None:
 def count_codes(schedule: Schedule) -> int:
     """Codes of an image: the cells of all its scales."""
     return sum(height * width for height, width in schedule)
+
+
+def check_codes(codes: torch.LongTensor, codebook_size: int, name: str = "image_codes") -> torch.LongTensor:
+    """`codes`, or `ValueError` where they are no codes of the codebook. Looks at the numbers: the host waits."""
+    if codes.is_floating_point() or codes.dtype == torch.bool:
+        raise ValueError(f"{name} are {codes.dtype}, expected integers")
+    low, high = (int(bound) for bound in codes.aminmax()) if codes.numel() else (0, 0)
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"{name} must lie in [0, {codebook_size}), got {low} to {high}")
+    return codes

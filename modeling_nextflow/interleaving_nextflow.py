@@ -26,7 +26,7 @@ from .drawing_nextflow import (
     schedule_of,
     split_images,
 )
-from .sampling_nextflow import ScaleStep, inverse_transform
+from .sampling_nextflow import ScaleStep, sample
 
 
 @dataclass
@@ -245,7 +245,8 @@ def generate_interleaved(
     if mask is None and batch > 1:
         mask = input_ids.new_ones(batch, cache.get_seq_length())
     pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
-    position = model_kwargs["position_ids"][1, :, -1:] + 1
+    position_ids = model_kwargs["position_ids"]
+    position = (position_ids if position_ids.ndim == 2 else position_ids[1])[:, -1:].float().expand(batch, 1) + 1
     answers = _Answers(model, input_ids, cache, mask, position, pad)
 
     # 2. Until every row is done. Text alone counts towards the length: an image is one token, its `<boi>`
@@ -260,6 +261,11 @@ def generate_interleaved(
         may_draw = num_images < drawing.max_images
         scores = logits_processor(answers.ids, _keep_text(scores, may_draw, model))
         scores = _keep_text(scores, may_draw, model)  # whatever the processors wish
+        if not scores[writing].amax(-1).isfinite().all():
+            raise ValueError(
+                f"the logits of text token {int(num_tokens.max()) + 1} are not finite: expected a higher temperature, "
+                "logits processors that leave a token, or weights without NaN"
+            )
         tokens = _choose(scores, writing, drawing.generators) if generation_config.do_sample else scores.argmax(-1)
         answers.write(tokens[:, None], writing)
         begun = writing & (tokens == model.config.boi_token_id)
@@ -318,8 +324,7 @@ def _choose(
 ) -> torch.LongTensor:
     """A token for each row that writes; the generators of the others stay where they are."""
     rows = writing.nonzero()[:, 0]
-    probabilities = scores[rows].softmax(-1)[:, None]
-    chosen = inverse_transform(probabilities, [generators[row] for row in rows.tolist()])[:, 0]
+    chosen = sample(scores[rows][:, None], [generators[row] for row in rows.tolist()])[:, 0]
     return scores.argmax(-1).index_copy(0, rows, chosen)
 
 

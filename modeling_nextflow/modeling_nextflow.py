@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_nextflow import get_attention_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
-from .grids_nextflow import Schedule, check_shape, schedules_from_grids
+from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
 from .loss_nextflow import (
     IGNORE_INDEX,
     TokenLosses,
@@ -200,6 +200,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             layout = self.get_image_layout(input_ids, image_grids)
         if inputs_embeds is None or layout is not None:
             inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
+        is_plain = layout is None and (position_ids is None or position_ids.ndim == 2)  # as in any language model
         if position_ids is None:
             position_ids = self.get_position_ids(
                 input_ids, inputs_embeds, image_grids, attention_mask, past_key_values
@@ -236,7 +237,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
-        if past_key_values is not None and not torch.compiler.is_compiling():
+        # Not on a cache of text alone, which stays what other code expects: torch.export flattens its attributes.
+        place = getattr(past_key_values, "nextflow_place", None)
+        if past_key_values is not None and not torch.compiler.is_compiling() and not (is_plain and place is None):
             past_key_values.nextflow_place = CachePlace.after(position_ids, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
@@ -392,9 +395,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def scale_length_encoding(self, image_grids: torch.LongTensor) -> torch.FloatTensor:
         """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale
-        embedding (amplitude not specified by the paper)."""
+        embedding (amplitude not specified by the paper). A grid that stands there twice shows the codes of one scale:
+        an image has as many scales where it is given as where it is drawn."""
         hidden = self.config.hidden_size
-        num_scales = (image_grids[..., 0] > 0).sum(-1, keepdim=True).float()  # (n_images, 1)
+        is_scale = image_grids[..., 0] > 0
+        if not self.config.scale_length_counts_repeats:
+            is_scale[:, 1:] &= (image_grids[:, 1:] != image_grids[:, :-1]).any(-1)
+        num_scales = is_scale.sum(-1, keepdim=True).float()  # (n_images, 1)
         exponent = torch.arange(0, hidden, 2, device=image_grids.device).float() / hidden
         angle = num_scales * 10000.0**-exponent
         encoding = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :hidden]
@@ -467,9 +474,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         expected = sum(count for _, count in images)
         if len(codes) != expected:
             raise ValueError(f"the images in input_ids need {expected} codes, got image_codes of length {len(codes)}")
-        if expected and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
-            found = f"{int(codes.min())} to {int(codes.max())}"
-            raise ValueError(f"image_codes must lie in [0, {self.config.codebook_size}), got {found}")
+        check_codes(codes, self.config.codebook_size)
         return images
 
 

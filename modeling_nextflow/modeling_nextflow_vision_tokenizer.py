@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
-from .grids_nextflow import Schedule, count_codes, schedules_from_grids
+from .grids_nextflow import Schedule, check_codes, count_codes, schedules_from_grids
 from .pixel_cnn_nextflow import (
     NextFlowPixelDecoder,
     NextFlowPixelEncoder,
@@ -504,9 +504,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             per_image = [codes[:length] for codes, length in zip(codes_of_images, lengths, strict=True)]
         else:
             per_image = _split_images(image_codes, prefixes)
-        low, high = (int(bound) for bound in image_codes.aminmax())
-        if low < 0 or high >= self.config.codebook_size:
-            raise ValueError(f"image_codes span {low} to {high}, expected 0 to {self.config.codebook_size - 1}")
+        check_codes(image_codes, self.config.codebook_size)
         groups = _group_by_schedule(schedules)
         maps = [
             self.quantizer.decode(torch.stack([per_image[i] for i in indices]), schedule, num_scales=num_scales)

@@ -1,7 +1,9 @@
 """How one scale is drawn: settings fanned out to scales, guidance, sampling. Pure functions of numbers and logits."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -38,38 +40,51 @@ def scale_plan(
     top_k: PerScale = 0,
     top_p: PerScale = 1.0,
     source_guidance_scale: PerScale = 1.0,
+    prefix: str = "",
 ) -> list[ScaleStep]:
     """Fan scalars or per-scale lists out to one [`ScaleStep`] a scale.
 
     `guidance_schedule="linear"` is VAR's ramp: a scalar guidance grows from 1 at the first scale to its value at the
-    last (VAR's own `cfg` is this value minus 1).
+    last (VAR's own `cfg` is this value minus 1). `prefix` stands before the names in errors.
+
+    Raises:
+        `ValueError`: on lists of another length, and on entries that are no numbers of the setting's range.
     """
     num_scales = len(grids)
 
-    def per_scale(name: str, value: PerScale, default: float, low: float, high: float) -> list[float]:
-        values = list(value) if isinstance(value, Sequence) else [value] * num_scales
+    def per_scale(name: str, value: PerScale, default: float, high: float = math.inf) -> list[float]:
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * num_scales
         if len(values) != num_scales:
-            raise ValueError(f"{name} has {len(values)} entries, expected one for each of the {num_scales} scales")
-        values = [default if entry is None else entry for entry in values]
-        for entry in values:
-            if not low <= entry <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high}], got {entry}")
-        return values
+            raise ValueError(
+                f"{prefix}{name} has {len(values)} entries, expected one for each of the {num_scales} scales"
+            )
+        return [_checked_number(prefix + name, default if entry is None else entry, default, high) for entry in values]
 
-    guidance = per_scale("guidance_scale", guidance_scale, 1.0, 0.0, float("inf"))
+    guidance = per_scale("guidance_scale", guidance_scale, 1.0)
     if guidance_schedule == "linear":
-        if not isinstance(guidance_scale, Sequence):
+        if not isinstance(guidance_scale, (list, tuple)):
             guidance = [1 + (g - 1) * k / max(num_scales - 1, 1) for k, g in enumerate(guidance)]
     elif guidance_schedule != "constant":
-        raise ValueError(f"guidance_schedule must be 'constant' or 'linear', got {guidance_schedule!r}")
+        raise ValueError(f"{prefix}guidance_schedule must be 'constant' or 'linear', got {guidance_schedule!r}")
     columns = (
         guidance,
-        per_scale("temperature", temperature, 1.0, 0.0, float("inf")),
-        per_scale("top_k", top_k, 0, 0, float("inf")),
-        per_scale("top_p", top_p, 1.0, 0.0, 1.0),
-        per_scale("source_guidance_scale", source_guidance_scale, 1.0, 0.0, float("inf")),
+        per_scale("temperature", temperature, 1.0),
+        per_scale("top_k", top_k, 0),
+        per_scale("top_p", top_p, 1.0, high=1.0),
+        per_scale("source_guidance_scale", source_guidance_scale, 1.0),
     )
     return [ScaleStep(tuple(grid), *settings) for grid, *settings in zip(grids, *columns)]
+
+
+def _checked_number(name: str, value: float, default: float, high: float) -> float:
+    """`value` as the type of `default`; NumPy's scalars are numbers, too."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} is {value!r} ({type(value).__name__}), expected a number or a list with one a scale")
+    if not (0 <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}, expected a number in [0, {high}]")
+    if type(default)(value) != value:
+        raise ValueError(f"{name} is {value}, expected a whole number")
+    return type(default)(value)
 
 
 def guide(
@@ -95,11 +110,7 @@ def guide(
 def sample_codes(
     logits: torch.FloatTensor, step: ScaleStep, generators: Sequence[torch.Generator | None]
 ) -> torch.LongTensor:
-    """Draw one code per cell from logits (batch, cells, codebook_size), in fp32.
-
-    By inverse transform with one uniform number a cell from the row's own generator: a row's codes do not depend on
-    the rows beside it, and a CPU generator works for any device.
-    """
+    """Sample one code per cell from logits (batch, cells, codebook_size), in fp32; see [`sample`]."""
     if step.temperature == 0:
         return logits.argmax(-1)
     scores = logits.float() / step.temperature
@@ -108,11 +119,15 @@ def sample_codes(
         scores, vocabulary = scores.topk(step.top_k, dim=-1)
     elif step.top_p < 1:
         scores, vocabulary = scores.sort(dim=-1, descending=True)
-    probabilities = scores.softmax(-1)
     if step.top_p < 1:  # keep the codes before which less than top_p of the mass lies, always the first
-        probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities > step.top_p, 0)
-    choice = inverse_transform(probabilities, generators)
-    return choice if vocabulary is None else vocabulary.gather(-1, choice[..., None])[..., 0]
+        probabilities = scores.softmax(-1)
+        scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities > step.top_p, -math.inf)
+    return sample(scores, generators, vocabulary)
+
+
+def largest_score(logits: torch.FloatTensor, step: ScaleStep) -> torch.FloatTensor:
+    """The largest absolute score that [`sample_codes`] computes with: NaN or infinite where any score is."""
+    return torch.linalg.vector_norm(logits, math.inf) / (step.temperature or 1)
 
 
 def fill_codes(
@@ -128,23 +143,42 @@ def fill_codes(
     return given.where(is_given, given.index_copy(0, rows, drawn))
 
 
-def inverse_transform(
-    probabilities: torch.FloatTensor, generators: Sequence[torch.Generator | None]
+def sample(
+    scores: torch.FloatTensor, generators: Sequence[torch.Generator | None], ids: torch.LongTensor | None = None
 ) -> torch.LongTensor:
-    """One draw (batch, cells) from each of the weights (batch, cells, choices), which need not sum to one."""
-    batch, cells = probabilities.shape[:2]
-    device = probabilities.device
-    uniform = torch.stack(
+    """
+    One sample (batch, cells) of each softmax of `scores` (batch, cells, choices), by the Gumbel-max trick. `ids` are
+    those of the choices, by default their places.
+
+    A row's own generator gives one number a cell, and this number and a choice's id its noise: a sample depends
+    neither on the other rows of its batch nor on the order of the choices. Where rounding changes the scores, it
+    changes only if the two best are as close as that, noise included. (By inverse transform, every change of order or
+    mass among the choices before it would move a sample.) A CPU generator works for any device.
+    """
+    batch, cells, num_choices = scores.shape
+    device = scores.device
+    numbers = torch.stack(
         [
-            torch.rand(cells, 1, generator=generator, device=generator.device if generator else device).to(device)
-            for generator in (generators if len(generators) else [None] * batch)
+            torch.randint(2**63 - 1, (cells, 1), generator=one, device=one.device if one else device).to(device)
+            for one in (generators if len(generators) else [None] * batch)
         ]
     )
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[..., -1:].contiguous()
-    choice = torch.searchsorted(cumulative, uniform * total, right=True)
-    # Rounding can put the number on the total itself; the choice that reaches it is then meant.
-    return torch.minimum(choice, torch.searchsorted(cumulative, total))[..., 0]
+    choices = torch.arange(num_choices, device=device) if ids is None else ids
+    uniform = _splitmix(numbers, choices).float() * 2.0**-63
+    choice = (scores - (-torch.log1p(-uniform)).log()).argmax(-1)
+    return choice if ids is None else ids.gather(-1, choice[..., None])[..., 0]
 
 
-__all__ = ["PerScale", "ScaleStep", "fill_codes", "guide", "inverse_transform", "sample_codes", "scale_plan"]
+def _splitmix(seeds: torch.LongTensor, indices: torch.LongTensor) -> torch.LongTensor:
+    """Number `indices` of SplitMix64's sequence from `seeds`, in [0, 2**63): on any device, without a state."""
+
+    def fold(bits: torch.LongTensor, shift: int) -> torch.LongTensor:  # an xor with a logical shift, in place
+        return bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1))
+
+    bits = seeds + (indices + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    bits = fold(bits, 30).mul_(0xBF58476D1CE4E5B9 - 2**64)
+    bits = fold(bits, 27).mul_(0x94D049BB133111EB - 2**64)
+    return fold(bits, 31).bitwise_and_(2**63 - 1)
+
+
+__all__ = ["PerScale", "ScaleStep", "fill_codes", "guide", "largest_score", "sample", "sample_codes", "scale_plan"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .pipeline_helpers import exclusive, generator_per_image
+from .pipeline_helpers import check_number, exclusive, generator_per_image
 
 
 class NextFlowConversation:
@@ -148,7 +148,9 @@ class NextFlowConversation:
         generator: torch.Generator | None = None,
     ) -> list[dict[str, Any]]:
         """An answer of text and `min_images` to `max_images` images, as in [`~NextFlowPipeline.interleave`]."""
-        if not 0 <= min_images <= max_images:
+        for name, count in (("min_images", min_images), ("max_images", max_images)):
+            check_number(name, count, is_whole=True)
+        if not min_images <= max_images:
             raise ValueError(f"`min_images` is {min_images} and `max_images` {max_images}, expected 0 <= min <= max")
         pipe = self.pipe
         return self._answer(
@@ -187,6 +189,7 @@ class NextFlowConversation:
         **settings: Any,
     ) -> list[dict[str, Any]]:
         pipe = self.pipe
+        pipe.processor.as_conversations([message])
         pipe._begin()
         # 1. The turn, and what is known from those before
         mode = "interleaved" if max_images else "text"
@@ -268,7 +271,7 @@ class NextFlowConversation:
 def _message(text: str | list[dict[str, Any]], image: Any) -> dict[str, Any]:
     """A user's message: the images, then the text."""
     images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    parts = [{"type": "text", "text": text}] if isinstance(text, str) else list(text)
+    parts = list(text) if isinstance(text, (list, tuple)) else [{"type": "text", "text": text}]
     return {"role": "user", "content": [*({"type": "image", "image": one} for one in images), *parts]}
 
 

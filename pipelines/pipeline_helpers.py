@@ -2,9 +2,11 @@
 one shape as one."""
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -56,17 +58,54 @@ def exclusively(method: Callable) -> Callable:
     return guarded
 
 
+class SharedComponentsMixin:
+    """For pipelines whose components are all that they are made of."""
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """
+        A pipeline on the components of another one, of which `kwargs` replace some. Overwritten: without a `dtype`
+        diffusers casts them to float32, and with them those of the pipeline that it was given.
+        """
+        if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
+            return super().from_pipe(pipeline, **kwargs)
+        names = inspect.signature(cls.__init__).parameters
+        shared = {name: part for name, part in pipeline.components.items() if name in names}
+        made = cls(**{**shared, **kwargs})
+        made.register_to_config(**{name: value for name, value in pipeline.config.items() if name.startswith("_")})
+        return made
+
+
 def generator_per_image(
     generator: torch.Generator | list[torch.Generator] | None, num_images: int
 ) -> list[torch.Generator] | None:
     """Each image gets a generator of its own, seeded with one number of the given one or of its entry in a list."""
     if generator is None:
         return None
-    sources = [generator] * num_images if isinstance(generator, torch.Generator) else list(generator)
+    sources = list(generator) if isinstance(generator, (list, tuple)) else [generator] * num_images
+    if not all(isinstance(source, torch.Generator) for source in sources):
+        raise ValueError(f"`generator` is {generator!r:.80}, expected a torch.Generator or a list of them")
     if len(sources) != num_images:
         raise ValueError(f"`generator` has {len(sources)} entries for {num_images} images, expected one or as many")
     seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=source.device)) for source in sources]
     return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds, strict=True)]
+
+
+def check_number(name: str, value: Any, *, least: float = 0, is_whole: bool = False) -> None:
+    """Raise where a setting is given and is no number of at least `least`. NumPy's scalars are numbers, too."""
+    if value is None:
+        return
+    kind = "whole number" if is_whole else "number"
+    if isinstance(value, bool) or not isinstance(value, Integral if is_whole else Real):
+        raise ValueError(f"`{name}` is {value!r} ({type(value).__name__}), expected a {kind}")
+    if not least <= value < float("inf"):
+        raise ValueError(f"`{name}` is {value}, expected at least {least}")
+
+
+def check_per_scale(name: str, value: Any, *, is_whole: bool = False) -> None:
+    """[`check_number`] of a setting that may be a list with an entry for each scale."""
+    for entry in value if isinstance(value, (list, tuple)) else [value]:
+        check_number(name, entry, is_whole=is_whole)
 
 
 def one_per_prompt(name: str, value: Any, num_prompts: int) -> list:

@@ -20,8 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .diffusion_decoder import NextFlowDiffusionDecoder
 from .lora_nextflow import NextFlowLoraLoaderMixin
-from .pipeline_helpers import exclusive, exclusively, generator_per_image, one_per_prompt, stack_equal
-from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, has_user_image
+from .pipeline_helpers import (
+    SharedComponentsMixin,
+    exclusive,
+    exclusively,
+    generator_per_image,
+    one_per_prompt,
+    stack_equal,
+)
+from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, build_messages, has_user_image
 from .pipeline_nextflow_conversation import NextFlowConversationMixin
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .pipeline_nextflow_drawing import (
@@ -78,7 +85,13 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlowLoraLoaderMixin, DiffusionPipeline):
+class NextFlowPipeline(
+    NextFlowConversationMixin,
+    NextFlowDrawingMixin,
+    NextFlowLoraLoaderMixin,
+    SharedComponentsMixin,
+    DiffusionPipeline,
+):
     r"""
     Text-to-image, editing of one or several images, thinking before drawing, and conversations of text and images.
 
@@ -144,6 +157,11 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
         self._num_timesteps = 0
         self._interrupt = False
         self._current = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's, or the vision tokenizer's where that is all there is. Components may differ in theirs."""
+        return (self.vision_tokenizer if self.transformer is None else self.transformer).dtype
 
     @property
     def vae(self) -> PreTrainedModel:
@@ -296,9 +314,11 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
                 scales that are there; less draws more freely, and shifts shades around the mask.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One, or one for each image. Each image draws from a generator of its own, seeded with one number of the
-                given one, so an image with a generator to itself is the same in any batch, and the first image of a
-                batch with a single generator is the one it would be alone. With generators, the global random state is
-                neither read nor changed.
+                given one: the first image of a batch with a single generator is the one it would be alone. In float32
+                an image with a generator to itself is the same in any batch. In bfloat16 and float16 the last bits of
+                the logits depend on the shapes of the batch, and a code changes where two are as close as that: images
+                are nearly always the same, which `benchmarks/batch_dependence.py` measures. With generators, the
+                global random state is neither read nor changed.
             decoder (`str`, *optional*, defaults to `"vq"`):
                 What makes pixels of the codes: `"vq"`, the vision tokenizer, or `"diffusion"`, the diffusion decoder:
                 sharper, slower, and free to change fine structure.
@@ -439,16 +459,20 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
         captions = one_per_prompt("decoder_prompt", caption, num_images // call.num_images_per_prompt)
         return [caption for caption in captions for _ in range(call.num_images_per_prompt)]
 
-    @staticmethod
-    def _given_codes(call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
+    def _given_images(self, call: NextFlowCall, num_prompts: int, repeats: int) -> list[tuple]:
+        codebook_size = self.transformer.config.codebook_size
+        return given_images(call.image_codes, call.image_grids, num_prompts, repeats, codebook_size=codebook_size)
+
+    def _given_codes(self, call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
         """Nothing to draw from: images that are only decoded."""
-        images = given_images(call.image_codes, call.image_grids, len(call.image_grids), 1)
+        images = self._given_images(call, len(call.image_grids), 1)
         nothing = call.image_grids.new_zeros(0)
         return [NextFlowDrawingPrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
 
     def _encode(self, call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
         """The prompt of every image: tokens of the conversations, codes of the images in them, what is kept."""
-        conversations = call.conversations()
+        messages = build_messages(call.prompt, call.image) if call.messages is None else call.messages
+        conversations, _ = self.processor.as_conversations(messages)
         if _guides(self._image_guidance_scale) and not all(map(has_user_image, conversations)):
             raise ValueError(
                 f"`image_guidance_scale` is {self._image_guidance_scale}, which guides towards the user's images, but "
@@ -484,11 +508,10 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
         repeats = call.num_images_per_prompt
         num_prompts = len(prompts) // repeats
         if call.image_codes is not None:
-            images = given_images(call.image_codes, call.image_grids, num_prompts, repeats)
+            images = self._given_images(call, num_prompts, repeats)
         else:
             index = 0 if call.messages is None else -1
-            appended = self.processor.append_last_scale
-            images = [source_image(prompt, index, append_last_scale=appended) for prompt in prompts]
+            images = [source_image(prompt, index) for prompt in prompts]
         masks = [None] * len(prompts)
         if call.mask_image is not None:
             masks = one_per_prompt("mask_image", _unbatched(call.mask_image), num_prompts)
@@ -556,8 +579,9 @@ class NextFlowPipeline(NextFlowConversationMixin, NextFlowDrawingMixin, NextFlow
                     for index, codes in zip(members, scale.image_codes, strict=True):
                         drawing.image_codes[index] = codes
                     yield members, scale
-                    if self.interrupt:
-                        break
+                    if self.interrupt:  # the transformer then checks what it has sampled, and ends
+                        del scale.plan[scale.index + 1 :]
+                        continue
                     if guidance != (self._guidance_scale, self._image_guidance_scale):
                         self._change_guidance(scale)
                 first_step += count

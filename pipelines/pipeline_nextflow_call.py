@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .pipeline_helpers import one_per_prompt
+from .pipeline_helpers import check_number, check_per_scale, one_per_prompt
 
 
 Image = PIL.Image.Image | str | Path | np.ndarray | torch.Tensor
@@ -24,6 +24,18 @@ OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
 # diffusers' names for what has names of its own here, which its tools and suites use.
 SYNONYMS = {"num_inference_steps": "num_scales", "latents": "image_codes"}
 DECODERS = ("vq", "diffusion")
+# The least of each setting that is a whole number.
+WHOLE_NUMBERS = {
+    "height": 1,
+    "width": 1,
+    "resolution": 1,
+    "num_images_per_prompt": 1,
+    "num_scales": 1,
+    "keep_scales": 0,
+    "max_new_tokens": 1,
+    "decoder_num_inference_steps": 1,
+    "decoder_tile_size": 1,
+}
 
 
 @dataclass(kw_only=True)
@@ -105,6 +117,11 @@ class NextFlowCall:
         return {name: value for name, value in settings.items() if value is not None}
 
     def check(self, callback_tensor_inputs: Sequence[str]) -> None:
+        for name, least in WHOLE_NUMBERS.items():
+            check_number(name, getattr(self, name), least=least, is_whole=True)
+        for name in ("mask_coverage", "decoder_guidance_scale", "decoder_strength"):
+            check_number(name, getattr(self, name))
+        check_per_scale("image_guidance_scale", self.image_guidance_scale)
         self._check_prompt()
         self._check_redrawing()
         if (self.height is None) != (self.width is None):
@@ -113,10 +130,6 @@ class NextFlowCall:
             raise ValueError(
                 f"got `height`, `width` and `aspect_ratio` ({self.aspect_ratio!r}): pass one of the two forms"
             )
-        if self.num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` is {self.num_images_per_prompt}, expected at least 1")
-        if self.num_scales is not None and self.num_scales < 1:
-            raise ValueError(f"`num_scales` is {self.num_scales}, expected at least 1")
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {self.output_type!r}, expected one of {list(OUTPUT_TYPES)}")
         unknown = [name for name in self.callback_on_step_end_tensor_inputs if name not in callback_tensor_inputs]
@@ -141,8 +154,6 @@ class NextFlowCall:
             )
         if self.messages is not None and self.image is not None:
             raise ValueError('`image` goes with `prompt`: in `messages` an image is {"type": "image", "image": ...}')
-        if self.messages is not None and len(self.messages) == 0:
-            raise ValueError("`messages` is empty, expected at least one message")
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
             texts = [value] if isinstance(value, str) else value
@@ -155,8 +166,6 @@ class NextFlowCall:
         if (self.image_codes is None) != (self.image_grids is None):
             missing = "image_codes" if self.image_codes is None else "image_grids"
             raise ValueError(f"`image_codes` and `image_grids` go together, got no `{missing}`")
-        if self.keep_scales is not None and self.keep_scales < 0:
-            raise ValueError(f"`keep_scales` is {self.keep_scales}, expected at least 0")
         if not 0 < self.mask_coverage <= 1:
             raise ValueError(f"`mask_coverage` is {self.mask_coverage}, expected more than 0 and at most 1")
         if self.only_decodes:
@@ -168,12 +177,6 @@ class NextFlowCall:
                     f"got {given} with `image_codes` and neither `prompt` nor `messages`: without them codes are only "
                     "decoded"
                 )
-
-    def conversations(self) -> list[list[dict[str, Any]]]:
-        """What to draw, as one conversation for each image or `num_images_per_prompt` images."""
-        if self.messages is not None:
-            return [self.messages] if isinstance(self.messages[0], dict) else list(self.messages)
-        return build_messages(self.prompt, self.image)
 
 
 def build_messages(prompt: str | list[str], image: Any = None) -> list[list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .conversation_generation import DrawBeforeEnding, PartStreamer, StopWhen, iterate
 from .conversation_nextflow import NextFlowConversation
-from .pipeline_helpers import call_component, exclusive, exclusively, generator_per_image
+from .pipeline_helpers import call_component, check_number, exclusive, exclusively, generator_per_image
 from .pipeline_nextflow_output import NextFlowFramesOutput
 
 
@@ -76,7 +76,7 @@ class NextFlowConversationMixin:
         Returns:
             `str`, or `list[str]` for a list of conversations.
         """
-        conversations, is_batched = _as_conversations(messages)
+        conversations, is_batched = self.processor.as_conversations(messages)
         text = self.get_text_settings(max_new_tokens, do_sample, temperature, top_k, top_p)
         self._begin()
         inputs = self.encode_conversations(conversations, generation_mode="text", resolution=resolution)
@@ -156,9 +156,8 @@ class NextFlowConversationMixin:
             `list[dict]`, parts `{"type": "text", "text": ...}` and `{"type": "image", "image": PIL image}`: content of
             an assistant's message. A list of those for a list of conversations, an iterator with `stream=True`.
         """
-        conversations, is_batched = _as_conversations(messages)
-        if max_images < 0:
-            raise ValueError(f"`max_images` is {max_images}, expected at least 0")
+        conversations, is_batched = self.processor.as_conversations(messages)
+        check_number("max_images", max_images, is_whole=True)
         if stream and is_batched:
             raise ValueError(f"`stream=True` takes a single conversation, got a list of {len(conversations)}")
         text = self.get_text_settings(max_new_tokens, do_sample, text_temperature, text_top_k, text_top_p, "text_")
@@ -241,8 +240,7 @@ class NextFlowConversationMixin:
             raise ValueError("`num_frames` is missing: a storyline in one string does not say how many there are")
         if not is_told and num_frames not in (None, len(storyline)):
             raise ValueError(f"`num_frames` is {num_frames} for a storyline of {len(storyline)}: leave it out")
-        if num_frames is not None and num_frames < 1:
-            raise ValueError(f"`num_frames` is {num_frames}, expected at least 1")
+        check_number("num_frames", num_frames, least=1, is_whole=True)
         writing = {
             "max_new_tokens": max_new_tokens,
             "do_sample": do_sample,
@@ -269,8 +267,7 @@ class NextFlowConversationMixin:
     def check_thinking(self, think: bool, max_new_tokens: int | None) -> None:
         if max_new_tokens is not None and not think:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens} without `think=True`: nothing is written")
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` is {max_new_tokens}, expected at least 1")
+        check_number("max_new_tokens", max_new_tokens, least=1, is_whole=True)
 
     def think_before_drawing(
         self,
@@ -320,10 +317,13 @@ class NextFlowConversationMixin:
         """How to write, in `generate`'s words; `prefix` stands before the names of the call."""
         if max_new_tokens is None:
             max_new_tokens = self.transformer.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        if max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` is {max_new_tokens}, expected at least 1")
+        check_number("max_new_tokens", max_new_tokens, least=1, is_whole=True)
         given = dict(zip(TEXT_SETTINGS, (temperature, top_k, top_p)))
-        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            check_number(prefix + name, value, is_whole=name == "top_k")
+        given = {
+            name: int(value) if name == "top_k" else float(value) for name, value in given.items() if value is not None
+        }
         if do_sample is None and given:
             do_sample = given.get("temperature") != 0
         if do_sample and given.get("temperature") == 0:
@@ -361,7 +361,7 @@ class NextFlowConversationMixin:
             return_dict=True,
             return_tensors="pt",
             generation_mode=generation_mode,
-            **{name: value for name, value in options.items() if value is not None},
+            **{"negative_prompt": None, **{name: value for name, value in options.items() if value is not None}},
         )
         encoded = {name: tensor.to(device) for name, tensor in inputs.items() if name != "pixel_values"}
         if "pixel_values" in inputs and encode_images:
@@ -446,23 +446,6 @@ class NextFlowConversationMixin:
                 self.maybe_free_model_hooks()
 
         return iterate(work, stop.set)
-
-
-def _as_conversations(messages: Messages) -> tuple[list[list[dict[str, Any]]], bool]:
-    """A list of conversations, and whether it was one."""
-    rows = (
-        [messages] if isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], dict) else messages
-    )
-    if not (
-        isinstance(rows, (list, tuple))
-        and rows
-        and all(isinstance(row, (list, tuple)) and row and all(isinstance(one, dict) for one in row) for row in rows)
-    ):
-        raise TypeError(
-            f"`messages` is {messages!r}, expected a non-empty list of messages such as "
-            '[{"role": "user", "content": "..."}], or a list of such lists'
-        )
-    return [list(row) for row in rows], rows is messages
 
 
 def _frames_of(parts: list[dict[str, Any]]) -> tuple[list, list[str]]:

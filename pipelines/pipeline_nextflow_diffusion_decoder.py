@@ -35,7 +35,7 @@ from .diffusion_decoder_latents import (
     vae_latent_channels,
     vae_scale_factor,
 )
-from .pipeline_helpers import call_component, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_helpers import SharedComponentsMixin, call_component, generator_per_image, one_per_prompt, stack_equal
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -62,7 +62,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
+class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline, CogVideoXLoraLoaderMixin):
     r"""
     Draws the image of given codes with a diffusion model.
 

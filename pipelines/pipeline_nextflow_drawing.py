@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .pipeline_helpers import call_component
+from .pipeline_helpers import call_component, check_per_scale
 from .pipeline_nextflow_call import build_messages
 
 
@@ -125,6 +125,8 @@ class NextFlowDrawingMixin:
 
     def get_image_settings(self, **settings: Any) -> dict[str, Any]:
         """How to draw: what the call says, else the transformer's generation config, else [`DEFAULT_SETTINGS`]."""
+        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
+            check_per_scale(name, settings.get(name), is_whole=name == "top_k")
         configured = self.transformer.generation_config.to_dict()
         resolved = {}
         for name, default in DEFAULT_SETTINGS.items():
@@ -175,6 +177,7 @@ class NextFlowDrawingMixin:
             size: `height` and `width`, or `aspect_ratio`, and `resolution` of the image to draw.
         """
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "generation_mode": "image"}
+        options["negative_prompt"] = None  # they come as conversations of their own
         resolution = {name: value for name, value in size.items() if name == "resolution"}
         inputs = self.processor.apply_chat_template(conversations, **options, **size)
         image_grids = list(inputs["image_grids"].split(self._count_images(inputs)))

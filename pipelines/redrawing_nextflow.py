@@ -23,15 +23,26 @@ Footprint = Callable[[tuple[int, int], tuple[int, int]], torch.Tensor]
 
 
 def given_images(
-    image_codes: torch.LongTensor, image_grids: torch.LongTensor, num_prompts: int, num_images_per_prompt: int
+    image_codes: torch.LongTensor,
+    image_grids: torch.LongTensor,
+    num_prompts: int,
+    num_images_per_prompt: int,
+    *,
+    codebook_size: int,
 ) -> list[tuple[torch.LongTensor, torch.LongTensor]]:
     """Codes (codes,) and schedule (max_scales, 2) for each image to draw, from one, one a prompt, or one each."""
+    for name, tensor in (("image_codes", image_codes), ("image_grids", image_grids)):
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise ValueError(f"`{name}` is {tensor.dtype}, expected integers")
     sizes = image_grids.prod(-1).sum(-1).tolist()
     if image_codes.ndim != 1 or len(image_codes) != sum(sizes):
         raise ValueError(
             f"`image_codes` has the shape {tuple(image_codes.shape)}, expected ({sum(sizes)},): the cells of the "
             f"{len(sizes)} schedules in `image_grids`"
         )
+    low, high = map(int, image_codes.aminmax())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"`image_codes` must lie in [0, {codebook_size}), got {low} to {high}")
     images = list(zip(image_codes.cpu().split(sizes), image_grids.cpu(), strict=True))
     num_images = num_prompts * num_images_per_prompt
     if len(images) == num_images:
@@ -46,10 +57,8 @@ def given_images(
     return [image for image in images for _ in range(num_images_per_prompt)]
 
 
-def source_image(
-    prompt: NextFlowDrawingPrompt, index: int, *, append_last_scale: bool
-) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Codes and schedule of a source image of the prompt, without the last scale that is shown a second time."""
+def source_image(prompt: NextFlowDrawingPrompt, index: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Codes and schedule of an image in the prompt; without its last grid, where that stands there a second time."""
     sources = prompt.image_grids[:-1]
     if not len(sources):
         raise ValueError(
@@ -58,7 +67,7 @@ def source_image(
         )
     codes = prompt.image_codes.cpu().split(sources.prod(-1).sum(-1).tolist())[index]
     grids = schedule_of(sources[index])
-    grids = grids[:-1] if append_last_scale else grids
+    grids = grids[:-1] if grids[-1:] == grids[-2:-1] else grids  # as it is for images that are given, not drawn
     row = torch.zeros_like(sources[index])
     row[: len(grids)] = torch.tensor(grids)
     return codes[: num_cells(grids)], row

@@ -3,43 +3,33 @@
 from typing import Any
 
 from .image_processing_nextflow import flatten_images
-
-
-IMAGE_KEYS = ("image", "path", "url", "base64")
+from .message_checks import IMAGE_KEYS
 
 
 def take_images(
     conversations: list[list[dict[str, Any]]], images: Any | None
 ) -> tuple[list[list[Any]], list[list[bool]]]:
     """
-    Images of every conversation, in reading order, and which of them are the assistant's. Checks the parts, and
-    strips them of the images in place.
+    Images of every conversation, in reading order, and which of them are the assistant's. Strips the parts of the
+    images in place.
     """
     spare = [] if images is None else flatten_images(images)
-    rows, is_drawn, num_empty = [], [], 0
+    rows, is_drawn, empty = [], [], []
     for conversation in conversations:
         row, by_assistant = [], []
         for index, message in enumerate(conversation):
-            if "role" not in message or "content" not in message:
-                raise ValueError(f"message {index} has the keys {sorted(message)}, expected role and content")
             content = message["content"]
             if isinstance(content, str):
                 continue
             parts = []
-            for part in content:
-                if part.get("type") == "text" and not isinstance(part.get("text"), str):
-                    raise ValueError(
-                        f"message {index} has a text part with text={part.get('text')!r}, expected a string"
-                    )
-                if part.get("type") == "image":
+            for number, part in enumerate(content):
+                if part["type"] == "image":
                     data = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
-                    if len(data) > 1:
-                        raise ValueError(f"message {index} has an image part with {len(data)} sources, expected 1")
                     if data and part.get("base64") is not None:
                         data = [f"data:image/any;base64,{data[0].rpartition(',')[2]}"]
                     if not data:
-                        data = spare[num_empty : num_empty + 1]
-                        num_empty += 1
+                        data = spare[len(empty) : len(empty) + 1]
+                        empty.append(f"message {index}, part {number}")
                     row.extend(data)
                     by_assistant.append(message["role"] == "assistant")
                     part = {"type": "image"}
@@ -47,8 +37,11 @@ def take_images(
             message["content"] = parts
         rows.append(row)
         is_drawn.append(by_assistant)
-    if num_empty != len(spare):
-        raise ValueError(f"the messages have {num_empty} image parts without data, but images= holds {len(spare)}")
+    if len(empty) != len(spare):
+        where = f" ({'; '.join(empty[:3])})" if empty else ""
+        raise ValueError(
+            f"the messages have {len(empty)} image parts without data{where}, but images= holds {len(spare)}"
+        )
     return rows, is_drawn
 
 

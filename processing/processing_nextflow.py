@@ -28,6 +28,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .control_tokens import CUT, ControlTokens
 from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
+from .message_checks import as_conversations, check_text
 from .message_images import take_images
 from .reasoning import (
     THINKING_PROMPT,
@@ -190,6 +191,8 @@ class NextFlowProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(row, str) for row in texts):
             raise ValueError("text must be a string or a non-empty list of strings")
+        for index, row in enumerate(texts):
+            check_text(row, f"text {index}")
         return self._model_inputs(texts, images, self._options(kwargs))
 
     def apply_chat_template(
@@ -209,7 +212,7 @@ class NextFlowProcessor(ProcessorMixin):
         images: Any | None = None,
         return_labels: bool = False,
         train_on: str = "responses",
-        negative_prompt: str | None = None,
+        negative_prompt: str | None = "",
         enable_thinking: bool = False,
         **kwargs,
     ) -> BatchFeature | str | list[str] | list[list[int]] | torch.Tensor:
@@ -237,10 +240,11 @@ class NextFlowProcessor(ProcessorMixin):
             train_on (`str`, *optional*, defaults to `"responses"`):
                 `"responses"`: what follows an assistant's header, through `<|im_end|>`; `"all"`: every token.
             return_assistant_tokens_mask (`bool`, *optional*): Add `assistant_masks`, 1 in assistant responses.
-            negative_prompt (`str`, *optional*):
-                Add `negative_input_ids` and `negative_attention_mask`, the unconditional prompts of guidance: the same
-                conversations with the same images, without the user's text, and with this at the end of the last user
-                message (as training drops text: `""`).
+            negative_prompt (`str`, *optional*, defaults to `""`):
+                With a `generation_mode` that draws, `tokenize` and `return_dict`: add `negative_input_ids` and
+                `negative_attention_mask`, the unconditional prompts of guidance: the same conversations with the same
+                images, without the user's text, and with this at the end of the last user message (as training drops
+                text: `""`). `None` leaves them out, where guidance is 1.
             enable_thinking (`bool`, *optional*, defaults to `False`):
                 Ask the model to think before it draws: `THINKING_PROMPT` becomes the system message, or the beginning
                 of the one that is there. The unconditional prompts are those without thinking.
@@ -248,16 +252,18 @@ class NextFlowProcessor(ProcessorMixin):
                 custom template.
         """
         template = self._resolve_chat_template(chat_template)
+        conversations, is_batched = as_conversations(conversation, template)
         kwargs = {**kwargs, **(processor_kwargs or {})}
         images = kwargs.pop("images", images)
         negative_prompt = kwargs.pop("negative_prompt", negative_prompt)
-        if negative_prompt is not None:
-            mode = kwargs.get("generation_mode")
-            if mode not in ("image", "interleaved") or not (tokenize and return_dict):
-                raise ValueError(
-                    "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that draws, got "
-                    f"generation_mode={mode!r}"
-                )
+        mode = kwargs.get("generation_mode")
+        draws = mode in ("image", "interleaved") and tokenize and return_dict
+        if negative_prompt and not draws:
+            raise ValueError(
+                "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that draws, got "
+                f"generation_mode={mode!r}"
+            )
+        if negative_prompt is not None and draws:
             common = {
                 "chat_template": chat_template,
                 "tools": tools,
@@ -268,10 +274,18 @@ class NextFlowProcessor(ProcessorMixin):
                 "return_dict": True,
                 "sanitize_control_tokens": sanitize_control_tokens,
                 "images": images,
+                "negative_prompt": None,
                 **kwargs,
             }
-            negative = self.apply_chat_template(self._unconditional(conversation, negative_prompt), **common)
-            inputs = self.apply_chat_template(conversation, enable_thinking=enable_thinking, **common)
+            inputs = self.apply_chat_template(
+                conversation,
+                enable_thinking=enable_thinking,
+                return_labels=return_labels,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **common,
+            )
+            unconditional = [self.unconditional_messages(row, negative_prompt) for row in conversations]
+            negative = self.apply_chat_template(unconditional, **common)
             for name in ("input_ids", "attention_mask"):
                 inputs[f"negative_{name}"] = negative[name]
             return inputs
@@ -289,11 +303,9 @@ class NextFlowProcessor(ProcessorMixin):
             raise ValueError("labels and masks need finished conversations: without generation prompt or open message")
 
         # 1. Take the images out, and mark the control tokens that the messages spell out
-        if len(conversation) == 0:
-            raise ValueError("got 0 messages, expected at least 1")
         if tools and "tool" not in template:
             raise ValueError(f"this chat template knows no tools, got {len(tools)}")
-        conversations, is_batched = self._normalize_conversations(conversation)
+        conversations, _ = self._normalize_conversations(conversations)
         if enable_thinking:
             conversations = list(map(with_thinking_prompt, conversations))
         row_images, is_drawn = take_images(conversations, images)
@@ -337,11 +349,9 @@ class NextFlowProcessor(ProcessorMixin):
         )
         return inputs if return_dict else inputs["input_ids"]
 
-    def _unconditional(self, conversation: list, text: str) -> list:
-        """One or several conversations as [`~NextFlowProcessor.unconditional_messages`]."""
-        if isinstance(conversation[0], dict):
-            return self.unconditional_messages(conversation, text)
-        return [self.unconditional_messages(row, text) for row in conversation]
+    def as_conversations(self, messages: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+        """One conversation or several as a list, and whether it was a list; `ValueError` where they are malformed."""
+        return as_conversations(messages, self._resolve_chat_template(None))
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`kwargs` sorted into ours, the tokenizer's and the image processor's; one nobody knows is an error."""

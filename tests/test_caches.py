@@ -6,6 +6,8 @@ from accelerate import dispatch_model
 from toy import BOI, CODES, PAD, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_model
 from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
+from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+from transformers.exporters.utils import get_leaf_tensors
 
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
@@ -62,6 +64,22 @@ def test_rows_with_other_images_go_on_where_each_of_them_ends(model, kind):
         for i in range(2)
     ]  # fmt: skip
     torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, -2:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_of_text_is_left_as_it_is(model):
+    """torch.export flattens a cache's attributes: one that only the eager model sets is an output too many."""
+    expected = vars(make_cache("dynamic", model)).keys()
+    cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+    assert vars(cache).keys() == expected
+    written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, return_dict_in_generate=True)
+    assert vars(written.past_key_values).keys() == expected
+
+    register_cache_pytrees_for_model(model)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "use_cache": True}
+    exported = torch.export.export(model, (), inputs, strict=False).module()
+    found, eager = (get_leaf_tensors(run(**inputs)) for run in (exported, model))
+    assert found.keys() == eager.keys()
+    torch.testing.assert_close(found, eager)
 
 
 def test_a_cache_that_was_cut_does_not_guess_where_it_ends(model):

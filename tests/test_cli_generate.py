@@ -46,6 +46,23 @@ def test_an_image_is_the_one_of_the_pipeline(command_line, model_folder):
     assert "scale" in command_line.errors and "4/4" in command_line.errors  # the bar over the scales
 
 
+def test_the_command_line_and_python_load_what_was_saved(command_line, tmp_path):
+    """One rule for both: without a dtype, each component in the one that it was saved in."""
+    whole = toy_pipeline()
+    whole.transformer.to(torch.bfloat16)
+    whole.save_pretrained(tmp_path / "half")
+    half = load(tmp_path / "half")
+    assert (half.dtype, half.vision_tokenizer.dtype) == (torch.bfloat16, torch.float32)
+    run = ["generate", "a", "--model", tmp_path / "half", "--seed", 3, "--guidance-scale", 2, "--output", "a.png"]
+    assert command_line.json(*run)["dtype"] == "bfloat16"
+    expected = half("a", guidance_scale=2.0, generator=seeded(3)).images[0]
+    assert pixels("a.png") == (expected.size, expected.tobytes())
+    assert command_line.json(*run, "--dtype", "float32")["dtype"] == "float32"
+    expected = NextFlowPipeline.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    expected = expected("a", guidance_scale=2.0, generator=seeded(3)).images[0]
+    assert pixels("a.png") == (expected.size, expected.tobytes())
+
+
 def test_json(command_line, model_folder):
     said = command_line.json("generate", "a", "--model", model_folder, "--seed", 1, "--output", "a.png")
     assert {name: type(value) for name, value in said.items()} == {

@@ -51,7 +51,7 @@ def test_what_an_image_says(command_line, model_folder):
             "seed": 7,
             "model": model_folder,
             "device": "cpu",
-            "dtype": "float32",
+            "dtype": "auto",
             "aspect_ratio": "5:3",
             **SAMPLING,
         },

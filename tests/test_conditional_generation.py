@@ -308,7 +308,7 @@ def test_guidance_is_the_pipelines(pipe, model, mode):
     drawn = pipe("ab", image=source, guidance_scale=3.0, generator=seeded(0), output_type="codes").image_codes
     prompts = {
         name: inputs_of(pipe, messages("<image>", "ab"), generation_mode="image", **options)
-        for name, options in {"plain": {}, "guided": {"negative_prompt": ""}}.items()
+        for name, options in {"plain": {"negative_prompt": None}, "guided": {}}.items()
     }
     inputs = prompts["guided"]
     assert set(inputs) - set(prompts["plain"]) == {"negative_input_ids", "negative_attention_mask"}

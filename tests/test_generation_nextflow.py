@@ -1,6 +1,7 @@
 """Drawing: the cached loop against one teacher-forced forward, guidance, sampling, and text generation."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -23,10 +24,9 @@ from toy import (
 from transformers import GenerationConfig
 
 from nextflow_hf import NextFlowGenerationConfig
-from nextflow_hf.modeling_nextflow import drawing_nextflow
-from nextflow_hf.modeling_nextflow.generation_nextflow import ScaleStep, guide, sample_codes, scale_plan
+from nextflow_hf.modeling_nextflow import drawing_nextflow, generation_nextflow
+from nextflow_hf.modeling_nextflow.generation_nextflow import guide
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.modeling_nextflow.sampling_nextflow import inverse_transform
 
 
 NO_SAMPLING = {"guidance_scale": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
@@ -187,46 +187,6 @@ def test_drawing_with_a_generator_leaves_the_global_one_alone(model):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_sampling_follows_the_distribution_and_its_cuts():
-    probabilities = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
-    logits = probabilities.log().expand(1, 40000, 5)
-
-    def frequencies(**settings):
-        step = ScaleStep((1, 1), **{"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings})
-        codes = sample_codes(logits, step, [torch.Generator().manual_seed(0)])
-        return torch.bincount(codes[0], minlength=5) / 40000
-
-    torch.testing.assert_close(frequencies(), probabilities, atol=0.01, rtol=0)
-    two = torch.tensor([0, 0.4, 0, 0.25, 0]) / 0.65
-    torch.testing.assert_close(frequencies(top_k=2), two, atol=0.01, rtol=0)
-    three = torch.tensor([0, 0.4, 0, 0.25, 0.2]) / 0.85  # 0.4 + 0.25 < 0.7 <= 0.85
-    torch.testing.assert_close(frequencies(top_p=0.7), three, atol=0.01, rtol=0)
-    cold = (probabilities**2) / (probabilities**2).sum()
-    torch.testing.assert_close(frequencies(temperature=0.5), cold, atol=0.01, rtol=0)
-    assert frequencies(temperature=0.0).tolist() == [0, 1, 0, 0, 0]
-
-
-@pytest.mark.parametrize("number", [0.0, 0.5, 1.0])
-def test_a_code_without_mass_is_never_drawn(number, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))  # 1.0: as rounding can make it
-    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.125, 0.5, 0.0]).expand(1, 2, 6)
-    drawn = inverse_transform(probabilities, [torch.Generator()])
-    assert drawn.tolist() == [[{0.0: 1, 0.5: 4, 1.0: 4}[number]] * 2]
-
-
-def test_scale_plan_fans_out():
-    plan = scale_plan(SQUARE, guidance_scale=5.0, guidance_schedule="linear", top_k=[4, 3, 2, 1], temperature=0.5)
-    assert [step.guidance_scale for step in plan] == pytest.approx([1, 1 + 4 / 3, 1 + 8 / 3, 5])
-    assert [step.top_k for step in plan] == [4, 3, 2, 1]
-    assert [step.grid for step in plan] == SQUARE and {step.temperature for step in plan} == {0.5}
-    with pytest.raises(ValueError, match="top_p has 2 entries, expected one for each of the 4 scales"):
-        scale_plan(SQUARE, top_p=[0.5, 0.6])
-    with pytest.raises(ValueError, match=r"top_p must lie in \[0.0, 1.0\], got 2"):
-        scale_plan(SQUARE, top_p=2)
-    with pytest.raises(ValueError, match="'constant' or 'linear'"):
-        scale_plan(SQUARE, guidance_schedule="cosine")
-
-
 def test_guide_is_the_textbook_formula():
     cond, uncond = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(guide(cond, uncond, 2.5), uncond + 2.5 * (cond - uncond))
@@ -331,7 +291,8 @@ def test_image_settings_are_saved_and_loaded(model, monkeypatch, tmp_path):
 
 BAD_SETTINGS = {
     "lengths": ({"image_top_k": [1, 2], "image_top_p": [0.5]}, "must have one length"),
-    "range": ({"image_top_p": 2.0}, r"top_p must lie in \[0.0, 1.0\], got 2.0"),
+    "range": ({"image_top_p": 2.0}, r"image_top_p is 2.0, expected a number in \[0, 1.0\]"),
+    "type": ({"image_top_k": 2.5}, "image_top_k is 2.5, expected a whole number"),
     "schedule": ({"image_guidance_schedule": "cosine"}, "'constant' or 'linear'"),
     "images": ({"max_images": -1}, "max_images is -1"),
     "grids": ({"image_target_grids": [[2, 2]]}, r"must start with \[1, 1\]"),
@@ -377,6 +338,31 @@ def test_image_mode_takes_settings_under_both_names_and_greedy(model):
     assert torch.equal(model.generate(**inputs, temperature=0.0, **plain).image_codes, expected)
     config = NextFlowGenerationConfig(image_temperature=0.0, repetition_penalty=1.3, do_sample=True, min_p=0.1)
     assert torch.equal(model.generate(**inputs, generation_config=config).image_codes, expected)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved", None], ids=str)
+def test_configured_guidance_without_a_negative_prompt_is_left_out_with_a_warning(model, monkeypatch, caplog, mode):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(generation_nextflow.logger, "warning_once", generation_nextflow.logger.warning)
+
+    def draw(**settings):
+        prompt, grids = torch.tensor([[5, BOI]]), grids_tensor(SQUARE)
+        if mode is None:
+            names = {"image_guidance_scale": "guidance_scale", "image_temperature": "temperature"}
+            return model.generate_images(prompt, image_grids=grids, **{names[k]: v for k, v in settings.items()})
+        if mode == "image":
+            return model.generate(prompt, image_grids=grids, generation_mode="image", **settings)
+        begin = {"logits_processor": [lambda ids, scores: scores.index_fill(1, torch.tensor([BOI]), 1e4)]}
+        settings |= {"target_grids": grids, "max_images": 1, "max_new_tokens": 1, "do_sample": False, **begin}
+        return model.generate(prompt[:, :1], generation_mode="interleaved", **settings)
+
+    expected = draw(image_temperature=0.0).image_codes
+    assert "without guidance" not in caplog.text
+    monkeypatch.setattr(model, "generation_config", NextFlowGenerationConfig(image_guidance_scale=[3.0] * 4))
+    assert torch.equal(draw(image_temperature=0.0).image_codes, expected)
+    assert caplog.text.count("the image is sampled without guidance: pass the unconditional prompt") == 1
+    with pytest.raises(ValueError, match="needs negative_input_ids"):  # what the call itself asks for
+        draw(image_guidance_scale=3.0)
 
 
 IMAGE_PROMPTS = torch.tensor([[5, *image_tokens(WIDE), 6, 7], [0] * 15 + [8, 9, 10]])

@@ -3,6 +3,7 @@ numbers."""
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
@@ -25,8 +26,10 @@ from toy import (
     toy_config,
     toy_model,
 )
+from transformers import AutoConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from nextflow_hf.hub_cards import shapes_model_path
 from nextflow_hf.modeling_nextflow import modeling_nextflow
 from nextflow_hf.modeling_nextflow.attention_nextflow import get_attention_mask
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
@@ -200,6 +203,31 @@ def test_last_scale_is_never_an_input(model):
     changed[-16:] = (changed[-16:] + 1) % CODES
     logits = [model(input_ids=row, image_codes=c, image_grids=grids).logits for c in (codes, changed)]
     torch.testing.assert_close(*logits)
+
+
+def test_an_image_has_as_many_scales_as_a_source_as_it_has_as_a_target():
+    target, source = SQUARE[:3], [*SQUARE[:3], SQUARE[2]]
+    grids = grids_tensor(target, source, SQUARE)
+    new, old = (toy_model(scale_length_counts_repeats=counts).model for counts in (False, True))
+    three, shown, four = new.scale_length_encoding(grids)
+    assert torch.equal(shown, three) and not torch.equal(three, four)
+    three, shown, four = old.scale_length_encoding(grids)
+    assert torch.equal(shown, four) and not torch.equal(three, four)
+
+
+def test_a_config_saved_before_repeats_were_told_apart_still_counts_them(tmp_path):
+    toy_config().save_pretrained(tmp_path)
+    assert NextFlowConfig.from_pretrained(tmp_path).scale_length_counts_repeats is False
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["scale_length_counts_repeats"]
+    file.write_text(json.dumps(saved))
+    loaded = NextFlowConfig.from_pretrained(tmp_path)
+    assert loaded.scale_length_counts_repeats is True
+    loaded.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).scale_length_counts_repeats is True
+    shipped = NextFlowConfig.from_pretrained(shapes_model_path())
+    assert shipped.scale_length_counts_repeats is True and NextFlowConfig().scale_length_counts_repeats is False
 
 
 def test_scale_weights_of_decisions_section_1():

@@ -605,10 +605,12 @@ def test_bad_inputs_raise_with_both_numbers(model: NextFlowVisionTokenizer):
         model.decode(codes[:-1], image_grids)
     with pytest.raises(ValueError, match=r"\(30,\), image_grids asks for \(55,\)"):
         model.decode_features(codes, grids(SQUARE, [(5, 5)]))
-    with pytest.raises(ValueError, match="span .* to 40, expected 0 to 39"):
+    with pytest.raises(ValueError, match=r"image_codes must lie in \[0, 40\), got .* to 40"):
         model.decode(codes.clamp(max=38).index_fill(0, torch.tensor([3]), CODES), image_grids)
-    with pytest.raises(ValueError, match="span -1 to"):
+    with pytest.raises(ValueError, match="image_codes must lie in .* got -1 to"):
         model.decode(codes.index_fill(0, torch.tensor([3]), -1), image_grids)
+    with pytest.raises(ValueError, match="image_codes are torch.float32, expected integers"):
+        model.decode(codes.float(), image_grids)
     with pytest.raises(ValueError, match="num_scales is 0, expected at least 1"):
         model.decode(codes, image_grids, num_scales=0)
     with pytest.raises(ValueError, match=r"\(1, 3, 16, 16\), expected \(1, 3, 20, 8\)"):

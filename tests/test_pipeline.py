@@ -8,6 +8,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import DiffusionPipeline
 from PIL import Image
+from toy_decoder import toy_whole_pipeline
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
@@ -307,7 +308,7 @@ def test_progress_shows_the_grid(pipe, capfd):
     [
         ({}, ValueError, "exactly one of `prompt` and `messages`, got neither"),
         ({"prompt": "a", "messages": [{}]}, ValueError, "got both"),
-        ({"messages": []}, ValueError, "`messages` is empty"),
+        ({"messages": []}, ValueError, "got 0 messages, expected at least 1"),
         ({"messages": [{"role": "user", "content": "a"}], "image": 0}, ValueError, "`image` goes with `prompt`"),
         ({"prompt": []}, TypeError, "`prompt` is \\[\\]"),
         ({"prompt": 3}, TypeError, "`prompt` is 3"),
@@ -342,6 +343,22 @@ def test_components(pipe):
         pipe.vae = None
     other = NextFlowPipeline.from_pipe(pipe)
     assert all(other.components[name] is component for name, component in pipe.components.items())
+
+
+def test_pipelines_on_shared_components_keep_their_dtypes():
+    pipe = toy_whole_pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    assert pipe.dtype == torch.bfloat16
+    other = NextFlowPipeline.from_pipe(pipe)
+    assert other.transformer is pipe.transformer and pipe.dtype == torch.bfloat16
+    assert pipe.vision_tokenizer.dtype == torch.float32
+    decoder = pipe.diffusion_decoder_pipeline
+    decoder.diffusion_decoder.to(torch.bfloat16)
+    made = type(decoder).from_pipe(decoder)
+    assert made.diffusion_decoder is decoder.diffusion_decoder
+    assert made.diffusion_decoder.dtype == torch.bfloat16
+    assert NextFlowPipeline.from_pipe(pipe, diffusion_decoder=None).diffusion_decoder is None
+    assert NextFlowPipeline.from_pipe(pipe, dtype=torch.float32).dtype == torch.float32  # on request
 
 
 def test_every_entry_point_calls_the_offload_hook(pipe):

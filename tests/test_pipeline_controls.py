@@ -319,6 +319,24 @@ def test_a_source_image_is_kept_without_its_codes(pipe):
     assert codes_of(pipe, messages=messages, keep_scales=3)[:13] == codes[:13].tolist()
 
 
+def test_an_image_that_was_drawn_is_kept_whole_where_given_ones_show_their_last_scale_twice():
+    pipe = toy_pipeline()
+    pipe.processor.append_last_scale = True
+    shown = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": [{"type": "image", "image": picture()}]},
+    ]
+    messages = [*shown, {"role": "user", "content": "b"}]
+    codes, _ = pipe.encode_images(picture())
+    assert codes_of(pipe, messages=messages, keep_scales=4) == codes.tolist()
+
+
+def test_numbers_of_numpy_are_settings(pipe):
+    plain = codes_of(pipe, "a", guidance_scale=2.0, top_k=3, num_images_per_prompt=1)
+    numbers = {"guidance_scale": np.float32(2), "top_k": np.int64(3), "num_images_per_prompt": np.int32(1)}
+    assert codes_of(pipe, "a", **numbers) == plain
+
+
 def test_the_last_scale_that_is_shown_again_is_not_drawn():
     pipe = toy_pipeline()
     codes, _ = pipe.encode_images(picture())
@@ -459,6 +477,19 @@ WHITE = np.full((16, 16), 255, np.uint8)
         ({"prompt": "a", "mask_image": WHITE}, "there is none: pass `image`"),
         ({"prompt": "a", "keep_scales": 2}, "there is none: pass `image`"),
         ({**GIVEN, "prompt": None, "keep_scales": 2}, r"\['keep_scales'\] with `image_codes` and neither `prompt`"),
+        ({**GIVEN, "image_codes": CODES + 24}, r"`image_codes` must lie in \[0, 24\), got 24 to 24"),
+        ({**GIVEN, "image_codes": CODES - 1, "prompt": None, "output_type": "codes"}, "got -1 to -1"),
+        ({**GIVEN, "image_codes": CODES.float()}, "`image_codes` is torch.float32, expected integers"),
+        ({**GIVEN, "image_grids": GRIDS.float()}, "`image_grids` is torch.float32, expected integers"),
+        ({"prompt": "a", "num_scales": 2.5}, r"`num_scales` is 2.5 \(float\), expected a whole number"),
+        ({"prompt": "a", "num_images_per_prompt": True}, r"is True \(bool\), expected a whole number"),
+        ({"prompt": "a", "height": "16", "width": 16}, r"`height` is '16' \(str\), expected a whole number"),
+        ({**GIVEN, "mask_image": WHITE, "mask_coverage": np.nan}, "`mask_coverage` is nan"),
+        ({"prompt": "a", "image_guidance_scale": "2"}, r"`image_guidance_scale` is '2' \(str\), expected a number"),
+        ({"prompt": "a", "guidance_scale": np.ones(4)}, r"`guidance_scale` is array.*\(ndarray\), expected a number"),
+        ({"prompt": "a", "top_k": [2, 2.5, 2, 2]}, r"`top_k` is 2.5 \(float\), expected a whole number"),
+        ({"prompt": "a", "temperature": np.nan}, "`temperature` is nan, expected at least 0"),
+        ({"prompt": "a", "generator": 5}, "`generator` is 5, expected a torch.Generator or a list of them"),
         ({**GIVEN, "prompt": None, "num_images_per_prompt": 2}, r"\['num_images_per_prompt'\] with `image_codes`"),
     ],
 )  # fmt: skip
@@ -514,7 +545,7 @@ def test_a_callback_may_change_the_codes(pipe, name):
     expected = pipe("a red circle", temperature=0.0, image_codes=codes, image_grids=grids, height=16, width=16)
     assert torch.equal(changed, expected.image_codes) and not torch.equal(changed, plain.image_codes)
     codes = codes + 24
-    with pytest.raises(ValueError, match=r"replaced by \(1, 1\) from .* expected \(1, 1\) in \[0, 24\)"):
+    with pytest.raises(ValueError, match=r"image_codes must lie in \[0, 24\), got 47 to 47"):
         pipe("a red circle", **options)
 
 

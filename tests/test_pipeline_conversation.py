@@ -344,9 +344,8 @@ def test_thinking_is_returned_and_seen(pipe, monkeypatch):
     options = {"continue_final_message": True, "enable_thinking": True}
     inputs = inputs_of(pipe, messages, "image", **options)
     without = inputs_of(pipe, [user()], "image")["input_ids"]
-    expected = pipe.transformer.generate(
-        **inputs, negative_input_ids=without, generation_mode="image", **BY_HAND, generator=inner(2)
-    )
+    inputs |= {"negative_input_ids": without, "negative_attention_mask": torch.ones_like(without)}
+    expected = pipe.transformer.generate(**inputs, generation_mode="image", **BY_HAND, generator=inner(2))
     assert torch.equal(output.image_codes, expected.image_codes)
 
 
@@ -475,8 +474,15 @@ def test_frames_are_saved_as_a_film(pipe, tmp_path):
 # ---- mistakes
 
 BAD_CALLS = {
-    "no messages": (lambda pipe: pipe.chat([]), "`messages` is \\[\\], expected a non-empty list"),
-    "a string": (lambda pipe: pipe.chat("hello"), "`messages` is 'hello', expected a non-empty list"),
+    "type of top-k": (lambda pipe: pipe.chat([user("a")], top_k=2.5), r"`top_k` is 2.5 \(float\), expected a whole"),
+    "temperature": (lambda pipe: pipe.chat([user("a")], temperature=float("nan")), "`temperature` is nan"),
+    "bool": (lambda pipe: pipe.chat([user("a")], max_new_tokens=True), r"`max_new_tokens` is True \(bool\)"),
+    "fraction of an image": (
+        lambda pipe: pipe.interleave([user("a")], 1.5),
+        r"`max_images` is 1.5 \(float\), expected a whole",
+    ),
+    "no messages": (lambda pipe: pipe.chat([]), "got 0 messages, expected at least 1"),
+    "a string": (lambda pipe: pipe.chat("hello"), "messages are 'hello' .* expected a list such as"),
     "too short": (
         lambda pipe: pipe.chat(CHATS["text"], max_new_tokens=0),
         "`max_new_tokens` is 0, expected at least 1",
@@ -536,6 +542,37 @@ def test_mistakes_are_named(pipe, case):
     call, message = BAD_CALLS[case]
     with pytest.raises((TypeError, ValueError), match=message):
         call(pipe)
+
+
+MALFORMED = {
+    "no type": ([{"role": "user", "content": [{"text": "a"}]}], "message 0, part 0 of the user has the type None"),
+    "no content": ([{"role": "user"}], r"message 0 has the keys \['role'\]"),
+    "no message": ([user("a"), None], "message 1 is None"),
+    "surrogate": ([user("\ud800")], "message 0.* has the lone surrogate"),
+    "number": (5, r"messages are 5 \(int\)"),
+    "a message": (user("a"), "messages are {"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_messages_are_named_by_every_method(pipe, case):
+    messages, message = MALFORMED[case]
+    for call in (pipe.chat, pipe.interleave, lambda given: pipe(messages=given, guidance_scale=2.0)):
+        with pytest.raises(ValueError, match=message):
+            call(messages)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(5, r"part 0 has the text 5 \(int\)"), ([{"text": "a"}], "the type None"), ("\ud800", "lone surrogate")],
+)
+def test_a_malformed_turn_leaves_the_conversation_as_it_was(pipe, text, message):
+    conversation = pipe.start_conversation()
+    conversation.chat("a", max_new_tokens=1)
+    for turn in (conversation.chat, conversation.draw, conversation.interleave):
+        with pytest.raises(ValueError, match=message):
+            turn(text)
+    assert len(conversation.messages) == 2 and conversation.chat("b", max_new_tokens=1) is not None
 
 
 # ---- the format of thinking

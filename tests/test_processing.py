@@ -1,5 +1,7 @@
 """The sequence layout, the chat format and the way back, with a small tokenizer trained on the spot."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -85,8 +87,15 @@ def test_negative_prompt_is_the_conversation_without_the_users_text(processor):
     expected = tokenized(processor, bare, generation_mode="image")
     assert torch.equal(inputs["negative_input_ids"], expected["input_ids"])
     assert torch.equal(inputs["negative_attention_mask"], expected["attention_mask"])
-    given = tokenized(processor, messages, generation_mode="image")
+    given = tokenized(processor, messages, generation_mode="image", negative_prompt=None)
+    assert set(inputs) - set(given) == {"negative_input_ids", "negative_attention_mask"}
     assert all(torch.equal(inputs[name], value) for name, value in given.items())
+    # The empty one where none is given, as training drops text
+    bare = [user(source), assistant(text("like this?")), user()]
+    for mode in ("image", "interleaved"):
+        inputs = tokenized(processor, messages, generation_mode=mode)
+        expected = tokenized(processor, bare, generation_mode=mode)
+        assert torch.equal(inputs["negative_input_ids"], expected["input_ids"])
     with pytest.raises(ValueError, match="a generation_mode that draws, got generation_mode='text'"):
         tokenized(processor, messages, generation_mode="text", negative_prompt="no")
     with pytest.raises(ValueError, match="needs a user message"):
@@ -214,7 +223,9 @@ def test_counts_must_match(processor: NextFlowProcessor):
         processor(text=prompt)
     with pytest.raises(ValueError, match=r"images by row \[0, 2\] for image placeholders by row \[1, 1\]"):
         processor(text=[prompt, prompt], images=[[], [picture(), picture()]])
-    with pytest.raises(ValueError, match="have 1 image parts without data, but images= holds 0"):
+    with pytest.raises(
+        ValueError, match=r"have 1 image parts without data \(message 0, part 0\), but images= holds 0"
+    ):
         tokenized(processor, [user(image())])
     with pytest.raises(ValueError, match="have 0 image parts without data, but images= holds 1"):
         tokenized(processor, [user(image(picture()))], images=[picture()])
@@ -299,11 +310,6 @@ def test_saving_leaves_the_processor_as_it_was(processor: NextFlowProcessor, tmp
 @pytest.mark.parametrize(
     "message, error, match",
     [
-        ({"role": "tool", "content": "x"}, Exception, "role 'tool', expected"),
-        ({"role": "user"}, ValueError, r"keys \['role'\], expected role and content"),
-        (user({"type": "video"}), Exception, "'video', expected 'text' or 'image'"),
-        ({"role": "system", "content": [image(picture())]}, Exception, "'image', expected 'text'"),
-        (user({"type": "text"}), ValueError, "text=None, expected a string"),
         (user({"type": "image", "image": picture(), "path": "a.png"}), ValueError, "2 sources, expected 1"),
         (user(image("no_such_file.png")), FileNotFoundError, "'no_such_file.png' does not exist"),
     ],
@@ -311,6 +317,105 @@ def test_saving_leaves_the_processor_as_it_was(processor: NextFlowProcessor, tmp
 def test_broken_messages_are_refused(processor: NextFlowProcessor, message, error, match: str):
     with pytest.raises(error, match=match):
         tokenized(processor, [message])
+
+
+MESSAGES = '[{"role": "user", "content": "a"}]'
+PART = "message 1, part 1"
+# What stands as the whole, as message 1, as its role, as its content, and as part 1 of its content
+MALFORMED = {
+    "whole": {
+        "number": (5, re.escape(f"messages are 5 (int), expected a list such as {MESSAGES}")),
+        "string": ("hello", re.escape(f"messages are 'hello' (str), expected a list such as {MESSAGES}")),
+        "message": (user(text("a")), r"messages are {.* \(dict\), expected a list"),
+        "nothing": (None, r"messages are None \(NoneType\), expected a list"),
+        "empty": ([], "got 0 messages, expected at least 1"),
+        "empty row": ([[user(text("a"))], []], r"conversation 1 is \[\] \(list\), expected a non-empty list"),
+        "mixed rows": ([[user(text("a"))], user(text("a"))], r"conversation 1 is {.* expected a non-empty list"),
+        "later row": ([[user(text("a"))], [user(text("a")), 3]], r"conversation 1, message 1 is 3 \(int\), "),
+    },
+    "message": {
+        "string": ("a", r"message 1 is 'a' \(str\), expected {\"role\": ..., \"content\": ...}"),
+        "nothing": (None, r"message 1 is None \(NoneType\), expected {"),
+        "list": ([user(text("a"))], r"message 1 is \[.*\] \(list\), expected {"),
+        "no role": ({"content": "a"}, r"message 1 has the keys \['content'\], expected role and content"),
+        "no content": ({"role": "user"}, r"message 1 has the keys \['role'\], expected role and content"),
+        "role None": ({"role": None, "content": "a"}, r"message 1 has the keys \['content'\], expected role"),
+        "content None": ({"role": "user", "content": None}, r"message 1 has the keys \['role'\], expected role"),
+        "other keys": ({1: "a", "from": "b"}, r"message 1 has the keys \['1', 'from'\], expected role and content"),
+    },
+    "role": {
+        "unknown": ("tool", "message 1 has the role 'tool', expected 'system', 'user' or 'assistant'"),
+        "type": ("image", "message 1 has the role 'image', expected 'system'"),
+        "number": (1, "message 1 has the role 1, expected 'system'"),
+        "list": (["user"], r"message 1 has the role \['user'\], expected 'system'"),
+    },
+    "content": {
+        "number": (5, r"message 1 has the content 5 \(int\), expected a string or a list of parts"),
+        "bool": (True, r"message 1 has the content True \(bool\), expected a string or a list of parts"),
+        "part": (text("a"), r"message 1 has the content {.* \(dict\), expected a string or a list of parts"),
+        "bytes": (b"a", r"message 1 has the content b'a' \(bytes\), expected a string or a list of parts"),
+        "surrogate": ("a\ud800", r"message 1 has the lone surrogate '\\ud800' at character 1, expected Unicode text"),
+    },
+    "part": {
+        "string": ("a", rf"{PART} is 'a' \(str\), expected a part such as"),
+        "nothing": (None, rf"{PART} is None \(NoneType\), expected a part such as"),
+        "list": ([text("a")], rf"{PART} is \[.* \(list\), expected a part such as"),
+        "no type": ({"text": "a"}, f"{PART} of the user has the type None, expected 'text' or 'image'"),
+        "unknown": ({"type": "video"}, f"{PART} of the user has the type 'video', expected 'text' or 'image'"),
+        "role": ({"type": "user"}, f"{PART} of the user has the type 'user', expected 'text' or 'image'"),
+        "type list": ({"type": ["text"]}, rf"{PART} of the user has the type \['text'\], expected"),
+        "no text": ({"type": "text"}, rf"{PART} has the text None \(NoneType\), expected a string"),
+        "number": (text(5), rf"{PART} has the text 5 \(int\), expected a string"),
+        "bytes": (text(b"a"), rf"{PART} has the text b'a' \(bytes\), expected a string"),
+        "surrogate": (text("ab\udfff"), rf"{PART} has the lone surrogate '\\udfff' at character 2, expected Unicode"),
+        "no image": ({"type": "image"}, rf"have 1 image parts without data \({PART}\), but images= holds 0"),
+        "path number": ({"type": "image", "path": 5}, rf"{PART} has the path 5 \(int\), expected a non-empty string"),
+        "base64 bytes": ({"type": "image", "base64": b"a"}, rf"{PART} has the base64 b'a' \(bytes\), expected"),
+        "empty url": ({"type": "image", "url": ""}, rf"{PART} has the url '' \(str\), expected a non-empty string"),
+        "two": ({"type": "image", "path": "a", "url": "b"}, rf"{PART} has \['path', 'url'\], that is 2 sources"),
+        "image_url": ({"type": "image_url"}, rf"{PART} has the url None \(NoneType\), expected a non-empty string"),
+        "nested url": ({"type": "image_url", "image_url": {}}, rf"{PART} has the url '' \(str\), expected"),
+        "url number": ({"type": "image_url", "image_url": 5}, rf"{PART} has the url 5 \(int\), expected a non-empty"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "case"), [(place, case) for place, cases in MALFORMED.items() for case in cases], ids="-".join
+)
+def test_malformed_messages_say_where_and_what(processor: NextFlowProcessor, place: str, case: str):
+    found, match = MALFORMED[place][case]
+    first = user(text("a"))
+    messages = {
+        "whole": lambda: found,
+        "message": lambda: [first, found],
+        "role": lambda: [first, {"role": found, "content": "a"}],
+        "content": lambda: [first, {"role": "user", "content": found}],
+        "part": lambda: [first, user(text("a"), found)],
+    }[place]()
+    for options in ({}, {"generation_mode": "image"}, {"return_labels": True}):
+        with pytest.raises(ValueError, match=match) as raised:
+            tokenized(processor, messages, **options)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_system_message_has_no_images(processor: NextFlowProcessor):
+    with pytest.raises(ValueError, match="message 0, part 0 of the system has the type 'image', expected 'text'"):
+        tokenized(processor, [{"role": "system", "content": [image(picture())]}])
+
+
+def test_text_that_is_not_unicode_is_refused(processor: NextFlowProcessor):
+    with pytest.raises(ValueError, match="text 1 has the lone surrogate"):
+        processor(text=["a", "\ud83d"])
+    with pytest.raises(ValueError, match="part 0 has the lone surrogate"):
+        tokenized(processor, [user(text("a"))], generation_mode="image", negative_prompt="\ud83d")
+
+
+def test_a_template_of_the_users_may_have_other_roles_and_parts(processor: NextFlowProcessor):
+    template = "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content[0].value }}{% endif %}{% endfor %}"
+    template += "{# a part of the type 'value' #}"
+    messages = [{"role": "tool", "content": [{"type": "value", "value": "a"}]}]
+    assert processor.apply_chat_template(messages, chat_template=template) == "a"
 
 
 def test_unknown_options_are_refused(processor: NextFlowProcessor):
@@ -322,8 +427,6 @@ def test_unknown_options_are_refused(processor: NextFlowProcessor):
         processor(text="draw", heigth=3)
     with pytest.raises(ValueError, match="generation_mode is 'audio'"):
         tokenized(processor, messages, generation_mode="audio")
-    with pytest.raises(ValueError, match="got 0 messages"):
-        tokenized(processor, [])
     with pytest.raises(Exception, match="knows no tools"):
         tokenized(processor, messages, tools=[{"type": "function"}])
 

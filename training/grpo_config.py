@@ -89,7 +89,7 @@ class NextFlowGRPOConfig(GRPOConfig):
             their prefix in each group. 0 never trains these.
         mask_propagation (`bool`, *optional*, defaults to `False`):
             Train only the codes behind the pixels that the rewards looked at, where they report masks.
-        guidance_scale (`float`, *optional*, defaults to 5.0): Guidance of the rollout. 1 is none.
+        guidance_scale (`float`, *optional*, defaults to 6.0): Guidance of the rollout, VAR's cfg 5. 1 is none.
         guidance_schedule (`str`, *optional*, defaults to `"linear"`): `"linear"`, from 1 on, or `"constant"`.
         height, width (`int`, *optional*): Size of the pictures, as in the pipeline's call.
         aspect_ratio (`str`, *optional*): Instead of a size. With neither: an edit keeps its source's, else square.
@@ -118,7 +118,7 @@ class NextFlowGRPOConfig(GRPOConfig):
         default=3, metadata={"help": "With VMR, prefix generations before one of finer scales; 0 for none of these."}
     )
     mask_propagation: bool = field(default=False, metadata={"help": "Train only codes behind reported masks."})
-    guidance_scale: float = field(default=5.0, metadata={"help": "Guidance of the rollout; 1 is none."})
+    guidance_scale: float = field(default=6.0, metadata={"help": "Guidance of the rollout; 1 is none."})
     guidance_schedule: str = field(default="linear", metadata={"help": "'linear' or 'constant'."})
     height: int | None = field(default=None, metadata={"help": "Height of the pictures in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width of the pictures in pixels."})

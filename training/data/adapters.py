@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...processing.message_checks import as_conversations
 from .messages import BadRowError, check_messages, is_missing, message, text_part
 
 
@@ -104,26 +105,25 @@ def ready_messages(messages: Any, images: Any = None) -> Row:
     Rows in the format already. Strings become text parts; where no part is an image, the images stand before the first
     user's text, as TRL reads it. An image part may carry its image.
     """
-    if not isinstance(messages, list) or not messages:
-        raise BadRowError(f"messages is {messages!r:.80}, expected a list of messages")
+    try:
+        (messages, *others), _ = as_conversations(messages)
+    except ValueError as error:
+        raise BadRowError(str(error)) from error
+    if others:
+        raise BadRowError(f"a row has {1 + len(others)} conversations, expected 1")
     images, found, turns = _as_list(images), [], []
-    for turn in messages:
-        _check_dict(turn, "a message")
     implied = len(images) if all(isinstance(turn.get("content"), str) for turn in messages) else 0
     spare = iter(images)
     for turn in messages:
-        role, content = turn.get("role"), turn.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise BadRowError(f"a message has the role {role!r}, expected system, user or assistant")
+        role, content = turn["role"], turn["content"]
         parts = []
         if role == "user" and implied:
             parts, implied = [_IMAGE] * implied, 0
             found += spare
-        for part in [text_part(content)] if isinstance(content, str) else content or []:
-            _check_dict(part, "a part of a message")
-            if part.get("type") == "text":
-                parts.append(text_part(part.get("text")))
-            elif part.get("type") == "image":
+        for part in [text_part(content)] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                parts.append(text_part(part["text"]))
+            elif part["type"] == "image":
                 data = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
                 found.append(data[0] if data else next(spare, None))
                 parts.append(_IMAGE)
