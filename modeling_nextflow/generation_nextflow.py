@@ -593,7 +593,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if kwargs.get("image_grids") is not None:  # transformers drops them where the iteration is not the first
-            inputs.setdefault("image_grids", kwargs["image_grids"].to(self.device))
+            inputs.setdefault("image_grids", kwargs["image_grids"].to(input_ids.device))
         return inputs
 
     def _images_after(

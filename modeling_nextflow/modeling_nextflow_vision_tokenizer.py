@@ -305,7 +305,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             `ValueError`: on pixels that are not finite or do not fit their grids.
         """
         schedules = self._check_pixels(pixel_values, image_grids)
-        noise = self._draw_noise(schedules, generator) if self_correction else None
+        noise = self._draw_noise(schedules, generator, pixel_values.device) if self_correction else None
         codes, targets = [None] * len(schedules), [None] * len(schedules)
         for schedule, indices in _group_by_schedule(schedules):
             features = self._sliced(self._encode_features, self._crop(pixel_values, schedule, indices))
@@ -445,7 +445,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     def _encode_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (n, 3, height, width) to continuous features (n, code_dim, rows, columns) of both branches."""
-        pixels = pixels.to(self.quant_conv.weight.dtype)
+        pixels = pixels.to(self.quant_conv.weight.dtype)  # of a convolution: quantised linear layers hold bytes
         grid = tuple(side // self.config.semantic_config.patch_size for side in pixels.shape[2:])
         hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
@@ -486,7 +486,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def _decode_semantics(self, quantized: torch.Tensor) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to the teacher's features (n, rows * columns, hidden_size)."""
         cells = quantized[:, : self.config.semantic_code_dim].flatten(2).transpose(1, 2)
-        cells = cells.to(self.decode_task_layer[0].weight.dtype)
+        cells = cells.to(self.post_quant_conv.weight.dtype)
         return self.decode_task_layer(self.semantic_decoder.encode(cells, tuple(quantized.shape[2:])))
 
     def _decode_codes(
@@ -545,7 +545,10 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         return [bool(drop) for drop in drop_scales]
 
     def _draw_noise(
-        self, schedules: Sequence[Schedule], generator: torch.Generator | list[torch.Generator] | None
+        self,
+        schedules: Sequence[Schedule],
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
     ) -> tuple[torch.Tensor, ...]:
         """Two uniform numbers for every code of every image, drawn in the order of the images."""
         sizes = [count_codes(schedule) for schedule in schedules]
@@ -553,7 +556,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         if len(generators) != len(sizes):
             raise ValueError(f"generator has {len(generators)} entries, expected one per image: {len(sizes)}")
         return tuple(
-            torch.rand(size, 2, generator=source, device=self.device if source is None else source.device)
+            torch.rand(size, 2, generator=source, device=device if source is None else source.device)
             for size, source in zip(sizes, generators, strict=True)
         )
 

@@ -192,14 +192,16 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.config.denoiser_class != "UNet2DConditionModel"
 
     def empty_prompt(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """The text branch's inputs without a text encoder: one token of zeros."""
+        """
+        The text branch's inputs without a text encoder: one token of zeros. On the CPU: an offloaded decoder does not
+        say where it computes.
+        """
         config = self.denoiser.config
         is_unet = self.config.denoiser_class == "UNet2DConditionModel"
         text_dim = config.cross_attention_dim if is_unet else config.joint_attention_dim
-        options = {"device": self.device, "dtype": self.dtype}
-        prompt = {"encoder_hidden_states": torch.zeros(batch_size, 1, text_dim, **options)}
+        prompt = {"encoder_hidden_states": torch.zeros(batch_size, 1, text_dim, dtype=self.dtype)}
         if self.config.denoiser_class in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
-            prompt["pooled_projections"] = torch.zeros(batch_size, config.pooled_projection_dim, **options)
+            prompt["pooled_projections"] = torch.zeros(batch_size, config.pooled_projection_dim, dtype=self.dtype)
         return prompt
 
     def forward(

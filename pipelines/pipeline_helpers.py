@@ -37,7 +37,8 @@ def exclusive(pipeline: Any) -> Iterator[None]:
         name = type(pipeline).__name__
         raise RuntimeError(
             f"another thread is in a call of this {name}, which takes one at a time: wait for it, or give each thread "
-            f"a pipeline of its own on the same weights, `{name}(**pipe.components)`"
+            f"a pipeline of its own on the same weights, `{name}(**pipe.components)` (not with offloading, which "
+            "would move weights that another thread computes with)"
         )
     try:
         yield
