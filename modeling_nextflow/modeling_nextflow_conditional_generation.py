@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import (
@@ -24,6 +24,8 @@ from .generation_nextflow import (
 from .modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForCausalLM
 from .modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 
+
+logger = logging.get_logger(__name__)
 
 VISION_TOKENIZER = "vision_tokenizer"
 TOKENIZER_ATTENTION = (None, "eager", "sdpa")
@@ -118,6 +120,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
             vision_tokenizer, own_info = vision_tokenizer
             for name, keys in own_info.items():
                 info[name] = type(info[name])([*info[name], *(_prefixed(key) for key in keys)])
+        _check_fingerprint(model.config.vision_tokenizer_fingerprint, vision_tokenizer)
         model._set_vision_tokenizer(vision_tokenizer)
         return (model, info) if loading_info else model
 
@@ -271,6 +274,20 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
             images = {name: kwargs.get(name) for name in ("image_codes", "image_grids", "inputs_embeds")}
             kwargs["image_codes"] = self._codes_of_prompt(input_ids, pixel_values, cached=cached, **images)
         return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
+
+def _check_fingerprint(expected: str | None, vision_tokenizer: NextFlowVisionTokenizer) -> None:
+    """Raises `ValueError` where the transformer knows the codes of another vision tokenizer."""
+    if expected is None:
+        return
+    found = vision_tokenizer.get_codes_fingerprint()
+    if found is None:
+        logger.warning("the vision tokenizer does not say whose codes it gives: load it in float32 and save it again")
+    elif found != expected:
+        raise ValueError(
+            f"the transformer knows the codes of the vision tokenizer {expected}, got {found}: use the tokenizer that "
+            "it was trained with"
+        )
 
 
 def _compute_device(model: nn.Module) -> torch.device:

@@ -36,7 +36,13 @@ from .diffusion_decoder_latents import (
     vae_latent_channels,
     vae_scale_factor,
 )
-from .pipeline_helpers import call_component, exclusively, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_helpers import (
+    call_component,
+    exclusively,
+    generator_per_image,
+    one_per_prompt,
+    stack_equal,
+)
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -129,6 +135,11 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
         self._num_timesteps = 0
         self._interrupt = False
 
+    def register_modules(self, **components: Any) -> None:
+        super().register_modules(**components)
+        if self.diffusion_decoder is not None and self.vision_tokenizer is not None:
+            self.diffusion_decoder.check_codes(self.vision_tokenizer)
+
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
@@ -177,6 +188,7 @@ class NextFlowDiffusionDecoderPipeline(DiffusionPipeline, CogVideoXLoraLoaderMix
                 f"the diffusion decoder wants {decoder.config.condition_channels} channels of condition, but the "
                 f"vision tokenizer has {channels}"
             )
+        decoder.check_codes(self.vision_tokenizer)
         latent_channels = vae_latent_channels(self.vae)
         if latent_channels != decoder.latent_channels:
             raise ValueError(

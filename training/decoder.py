@@ -68,6 +68,7 @@ def build_decoder_pipeline(
     decoder = NextFlowDiffusionDecoder.from_denoiser(
         denoiser, condition_channels=condition_channels(vision_tokenizer), **recipe.get("decoder", {})
     )
+    decoder.register_to_config(vision_tokenizer_fingerprint=vision_tokenizer.get_codes_fingerprint())
     return NextFlowDiffusionDecoderPipeline(
         decoder, vision_tokenizer=vision_tokenizer, image_processor=image_processor, **parts
     )
