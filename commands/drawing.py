@@ -90,11 +90,11 @@ def draw(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     recorder = records.Recorder(console.name, args, RECORDED, loading.drawing_modules(pipe, args.decoder), recalled)
     load_seconds = time.perf_counter() - start
 
-    # 3. The images, on disk as they come. One that is repeated keeps its company: the last bit of a sum depends on it
+    # 3. The images, on disk as they come. Redraw in the original batch: float rounding depends on batch size.
     seeds, wanted = range(args.seed, args.seed + count), None
     batches = [seeds[first : first + args.batch_size] for first in range(0, count, args.batch_size)]
     if recalled is not None and not recalled.changes and args.num_images is None:
-        seeds, wanted = _company(recalled)
+        seeds, wanted = _batch_of(recalled, args.batch_size)
         batches = [seeds]
     saved = []
     start = time.perf_counter()
@@ -155,15 +155,20 @@ def _read_prompts(args: argparse.Namespace) -> list[str | None]:
     return [args.prompt]
 
 
-def _company(recalled: records.Recalled) -> tuple[list[int], int]:
+def _batch_of(recalled: records.Recalled, most: int) -> tuple[list[int], int]:
     """Seeds of the images that were drawn together with the one that is recalled, and its place among them."""
-    batch = recalled.record.batch
-    try:
-        seeds, index = batch["seeds"], batch["index"]
-        if seeds[index] != recalled.record.arguments["seed"]:
-            raise ValueError(f"its seed is {recalled.record.arguments['seed']}, but that of its batch {seeds[index]}")
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"the metadata of {recalled.path} cannot be used: {error!r}") from error
+    batch, seed = recalled.record.batch or {}, recalled.record.arguments.get("seed")
+    seeds, index = batch.get("seeds", []), batch.get("index", 0)
+    if seeds[index : index + 1] != [seed]:
+        raise ValueError(
+            f"the metadata of {recalled.path} cannot be used: its seed is {seed}, expected entry {index} of its batch"
+        )
+    if len(seeds) > most:
+        raise ValueError(
+            f"{recalled.path} is one of {len(seeds)} images that were drawn at once, more than --batch-size {most}: "
+            f"pass --batch-size {len(seeds)} to repeat it among as many, or --num-images 1 to draw it alone, where "
+            "rounding may differ"
+        )
     return seeds, index
 
 

@@ -147,6 +147,11 @@ def add_recall_options(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="repeat what made this image, pixel for pixel; other options then change it",
     )
+    group.add_argument(
+        "--allow-model",
+        action="store_true",
+        help="with --from-image: load the model and the LoRAs that the image names, from a folder or from the Hub",
+    )
     group.add_argument("--no-metadata", action="store_true", help="save the images without how they were made")
 
 

@@ -5,20 +5,22 @@ package can repeat.
     nextflow-hf generate --from-image out.png
 
 Files that went in (source images, masks) are named by path and SHA-256: they are found again, and refused where they
-have changed.
+have changed. A record may come from anybody: what it holds is checked against record_schema.py before it is used, and
+which model is loaded is for the user to say.
 """
 
 import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextflow_hf.atomic import write_file
 from nextflow_hf.commands import loading, options
 from nextflow_hf.commands.console import Console
+from nextflow_hf.commands.record_schema import check_record
 
 
 if TYPE_CHECKING:
@@ -29,7 +31,11 @@ if TYPE_CHECKING:
 
 CHUNK = "nextflow"  # keyword of the text chunk
 FORMAT = 1
-WEIGHTS = {"model", "revision", "dtype", "quantize", "lora"}  # the options that decide them
+SOURCES = ("model", "revision", "lora")  # the options that say where weights come from
+WEIGHTS = {*SOURCES, "dtype", "quantize"}  # those that decide them
+MOST_CHARACTERS = 2**20  # of a record
+MOST_PIXELS = 2**26  # of an image that is repeated
+MOST_BYTES = 2**28  # of a file that went in
 
 
 @dataclass(kw_only=True)
@@ -178,29 +184,35 @@ def save_image(image: "PIL.Image.Image", path: Path, record: ImageRecord | None)
 
 
 def read_record(path: Path) -> ImageRecord:
-    """The record of a PNG file. `ValueError` where it has none."""
+    """The record of a PNG file. `ValueError` where it has none, or one that cannot be used."""
+    text = _read_chunk(path)
+    if text is None:
+        raise ValueError(f"{path} does not say how it was made: another program saved it, without the metadata")
+    try:
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"it has {len(text)} characters, expected at most {MOST_CHARACTERS}")
+        values = json.loads(text)
+        if isinstance(values, dict) and values.get("format") != FORMAT:
+            raise ValueError(f"it has format {values.get('format')!r:.80}, expected {FORMAT}: update nextflow-hf")
+        check_record(values)
+    except RecursionError:
+        raise ValueError(f"the metadata of {path} cannot be used: it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"the metadata of {path} cannot be used: {error}") from error
+    return ImageRecord(**values)
+
+
+def _read_chunk(path: Path) -> str | None:
+    """The text of a PNG file's record. Pillow refuses chunks that unpack to more than a megabyte."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
-            text = image.info.get(CHUNK) if image.format == "PNG" else None
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(CHUNK)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image") from error
-    if text is None:
-        raise ValueError(
-            f"{path} does not say how it was made: it is no PNG of nextflow-hf, or another program saved it without"
-        )
-    try:
-        values = json.loads(text)
-        if values["format"] != FORMAT:
-            raise ValueError(f"it has format {values['format']}, expected {FORMAT}: update nextflow-hf")
-        record = ImageRecord(**{entry.name: values[entry.name] for entry in fields(ImageRecord)})
-        tables = (record.arguments, record.weights, record.environment, record.results)
-        if not all(isinstance(table, dict) for table in tables):
-            raise ValueError(f"got {[type(table).__name__ for table in tables]}, expected objects")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the metadata of {path} cannot be used: {error!r}") from error
-    return record
+        raise ValueError(f"{path} is not an image in PNG format, so it does not say how it was made") from error
+    except (ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 # --- files that went in
@@ -232,7 +244,8 @@ def from_json(value: Any, image: Path) -> Any:
 def find_file(entry: dict[str, str], image: Path) -> Path:
     """A file of the record of `image`: where it was, or beside the image under the same name."""
     was = Path(entry["path"])
-    found = {path: sha256(path) for path in (was, image.parent / was.name) if path.is_file()}
+    places = (was, image.parent / was.name)
+    found = {path: sha256(path) for path in places if path.is_file() and 0 < path.stat().st_size <= MOST_BYTES}
     for path, digest in found.items():
         if digest == entry["sha256"]:
             return path
@@ -266,16 +279,16 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
     """Fill the options `names` that are not given with those that made `args.from_image`, if that is given."""
     if args.from_image is None:
         return None
-    from PIL import Image
+    from nextflow_hf.processing.image_processing_nextflow import load_rgb
 
     record = read_record(args.from_image)
-    with Image.open(args.from_image) as image:
-        image = image.convert("RGB")
+    image = load_rgb(args.from_image, MOST_PIXELS)
     if record.command != command:
         raise ValueError(f"{args.from_image} was made by `nextflow-hf {record.command}`, not by `{command}`")
     if unknown := sorted(set(record.arguments) - set(names)):
         raise ValueError(f"the metadata of {args.from_image} has {unknown}, which this version does not know")
     given = given_arguments(args, names)
+    _check_sources(record.arguments, given, args)
     changes = {name for name, value in given.items() if not _same(value, record.arguments.get(name))}
     dropped = set(options.SIZE) if changes & set(options.SIZE) else set()  # of two sizes, the one that is given
     if "decoder" in changes:
@@ -284,6 +297,19 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
         if name not in given and name not in dropped:
             setattr(args, name, from_json(value, args.from_image))
     return Recalled(args.from_image, record, image, set(given), changes)
+
+
+def _check_sources(recorded: Mapping[str, Any], given: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Refuse weights that a record names, wherever they are: they are the user's to choose."""
+    named = {name: recorded[name] for name in SOURCES if name in recorded and name not in given}
+    if named.get("model") == options.SHIPPED_MODEL:
+        del named["model"]
+    if named and not args.allow_model:
+        wanted = "; ".join(f"--{name} {value!r:.200}" for name, value in named.items())
+        raise ValueError(
+            f"{args.from_image} was made with {wanted}: pass the ones to use, or --allow-model to load what the image "
+            "names, if you trust where it is from"
+        )
 
 
 def _same(given: Any, recorded: Any) -> bool:

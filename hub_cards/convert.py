@@ -105,7 +105,9 @@ def convert_qwen(args: argparse.Namespace) -> None:
         overrides["image_token_id"] = args.image_token_id
     print(f"reading {args.model}", flush=True)
     if not args.dry_run:
-        codebook = NextFlowVisionTokenizer.from_pretrained(args.vision_tokenizer).codebook.detach()
+        vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(args.vision_tokenizer)
+        codebook = vision_tokenizer.codebook.detach()
+        overrides["vision_tokenizer_fingerprint"] = vision_tokenizer.get_codes_fingerprint()
         model = conversion.from_qwen(
             args.model,
             codebook,

@@ -87,6 +87,8 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
             commitment term, as in VAR (not specified by the paper; TokenFlow's tokenizer is 0).
         semantic_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the distillation term (1 - cosine).
         search_chunk_size (`int`, *optional*, defaults to 4096): Tokens whose distances exist at the same time.
+        codes_fingerprint (`str`, *optional*):
+            Of the saved weights, as [`~NextFlowVisionTokenizer.get_codes_fingerprint`] gives it. Saving writes it.
     """
 
     model_type = "nextflow_vision_tokenizer"
@@ -123,6 +125,7 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     accumulated_loss_weight: float = 1.0
     semantic_loss_weight: float = 1.0
     search_chunk_size: int = 4096
+    codes_fingerprint: str | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -213,8 +216,9 @@ class NextFlowConfig(Qwen2Config):
         train_codebook (`bool`, *optional*, defaults to `True`):
             Whether the transformer's own copy of the codebook is trained (not specified by the paper).
         vision_tokenizer_fingerprint (`str`, *optional*):
-            Of the vision tokenizer whose codes the model knows, as `codes_fingerprint` gives it: with it, training
-            refuses the codes of another one.
+            Of the vision tokenizer whose codes the model knows, its
+            [`~NextFlowVisionTokenizer.get_codes_fingerprint`]: with it, the codes of another one are refused, in
+            training and wherever the two are put together.
         vision_tokenizer_config (`NextFlowVisionTokenizerConfig` or `dict`, *optional*):
             Of the vision tokenizer at the transformer's side, for [`NextFlowForConditionalGeneration`] alone.
     """
@@ -280,6 +284,18 @@ class NextFlowConfig(Qwen2Config):
             raise ValueError(
                 f"vocab_size is {self.vocab_size}, expected text_vocab_size + codebook_size + 2 = {smallest} or, with "
                 "added tokens, more"
+            )
+        images = self.image_vocabulary
+        marks = (self.boi_token_id, self.eoi_token_id)
+        if marks != (images.stop - 2, images.stop - 1):
+            raise ValueError(
+                f"boi_token_id and eoi_token_id are {marks}, expected {(images.stop - 2, images.stop - 1)}: behind "
+                f"{self.text_vocab_size} tokens of text and {self.codebook_size} image codes"
+            )
+        if not 0 <= self.image_token_id < self.vocab_size or images.start <= self.image_token_id < images.stop:
+            raise ValueError(
+                f"image_token_id is {self.image_token_id}, expected a token of the {self.vocab_size} outside of the "
+                f"image codes, {images.start} to {images.stop - 1}"
             )
         if "sliding_attention" in self.layer_types:
             raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")

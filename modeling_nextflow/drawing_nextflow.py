@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from .configuration_nextflow import NextFlowConfig
 from .grids_nextflow import check_codes
 from .rope_nextflow import cell_coordinates
 from .sampling_nextflow import ScaleStep, fill_codes, guide, largest_score, sample_codes
@@ -22,6 +23,16 @@ DrawingCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleSte
 # Tokens from which on a pass is bound by arithmetic, and no longer by starting its kernels: two such passes cost no
 # more than one of both, and save the mask.
 ARITHMETIC_BOUND = 1024
+
+
+def check_context(config: NextFlowConfig, tokens: int, needed: int) -> None:
+    """Raises `ValueError` where the model's context, with `tokens` in it, has no room for `needed` more."""
+    limit = config.max_position_embeddings
+    if tokens + needed > limit:
+        raise ValueError(
+            f"the sequence has {tokens} tokens and needs at least {needed} more, but the model's context is {limit} "
+            "(`max_position_embeddings`): shorten it, ask for fewer or smaller images, or begin a new conversation"
+        )
 
 
 @dataclass

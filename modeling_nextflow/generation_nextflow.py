@@ -21,6 +21,7 @@ from .drawing_nextflow import (
     DrawingCallback,
     DrawnScale,
     PromptRows,
+    check_context,
     draw_scales,
     drawn_schedule,
     prefill_rows,
@@ -144,6 +145,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         if generation_mode == "interleaved":
             return self._generate_interleaved(kwargs.pop("input_ids", inputs), options)
         self._check_no_images(kwargs.get("input_ids", inputs), kwargs)
+        self._check_room(kwargs.get("input_ids", inputs), kwargs)
         text_only = TextOnlyLogitsProcessor(self.config.image_vocabulary, self.config.image_token_id)
         options["logits_processor"] = LogitsProcessorList([text_only, *(logits_processor or [])])
         return super().generate(inputs, **options)
@@ -273,6 +275,8 @@ class NextFlowGenerationMixin(GenerationMixin):
             others.append(self._negative_rows(rows, *imageless))
         for other in others:
             rows = stack_rows(rows, other, pad_token_id=self.config.pad_token_id or 0)
+        cells = sum(height * width for height, width in grids[1 : len(plan)])
+        check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
         return draw_scales(self, [prefill_rows(self, rows)], plan, target_grids, generators, prefix)
 
     def _generate_image(self, input_ids: torch.LongTensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
@@ -531,6 +535,15 @@ class NextFlowGenerationMixin(GenerationMixin):
         cached = 0 if cache is None or not is_whole else int(cache.get_seq_length())
         self.model.check_no_images(input_ids[:, cached:])
 
+    def _check_room(self, input_ids: torch.LongTensor | None, options: dict[str, Any]) -> None:
+        """Raise where a prompt leaves no room for a token. Of text that gets too long transformers warns."""
+        prompts = options.get("attention_mask")
+        prompts = next((one for one in (prompts, input_ids, options.get("inputs_embeds")) if one is not None), None)
+        if prompts is None or prompts.ndim < 2:
+            return
+        is_mask = prompts is options.get("attention_mask") and prompts.ndim == 2
+        check_context(self.config, int(prompts.sum(1).max()) if is_mask else prompts.shape[1], 1)
+
     # ---- transformers' hooks
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
@@ -606,7 +619,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if kwargs.get("image_grids") is not None:  # transformers drops them where the iteration is not the first
-            inputs.setdefault("image_grids", kwargs["image_grids"].to(self.device))
+            inputs.setdefault("image_grids", kwargs["image_grids"].to(input_ids.device))
         return inputs
 
     def _images_after(

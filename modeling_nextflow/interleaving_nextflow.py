@@ -15,18 +15,23 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .drawing_nextflow import (
     DrawingRows,
     PromptRows,
     begin_images,
+    check_context,
     draw_images,
     prefill_rows,
     schedule_of,
     split_images,
 )
+from .rope_nextflow import CachePlace
 from .sampling_nextflow import ScaleStep, sample
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -165,7 +170,10 @@ class _Answers:
         begin_images(self.model, own, target_grids)
         row_sets = [own]
         if any(step.guidance_scale != 1 for step in plan):
-            row_sets.append(prefill_rows(self.model, _select_rows(drawing.negative, rows, target_grids, self.model)))
+            negative = _select_rows(drawing.negative, rows, target_grids, self.model)
+            cells = sum(height * width for height, width in grids[1:])
+            check_context(self.model.config, int(negative.attention_mask.sum(1).max()), cells)
+            row_sets.append(prefill_rows(self.model, negative))
         codes = draw_images(self.model, row_sets, plan, target_grids, [drawing.generators[row] for row in rows])
         self.mask = own.mask
         for row, image_codes, image_grids in zip(rows.tolist(), codes, target_grids):
@@ -192,6 +200,11 @@ class _Answers:
             if self.is_pending.any():
                 self.run_pending()
             _close_gaps(self.cache, self.mask, self.prompt_length, self.prompt_length + int(self.length.max()))
+        if with_cache:  # each step left the rotary positions alone there
+            tokens = self.length.new_full(self.length.shape, self.cache.get_seq_length())
+            steps = self.position[:, 0] - 1
+            tokens = (tokens if self.mask is None else self.mask.sum(1)).to(steps.dtype) - 1
+            self.cache.nextflow_place = CachePlace(self.cache.get_seq_length(), torch.stack([tokens, *[steps] * 3]))
         # The generated part, moved from the right edge to the end of the prompts
         longest = int(self.length.max())
         place = torch.arange(longest, device=self.ids.device) - self.length[:, None] + self.ids.shape[1]
@@ -236,12 +249,14 @@ def generate_interleaved(
 ) -> NextFlowInterleavedGenerationOutput:
     """The decoding loop of `generate(generation_mode="interleaved")`, on inputs that `generate` has prepared."""
     # 1. The prompts
+    mask = model_kwargs.get("attention_mask")
+    lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.sum(1)
+    check_context(model.config, int(lengths.max()), 1)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     cache, logits = outputs.past_key_values, outputs.logits[:, -1]
     if type(cache) is not DynamicCache:
         raise ValueError(f"interleaved generation grows a DynamicCache, got past_key_values of {type(cache).__name__}")
     batch = len(input_ids)
-    mask = model_kwargs.get("attention_mask")
     if mask is None and batch > 1:
         mask = input_ids.new_ones(batch, cache.get_seq_length())
     pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
@@ -253,13 +268,17 @@ def generate_interleaved(
     criteria = StoppingCriteriaList(one for one in stopping_criteria if not isinstance(one, MaxLengthCriteria))
     max_tokens = generation_config.max_length - input_ids.shape[1]
     num_tokens, num_images = torch.zeros_like(answers.length), torch.zeros_like(answers.length)
+    # What is left of the context for each row, and the tokens of its image: `<boi>`, the cells of scales 2..K, `<eoi>`
+    room = model.config.max_position_embeddings - lengths
+    image_tokens = drawing.target_grids[:, 1:].prod(-1).sum(-1) + 2
     writing = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     waiting = torch.zeros_like(writing)
     while True:
         # 2a. A token for each row that writes
         scores = logits.to(dtype=torch.float32, device=input_ids.device)
         may_draw = num_images < drawing.max_images
-        scores = logits_processor(answers.ids, _keep_text(scores, may_draw, model))
+        fits = room - answers.length >= image_tokens
+        scores = logits_processor(answers.ids, _keep_text(scores, may_draw & fits, model))
         scores = _keep_text(scores, may_draw, model)  # whatever the processors wish
         if not scores[writing].amax(-1).isfinite().all():
             raise ValueError(
@@ -272,7 +291,8 @@ def generate_interleaved(
         num_tokens, num_images = num_tokens + writing, num_images + begun
         if streamer is not None:
             streamer.put(tokens.cpu())
-        done = num_tokens >= max_tokens
+        is_full = answers.length >= room
+        done = (num_tokens >= max_tokens) | is_full
         if len(criteria):
             done = done | (criteria(answers.ids, None) & ~begun)
         answers.is_pending = answers.is_pending | (writing & ~begun)
@@ -284,16 +304,24 @@ def generate_interleaved(
         if not writing.any() and waiting.any():
             groups: dict[tuple, list[int]] = {}
             for row in waiting.nonzero()[:, 0].tolist():
+                # A processor may ask for an image where there is no room.
+                check_context(model.config, int(lengths[row] + answers.length[row]), int(image_tokens[row]) - 1)
                 groups.setdefault(tuple(schedule_of(drawing.target_grids[row])), []).append(row)
             for rows in groups.values():
                 codes = answers.draw(torch.tensor(rows, device=input_ids.device), drawing)
                 if streamer is not None:
                     streamer.put_image(codes[0], drawing.target_grids[rows[0]])
-            writing = waiting & (num_tokens < max_tokens)
+            is_full = is_full | (answers.length >= room)
+            writing = waiting & (num_tokens < max_tokens) & ~is_full
             if len(criteria):  # who was told to stop meanwhile
                 writing = writing & ~criteria(answers.ids, None)
             waiting = torch.zeros_like(waiting)
         if not writing.any():
+            if is_full.any():
+                logger.warning(
+                    f"{int(is_full.sum())} of {batch} answers end where the model's context of "
+                    f"{model.config.max_position_embeddings} tokens is full"
+                )
             break
         logits = answers.run_pending()
 

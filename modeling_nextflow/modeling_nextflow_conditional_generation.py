@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import (
@@ -23,6 +24,8 @@ from .generation_nextflow import (
 from .modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForCausalLM, NextFlowTokenScores
 from .modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 
+
+logger = logging.get_logger(__name__)
 
 VISION_TOKENIZER = "vision_tokenizer"
 TOKENIZER_ATTENTION = (None, "eager", "sdpa")
@@ -117,6 +120,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
             vision_tokenizer, own_info = vision_tokenizer
             for name, keys in own_info.items():
                 info[name] = type(info[name])([*info[name], *(_prefixed(key) for key in keys)])
+        _check_fingerprint(model.config.vision_tokenizer_fingerprint, vision_tokenizer)
         model._set_vision_tokenizer(vision_tokenizer)
         return (model, info) if loading_info else model
 
@@ -148,9 +152,9 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.FloatTensor, image_grids: torch.LongTensor) -> torch.LongTensor:
         """Codes (total_codes,) of images, `pixel_values` and `image_grids` as the image processor gives them."""
-        device = self.vision_tokenizer.device
+        device = _compute_device(self.vision_tokenizer)
         codes = self.vision_tokenizer.encode(pixel_values.to(device), image_grids.to(device)).image_codes
-        return codes.to(self.device)
+        return codes.to(_compute_device(self))
 
     @torch.no_grad()
     def decode_image_tokens(
@@ -168,7 +172,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
             image_tokens, image_grids = image_tokens.image_codes, image_tokens.image_grids
         if image_grids is None:
             raise ValueError("codes alone say no size: pass image_grids, or what `generate` returned")
-        device = self.vision_tokenizer.device
+        device = _compute_device(self.vision_tokenizer)
         return self.vision_tokenizer.decode(image_tokens.to(device), image_grids.to(device), num_scales=num_scales)
 
     def _codes_of_prompt(
@@ -272,6 +276,27 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
             images = {name: kwargs.get(name) for name in ("image_codes", "image_grids", "inputs_embeds")}
             kwargs["image_codes"] = self._codes_of_prompt(input_ids, pixel_values, cached=cached, **images)
         return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
+
+def _check_fingerprint(expected: str | None, vision_tokenizer: NextFlowVisionTokenizer) -> None:
+    """Raises `ValueError` where the transformer knows the codes of another vision tokenizer."""
+    if expected is None:
+        return
+    found = vision_tokenizer.get_codes_fingerprint()
+    if found is None:
+        logger.warning("the vision tokenizer does not say whose codes it gives: load it in float32 and save it again")
+    elif found != expected:
+        raise ValueError(
+            f"the transformer knows the codes of the vision tokenizer {expected}, got {found}: use the tokenizer that "
+            "it was trained with"
+        )
+
+
+def _compute_device(model: nn.Module) -> torch.device:
+    """Where `model` computes. Offloaded, its parameters are elsewhere, and accelerate's hooks know."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), model.device))
 
 
 def _prefixed(name: str) -> str:

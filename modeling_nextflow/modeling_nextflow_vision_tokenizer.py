@@ -8,9 +8,10 @@ caller's: use `torch.no_grad()` around `encode` and `decode` when they are not w
 
 import copy
 import functools
+import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -232,6 +233,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self.pixel_decoder = NextFlowPixelDecoder(config)
         self.use_slicing = self.use_tiling = False
         self.tile_size, self.tile_overlap = 512, 0.25
+        self._codes_fingerprint: str | None = None  # of these weights, which the config need not be about
         self.post_init()
 
     @classmethod
@@ -240,6 +242,35 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         from .conversion_tokenflow_nextflow import from_tokenflow
 
         return from_tokenflow(checkpoint, **kwargs)
+
+    # ---- whose codes they are
+
+    def get_codes_fingerprint(self) -> str | None:
+        """
+        What tells the codes of this tokenizer from those of another: a hash of the weights that decide them, wherever
+        and in whatever precision they are loaded. The decoders may be trained on (§3.1). Saving writes it to the
+        config; without that it is computed once, or is `None` for weights in float16, quantised or on the meta device.
+        """
+        if self._codes_fingerprint is None:
+            self._codes_fingerprint = _codes_fingerprint(self.state_dict())
+        return self._codes_fingerprint
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            model._codes_fingerprint = model.config.codes_fingerprint
+        return loaded
+
+    def load_state_dict(self, *args, **kwargs):
+        self._codes_fingerprint = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, state_dict: dict | None = None, **kwargs):
+        saved = _codes_fingerprint(self.state_dict() if state_dict is None else state_dict)
+        self.config.codes_fingerprint = saved or self._codes_fingerprint
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def get_image_grids(self, num_images: int = 1) -> torch.LongTensor:
         """`image_grids` of that many images for a tokenizer of fixed size: the schedule it was trained with."""
@@ -305,7 +336,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             `ValueError`: on pixels that are not finite or do not fit their grids.
         """
         schedules = self._check_pixels(pixel_values, image_grids)
-        noise = self._draw_noise(schedules, generator) if self_correction else None
+        noise = self._draw_noise(schedules, generator, pixel_values.device) if self_correction else None
         codes, targets = [None] * len(schedules), [None] * len(schedules)
         for schedule, indices in _group_by_schedule(schedules):
             features = self._sliced(self._encode_features, self._crop(pixel_values, schedule, indices))
@@ -400,6 +431,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             quantize (`bool`, *optional*, defaults to `True`):
                 `False` trains the branches as autoencoders, before there is a codebook; all codes are then -1.
         """
+        if self.training and torch.is_grad_enabled():
+            self._codes_fingerprint = None  # the next step may change the weights
         schedules = self._check_pixels(pixel_values, image_grids)
         dropped = self._dropped_scales(drop_scales, image_grids.shape[1])
         groups = _group_by_schedule(schedules)
@@ -445,7 +478,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     def _encode_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (n, 3, height, width) to continuous features (n, code_dim, rows, columns) of both branches."""
-        pixels = pixels.to(self.quant_conv.weight.dtype)
+        pixels = pixels.to(self.quant_conv.weight.dtype)  # of a convolution: quantised linear layers hold bytes
         grid = tuple(side // self.config.semantic_config.patch_size for side in pixels.shape[2:])
         hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
@@ -486,7 +519,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def _decode_semantics(self, quantized: torch.Tensor) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to the teacher's features (n, rows * columns, hidden_size)."""
         cells = quantized[:, : self.config.semantic_code_dim].flatten(2).transpose(1, 2)
-        cells = cells.to(self.decode_task_layer[0].weight.dtype)
+        cells = cells.to(self.post_quant_conv.weight.dtype)
         return self.decode_task_layer(self.semantic_decoder.encode(cells, tuple(quantized.shape[2:])))
 
     def _decode_codes(
@@ -543,7 +576,10 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         return [bool(drop) for drop in drop_scales]
 
     def _draw_noise(
-        self, schedules: Sequence[Schedule], generator: torch.Generator | list[torch.Generator] | None
+        self,
+        schedules: Sequence[Schedule],
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
     ) -> tuple[torch.Tensor, ...]:
         """Two uniform numbers for every code of every image, drawn in the order of the images."""
         sizes = [count_codes(schedule) for schedule in schedules]
@@ -551,9 +587,23 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         if len(generators) != len(sizes):
             raise ValueError(f"generator has {len(generators)} entries, expected one per image: {len(sizes)}")
         return tuple(
-            torch.rand(size, 2, generator=source, device=self.device if source is None else source.device)
+            torch.rand(size, 2, generator=source, device=device if source is None else source.device)
             for size, source in zip(sizes, generators, strict=True)
         )
+
+
+def _codes_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str | None:
+    decoders = ("post_quant_conv.", "pixel_decoder.", "semantic_decoder.", "decode_task_layer.")
+    state = {name: tensor for name, tensor in state_dict.items() if not name.startswith(decoders)}
+    # Compared as bfloat16, to which float16 may round another way.
+    exact = (torch.float64, torch.float32, torch.bfloat16)
+    if not state or any(tensor.is_meta or tensor.dtype not in exact for tensor in state.values()):
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_sizes(config: NextFlowVisionTokenizerConfig) -> None:

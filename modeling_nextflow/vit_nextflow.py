@@ -26,7 +26,8 @@ class NextFlowViTEmbeddings(Siglip2VisionEmbeddings):
         )
 
     def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.LongTensor) -> torch.Tensor:
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        # Of the positions' type: a patch embedding that is quantised holds bytes.
+        patches = self.patch_embedding(pixel_values.to(self.position_embedding.weight.dtype))
         # Through its call, unlike SigLIP2's: where weights are offloaded, an embedding has them in its call alone.
         positions = self.position_embedding(torch.arange(self.num_patches, device=patches.device))
         positions = positions.unflatten(0, (self.position_embedding_size, self.position_embedding_size))

@@ -15,8 +15,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from transformers import PreTrainedModel
 
 from .diffusion_decoder_latents import pack_latents, spread, unpack_latents
+from .pipeline_helpers import check_fingerprint
 
 
 class DenoiserFamily(NamedTuple):
@@ -60,6 +62,8 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
             second training stage (§3.3).
         embedded_guidance (`float`, *optional*, defaults to 1.0):
             What a guidance-distilled denoiser is told, in training as in sampling. Others ignore it.
+        vision_tokenizer_fingerprint (`str`, *optional*):
+            Of the vision tokenizer whose codes it knows: those of another one are refused.
     """
 
     _supports_gradient_checkpointing = True
@@ -91,6 +95,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         projection_type: str = "linear",
         upscale_factor: int = 1,
         embedded_guidance: float = 1.0,
+        vision_tokenizer_fingerprint: str | None = None,
     ):
         super().__init__()
         if denoiser_class not in FAMILIES:
@@ -191,15 +196,21 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Whether 2x2 latents become a token."""
         return self.config.denoiser_class != "UNet2DConditionModel"
 
+    def check_codes(self, vision_tokenizer: PreTrainedModel) -> None:
+        """Raises `ValueError` where it knows the codes of another vision tokenizer."""
+        check_fingerprint("diffusion decoder", self.config.vision_tokenizer_fingerprint, vision_tokenizer)
+
     def empty_prompt(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """The text branch's inputs without a text encoder: one token of zeros."""
+        """
+        The text branch's inputs without a text encoder: one token of zeros. On the CPU: an offloaded decoder does not
+        say where it computes.
+        """
         config = self.denoiser.config
         is_unet = self.config.denoiser_class == "UNet2DConditionModel"
         text_dim = config.cross_attention_dim if is_unet else config.joint_attention_dim
-        options = {"device": self.device, "dtype": self.dtype}
-        prompt = {"encoder_hidden_states": torch.zeros(batch_size, 1, text_dim, **options)}
+        prompt = {"encoder_hidden_states": torch.zeros(batch_size, 1, text_dim, dtype=self.dtype)}
         if self.config.denoiser_class in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
-            prompt["pooled_projections"] = torch.zeros(batch_size, config.pooled_projection_dim, **options)
+            prompt["pooled_projections"] = torch.zeros(batch_size, config.pooled_projection_dim, dtype=self.dtype)
         return prompt
 
     def forward(

@@ -13,14 +13,35 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils import logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
+
+
+logger = logging.get_logger(__name__)
 
 
 @apply_forward_hook
 def call_component(model: nn.Module, method: str, *args, **kwargs) -> Any:
     """A method of `model` that is not `forward`, the one that diffusers' offloading hooks into."""
     return getattr(model, method)(*args, **kwargs)
+
+
+def check_fingerprint(name: str, expected: str | None, vision_tokenizer: Any) -> None:
+    """Raises `ValueError` where the component `name` knows the codes of another vision tokenizer."""
+    if expected is None:
+        return
+    found = vision_tokenizer.get_codes_fingerprint()
+    if found is None:
+        logger.warning(
+            "the vision tokenizer does not say whose codes it gives (its config has no `codes_fingerprint`), so that "
+            f"the {name} knows them is not checked: load it in float32 and save it again"
+        )
+    elif found != expected:
+        raise ValueError(
+            f"the {name} knows the codes of the vision tokenizer {expected}, got {found}: use the tokenizer that it "
+            "was trained with"
+        )
 
 
 # Beside the pipelines, not on them: a lock can be neither copied nor pickled.
@@ -39,7 +60,8 @@ def exclusive(pipeline: Any) -> Iterator[None]:
         name = type(pipeline).__name__
         raise RuntimeError(
             f"another thread is in a call of this {name}, which takes one at a time: wait for it, or give each thread "
-            f"a pipeline of its own on the same weights, `{name}(**pipe.components)`"
+            f"a pipeline of its own on the same weights, `{name}(**pipe.components)` (not with offloading, which "
+            "would move weights that another thread computes with)"
         )
     try:
         yield

@@ -16,12 +16,13 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .diffusion_decoder import NextFlowDiffusionDecoder
 from .lora_nextflow import NextFlowLoraLoaderMixin
 from .pipeline_helpers import (
     SharedComponentsMixin,
+    check_fingerprint,
     exclusive,
     exclusively,
     generator_per_image,
@@ -157,6 +158,48 @@ class NextFlowPipeline(
         self._num_timesteps = 0
         self._interrupt = False
         self._current = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("transformer", "vision_tokenizer", "processor", "diffusion_decoder"):
+            self._is_checked = False
+
+    def register_modules(self, **components: Any) -> None:
+        super().register_modules(**components)
+        self.check_components()
+
+    def check_components(self) -> None:
+        """Raises `ValueError` where the components do not know the same codes and tokens. What is None is left out."""
+        if self.diffusion_decoder is not None and self.vision_tokenizer is not None:
+            self.diffusion_decoder.check_codes(self.vision_tokenizer)
+        if self.transformer is not None:
+            self._check_transformer(self.transformer.config)
+        self._is_checked = True
+
+    def _check_transformer(self, config: PreTrainedConfig) -> None:
+        if self.vision_tokenizer is not None:
+            codes = self.vision_tokenizer.config.codebook_size
+            if codes != config.codebook_size:
+                raise ValueError(f"the vision tokenizer has {codes} codes, the transformer {config.codebook_size}")
+            check_fingerprint("transformer", config.vision_tokenizer_fingerprint, self.vision_tokenizer)
+        if self.processor is not None:
+            self._check_vocabulary(config)
+
+    def _check_vocabulary(self, config: PreTrainedConfig) -> None:
+        names = ("boi_token_id", "eoi_token_id", "image_token_id")
+        found, expected = ({name: getattr(one, name) for name in names} for one in (self.processor, config))
+        if found != expected:
+            raise ValueError(f"the processor's tokens are {found}, the transformer's {expected}")
+        if len(self.processor.tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.processor.tokenizer)} tokens, the transformer {config.vocab_size}: "
+                "resize its embeddings"
+            )
+        if self.processor.max_scales > config.max_scales:
+            raise ValueError(
+                f"the processor's images have up to {self.processor.max_scales} scales, the transformer's "
+                f"{config.max_scales} (`max_scales`)"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -404,6 +447,8 @@ class NextFlowPipeline(
 
     def _begin(self, work: Any = None) -> None:
         """What the pipeline is at from now on: nobody has interrupted it, and what went on before cannot go on."""
+        if not self._is_checked:  # a component was replaced
+            self.check_components()
         self._interrupt = False
         self._current = work
 

@@ -4,6 +4,7 @@ A denoiser draws the picture anew under the condition of its codes, from noise o
 decodes. It may change fine structure: off by default, and no choice for local edits or for identity.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +36,14 @@ from .diffusion_decoder_latents import (
     vae_latent_channels,
     vae_scale_factor,
 )
-from .pipeline_helpers import SharedComponentsMixin, call_component, generator_per_image, one_per_prompt, stack_equal
+from .pipeline_helpers import (
+    SharedComponentsMixin,
+    call_component,
+    exclusively,
+    generator_per_image,
+    one_per_prompt,
+    stack_equal,
+)
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -128,6 +136,11 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         self._num_timesteps = 0
         self._interrupt = False
 
+    def register_modules(self, **components: Any) -> None:
+        super().register_modules(**components)
+        if self.diffusion_decoder is not None and self.vision_tokenizer is not None:
+            self.diffusion_decoder.check_codes(self.vision_tokenizer)
+
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
@@ -176,6 +189,7 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
                 f"the diffusion decoder wants {decoder.config.condition_channels} channels of condition, but the "
                 f"vision tokenizer has {channels}"
             )
+        decoder.check_codes(self.vision_tokenizer)
         latent_channels = vae_latent_channels(self.vae)
         if latent_channels != decoder.latent_channels:
             raise ValueError(
@@ -306,12 +320,12 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def prepare_timesteps(
-        self, num_inference_steps: int, strength: float, latent_size: tuple[int, int]
+        self, scheduler: SchedulerMixin, num_inference_steps: int, strength: float, latent_size: tuple[int, int]
     ) -> torch.Tensor:
         """The scheduler's timesteps from `strength` on, for latents of that size."""
         options: dict[str, Any] = {}
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            config = self.scheduler.config
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            config = scheduler.config
             if config.use_dynamic_shifting:
                 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -325,11 +339,11 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
                 )
             if self.diffusion_decoder.family.is_packed:  # as the pipelines of these denoisers do
                 options["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **options)
-        first = (num_inference_steps - int(num_inference_steps * strength)) * self.scheduler.order
-        if hasattr(self.scheduler, "set_begin_index"):  # DDIM and DDPM know their place by the timestep
-            self.scheduler.set_begin_index(first)
-        return self.scheduler.timesteps[first:]
+        scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **options)
+        first = (num_inference_steps - int(num_inference_steps * strength)) * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):  # DDIM and DDPM know their place by the timestep
+            scheduler.set_begin_index(first)
+        return scheduler.timesteps[first:]
 
     def encode_start(
         self,
@@ -356,6 +370,7 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
 
     def prepare_latents(
         self,
+        scheduler: SchedulerMixin,
         timestep: torch.Tensor,
         num_images: int,
         size: tuple[int, int],
@@ -372,14 +387,15 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         elif tuple(noise.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(noise.shape)}, expected {shape}")
         noise = noise.to(device, torch.float32)
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            return noise if start is None else self.scheduler.scale_noise(start, timestep[None], noise)
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return noise if start is None else scheduler.scale_noise(start, timestep[None], noise)
         if start is None:
-            return noise * self.scheduler.init_noise_sigma
-        return self.scheduler.add_noise(start, noise, timestep[None])
+            return noise * scheduler.init_noise_sigma
+        return scheduler.add_noise(start, noise, timestep[None])
 
     def predict(
         self,
+        scheduler: SchedulerMixin,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         condition: torch.Tensor,
@@ -391,8 +407,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         The denoiser's guided prediction in float32. `prompt` has the rows of the images or, with guidance, those
         that it leads away from and then those of the images. `tile` is in cells.
         """
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            latents = self.scheduler.scale_model_input(latents, timestep)
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            latents = scheduler.scale_model_input(latents, timestep)
         if self.do_classifier_free_guidance:
             latents = latents.repeat(2, 1, 1, 1)
             condition = torch.cat([torch.zeros_like(condition), condition])
@@ -412,15 +428,16 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
 
     def step(
         self,
+        scheduler: SchedulerMixin,
         prediction: torch.Tensor,
         timestep: torch.Tensor,
         latents: torch.Tensor,
         generators: list[torch.Generator] | None,
     ) -> torch.Tensor:
         """One step of the scheduler. One that draws noise of its own takes it from the images' generators."""
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": generators} if takes_generator else {}
-        return self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
+        return scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> list | np.ndarray | torch.Tensor:
         """Images of latents."""
@@ -452,6 +469,7 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         )
 
     @torch.no_grad()
+    @exclusively
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -531,6 +549,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         self._guidance_scale = guidance_scale
         self._interrupt = False
         latents_per_cell = self.latents_per_cell
+        # Its place among the steps is this call's: other pipelines, in other threads, may have the same component.
+        scheduler = copy.deepcopy(self.scheduler)
 
         # 2. Codes, and images that share a schedule
         if image is not None:
@@ -559,12 +579,14 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
                 rows, columns = condition.shape[2:]
                 size = (rows * latents_per_cell, columns * latents_per_cell)
                 own = None if generators is None else [generators[index] for index in members]
-                timesteps = self.prepare_timesteps(num_inference_steps, strength, size)
+                timesteps = self.prepare_timesteps(scheduler, num_inference_steps, strength, size)
                 start = None
                 if strength < 1:
                     picked = None if init_image is None else _pick(init_image, members, num_images)
                     start = self.encode_start(codes, grids, num_scales=num_scales, init_image=picked)
-                sample = self.prepare_latents(timesteps[0], len(members), size, own, noise=latents, start=start)
+                sample = self.prepare_latents(
+                    scheduler, timesteps[0], len(members), size, own, noise=latents, start=start
+                )
                 self._num_timesteps = len(timesteps) * len(groups)
                 progress.total = self._num_timesteps
 
@@ -574,8 +596,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
                     conditional = [index + num_images for index in members]
                     picked = [*members, *conditional] if self.do_classifier_free_guidance else conditional
                     text = {name: None if rows is None else rows[picked] for name, rows in texts.items()}
-                    prediction = self.predict(sample, timestep, condition, text, tile=tile)
-                    sample = self.step(prediction, timestep, sample, own)
+                    prediction = self.predict(scheduler, sample, timestep, condition, text, tile=tile)
+                    sample = self.step(scheduler, prediction, timestep, sample, own)
                     if callback_on_step_end is not None:
                         given = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
                         done = position * len(timesteps) + step

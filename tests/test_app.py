@@ -354,7 +354,7 @@ def test_the_command_serves_a_model_whose_images_say_how_they_were_made(tmp_path
     assert "toy on cpu" in pages[0]
     assert not Path(drawn[0]).exists()  # kept while the app ran
     for main, name in ((generate.main, "drawn.png"), (edit.main, "edited.png")):
-        again = ["--from-image", str(tmp_path / name), "--output", str(tmp_path / "again.png"), "--device", "cpu"]
+        again = ["--from-image", str(tmp_path / name), "--output", str(tmp_path / "again.png"), "--allow-model"]
         assert main([*again, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["images"][0]["identical"] is True
 

@@ -206,9 +206,9 @@ def test_strength_begins_with_the_vq_image_or_another(pipes, family, tmp_path, m
         pipe(image_codes=codes, image_grids=grids, init_image=path, strength=0.5)
     pixels = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 12, 20)
     torch.testing.assert_close(given, encode_latents(pipe.vae, pixels), atol=1e-4, rtol=1e-3)
-    timestep = pipe.prepare_timesteps(4, 0.5, (6, 10))[0]
+    timestep = pipe.prepare_timesteps(pipe.scheduler, 4, 0.5, (6, 10))[0]
     noise = torch.randn(1, 4, 6, 10)
-    begun = pipe.prepare_latents(timestep, 1, (6, 10), noise=noise, start=start)
+    begun = pipe.prepare_latents(pipe.scheduler, timestep, 1, (6, 10), noise=noise, start=start)
     if family == "flux":
         sigma = pipe.scheduler.sigmas[2]
         expected = (1 - sigma) * start + sigma * noise
@@ -236,7 +236,9 @@ def test_guidance_leads_away_from_no_condition(pipes):
     condition, prompt = torch.randn(1, CONDITION, 2, 2), decoder.empty_prompt(1)
     pipe._guidance_scale = 3.0
     with torch.no_grad():
-        guided = pipe.predict(latents, timestep, condition, {"encoder_hidden_states": torch.zeros(2, 1, 8)})
+        guided = pipe.predict(
+            pipe.scheduler, latents, timestep, condition, {"encoder_hidden_states": torch.zeros(2, 1, 8)}
+        )
         conditional = decoder(latents, timestep, condition, **prompt).sample
         without = decoder(latents, timestep, torch.zeros_like(condition), **prompt).sample
     torch.testing.assert_close(guided, without + 3 * (conditional - without), atol=1e-5, rtol=1e-4)

@@ -1,5 +1,9 @@
 """The diffusion decoder's sampling: schedulers, real buckets, weights that are elsewhere, progress, and stopping."""
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -13,7 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading
-from toy_decoder import CONDITION, FAMILIES, toy_clip, toy_decoder, toy_decoder_pipeline
+from toy_decoder import CONDITION, FAMILIES, toy_clip, toy_decoder, toy_decoder_pipeline, toy_whole_pipeline
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowDiffusionDecoderPipeline, NextFlowPipeline
@@ -238,3 +242,72 @@ def test_a_negative_prompt_without_text_encoder_is_refused():
     pipe = toy_decoder_pipeline("unet")
     with pytest.raises(ValueError, match="`negative_prompt` is 'a', expected None"):
         pipe(*codes_of(pipe, (4, 4)), negative_prompt="a", guidance_scale=2.0)
+
+
+# --- threads
+
+
+def in_turns(draw, count: int) -> list:
+    """What `draw(number, callback)` gives for each number, in threads that take turns at every step."""
+    turns = threading.Barrier(count, timeout=10)
+
+    def callback(*args):
+        turns.wait()
+        return {}
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(lambda number: draw(number, callback), range(count)))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_thread_each_on_the_same_components(name):
+    """A scheduler counts its steps: each call has a count of its own, and leaves the component as it was."""
+    pipe = toy_decoder_pipeline("unet")
+    pipe.scheduler = SCHEDULERS[name]
+    before = copy.deepcopy(vars(pipe.scheduler))
+    codes, grids = codes_of(pipe, (4, 4))
+
+    def draw(number, callback=None):
+        own = NextFlowDiffusionDecoderPipeline(**pipe.components)
+        own.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 4, "output_type": "pt", "callback_on_step_end": callback}
+        return own(codes, grids, generator=seed(number), **options).images
+
+    expected = [draw(number) for number in range(3)]
+    assert all(torch.equal(one, other) for one, other in zip(in_turns(draw, 3), expected))
+    assert not torch.equal(expected[0], expected[1])
+    assert str(before) == str(vars(pipe.scheduler))
+
+
+def test_whole_pipelines_on_the_same_components(monkeypatch):
+    components = {**toy_whole_pipeline().components, "decoder_scheduler": EulerDiscreteScheduler()}
+    turns, step = [], NextFlowDiffusionDecoderPipeline.step
+    monkeypatch.setattr(NextFlowDiffusionDecoderPipeline, "step", lambda *args: (turns[-1](), step(*args))[1])
+
+    def draw(number, callback=None):
+        own = NextFlowPipeline(**components)
+        own.set_progress_bar_config(disable=True)
+        turns.append(callback or (lambda: None))
+        options = {"decoder": "diffusion", "decoder_num_inference_steps": 5, "output_type": "pt"}
+        return own("a", generator=seed(number), **options).images
+
+    expected = [draw(number) for number in range(3)]
+    assert all(torch.equal(one, other) for one, other in zip(in_turns(draw, 3), expected))
+
+
+def test_a_second_thread_is_turned_away():
+    pipe, errors = toy_decoder_pipeline("unet"), []
+    codes, grids = codes_of(pipe, (4, 4))
+
+    def other() -> str:
+        with pytest.raises(RuntimeError) as error:
+            pipe(codes, grids, num_inference_steps=1)
+        return str(error.value)
+
+    def callback(*args):
+        with ThreadPoolExecutor(1) as thread:
+            errors.append(thread.submit(other).result())
+        return {}
+
+    pipe(codes, grids, num_inference_steps=1, callback_on_step_end=callback)
+    assert "NextFlowDiffusionDecoderPipeline(**pipe.components)` (not with offloading" in errors[0]

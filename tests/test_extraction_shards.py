@@ -19,7 +19,7 @@ from toy_pipeline import toy_processor, toy_vision_tokenizer
 
 from nextflow_hf import cli
 from nextflow_hf.training.data import shards
-from nextflow_hf.training.data.extraction import ExtractionSettings, codes_fingerprint, extract_rows, load_codes
+from nextflow_hf.training.data.extraction import ExtractionSettings, extract_rows, load_codes
 from nextflow_hf.training.data.messages import BadRowError
 
 
@@ -326,7 +326,7 @@ def test_all_rows_bad_is_no_data_set(tmp_path):
 
 def test_damaged_shards_and_other_tokenizers_are_refused(tmp_path):
     extract(tmp_path)
-    fingerprint = codes_fingerprint(TOKENIZER)
+    fingerprint = TOKENIZER.get_codes_fingerprint()
     for tokenizer in (TOKENIZER, fingerprint, toy_vision_tokenizer().bfloat16()):
         assert len(load_codes(tmp_path, vision_tokenizer=tokenizer)) == NUM_ROWS
     other = toy_vision_tokenizer()

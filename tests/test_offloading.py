@@ -7,9 +7,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from PIL import Image
 from torch import nn
+from toy_decoder import FAMILIES, toy_decoder_pipeline
 from toy_pipeline import toy_pipeline
 
-from nextflow_hf import NextFlowPipeline
+from nextflow_hf import NextFlowForConditionalGeneration, NextFlowPipeline
 
 
 CPU = torch.device("cpu")  # not "cpu:0", which makes tensors of accelerate's parameters
@@ -91,6 +92,60 @@ def test_sequential_offload(expected):
         assert all(weight.device.type == "meta" for weight in weights)
     pipe.remove_all_hooks()
     assert_same(everything(pipe), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequential_offload_of_the_diffusion_decoder(family):
+    """With the caption that there is without a text encoder."""
+    parts = {name: part for name, part in toy_pipeline().components.items() if part is not None}
+    standalone = toy_decoder_pipeline(family)
+    pipe = NextFlowPipeline(
+        **parts,
+        diffusion_decoder=standalone.diffusion_decoder,
+        decoder_scheduler=standalone.scheduler,
+        decoder_vae=standalone.vae,
+    )
+
+    def draw() -> torch.Tensor:
+        options = {"decoder": "diffusion", "decoder_num_inference_steps": 2, "output_type": "pt"}
+        return pipe("a", generator=torch.Generator().manual_seed(0), **options).images
+
+    expected = draw()
+    for model in (pipe.transformer, pipe.vision_tokenizer, pipe.diffusion_decoder, pipe.decoder_vae):
+        cpu_offload(model, CPU)
+    torch.testing.assert_close(draw(), expected, rtol=0, atol=1e-5)
+
+
+def test_sequential_offload_of_self_correction_without_a_generator():
+    tokenizer, grids = toy_pipeline().vision_tokenizer, torch.tensor([[[1, 1], [2, 2], [3, 3], [4, 4]]])
+    cpu_offload(tokenizer, CPU)
+    with torch.no_grad():
+        codes = tokenizer.encode(torch.zeros(1, 3, 16, 16), grids, self_correction=True).image_target_codes
+    assert codes.shape == (30,)
+
+
+def test_sequential_offload_of_the_composite(tmp_path):
+    pipe = toy_pipeline()
+    pipe.transformer.save_pretrained(tmp_path)
+    pipe.vision_tokenizer.save_pretrained(tmp_path / "vision_tokenizer")
+    model = NextFlowForConditionalGeneration.from_pretrained(tmp_path)
+    inputs = pipe.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "a"}]}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        generation_mode="text",
+    )
+
+    def everything() -> list[torch.Tensor]:
+        written = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        drawn = model.generate(**inputs, generation_mode="image", image_temperature=0.0)
+        return [written, drawn.image_codes, model.decode_image_tokens(drawn)]
+
+    expected = everything()
+    cpu_offload(model, CPU)
+    for one, other in zip(everything(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

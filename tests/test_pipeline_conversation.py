@@ -629,3 +629,113 @@ def test_the_unconditional_prompt_does_not_think():
     assert "Be brief." in (unconditional := processor.tokenizer.decode(thinking["negative_input_ids"][0]))
     assert THINKING_PROMPT not in unconditional
     assert THINKING_PROMPT in processor.tokenizer.decode(thinking["input_ids"][0])
+
+
+def test_a_conversation_of_text_alone_goes_on(pipe):
+    """Without an image nothing but the cache says where the rotary positions are."""
+    conversation = pipe.start_conversation()
+    answers = [conversation.chat(text, max_new_tokens=4) for text in ("a", "b", "c")]
+    talk = []
+    for text, answer in zip(("a", "b", "c"), answers, strict=True):
+        talk.append({"role": "user", "content": text})
+        assert pipe.chat(talk, max_new_tokens=4) == answer
+        talk.append({"role": "assistant", "content": answer})
+    image = conversation.draw("d", generator=seeded(0))
+    fresh = pipe(messages=[*talk, user("d")], generator=seeded(0)).images[0]
+    assert image.size == fresh.size
+
+
+# ---- the end of the context
+
+
+CELLS = 4 + 9 + 16  # of a square, but for its first scale
+
+
+@pytest.fixture
+def context(pipe, monkeypatch):
+    """Sets the number of tokens that the model can hold."""
+    return lambda tokens: monkeypatch.setattr(pipe.transformer.config, "max_position_embeddings", tokens)
+
+
+def length(conversation) -> int:
+    return conversation._sequence["input_ids"].shape[1]
+
+
+def test_a_conversation_ends_before_its_context_is_full(pipe, context):
+    conversation = pipe.start_conversation()
+    conversation.draw("a", generator=seeded(0))
+    conversation.chat("b", max_new_tokens=4)
+    there, said = length(conversation), list(conversation.messages)
+    context(there + 60)
+    with pytest.raises(ValueError, match=rf"\d+ tokens and needs at least 1 more, .* context is {there + 60} "):
+        conversation.chat("long " * 20)
+    assert conversation.messages == said and length(conversation) == there
+    # A shorter turn fits: its answer goes to the end of the context, and is cut there, with a word.
+    answer = conversation.chat("b", max_new_tokens=200)
+    assert answer and length(conversation) <= there + 60 and len(conversation.messages) == len(said) + 2
+    # Nothing fits any more.
+    for turn in (conversation.chat, conversation.draw):
+        with pytest.raises(ValueError, match="begin a new conversation"):
+            turn("b")
+    assert len(conversation.messages) == len(said) + 2
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_an_image_needs_room_for_all_its_cells(pipe, context, guidance_scale):
+    conversation = pipe.start_conversation()
+    conversation.chat("a", max_new_tokens=4)
+    probe = pipe.start_conversation()
+    probe.chat("a", max_new_tokens=4)
+    probe.draw("b", generator=seeded(0), guidance_scale=guidance_scale)
+    context(length(probe) - 1)
+    with pytest.raises(ValueError, match=rf"needs at least {CELLS + 1} more, but the model's context is"):
+        conversation.draw("b", generator=seeded(0), guidance_scale=guidance_scale)
+    assert len(conversation.messages) == 2
+    context(length(probe))
+    image = conversation.draw("b", generator=seeded(0), guidance_scale=guidance_scale)
+    assert image.tobytes() == probe.messages[-1]["content"][-1]["image"].tobytes()
+
+
+def test_images_that_do_not_fit_are_not_begun(pipe, context):
+    """The model is then not asked; the text goes on to the end."""
+    messages = [user("tell")]
+    free = pipe.interleave(messages, max_images=3, max_new_tokens=40, generator=seeded(3))
+    assert sum(part["type"] == "image" for part in free) > 1
+    prompt = inputs_of(pipe, messages, "text")["input_ids"].shape[1]
+    context(prompt + CELLS + 2 + 6)
+    parts = pipe.interleave(messages, max_images=3, max_new_tokens=400, generator=seeded(3))
+    assert sum(part["type"] == "image" for part in parts) <= 1
+    context(prompt + CELLS)
+    parts = pipe.interleave(messages, max_images=3, max_new_tokens=400, generator=seeded(3))
+    assert [part["type"] for part in parts] == ["text"] and len(parts[0]["text"]) == CELLS
+
+
+def test_rows_end_each_at_its_own_place(pipe, context):
+    """Padding is no part of the context: in a batch a row ends where it would alone."""
+    rows = [[user("tell me more")], [user("b")]]
+    context(60)
+    alone = [pipe.chat(row, max_new_tokens=100) for row in rows]
+    assert pipe.chat(rows, max_new_tokens=100) == alone and len(alone[1]) > len(alone[0])
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_no_mode_goes_beyond_the_context(pipe, context, mode):
+    inputs = inputs_of(pipe, [user("hello")], "image" if mode == "image" else "text")
+    prompt = inputs["input_ids"].shape[1]
+    needed = CELLS if mode == "image" else 1
+    context(prompt + needed)
+    options = {"generation_mode": mode, **({} if mode == "image" else {"max_new_tokens": 1, "max_images": 0})}
+    if mode == "text":
+        del options["max_images"]
+    pipe.transformer.generate(**inputs, **options)
+    context(prompt + needed - 1)
+    with pytest.raises(ValueError, match=f"has {prompt} tokens and needs at least {needed} more"):
+        pipe.transformer.generate(**inputs, **options)
+
+
+def test_thinking_leaves_room_for_the_image(pipe, context):
+    prompt = pipe.encode_messages([[user("a")]], enable_thinking=True)[0].input_ids
+    context(len(prompt) + CELLS + 4)
+    with pytest.raises(ValueError, match="needs at least"):
+        pipe("a", think=True, max_new_tokens=40)
+    pipe("a", think=True, max_new_tokens=3)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from toy import IDS, SQUARE, grids_tensor, image_tokens, random_codes, toy_model
-from toy_pipeline import toy_pipeline
+from toy_pipeline import toy_pipeline, toy_vision_tokenizer
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -194,3 +194,18 @@ def test_torchao(folder):
 
 def _is_quantised(linear: nn.Linear) -> bool:
     return type(linear.weight.data) is not torch.Tensor
+
+
+def test_a_quantised_vision_tokenizer_does_not_take_pixels_for_bytes(tmp_path):
+    """Inputs are cast to the type of what is not quantised."""
+    whole, grids = toy_vision_tokenizer(), grids_tensor(SQUARE)[:, :4]
+    whole.save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    tokenizer = type(whole).from_pretrained(tmp_path, quantization_config=config)
+    assert tokenizer.decode_task_layer[0].weight.dtype == torch.int8
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        codes = whole.encode(pixels, grids).image_codes
+        assert (tokenizer.encode(pixels, grids).image_codes == codes).float().mean() > 0.8
+        found, expected = (one.decode_features(codes, grids).semantic_features for one in (tokenizer, whole))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.abs().max()))

@@ -74,6 +74,7 @@ def build_decoder_pipeline(
         parts["scheduler"] = make_scheduler(recipe["scheduler"], parts.get("scheduler"))
     options = {"condition_channels": condition_channels(vision_tokenizer), **recipe.get("decoder", {})}
     decoder = call_with(NextFlowDiffusionDecoder.from_denoiser, {"denoiser": denoiser, **options}, "decoder")
+    decoder.register_to_config(vision_tokenizer_fingerprint=vision_tokenizer.get_codes_fingerprint())
     return NextFlowDiffusionDecoderPipeline(
         decoder, vision_tokenizer=vision_tokenizer, image_processor=image_processor, **parts
     )

@@ -15,7 +15,6 @@ from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisio
 from ..processing.processing_nextflow import NextFlowProcessor
 from .adapters import IMAGE_MODULES, image_token_rows
 from .arguments import ModelArguments
-from .data.extraction import codes_fingerprint
 from .recipe import check_fields
 
 
@@ -117,7 +116,7 @@ def new_transformer(
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "max_position_embeddings": tokenizer.model_max_length,
-            "vision_tokenizer_fingerprint": codes_fingerprint(vision_tokenizer),
+            "vision_tokenizer_fingerprint": vision_tokenizer.get_codes_fingerprint(),
             **config_fields,
         }
     )

@@ -35,7 +35,6 @@ from .messages import BadRowError, bad_row_reason, drop_condition, open_image
 from .shards import (
     INDEX,
     check_manifest,
-    codes_fingerprint,
     describe_processor,
     describe_tokenizer,
     finish,
@@ -454,4 +453,4 @@ def _pad_images(images: list[torch.Tensor]) -> torch.Tensor:
     )
 
 
-__all__ = ["ExtractionSettings", "codes_fingerprint", "extract_codes", "extract_rows", "load_codes"]
+__all__ = ["ExtractionSettings", "extract_codes", "extract_rows", "load_codes"]

@@ -20,7 +20,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
@@ -56,25 +55,16 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def codes_fingerprint(vision_tokenizer: NextFlowVisionTokenizer) -> str:
-    """
-    Hash of the weights that decide the codes, wherever and in whatever precision they were loaded (they are compared
-    as bfloat16). Decoders may be trained on (§3.1).
-    """
-    decoders = ("post_quant_conv.", "pixel_decoder.", "semantic_decoder.", "decode_task_layer.")
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vision_tokenizer.state_dict().items()):
-        if not name.startswith(decoders):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def describe_tokenizer(vision_tokenizer: NextFlowVisionTokenizer) -> dict[str, Any]:
     """The vision tokenizer in a manifest."""
-    config = vision_tokenizer.config
+    config, fingerprint = vision_tokenizer.config, vision_tokenizer.get_codes_fingerprint()
+    if fingerprint is None:
+        raise ValueError(
+            f"the vision tokenizer in {vision_tokenizer.dtype} does not say whose codes it gives: load it in float32 "
+            "and save it, which writes `codes_fingerprint` to its config"
+        )
     return {
-        "fingerprint": codes_fingerprint(vision_tokenizer),
+        "fingerprint": fingerprint,
         "codebook_size": config.codebook_size,
         "dtype": str(vision_tokenizer.dtype).removeprefix("torch."),
         "self_correction_top_k": config.self_correction_top_k,
@@ -172,7 +162,7 @@ def load_codes(
     Args:
         folder (`str` or `os.PathLike`): Output of `nextflow-hf extract`.
         vision_tokenizer ([`NextFlowVisionTokenizer`] or `str`, *optional*):
-            The tokenizer of the model that is trained, or its [`codes_fingerprint`]
+            The tokenizer of the model that is trained, or its [`~NextFlowVisionTokenizer.get_codes_fingerprint`]
             (`model.config.vision_tokenizer_fingerprint`): shards of another one are refused.
         verify (`bool`, *optional*, defaults to `True`):
             Compare the checksums of the shards, each rank of a distributed run those of its share.
@@ -202,7 +192,7 @@ def checked_files(
     found = manifest["vision_tokenizer"]["fingerprint"]
     if vision_tokenizer is not None:
         is_model = isinstance(vision_tokenizer, NextFlowVisionTokenizer)
-        expected = codes_fingerprint(vision_tokenizer) if is_model else vision_tokenizer
+        expected = vision_tokenizer.get_codes_fingerprint() if is_model else vision_tokenizer
         if found != expected:
             raise ValueError(
                 f"{folder} holds codes of the vision tokenizer {found}, expected those of {expected}: extract them "
