@@ -85,12 +85,11 @@ def make_trainer(model: str, recipe: dict[str, Any], output_dir: str | Path, **o
 
 def save_pipeline(trainer, folder: str | Path) -> None:
     """The trained model as a pipeline, adapters merged into it. Ends the training."""
-    from accelerate.utils import is_peft_model
+    from nextflow_hf.training.sharding import gather_policy
 
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft_model(model):
-        trainer.pipeline.register_modules(transformer=model.merge_and_unload())
+    model = gather_policy(trainer.accelerator, trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
+        trainer.pipeline.register_modules(transformer=model)
         trainer.pipeline.save_pretrained(folder)
 
 

@@ -177,6 +177,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         if needs_reference:
             args.beta, args.sync_ref_model = 0.0, False
         args.model_init_kwargs = None  # used above, or refused
+        self._train_sampler: torch.utils.data.Sampler | None = None
         self._failed_rewards = 0
         self._masks: list[np.ndarray | None] = []
         try:
@@ -198,6 +199,8 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             if not self.accelerator.is_fsdp2:
                 raise ValueError("`fsdp` is version 1, expected 2: set `fsdp_version: 2` in `fsdp_config`")
             keep_output_dtype(self.accelerator)
+        if self.is_deepspeed_enabled and not args.ds3_gather_for_generation:
+            raise ValueError("`ds3_gather_for_generation` is False, expected True: rollouts call parts of the policy")
         self.beta = beta
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -302,12 +305,12 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         return len(grids) if wanted is None else min(wanted, len(grids))
 
     def _trains_suffix(self) -> bool:
-        """Whether it is the suffix's turn. Counted in optimizer steps, so that a resumed run goes on where it was."""
+        """Whether it is the suffix's turn. Counted in rollouts; in updates where an update has several of them."""
         turns = self.args.prefix_updates_per_suffix
         if self.args.vmr_num_suffixes == 1 or turns == 0 or not self.model.training:
             return False
-        window = math.prod(self._window) // self.args.gradient_accumulation_steps
-        return self.state.global_step // max(1, window) % (turns + 1) == turns
+        has_one = math.prod(self._window) >= self.args.gradient_accumulation_steps
+        return (self._rollout_index if has_one else self.state.global_step) % (turns + 1) == turns
 
     def _draw(self, prompts: list, generators: list[torch.Generator] | None, **options: Any) -> list[torch.LongTensor]:
         args = self.args
@@ -324,9 +327,8 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
     def _generators(self, count: int, stage: int) -> list[torch.Generator]:
         """One for each sample of this process and each stage of a rollout. A sample then depends neither on the number
         of processes nor on the batch that it is sampled in, and a resumed run samples as an uninterrupted one."""
-        index = self._step // math.prod(self._window)
         first = self.accelerator.process_index * count
-        keys = [(self.args.seed, index, stage, sample) for sample in range(first, first + count)]
+        keys = [(self.args.seed, self._rollout_index, stage, sample) for sample in range(first, first + count)]
         seeds = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -628,14 +630,20 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             state["rollouts"] = self._buffered_inputs
         torch.save(state, os.path.join(folder, self._rollouts_file))
 
+    def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler | None:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        for _ in range(int(self.state.epoch) if self._train_sampler is not None else 0):
+            next(iter(self._train_sampler), None)  # TRL's sampler shuffles anew at the start of each epoch
         path = os.path.join(checkpoint, self._rollouts_file)
         state = {"step": self.state.global_step * self.args.gradient_accumulation_steps, "window": None}
         if os.path.exists(path):
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location=self.accelerator.device.type, weights_only=True)
         self._step = state["step"]
         if state["window"] == self._window:
             self._buffered_inputs = state["rollouts"]
@@ -644,6 +652,10 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
                 f"{path} is missing or has the window {state['window']}, expected {self._window}: the run goes on "
                 "with new rollouts, and not as it would have without the interruption"
             )
+
+    @property
+    def _rollout_index(self) -> int:
+        return self._step // math.prod(self._window)
 
     @property
     def _window(self) -> tuple[int, int]:

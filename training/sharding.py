@@ -56,7 +56,10 @@ def call_sharded(root: torch.nn.Module, decoder: NextFlowModel, function: Callab
             results.append(function())
         weight = decoder.norm.weight
         token = weight.new_zeros(1, 1, len(weight))
-        while _is_any_busy(weight.device, False):
+        is_any_busy = True
+        while is_any_busy:
+            is_any_busy = _is_any_busy(weight.device, False)
+            # The last pass is everybody's: the backward pass prefetches in the order of the passes before it.
             decoder(inputs_embeds=token, use_cache=False)
 
     root.run_sharded = run  # FSDP2 takes methods by their name
