@@ -538,6 +538,48 @@ def test_columns_cannot_hide_what_rewards_are_told(tmp_path):
         make_trainer(tmp_path, rows=rows).train()
 
 
+@pytest.mark.parametrize(
+    "rows, match",
+    [
+        ([{"text": "a"}], "`prompt` of a row is missing, .* the row with {'text': 'a'}"),
+        ([{"prompt": None, "id": 3}, {"prompt": "b", "id": 4}], "`prompt` of a row is None, .*{'id': 3}"),
+        ([{"prompt": 5}], "`prompt` of a row is 5, expected a text or messages"),
+        ([{"prompt": []}], r"`prompt` of a row is \[\]"),
+        ([{"prompt": ["a", "b"]}], r"`prompt` of a row is \['a', 'b'\]"),
+        ([{"prompt": [{"role": "user"}]}], r"`prompt` of a row is \[{'role': 'user'}\]"),
+        ([{"prompt": [{"role": "user", "content": None}]}], "'content': None"),
+    ],
+)
+def test_rows_without_a_prompt_are_named(tmp_path, rows, match):
+    with pytest.raises(ValueError, match=match) as error:
+        make_trainer(tmp_path, rows=Dataset.from_list(rows * 8), shuffle_dataset=False).train()
+    assert "\n" not in str(error.value)
+
+
+def test_the_reward_that_raises_is_named(tmp_path):
+    def breaks(images, **columns):
+        return 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as error:
+        make_trainer(tmp_path, breaks).train()
+    assert error.value.__notes__ == ["It was raised by the reward 'breaks'"]
+    with pytest.raises(TypeError, match="the reward 'breaks' returned float, expected a list"):
+        make_trainer(tmp_path, functools.wraps(breaks)(lambda **columns: 1.0)).train()
+
+
+@pytest.mark.parametrize(
+    "shape, match", [((3,), r"shape \(3,\), expected \(height"), ((4, 4), r"shape \(4, 4\), expected \(8, 8\) as")]
+)
+def test_masks_of_another_shape_are_named(tmp_path, shape, match):
+    def reports(images, report_masks, **columns):
+        if len(shape) == 2:
+            report_masks([None, *[np.ones((8, 8))] * 7])
+        report_masks([None, *[np.ones(shape)] * 7])
+
+    with pytest.raises(ValueError, match=f"the mask of sample 1 has the {match}"):
+        make_trainer(tmp_path, reports, mask_propagation=True).train()
+
+
 def test_contract_with_the_installed_trl(monkeypatch, tmp_path):
     grpo_contract.check_trl_methods()
     for name in grpo_contract.METHODS:

@@ -17,7 +17,8 @@ import itertools
 import math
 import os
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -255,12 +256,16 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         if is_async_reward(reward):
 
             async def wrapped(prompts, **columns):
-                return marked(await reward(prompts=prompts, **arguments(columns)), prompts)
+                with _named(name):
+                    values = await reward(prompts=prompts, **arguments(columns))
+                return marked(values, prompts)
 
         else:
 
             def wrapped(prompts, **columns):
-                return marked(reward(prompts=prompts, **arguments(columns)), prompts)
+                with _named(name):
+                    values = reward(prompts=prompts, **arguments(columns))
+                return marked(values, prompts)
 
         wrapped.__name__ = name
         return wrapped
@@ -665,6 +670,15 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
     @property
     def _rollouts_file(self) -> str:
         return f"rollouts-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.pt"
+
+
+@contextmanager
+def _named(reward: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It was raised by the reward {reward!r}")
+        raise
 
 
 def _thumbnail(image: Any, side: int = 256) -> Any:
