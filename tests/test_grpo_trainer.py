@@ -541,12 +541,12 @@ def test_columns_cannot_hide_what_rewards_are_told(tmp_path):
 @pytest.mark.parametrize(
     "rows, match",
     [
-        ([{"text": "a"}], "`prompt` of a row is missing, .* the row with {'text': 'a'}"),
-        ([{"prompt": None, "id": 3}, {"prompt": "b", "id": 4}], "`prompt` of a row is None, .*{'id': 3}"),
-        ([{"prompt": 5}], "`prompt` of a row is 5, expected a text or messages"),
-        ([{"prompt": []}], r"`prompt` of a row is \[\]"),
-        ([{"prompt": ["a", "b"]}], r"`prompt` of a row is \['a', 'b'\]"),
-        ([{"prompt": [{"role": "user"}]}], r"`prompt` of a row is \[{'role': 'user'}\]"),
+        ([{"text": "a"}], "`prompt` of sample 0 is missing, .*{'text': 'a'}"),
+        ([{"prompt": None, "id": 3}, {"prompt": "b", "id": 4}], "`prompt` of sample 0 is None, .*{'id': 3}"),
+        ([{"prompt": 5}], "`prompt` of sample 0 is 5, expected a text or messages"),
+        ([{"prompt": []}], r"`prompt` of sample 0 is \[\]"),
+        ([{"prompt": ["a", "b"]}], r"`prompt` of sample 0 is \['a', 'b'\]"),
+        ([{"prompt": [{"role": "user"}]}], r"`prompt` of sample 0 is \[{'role': 'user'}\]"),
         ([{"prompt": [{"role": "user", "content": None}]}], "'content': None"),
     ],
 )

@@ -24,6 +24,8 @@ REWARDS = {
     "clean_shapes": ("shapes", "clean_shapes", False),
     "ocr": ("ocr", "OCRReward", True),
     "clip": ("preference", "CLIPReward", True),
+    "hpsv3": ("hpsv3", "HPSv3Reward", True),
+    "sequence_score": ("preference", "SequenceScoreReward", True),
     "image_score": ("preference", "ImageScoreReward", True),
     "vlm_judge": ("vlm_judge", "VLMJudge", True),
 }

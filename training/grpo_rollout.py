@@ -38,7 +38,6 @@ class Rollout:
 def conversation_of(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
     """The messages and the source images of a data set's row: `prompt` is a text or messages, `images` (or `image`)
     are shown before the text, or stand where the messages have image parts without data."""
-    check_prompt(row)
     images = row.get("images") if row.get("images") is not None else row.get("image")
     images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
     if isinstance(row["prompt"], str):
@@ -69,7 +68,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(content, str) or are_parts
 
 
-def check_prompt(row: dict[str, Any]) -> None:
+def check_prompt(row: dict[str, Any], sample: int) -> None:
     """Raises `ValueError` where the `prompt` of a data set's row is neither a text nor messages."""
     prompt = row.get("prompt")
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
@@ -77,8 +76,8 @@ def check_prompt(row: dict[str, Any]) -> None:
     found = one_line(prompt) if "prompt" in row else "missing"
     columns = {name: value for name, value in row.items() if name != "prompt"}
     raise ValueError(
-        f"the `prompt` of a row is {found}, expected a text or messages with `role` and `content`: mend or filter out "
-        f"the row with {one_line(columns)}"
+        f"the `prompt` of sample {sample} is {found}, expected a text or messages with `role` and `content`: mend or "
+        f"filter out the row, whose other columns are {one_line(columns)}"
     )
 
 
@@ -88,6 +87,7 @@ def encode_rows(
     """The rows' prompts as the pipeline's call encodes them; neighbours with one prompt (a group) once."""
     conversations, owners = [], []
     for index, row in enumerate(rows):
+        check_prompt(row, index)
         if index == 0 or not _same_prompt(row, rows[index - 1]):
             conversations.append(conversation_of(row)[0])
         owners.append(len(conversations) - 1)
