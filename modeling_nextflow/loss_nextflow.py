@@ -79,7 +79,7 @@ def plain_weight(head: nn.Module) -> torch.Tensor | None:
 
 
 def has_whole_weight_in_call(head: nn.Module) -> bool:
-    """Whether hooks make a plain matrix whole for its call: sharded by DeepSpeed, which gathers it there."""
+    """Whether hooks make a plain matrix whole for its call: sharded by DeepSpeed or FSDP2, which gather it there."""
     return _is_plain(head) and bool(head._forward_pre_hooks)
 
 
@@ -96,8 +96,10 @@ def call_with_weight(head: nn.Linear, hidden_states: torch.FloatTensor, function
 def _is_plain(head: nn.Module) -> bool:
     if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
         return False
-    # Joined: of rows that are trained and rows that are not.
-    return is_parametrized(head, "weight") or (type(head) is nn.Linear and type(head.weight) is nn.Parameter)
+    if type(head) is nn.Linear:
+        return type(head.weight) is nn.Parameter
+    # Joined of rows that are trained and rows that are not; or FSDP2's class for a linear layer.
+    return is_parametrized(head, "weight") or type(head).forward is nn.Linear.forward
 
 
 def linear_cross_entropy(

@@ -775,6 +775,10 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         weight = plain_weight(self.lm_head)
         if weight is not None:
             return F.linear(hidden_states, weight[first:last])
+        if has_whole_weight_in_call(self.lm_head):
+            return call_with_weight(
+                self.lm_head, hidden_states, lambda hidden, weight: F.linear(hidden, weight[first:last])
+            )
         return self.lm_head(hidden_states)[..., first:last]
 
 

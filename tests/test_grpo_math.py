@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,13 @@ from nextflow_hf.training.grpo_math import (
     clipped_loss,
     code_weights,
     combine_rewards,
+    gated_advantages,
     group_advantages,
     group_advantages_by_function,
     kl_to_reference,
     mask_to_cells,
     middle_return,
+    token_advantages,
 )
 
 
@@ -90,9 +93,9 @@ def test_masks_propagate_from_pixels_to_the_cells_of_every_scale():
             ]
             expected = [cell for line in active for cell in line] + expected
             finer, size = active, grid
-        assert mask_to_cells(mask, GRIDS).tolist() == expected
-    assert mask_to_cells(torch.zeros(16, 24, dtype=torch.bool), GRIDS).all()
-    corner = torch.zeros(16, 24, dtype=torch.bool)
+        assert mask_to_cells(mask.numpy(), GRIDS).tolist() == expected
+    assert mask_to_cells(np.zeros((16, 24), dtype=bool), GRIDS).all() and mask_to_cells(None, GRIDS).all()
+    corner = np.zeros((16, 24), dtype=bool)
     corner[0, 0] = True
     assert mask_to_cells(corner, GRIDS).nonzero()[:, 0].tolist() == [0, 1, 5, 14]
 
@@ -186,3 +189,44 @@ def test_log_probs_in_chunks():
     distribution = torch.distributions.Categorical(logits=head(torch.arange(60.0).view(10, 6).div(30)) / 0.7)
     torch.testing.assert_close(results[0][0], distribution.log_prob(targets).detach())
     torch.testing.assert_close(results[0][1], distribution.entropy().detach())
+
+
+def test_masks_gate_rewards():
+    """A group of three, two codes. The masks of all cover the first; those of the first two samples the second."""
+    rewards = torch.tensor([[1.0], [3.0], [8.0]])
+    gates = torch.tensor([[[True, True]], [[True, True]], [[True, False]]])
+    got = gated_advantages(lambda column: group_advantages(column[:, 0], 3, "none"), rewards, gates)
+    # First code: 1, 3, 8 against their mean 4. Second: 1, 3 against 2, and nothing for the third.
+    torch.testing.assert_close(got, torch.tensor([[-3.0, -1.0], [-1.0, 1.0], [4.0, 0.0]]))
+    # In units of the deviation of the same samples: of 1, 3, 8 it is sqrt(13), of 1, 3 it is sqrt(2).
+    got = gated_advantages(lambda column: group_advantages(column[:, 0], 3), rewards, gates)
+    expected = [[-3 / 13**0.5, -1 / 2**0.5], [-1 / 13**0.5, 1 / 2**0.5], [4 / 13**0.5, 0.0]]
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    # Rewards that are all larger by 100 rank the samples as before, in every code.
+    shifted = gated_advantages(lambda column: group_advantages(column[:, 0], 3, "none"), rewards + 100, gates)
+    torch.testing.assert_close(
+        shifted, gated_advantages(lambda column: group_advantages(column[:, 0], 3, "none"), rewards, gates)
+    )
+
+
+def test_masks_gate_middle_returns():
+    """Two samples with two suffixes each: a code's value comes from the suffixes whose masks cover it."""
+    rewards = torch.tensor([[1.0, 5.0], [2.0, 4.0]])
+    gates = torch.tensor([[[True, True, False], [True, False, False]], [[True, True, True], [True, True, True]]])
+
+    def normalize(column):
+        return group_advantages(middle_return(column.T, eta=1.0), 2, "none")
+
+    first, second = math.log((math.e + math.e**5) / 2), math.log((math.e**2 + math.e**4) / 2)
+    # First code: all suffixes count. Second: of the first sample only the first. Third: nothing to compare with.
+    half = [(first - second) / 2, (1.0 - second) / 2, 0.0]
+    expected = torch.tensor([half, [-value for value in half]])
+    torch.testing.assert_close(gated_advantages(normalize, rewards, gates), expected)
+
+
+def test_advantages_of_tokens():
+    scale_ids = torch.tensor([[0, 0, 1, 2, 2, 0], [0, 1, 2, 0, 0, 0]])
+    of_codes = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
+    got = token_advantages(torch.tensor([7.0, 8.0]), of_codes, scale_ids)
+    assert got.tolist() == [[7, 7, 1, 2, 3, 7], [8, 4, 5, 8, 8, 8]]
+    assert token_advantages(torch.tensor([7.0]), None, scale_ids).tolist() == [7]

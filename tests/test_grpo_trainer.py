@@ -5,6 +5,7 @@ import asyncio
 import functools
 import inspect
 import math
+import os
 
 import numpy as np
 import pandas as pd
@@ -263,20 +264,53 @@ def test_accumulating_gradients_equals_one_big_batch(tmp_path):
     assert moved > 0
 
 
-def test_resumed_training_equals_uninterrupted_training(tmp_path):
-    numbers = {"max_steps": 4, "prefix_updates_per_suffix": 1, "vmr_num_suffixes": 2}
-    whole = make_trainer(tmp_path / "a", **numbers)
+@pytest.mark.parametrize(
+    "window, turns",
+    [
+        ({}, [0, 1, 0, 1]),
+        # A checkpoint may lie inside a window: its rollouts are learnt from twice, or in two updates.
+        ({"num_iterations": 2}, [0, 1]),
+        ({"steps_per_generation": 2, "num_iterations": 2, "mask_propagation": True}, [0]),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2, "num_iterations": 1}, [0, 1]),
+    ],
+    ids=["plain", "iterations", "steps", "across"],
+)
+def test_resumed_training_equals_uninterrupted_training(tmp_path, window, turns):
+    numbers = {"max_steps": 4, "prefix_updates_per_suffix": 1, "vmr_num_suffixes": 2, **window}
+    numbers |= {"beta": 0.1, "max_thinking_tokens": 2}
+    whole = make_trainer(tmp_path, **numbers, save_strategy="steps", save_steps=1)
     whole.train()
-    make_trainer(tmp_path / "b", **numbers, save_strategy="steps", save_steps=2).train()
-    resumed = make_trainer(tmp_path / "b", **numbers)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
-    assert history(whole, "reward") == history(resumed, "reward")
-    assert history(resumed, "trains_suffix") == [0, 1, 0, 1]
-    for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
-        assert torch.equal(a, b)
-    assert (tmp_path / "b" / "checkpoint-2" / "preprocessor_config.json").exists() or (
-        tmp_path / "b" / "checkpoint-2" / "processor_config.json"
-    ).exists()
+    assert history(whole, "trains_suffix") == turns
+    for step in (1, 2, 3):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        resumed = make_trainer(tmp_path, **numbers)
+        torch.manual_seed(step)  # the checkpoint says how chance goes on
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert history(whole, "reward") == history(resumed, "reward")
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
+            assert torch.equal(a, b), step
+        assert {"preprocessor_config.json", "processor_config.json"} & set(os.listdir(checkpoint))
+
+
+def test_resuming_with_another_window_is_said(tmp_path, caplog):
+    make_trainer(tmp_path, num_iterations=3, save_strategy="steps", save_steps=1).train()
+    resumed = make_trainer(tmp_path, num_iterations=2, max_steps=2)
+    with caplog.at_level("WARNING", logger="nextflow_hf"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "has the window (1, 3), expected (1, 2)" in caplog.text and resumed.state.global_step == 2
+
+
+def test_rollouts_do_not_depend_on_their_batch(tmp_path):
+    """A sample has randomness of its own, however many are sampled together."""
+    numbers = {"vmr_num_suffixes": 2, "max_thinking_tokens": 3, "trainer_class": Recording}
+    batches = []
+    for size in (None, 3):
+        trainer = make_trainer(tmp_path, rollout_batch_size=size, **numbers)
+        torch.manual_seed(0 if size is None else 1)
+        trainer.train()
+        batches.append(trainer.generated[0][0])
+    assert all(map(torch.equal, batches[0]["image_codes"], batches[1]["image_codes"]))
+    torch.testing.assert_close(batches[0]["advantages"], batches[1]["advantages"])
 
 
 def test_a_checkpoint_that_was_not_finished_is_none(tmp_path, monkeypatch):
@@ -467,7 +501,7 @@ def test_a_reward_by_its_hub_id(tmp_path):
     assert trainer.reward_func_names == ["clip-vit-base-patch32", "low_codes"]
 
 
-def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
+def test_fsdp_of_version_1_is_refused(tmp_path, monkeypatch):
     made = GRPOTrainer.__init__
 
     def sharded(self, *args, **kwargs):
@@ -483,6 +517,48 @@ def test_columns_cannot_hide_what_rewards_are_told(tmp_path):
     rows = Dataset.from_list([{"prompt": "a", "codes": 1}] * 8)
     with pytest.raises(ValueError, match=r"columns \['codes'\]"):
         make_trainer(tmp_path, rows=rows).train()
+
+
+@pytest.mark.parametrize(
+    "rows, match",
+    [
+        ([{"text": "a"}], "`prompt` of sample 0 is missing, .*{'text': 'a'}"),
+        ([{"prompt": None, "id": 3}, {"prompt": "b", "id": 4}], "`prompt` of sample 0 is None, .*{'id': 3}"),
+        ([{"prompt": 5}], "`prompt` of sample 0 is 5, expected a text or messages"),
+        ([{"prompt": []}], r"`prompt` of sample 0 is \[\]"),
+        ([{"prompt": ["a", "b"]}], r"`prompt` of sample 0 is \['a', 'b'\]"),
+        ([{"prompt": [{"role": "user"}]}], r"`prompt` of sample 0 is \[{'role': 'user'}\]"),
+        ([{"prompt": [{"role": "user", "content": None}]}], "'content': None"),
+    ],
+)
+def test_rows_without_a_prompt_are_named(tmp_path, rows, match):
+    with pytest.raises(ValueError, match=match) as error:
+        make_trainer(tmp_path, rows=Dataset.from_list(rows * 8), shuffle_dataset=False).train()
+    assert "\n" not in str(error.value)
+
+
+def test_the_reward_that_raises_is_named(tmp_path):
+    def breaks(images, **columns):
+        return 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as error:
+        make_trainer(tmp_path, breaks).train()
+    assert error.value.__notes__ == ["It was raised by the reward 'breaks'"]
+    with pytest.raises(TypeError, match="the reward 'breaks' returned float, expected a list"):
+        make_trainer(tmp_path, functools.wraps(breaks)(lambda **columns: 1.0)).train()
+
+
+@pytest.mark.parametrize(
+    "shape, match", [((3,), r"shape \(3,\), expected \(height"), ((4, 4), r"shape \(4, 4\), expected \(8, 8\) as")]
+)
+def test_masks_of_another_shape_are_named(tmp_path, shape, match):
+    def reports(images, report_masks, **columns):
+        if len(shape) == 2:
+            report_masks([None, *[np.ones((8, 8))] * 7])
+        report_masks([None, *[np.ones(shape)] * 7])
+
+    with pytest.raises(ValueError, match=f"the mask of sample 1 has the {match}"):
+        make_trainer(tmp_path, reports, mask_propagation=True).train()
 
 
 def test_contract_with_the_installed_trl(monkeypatch, tmp_path):
@@ -513,7 +589,7 @@ def test_all_that_is_private_in_trl_is_in_the_contract():
         node for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     ]  # fmt: skip
-    ours = set(vars(NextFlowGRPOTrainer)) | {"_failed_rewards", "_masks", "_staged_checkpoint", "pipeline"}
+    ours = set(vars(NextFlowGRPOTrainer)) | {"_failed_rewards", "_masks", "_train_sampler", "pipeline"}
     transformers = {
         "accelerator",
         "add_callback",

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import functools
 import io
 import json
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import BatchFeature, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
 from nextflow_hf.training.rewards import Combined, OCRReward, OCRWord, RapidOCREngine, Scaled, VLMJudge
-from nextflow_hf.training.rewards.combination import is_async_reward, reward_name
+from nextflow_hf.training.rewards.combination import check_rewards, is_async_reward, reward_name
 from nextflow_hf.training.rewards.ocr import (
     bag_distance,
     boxes_mask,
@@ -165,6 +166,40 @@ def test_combined_and_scaled(monkeypatch):
         Combined([])
 
 
+WRONG = {
+    "a number": (lambda **columns: 1.0, "returned float, expected a list with a number or None for each of the 2"),
+    "nothing": (lambda **columns: None, "returned NoneType, expected a list"),
+    "a text": (lambda **columns: "12", "returned str"),
+    "a mapping": (lambda **columns: {0: 1.0, 1: 2.0}, "returned dict"),
+    "a number as a tensor": (lambda **columns: torch.tensor(1.0), "returned Tensor"),
+    "too few": (lambda **columns: [1.0], "gave 1 values for 2 samples"),
+    "dicts": (lambda **columns: [1.0, {"score": 1.0}], r"gave \{'score': 1.0\} for sample 1, .*prompt: 'b c'"),
+    "texts": (lambda **columns: ["1.0", "2.0"], "gave '1.0' for sample 0, .*prompt: 'a'"),
+    "vectors": (lambda **columns: torch.ones(2, 3), r"gave tensor\(\[1., 1., 1.\]\) for sample 0"),
+    "complex": (lambda **columns: [1.0, 2j], "gave 2j for sample 1"),
+    "too large": (lambda **columns: [10**400, 0], "gave 10+ for sample 0, expected a number"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_rewards_of_another_shape_are_named(wrong):
+    reward, match = WRONG[wrong]
+    reward.__name__ = "taste"
+    with pytest.raises((TypeError, ValueError), match=f"the reward 'taste' {match}") as error:
+        asyncio.run(Combined([(reward, 1.0)])(images=[PICTURE] * 2, prompts=["a", "b c"]))
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_every_kind():
+    kinds = [
+        [1, 2.5, None], (True, np.float32(2.5), None), np.array([1, 2.5, 4]), torch.tensor([[1], [2.5], [4]]),
+        torch.tensor([1, 2.5, 4], dtype=torch.bfloat16), (value for value in (1, 2.5, 4)),
+    ]  # fmt: skip
+    for values in kinds:
+        got = check_rewards("r", values, "abc")
+        assert got[:2] == [1, 2.5] and got[2] in (None, 4) and all(type(value) is float for value in got[:2])
+
+
 def test_kinds_of_callables():
     class Slow:
         async def __call__(self, **columns):
@@ -254,7 +289,8 @@ def test_image_score_reward(tmp_path):
 
 @pytest.fixture
 def server():
-    """Answers with the next of `server.answers`: a text, an HTTP status, or seconds to be silent."""
+    """Answers with the next of `server.answers`: a text, an HTTP status, seconds to be silent, raw bytes, or an
+    iterator of them, every 0.1 seconds."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):  # noqa: N802
@@ -264,6 +300,13 @@ def server():
                 answer = httpd.answers.pop(0) if len(httpd.answers) > 1 else httpd.answers[0]
             if isinstance(answer, float):
                 time.sleep(answer)
+                return
+            if not isinstance(answer, (str, int)):
+                with contextlib.suppress(OSError):
+                    for part in [answer] if isinstance(answer, bytes) else answer:
+                        self.wfile.write(part)
+                        time.sleep(0 if isinstance(answer, bytes) else 0.1)
+                self.close_connection = True
                 return
             self.send_response(answer if isinstance(answer, int) else 200)
             self.end_headers()
@@ -278,7 +321,7 @@ def server():
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.requests, httpd.answers = [], ['{"score": 7.5}']
     httpd.url = f"http://127.0.0.1:{httpd.server_port}/v1/"
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread = threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True)
     thread.start()
     yield httpd
     httpd.shutdown()
@@ -313,15 +356,65 @@ def test_judge_tries_again(server):
     assert ask(judge) == [1.0] and judge.num_requests == 4
 
 
-@pytest.mark.parametrize("answers", [[503], [400], ["no idea"], [0.6], ["{}"]])
-def test_judge_that_fails_gives_no_number(server, answers, monkeypatch):
+REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: %s\r\n\r\n"
+BODY = b"HTTP/1.1 200 OK\r\n\r\n"
+FAILURES = {
+    "busy": (503, 2, "HTTP Error 503"), "refused": (400, 1, "HTTP Error 400"), "silent": (0.6, 2, "timed out"),
+    "no score": ("no idea", 1, "has no score: 'no idea'"), "empty": ("{}", 1, "has no score"),
+    "out of range": ('{"score": 11}', 1, "the score is 11, expected 0 to 10"),
+    "huge": ('{"score": ' + "9" * 400 + "}", 1, "the score is inf, expected 0 to 10"),
+    "no HTTP": (b"SSH-2.0-OpenSSH\r\n\r\n", 2, "BadStatusLine"), "gone": (b"", 2, "RemoteDisconnected"),
+    "cut short": (b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{}", 2, "IncompleteRead(2 bytes read, 88 more"),
+    "bad chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", 2, "IncompleteRead"),
+    "no JSON": (BODY + b"<html>\n</html>", 1, "no chat completion: b'<html>"),
+    "nested": (BODY + b"[" * 200_000, 1, "no chat completion"),
+    "a list": (BODY + b"[]", 1, "no chat completion"), "null": (BODY + b'{"choices": null}', 1, "no chat completion"),
+    "no text": (BODY + b'{"choices": [{"message": {"content": [1]}}]}', 1, "is [1], expected a text"),
+    "not UTF-8": (BODY + b"\xff\xfe{", 1, "no chat completion"),
+    "long": (BODY + b"a" * 2**21, 1, "longer than 1048576 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_judge_that_fails_gives_no_number(server, failure, monkeypatch):
     messages = []
     monkeypatch.setattr("nextflow_hf.training.rewards.vlm_judge.logger.warning", messages.append)
-    server.answers = answers
-    judge = VLMJudge(server.url, "m", retries=1, backoff=0.01, timeout=0.2)
+    answer, requests, reason = FAILURES[failure]
+    server.answers = [answer]
+    judge = VLMJudge(server.url, "m", retries=1, backoff=0.01, timeout=0.3)
     assert math.isnan(ask(judge)[0])
-    assert judge.num_requests == (2 if answers[0] in (503, 0.6) else 1)
-    assert len(messages) == 1 and "a red square" in messages[0]
+    (message,) = messages
+    assert judge.num_requests == requests and reason in message and judge.url in message
+    assert "a red square" in message and "\n" not in message and len(message) < 1000
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_judge_does_not_carry_its_key_elsewhere(server, host, monkeypatch):
+    messages = []
+    monkeypatch.setattr("nextflow_hf.training.rewards.vlm_judge.logger.warning", messages.append)
+    address = f"http://{host}:{server.server_port}/elsewhere"
+    server.answers = [REDIRECT % address.encode(), '{"score": 10}']
+    assert math.isnan(ask(VLMJudge(server.url, "m", api_key="secret", retries=3))[0])
+    assert [path for path, *_ in server.requests] == ["/v1/chat/completions"]
+    assert f"redirects to {address}, set base_url" in messages[0] and "secret" not in messages[0]
+
+
+def test_judge_that_drips_is_left(server):
+    """Each byte comes in time, the answer never ends."""
+    server.answers = [iter([BODY, *[b" "] * 40])]
+    start = time.monotonic()
+    assert math.isnan(ask(VLMJudge(server.url, "m", retries=0, timeout=0.3))[0])
+    assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"base_url": "file:///etc/passwd"}, {"base_url": "localhost:8000"}, {"api_key": "a\nb"}]
+)
+def test_judge_refuses_addresses_and_keys(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name) as error:
+        VLMJudge(**{"base_url": "http://localhost/v1", "model": "m", **options})
+    assert "a\nb" not in str(error.value)
 
 
 def test_judge_keeps_its_budget(server):

@@ -38,6 +38,8 @@ REWARDS = {
     "clean_shapes": ("shapes", "clean_shapes", False),
     "ocr": ("ocr", "OCRReward", True),
     "clip": ("preference", "CLIPReward", True),
+    "hpsv3": ("hpsv3", "HPSv3Reward", True),
+    "sequence_score": ("preference", "SequenceScoreReward", True),
     "image_score": ("preference", "ImageScoreReward", True),
     "vlm_judge": ("vlm_judge", "VLMJudge", True),
 }
@@ -115,12 +117,11 @@ def make_trainer(model: str | Path, recipe: dict[str, Any], config: "NextFlowGRP
 
 def save_pipeline(trainer, folder: str | Path) -> None:
     """The trained model as a pipeline, adapters merged into it. Ends the training."""
-    from accelerate.utils import is_peft_model
+    from nextflow_hf.training.sharding import gather_policy
 
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft_model(model):
-        trainer.pipeline.register_modules(transformer=model.merge_and_unload())
+    model = gather_policy(trainer.accelerator, trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
+        trainer.pipeline.register_modules(transformer=model)
         with replaced_folder(folder) as staging:
             trainer.pipeline.save_pretrained(staging)
 

@@ -19,7 +19,7 @@ METHODS = {
 }
 # Attributes that ours reads or fills; TRL's constructor or its training makes them.
 ATTRIBUTES = (
-    "_logs", "_metrics", "_pending_extra_logs", "_pending_metrics", "_tokenizer", "beta",
+    "_buffered_inputs", "_logs", "_metrics", "_pending_extra_logs", "_pending_metrics", "_step", "_tokenizer", "beta",
     "current_gradient_accumulation_steps", "epsilon_high", "epsilon_low", "log_completions", "log_multimodal",
     "num_generations", "num_generations_eval", "num_iterations", "ref_model", "reward_func_names", "reward_weights",
     "scale_rewards", "temperature", "top_k", "top_p",

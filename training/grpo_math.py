@@ -7,6 +7,7 @@ trainer.
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -26,15 +27,15 @@ def code_weights(grids: Sequence[tuple[int, int]], alpha: float) -> torch.FloatT
     return scale_weights(schedule, alpha)[0].repeat_interleave(cells)
 
 
-def mask_to_cells(mask: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.BoolTensor:
-    """Which codes of the scales `grids` a pixel mask (height, width) concerns, (codes,).
+def mask_to_cells(mask: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> torch.BoolTensor:
+    """Which codes of the scales `grids` a boolean pixel mask (height, width) concerns, (codes,).
 
     Carried from fine to coarse: a cell is active where it overlaps an active cell of the next finer scale, a cell of
-    the finest scale where it overlaps an active pixel. An empty mask says nothing, so it leaves every cell active.
+    the finest scale where it overlaps an active pixel. An empty mask, or none, leaves every cell active.
     """
-    active = mask.float()[None, None]
-    if not active.any():
-        return torch.ones(num_cells(grids), dtype=torch.bool, device=mask.device)
+    if mask is None or not mask.any():
+        return torch.ones(num_cells(grids), dtype=torch.bool)
+    active = torch.from_numpy(mask).float()[None, None]
     levels = []
     for grid in reversed(grids):
         active = F.adaptive_max_pool2d(active, grid)
@@ -64,8 +65,10 @@ def combine_rewards(
 def middle_return(rewards: torch.FloatTensor, eta: float) -> torch.FloatTensor:
     """Value of a prefix from the rewards (suffixes, samples) of its suffixes (VMR): `eta * log mean exp(R / eta)`.
 
-    Suffixes whose reward is NaN are left out; a sample has NaN if all are.
+    Suffixes whose reward is NaN are left out; a sample has NaN if all are. One suffix has its reward.
     """
+    if len(rewards) == 1:
+        return rewards[0]
     known = ~torch.isnan(rewards)
     exponents = torch.where(known, rewards / eta, -math.inf)
     value = eta * (torch.logsumexp(exponents, 0) - known.sum(0).clamp(min=1).log())
@@ -105,6 +108,36 @@ def group_advantages_by_function(
     summed = (torch.stack(columns, 1) * weights).sum(1).masked_fill(torch.isnan(total), torch.nan)
     advantages = (summed - summed.nanmean()) / (_deviation(summed, dim=0) + 1e-4)
     return advantages.nan_to_num(0.0), _deviation(total.view(-1, num_generations), dim=1)
+
+
+def gated_advantages(advantages: Callable, rewards: torch.FloatTensor, gates: torch.BoolTensor) -> torch.FloatTensor:
+    """
+    Advantages (samples, codes) where masks gate the rewards: a code gets a reward only if the mask of that reward
+    covers the code.
+
+    The group of a code are then the samples whose masks cover it. A reward that does not look at a code is missing
+    there, and a missing reward is no zero: it would make codes better or worse for being looked at.
+
+    Args:
+        advantages (`Callable`):
+            Makes advantages (samples,), and something else, of rewards (samples, suffixes or functions).
+        rewards (`torch.FloatTensor` of shape `(samples, suffixes or functions)`): Groups one after the other.
+        gates (`torch.BoolTensor` of shape `(samples, suffixes or 1, codes)`): Which codes the masks cover.
+    """
+    gated = torch.where(gates, rewards[..., None], torch.nan)
+    return torch.vmap(lambda of_code: advantages(of_code)[0], in_dims=-1, out_dims=-1)(gated)
+
+
+def token_advantages(
+    advantages: torch.FloatTensor, of_codes: torch.FloatTensor | None, scale_ids: torch.LongTensor
+) -> torch.FloatTensor:
+    """Advantages of tokens (samples, length): of codes (`scale_ids` above 0) in their order, of text those of the
+    samples (samples,). Without `of_codes` the samples' own."""
+    if of_codes is None:
+        return advantages
+    is_code = scale_ids > 0
+    index = (is_code.cumsum(1) - 1).clamp(min=0)
+    return torch.where(is_code, of_codes.gather(1, index), advantages[:, None])
 
 
 def _deviation(values: torch.FloatTensor, dim: int) -> torch.FloatTensor:

@@ -10,10 +10,11 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ..modeling_nextflow.loss_nextflow import IGNORE_INDEX
+from ..modeling_nextflow.loss_nextflow import IGNORE_INDEX, call_with_weight, has_whole_weight_in_call
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..processing.scale_schedule import num_cells
 from .grpo_math import chunked_log_probs, code_weights
@@ -125,25 +126,30 @@ def add_policy_forward(model: NextFlowForCausalLM, *, temperature: float, chunk_
         first, last = self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size
         is_code = (policy_targets >= first) & (policy_targets < last)
         is_text = (policy_targets != IGNORE_INDEX) & ~is_code
+        ids = text_ids(self)
+        targets = policy_targets[is_code] - first, torch.searchsorted(ids, policy_targets[is_text])
         options = {"temperature": temperature, "chunk_size": chunk_size}
-        parts = [
-            (is_code, chunked_log_probs(
-                hidden_states[is_code], self.image_logits, policy_targets[is_code] - first, **options
-            ))
-        ]  # fmt: skip
-        if is_text.any():
-            ids = text_ids(self)
-            parts.append(
-                (is_text, chunked_log_probs(
-                    hidden_states[is_text],
-                    lambda hidden: self.lm_head(hidden)[..., ids],
-                    torch.searchsorted(ids, policy_targets[is_text]),
-                    **options,
-                ))
-            )  # fmt: skip
+
+        def log_probs(states, code_head, text_head) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            heads = code_head, lambda hidden: text_head(hidden)[..., ids]
+            return [chunked_log_probs(*part, **options) for part in zip(states, heads, targets)]
+
+        states = [hidden_states[is_code], hidden_states[is_text]]
+        if has_whole_weight_in_call(self.lm_head):  # one call, so that all processes gather the weight as often
+            parts = call_with_weight(
+                self.lm_head,
+                states,
+                lambda states, weight: log_probs(
+                    states,
+                    lambda hidden: F.linear(hidden, weight[first:last]),
+                    lambda hidden: F.linear(hidden, weight),
+                ),
+            )
+        else:
+            parts = log_probs(states, self.image_logits, self.lm_head)
         logps = torch.zeros(policy_targets.shape, device=hidden_states.device)
         entropies = torch.zeros_like(logps)
-        for mask, (logp, entropy) in parts:
+        for mask, (logp, entropy) in zip((is_code, is_text), parts):
             logps = logps.masked_scatter(mask, logp)
             entropies = entropies.masked_scatter(mask, entropy)
         return {"logps": logps, "entropies": entropies}

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from ..modeling_nextflow.sampling_nextflow import inverse_transform
 from ..pipelines.pipeline_nextflow import NextFlowDrawingPrompt, NextFlowPipeline
 from .grpo_policy import text_ids
+from .rewards.combination import one_line
 
 
 @dataclass
@@ -58,12 +60,34 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any
     return messages, shown
 
 
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    are_parts = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+    return isinstance(content, str) or are_parts
+
+
+def check_prompt(row: dict[str, Any], sample: int) -> None:
+    """Raises `ValueError` where the `prompt` of a data set's row is neither a text nor messages."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
+        return
+    found = one_line(prompt) if "prompt" in row else "missing"
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    raise ValueError(
+        f"the `prompt` of sample {sample} is {found}, expected a text or messages with `role` and `content`: mend or "
+        f"filter out the row, whose other columns are {one_line(columns)}"
+    )
+
+
 def encode_rows(
     pipeline: NextFlowPipeline, rows: Sequence[dict[str, Any]], *, guided: bool, **size: Any
 ) -> list[NextFlowDrawingPrompt]:
     """The rows' prompts as the pipeline's call encodes them; neighbours with one prompt (a group) once."""
     conversations, owners = [], []
     for index, row in enumerate(rows):
+        check_prompt(row, index)
         if index == 0 or not _same_prompt(row, rows[index - 1]):
             conversations.append(conversation_of(row)[0])
         owners.append(len(conversations) - 1)
@@ -86,10 +110,11 @@ def draw(
     prefixes: Sequence[torch.LongTensor] | None = None,
     num_scales: int | None = None,
     batch_size: int | None = None,
+    generators: Sequence[torch.Generator] | None = None,
     **settings: Any,
 ) -> list[torch.LongTensor]:
-    """Codes (codes,) of a picture per prompt: after `prefixes`, the codes of its first scales, where given; stopping
-    after `num_scales` scales."""
+    """Codes (codes,) of an image per prompt: after `prefixes`, the codes of its first scales, where given; stopping
+    after `num_scales` scales. `generators` has one for each prompt."""
     groups: dict[tuple, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(tuple(prompt.grids), []).append(index)
@@ -106,6 +131,8 @@ def draw(
                 given["prefix_codes"] = torch.stack([prefixes[index] for index in chunk]).to(
                     pipeline.transformer.device
                 )
+            if generators is not None:
+                given["generators"] = [generators[index] for index in chunk]
             codes = pipeline.draw_codes([prompts[index] for index in chunk], callback=stop, **given, **settings).cpu()
             for index, row in zip(chunk, codes):
                 drawn[index] = row
@@ -123,7 +150,12 @@ def decode(pipeline: NextFlowPipeline, rollouts: Sequence[Rollout], batch_size: 
 
 
 def think(
-    pipeline: NextFlowPipeline, prompts: Sequence[NextFlowDrawingPrompt], *, max_tokens: int, temperature: float
+    pipeline: NextFlowPipeline,
+    prompts: Sequence[NextFlowDrawingPrompt],
+    *,
+    max_tokens: int,
+    temperature: float,
+    generators: Sequence[torch.Generator] = (),
 ) -> list[tuple[NextFlowDrawingPrompt, range]]:
     """Sample text between each prompt and its picture, until the model opens the picture, or until `max_tokens` are
     written and it is opened for it. Returns the longer prompts and the places of what was sampled."""
@@ -145,7 +177,7 @@ def think(
             **inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         probabilities = (model.lm_head(hidden)[:, allowed].float() / temperature).softmax(-1)
-        tokens = allowed[torch.multinomial(probabilities, 1)]
+        tokens = allowed[inverse_transform(probabilities[:, None], generators)]
         for thought, token in zip(thoughts, tokens[:, 0].tolist()):
             if thought[-1:] != [config.boi_token_id]:
                 thought.append(token)

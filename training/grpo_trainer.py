@@ -13,15 +13,24 @@ is 0 where q is p, that is without guidance, top-k and top-p.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+import math
+import os
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, IterableDataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
@@ -38,18 +47,23 @@ from .grpo_contract import check_trl_attributes, check_trl_methods
 from .grpo_math import (
     clipped_loss,
     combine_rewards,
+    gated_advantages,
     group_advantages,
     group_advantages_by_function,
     kl_to_reference,
     mask_to_cells,
     middle_return,
+    token_advantages,
 )
 from .grpo_policy import add_policy_forward, pad_rows, policy_inputs, policy_row
 from .grpo_rollout import Rollout, conversation_of, decode, draw, encode_rows, think
 from .processes import ProcessesMixin
 from .rewards.combination import check_rewards, is_async_reward, reward_name
 from .rewards.preference import CLIPReward
+from .sharding import call_sharded, class_of_user
 
+
+logger = logging.get_logger(__name__)
 
 # What the trainer tells rewards beside the data set's columns.
 OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
@@ -165,8 +179,9 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         if needs_reference:
             args.beta, args.sync_ref_model = 0.0, False
         args.model_init_kwargs = None  # used above, or refused
+        self._train_sampler: torch.utils.data.Sampler | None = None
         self._failed_rewards = 0
-        self._masks: list[np.ndarray | None] | None = None
+        self._masks: list[np.ndarray | None] = []
         try:
             super().__init__(
                 model=model,
@@ -182,11 +197,10 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         finally:
             args.beta, args.sync_ref_model, args.model_init_kwargs = beta, sync_reference, init_options
         check_trl_attributes(self)
-        if self.is_fsdp_enabled:
-            raise ValueError(
-                "`fsdp` is not supported: rollouts call parts of the policy, which FSDP shards. Use DDP, with "
-                "`peft_config` where memory is short, or DeepSpeed"
-            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("`fsdp` is version 1, expected 2: set `fsdp_version: 2` in `fsdp_config`")
+        if self.is_deepspeed_enabled and not args.ds3_gather_for_generation:
+            raise ValueError("`ds3_gather_for_generation` is False, expected True: rollouts call parts of the policy")
         self.beta = beta
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -204,6 +218,8 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
     def _prepare_reference(self, reference: PreTrainedModel) -> torch.nn.Module:
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:  # layer by layer, as the policy; TRL would gather all of it at once
+            return fsdp2_prepare_model(self.accelerator, reference)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     # ---- rewards
@@ -239,29 +255,36 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         if is_async_reward(reward):
 
             async def wrapped(prompts, **columns):
-                return marked(await reward(prompts=prompts, **arguments(columns)), prompts)
+                with _named(name):
+                    values = await reward(prompts=prompts, **arguments(columns))
+                return marked(values, prompts)
 
         else:
 
             def wrapped(prompts, **columns):
-                return marked(reward(prompts=prompts, **arguments(columns)), prompts)
+                with _named(name):
+                    values = reward(prompts=prompts, **arguments(columns))
+                return marked(values, prompts)
 
         wrapped.__name__ = name
         return wrapped
 
     def _report_masks(self, masks: Sequence[np.ndarray | None]) -> None:
-        """Pixels that a reward looked at, one boolean (height, width) or None per picture; rewards add up."""
-        if self._masks is None:
-            self._masks = [None] * len(masks)
+        """Pixels that a reward looked at, one boolean (height, width) or None per image; rewards add up."""
         if len(masks) != len(self._masks):
-            raise ValueError(f"a reward reports {len(masks)} masks for {len(self._masks)} pictures")
+            raise ValueError(f"a reward reports {len(masks)} masks for {len(self._masks)} images, expected as many")
         for index, mask in enumerate(masks):
-            if mask is not None:
-                known = self._masks[index]
-                self._masks[index] = np.asarray(mask, bool) if known is None else known | np.asarray(mask, bool)
+            if mask is None:
+                continue
+            mask, known = np.asarray(mask, bool), self._masks[index]
+            if mask.ndim != 2 or (known is not None and known.shape != mask.shape):
+                expected = "(height, width)" if known is None else f"{known.shape} as another reward's"
+                raise ValueError(f"the mask of sample {index} has the shape {mask.shape}, expected {expected}")
+            self._masks[index] = mask if known is None else known | mask
 
-    def _score(self, inputs: list[dict], rollouts: list[Rollout]) -> tuple[torch.Tensor, list]:
-        """Rewards (samples of all processes, functions), failures infinite, and the pictures."""
+    def _score(self, inputs: list[dict], rollouts: list[Rollout]) -> tuple[torch.Tensor, list, list]:
+        """Rewards (samples of all processes, functions), failures infinite; the images; and the masks of rewards."""
+        self._masks = [None] * len(inputs)
         images = decode(self.pipeline, rollouts, self.args.rollout_batch_size)
         rows, prompts, completions = [], [], []
         for row, rollout, image in zip(inputs, rollouts, images):
@@ -275,7 +298,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
             given = {"images": image, "codes": rollout.codes, "source_images": conversation_of(row)[1]}
             rows.append({**columns, **given, "thoughts": thought})
         rewards = self._calculate_rewards(rows, prompts, completions, [r.codes.tolist() for r in rollouts])
-        return rewards, images
+        return rewards, images, self._masks
 
     # ---- rollouts
 
@@ -286,20 +309,32 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         return len(grids) if wanted is None else min(wanted, len(grids))
 
     def _trains_suffix(self) -> bool:
-        """Whether it is the suffix's turn. Counted in optimizer steps, so that a resumed run goes on where it was."""
+        """Whether it is the suffix's turn. Counted in rollouts; in updates where an update has several of them."""
         turns = self.args.prefix_updates_per_suffix
         if self.args.vmr_num_suffixes == 1 or turns == 0 or not self.model.training:
             return False
-        window = self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
-        return self.state.global_step // max(1, window) % (turns + 1) == turns
+        has_one = math.prod(self._window) >= self.args.gradient_accumulation_steps
+        return (self._rollout_index if has_one else self.state.global_step) % (turns + 1) == turns
 
-    def _draw(self, prompts: list, **options: Any) -> list[torch.LongTensor]:
+    def _draw(self, prompts: list, generators: list[torch.Generator] | None, **options: Any) -> list[torch.LongTensor]:
         args = self.args
-        return draw(
-            self.pipeline, prompts, batch_size=args.rollout_batch_size, guidance_scale=args.guidance_scale,
-            guidance_schedule=args.guidance_schedule, temperature=self.temperature, top_k=self.top_k,
-            top_p=self.top_p, **options,
-        )  # fmt: skip
+        settings = {
+            "batch_size": args.rollout_batch_size, "guidance_scale": args.guidance_scale,
+            "guidance_schedule": args.guidance_schedule, "temperature": self.temperature, "top_k": self.top_k,
+            "top_p": self.top_p, **options,
+        }  # fmt: skip
+        return self._call_policy(lambda: draw(self.pipeline, prompts, generators=generators, **settings))
+
+    def _call_policy(self, function: Callable[[], Any]) -> Any:
+        return call_sharded(self.model_wrapped, self.pipeline.transformer.model, function)
+
+    def _generators(self, count: int, stage: int) -> list[torch.Generator]:
+        """One for each sample of this process and each stage of a rollout. A sample then depends neither on the number
+        of processes nor on the batch that it is sampled in, and a resumed run samples as an uninterrupted one."""
+        first = self.accelerator.process_index * count
+        keys = [(self.args.seed, self._rollout_index, stage, sample) for sample in range(first, first + count)]
+        seeds = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def _prefixes(self, rollouts: list[Rollout]) -> list[torch.LongTensor]:
         return [r.codes[: num_cells(r.prompt.grids[: self._num_prefix_scales(r.prompt.grids)])] for r in rollouts]
@@ -314,6 +349,11 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         )
         thoughts = [range(0)] * len(prompts)
         was_training, options = self.model.training, args.gradient_checkpointing_kwargs
+        stages = itertools.count()
+
+        def generators() -> list[torch.Generator] | None:
+            return self._generators(len(inputs), next(stages)) if was_training else None
+
         with (
             disable_gradient_checkpointing(self.model, options),  # TRL's unwrapping would forget the options
             unwrap_model_for_generation(
@@ -323,23 +363,23 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         ):
             self.model.eval()
             if args.max_thinking_tokens:
-                longer = think(
-                    self.pipeline, prompts, max_tokens=args.max_thinking_tokens, temperature=self.temperature
-                )
+                thinking = {"max_tokens": args.max_thinking_tokens, "temperature": self.temperature}
+                thinking["generators"] = generators() or ()
+                longer = self._call_policy(lambda: think(self.pipeline, prompts, **thinking))
                 prompts, thoughts = (list(column) for column in zip(*longer))
             if shared_prefix:
                 depth = self._num_prefix_scales(prompts[0].grids)
-                starts = [Rollout(*parts) for parts in zip(prompts, self._draw(prompts, num_scales=depth), thoughts)]
-                starts = self._leaders(starts)
+                codes = self._draw(prompts, generators(), num_scales=depth)
+                starts = self._leaders([Rollout(*parts) for parts in zip(prompts, codes, thoughts)])
                 prompts, thoughts = [start.prompt for start in starts], [start.thoughts for start in starts]
-                drawn = self._draw(prompts, prefixes=[start.codes for start in starts])
+                drawn = self._draw(prompts, generators(), prefixes=[start.codes for start in starts])
             else:
-                drawn = self._draw(prompts)
+                drawn = self._draw(prompts, generators())
             rollouts = [Rollout(*parts) for parts in zip(prompts, drawn, thoughts)]
             others = []
             if was_training and not shared_prefix:
                 for _ in range(args.vmr_num_suffixes - 1):
-                    codes = self._draw(prompts, prefixes=self._prefixes(rollouts))
+                    codes = self._draw(prompts, generators(), prefixes=self._prefixes(rollouts))
                     others.append([Rollout(*parts) for parts in zip(prompts, codes, thoughts)])
             self.model.train(was_training)
         return rollouts, others
@@ -361,59 +401,85 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         if taken := OWN_COLUMNS & set(inputs[0]):
             raise ValueError(f"the data set has the columns {sorted(taken)}, which rewards get from the trainer")
         trains_suffix = self._trains_suffix()
-        self._failed_rewards, self._masks = 0, None
+        self._failed_rewards = 0
+        if mode == "train" and self._buffered_inputs is not None:
+            self._record_peak_memory(mode, "update")
         rollouts, others = self._rollout(inputs, shared_prefix=trains_suffix)
 
         weights = self.reward_weights.to(self.accelerator.device)
-        raw, images = self._score(inputs, rollouts)
+        raw, images, masks = self._score(inputs, rollouts)
         by_function, rewards = combine_rewards(raw, weights, num_generations)
-        if others:
-            totals, extra = [rewards], dict(self._pending_extra_logs)
+        totals, all_masks, extra = [rewards], [masks], dict(self._pending_extra_logs)
+        for suffixes in others:
             self._pending_extra_logs.clear()
-            for suffixes in others:
-                totals.append(combine_rewards(self._score(inputs, suffixes)[0], weights, num_generations)[1])
-                self._pending_extra_logs.clear()
-            self._pending_extra_logs.update(extra)  # the table of completions has the first pictures only
-            totals = torch.stack(totals)
+            raw, _, masks = self._score(inputs, suffixes)
+            totals.append(combine_rewards(raw, weights, num_generations)[1])
+            all_masks.append(masks)
+        totals = torch.stack(totals)
+        if others:
+            self._pending_extra_logs.clear()
+            self._pending_extra_logs.update(extra)  # the table of completions has the first images only
             self._metrics[mode]["vmr/suffix_std"].append(totals.std(0).nanmean().item())
             rewards = middle_return(totals, self.args.vmr_eta)
         if torch.isnan(rewards).all():
             raise RuntimeError("no sample of the generation batch has a reward: see the failures reported above")
-        if self.args.multi_objective_aggregation == "normalize_then_sum":
-            advantages, deviations = group_advantages_by_function(by_function, weights, num_generations)
-        else:
-            advantages, deviations = group_advantages(rewards, num_generations, self.scale_rewards)
-        own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
 
-        batch = self._policy_batch(rollouts, trains_suffix)
-        batch["advantages"] = advantages[own]
+        scored, normalize = self._advantage_function(totals, by_function, weights, num_generations)
+        advantages, deviations = normalize(scored)
+        own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        scales = [self._trained_scales(rollout.prompt.grids, trains_suffix) for rollout in rollouts]
+        gates = cells = None
+        if self.args.mask_propagation:
+            gates = self._gates(rollouts, all_masks, scales)
+            everyone = self.accelerator.gather(self.accelerator.pad_across_processes(gates.int(), dim=2)).bool()
+            cells = gated_advantages(normalize, scored, everyone)[own]
+        batch = self._policy_batch(rollouts, scales, gates)
+        batch["advantages"] = token_advantages(advantages[own], cells, batch["scale_ids"])
         self._add_fixed_log_probs(batch)
         self._record_rollouts(mode, inputs, images, by_function, rewards, advantages, deviations)
         self._metrics[mode]["trains_suffix"].append(float(trains_suffix))
+        self._record_peak_memory(mode, "rollout")
         return batch
 
-    def _policy_batch(self, rollouts: list[Rollout], trains_suffix: bool) -> dict[str, Any]:
+    def _advantage_function(
+        self, totals: torch.Tensor, by_function: torch.Tensor, weights: torch.Tensor, num_generations: int
+    ) -> tuple[torch.Tensor, Callable]:
+        """The rewards (samples, suffixes or functions) that advantages are made of, and what makes these of them."""
+        if self.args.multi_objective_aggregation == "normalize_then_sum":  # refused with several suffixes
+            return by_function, partial(group_advantages_by_function, weights=weights, num_generations=num_generations)
+        eta, scale = self.args.vmr_eta, self.scale_rewards
+        return totals.T, lambda rewards: group_advantages(middle_return(rewards.T, eta), num_generations, scale)
+
+    def _gates(self, rollouts: list[Rollout], masks: list[list], scales: list[range]) -> torch.BoolTensor:
+        """Codes that the reward of each suffix looked at, (samples, suffixes, trained codes)."""
         rows = []
-        for index, rollout in enumerate(rollouts):
+        for index, (rollout, trained) in enumerate(zip(rollouts, scales)):
             grids = rollout.prompt.grids
-            depth = self._num_prefix_scales(grids)
-            scales = range(depth, len(grids)) if trains_suffix else range(depth)
-            mask = self._masks[index] if self._masks is not None else None
-            if mask is not None:
-                cells = mask_to_cells(torch.from_numpy(mask), grids)
-                mask = cells[num_cells(grids[: scales.start]) : num_cells(grids[: scales.stop])]
-            alpha = self.args.scale_loss_alpha
-            rows.append(
-                policy_row(rollout, self.pipeline.transformer.config, scales=scales, alpha=alpha, cell_mask=mask)
-            )
+            codes = slice(num_cells(grids[: trained.start]), num_cells(grids[: trained.stop]))
+            rows.append(torch.stack([mask_to_cells(of_suffix[index], grids)[codes] for of_suffix in masks], 1))
+        return pad_sequence(rows, batch_first=True).transpose(1, 2).to(self.accelerator.device)
+
+    def _policy_batch(
+        self, rollouts: list[Rollout], scales: list[range], gates: torch.BoolTensor | None
+    ) -> dict[str, Any]:
+        config, alpha = self.pipeline.transformer.config, self.args.scale_loss_alpha
+        masks = [None] * len(rollouts) if gates is None else gates.any(1)
+        rows = [
+            policy_row(rollout, config, scales=trained, alpha=alpha, cell_mask=mask)
+            for rollout, trained, mask in zip(rollouts, scales, masks)
+        ]
         return pad_rows(rows, pad_token_id=self._tokenizer.pad_token_id, device=self.accelerator.device)
+
+    def _trained_scales(self, grids: Sequence[tuple[int, int]], trains_suffix: bool) -> range:
+        depth = self._num_prefix_scales(grids)
+        return range(depth, len(grids)) if trains_suffix else range(depth)
 
     def _add_fixed_log_probs(self, batch: dict[str, Any]) -> None:
         """Log-probabilities of the policy as it is now, where it will have moved on when they are needed, and of the
         reference."""
         args = self.args
         with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
-            if args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) != 0:
+            if args.gradient_accumulation_steps % math.prod(self._window) != 0:
                 batch["old_per_token_logps"] = self._log_probs(self.model, batch)
             if self.beta == 0:
                 return
@@ -442,7 +508,8 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         outputs = model(**arguments)
         logps, entropies = outputs["logps"], outputs["entropies"]
         length = logps.shape[1]
-        weights, advantages = inputs["loss_weights"][:, :length], inputs["advantages"][:, None]
+        weights, advantages = inputs["loss_weights"][:, :length], inputs["advantages"]
+        advantages = advantages[:, None] if advantages.ndim == 1 else advantages[:, :length]
         old = inputs.get("old_per_token_logps")
         ratio = (logps - (logps.detach() if old is None else old[:, :length])).exp()
         bounds = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
@@ -465,6 +532,17 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         return loss / (self.current_gradient_accumulation_steps if mode == "train" else 1.0)
 
     # ---- logging
+
+    def _record_peak_memory(self, mode: str, phase: str) -> None:
+        """Log the largest memory that a process took since the last record, in units of 1e9 bytes."""
+        device = self.accelerator.device
+        if device.type == "cpu":  # of the process, since its start
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        else:
+            peak = torch.accelerator.max_memory_allocated(device)
+            torch.accelerator.reset_peak_memory_stats(device)
+        peaks = self.accelerator.gather(torch.tensor([peak / 1e9], device=device))
+        self._metrics[mode][f"peak_memory_gb/{phase}"].append(peaks.max().item())
 
     def _record_tokens(
         self, mode: str, per_token: dict[str, torch.Tensor], scale_ids: torch.Tensor, taught: torch.Tensor
@@ -542,6 +620,64 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
                     callback.tb_writer.add_image(
                         f"completions/{index}", np.asarray(image), self.state.global_step, dataformats="HWC"
                     )
+
+    # ---- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with class_of_user(self.model):
+            super()._save(output_dir, state_dict=state_dict)
+
+    def save_own_state(self, folder: str) -> None:
+        """Where the run is among its rollouts; and inside a window of `num_iterations`, what is still to be learnt."""
+        state = {"step": self._step, "window": self._window, "rollouts": None}
+        if self._step % math.prod(self._window):
+            state["rollouts"] = self._buffered_inputs
+        torch.save(state, os.path.join(folder, self._rollouts_file))
+
+    def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler | None:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        for _ in range(int(self.state.epoch) if self._train_sampler is not None else 0):
+            next(iter(self._train_sampler), None)  # TRL's sampler shuffles anew at the start of each epoch
+        path = os.path.join(checkpoint, self._rollouts_file)
+        state = {"step": self.state.global_step * self.args.gradient_accumulation_steps, "window": None}
+        if os.path.exists(path):
+            state = torch.load(path, map_location=self.accelerator.device.type, weights_only=True)
+        self._step = state["step"]
+        if state["window"] == self._window:
+            self._buffered_inputs = state["rollouts"]
+        elif self._step % math.prod(self._window):
+            logger.warning(
+                f"{path} is missing or has the window {state['window']}, expected {self._window}: the run goes on "
+                "with new rollouts, and not as it would have without the interruption"
+            )
+
+    @property
+    def _rollout_index(self) -> int:
+        return self._step // math.prod(self._window)
+
+    @property
+    def _window(self) -> tuple[int, int]:
+        """Micro-batches of a rollout, and how often each is learnt from."""
+        return self.args.steps_per_generation, self.num_iterations
+
+    @property
+    def _rollouts_file(self) -> str:
+        return f"rollouts-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.pt"
+
+
+@contextmanager
+def _named(reward: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It was raised by the reward {reward!r}")
+        raise
 
 
 def _thumbnail(image: Any, side: int = 256) -> Any:

@@ -4,11 +4,7 @@ Only the difference is here: tokens are counted as the loss supervises them, the
 images and for every scale, a loss that is no number stops the training, and a checkpoint is there whole or not at all.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 from ..modeling_nextflow.loss_nextflow import get_targets
@@ -21,6 +17,7 @@ from .muon import MuonWithAdamW
 from .not_finite import FiniteStepsMixin
 from .processes import ProcessesMixin
 from .refusals import OWN_LOSS, check_arguments, check_trainer_options
+from .sharding import class_of_user
 
 
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
@@ -174,20 +171,8 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
         is_here = state_dict is None or len(state_dict) > 0  # FSDP gathers it on the first process alone
         if is_head_cut(model) and is_here:
             state_dict = join_head(model, model.state_dict() if state_dict is None else state_dict)
-        with _class_of_user(self.model):
+        with class_of_user(self.model):
             super()._save(output_dir, state_dict=state_dict)
-
-
-@contextlib.contextmanager
-def _class_of_user(model: torch.nn.Module) -> Iterator[None]:
-    """The model as it was before FSDP2 made a class of its own for it: saving copies the class's name and file."""
-    wrapped = type(model)
-    if issubclass(wrapped, FSDPModule):
-        model.__class__ = next(parent for parent in wrapped.__bases__ if not issubclass(parent, FSDPModule))
-    try:
-        yield
-    finally:
-        model.__class__ = wrapped
 
 
 class _LossSums:

@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
 
 from .vlm_judge import prompt_text
 
 
-class _HubReward:
+class HubReward:
     """A frozen model and its processor, loaded when they are first needed."""
 
     auto_class: type = AutoModel
@@ -43,10 +48,13 @@ class _HubReward:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        device = self.device or torch.accelerator.current_accelerator() or "cpu"
         options = {} if self.dtype is None else {"dtype": self.dtype}
         model = self.auto_class.from_pretrained(self.model_id, **options, **self.kwargs)
-        return model.eval().requires_grad_(False).to(device)
+        return model.eval().requires_grad_(False).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.device or torch.accelerator.current_accelerator() or "cpu")
 
     def _to_model(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         floats = {name: tensor.to(self.model.dtype) for name, tensor in inputs.items() if tensor.is_floating_point()}
@@ -66,7 +74,7 @@ class _HubReward:
         raise NotImplementedError
 
 
-class CLIPReward(_HubReward):
+class CLIPReward(HubReward):
     """
     Agreement of picture and prompt under a CLIP-like model: the cosine of their embeddings (the CLIP score).
 
@@ -93,9 +101,9 @@ class CLIPReward(_HubReward):
         return cosine * self.model.logit_scale.exp() if self.scaled else cosine
 
 
-class ImageScoreReward(_HubReward):
+class ImageScoreReward(HubReward):
     """
-    What an image classifier or a regressor says of the picture alone, such as an aesthetic score.
+    What an image classifier or a regressor says of the image alone, such as an aesthetic score.
 
     Args:
         model_id (`str`): Hub id or folder of a model for image classification.
@@ -116,9 +124,36 @@ class ImageScoreReward(_HubReward):
             raise ValueError(f"{self.model_id} has the labels {sorted(labels.values())}: name one with `label`")
         if self.label is not None and self.label not in labels.values():
             raise ValueError(f"{self.model_id} has no label {self.label!r}, expected one of {sorted(labels.values())}")
-        inputs = self.processor(images=images, return_tensors="pt")
-        logits = self.model(**self._to_model(inputs)).logits
+        logits = self.model(**self._to_model(self._inputs(images, texts))).logits
         if self.label is None:
             return logits[:, 0]
         index = next(index for index, name in labels.items() if name == self.label)
         return logits.softmax(-1)[:, int(index)]
+
+    def _inputs(self, images: list[Image.Image], texts: list[str]) -> dict[str, torch.Tensor]:
+        return self.processor(images=images, return_tensors="pt")
+
+
+class SequenceScoreReward(ImageScoreReward):
+    """
+    What a sequence classifier or a reward model says of an image and its prompt.
+
+    A processor with a chat template gets a user's message of the image, then the prompt; another gets `images` and
+    `text`.
+
+    Args:
+        model_id (`str`): Hub id or folder of a model for sequence classification that reads images.
+        label, processor_id, device, dtype, batch_size, kwargs (*optional*): As in [`ImageScoreReward`].
+    """
+
+    auto_class = AutoModelForSequenceClassification
+
+    def _inputs(self, images: list[Image.Image], texts: list[str]) -> dict[str, torch.Tensor]:
+        options = {"padding": True, "return_tensors": "pt"}
+        if getattr(self.processor, "chat_template", None) is None:
+            return self.processor(images=images, text=texts, truncation=True, **options)
+        messages = []
+        for image, text in zip(images, texts):
+            parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+            messages.append([{"role": "user", "content": parts}])
+        return self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options)

@@ -5,6 +5,7 @@ Knows HTTP and nothing of the model that draws. The standard library is enough: 
 
 import asyncio
 import base64
+import http.client
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import re
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,8 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
+from .combination import one_line
+
 
 logger = logging.get_logger(__name__)
 
@@ -27,6 +31,7 @@ QUESTION = (
     "A picture was made for this request:\n\n{prompt}\n\nHow well does it fulfil the request, and is it free of "
     'visible errors? Answer with JSON only: {{"score": <number from {low} to {high}>}}'
 )
+MAX_ANSWER_BYTES = 2**20
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -42,6 +47,40 @@ def parse_score(answer: str) -> float:
     if found is None:
         raise ValueError(f"the judge's answer has no score: {answer[:200]!r}")
     return float(found.group(1))
+
+
+def answer_text(answer: bytes) -> str:
+    """The text of a chat completion. Raises `ValueError` where `answer` is none."""
+    try:
+        text = json.loads(answer)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise ValueError(f"the answer is no chat completion: {one_line(answer)}") from error
+    if not isinstance(text, str):
+        raise ValueError(f"the content of the answer is {one_line(text)}, expected a text")
+    return text
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, new_url):
+        reason = f"redirects to {new_url}, set base_url to the address of the server itself"
+        raise urllib.error.HTTPError(request.full_url, code, reason, headers, file)
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The whole body. The time limit of a socket starts anew with every byte, this one does not."""
+    body = b""
+    while chunk := response.read1(MAX_ANSWER_BYTES):
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError("the answer takes longer than `timeout`")
+    if response.length:
+        raise http.client.IncompleteRead(body, response.length)
+    return body
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
@@ -60,8 +99,9 @@ class VLMJudge:
     """
     Asks a model for a score of every picture; an asynchronous reward between 0 and 1.
 
-    A request that fails for good, or an answer without a score, is NaN for its sample: reported and left out. A spent
-    budget ends the training with [`BudgetExceededError`].
+    A request that fails for good, or an answer without a score in the range, is NaN for its sample: logged in one line
+    and excluded. Redirects are not followed, as they would carry the key elsewhere and lose the images. A spent budget
+    ends the training with [`BudgetExceededError`].
 
     Args:
         base_url (`str`): The server, such as `"http://localhost:8000/v1"`.
@@ -69,7 +109,7 @@ class VLMJudge:
         api_key (`str`, *optional*): Sent as bearer token.
         question (`str`, *optional*): With `{prompt}`, `{low}` and `{high}`; must lead to `{"score": number}`.
         score_range (`tuple[float, float]`, *optional*, defaults to `(0, 10)`): Scores of the worst and the best.
-        timeout (`float`, *optional*, defaults to 60): Seconds that a request may take.
+        timeout (`float`, *optional*, defaults to 60): Seconds until the server answers, and until its answer is whole.
         retries (`int`, *optional*, defaults to 3):
             Further attempts after a time-out, a lost connection or a busy server, after 1, 2, 4, ... times `backoff`.
         backoff (`float`, *optional*, defaults to 1): Seconds before the first further attempt.
@@ -93,6 +133,10 @@ class VLMJudge:
     ):
         if not score_range[0] < score_range[1]:
             raise ValueError(f"score_range is {score_range}, expected (low, high) with low < high")
+        if urllib.parse.urlsplit(base_url).scheme not in ("http", "https"):
+            raise ValueError(f"base_url is {base_url!r}, expected an address such as 'http://localhost:8000/v1'")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("api_key has a line break or another character that no header can hold")
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model = model
         self.question = question
@@ -135,26 +179,27 @@ class VLMJudge:
         content = [_image_part(picture) for picture in (*source_images, image)] + [{"type": "text", "text": text}]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         try:
-            answer = self._request(body)["choices"][0]["message"]["content"]
-            return (parse_score(answer) - low) / (high - low)
-        except BudgetExceededError:
-            raise
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            logger.warning(f"no score from {self.url} for {prompt!r}: {type(error).__name__}: {error}")
+            score = parse_score(answer_text(self._request(body)))
+            if not low <= score <= high:
+                raise ValueError(f"the score is {score:g}, expected {low} to {high}")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = " ".join(str(error).split())
+            logger.warning(f"no score from {self.url} for {one_line(prompt)}: {type(error).__name__}: {reason}")
             return math.nan
+        return (score - low) / (high - low)
 
-    def _request(self, body: dict) -> dict:
+    def _request(self, body: dict) -> bytes:
         data = json.dumps(body).encode()
         for attempt in range(self.retries + 1):
             self._spend()
             request = urllib.request.Request(self.url, data, self._headers)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.load(response)
+                with _OPENER.open(request, timeout=self.timeout) as response:
+                    return _read(response, time.monotonic() + self.timeout)
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED_STATUS or attempt == self.retries:
                     raise
-            except OSError:  # time-outs and lost connections; `HTTPError` is one as well
+            except (OSError, http.client.HTTPException):  # time-outs and lost connections, or no HTTP
                 if attempt == self.retries:
                     raise
             time.sleep(self.backoff * 2**attempt)
