@@ -62,7 +62,7 @@ def extra_with(package: str | None) -> str | None:
     """How to install a package that an extra of this one brings; `None` where none does."""
     for line in importlib.metadata.requires("nextflow-hf") or []:
         requirement = Requirement(line)
-        if requirement.name == package and requirement.marker is not None:
+        if requirement.name.replace("-", "_") == package and requirement.marker is not None:
             for extra in importlib.metadata.metadata("nextflow-hf").get_all("Provides-Extra"):
                 if requirement.marker.evaluate({"extra": extra}):
                     return f'pip install "nextflow-hf[{extra}]"'

@@ -1,9 +1,15 @@
 """The emoji world: what emojibase names and at least three of five sets of artwork draw."""
 
+import json
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 
+from PIL import Image
+
 from .artwork import STYLES, Rasters, fetch_archives, read_artwork
+from .scene import Scene
 from .sprites import Concept, Sprites
 
 
@@ -22,6 +28,7 @@ _HINTS = {
     "firefox": ("as in the browser with the fox",),
 }
 _ORDER_SEED = 20260114
+JUDGE = Path("data/emoji/judge")  # what `nextflow-hf world emoji --judge data/emoji/judge` writes
 LIST = Path(__file__).with_name("emoji_concepts.txt")
 
 
@@ -52,3 +59,30 @@ def make_sprites(concepts: dict[str, Concept], source: Rasters) -> Sprites:
     """Of rendered artwork."""
     words = {style: _STYLE_WORDS[style] for style in STYLES}
     return Sprites(concepts, words, source, tone_words="skin tone", hints=_HINTS)
+
+
+@lru_cache(maxsize=1)
+def _judge(folder: Path):
+    from .judge import Judge  # needs torch
+
+    return Judge(folder)
+
+
+def judge_image(image: Image.Image, scene: Scene, judge: Path = JUDGE) -> dict[str, bool]:
+    """Which checks an image of a scene passes, by name (see [`~judge.Judge.judge_image`])."""
+    return _judge(judge).judge_image(image, scene)
+
+
+def reward(
+    images: Sequence[Image.Image], scenes: Sequence[Sequence[str]], judge: Path = JUDGE, **columns
+) -> list[float]:
+    """
+    For GRPO (`nextflow_hf.worlds.emoji:reward`): the share of the checks that an image passes, against the last scene
+    in the column `scenes` of the world's data sets.
+    """
+    found = []
+    for image, of_row in zip(images, scenes, strict=True):
+        checks = judge_image(image, Scene.from_json(json.loads(of_row[-1])), judge)
+        passed = checks.pop("passed")
+        found.append(1.0 if passed else sum(checks.values()) / (len(checks) + 1))
+    return found
