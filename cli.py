@@ -24,6 +24,10 @@ COMMANDS = {
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
     "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
     "convert": ("nextflow_hf.hub_cards.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
+    "world": (
+        "nextflow_hf.commands.world",
+        "data sets that are drawn by code, such as scenes of emoji, and their judge",
+    ),
     "extract": ("nextflow_hf.training.extract", "a mixture of data sets as shards of tokens and codes for training"),
     "train": ("nextflow_hf.training.train", "train the transformer by a recipe, on any number of processes"),
     "train-tokenizer": (
@@ -58,7 +62,7 @@ def extra_with(package: str | None) -> str | None:
     """How to install a package that an extra of this one brings; `None` where none does."""
     for line in importlib.metadata.requires("nextflow-hf") or []:
         requirement = Requirement(line)
-        if requirement.name == package and requirement.marker is not None:
+        if requirement.name.replace("-", "_") == package and requirement.marker is not None:
             for extra in importlib.metadata.metadata("nextflow-hf").get_all("Provides-Extra"):
                 if requirement.marker.evaluate({"extra": extra}):
                     return f'pip install "nextflow-hf[{extra}]"'

@@ -1,0 +1,297 @@
+"""The language of a world: from a scene to words that settle it, and from a caption back to the scene.
+
+A [`Speaker`] words everything, either cleanly (names, articles, small letters) or as people write: synonyms, no
+articles, capitals, "please", full stops, any order.
+"""
+
+import re
+from collections.abc import Sequence
+from random import Random
+
+from .scene import (
+    BACKGROUNDS,
+    CELLS,
+    DEFAULT_BACKGROUND,
+    Canvas,
+    Scene,
+    Thing,
+    default_places,
+    default_size,
+)
+from .sprites import Sprite, Sprites
+
+
+COUNT_WORDS = ("no", "one", "two", "three", "four")
+PLACE_PHRASES = {
+    "top left corner": ("in the top left corner", "top left", "in the upper left corner", "at the top left"),
+    "top": ("at the top", "on top", "in the upper middle"),
+    "top right corner": ("in the top right corner", "top right", "in the upper right corner", "at the top right"),
+    "left": ("on the left", "on the left side", "at the left"),
+    "middle": ("in the middle", "in the center", "in the centre"),
+    "right": ("on the right", "on the right side", "at the right"),
+    "bottom left corner": ("in the bottom left corner", "bottom left", "in the lower left corner"),
+    "bottom": ("at the bottom", "in the lower middle"),
+    "bottom right corner": ("in the bottom right corner", "bottom right", "in the lower right corner"),
+}
+_SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium-sized",), "large": ("large", "big", "huge")}
+_RELATION_PHRASES = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+_CLEAN_REQUESTS = ("{}", "{}", "a picture of {}", "draw {}")
+_REQUESTS = (
+    *("{}", "{}", "{}", "draw {}", "please draw {}", "{}, please", "{} please", "show me {}", "can you draw {}?"),
+    *("I want {}", "I'd like a picture of {}", "make an image of {}", "an image of {}", "picture of {}"),
+    *("give me {}", "could you make me a picture with {}?", "paint {}", "generate {}"),
+)
+_IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "ox": "oxen"}
+_IRREGULAR |= {"foot": "feet", "tooth": "teeth", "leaf": "leaves", "wolf": "wolves", "knife": "knives"}
+_IRREGULAR |= {"goose": "geese", "scarf": "scarves", "fish": "fish", "sheep": "sheep", "shrimp": "shrimp"}
+_AFTER_HEAD = {"with", "without", "of", "in", "on", "behind", "and", "at", "for", "under", "over", "from", "to"}
+_AFTER_ALL = {"up", "down", "together", "vertically", "horizontally"}
+
+
+def head_index(words: Sequence[str]) -> int:
+    """The word of a name that a number changes: `cat` in `cat with tears of joy`, `man` in `man shrugging`."""
+    for index, word in enumerate(words[1:], 1):
+        if word in _AFTER_HEAD or (word.endswith("ing") and words[index - 1] in (*_IRREGULAR, "face", "hands")):
+            return index - 1
+    return max(index for index, word in enumerate(words) if word not in _AFTER_ALL or not index)
+
+
+def is_plural(name: str) -> bool:
+    """Whether a name stands without an article already: `chopsticks`, `crossed swords`."""
+    words = name.split()
+    head = words[head_index(words)]
+    return head in _IRREGULAR.values() and head not in _IRREGULAR or bool(re.search(r"[^su'i]s$", head))
+
+
+def plural(name: str) -> str:
+    """`cats with tears of joy`, `foxes`, `cherries`."""
+    if is_plural(name):
+        return name
+    words = name.split()
+    index = head_index(words)
+    head = words[index]
+    if head.lower() in _IRREGULAR:
+        words[index] = _IRREGULAR[head.lower()]
+    elif re.search(r"[^aeiou]y$", head):
+        words[index] = f"{head[:-1]}ies"
+    else:
+        words[index] = f"{head}es" if re.search(r"(s|x|z|ch|sh)$", head) else f"{head}s"
+    return " ".join(words)
+
+
+def with_article(words: str) -> str:
+    """`an octopus`, `a unicorn`, `chopsticks`."""
+    if is_plural(words):
+        return words
+    first = words.split()[0].lower()
+    vowel = first[0] in "aeiou" and not re.match(r"(uni|eu|use|one|ufo$)", first) or first.startswith("hour")
+    return f"{'an' if vowel else 'a'} {words}"
+
+
+def join_words(items: Sequence[str], last: str = " and ") -> str:
+    """`a, b and c`."""
+    return last.join(filter(None, (", ".join(items[:-1]), *items[-1:])))
+
+
+class Speaker:
+    """
+    Words things.
+
+    Args:
+        sprites ([`Sprites`]): Of the world.
+        rng (`Random`): Chooses the words.
+        people (`bool`, *optional*, defaults to `False`): As people write, else cleanly.
+    """
+
+    def __init__(self, sprites: Sprites, rng: Random, people: bool = False):
+        self.sprites, self.rng, self.people = sprites, rng, people
+
+    def choose(self, usual: str, others: Sequence[str] = ()) -> str:
+        """The usual word, or as people choose one of all."""
+        return self.rng.choice((usual, *others)) if self.people and others else usual
+
+    def maybe(self, chance: float) -> bool:
+        """True with a probability."""
+        return self.rng.random() < chance
+
+    def name(self, concept: str) -> str:
+        """A name of a concept."""
+        others = self.sprites.concepts[concept].synonyms
+        return self.rng.choice(others) if self.people and others and self.maybe(0.3) else concept
+
+    def style(self, style: str) -> str:
+        """An adjective for a style."""
+        first, *others = self.sprites.styles[style]
+        return self.choose(first, others)
+
+    def tone(self, tone: str) -> str:
+        """`with dark skin`."""
+        return f"with {tone} {self.sprites.tone_words}" if tone else ""
+
+    def noun(self, sprite: Sprite, *, size: str = "", style: bool = True, tone: bool = True, count: int = 1) -> str:
+        """`small flat octopus`, `octopus in flat style`, `three flat octopuses`, without an article."""
+        words = self.name(sprite.concept)
+        words = plural(words) if count > 1 else words
+        if tone and sprite.tone:
+            words = f"{words} {self.tone(sprite.tone)}"
+        if style:
+            adjective = self.style(sprite.style)
+            late = self.people and self.maybe(0.25)
+            words = f"{words} in {adjective} style" if late else f"{adjective} {words}"
+        if size:
+            words = f"{self.choose(*_SIZE_WORDS[size][:1], _SIZE_WORDS[size][1:])} {words}"
+        return f"{COUNT_WORDS[count]} {words}" if count > 1 else words
+
+    def indefinite(self, sprite: Sprite, **parts) -> str:
+        """`a small flat octopus`; people leave articles out."""
+        words = self.noun(sprite, **parts)
+        bare = parts.get("count", 1) > 1 or self.people and self.maybe(0.3)
+        return words if bare else with_article(words)
+
+    def place(self, place: str) -> str:
+        """`in the top left corner`."""
+        return self.choose(PLACE_PHRASES[place][0], PLACE_PHRASES[place][1:])
+
+    def size_word(self, size: str) -> str:
+        """`small`, or as people say it."""
+        return self.choose(_SIZE_WORDS[size][0], _SIZE_WORDS[size][1:])
+
+    def relation(self, relation: str) -> str:
+        """`to the left of`."""
+        return self.choose(_RELATION_PHRASES[relation][0], _RELATION_PHRASES[relation][1:])
+
+    def background(self, background: str) -> str:
+        """`a sky blue background`, `a gradient background from pink to orange`."""
+        if " to " in background:
+            return self.choose(f"a {background} gradient background", (f"a gradient from {background}",))
+        return self.choose(f"{with_article(background)} background", (background, f"{background} background"))
+
+    def with_background(self, words: str, background: str) -> str:
+        """The background after, or before, the rest."""
+        phrase = self.background(background)
+        if not self.people or self.maybe(0.6):
+            return f"{words} on {phrase}"
+        return self.rng.choice((f"on {phrase}, {words}", f"{words}, {phrase}", f"{words} in front of {phrase}"))
+
+    def refer(self, scene: Scene, thing: Thing) -> str | None:
+        """`the octopus`, `the flat octopus`, `the octopus on the left`: what names one thing of the scene only."""
+        alike = [other for other in scene.things if other.sprite.concept == thing.sprite.concept]
+        same_style = [other for other in alike if other.sprite.style == thing.sprite.style]
+        name = self.name(thing.sprite.concept)
+        if len(alike) == 1:
+            return f"the {name}"
+        if len(same_style) == 1:
+            return f"the {self.style(thing.sprite.style)} {name}"
+        return f"the {name} {self.place(thing.place)}" if len({t.place for t in alike}) == len(alike) else None
+
+    def request(self, words: str) -> str:
+        """A description as a request."""
+        if not self.people:
+            return self.rng.choice(_CLEAN_REQUESTS).format(words)
+        return self.manner(self.rng.choice(_REQUESTS).format(words))
+
+    def manner(self, text: str) -> str:
+        """Capitals and full stops as people set them; clean text stays."""
+        if not self.people:
+            return text
+        text = text[0].upper() + text[1:] if self.maybe(0.5) else text
+        text = text.upper() if self.maybe(0.03) else text.lower() if self.maybe(0.2) else text
+        return f"{text}{self.rng.choice(('.', '.', '!', ''))}" if text[-1].isalnum() and self.maybe(0.6) else text
+
+    # ---- scenes
+
+    def describe(self, scene: Scene, canvas: Canvas) -> str:
+        """Everything about a scene that is not a default of the canvas, and some of what is."""
+        places = [thing.place for thing in scene.things]
+        usual = default_size(places, canvas)
+        is_usual = tuple(places) == default_places(len(places), canvas)
+        sizes = [thing.size if thing.size != usual or self.maybe(0.1) else "" for thing in scene.things]
+        styles = [self._names_style(thing.sprite) for thing in scene.things]
+        parts = [{"size": size, "style": style} for size, style in zip(sizes, styles)]
+        if is_usual and not self.maybe(0.25):
+            words = self._line(scene, parts, canvas)
+        else:
+            words = self._placed(scene, parts)
+        if scene.background != DEFAULT_BACKGROUND or self.maybe(0.15):
+            words = self.with_background(words, scene.background)
+        return words
+
+    def _names_style(self, sprite: Sprite) -> bool:
+        return sprite.style != self.sprites.styles_of[sprite.concept][0] or self.maybe(0.5)
+
+    def _line(self, scene: Scene, parts: list[dict], canvas: Canvas) -> str:
+        """Things in their usual order, like ones counted, two by a relation."""
+        groups: list[tuple[Sprite, dict, int]] = []
+        for thing, part in zip(scene.things, parts):
+            if groups and groups[-1][0] == thing.sprite:
+                sprite, first, count = groups.pop()
+                groups.append((sprite, first, count + 1))
+            else:
+                groups.append((thing.sprite, part, 1))
+        nouns = [self.indefinite(sprite, **part, count=count) for sprite, part, count in groups]
+        wide = canvas[1] >= canvas[0]
+        if len(scene.things) == 2 == len(groups) and self.maybe(0.6):
+            forward = self.maybe(0.5)
+            relation = ("left of", "right of") if wide else ("above", "below")
+            first, second = nouns if forward else nouns[::-1]
+            return f"{first} {self.relation(relation[0] if forward else relation[1])} {second}"
+        words = join_words(nouns)
+        if len(groups) == 3 and self.maybe(0.3):
+            words += " from left to right" if wide else " from top to bottom"
+        return words
+
+    def _placed(self, scene: Scene, parts: list[dict]) -> str:
+        things = [
+            f"{self.indefinite(thing.sprite, **part)} {self.place(thing.place)}"
+            for thing, part in zip(scene.things, parts)
+        ]
+        relation = self._relation_of(scene)
+        if relation and self.maybe(0.5):
+            first, second = (self.indefinite(thing.sprite, **part) for thing, part in zip(scene.things, parts))
+            return f"{first} {self.relation(relation)} {second}"
+        self.rng.shuffle(things)
+        return join_words(things)
+
+    @staticmethod
+    def _relation_of(scene: Scene) -> str | None:
+        """The relation that says all about the places of two things: they face each other across the middle."""
+        pairs = {("left", "right"): "left of", ("right", "left"): "right of"}
+        pairs |= {("top", "bottom"): "above", ("bottom", "top"): "below"}
+        return pairs.get(tuple(thing.place for thing in scene.things))
+
+
+def caption(sprites: Sprites, scene: Scene) -> str:
+    """The one full caption of a scene: things in reading order, each with style and place, then the background."""
+    speaker = Speaker(sprites, Random(0))
+    things = sorted(scene.things, key=lambda thing: CELLS[thing.place])
+    parts = [
+        f"{with_article(speaker.noun(t.sprite, size=t.size if t.size != 'medium' else ''))} {speaker.place(t.place)}"
+        for t in things
+    ]
+    return f"{', '.join(parts)}, on {speaker.background(scene.background)}"
+
+
+def read_caption(sprites: Sprites, text: str) -> Scene | None:
+    """The scene of a caption that is worded as [`caption`] words them; None for other text."""
+    *items, last = text.strip(" .\n").split(", ")
+    speaker = Speaker(sprites, Random(0))
+    grounds = {f"on {speaker.background(name)}": name for name in BACKGROUNDS}
+    places = {phrases[0]: place for place, phrases in PLACE_PHRASES.items()}
+    pattern = re.compile(
+        rf"(?:an? )?(?:(small|large) )?({'|'.join(words[0] for words in sprites.styles.values())}) (.+?)"
+        rf"(?: with (\S+) {sprites.tone_words or '-'})? ({'|'.join(places)})"
+    )
+    styles = {words[0]: style for style, words in sprites.styles.items()}
+    found = [pattern.fullmatch(item) for item in items]
+    if last not in grounds or not all(found) or any(match[3] not in sprites.concepts for match in found):
+        return None
+    things = (
+        Thing(Sprite(match[3], styles[match[2]], match[4] or ""), places[match[5]], match[1] or "medium")
+        for match in found
+    )
+    return Scene(grounds[last], tuple(things))

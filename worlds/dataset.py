@@ -1,0 +1,351 @@
+"""A world as ordinary data sets: rows of every task, each a function of (seed, split, task, number), as parquet files.
+
+A row has the form that people have it in (a captioned image, an edit triplet, LLaVA's turns, `messages`, plain text),
+so that `nextflow-hf extract` reads it as it reads anything; its further columns (`category`, `wording`, `scenes`) are
+for an evaluation. `train` has neither held-out pairs nor held-out sentences and scenes, `test` has only held-out
+sentences and scenes, and `held_out` has a held-out pair in every row.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import datasets
+import numpy as np
+import yaml
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..processing.reasoning import THINKING_PROMPT, join_reasoning
+from .captions import caption
+from .edits import sample_edit, sample_subject
+from .questions import CAPTION_REQUESTS, sample_questions
+from .sampling import Context, is_held_out
+from .scene import MAX_THINGS, Canvas, Scene, render, render_loose
+from .sprites import Sprites
+from .stories import sample_examples, sample_story
+from .thinking import sample_conversation, sample_implied, sample_text
+
+
+SPLITS = ("train", "test", "held_out")
+PEOPLE_SHARE = 0.5  # of the rows, worded as people write
+ROWS_PER_FILE = 2000
+
+
+@dataclass
+class Row:
+    """
+    A row before it has pixels.
+
+    Args:
+        columns (`dict`): What it says, by the names of the task's columns but for its images.
+        scenes (`tuple[Scene, ...]`): Of its images in reading order.
+        category (`str`): Within the task.
+        sentence (`str`, *optional*): What must be in the right split; None where the image asks.
+    """
+
+    columns: dict
+    scenes: tuple[Scene, ...]
+    category: str
+    sentence: str | None = None
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+_IMAGE = {"type": "image", "text": None}
+
+
+def _turn(role: str, *parts: dict) -> dict:
+    return {"role": role, "content": list(parts)}
+
+
+# ---- the tasks
+
+
+def _text_to_image(context: Context) -> Row:
+    scene = context.scene()
+    text = context.say.request(context.say.describe(scene, context.canvas))
+    kind = "single" if len(scene.things) == 1 else "count" if len(set(_sprites(scene))) == 1 else "composition"
+    return Row({"text": text}, (scene,), kind, text)
+
+
+def _sprites(scene: Scene) -> list:
+    return [thing.sprite for thing in scene.things]
+
+
+def _edit(context: Context) -> Row:
+    edit = sample_edit(context)
+    return Row({"instruction": edit.instruction}, (edit.source, edit.target), edit.kind, edit.instruction)
+
+
+def _subject(context: Context) -> Row:
+    subject = sample_subject(context)
+    kind = f"{len(subject.sources)}_subjects"
+    return Row({"instruction": subject.instruction}, (*subject.sources, subject.target), kind)
+
+
+def _caption(context: Context) -> Row:
+    scene = context.scene() if context.say.maybe(0.5) else context.spread(context.rng.randint(1, MAX_THINGS))
+    request = context.say.manner(context.rng.choice(CAPTION_REQUESTS))
+    return Row({"question": request, "answer": caption(context.sprites, scene)}, (scene,), str(len(scene.things)))
+
+
+def _questions(context: Context) -> Row:
+    scene = context.scene() if context.say.maybe(0.5) else context.spread(context.rng.randint(1, MAX_THINGS))
+    questions = sample_questions(context, scene, context.rng.randint(1, 5))
+    turns = []
+    for question in questions:
+        image = "" if turns else "<image>\n"
+        turns.append({"from": "human", "value": f"{image}{question.text}"})
+        turns.append({"from": "gpt", "value": question.answer})
+    return Row({"conversations": turns}, (scene,), questions[0].kind) if turns else _questions(context)
+
+
+def _thinking(context: Context) -> Row:
+    """With the system message it thinks first; without it, of the same prompts, it does not."""
+    implied = sample_implied(context)
+    answer = (_IMAGE,)
+    turns = [_turn("user", _text(implied.text))]
+    if thinks := context.say.maybe(0.8):
+        turns.insert(0, _turn("system", _text(THINKING_PROMPT)))
+        answer = (_text(join_reasoning(implied.reasoning, implied.explicit)), _IMAGE)
+    kind = "thinking" if thinks else "direct"
+    return Row({"messages": [*turns, _turn("assistant", *answer)]}, (implied.scene,), kind, implied.text)
+
+
+def _story(context: Context) -> Row:
+    story = sample_story(context)
+    answer = [part for sentence in story.sentences for part in (_text(sentence), _IMAGE)]
+    turns = [_turn("user", _text(story.text)), _turn("assistant", *answer)]
+    return Row({"messages": turns}, story.scenes, story.kind, story.text)
+
+
+def _examples(context: Context) -> Row:
+    pair = sample_examples(context)
+    asked = [_IMAGE, _text("is to"), _IMAGE, _text("as"), _IMAGE, _text("is to")]
+    return Row({"messages": [_turn("user", *asked), _turn("assistant", _IMAGE)]}, pair.scenes, pair.rule)
+
+
+def _conversation(context: Context) -> Row:
+    conversation = sample_conversation(context)
+    turns = []
+    for asked, answer in conversation.turns:
+        turns.append(_turn("user", _text(asked)))
+        turns.append(_turn("assistant", _IMAGE if isinstance(answer, Scene) else _text(answer)))
+    scenes = tuple(answer for _, answer in conversation.turns if isinstance(answer, Scene))
+    return Row({"messages": turns}, scenes, " ".join(conversation.kinds), conversation.turns[0][0])
+
+
+def _plain_text(context: Context) -> Row:
+    text = sample_text(context)
+    return Row({"text": text}, (), "text", text)
+
+
+_IMAGE_FEATURE = datasets.Image()
+_STRING = datasets.Value("string")
+_MESSAGES = {
+    "messages": datasets.List({"role": _STRING, "content": datasets.List({"type": _STRING, "text": _STRING})}),
+    "images": datasets.List(_IMAGE_FEATURE),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A kind of rows.
+
+    Args:
+        sample (`Callable`): Makes one.
+        share (`float`): Of all rows.
+        format (`str`): The task by which `nextflow-hf extract` reads them.
+        features (`dict`): Its columns. Images fill those named "image", "target", "source" (a list) and "images".
+        tests (`bool`, *optional*, defaults to `True`): Whether it is in the splits for evaluation.
+    """
+
+    sample: Callable[[Context], Row]
+    share: float
+    format: str
+    features: dict
+    tests: bool = True
+
+
+_EDIT = {"source": datasets.List(_IMAGE_FEATURE), "instruction": _STRING, "target": _IMAGE_FEATURE}
+_TURNS = {"conversations": datasets.List({"from": _STRING, "value": _STRING}), "image": _IMAGE_FEATURE}
+TASKS = {
+    "text_to_image": Task(_text_to_image, 0.36, "text_to_image", {"image": _IMAGE_FEATURE, "text": _STRING}),
+    "edit": Task(_edit, 0.22, "edit", _EDIT),
+    "subject": Task(_subject, 0.06, "edit", _EDIT),
+    "caption": Task(
+        _caption, 0.09, "image_to_text", {"question": _STRING, "image": _IMAGE_FEATURE, "answer": _STRING}
+    ),
+    "questions": Task(_questions, 0.08, "conversation", _TURNS),
+    "thinking": Task(_thinking, 0.04, "messages", _MESSAGES),
+    "story": Task(_story, 0.05, "messages", _MESSAGES),
+    "examples": Task(_examples, 0.03, "messages", _MESSAGES),
+    "conversation": Task(_conversation, 0.05, "messages", _MESSAGES),
+    "text": Task(_plain_text, 0.02, "text", {"text": _STRING}, tests=False),
+}
+_MORE = {"category": _STRING, "wording": _STRING, "height": datasets.Value("int32"), "width": datasets.Value("int32")}
+_MORE["scenes"] = datasets.List(_STRING)
+
+
+def sample_row(
+    sprites: Sprites, task: str, key: str, canvases: list[Canvas], *, split: str = "train", people: bool | None = None
+) -> tuple[Row, Context]:
+    """The row of a task that `key` names, and the context with its canvas and wording (half of each where None)."""
+    rng = Random(f"{key}/{split}/{task}")
+    canvas = rng.choice(canvases)
+    people = rng.random() < PEOPLE_SHARE if people is None else people
+    while True:
+        context = Context(sprites, rng, canvas, people, "held_out" if split == "held_out" else "seen")
+        row = TASKS[task].sample(context)
+        if _is_in_split(row, split, sprites):
+            return row, context
+
+
+def _is_in_split(row: Row, split: str, sprites: Sprites) -> bool:
+    """Of `test`, the sentence is held out and so is the last scene; where an image asks, the scene alone."""
+    if split == "held_out":
+        shown = (thing.sprite for scene in row.scenes for thing in scene.things)
+        return any((sprite.concept, sprite.style) in sprites.held_out for sprite in shown)
+    scenes = [json.dumps(scene.to_json()) for scene in row.scenes]
+    if split == "train":
+        return not (row.sentence is not None and is_held_out(row.sentence.lower()) or any(map(is_held_out, scenes)))
+    return (row.sentence is None or is_held_out(row.sentence.lower())) and (not scenes or is_held_out(scenes[-1]))
+
+
+def encode(pixels: np.ndarray) -> dict:
+    """A PNG as `datasets` has it."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def finish_row(sprites: Sprites, task: str, row: Row, context: Context) -> dict:
+    """A row with pixels, by the columns of its task."""
+    images = [encode(render(scene, sprites, context.canvas)) for scene in row.scenes]
+    values = dict(row.columns)
+    for name in TASKS[task].features:
+        if name == "image" or name == "target":
+            values[name] = images[-1]
+        elif name in ("source", "images"):
+            values[name] = images[:-1] if name == "source" else images
+    height, width = context.canvas
+    wording = "people" if context.people else "clean"
+    scenes = [json.dumps(scene.to_json()) for scene in row.scenes]
+    return {**values, "category": row.category, "wording": wording, "height": height, "width": width, "scenes": scenes}
+
+
+# ---- the files
+
+
+def write_dataset(
+    sprites: Sprites,
+    folder: Path,
+    canvases: list[Canvas],
+    *,
+    seed: int = 0,
+    rows: int = 100_000,
+    test_rows: int = 200,
+    images: int = 20_000,
+    tasks: Iterable[str] = tuple(TASKS),
+) -> None:
+    """
+    Writes what training and evaluation need, and goes on where it was interrupted: a file is complete or not there.
+
+    Args:
+        sprites ([`Sprites`]): Of the world.
+        folder (`Path`): Gets `train/TASK`, `test/TASK`, `held_out/TASK`, `images/train`, `images/test` with parquet
+            files, and `data.yaml`, which `nextflow-hf extract` takes.
+        canvases (`list[tuple[int, int]]`): Heights and widths of the images.
+        seed (`int`, *optional*, defaults to 0): Of everything.
+        rows (`int`, *optional*): Of all training tasks together, in their shares.
+        test_rows (`int`, *optional*): Of each task in each split for evaluation, half of them in clean wording.
+        images (`int`, *optional*): For the vision tokenizer; a twentieth as many to evaluate it.
+        tasks (`Iterable[str]`, *optional*): Those of `TASKS` that are written.
+    """
+    datasets.disable_progress_bars()  # they count batches; ours count rows
+    chosen = {name: TASKS[name] for name in tasks}
+    whole = sum(task.share for task in chosen.values())
+    for name, task in chosen.items():
+        count = max(1, round(rows * task.share / whole))
+        _write_task(sprites, folder / "train" / name, name, canvases, "train", seed, count)
+        for split in SPLITS[1:] if task.tests else ():
+            _write_task(sprites, folder / split / name, name, canvases, split, seed, test_rows)
+    for split, count in (("train", images), ("test", images // 20)):
+        _write_images(sprites, folder / "images" / split, canvases, f"{seed}/images/{split}", count)
+    sources = [
+        {
+            "path": str(folder / "train" / name),
+            "format": "parquet",
+            "task": task.format,
+            "label": name,
+            "weight": round(task.share, 3),
+        }
+        for name, task in chosen.items()
+    ]
+    # A tenth of the drawn rows are read instead, as the paper inverts them (§3.3).
+    text = yaml.safe_dump(
+        {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}, sort_keys=False
+    )
+    (folder / "data.yaml").write_text(
+        f"# nextflow-hf extract {folder / 'data.yaml'} --model MODEL --output-dir CODES\n{text}"
+    )
+
+
+def _write_task(
+    sprites: Sprites, folder: Path, task: str, canvases: list[Canvas], split: str, seed: int, count: int
+) -> None:
+    features = datasets.Features({**TASKS[task].features, **_MORE})
+
+    def make(number: int) -> dict:
+        people = None if split == "train" else number % 2 == 1
+        row, context = sample_row(sprites, task, f"{seed}/{number}", canvases, split=split, people=people)
+        return finish_row(sprites, task, row, context)
+
+    _write_files(folder, features, make, count, f"{split} {task}")
+
+
+def _write_images(sprites: Sprites, folder: Path, canvases: list[Canvas], key: str, count: int) -> None:
+    """Half of them scenes, half sprites of any size anywhere; no held-out pairs."""
+
+    def make(number: int) -> dict:
+        rng = Random(f"{key}/{number}")
+        context = Context(sprites, rng, rng.choice(canvases))
+        if rng.random() < 0.5:
+            return {"image": encode(render(context.scene(), sprites, context.canvas))}
+        drawings = [context.sprite() for _ in range(rng.choice((1, 1, 2, 3, 4)))]
+        return {"image": encode(render_loose(rng, sprites, drawings, context.background(), context.canvas))}
+
+    _write_files(folder, datasets.Features({"image": _IMAGE_FEATURE}), make, count, str(folder.name))
+
+
+def _write_files(
+    folder: Path, features: datasets.Features, make: Callable[[int], dict], count: int, title: str
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, count, ROWS_PER_FILE)
+    left = [start for start in starts if not _path(folder, start).exists()]
+    numbers = ((start, range(start, min(start + ROWS_PER_FILE, count))) for start in left)
+    with tqdm(total=sum(min(ROWS_PER_FILE, count - start) for start in left), desc=title, unit="row") as progress:
+        for start, of_file in numbers:
+            rows = list(_counted(map(make, of_file), progress))
+            partial = _path(folder, start).with_suffix(".tmp")
+            datasets.Dataset.from_list(rows, features=features).to_parquet(str(partial))
+            os.replace(partial, _path(folder, start))
+
+
+def _path(folder: Path, start: int) -> Path:
+    return folder / f"{start // ROWS_PER_FILE:05d}.parquet"
+
+
+def _counted(rows: Iterable[dict], progress: tqdm) -> Iterator[dict]:
+    for row in rows:
+        progress.update()
+        yield row

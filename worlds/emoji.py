@@ -1,0 +1,88 @@
+"""The emoji world: what emojibase names and at least three of five sets of artwork draw."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+
+from .artwork import STYLES, Rasters, fetch_archives, read_artwork
+from .scene import Scene
+from .sprites import Concept, Sprites
+
+
+_STYLE_WORDS = {
+    "noto": ("noto", "google"),
+    "glossy": ("glossy", "3D", "shiny"),
+    "flat": ("flat",),
+    "blob": ("blob", "old android"),
+    "firefox": ("firefox", "mozilla"),
+}
+_HINTS = {
+    "noto": ("as on a new android phone",),
+    "glossy": ("with a shine and soft shadows",),
+    "flat": ("without any shading",),
+    "blob": ("as on an old android phone",),
+    "firefox": ("as in the browser with the fox",),
+}
+_ORDER_SEED = 20260114
+JUDGE = Path("data/emoji/judge")  # what `nextflow-hf world emoji --judge data/emoji/judge` writes
+LIST = Path(__file__).with_name("emoji_concepts.txt")
+
+
+def concept_order(concepts: dict[str, Concept]) -> list[str]:
+    """All concepts in the random order of one seed: the first n of them are n at random."""
+    order = sorted(concepts, key=lambda name: concepts[name].code)
+    Random(_ORDER_SEED).shuffle(order)
+    return order
+
+
+def load(folder: Path, *, artwork: Path | None = None, concepts: int | None = None) -> Sprites:
+    """
+    The sprites, rendered below `folder` where they are not there yet.
+
+    Args:
+        folder (`Path`): Of the world's data.
+        artwork (`Path`, *optional*): Folder with the archives; what it lacks is fetched by `npm pack` into it.
+        concepts (`int`, *optional*): The first so many of the committed list. Defaults to all.
+    """
+    found, drawings = read_artwork(fetch_archives(artwork or folder / "artwork"))
+    listed = [line.split("\t")[1] for line in LIST.read_text(encoding="utf-8").splitlines()]
+    if listed != concept_order(found):
+        raise ValueError(f"{LIST.name} has {len(listed)} concepts, which are not the {len(found)} of the artwork")
+    return make_sprites({name: found[name] for name in listed[:concepts]}, Rasters(folder / "sprites", drawings))
+
+
+def make_sprites(concepts: dict[str, Concept], source: Rasters) -> Sprites:
+    """Of rendered artwork."""
+    words = {style: _STYLE_WORDS[style] for style in STYLES}
+    return Sprites(concepts, words, source, tone_words="skin tone", hints=_HINTS)
+
+
+@lru_cache(maxsize=1)
+def _judge(folder: Path):
+    from .judge import Judge  # needs torch
+
+    return Judge(folder)
+
+
+def judge_image(image: Image.Image, scene: Scene, judge: Path = JUDGE) -> dict[str, bool]:
+    """Which checks an image of a scene passes, by name (see [`~judge.Judge.judge_image`])."""
+    return _judge(judge).judge_image(image, scene)
+
+
+def reward(
+    images: Sequence[Image.Image], scenes: Sequence[Sequence[str]], judge: Path = JUDGE, **columns
+) -> list[float]:
+    """
+    For GRPO (`nextflow_hf.worlds.emoji:reward`): the share of the checks that an image passes, against the last scene
+    in the column `scenes` of the world's data sets.
+    """
+    found = []
+    for image, of_row in zip(images, scenes, strict=True):
+        checks = judge_image(image, Scene.from_json(json.loads(of_row[-1])), judge)
+        passed = checks.pop("passed")
+        found.append(1.0 if passed else sum(checks.values()) / (len(checks) + 1))
+    return found

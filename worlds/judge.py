@@ -1,0 +1,394 @@
+"""Says what an image of a world shows: a small classifier of sprites looks at boxes, the rest is detection.
+
+The classifier learns from true sprites only, held-out pairs included, composed here with seeds that no data set uses;
+never from a reconstruction or a generated image. Backgrounds are read off the border, numbers and sizes off whatever
+differs from the background, and what an edit must keep is compared pixel by pixel.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from .edits import changed_boxes
+from .sampling import Context
+from .scene import BACKGROUNDS, CELLS, COLORS, SIZES, Canvas, Scene, Thing, backdrop, box, canvases, fits, render
+from .sprites import Sprite, Sprites
+
+
+CROP = 48  # pixels of what the classifier sees
+MARGIN = 0.125  # of a box, that is seen around it
+NOTHING = "nothing"
+FOREGROUND = 36  # difference from the background, of 255, of what counts as foreground
+EXTRA_SHARE = 0.02  # of the image, that may be foreground outside of the boxes
+KEPT_PSNR = 20.0  # dB, of what an edit must keep
+BACKGROUND_DISTANCE = 40.0  # of the border from a background, of 255
+SMALLEST_EXTENT = 0.8  # of what a sprite should extend over
+
+
+class Classifier(nn.Module):
+    """Crops (n, 3, `CROP`, `CROP`) in [0, 1] -> logits of concepts and nothing, of styles, of no tone and tones."""
+
+    def __init__(self, num_concepts: int, num_styles: int, num_tones: int, width: int = 24):
+        super().__init__()
+
+        def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+            convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+        self.features = nn.Sequential(
+            *(block(3, width, 2), block(width, 2 * width), nn.MaxPool2d(2)),
+            *(block(2 * width, 4 * width), block(4 * width, 4 * width), nn.MaxPool2d(2)),
+            *(block(4 * width, 8 * width), block(8 * width, 8 * width), nn.AdaptiveAvgPool2d(3), nn.Flatten()),
+            *(nn.Linear(72 * width, 256), nn.BatchNorm1d(256), nn.ReLU(inplace=True)),
+        )
+        self.heads = nn.ModuleList(nn.Linear(256, size) for size in (num_concepts + 1, num_styles, num_tones + 1))
+
+    def forward(self, crops: torch.Tensor) -> list[torch.Tensor]:
+        features = self.features(crops * 2 - 1)
+        return [head(features) for head in self.heads]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is in a box, and the logarithm of how sure that is; the concept is `NOTHING` where there is nothing."""
+
+    sprite: Sprite
+    confidence: float
+
+
+class Judge:
+    """
+    Looks at images.
+
+    Args:
+        folder (`Path`): Written by [`train_judge`].
+    """
+
+    def __init__(self, folder: Path):
+        names = json.loads((folder / "judge.json").read_text())
+        self.concepts, self.styles, self.tones = names["concepts"], names["styles"], names["tones"]
+        self.extents = {Sprite(*key): extent for *key, extent in names["extents"]}
+        self.classifier = Classifier(len(self.concepts), len(self.styles), len(self.tones))
+        self.classifier.load_state_dict(load_file(folder / "judge.safetensors"))
+        self.classifier.eval()
+
+    @torch.no_grad()
+    def look(self, pixels: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> list[Look]:
+        """What is in each (left, top, side) of a uint8 image."""
+        crops = torch.stack([crop(pixels, *place) for place in boxes])
+        concepts, styles, tones = (logits.log_softmax(-1).max(-1) for logits in self.classifier(crops))
+        return [
+            Look(
+                Sprite((*self.concepts, NOTHING)[concept], self.styles[style], ("", *self.tones)[tone]),
+                float(concepts.values[index]),
+            )
+            for index, (concept, style, tone) in enumerate(zip(concepts.indices, styles.indices, tones.indices))
+        ]
+
+    def judge_image(self, image: Image.Image | np.ndarray, scene: Scene) -> dict[str, bool]:
+        """
+        Whether an image shows a scene, by name: "concept" (every thing is there, wherever), "place" (where it should
+        be), "style", "tone" (where the scene has tones), "size", "count" (nothing else is there), "background", and
+        "passed", that is all of them.
+        """
+        pixels = to_pixels(image)
+        canvas = pixels.shape[:2]
+        boxes = [box(thing, canvas) for thing in scene.things]
+        looks = self.look(pixels, boxes)
+        name = background_of(pixels)
+        mask = foreground(pixels, name or scene.background)
+        wanted = [thing.sprite for thing in scene.things]
+        placed = [look.sprite.concept == sprite.concept for look, sprite in zip(looks, wanted)]
+        checks = {
+            "concept": all(placed) or not Counter(s.concept for s in wanted) - self._concepts_anywhere(pixels, looks),
+            "place": all(placed),
+            "style": all(look.sprite.style == sprite.style for look, sprite in zip(looks, wanted)),
+            "size": all(self._extends(mask, place, sprite) for place, sprite in zip(boxes, wanted)),
+            "count": _outside(mask, boxes) <= EXTRA_SHARE,
+            "background": name == scene.background,
+        }
+        if any(sprite.tone for sprite in wanted):
+            checks["tone"] = all(look.sprite.tone == s.tone for look, s in zip(looks, wanted) if s.tone)
+        return {**checks, "passed": all(checks.values())}
+
+    def judge_edit(
+        self,
+        image: Image.Image | np.ndarray,
+        source: Scene,
+        target: Scene,
+        reference: Image.Image | np.ndarray,
+    ) -> dict[str, bool]:
+        """
+        Whether an image is `target` and keeps what `source` has: "changed" (it shows the target, judged as an image
+        is), "kept" (outside of what changes it has at least `KEPT_PSNR` against `reference`, which is the source image
+        as the vision tokenizer gives it back; where the background changes, the things alone must stay), "passed".
+        """
+        checks = self.judge_image(image, target)
+        pixels, before = to_pixels(image), to_pixels(reference)
+        boxes = changed_boxes(source, target, pixels.shape[:2])
+        kept = checks["place"] and checks["style"] if boxes is None else kept_psnr(pixels, before, boxes) >= KEPT_PSNR
+        return {"changed": checks["passed"], "kept": kept, "passed": checks["passed"] and kept}
+
+    def _concepts_anywhere(self, pixels: np.ndarray, looks: list[Look]) -> Counter:
+        """The concepts in all boxes of the lattice; overlapping boxes count once, the surest one."""
+        canvas = pixels.shape[:2]
+        things = [Thing(Sprite("", ""), place, size) for place in CELLS for size in SIZES]
+        seen = list(zip(things, self.look(pixels, [box(thing, canvas) for thing in things])))
+        found: list[Thing] = []
+        names: Counter = Counter()
+        for thing, look in sorted(seen, key=lambda pair: -pair[1].confidence):
+            if look.sprite.concept != NOTHING and fits([*found, thing], canvas):
+                found.append(thing)
+                names[look.sprite.concept] += 1
+        return names
+
+    def _extends(self, mask: np.ndarray, place: tuple[int, int, int], sprite: Sprite) -> bool:
+        """Whether what is in a box is about as large as the sprite is; what is larger lies outside."""
+        left, top, side = place
+        rows, columns = np.nonzero(mask[top : top + side, left : left + side])
+        if not len(rows):
+            return False
+        extent = max(np.ptp(rows), np.ptp(columns)) + 1
+        return extent >= SMALLEST_EXTENT * side * self.extents.get(sprite, 0.0)
+
+
+def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    """uint8 (height, width, 3)."""
+    return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+
+
+def crop(pixels: np.ndarray, left: int, top: int, side: int) -> torch.Tensor:
+    """A box and its margin as (3, `CROP`, `CROP`) in [0, 1]; what lies outside of the image repeats its border."""
+    margin = round(MARGIN * side)
+    rows = np.clip(np.arange(top - margin, top + side + margin), 0, pixels.shape[0] - 1)
+    columns = np.clip(np.arange(left - margin, left + side + margin), 0, pixels.shape[1] - 1)
+    image = Image.fromarray(pixels[rows[:, None], columns]).resize((CROP, CROP), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def background_of(pixels: np.ndarray) -> str | None:
+    """The background that most of the border has; None where it has none of them."""
+    border = np.ones(pixels.shape[:2], dtype=bool)
+    border[2:-2, 2:-2] = False
+    seen = pixels[border].astype(np.float32)
+    distances = {
+        name: np.median(np.linalg.norm(seen - backdrop(name, pixels.shape[:2])[border], axis=-1))
+        for name in BACKGROUNDS
+    }
+    name = min(distances, key=distances.get)
+    return name if distances[name] <= BACKGROUND_DISTANCE else None
+
+
+def foreground(pixels: np.ndarray, background: str) -> np.ndarray:
+    """Where an image differs from a background."""
+    difference = np.abs(pixels.astype(np.int16) - backdrop(background, pixels.shape[:2]))
+    return difference.max(-1) > FOREGROUND
+
+
+def _outside(mask: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> float:
+    """The share of an image that is foreground outside of boxes, whose rims do not count."""
+    rest = mask.copy()
+    for left, top, side in boxes:
+        rim = 1 + side // 16
+        rest[max(0, top - rim) : top + side + rim, max(0, left - rim) : left + side + rim] = False
+    return float(rest.mean())
+
+
+def kept_psnr(pixels: np.ndarray, reference: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> float:
+    """PSNR in dB of what lies outside of boxes."""
+    kept = np.ones(pixels.shape[:2], dtype=bool)
+    for left, top, side in boxes:
+        kept[top : top + side, left : left + side] = False
+    error = np.mean((pixels[kept].astype(np.float64) - reference[kept]) ** 2) if kept.any() else 0.0
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+# ---- training
+
+
+class _Crops:
+    """Random crops around sprites as [`crop`] sees them in scenes, reconstructions and generated images."""
+
+    def __init__(self, sprites: Sprites, device: torch.device):
+        self.drawings = sorted(sprites.all)
+        self.concepts, self.styles = sprites.names, list(sprites.styles)
+        self.tones = sorted({sprite.tone for sprite in self.drawings} - {""})
+        rasters = np.stack([np.asarray(sprites.source.levels(sprite)[1]) for sprite in self.drawings])
+        self.rasters = torch.from_numpy(rasters).permute(0, 3, 1, 2).contiguous().to(device)
+        labels = [
+            (names[sprite.concept], self.styles.index(sprite.style), ("", *self.tones).index(sprite.tone))
+            for names in [{name: index for index, name in enumerate(self.concepts)}]
+            for sprite in self.drawings
+        ]
+        self.labels = torch.tensor(labels, device=device)
+        # Sprites with tones are many drawings of one: each of them is seen as often as the plain ones together.
+        plain = torch.tensor([not sprite.tone for sprite in self.drawings], dtype=torch.float)
+        self.weights = (plain + (1 - plain) / max(1, len(self.tones))).to(device)
+
+    def __call__(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(count, 3, `CROP`, `CROP`), and (count, 3) labels; a tenth are of nothing."""
+
+        def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+            return torch.rand(*shape, generator=generator, device=generator.device) * (high - low) + low
+
+        chosen, others = (torch.multinomial(self.weights, count, True, generator=generator) for _ in range(2))
+        labels = self.labels[chosen].clone()
+        empty = uniform(count) < 0.1
+        labels[empty, 0] = len(self.concepts)
+        colors = torch.tensor(list(COLORS.values()), device=generator.device) / 255
+        ends = colors[torch.randint(len(colors), (2, count), generator=generator, device=generator.device)]
+        ends = torch.where(uniform(1, count, 1) < 0.3, uniform(2, count, 3), ends)
+        ends[1] = torch.where(uniform(count, 1) < 0.3, ends[1], ends[0])
+        share = torch.linspace(0, 1, CROP, device=generator.device)[:, None]
+        crops = torch.lerp(ends[0][..., None, None], ends[1][..., None, None], share).expand(-1, -1, CROP, CROP)
+        # A neighbour beside it, then itself, a little off its place and size.
+        aside = uniform(count, 2, low=-0.2, high=0.2)
+        aside[torch.arange(count), (uniform(count) < 0.5).long()] = uniform(count, low=1.05, high=1.5)
+        aside = aside * torch.where(uniform(count, 1) < 0.5, 1, -1)
+        crops = self._paste(crops, others, uniform(count, low=0.8, high=1.2), aside, uniform(count) < 0.4)
+        shift = uniform(count, 2, low=-0.09, high=0.09)
+        crops = self._paste(crops, chosen, uniform(count, low=0.88, high=1.12), shift, ~empty)
+        return self._worsen(crops, uniform), labels
+
+    def _paste(
+        self, crops: torch.Tensor, chosen: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, shown: torch.Tensor
+    ) -> torch.Tensor:
+        """Sprites of `scale` times the box, `shift` boxes from its place."""
+        seen = 1 + 2 * MARGIN
+        matrices = torch.zeros(len(chosen), 2, 3, device=crops.device)
+        matrices[:, 0, 0] = matrices[:, 1, 1] = seen / scale
+        matrices[:, :, 2] = -2 * shift / scale[:, None]
+        grid = F.affine_grid(matrices, (len(chosen), 4, CROP, CROP), align_corners=False)
+        layers = (
+            F.grid_sample(self.rasters[chosen].float() / 255, grid, align_corners=False) * shown[:, None, None, None]
+        )
+        return layers[:, :3] + (1 - layers[:, 3:]) * crops
+
+    @staticmethod
+    def _worsen(crops: torch.Tensor, uniform) -> torch.Tensor:
+        """As small sprites, and images that are not quite right, look."""
+        parts = []
+        for part in crops.chunk(8):
+            size = int(16 + (CROP + 16 - 16) * float(uniform(1)))
+            if size < CROP:
+                part = F.interpolate(part, size=size, mode="bilinear", antialias=True)
+                part = F.interpolate(part, size=CROP, mode="bilinear")
+            parts.append(part)
+        crops = torch.cat(parts)
+        count = len(crops)
+        crops = crops * uniform(count, 3, 1, 1, low=0.9, high=1.1) + uniform(count, 3, 1, 1, low=-0.05, high=0.05)
+        noise = uniform(*crops.shape, low=-1, high=1) * uniform(count, 1, 1, 1, high=0.08)
+        return (crops + noise).clamp(0, 1)
+
+
+def train_judge(
+    sprites: Sprites,
+    folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = 9000,
+    batch_size: int = 128,
+    learning_rate: float = 3e-3,
+    save_steps: int = 500,
+    check_scenes: int = 500,
+) -> dict:
+    """
+    Trains the classifier, goes on where it was interrupted, and says what it gets right on true scenes.
+
+    Args:
+        sprites ([`Sprites`]): All that it is to know; those that are held out from other training, too.
+        folder (`Path`): Gets `judge.safetensors`, `judge.json` and `report.json`.
+        seed (`int`, *optional*, defaults to 0): Of everything.
+        steps, batch_size, learning_rate (*optional*): As usual; AdamW with one cycle.
+        save_steps (`int`, *optional*, defaults to 500): How often a checkpoint is written.
+        check_scenes (`int`, *optional*, defaults to 500): True scenes of each resolution that the report is of.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    torch.manual_seed(seed)
+    crops = _Crops(sprites, device)
+    classifier = Classifier(len(crops.concepts), len(crops.styles), len(crops.tones))
+    classifier = classifier.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(classifier.parameters(), learning_rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    parts = {"classifier": classifier, "optimizer": optimizer, "schedule": schedule}
+    checkpoint, done = folder / "checkpoint.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        done = state.pop("done")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    progress = tqdm(range(done, steps), initial=done, total=steps, desc="judge")
+    for step in progress:
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)  # so that it can go on anywhere
+        loss, right = _train_step(classifier, *crops(batch_size, generator))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}", concept=f"{right:.3f}")
+        if (step + 1) % save_steps == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({**state, "done": step + 1}, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    names = {"concepts": crops.concepts, "styles": crops.styles, "tones": crops.tones}
+    names["extents"] = [[*vars(sprite).values(), _extent(sprites, sprite)] for sprite in crops.drawings]
+    (folder / "judge.json").write_text(json.dumps(names))
+    save_file({k: v.contiguous().cpu() for k, v in classifier.state_dict().items()}, folder / "judge.safetensors")
+    report = {str(side): check_judge(sprites, Judge(folder), canvases(side), check_scenes) for side in (64, 96)}
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    return report
+
+
+def _train_step(classifier: Classifier, crops: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The loss and the share of right concepts; style and tone are learnt where there is something."""
+    classifier.train()
+    crops = crops.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(crops.device.type, dtype=torch.bfloat16):
+        concepts, styles, tones = (logits.float() for logits in classifier(crops))
+    there = labels[:, 0] < concepts.shape[1] - 1
+    loss = F.cross_entropy(concepts, labels[:, 0], label_smoothing=0.05)
+    loss = loss + 0.5 * F.cross_entropy(styles[there], labels[there, 1])
+    loss = loss + 0.3 * F.cross_entropy(tones[there], labels[there, 2])
+    return loss, (concepts.argmax(-1) == labels[:, 0]).float().mean().item()
+
+
+def _extent(sprites: Sprites, sprite: Sprite) -> float:
+    """The longer side of what a sprite covers, in its own size."""
+    rows, columns = np.nonzero(np.asarray(sprites.source.levels(sprite)[1])[..., 3] > 64)
+    return round(float(max(np.ptp(rows), np.ptp(columns)) + 1) / 64, 3) if len(rows) else 0.0
+
+
+def check_judge(sprites: Sprites, judge: Judge, sizes: list[Canvas], count: int) -> dict:
+    """The share of true scenes that pass, check by check, and which concepts and styles are taken for which."""
+    passed, seen, confused = Counter(), Counter(), Counter()
+    for number in range(count):
+        rng = Random(f"judge/{number}")
+        context = Context(sprites, rng, rng.choice(sizes), pool="held_out" if number % 10 == 0 else "seen")
+        scene = context.scene()
+        pixels = render(scene, sprites, context.canvas)
+        for name, value in judge.judge_image(pixels, scene).items():
+            seen[name] += 1
+            passed[name] += value
+        looks = judge.look(pixels, [box(thing, context.canvas) for thing in scene.things])
+        for thing, look in zip(scene.things, looks):
+            seen["things"] += 1
+            passed["things"] += look.sprite.concept == thing.sprite.concept
+            for true, found in zip(vars(thing.sprite).values(), vars(look.sprite).values()):
+                confused[f"{true or 'no tone'} -> {found or 'no tone'}"] += true != found
+    rates = {name: round(passed[name] / seen[name], 4) for name in seen}
+    return {**rates, "confusions": {name: n for name, n in confused.most_common(40) if n}}

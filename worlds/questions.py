@@ -1,0 +1,121 @@
+"""Questions about a scene, each with its one right answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .captions import COUNT_WORDS, PLACE_PHRASES, plural, with_article
+from .sampling import Context
+from .scene import CELLS, RELATIONS, Scene, Thing
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of one of `KINDS`, and the answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+CAPTION_REQUESTS = (
+    *("describe the image", "what does the image show?", "what is in this picture?", "what do you see?"),
+    *("write a caption", "caption this"),
+)
+
+Asked = tuple[str, str] | None
+
+
+def is_right(text: str, question: Question) -> bool:
+    """Whether an answer is the right one, but for case, spaces, articles and a full stop."""
+
+    def plain(words: str) -> list[str]:
+        return [word for word in words.lower().strip(" .!\n").split() if word not in ("a", "an", "the")]
+
+    return plain(text) == plain(question.answer)
+
+
+def sample_questions(context: Context, scene: Scene, count: int) -> list[Question]:
+    """Up to `count` different questions about a scene."""
+    found: dict[str, Question] = {}
+    for _ in range(4 * count):
+        kind = context.rng.choice(list(_ASK))
+        asked = _ASK[kind](context, scene)
+        if asked is not None and len(found) < count:
+            found.setdefault(asked[0].lower(), Question(kind, context.say.manner(f"{asked[0]}?"), asked[1]))
+    return list(found.values())
+
+
+def _concept(context: Context, scene: Scene) -> Asked:
+    thing = context.rng.choice(scene.things)
+    if len(scene.things) == 1:
+        return context.say.choose("what is this", ("what do you see",)), with_article(thing.sprite.concept)
+    return f"what is {context.say.place(thing.place)}", with_article(thing.sprite.concept)
+
+
+def _style(context: Context, scene: Scene) -> Asked:
+    thing = context.rng.choice(scene.things)
+    name = context.say.refer(scene, thing)
+    only = sum(other.sprite.concept == thing.sprite.concept for other in scene.things) == 1
+    return (f"what style is {name} in", context.sprites.styles[thing.sprite.style][0]) if name and only else None
+
+
+def _background(context: Context, scene: Scene) -> Asked:
+    return context.say.choose("what color is the background", ("which background is it",)), scene.background
+
+
+def _count(context: Context, scene: Scene) -> Asked:
+    if context.say.maybe(0.4):
+        return context.say.choose("how many things are there", ("how many do you see",)), COUNT_WORDS[
+            len(scene.things)
+        ]
+    concept = context.rng.choice(scene.things).sprite.concept
+    count = sum(thing.sprite.concept == concept for thing in scene.things)
+    return f"how many {plural(context.say.name(concept))} are there", COUNT_WORDS[count]
+
+
+def _existence(context: Context, scene: Scene) -> Asked:
+    """As often yes as no; what is not there is often of the group of what is."""
+    concept, answer = context.rng.choice(scene.things).sprite.concept, "yes"
+    if context.say.maybe(0.5):
+        group = context.sprites.concepts[concept].group
+        options = context.sprites.names if context.say.maybe(0.5) else context.sprites.names_of_group[group]
+        concept, answer = context.rng.choice(options), "no"
+        if any(thing.sprite.concept == concept for thing in scene.things):
+            return None
+    return f"is there {with_article(context.say.name(concept))}", answer
+
+
+def _place(context: Context, scene: Scene) -> Asked:
+    thing = context.rng.choice(scene.things)
+    only = sum(other.sprite.concept == thing.sprite.concept for other in scene.things) == 1
+    name = context.say.refer(scene, thing)
+    return (f"where is {name}", PLACE_PHRASES[thing.place][0]) if name and only else None
+
+
+def _relation(context: Context, scene: Scene) -> Asked:
+    """What lies on one side of a thing: one other does, and straight on."""
+    thing, relation = context.rng.choice(scene.things), context.rng.choice(list(RELATIONS))
+    beyond = [other for other in scene.things if is_related(other, relation, thing)]
+    name = context.say.refer(scene, thing)
+    if name is None or len(beyond) != 1:
+        return None
+    return f"what is {context.say.relation(relation)} {name}", with_article(beyond[0].sprite.concept)
+
+
+def is_related(first: Thing, relation: str, second: Thing) -> bool:
+    """Whether a thing is left of another, and so on: in the same row, or column."""
+    axis = 0 if RELATIONS[relation][0] else 1
+    here, there = CELLS[first.place], CELLS[second.place]
+    return (here[axis] - there[axis]) * RELATIONS[relation][axis] > 0 and here[1 - axis] == there[1 - axis]
+
+
+_ASK: dict[str, Callable[[Context, Scene], Asked]] = {
+    "concept": _concept,
+    "style": _style,
+    "background": _background,
+    "count": _count,
+    "existence": _existence,
+    "place": _place,
+    "relation": _relation,
+}
+KINDS = tuple(_ASK)

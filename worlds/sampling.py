@@ -1,0 +1,133 @@
+"""What a row is made with: random sprites, backgrounds and scenes, and the words for them, all of one seed."""
+
+import zlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from random import Random
+
+from .captions import Speaker
+from .scene import (
+    BACKGROUNDS,
+    CELLS,
+    DEFAULT_BACKGROUND,
+    MAX_THINGS,
+    Canvas,
+    Scene,
+    Thing,
+    arrange,
+    default_places,
+    fits,
+)
+from .sprites import Sprite, Sprites
+
+
+POOLS = ("seen", "held_out")
+_COUNTS = (1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4)
+_HELD_OUT_PERCENT = 5
+
+
+def is_held_out(key: object) -> bool:
+    """Whether a sentence or a scene belongs to the evaluation: one in twenty, by a hash of how it is written."""
+    return zlib.crc32(str(key).encode()) % 100 < _HELD_OUT_PERCENT
+
+
+@dataclass
+class Context:
+    """
+    Samples of a row.
+
+    Args:
+        sprites ([`Sprites`]): Of the world.
+        rng (`Random`): Of the row.
+        canvas (`tuple[int, int]`): Height and width of its images.
+        people (`bool`, *optional*, defaults to `False`): How it is worded, see [`Speaker`].
+        pool (`str`, *optional*, defaults to `"seen"`):
+            "held_out": the first sprite that is asked for is of a pair that no training sees.
+    """
+
+    sprites: Sprites
+    rng: Random
+    canvas: Canvas
+    people: bool = False
+    pool: str = "seen"
+    _first: bool = field(default=True, init=False)
+
+    @cached_property
+    def say(self) -> Speaker:
+        """Words."""
+        return Speaker(self.sprites, self.rng, self.people)
+
+    def sprite(self, *, tone_rate: float = 0.2, other_than: tuple[str, ...] = ()) -> Sprite:
+        """A sprite of a concept that is not among `other_than`: any concept alike, in any style alike."""
+        pool, self._first = self.pool if self._first else "seen", False
+        while True:
+            if pool == "held_out":
+                concept, style = self.rng.choice(sorted(self.sprites.held_out))
+            else:
+                concept = self.rng.choice(self.sprites.names)
+                style = self.rng.choice(self.seen_styles(concept))
+            if concept not in other_than:
+                return self.toned(Sprite(concept, style), tone_rate)
+
+    def toned(self, sprite: Sprite, rate: float) -> Sprite:
+        """With a tone where it has some, by that chance."""
+        tones = self.sprites.tones_of.get((sprite.concept, sprite.style))
+        return (
+            Sprite(sprite.concept, sprite.style, self.rng.choice(tones)) if tones and self.say.maybe(rate) else sprite
+        )
+
+    def seen_styles(self, concept: str, other_than: str = "") -> list[str]:
+        """The styles of a concept that training sees."""
+        return [style for style in self.sprites.seen_styles_of[concept] if style != other_than]
+
+    def different(self, count: int) -> list[Sprite]:
+        """Sprites of `count` different concepts."""
+        found: list[Sprite] = []
+        while len(found) < count:
+            found.append(self.sprite(other_than=tuple(sprite.concept for sprite in found)))
+        return found
+
+    def background(self, other_than: str = "") -> str:
+        """Often the default one."""
+        if other_than != DEFAULT_BACKGROUND and self.say.maybe(0.3):
+            return DEFAULT_BACKGROUND
+        return self.rng.choice([name for name in BACKGROUNDS if name != other_than])
+
+    def scene(self, count: int | None = None) -> Scene:
+        """One to four sprites as captions describe them: mostly where and as large as they are by default."""
+        count = count or self.rng.choice(_COUNTS)
+        repeated = count > 1 and self.say.maybe(0.25)
+        sprites = [self.sprite()] * count if repeated else self.different(count)
+        if count == 3 and not repeated and self.say.maybe(0.3):
+            sprites[1] = sprites[0]
+        background = self.background()
+        while True:
+            usual = default_places(count, self.canvas) if self.say.maybe(0.6) else None
+            scene = arrange(self.rng, sprites, background, self.canvas, usual)
+            if scene is not None:
+                return self._resized(scene) if count <= 2 and self.say.maybe(0.15) else scene
+
+    def _resized(self, scene: Scene) -> Scene:
+        thing = self.rng.choice(scene.things)
+        small = scene.with_thing(thing, Thing(thing.sprite, thing.place, self.rng.choice(("small", "medium"))))
+        return small if fits(small.things, self.canvas) else scene
+
+    def spread(self, count: int, *, room: int = 0) -> Scene:
+        """Different sprites at random places, in a size that leaves room for `room` more things."""
+        sprites, background = self.different(count), self.background()
+        while True:
+            places = self.rng.sample(list(CELLS), min(MAX_THINGS, count + room))
+            scene = arrange(
+                self.rng, [*sprites, *sprites[:1] * (len(places) - count)], background, self.canvas, places
+            )
+            if scene is not None:
+                return Scene(background, scene.things[:count])
+
+    def free_places(self, scene: Scene, thing: Thing) -> list[str]:
+        """Where `thing` would overlap nothing else of the scene."""
+        others = [other for other in scene.things if other != thing]
+        return [
+            place
+            for place in CELLS
+            if place != thing.place and fits([*others, Thing(thing.sprite, place, thing.size)], self.canvas)
+        ]
