@@ -98,7 +98,7 @@ ARGUMENTS = {
     "revision": NAME,
     "lora": _listed(NAME, 16),
     "device": _text(32, r"[a-z]+(:\d{1,3})?"),
-    "dtype": _one_of("float32", "bfloat16", "float16"),
+    "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "quantize": _one_of("4bit", "8bit"),
     "prompt": PROMPT,
     "negative_prompt": PROMPT,

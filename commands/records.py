@@ -279,10 +279,10 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
     """Fill the options `names` that are not given with those that made `args.from_image`, if that is given."""
     if args.from_image is None:
         return None
-    from nextflow_hf.processing.image_processing_nextflow import load_rgb
+    from nextflow_hf.processing.image_loading_nextflow import load_image
 
     record = read_record(args.from_image)
-    image = load_rgb(args.from_image, MOST_PIXELS)
+    image = load_image(args.from_image, MOST_PIXELS)
     if record.command != command:
         raise ValueError(f"{args.from_image} was made by `nextflow-hf {record.command}`, not by `{command}`")
     if unknown := sorted(set(record.arguments) - set(names)):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from ..modeling_nextflow.sampling_nextflow import inverse_transform
+from ..modeling_nextflow.sampling_nextflow import sample
 from ..pipelines.pipeline_nextflow import NextFlowDrawingPrompt, NextFlowPipeline
 from .grpo_policy import text_ids
 from .rewards.combination import one_line
@@ -176,8 +176,8 @@ def think(
         hidden = model.model(
             **inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        probabilities = (model.lm_head(hidden)[:, allowed].float() / temperature).softmax(-1)
-        tokens = allowed[inverse_transform(probabilities[:, None], generators)]
+        scores = model.lm_head(hidden)[:, allowed].float() / temperature
+        tokens = allowed[sample(scores[:, None], generators)]
         for thought, token in zip(thoughts, tokens[:, 0].tolist()):
             if thought[-1:] != [config.boi_token_id]:
                 thought.append(token)
