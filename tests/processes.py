@@ -23,7 +23,9 @@ def in_a_process(function: Callable[..., Any], *args) -> multiprocessing.Process
 
 
 def in_processes(function: Callable[..., Any], *args, count: int = 2, seconds: float = 60, **environment) -> list[Any]:
-    """In several gloo processes: what `function(*args)` returns in each of `count` processes that know of each other; one that raises fails."""
+    """
+    What `function(*args)` returns in each of `count` gloo processes that know of each other; one that raises fails.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
