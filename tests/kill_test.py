@@ -32,20 +32,25 @@ def is_begun(output: Path) -> bool:
     return any(output.rglob("checkpoint-*")) or any(output.glob("shard-*"))
 
 
-def kill_and_resume(command: ToyCommand, output: Path, seconds: float, number: int) -> tuple[bool, bool]:
-    """Whether there was something to go on from, and something left to do, when the signal came."""
+def kill_and_resume(command: ToyCommand, output: Path, seconds: float, number: int) -> tuple[bool, float | None]:
+    """
+    Whether there was something to go on from when the signal came, after `seconds`; and how long it took, where it had
+    ended before.
+    """
+    start = time.perf_counter()
     process = command.start(output)
     process.join(seconds)
     was_running = process.is_alive()
     if was_running:
         os.kill(process.pid, number)
     process.join()
+    took = None if was_running else time.perf_counter() - start
     begun = is_begun(output)
     again = command.start(output)
     again.join()
     if again.exitcode != 0:
         print(output.with_suffix(".log").read_text()[-3000:], file=sys.stderr)
-    return begun, was_running
+    return begun, took
 
 
 def main() -> int:
@@ -66,8 +71,9 @@ def main() -> int:
             while killed < args.kills:
                 output, life = whole.with_name(f"killed-{life}"), life + 1
                 moment = rng.uniform(0, seconds)
-                had_begun, was_running = kill_and_resume(command, output, moment, signal.Signals[args.signal])
-                if not was_running:  # it was faster this time
+                had_begun, took = kill_and_resume(command, output, moment, signal.Signals[args.signal])
+                if took is not None:  # it was faster this time
+                    seconds = took
                     continue
                 killed, begun = killed + 1, begun + had_begun
                 equal += bool(expected) and command.result(output) == expected

@@ -1,15 +1,31 @@
-"""Several gloo processes of one function, forked: what is imported already is not imported again."""
+"""Forked processes: what is imported already is not imported again."""
 
 import multiprocessing
 import os
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tqdm.std import tqdm
+
+
+# By default it is shared with forked processes, and one that is killed while it writes never gives it back.
+tqdm.set_lock(threading.RLock())
+
+
+def in_a_process(function: Callable[..., Any], *args) -> multiprocessing.Process:
+    """`function(*args)` in a process of its own, started."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    return process
+
 
 def in_processes(function: Callable[..., Any], *args, count: int = 2, seconds: float = 60, **environment) -> list[Any]:
-    """What `function(*args)` returns in each of `count` processes that know of each other; one that raises fails."""
+    """
+    What `function(*args)` returns in each of `count` gloo processes that know of each other; one that raises fails.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

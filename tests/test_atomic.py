@@ -1,7 +1,6 @@
 """Files and folders that are whole at every moment: a death at any system call leaves the old one or the new one."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import in_a_process
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowForCausalLM, NextFlowPipeline, atomic
@@ -64,8 +64,7 @@ def dies_at(call: int, work: Callable[[], None]) -> bool:
         work()
         os._exit(0)
 
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
+    process = in_a_process(run)
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
@@ -198,8 +197,7 @@ def test_a_death_while_weights_are_written_leaves_the_old_model(save, tmp_path, 
         NextFlowForCausalLM.save_pretrained = half
         save(pipe, tmp_path / "model")
 
-    process = multiprocessing.get_context("fork").Process(target=die)
-    process.start()
+    process = in_a_process(die)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert all(path.read_bytes() == data for path, data in before.items())

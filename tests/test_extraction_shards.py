@@ -1,7 +1,6 @@
 """Shards survive: kills, full disks, several processes and bad rows leave the files of a run that met none of them."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -15,6 +14,7 @@ from accelerate import PartialState
 from data_files import example_config, picture, write_example
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as Pillow
+from processes import in_a_process
 from toy_pipeline import toy_processor, toy_vision_tokenizer
 
 from nextflow_hf import cli
@@ -69,12 +69,6 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     extract(folder)
     return files(folder)
-
-
-def in_a_process(function, *arguments) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-    process.start()
-    return process
 
 
 def die_at_write(number: int, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import in_processes
+from processes import in_a_process, in_processes
 from safetensors.torch import load_file
 from toy import toy_model
 from toy_codes import extract_toy_codes, toy_rows
@@ -210,9 +210,7 @@ def curve(output_dir: Path) -> list[dict]:
 def test_killed_anywhere_and_resumed_it_is_the_uninterrupted_run(recipe, tmp_path):
     def run(output_dir: Path) -> multiprocessing.Process:
         command = [str(recipe), "--override", f"output_dir={output_dir}"]
-        process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
-        process.start()
-        return process
+        return in_a_process(main, command)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(whole).join()

@@ -2,17 +2,18 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
+from processes import in_a_process
 from toy_decoder import toy_base_model
 from toy_pipeline import toy_pipeline
 
@@ -50,11 +51,9 @@ class ToyCommand:
     def run(self, output: Path, *more: str) -> int:
         return self.main([*self.argv(output), *more])
 
-    def start(self, output: Path, prepare: Callable[[], None] = lambda: None) -> multiprocessing.Process:
+    def start(self, output: Path, prepare: Callable[[], None] = lambda: None) -> Process:
         """The command in a process of its own, after `prepare`."""
-        process = multiprocessing.get_context("fork").Process(target=self._in_a_process, args=(output, prepare))
-        process.start()
-        return process
+        return in_a_process(self._in_a_process, output, prepare)
 
     def _in_a_process(self, output: Path, prepare: Callable[[], None]) -> None:
         torch.set_num_threads(1)  # another pool of threads does not survive the fork
