@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from .arguments import fsdp_recomputes
+
 
 # What TRL offers for text and cannot be done here -> why, or what there is instead.
 NO_TEXT_ROLLOUT = "pictures are drawn by the policy itself, scale by scale"
@@ -80,8 +82,10 @@ class NextFlowGRPOConfig(GRPOConfig):
             With VMR, generations that train the prefix before one trains the finer scales, on pictures that share
             their prefix in each group. 0 never trains these.
         mask_propagation (`bool`, *optional*, defaults to `False`):
-            Train only the codes behind the pixels that the rewards looked at, where they report masks.
-        guidance_scale (`float`, *optional*, defaults to 5.0): Guidance of the rollout. 1 is none.
+            Where rewards report masks, carry these to the codes behind the pixels. A code is trained only if a mask
+            covers it, and on the rewards of the masks that do: its group are the samples that rewards looked at there.
+        guidance_scale (`float`, *optional*, defaults to 6.0):
+            Guidance of the rollout. 1 is none, 6 is the cfg 5 of VAR, which the paper samples with.
         guidance_schedule (`str`, *optional*, defaults to `"linear"`): `"linear"`, from 1 on, or `"constant"`.
         height, width (`int`, *optional*): Size of the pictures, as in the pipeline's call.
         aspect_ratio (`str`, *optional*): Instead of a size. With neither: an edit keeps its source's, else square.
@@ -110,7 +114,7 @@ class NextFlowGRPOConfig(GRPOConfig):
         default=3, metadata={"help": "With VMR, prefix generations before one of finer scales; 0 for none of these."}
     )
     mask_propagation: bool = field(default=False, metadata={"help": "Train only codes behind reported masks."})
-    guidance_scale: float = field(default=5.0, metadata={"help": "Guidance of the rollout; 1 is none."})
+    guidance_scale: float = field(default=6.0, metadata={"help": "Guidance of the rollout; 1 is none."})
     guidance_schedule: str = field(default="linear", metadata={"help": "'linear' or 'constant'."})
     height: int | None = field(default=None, metadata={"help": "Height of the pictures in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width of the pictures in pixels."})
@@ -145,3 +149,5 @@ class NextFlowGRPOConfig(GRPOConfig):
         if self.vmr_num_suffixes > 1 and self.prefix_scales is None:
             raise ValueError("`vmr_num_suffixes` > 1 needs `prefix_scales`: without a prefix there is no suffix")
         super().__post_init__()
+        if fsdp_recomputes(self):
+            self.gradient_checkpointing = self.activation_checkpointing = False
