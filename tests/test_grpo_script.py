@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
+from nextflow_hf.modeling_nextflow.sampling_nextflow import scale_plan
 from nextflow_hf.training import grpo
 from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
+from nextflow_hf.training.memory import load_config, sampling_bytes, training_memory
+from nextflow_hf.training.rewards import OCRWord
 
 
 RECIPE = {
@@ -56,6 +60,60 @@ def test_recipes_and_their_names(tmp_path):
         grpo.make_reward("beauty")
     with pytest.raises(ValueError, match="no options, got \\['strict'\\]"):
         grpo.make_reward("shapes_judge", strict=True)
+
+
+class Reads:
+    """An engine that reads "a" in one half of each image, which half depends on the image."""
+
+    def __call__(self, image):
+        is_left = np.asarray(image)[0, 0, 0] % 2
+        return [OCRWord("a", 0.5, (0, 0, image.width / 2 if is_left else image.width, image.height))]
+
+
+def test_the_papers_recipe_runs(tmp_path, monkeypatch):
+    """On the toy: four scales in the place of eighteen, of which two are the prefix."""
+    recipe = grpo.load_recipe("grpo_1024")
+    numbers = recipe["training"]
+    assert numbers["per_device_train_batch_size"] * 8 * numbers["gradient_accumulation_steps"] == 16 * 16
+    config = NextFlowGRPOConfig(str(tmp_path), **{**numbers, "bf16": False, "use_cpu": True})
+    # Printed in the paper; the rest are the defaults of the class.
+    assert (config.num_generations, config.top_k, config.top_p, config.guidance_scale) == (16, 2, 0.9, 6)
+    default = NextFlowGRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    for name in ("guidance_scale", "top_k", "top_p", "learning_rate", "adam_beta2", "weight_decay", "num_generations"):
+        assert getattr(default, name) == getattr(config, name), name
+
+    monkeypatch.setattr("nextflow_hf.training.rewards.ocr.RapidOCREngine", Reads)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "text": "a"}) + "\n" for p in "abcd"))
+    recipe["data"]["data_files"] = str(tmp_path / "prompts.jsonl")
+    toy_pipeline().save_pretrained(tmp_path / "model")
+    overrides = {
+        "max_steps": 4,
+        "gradient_accumulation_steps": 4,
+        "resolution": 16,
+        "prefix_scales": 2,
+        "use_cpu": True,
+    }
+    trainer = grpo.make_trainer(tmp_path / "model", recipe, tmp_path, **overrides, bf16=False, report_to="none")
+    plan = scale_plan([(1, 1), (2, 2), (4, 4)], guidance_scale=config.guidance_scale, guidance_schedule="linear")
+    assert [step.guidance_scale - 1 for step in plan] == [0, 2.5, 5]  # VAR: cfg * k / (K - 1)
+    trainer.train()
+    assert [entry["trains_suffix"] for entry in trainer.state.log_history if "reward" in entry] == [0, 0, 0, 1]
+
+
+def test_the_papers_recipe_says_what_memory_it_takes():
+    text = " ".join((grpo.RECIPES / "grpo_1024.yaml").read_text().replace("#", " ").split())
+    config = load_config("7b")
+    update = training_memory(config, dtype="float32", tokens=4096, loss_chunk_size=4096)
+    grids = [(side, side) for side in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)]
+    share = (4 * update.parameters + update.gradients + update.optimizer) / 8
+    reference, whole = 4 * update.parameters / 8, 2 * 2 * 2 * config.vocab_size * config.hidden_size
+    working, sampling = update.checkpoints + max(update.layer, update.logits), sampling_bytes(config, 8, grids)
+    for name, size in (
+        ("a share of 1/8,", share), ("the reference", reference), ("and their gradients,", whole),
+        ("an update of 4,096 tokens", working), ("at a time with guidance", sampling),
+    ):  # fmt: skip
+        assert f"{name} {size / 1e9:.1f} GB" in text, (name, size / 1e9)
+    assert f"The largest sum is {(share + reference + whole + max(working, sampling)) / 1e9:.0f} GB" in text
 
 
 WORKER = """

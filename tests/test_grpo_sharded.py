@@ -126,6 +126,13 @@ def test_two_processes_equal_one(kind, case, tmp_path):
     check(one, in_processes(lambda: run(tmp_path, 2, **numbers, **options), **environment))
 
 
+def test_fsdp2_that_recomputes_equals_one_process(tmp_path):
+    """As recipes/accelerate/fsdp2.yaml says; the trainer's own recomputation is TRL's default."""
+    (one,) = in_processes(lambda: run(tmp_path, 1), count=1)
+    recomputing = {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    check(one, in_processes(lambda: run(tmp_path, 2, gradient_checkpointing=True), **recomputing))
+
+
 def test_log_probabilities_are_not_rounded_to_bf16(tmp_path):
     """Not where they leave the sharded model: in bf16 those near -3 have steps of 0.016."""
 

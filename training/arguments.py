@@ -173,7 +173,7 @@ class NextFlowTrainingArguments(TrainingArguments):
         check_arguments(self)
         check_numbers(self, {"sample_seed": 0})
         super().__post_init__()
-        if self._fsdp_recomputes:
+        if fsdp_recomputes(self):
             self.gradient_checkpointing = self.activation_checkpointing = False
         # A batch has one row of codes for all its images: a batch of the first process cannot be cut for the others.
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
@@ -191,11 +191,12 @@ class NextFlowTrainingArguments(TrainingArguments):
         if self.fsdp or self.deepspeed or "true" in launched:
             raise ValueError("use_muon needs whole matrices, but FSDP and DeepSpeed shard them: use DDP, or AdamW")
 
-    @property
-    def _fsdp_recomputes(self) -> bool:
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # by `accelerate launch`
-            return os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
-        return bool(self.fsdp) and str(self.fsdp_config.get("activation_checkpointing")).lower() == "true"
+
+def fsdp_recomputes(args: TrainingArguments) -> bool:
+    """Whether FSDP recomputes activations itself."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # by `accelerate launch`
+        return os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+    return bool(args.fsdp) and str(args.fsdp_config.get("activation_checkpointing")).lower() == "true"
 
 
 __all__ = ["DataArguments", "ModelArguments", "NextFlowTrainingArguments"]

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from .arguments import fsdp_recomputes
 from .refusals import check_arguments, check_numbers
 
 
@@ -88,8 +89,10 @@ class NextFlowGRPOConfig(GRPOConfig):
             With VMR, generations that train the prefix before one trains the finer scales, on pictures that share
             their prefix in each group. 0 never trains these.
         mask_propagation (`bool`, *optional*, defaults to `False`):
-            Train only the codes behind the pixels that the rewards looked at, where they report masks.
-        guidance_scale (`float`, *optional*, defaults to 6.0): Guidance of the rollout, VAR's cfg 5. 1 is none.
+            Where rewards report masks, carry these to the codes behind the pixels. A code is trained only if a mask
+            covers it, and on the rewards of the masks that do: its group are the samples that rewards looked at there.
+        guidance_scale (`float`, *optional*, defaults to 6.0):
+            Guidance of the rollout. 1 is none, 6 is the cfg 5 of VAR, which the paper samples with.
         guidance_schedule (`str`, *optional*, defaults to `"linear"`): `"linear"`, from 1 on, or `"constant"`.
         height, width (`int`, *optional*): Size of the pictures, as in the pipeline's call.
         aspect_ratio (`str`, *optional*): Instead of a size. With neither: an edit keeps its source's, else square.
@@ -147,3 +150,5 @@ class NextFlowGRPOConfig(GRPOConfig):
         if self.vmr_num_suffixes > 1 and self.prefix_scales is None:
             raise ValueError("`vmr_num_suffixes` > 1 needs `prefix_scales`: without a prefix there is no suffix")
         super().__post_init__()
+        if fsdp_recomputes(self):
+            self.gradient_checkpointing = self.activation_checkpointing = False

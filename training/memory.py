@@ -144,6 +144,17 @@ def training_memory(
     )
 
 
+def sampling_bytes(config: NextFlowConfig, images: int, grids: Sequence[tuple[int, int]]) -> float:
+    """What sampling so many images of the schedule `grids` at a time takes beside the weights, with guidance.
+
+    Keys and values of two rows an image; and the logits of the last scale, in bfloat16, in fp32 and guided.
+    """
+    cells = [height * width for height, width in grids]
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    logits = (2 * 2 + 2 * 4 + 4) * config.codebook_size
+    return images * (2 * sum(cells) * cache + cells[-1] * logits)
+
+
 def layer_bytes_per_token(config: NextFlowConfig, *, frozen: bool = False) -> int:
     """What autograd keeps of one decoder layer, in bfloat16, with flash attention and nothing fused."""
     hidden, feed_forward = config.hidden_size, config.intermediate_size
