@@ -73,9 +73,14 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         decoder_res_blocks (`int`, *optional*, defaults to 4): Residual blocks a level of the pixel decoder (one more
             is built, as usual in this family).
         channel_multipliers (`list[int]`, *optional*, defaults to `[1, 1, 2, 2, 4]`): Channels of each level.
+        decoder_channel_multipliers (`list[int]`, *optional*):
+            Those of the pixel decoder, also from the finest level on. Defaults to the encoder's.
         norm_num_groups (`int`, *optional*, defaults to 32):
             Groups of the CNN's GroupNorm; 0 leaves it out. A narrow CNN has so few channels a group that the
-            statistics carry a flat picture's colour away.
+            statistics carry a flat image's colour away.
+        norm_min_group_channels (`int`, *optional*, defaults to 4):
+            Narrow levels take so many fewer groups that each has at least so many channels. With 0 every level has
+            `norm_num_groups`, as in TokenFlow, and one whose channels these do not divide is refused.
         self_correction_top_k (`int`, *optional*, defaults to 10): Codes among which self-correction samples (§2.2).
         self_correction_ratio (`float`, *optional*, defaults to 0.6): Share of the tokens of a scale that are sampled.
         scale_dropout (`float`, *optional*, defaults to 0.5): Probability that training drops a scale that is neither
@@ -116,7 +121,9 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     decoder_channels: int = 256
     decoder_res_blocks: int = 4
     channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    decoder_channel_multipliers: list[int] | tuple[int, ...] | None = None
     norm_num_groups: int = 32
+    norm_min_group_channels: int = 4
     self_correction_top_k: int = 10
     self_correction_ratio: float = 0.6
     scale_dropout: float = 0.5

@@ -211,6 +211,11 @@ def _read_fields(state: Mapping[str, torch.Tensor], image_size: int | None, *, k
     }
     levels = _count(state, "encoder.conv_blocks")
     encoder_channels = len(state["encoder.conv_in.weight"])
+    encoder_widths, decoder_widths = (
+        [len(state[f"{part}.conv_blocks.{level}.res.0.conv1.weight"]) for level in range(levels)]
+        for part in ("encoder", "decoder")
+    )
+    decoder_channels = math.gcd(*decoder_widths)
     return {
         "semantic_config": {**semantic, "num_patches": cells, "vision_use_head": False},
         "semantic_layer": -1 if encoder == "clip" else -2,
@@ -226,13 +231,12 @@ def _read_fields(state: Mapping[str, torch.Tensor], image_size: int | None, *, k
         "latent_channels": len(state["encoder.conv_out.weight"]),
         "encoder_channels": encoder_channels,
         "encoder_res_blocks": _count(state, "encoder.conv_blocks.0.res"),
-        "decoder_channels": len(state["decoder.norm_out.weight"]),
+        "decoder_channels": decoder_channels,
         "decoder_res_blocks": _count(state, "decoder.conv_blocks.0.res") - 1,
-        "channel_multipliers": [
-            len(state[f"encoder.conv_blocks.{level}.res.0.conv1.weight"]) // encoder_channels
-            for level in range(levels)
-        ],
+        "channel_multipliers": [width // encoder_channels for width in encoder_widths],
+        "decoder_channel_multipliers": [width // decoder_channels for width in reversed(decoder_widths)],
         "norm_num_groups": 32,
+        "norm_min_group_channels": 0,
         "accumulated_loss_weight": 0.0,
     }
 

@@ -9,10 +9,12 @@ caller's: use `torch.no_grad()` around `encode` and `decode` when they are not w
 import copy
 import functools
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -257,6 +259,9 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        is_folder = pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path)
+        if is_folder and kwargs.get("config") is None:
+            _check_folder(Path(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
@@ -267,6 +272,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self._codes_fingerprint = None
         return super().load_state_dict(*args, **kwargs)
 
+    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads its signature
     def save_pretrained(self, save_directory: str | os.PathLike, *args, state_dict: dict | None = None, **kwargs):
         saved = _codes_fingerprint(self.state_dict() if state_dict is None else state_dict)
         self.config.codes_fingerprint = saved or self._codes_fingerprint
@@ -592,6 +598,17 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         )
 
 
+def _check_folder(folder: Path, subfolder: str) -> None:
+    config = folder / subfolder / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    if kind != NextFlowVisionTokenizerConfig.model_type:
+        found = "no config.json" if kind is None else f"the config.json of a {kind}"
+        raise FileNotFoundError(
+            f"there is no vision tokenizer in {config.parent}, which has {found}: `nextflow-hf convert tokenflow` and "
+            "`nextflow-hf train-tokenizer` make one, and a model's lies in its sub-folder vision_tokenizer/"
+        )
+
+
 def _codes_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     decoders = ("post_quant_conv.", "pixel_decoder.", "semantic_decoder.", "decode_task_layer.")
     state = {name: tensor for name, tensor in state_dict.items() if not name.startswith(decoders)}
@@ -614,6 +631,12 @@ def _check_sizes(config: NextFlowVisionTokenizerConfig) -> None:
         raise ValueError(
             f"semantic_config.num_hidden_layers is {semantic_config.num_hidden_layers}, expected at least 2: the "
             "features are those before the last layer"
+        )
+    levels = len(config.channel_multipliers)
+    if config.decoder_channel_multipliers is not None and len(config.decoder_channel_multipliers) != levels:
+        raise ValueError(
+            f"decoder_channel_multipliers has {len(config.decoder_channel_multipliers)} levels, expected the "
+            f"encoder's {levels}: both have one stride"
         )
     if config.image_size is None:
         if semantic_config.patch_size != config.patch_size:

@@ -166,7 +166,8 @@ class NextFlowPixelDecoder(nn.Module):
 
     def __init__(self, config: NextFlowVisionTokenizerConfig):
         super().__init__()
-        widths = [config.decoder_channels * multiplier for multiplier in reversed(config.channel_multipliers)]
+        multipliers = config.decoder_channel_multipliers or config.channel_multipliers
+        widths = [config.decoder_channels * multiplier for multiplier in reversed(multipliers)]
         shallowest = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = nn.Sequential(
@@ -207,9 +208,10 @@ class NextFlowPixelDecoder(nn.Module):
 def _group_norm(config: NextFlowVisionTokenizerConfig, channels: int) -> nn.Module:
     if config.norm_num_groups == 0:
         return nn.Identity()
-    # Never fewer than 4 channels a group (the full-size minimum): a group of one channel would erase the mean of that
-    # channel, and with it the colour of the image.
-    groups = max(1, min(config.norm_num_groups, channels // 4))
+    groups = config.norm_num_groups
+    if config.norm_min_group_channels:
+        # A group of one channel would erase the mean of that channel, and with it the colour of the image.
+        groups = max(1, min(groups, channels // config.norm_min_group_channels))
     if channels % groups:
         raise ValueError(f"a CNN level has {channels} channels, expected a multiple of its {groups} norm groups")
     return nn.GroupNorm(groups, channels, eps=1e-6)

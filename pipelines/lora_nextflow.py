@@ -4,7 +4,8 @@ diffusers' mixin does most of it for any model. Here is what it does for its own
 in, and how they get into a transformers model. By PEFT's hands: transformers' `load_adapter` drops DoRA's magnitudes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     transformer_name = "transformer"
 
     _fused_scale = 1.0
+    _hotswap_options: dict[str, Any] | None = None
 
     @classmethod
     def lora_state_dict(
@@ -56,6 +58,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         self,
         pretrained_model_name_or_path_or_dict: str | PathLike | dict[str, torch.Tensor],
         adapter_name: str | None = None,
+        hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -67,15 +70,18 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 diffusers' (`pytorch_lora_weights.safetensors`); or the matrices under the names of either. Matrices
                 alone do not tell their scale: without a configuration it is 1.
             adapter_name (`str`, *optional*): For `set_adapters`. By default `"default_0"`, `"default_1"`, ...
+            hotswap (`bool`, *optional*, defaults to `False`):
+                Put the matrices in the place of those of the adapter `adapter_name`, which a compiled transformer does
+                not notice. Where ranks or scales differ, call `enable_lora_hotswap` before the first is loaded.
             kwargs: `weight_name`, `subfolder`, `revision` and the like, as for diffusers' other pipelines.
 
         Raises:
             `ValueError`: on an adapter that has no place in the transformer, or more than low-rank matrices; the
             transformer is then as it was.
         """
-        state_dict, metadata = self.lora_state_dict(
-            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
-        )
+        source = pretrained_model_name_or_path_or_dict
+        with _naming(source):
+            state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
         others = [name for name in state_dict if not name.startswith("transformer.")]
         if others or not state_dict:
             raise ValueError(
@@ -86,18 +92,32 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         state_dict = {name.removeprefix("transformer."): value for name, value in state_dict.items()}
         if metadata is not None:
             metadata = {name.removeprefix("transformer."): value for name, value in metadata.items()}
-        config = _lora_config(state_dict, metadata)
+        with _naming(source):
+            config = _lora_config(state_dict, metadata)
+        loaded = self.get_list_adapters().get("transformer", [])
         adapter_name = adapter_name or get_adapter_name(self.transformer)
-        if adapter_name in self.get_list_adapters().get("transformer", []):
-            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it first, or take another name")
+        if hotswap and adapter_name not in loaded:
+            raise ValueError(
+                f"`hotswap` is True, but of the adapters {loaded} none is {adapter_name!r}: load it first"
+            )
+        if adapter_name in loaded and not hotswap:
+            raise ValueError(
+                f"there is an adapter {adapter_name!r} already: delete it first, take another name, or pass "
+                "`hotswap=True`"
+            )
 
         # With hooks of offloading in place, new matrices would be put where the old ones are not.
         device = self._execution_device
         with_models, with_layers, with_groups = self._optionally_disable_offloading(self)
         try:
-            _add_adapter(self.transformer, config, state_dict, adapter_name)
+            with _naming(source):
+                if hotswap:
+                    _swap_adapter(self.transformer, config, state_dict, adapter_name)
+                else:
+                    _add_adapter(self.transformer, config, state_dict, adapter_name)
+                    self._prepare_hotswap(config)
         except Exception:
-            if adapter_name in self.get_list_adapters().get("transformer", []):
+            if not hotswap and adapter_name in self.get_list_adapters().get("transformer", []):
                 self.delete_adapters(adapter_name)
             raise
         finally:
@@ -107,6 +127,28 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 self.enable_sequential_cpu_offload(device=device)
             elif with_groups:
                 _regroup(self.transformer)
+
+    def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
+        """
+        Lets `load_lora_weights(hotswap=True)` take adapters of other ranks and scales than the first. Call it before
+        that is loaded; the transformer may be compiled afterwards.
+
+        Args:
+            target_rank (`int`, *optional*, defaults to 128): The highest rank of them all.
+            check_compiled (`str`, *optional*, defaults to `"error"`):
+                What to do about a transformer that is compiled already: `"error"`, `"warn"` or `"ignore"`.
+        """
+        _require_peft()
+        if loaded := self.get_list_adapters().get("transformer", []):
+            raise ValueError(f"the adapters {loaded} are loaded: call `enable_lora_hotswap` before the first")
+        self._hotswap_options = {"target_rank": target_rank, "check_compiled": check_compiled}
+
+    def _prepare_hotswap(self, config: Any) -> None:
+        if self._hotswap_options is not None:
+            from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+            prepare_model_for_compiled_hotswap(self.transformer, config=config, **self._hotswap_options)
+            self._hotswap_options = None
 
     def fuse_lora(
         self,
@@ -163,6 +205,17 @@ def _require_peft() -> None:
         raise ImportError("LoRA needs `peft`: pip install 'nextflow-hf[train]'")
 
 
+@contextmanager
+def _naming(source: str | PathLike | dict[str, torch.Tensor]) -> Iterator[None]:
+    """Errors of parsing an adapter as one line that names `source`: PEFT says neither what nor where."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        name = f"of {len(source)} matrices" if isinstance(source, dict) else source
+        reason = str(error).strip().splitlines()[0] if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"the LoRA {name} cannot be used: {reason}") from error
+
+
 def _peft_config(source: str | PathLike, **kwargs: Any) -> dict[str, Any]:
     """`adapter_config.json` beside the weights `source`: a Hub id, a folder, or a file in one."""
     from peft import PeftConfig
@@ -212,14 +265,47 @@ def _add_adapter(model: nn.Module, config: Any, state_dict: dict[str, torch.Tens
 
     model.add_adapter(config, adapter_name)
     # PEFT need not ask the Hub whether the vocabulary has grown: embeddings are not in the adapter.
-    expected = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
-    missing, unknown = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    _check_names(own, state_dict)
+    for name, value in state_dict.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"the LoRA does not fit the transformer: {name} has the shape {tuple(value.shape)}, expected "
+                f"{tuple(own[name].shape)}"
+            )
+    set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
+
+
+def _check_names(expected: Iterable[str], found: Iterable[str]) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         raise ValueError(
             f"the LoRA does not fit the transformer: of its weights {unknown[:3]} have no place there, and "
             f"{missing[:3]} are missing"
         )
-    set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
+
+
+def _swap_adapter(model: nn.Module, config: Any, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Put `state_dict` in the place of the adapter's matrices; PEFT checks before it changes any."""
+    from peft import get_peft_model_state_dict
+    from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
+
+    check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    _check_names(own, state_dict)
+    for name, value in state_dict.items():
+        rank = 0 if "lora_A" in name else 1
+        if (
+            value.ndim != 2
+            or value.shape[rank] > own[name].shape[rank]
+            or value.shape[1 - rank] != own[name].shape[1 - rank]
+        ):
+            raise ValueError(
+                f"the LoRA does not fit the adapter {adapter_name!r}: {name} has the shape {tuple(value.shape)}, "
+                f"expected {tuple(own[name].shape)} or, with `enable_lora_hotswap` before the first, a lower rank"
+            )
+    weights = {name.replace(".weight", f".{adapter_name}.weight"): value for name, value in state_dict.items()}
+    hotswap_adapter_from_state_dict(model, weights, adapter_name, config)
 
 
 def _regroup(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The composite: pixels for codes everywhere, one repository with its parts, and transformers' pipelines."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ from toy_pipeline import toy_pipeline
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.pipelines import any_to_any, image_text_to_text
 
-from nextflow_hf import NextFlowForConditionalGeneration, NextFlowGenerationConfig, NextFlowPipeline
+from nextflow_hf import (
+    NextFlowForConditionalGeneration,
+    NextFlowGenerationConfig,
+    NextFlowPipeline,
+    NextFlowVisionTokenizer,
+)
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 
 
@@ -47,6 +53,24 @@ def folder(pipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder) -> NextFlowForConditionalGeneration:
     return AutoModelForMultimodalLM.from_pretrained(folder)
+
+
+def test_a_folder_without_a_vision_tokenizer_says_so(pipe, tmp_path):
+    """Whoever loads it, and whatever lies there instead; and what makes one."""
+    pipe.transformer.save_pretrained(tmp_path / "alone")
+    pipe.save_pretrained(tmp_path / "pipe")
+    shutil.rmtree(tmp_path / "pipe" / "vision_tokenizer")
+    shutil.copy(tmp_path / "alone" / "config.json", tmp_path / "pipe")  # laid out as a repository of all classes
+    for load in (
+        lambda: NextFlowForConditionalGeneration.from_pretrained(tmp_path / "alone"),
+        lambda: NextFlowVisionTokenizer.from_pretrained(tmp_path / "alone"),
+        lambda: NextFlowPipeline.from_pretrained(tmp_path / "pipe"),
+    ):
+        with pytest.raises(
+            FileNotFoundError, match="no vision tokenizer in .*`nextflow-hf convert tokenflow`"
+        ) as error:
+            load()
+        assert "\n" not in str(error.value)
 
 
 def messages(*parts, color: str = "red"):

@@ -30,6 +30,8 @@ CASES = {
     "clip": ("clip", 12, (1, 2, 3), 3, {}),
     "clip-interpolated": ("clip", 16, (1, 2, 3, 4), 3, {}),
     "clip-enhanced": ("clip", 12, (1, 2, 3), 3, {"decoder_channels": 256, "decoder_blocks": 2}),
+    # Fewer than four channels a group, and a decoder whose levels are not the encoder's
+    "clip-narrow": ("clip", 12, (1, 2, 3), 3, {"channels": 64, "decoder_channels": 64, "decoder_levels": (1, 2, 3)}),
     "siglip": ("siglip", 17, (1, 2, 3, 4, 5), 5, {}),  # 5 patches of 3 pixels, and 2 pixels that no patch sees
 }
 
@@ -104,6 +106,20 @@ def test_it_is_an_ordinary_tokenizer_afterwards(case, tmp_path):
     # Attention does not see a bias on the keys.
     silent = {name for name, p in loaded.named_parameters() if p.grad is None or (p.grad.abs() < 1e-7).all()}
     assert all("k_proj.bias" in name for name in silent), silent
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused():
+    """TokenFlow's norms have 32 groups at every level: no narrower tokenizer is made up for the weights."""
+    state = _flat(tiny_checkpoint("clip", cells=3, channels=48))
+    with pytest.raises(ValueError, match="a CNN level has 48 channels, expected a multiple of its 32 norm groups"):
+        empty_tokenizer(config_from_tokenflow(state, image_size=12, scale_sides=(1, 2, 3)))
+
+
+def test_encoder_and_decoder_have_as_many_levels():
+    config = config_from_tokenflow(_flat(tiny_checkpoint("clip", cells=3)), image_size=12, scale_sides=(1, 2, 3))
+    config.decoder_channel_multipliers = [1, 2]
+    with pytest.raises(ValueError, match="decoder_channel_multipliers has 2 levels, expected the encoder's 3"):
+        empty_tokenizer(config)
 
 
 def test_other_sizes_are_refused(case):

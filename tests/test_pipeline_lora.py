@@ -239,6 +239,76 @@ def test_an_adapter_with_whole_modules_is_merged_instead(tmp_path):
     assert torch.equal(*codes)
 
 
+def test_hotswap_puts_other_matrices_in_the_same_place(adapter, other, tmp_path):
+    for name, one in {"first": adapter, "second": other}.items():
+        one.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    pipe = toy_pipeline()
+    with pytest.raises(ValueError, match=r"of the adapters \[\] none is 'x': load it first"):
+        pipe.load_lora_weights(tmp_path / "first", adapter_name="x", hotswap=True)
+    pipe.load_lora_weights(tmp_path / "first", adapter_name="x", hotswap=False)
+    matrices = [id(value) for name, value in pipe.transformer.named_parameters() if "lora" in name]
+    pipe.load_lora_weights(tmp_path / "second", adapter_name="x", hotswap=True)
+    assert [id(value) for name, value in pipe.transformer.named_parameters() if "lora" in name] == matrices
+    assert_equal(pipe, {other: 1})
+    assert pipe.get_list_adapters() == {"transformer": ["x"]}
+
+
+def test_hotswap_of_other_ranks_and_scales(adapter, tmp_path):
+    """What `enable_lora_hotswap` is for; without it, it is refused and the adapter stays."""
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=MATRICES, init_lora_weights=False)
+    high = get_peft_model(toy_pipeline().transformer, config)
+    for name, one in {"low": adapter, "high": high}.items():
+        one.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    pipe = toy_pipeline()
+    pipe.load_lora_weights(tmp_path / "low", adapter_name="x")
+    with pytest.raises(ValueError, match="does not fit the adapter 'x'"):
+        pipe.load_lora_weights(tmp_path / "high", adapter_name="x", hotswap=True)
+    assert_equal(pipe, {adapter: 1})
+    with pytest.raises(ValueError, match="before the first"):
+        pipe.enable_lora_hotswap(target_rank=8)
+    pipe = toy_pipeline()
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(tmp_path / "low", adapter_name="x")
+    assert_equal(pipe, {adapter: 1})
+    for name, one in (("high", high), ("low", adapter)):
+        pipe.load_lora_weights(tmp_path / name, adapter_name="x", hotswap=True)
+        assert_equal(pipe, {one: 1})
+
+
+MALFORMED = {
+    "no json": ("adapter_config.json", b"{"),
+    "a list": ("adapter_config.json", b"[]"),
+    "no type": ("adapter_config.json", b'{"r": 2}'),
+    "another type": ("adapter_config.json", b'{"peft_type": "NOPE"}'),
+    "a prompt": ("adapter_config.json", b'{"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"}'),
+    "a rank of text": ("adapter_config.json", b'{"peft_type": "LORA", "r": "two", "target_modules": ["q_proj"]}'),
+    "rank 0": ("adapter_config.json", b'{"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}'),
+    "no modules": ("adapter_config.json", b'{"peft_type": "LORA", "r": 2, "target_modules": ["nope"]}'),
+    "no config": ("adapter_config.json", None),
+    "no safetensors": ("adapter_model.safetensors", b"nonsense"),
+    "empty": ("adapter_model.safetensors", b""),
+    "no weights": ("adapter_model.safetensors", None),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_adapter_is_one_line(name, adapter, tmp_path, monkeypatch):
+    """An error that users can put right, as the command line prints it, and names the adapter."""
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("tried to reach the network"))
+    adapter.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    file, content = MALFORMED[name]
+    if content is None:
+        (tmp_path / "lora" / file).unlink()
+    else:
+        (tmp_path / "lora" / file).write_bytes(content)
+    pipe = toy_pipeline()
+    with pytest.raises((ValueError, OSError)) as error:
+        pipe.load_lora_weights(tmp_path / "lora")
+    assert "\n" not in str(error.value).strip() and str(tmp_path / "lora") in str(error.value)
+    assert pipe.get_list_adapters() == {}
+
+
 @pytest.mark.parametrize("offload", ["sequential", "group"])
 def test_it_comes_into_an_offloaded_transformer(offload, adapter, tmp_path, monkeypatch):
     adapter.save_pretrained(tmp_path, save_embedding_layers=False)

@@ -12,11 +12,19 @@ import torch.nn.functional as F
 
 
 LEVELS = (1, 1, 2)  # channel multipliers of the tiny pixel branch: stride 4
-CHANNELS, RES_BLOCKS = 128, 1  # the least for the 32 groups of their norms
+CHANNELS, RES_BLOCKS = 128, 1
 SEMANTIC_DIM, PIXEL_DIM, CODES, LATENT = 6, 4, 50, 8
 
 
-def tiny_checkpoint(encoder: str, *, cells: int, decoder_channels: int = CHANNELS, decoder_blocks: int = RES_BLOCKS):
+def tiny_checkpoint(
+    encoder: str,
+    *,
+    cells: int,
+    channels: int = CHANNELS,
+    decoder_channels: int = CHANNELS,
+    decoder_levels: tuple[int, ...] = LEVELS,
+    decoder_blocks: int = RES_BLOCKS,
+):
     """State dict of a small TokenFlow whose position tables have `cells` cells a side; `encoder` is clip or siglip."""
     generator = torch.Generator().manual_seed(len(encoder))
     state: dict[str, torch.Tensor] = {}
@@ -51,12 +59,12 @@ def tiny_checkpoint(encoder: str, *, cells: int, decoder_channels: int = CHANNEL
         attention(f"{name}.mid.1", width)
         resnet(f"{name}.mid.2", width, width)
 
-    linear("encoder.conv_in", CHANNELS, 3, 3, 3)
-    width = CHANNELS
+    linear("encoder.conv_in", channels, 3, 3, 3)
+    width = channels
     for level, multiplier in enumerate(LEVELS):
         for block in range(RES_BLOCKS):
-            resnet(f"encoder.conv_blocks.{level}.res.{block}", width, CHANNELS * multiplier)
-            width = CHANNELS * multiplier
+            resnet(f"encoder.conv_blocks.{level}.res.{block}", width, channels * multiplier)
+            width = channels * multiplier
             if level == len(LEVELS) - 1:
                 attention(f"encoder.conv_blocks.{level}.attn.{block}", width)
         if level < len(LEVELS) - 1:
@@ -65,10 +73,10 @@ def tiny_checkpoint(encoder: str, *, cells: int, decoder_channels: int = CHANNEL
     norm("encoder.norm_out", width)
     linear("encoder.conv_out", LATENT, width, 3, 3)
 
-    width = decoder_channels * LEVELS[-1]
+    width = decoder_channels * decoder_levels[-1]
     linear("decoder.conv_in", width, LATENT, 3, 3)
     middle("decoder", width)
-    for level, multiplier in enumerate(reversed(LEVELS)):
+    for level, multiplier in enumerate(reversed(decoder_levels)):
         for block in range(decoder_blocks + 1):
             resnet(f"decoder.conv_blocks.{level}.res.{block}", width, decoder_channels * multiplier)
             width = decoder_channels * multiplier
