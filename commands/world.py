@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.judge is not None:
         from ..worlds.judge import train_judge
 
-        train_judge(sprites, args.judge, seed=args.seed)
+        report = train_judge(sprites, args.judge, seed=args.seed)
+        for side, rates in report.items():
+            print(f"{side} px: {rates['things']:.1%} of the sprites, {rates['passed']:.1%} of the true scenes whole")
+        print(args.judge / "report.json")
         return 0
     write_dataset(
         sprites,

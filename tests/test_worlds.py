@@ -24,6 +24,7 @@ from nextflow_hf.worlds.scene import (
     BACKGROUNDS,
     CELLS,
     Scene,
+    Thing,
     arrange,
     backdrop,
     box,
@@ -207,6 +208,18 @@ def test_a_description_settles_the_scene(sprites):
         words = context.say.describe(scene, context.canvas)
         picture = hashlib.sha256(render(scene, sprites, context.canvas)).digest()
         assert seen.setdefault(words, picture) == picture, words
+
+
+def test_only_what_looks_alike_is_counted(sprites):
+    fox = Sprite("fox", "noto")
+    alike = arrange(Random(0), [fox, fox], "white", (64, 64), ("left", "right"))
+    differing = alike.with_thing(alike.things[0], Thing(fox, "left", "small"))
+    words = [
+        {Speaker(sprites, Random(seed)).describe(scene, (64, 64)) for seed in range(40)}
+        for scene in (alike, differing)
+    ]
+    assert "two noto foxes" in words[0]
+    assert all("small" in text and "two" not in text for text in words[1])
 
 
 # ---- tasks

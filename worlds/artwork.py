@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import tarfile
 from collections import Counter
@@ -104,6 +105,8 @@ def fetch_archives(folder: Path) -> dict[str, Path]:
     for key, (package, version, checksum) in PACKAGES.items():
         path = folder / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
         if not path.exists():
+            if shutil.which("npm") is None:
+                raise FileNotFoundError(f"{path} is not there, and npm, which fetches it, is not installed")
             command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -160,7 +163,7 @@ class Rasters:
                     np.save(file, rasters)
                 os.replace(path.with_suffix(".tmp"), path)
             self._chunks.append(np.load(path, mmap_mode="r"))
-        self.levels = lru_cache(maxsize=4096)(self._levels)
+        self.levels = lru_cache(maxsize=2048)(self._levels)
 
     def _levels(self, sprite: Sprite) -> list[Image.Image]:
         chunk, place = divmod(self.numbers[sprite], _CHUNK)

@@ -12,6 +12,7 @@ from .scene import (
     BACKGROUNDS,
     CELLS,
     DEFAULT_BACKGROUND,
+    OPPOSITES,
     Canvas,
     Scene,
     Thing,
@@ -111,9 +112,9 @@ class Speaker:
     def __init__(self, sprites: Sprites, rng: Random, people: bool = False):
         self.sprites, self.rng, self.people = sprites, rng, people
 
-    def choose(self, usual: str, others: Sequence[str] = ()) -> str:
-        """The usual word, or as people choose one of all."""
-        return self.rng.choice((usual, *others)) if self.people and others else usual
+    def choose(self, options: Sequence[str]) -> str:
+        """The first, which is the usual one, or as people choose any."""
+        return self.rng.choice(options) if self.people else options[0]
 
     def maybe(self, chance: float) -> bool:
         """True with a probability."""
@@ -126,25 +127,20 @@ class Speaker:
 
     def style(self, style: str) -> str:
         """An adjective for a style."""
-        first, *others = self.sprites.styles[style]
-        return self.choose(first, others)
-
-    def tone(self, tone: str) -> str:
-        """`with dark skin`."""
-        return f"with {tone} {self.sprites.tone_words}" if tone else ""
+        return self.choose(self.sprites.styles[style])
 
     def noun(self, sprite: Sprite, *, size: str = "", style: bool = True, tone: bool = True, count: int = 1) -> str:
         """`small flat octopus`, `octopus in flat style`, `three flat octopuses`, without an article."""
         words = self.name(sprite.concept)
         words = plural(words) if count > 1 else words
         if tone and sprite.tone:
-            words = f"{words} {self.tone(sprite.tone)}"
+            words = f"{words} with {sprite.tone} {self.sprites.tone_words}"
         if style:
             adjective = self.style(sprite.style)
             late = self.people and self.maybe(0.25)
             words = f"{words} in {adjective} style" if late else f"{adjective} {words}"
         if size:
-            words = f"{self.choose(*_SIZE_WORDS[size][:1], _SIZE_WORDS[size][1:])} {words}"
+            words = f"{self.size(size)} {words}"
         return f"{COUNT_WORDS[count]} {words}" if count > 1 else words
 
     def indefinite(self, sprite: Sprite, **parts) -> str:
@@ -155,21 +151,21 @@ class Speaker:
 
     def place(self, place: str) -> str:
         """`in the top left corner`."""
-        return self.choose(PLACE_PHRASES[place][0], PLACE_PHRASES[place][1:])
+        return self.choose(PLACE_PHRASES[place])
 
-    def size_word(self, size: str) -> str:
-        """`small`, or as people say it."""
-        return self.choose(_SIZE_WORDS[size][0], _SIZE_WORDS[size][1:])
+    def size(self, size: str) -> str:
+        """`small`, `tiny`."""
+        return self.choose(_SIZE_WORDS[size])
 
     def relation(self, relation: str) -> str:
         """`to the left of`."""
-        return self.choose(_RELATION_PHRASES[relation][0], _RELATION_PHRASES[relation][1:])
+        return self.choose(_RELATION_PHRASES[relation])
 
     def background(self, background: str) -> str:
         """`a sky blue background`, `a gradient background from pink to orange`."""
         if " to " in background:
-            return self.choose(f"a {background} gradient background", (f"a gradient from {background}",))
-        return self.choose(f"{with_article(background)} background", (background, f"{background} background"))
+            return self.choose((f"a {background} gradient background", f"a gradient from {background}"))
+        return self.choose((f"{with_article(background)} background", background, f"{background} background"))
 
     def with_background(self, words: str, background: str) -> str:
         """The background after, or before, the rest."""
@@ -213,8 +209,10 @@ class Speaker:
         sizes = [thing.size if thing.size != usual or self.maybe(0.1) else "" for thing in scene.things]
         styles = [self._names_style(thing.sprite) for thing in scene.things]
         parts = [{"size": size, "style": style} for size, style in zip(sizes, styles)]
-        if is_usual and not self.maybe(0.25):
-            words = self._line(scene, parts, canvas)
+        if (relation := _facing(scene)) and self.maybe(0.5):
+            words = self._related(scene, parts, relation)
+        elif is_usual and not self.maybe(0.25):
+            words = self._in_line(scene, parts, canvas)
         else:
             words = self._placed(scene, parts)
         if scene.background != DEFAULT_BACKGROUND or self.maybe(0.15):
@@ -224,45 +222,36 @@ class Speaker:
     def _names_style(self, sprite: Sprite) -> bool:
         return sprite.style != self.sprites.styles_of[sprite.concept][0] or self.maybe(0.5)
 
-    def _line(self, scene: Scene, parts: list[dict], canvas: Canvas) -> str:
-        """Things in their usual order, like ones counted, two by a relation."""
+    def _related(self, scene: Scene, parts: list[dict], relation: str) -> str:
+        order = self.rng.choice((1, -1))
+        first, second = [self.indefinite(thing.sprite, **part) for thing, part in zip(scene.things, parts)][::order]
+        return f"{first} {self.relation(relation if order == 1 else OPPOSITES[relation])} {second}"
+
+    def _in_line(self, scene: Scene, parts: list[dict], canvas: Canvas) -> str:
+        """Things in their usual order; neighbours that are alike are counted."""
         groups: list[tuple[Sprite, dict, int]] = []
         for thing, part in zip(scene.things, parts):
-            if groups and groups[-1][0] == thing.sprite:
-                sprite, first, count = groups.pop()
-                groups.append((sprite, first, count + 1))
+            if groups and (groups[-1][0], groups[-1][1]["size"]) == (thing.sprite, part["size"]):
+                groups[-1] = (*groups[-1][:2], groups[-1][2] + 1)
             else:
                 groups.append((thing.sprite, part, 1))
-        nouns = [self.indefinite(sprite, **part, count=count) for sprite, part, count in groups]
-        wide = canvas[1] >= canvas[0]
-        if len(scene.things) == 2 == len(groups) and self.maybe(0.6):
-            forward = self.maybe(0.5)
-            relation = ("left of", "right of") if wide else ("above", "below")
-            first, second = nouns if forward else nouns[::-1]
-            return f"{first} {self.relation(relation[0] if forward else relation[1])} {second}"
-        words = join_words(nouns)
+        words = join_words([self.indefinite(sprite, **part, count=count) for sprite, part, count in groups])
         if len(groups) == 3 and self.maybe(0.3):
-            words += " from left to right" if wide else " from top to bottom"
+            words += " from left to right" if canvas[1] >= canvas[0] else " from top to bottom"
         return words
 
     def _placed(self, scene: Scene, parts: list[dict]) -> str:
-        things = [
-            f"{self.indefinite(thing.sprite, **part)} {self.place(thing.place)}"
-            for thing, part in zip(scene.things, parts)
-        ]
-        relation = self._relation_of(scene)
-        if relation and self.maybe(0.5):
-            first, second = (self.indefinite(thing.sprite, **part) for thing, part in zip(scene.things, parts))
-            return f"{first} {self.relation(relation)} {second}"
+        pairs = zip(scene.things, parts)
+        things = [f"{self.indefinite(thing.sprite, **part)} {self.place(thing.place)}" for thing, part in pairs]
         self.rng.shuffle(things)
         return join_words(things)
 
-    @staticmethod
-    def _relation_of(scene: Scene) -> str | None:
-        """The relation that says all about the places of two things: they face each other across the middle."""
-        pairs = {("left", "right"): "left of", ("right", "left"): "right of"}
-        pairs |= {("top", "bottom"): "above", ("bottom", "top"): "below"}
-        return pairs.get(tuple(thing.place for thing in scene.things))
+
+def _facing(scene: Scene) -> str | None:
+    """The relation that says all about where two things are: they face each other across the middle."""
+    pairs = {("left", "right"): "left of", ("top", "bottom"): "above"}
+    pairs |= {places[::-1]: OPPOSITES[relation] for places, relation in pairs.items()}
+    return pairs.get(tuple(thing.place for thing in scene.things))
 
 
 def caption(sprites: Sprites, scene: Scene) -> str:

@@ -57,7 +57,7 @@ def sample_edit(context: Context, kind: str | None = None, source: Scene | None 
         if found is None:
             continue
         before, after, words = found
-        template = context.say.choose(INSTRUCTIONS[chosen][0], INSTRUCTIONS[chosen][1:])
+        template = context.say.choose(INSTRUCTIONS[chosen])
         if None not in words.values() and before != after:
             return Edit(chosen, context.say.manner(template.format(**words)), before, after)
 
@@ -165,7 +165,7 @@ def _resize(context: Context, source: Scene | None) -> Found:
     if not fitting:
         return None
     size = context.rng.choice(list(fitting))
-    words = {"thing": _name(context.say, scene, thing), "size": context.say.size_word(size)}
+    words = {"thing": _name(context.say, scene, thing), "size": context.say.size(size)}
     return scene, fitting[size], words
 
 
@@ -234,4 +234,4 @@ def sample_subject(context: Context) -> Subject:
     names = ("this one",) if len(sprites) == 1 else ("the first one", "the second one")
     parts = [f"{name} {say.place(thing.place)}" for name, thing in zip(names, target.things)]
     words = say.with_background(" and ".join(parts), target.background)
-    return Subject(say.manner(say.choose("draw {}", ("{}", "put {}", "{}, please")).format(words)), sources, target)
+    return Subject(say.manner(say.choose(("draw {}", "{}", "put {}", "{}, please")).format(words)), sources, target)

@@ -1,4 +1,9 @@
-"""The emoji world: what emojibase names and at least three of five sets of artwork draw."""
+"""The emoji world: what emojibase names and at least three of five sets of artwork draw.
+
+Credits: Noto Emoji, now and of 2013 to 2017 ("blob"), by Google (Apache-2.0); Fluent Emoji, "glossy" and flat, by
+Microsoft (MIT); Firefox OS Emoji by Mozilla (Apache-2.0); all as packed by Iconify. Words: Emojibase by Miles Johnson
+(MIT).
+"""
 
 import json
 from collections.abc import Sequence

@@ -35,13 +35,13 @@ FOREGROUND = 36  # difference from the background, of 255, of what counts as for
 EXTRA_SHARE = 0.02  # of the image, that may be foreground outside of the boxes
 KEPT_PSNR = 20.0  # dB, of what an edit must keep
 BACKGROUND_DISTANCE = 40.0  # of the border from a background, of 255
-SMALLEST_EXTENT = 0.8  # of what a sprite should extend over
+SMALLEST_EXTENT = 0.75  # of what a sprite should extend over
 
 
 class Classifier(nn.Module):
-    """Crops (n, 3, `CROP`, `CROP`) in [0, 1] -> logits of concepts and nothing, of styles, of no tone and tones."""
+    """Crops (n, 3, `CROP`, `CROP`) in [0, 1] -> logits of (concept, style) pairs and nothing, of no tone and tones."""
 
-    def __init__(self, num_concepts: int, num_styles: int, num_tones: int, width: int = 24):
+    def __init__(self, num_pairs: int, num_tones: int, width: int = 24):
         super().__init__()
 
         def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -54,7 +54,7 @@ class Classifier(nn.Module):
             *(block(4 * width, 8 * width), block(8 * width, 8 * width), nn.AdaptiveAvgPool2d(3), nn.Flatten()),
             *(nn.Linear(72 * width, 256), nn.BatchNorm1d(256), nn.ReLU(inplace=True)),
         )
-        self.heads = nn.ModuleList(nn.Linear(256, size) for size in (num_concepts + 1, num_styles, num_tones + 1))
+        self.heads = nn.ModuleList(nn.Linear(256, size + 1) for size in (num_pairs, num_tones))
 
     def forward(self, crops: torch.Tensor) -> list[torch.Tensor]:
         features = self.features(crops * 2 - 1)
@@ -63,7 +63,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Look:
-    """What is in a box, and the logarithm of how sure that is; the concept is `NOTHING` where there is nothing."""
+    """What is in a box, and the probability of its concept, which is `NOTHING` where there is nothing."""
 
     sprite: Sprite
     confidence: float
@@ -79,23 +79,24 @@ class Judge:
 
     def __init__(self, folder: Path):
         names = json.loads((folder / "judge.json").read_text())
-        self.concepts, self.styles, self.tones = names["concepts"], names["styles"], names["tones"]
+        self.pairs, self.tones = [*names["pairs"], [NOTHING, ""]], ["", *names["tones"]]
         self.extents = {Sprite(*key): extent for *key, extent in names["extents"]}
-        self.classifier = Classifier(len(self.concepts), len(self.styles), len(self.tones))
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in self.pairs))}
+        self._concepts = torch.tensor([numbers[name] for name, _ in self.pairs])
+        self.classifier = Classifier(len(names["pairs"]), len(names["tones"]))
         self.classifier.load_state_dict(load_file(folder / "judge.safetensors"))
         self.classifier.eval()
 
     @torch.no_grad()
     def look(self, pixels: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> list[Look]:
-        """What is in each (left, top, side) of a uint8 image."""
+        """What is in each (left, top, side) of a uint8 image: the likeliest concept, in its likeliest style."""
         crops = torch.stack([crop(pixels, *place) for place in boxes])
-        concepts, styles, tones = (logits.log_softmax(-1).max(-1) for logits in self.classifier(crops))
+        pairs, tones = (logits.softmax(-1) for logits in self.classifier(crops))
+        concepts = torch.zeros_like(pairs).index_add_(1, self._concepts, pairs).max(-1)
+        of_concept = torch.where(self._concepts == concepts.indices[:, None], pairs, -1.0).argmax(-1)
         return [
-            Look(
-                Sprite((*self.concepts, NOTHING)[concept], self.styles[style], ("", *self.tones)[tone]),
-                float(concepts.values[index]),
-            )
-            for index, (concept, style, tone) in enumerate(zip(concepts.indices, styles.indices, tones.indices))
+            Look(Sprite(*self.pairs[pair], self.tones[tone]), float(sure))
+            for pair, tone, sure in zip(of_concept, tones.argmax(-1), concepts.values)
         ]
 
     def judge_image(self, image: Image.Image | np.ndarray, scene: Scene) -> dict[str, bool]:
@@ -224,14 +225,13 @@ class _Crops:
 
     def __init__(self, sprites: Sprites, device: torch.device):
         self.drawings = sorted(sprites.all)
-        self.concepts, self.styles = sprites.names, list(sprites.styles)
+        self.pairs = sorted({(sprite.concept, sprite.style) for sprite in self.drawings})
         self.tones = sorted({sprite.tone for sprite in self.drawings} - {""})
         rasters = np.stack([np.asarray(sprites.source.levels(sprite)[1]) for sprite in self.drawings])
         self.rasters = torch.from_numpy(rasters).permute(0, 3, 1, 2).contiguous().to(device)
+        numbers = {pair: number for number, pair in enumerate(self.pairs)}
         labels = [
-            (names[sprite.concept], self.styles.index(sprite.style), ("", *self.tones).index(sprite.tone))
-            for names in [{name: index for index, name in enumerate(self.concepts)}]
-            for sprite in self.drawings
+            (numbers[sprite.concept, sprite.style], ("", *self.tones).index(sprite.tone)) for sprite in self.drawings
         ]
         self.labels = torch.tensor(labels, device=device)
         # Sprites with tones are many drawings of one: each of them is seen as often as the plain ones together.
@@ -239,7 +239,7 @@ class _Crops:
         self.weights = (plain + (1 - plain) / max(1, len(self.tones))).to(device)
 
     def __call__(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """(count, 3, `CROP`, `CROP`), and (count, 3) labels; a tenth are of nothing."""
+        """(count, 3, `CROP`, `CROP`), and (count, 2) labels; a tenth are of nothing."""
 
         def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
             return torch.rand(*shape, generator=generator, device=generator.device) * (high - low) + low
@@ -247,7 +247,7 @@ class _Crops:
         chosen, others = (torch.multinomial(self.weights, count, True, generator=generator) for _ in range(2))
         labels = self.labels[chosen].clone()
         empty = uniform(count) < 0.1
-        labels[empty, 0] = len(self.concepts)
+        labels[empty, 0] = len(self.pairs)
         colors = torch.tensor(list(COLORS.values()), device=generator.device) / 255
         ends = colors[torch.randint(len(colors), (2, count), generator=generator, device=generator.device)]
         ends = torch.where(uniform(1, count, 1) < 0.3, uniform(2, count, 3), ends)
@@ -289,8 +289,8 @@ class _Crops:
             parts.append(part)
         crops = torch.cat(parts)
         count = len(crops)
-        crops = crops * uniform(count, 3, 1, 1, low=0.9, high=1.1) + uniform(count, 3, 1, 1, low=-0.05, high=0.05)
-        noise = uniform(*crops.shape, low=-1, high=1) * uniform(count, 1, 1, 1, high=0.08)
+        crops = crops * uniform(count, 3, 1, 1, low=0.94, high=1.06) + uniform(count, 3, 1, 1, low=-0.03, high=0.03)
+        noise = uniform(*crops.shape, low=-1, high=1) * uniform(count, 1, 1, 1, high=0.06)
         return (crops + noise).clamp(0, 1)
 
 
@@ -320,7 +320,7 @@ def train_judge(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     torch.manual_seed(seed)
     crops = _Crops(sprites, device)
-    classifier = Classifier(len(crops.concepts), len(crops.styles), len(crops.tones))
+    classifier = Classifier(len(crops.pairs), len(crops.tones))
     classifier = classifier.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -340,12 +340,12 @@ def train_judge(
         optimizer.step()
         schedule.step()
         if (step + 1) % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}", concept=f"{right:.3f}")
+            progress.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.3f}")
         if (step + 1) % save_steps == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save({**state, "done": step + 1}, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-    names = {"concepts": crops.concepts, "styles": crops.styles, "tones": crops.tones}
+    names = {"pairs": crops.pairs, "tones": crops.tones}
     names["extents"] = [[*vars(sprite).values(), _extent(sprites, sprite)] for sprite in crops.drawings]
     (folder / "judge.json").write_text(json.dumps(names))
     save_file({k: v.contiguous().cpu() for k, v in classifier.state_dict().items()}, folder / "judge.safetensors")
@@ -355,16 +355,15 @@ def train_judge(
 
 
 def _train_step(classifier: Classifier, crops: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The loss and the share of right concepts; style and tone are learnt where there is something."""
+    """The loss and the share of right pairs; the tone is learnt where there is something."""
     classifier.train()
     crops = crops.contiguous(memory_format=torch.channels_last)
     with torch.autocast(crops.device.type, dtype=torch.bfloat16):
-        concepts, styles, tones = (logits.float() for logits in classifier(crops))
-    there = labels[:, 0] < concepts.shape[1] - 1
-    loss = F.cross_entropy(concepts, labels[:, 0], label_smoothing=0.05)
-    loss = loss + 0.5 * F.cross_entropy(styles[there], labels[there, 1])
-    loss = loss + 0.3 * F.cross_entropy(tones[there], labels[there, 2])
-    return loss, (concepts.argmax(-1) == labels[:, 0]).float().mean().item()
+        pairs, tones = (logits.float() for logits in classifier(crops))
+    there = labels[:, 0] < pairs.shape[1] - 1
+    loss = F.cross_entropy(pairs, labels[:, 0], label_smoothing=0.02)
+    loss = loss + 0.5 * F.cross_entropy(tones[there], labels[there, 1])
+    return loss, (pairs.argmax(-1) == labels[:, 0]).float().mean().item()
 
 
 def _extent(sprites: Sprites, sprite: Sprite) -> float:

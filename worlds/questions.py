@@ -48,7 +48,7 @@ def sample_questions(context: Context, scene: Scene, count: int) -> list[Questio
 def _concept(context: Context, scene: Scene) -> Asked:
     thing = context.rng.choice(scene.things)
     if len(scene.things) == 1:
-        return context.say.choose("what is this", ("what do you see",)), with_article(thing.sprite.concept)
+        return context.say.choose(("what is this", "what do you see")), with_article(thing.sprite.concept)
     return f"what is {context.say.place(thing.place)}", with_article(thing.sprite.concept)
 
 
@@ -60,14 +60,13 @@ def _style(context: Context, scene: Scene) -> Asked:
 
 
 def _background(context: Context, scene: Scene) -> Asked:
-    return context.say.choose("what color is the background", ("which background is it",)), scene.background
+    return context.say.choose(("what color is the background", "which background is it")), scene.background
 
 
 def _count(context: Context, scene: Scene) -> Asked:
     if context.say.maybe(0.4):
-        return context.say.choose("how many things are there", ("how many do you see",)), COUNT_WORDS[
-            len(scene.things)
-        ]
+        text = context.say.choose(("how many things are there", "how many do you see"))
+        return text, COUNT_WORDS[len(scene.things)]
     concept = context.rng.choice(scene.things).sprite.concept
     count = sum(thing.sprite.concept == concept for thing in scene.things)
     return f"how many {plural(context.say.name(concept))} are there", COUNT_WORDS[count]

@@ -62,7 +62,7 @@ class Context:
         pool, self._first = self.pool if self._first else "seen", False
         while True:
             if pool == "held_out":
-                concept, style = self.rng.choice(sorted(self.sprites.held_out))
+                concept, style = self.rng.choice(self.sprites.held_out_pairs)
             else:
                 concept = self.rng.choice(self.sprites.names)
                 style = self.rng.choice(self.seen_styles(concept))

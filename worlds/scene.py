@@ -56,6 +56,7 @@ PLACES = (
 )
 CELLS = {name: (row, column) for row, names in enumerate(PLACES) for column, name in enumerate(names)}
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SIZES = {"small": 0.33, "medium": 0.47, "large": 0.85}  # of the shorter side, at most
 MAX_THINGS = 4
 MIN_PIXELS = 16  # of a sprite: below it nobody can tell what it is

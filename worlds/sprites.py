@@ -105,6 +105,11 @@ class Sprites:
         return frozenset(pairs)
 
     @cached_property
+    def held_out_pairs(self) -> list[tuple[str, str]]:
+        """`held_out` in an order."""
+        return sorted(self.held_out)
+
+    @cached_property
     def names(self) -> list[str]:
         """Names of all concepts."""
         return list(self.concepts)
@@ -128,7 +133,7 @@ class Sprites:
     @cached_property
     def draw(self):
         """(sprite, pixels) -> the sprite at that size, premultiplied "RGBa"."""
-        return lru_cache(maxsize=20_000)(self._draw)
+        return lru_cache(maxsize=4096)(self._draw)
 
     def _draw(self, sprite: Sprite, size: int) -> Image.Image:
         levels = self.source.levels(sprite)

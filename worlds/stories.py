@@ -32,7 +32,7 @@ def sample_story(context: Context, kind: str | None = None) -> Story:
     text, scenes, events = STORIES[kind](context)
     openings = ("first", *["then"] * (len(scenes) - 2), "in the end")
     sentences = tuple(f"{opening}, {event}." for opening, event in zip(openings, events, strict=True))
-    request = context.say.choose("a story: {}", ("tell and draw a story: {}", "show me how {}", "story: {}", "{}"))
+    request = context.say.choose(("a story: {}", "tell and draw a story: {}", "show me how {}", "story: {}", "{}"))
     return Story(kind, context.say.manner(request.format(text)), scenes, sentences)
 
 

@@ -6,7 +6,7 @@ from .captions import COUNT_WORDS, plural, with_article
 from .edits import sample_edit
 from .questions import Question, sample_questions
 from .sampling import Context
-from .scene import COLORS, Scene, arrange, default_places
+from .scene import COLORS, OPPOSITES, Scene, arrange, default_places
 
 
 _COLOR_THINGS = {
@@ -139,10 +139,8 @@ def _group(context: Context) -> str:
 
 def _inference(context: Context) -> str:
     first, second = (with_article(sprite.concept) for sprite in context.different(2))
-    relation, opposite = context.rng.choice(
-        (("left of", "right of"), ("right of", "left of"), ("above", "below"), ("below", "above"))
-    )
-    return f"If {first} is {relation} {second}, then {second} is {opposite} {first}."
+    relation = context.rng.choice(list(OPPOSITES))
+    return f"If {first} is {relation} {second}, then {second} is {OPPOSITES[relation]} {first}."
 
 
 def _description(context: Context) -> str:
