@@ -43,7 +43,7 @@ EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
 WORKERS = {"dataloader_num_workers": 1}
 SCHEDULE = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
-CHECKPOINTING = {"activation_checkpointing": True}
+CHECKPOINTING = {"gradient_checkpointing": True}  # its name in older versions, too
 METRICS = {"compute_metrics": lambda prediction, compute_result=True: {}}  # an argument of `Trainer`
 ADAMW = "test_training_equivalence.py::test_accumulating"
 COMMAND = "test_train_command.py::test_accelerate_launch"
