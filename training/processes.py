@@ -12,8 +12,9 @@ class ProcessesMixin:
     half precision without rounding what is summed.
     """
 
-    # Whether every process calls every module as often as the others, whatever its batch is. FSDP and ZeRO-3 gather
-    # weights in these calls, and the processes wait for each other there.
+    # Not where a model is called once for every schedule of a batch: ZeRO-3 gathers weights in each call, and
+    # processes with unequally many calls wait for each other. Nor is there code to wrap such a model for FSDP, or to
+    # save it.
     can_shard_weights = True
 
     def __init__(self, *args, **kwargs):
@@ -26,8 +27,8 @@ class ProcessesMixin:
             )
         if not self.can_shard_weights and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
-                f"{type(self).__name__} calls its model once for every schedule of a batch, which differs between "
-                "processes, but FSDP and ZeRO-3 gather weights at every call: use DDP or ZeRO-2"
+                f"{type(self).__name__} supports neither ZeRO-3, where processes wait for each other when the "
+                "schedules of their batches differ, nor FSDP, which cannot wrap or save its model: use DDP or ZeRO-2"
             )
 
     def create_accelerator_and_postprocess(self) -> None:
