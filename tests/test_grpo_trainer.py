@@ -380,6 +380,11 @@ def test_masks_of_rewards_gate_the_codes(tmp_path):
     k = [1.0] + [4**-0.6] * 4
     assert weights[0] == pytest.approx([1 / sum(k), k[1] / sum(k)])  # 1x1, and the first of 2x2
     assert weights[-1] == pytest.approx([value / sum(k) for value in k])
+    # The rewards are gated, too: where the last sample alone has a mask, there is nothing to compare it with.
+    codes = [row[targets >= 0].tolist() for row, targets in zip(batch["advantages"], batch["targets"])]
+    values = torch.arange(4.0)
+    for row, value in zip(codes, ((values - values.mean()) / (values.std() + 1e-4)).tolist() * 2):
+        assert row == pytest.approx([value, value, 0, 0, 0], rel=1e-4)
 
 
 def test_adapters_are_trained_and_the_reference_is_without(tmp_path):
