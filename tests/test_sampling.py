@@ -77,7 +77,7 @@ def test_a_sample_does_not_depend_on_the_order_of_near_ties(cut):
     rounding = 1e-4 * torch.randn(logits.shape, generator=seeded(1))
     codes = sample_codes(logits, step, [seeded()])
     assert (sample_codes(logits + rounding, step, [seeded()]) != codes).float().mean() < 0.002
-    assert codes.unique().tolist() == ([0, 1] if cut == {"top_p": 0.8} else [0, 1, 2])
+    assert codes.unique().tolist() == [0, 1, 2]
 
 
 def test_a_change_far_from_a_sample_leaves_it():
