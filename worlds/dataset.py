@@ -9,7 +9,7 @@ sentences and scenes, and `held_out` has a held-out pair in every row.
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -323,29 +323,18 @@ def _write_images(sprites: Sprites, folder: Path, canvases: list[Canvas], key: s
         drawings = [context.sprite() for _ in range(rng.choice((1, 1, 2, 3, 4)))]
         return {"image": encode(render_loose(rng, sprites, drawings, context.background(), context.canvas))}
 
-    _write_files(folder, datasets.Features({"image": _IMAGE_FEATURE}), make, count, str(folder.name))
+    _write_files(folder, datasets.Features({"image": _IMAGE_FEATURE}), make, count, f"images {folder.name}")
 
 
 def _write_files(
     folder: Path, features: datasets.Features, make: Callable[[int], dict], count: int, title: str
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, count, ROWS_PER_FILE)
-    left = [start for start in starts if not _path(folder, start).exists()]
-    numbers = ((start, range(start, min(start + ROWS_PER_FILE, count))) for start in left)
-    with tqdm(total=sum(min(ROWS_PER_FILE, count - start) for start in left), desc=title, unit="row") as progress:
-        for start, of_file in numbers:
-            rows = list(_counted(map(make, of_file), progress))
-            partial = _path(folder, start).with_suffix(".tmp")
-            datasets.Dataset.from_list(rows, features=features).to_parquet(str(partial))
-            os.replace(partial, _path(folder, start))
-
-
-def _path(folder: Path, start: int) -> Path:
-    return folder / f"{start // ROWS_PER_FILE:05d}.parquet"
-
-
-def _counted(rows: Iterable[dict], progress: tqdm) -> Iterator[dict]:
-    for row in rows:
-        progress.update()
-        yield row
+    for start in range(0, count, ROWS_PER_FILE):
+        path = folder / f"{start // ROWS_PER_FILE:05d}.parquet"
+        if path.exists():
+            continue
+        numbers = tqdm(range(start, min(start + ROWS_PER_FILE, count)), desc=f"{title} {path.stem}", unit="row")
+        rows = datasets.Dataset.from_list(list(map(make, numbers)), features=features)
+        rows.to_parquet(str(path.with_suffix(".tmp")))
+        os.replace(path.with_suffix(".tmp"), path)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from .captions import with_article
+from .captions import join_words, with_article
 from .edits import Edit, sample_edit
 from .sampling import Context
-from .scene import CELLS, Scene, Thing, arrange, default_places
+from .scene import Scene, Thing, arrange, default_places
 from .sprites import Sprite
 
 
@@ -85,16 +85,11 @@ def _vanish(context: Context) -> Told:
 def _one_by_one(context: Context, verb: str, shown) -> Told:
     sprites, background = context.different(context.rng.choice((2, 3))), context.background()
     places = default_places(len(sprites), context.canvas)
-    full = arrange(context.rng, sprites, background, context.canvas, places) or _corners(context, sprites, background)
+    full = arrange(context.rng, sprites, background, context.canvas, places)
     nouns = [context.say.indefinite(sprite) for sprite in sprites]
-    text = f"{', '.join(nouns[:-1])} and {nouns[-1]} {verb} one by one on {context.say.background(background)}"
+    text = f"{join_words(nouns)} {verb} one by one on {context.say.background(background)}"
     scenes = tuple(Scene(background, shown(full.things, index)) for index in range(len(sprites)))
     return text, scenes, [f"there is {_names(scene)}" for scene in scenes]
-
-
-def _corners(context: Context, sprites: list[Sprite], background: str) -> Scene:
-    corners = [place for place in CELLS if "corner" in place]
-    return arrange(context.rng, sprites, background, context.canvas, corners[: len(sprites)])
 
 
 def _names(scene: Scene) -> str:
