@@ -24,16 +24,16 @@ _MODULE_OF_NAME = {
     "NextFlowImageProcessorPil": "processing.image_processing_nextflow",
     "NextFlowProcessor": "processing.processing_nextflow",
     "NextFlowPipeline": "pipelines.pipeline_nextflow",
-    "NextFlowPipelineOutput": "pipelines.pipeline_nextflow_output",
-    "NextFlowFramesOutput": "pipelines.pipeline_nextflow_output",
+    "NextFlowPipelineOutput": "pipelines.outputs_nextflow",
+    "NextFlowFramesOutput": "pipelines.outputs_nextflow",
     "NextFlowConversation": "pipelines.conversation_nextflow",
-    "NextFlowDiffusionDecoder": "pipelines.diffusion_decoder",
+    "NextFlowDiffusionDecoder": "pipelines.diffusion_decoder_nextflow",
     "NextFlowDiffusionDecoderPipeline": "pipelines.pipeline_nextflow_diffusion_decoder",
-    "NextFlowTrainer": "training.trainer",
-    "NextFlowVisionTokenizerTrainer": "training.tokenizer_trainer",
-    "NextFlowDiffusionDecoderTrainer": "training.decoder_trainer",
-    "NextFlowGRPOConfig": "training.grpo_config",
-    "NextFlowGRPOTrainer": "training.grpo_trainer",
+    "NextFlowTrainer": "training.transformer.trainer",
+    "NextFlowVisionTokenizerTrainer": "training.vision_tokenizer.trainer",
+    "NextFlowDiffusionDecoderTrainer": "training.diffusion_decoder.trainer",
+    "NextFlowGRPOConfig": "training.grpo.config",
+    "NextFlowGRPOTrainer": "training.grpo.trainer",
 }
 
 __all__ = ["__version__", *_MODULE_OF_NAME]
@@ -53,6 +53,6 @@ def __dir__() -> list[str]:
 
 # pytest imports this file a second time under the name of the folder it lies in. That copy stays inert.
 if __name__ == "nextflow_hf":
-    from nextflow_hf import registration
+    from . import registration
 
     registration.install()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from packaging.requirements import Requirement
 
-from nextflow_hf import __version__
+from . import __version__
 
 
 # Sub-command -> (module with `main(argv)`, what `--help` says).
@@ -23,18 +23,24 @@ COMMANDS = {
     "info": ("nextflow_hf.commands.info", "what a model is, and needs; how an image was made"),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
     "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
-    "convert": ("nextflow_hf.hub_cards.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
+    "convert": ("nextflow_hf.commands.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
     "world": (
         "nextflow_hf.commands.world",
         "data sets that are drawn by code, such as scenes of emoji, and their judge",
     ),
-    "extract": ("nextflow_hf.training.extract", "a mixture of data sets as shards of tokens and codes for training"),
-    "train": ("nextflow_hf.training.train", "train the transformer by a recipe, on any number of processes"),
+    "extract": (
+        "nextflow_hf.training.data.extract",
+        "data sets as shards of tokens and codes",
+    ),
+    "train": (
+        "nextflow_hf.training.transformer.train",
+        "train the transformer by a recipe",
+    ),
     "train-tokenizer": (
-        "nextflow_hf.training.train_tokenizer",
+        "nextflow_hf.training.vision_tokenizer.train",
         "one stage of a vision tokenizer's training, by a recipe",
     ),
-    "train-decoder": ("nextflow_hf.training.train_decoder", "train a diffusion decoder by a recipe"),
+    "train-decoder": ("nextflow_hf.training.diffusion_decoder.train", "train a diffusion decoder by a recipe"),
 }
 
 

@@ -24,12 +24,12 @@ def register_with_transformers() -> None:
     )
 
     # From the modules, not from the packages: those may be half imported when this runs.
-    from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
-    from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
-    from nextflow_hf.modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
-    from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-    from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
-    from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
+    from .modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
+    from .modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+    from .modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
+    from .modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+    from .processing.image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
+    from .processing.processing_nextflow import NextFlowProcessor
 
     AutoConfig.register(NextFlowConfig.model_type, NextFlowConfig, exist_ok=True)
     AutoConfig.register(NextFlowVisionTokenizerConfig.model_type, NextFlowVisionTokenizerConfig, exist_ok=True)
@@ -61,8 +61,8 @@ def register_with_diffusers() -> None:
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
     from transformers import ImageProcessingMixin, PreTrainedModel, ProcessorMixin
 
-    from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
-    from nextflow_hf.pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+    from .pipelines.pipeline_nextflow import NextFlowPipeline
+    from .pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 
     # The loader imports only libraries of this table, and saves the others' classes under their full module path.
     # It looks the base classes up as attributes of the library itself, with no default.
@@ -79,7 +79,7 @@ def register_with_diffusers() -> None:
 def register_with_auto_pipelines() -> None:
     from diffusers.pipelines import auto_pipeline
 
-    from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
+    from .pipelines.pipeline_nextflow import NextFlowPipeline
 
     # One class draws and edits. diffusers looks a class up by its name, through all tables, for its key in this one.
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nextflow"] = NextFlowPipeline
@@ -90,13 +90,13 @@ def register_with_peft() -> None:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # Every matrix of the decoder, for a `LoraConfig()` that names none. Not the connector, which is small and new and
-    # best trained whole (training/adapters.py). "nextflow" is the model type; peft does without our classes.
+    # best trained whole (training/transformer/adapters.py). "nextflow" is the model type, not a class of ours.
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["nextflow"] = names
 
 
 def register_with_liger() -> None:
-    from nextflow_hf.training.liger import MODEL_TYPE, apply_liger_kernel_to_nextflow
+    from .training.transformer.liger import MODEL_TYPE, apply_liger_kernel_to_nextflow
 
     # Not by import: this runs at the end of that module's own, before its package has it as an attribute.
     monkey_patch = sys.modules["liger_kernel.transformers.monkey_patch"]

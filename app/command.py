@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextflow_hf.commands import drawing, loading, records
-from nextflow_hf.commands.console import Console, run
-from nextflow_hf.commands.options import SHIPPED_MODEL, add_model_options, new_parser
+from ..commands import drawing, loading, records
+from ..commands.console import Console, run
+from ..commands.options import SHIPPED_MODEL, add_model_options, new_parser
 
 
 if TYPE_CHECKING:
     import PIL.Image
 
-    from nextflow_hf import NextFlowPipeline
-    from nextflow_hf.app.studio import Drawing
+    from .. import NextFlowPipeline
+    from .studio import Drawing
 
 # For the shipped model.
 TALKS = (
@@ -60,10 +60,10 @@ def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError('the app needs Gradio: pip install "nextflow-hf[app]"') from error
 
-    from nextflow_hf.app.interface import App
-    from nextflow_hf.app.server import serve, warnings_about
-    from nextflow_hf.app.studio import Studio
-    from nextflow_hf.hub_cards.demo import PROMPTS
+    from ..hub_cards.demo import PROMPTS
+    from .interface import App
+    from .server import serve, warnings_about
+    from .studio import Studio
 
     for warning in warnings_about(args.host, args.share):
         console.warn(f"warning: {warning}")

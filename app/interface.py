@@ -15,9 +15,9 @@ from typing import Any
 
 import gradio as gr
 
-from nextflow_hf.app.studio import Drawing, Studio
-from nextflow_hf.app.uploads import FILE_TYPES, check_images
-from nextflow_hf.atomic import write_file
+from ..atomic import write_file
+from .studio import Drawing, Studio
+from .uploads import FILE_TYPES, check_images
 
 
 SEEDS = 2**32  # a number field of a browser is exact to 2**53

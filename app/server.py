@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nextflow_hf.app.uploads import MAX_BYTES
+from .uploads import MAX_BYTES
 
 
 # The browser itself refuses whatever is not from here: scripts, fonts, images, connections.

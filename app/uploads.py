@@ -5,7 +5,7 @@ Nothing is decoded here: whether the pixels are all there is found out when the 
 
 import os
 
-from nextflow_hf.processing.image_loading_nextflow import open_header
+from ..processing.image_loading_nextflow import open_header
 
 
 MAX_BYTES = 20 * 1024**2

@@ -8,7 +8,7 @@ Every row draws with guidance and decodes with the vision tokenizer; the median 
 the CPU a second is one of the process's own.
 "as long": the unconditional prompt is as long as the prompt. In practice it is shorter, and its row has padding.
 
-The floor of the codes is what the FLOPs of both rows (flops_nextflow.py) take at the rate of a large matrix product,
+The floor of the codes is what the FLOPs of both rows (training/common/flops.py) take at the rate of a large matrix product,
 measured here, and for every scale no less than reading the weights once takes at the bandwidth of a large copy.
 """
 
@@ -21,10 +21,10 @@ import torch
 from training_speed import TOY, product_flops, seconds
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
-from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from nextflow_hf.processing.scale_schedule import ScaleSchedule
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
+from nextflow_hf.training.common.flops import training_flops
 
 
 PROMPT_LENGTH = 128

@@ -31,16 +31,16 @@ from transformers import TrainerCallback
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, NextFlowPipeline
 from nextflow_hf.atomic import replaced_folder, write_file, write_json, write_text
-from nextflow_hf.processing.scale_schedule import ScaleSchedule, num_cells
-from nextflow_hf.training.checkpoints import last_checkpoint
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule, num_cells
+from nextflow_hf.training.common.checkpoints import last_checkpoint
 from nextflow_hf.training.evaluation.shapes import evaluate_shapes, pipeline_functions
-from nextflow_hf.training.grpo import load_recipe, make_config, make_trainer
-from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
-from nextflow_hf.training.memory import training_memory
+from nextflow_hf.training.grpo.train.config import NextFlowGRPOConfig
+from nextflow_hf.training.grpo.train.train import load_recipe, make_config, make_trainer
 from nextflow_hf.training.rewards.shapes import clean_shapes
 from nextflow_hf.training.shapes import CATEGORIES, sample_prompt
 from nextflow_hf.training.shapes.judge import judge_prompt
 from nextflow_hf.training.train_shapes import reconstruct
+from nextflow_hf.training.transformer.memory import training_memory
 
 
 VMR = {"vmr_num_suffixes": 2, "prefix_updates_per_suffix": 3}

@@ -24,7 +24,7 @@ from transformers.utils import is_liger_kernel_available
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.loss_nextflow import linear_cross_entropy, weighted_cross_entropy
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.training.liger import liger_weighted_cross_entropy
+from nextflow_hf.training.transformer.liger import liger_weighted_cross_entropy
 
 
 Loss = Callable[[torch.Tensor, torch.nn.Linear, torch.Tensor, torch.Tensor, int], torch.Tensor]

@@ -20,8 +20,8 @@ import argparse
 import numpy as np
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
-from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
-from nextflow_hf.processing.scale_schedule import ScaleSchedule
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
+from nextflow_hf.training.common.flops import training_flops
 from nextflow_hf.training.data.packing import make_packs
 
 

@@ -1,4 +1,4 @@
-"""What training takes of a GPU's memory: the peak of a few steps beside the arithmetic of training/memory.py.
+"""What training takes of a GPU's memory: the peak of a few steps, beside training/transformer/memory.py's estimate.
 
     python benchmarks/training_memory.py --optim paged_adamw_8bit                    # the whole 7B model
     python benchmarks/training_memory.py --trainable lora --optim adamw_torch_fused
@@ -17,13 +17,13 @@ from transformers.utils import is_liger_kernel_available
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.processing.scale_schedule import ScaleSchedule
-from nextflow_hf.training.arguments import ModelArguments, NextFlowTrainingArguments
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
-from nextflow_hf.training.freezing import set_trainable
-from nextflow_hf.training.memory import OPTIMIZERS, TRAINABLE, table, training_memory
-from nextflow_hf.training.model_loading import add_adapter, load_model
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.arguments import ModelArguments, NextFlowTrainingArguments
+from nextflow_hf.training.transformer.freezing import set_trainable
+from nextflow_hf.training.transformer.memory import OPTIMIZERS, TRAINABLE, table, training_memory
+from nextflow_hf.training.transformer.model_loading import add_adapter, load_model
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 def make_model(config: NextFlowConfig, trainable: str, device: str, folder: Path) -> torch.nn.Module:

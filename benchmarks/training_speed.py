@@ -13,7 +13,7 @@ Flex attention has no backward pass there, and Liger no kernels.
 On CUDA the model has a few layers of the 7B model's 28. What is outside the layers costs the same at any depth, so two
 depths a < b give those 28: time(28) = time(a) + (28 - a) * (time(b) - time(a)) / (b - a), and memory alike.
 
-Model FLOPs utilisation = FLOPs of the documents (flops_nextflow.py: no padding, no recomputation) / seconds / peak.
+Model FLOPs utilisation = FLOPs of the documents (training/common/flops.py: no padding, no recomputation) / seconds / peak.
 The peak is --peak-tflops, or by default what a large matrix product reaches here.
 """
 
@@ -32,9 +32,9 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
-from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.processing.scale_schedule import ScaleSchedule
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
+from nextflow_hf.training.common.flops import training_flops
 from nextflow_hf.training.data.collator import NextFlowDataCollator
 from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
 

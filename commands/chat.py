@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextflow_hf.commands import loading, options, records
-from nextflow_hf.commands.console import Console, run
-from nextflow_hf.commands.messages import conversation, existing_file, read_messages
-from nextflow_hf.commands.options import new_parser, one_text
-from nextflow_hf.commands.output import Output
+from . import loading, options, records
+from .console import Console, run
+from .messages import conversation, existing_file, read_messages
+from .options import new_parser, one_text
+from .output import Output
 
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
 
-    from nextflow_hf import NextFlowPipeline
+    from .. import NextFlowPipeline
 
 EXAMPLES = """\
   nextflow-hf chat "what color is the circle" --image circle.png

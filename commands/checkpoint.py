@@ -16,11 +16,11 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
-from nextflow_hf.commands.loading import HUB_ID, find_model
-from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
-from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import IMAGE_DEFAULTS, NextFlowGenerationConfig
-from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessorPil
-from nextflow_hf.processing.scale_schedule import num_cells
+from ..modeling_nextflow.configuration_nextflow import NextFlowConfig
+from ..modeling_nextflow.generation_configuration_nextflow import IMAGE_DEFAULTS, NextFlowGenerationConfig
+from ..processing.image_processing_nextflow import NextFlowImageProcessorPil
+from ..processing.scale_schedule_nextflow import num_cells
+from .loading import HUB_ID, find_model
 
 
 # Names of types in safetensors' headers.

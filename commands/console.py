@@ -117,7 +117,7 @@ def one_line_mistakes(name: str) -> Callable[[Callable[..., int | None]], Callab
 
 
 def _one_line(error: Exception) -> str:
-    from nextflow_hf.cli import extra_with
+    from ..cli import extra_with
 
     extra = extra_with(error.name) if isinstance(error, ModuleNotFoundError) else None
     parts = [str(error) or type(error).__name__, *getattr(error, "__notes__", ()), *([extra] if extra else ())]

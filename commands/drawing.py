@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextflow_hf.commands import loading, options, records
-from nextflow_hf.commands.console import Console
-from nextflow_hf.commands.messages import conversation, existing_file, read_messages
-from nextflow_hf.commands.output import Output, preview_path, save_preview
+from . import loading, options, records
+from .console import Console
+from .messages import conversation, existing_file, read_messages
+from .output import Output, preview_path, save_preview
 
 
 if TYPE_CHECKING:
-    from nextflow_hf import NextFlowPipeline, NextFlowPipelineOutput
+    from .. import NextFlowPipeline, NextFlowPipelineOutput
 
 # Arguments of the pipeline's call that are options of their own names.
 SETTINGS = (

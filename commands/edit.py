@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nextflow_hf.commands.console import Console, run
-from nextflow_hf.commands.drawing import add_drawing_options, draw
-from nextflow_hf.commands.options import new_parser, one_text, per_scale
+from .console import Console, run
+from .drawing import add_drawing_options, draw
+from .options import new_parser, one_text, per_scale
 
 
 EXAMPLES = """\

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nextflow_hf.atomic import write_file
-from nextflow_hf.commands import loading, options, records
-from nextflow_hf.commands.console import Console, run
-from nextflow_hf.commands.options import new_parser
-from nextflow_hf.commands.output import slug
+from ..atomic import write_file
+from . import loading, options, records
+from .console import Console, run
+from .options import new_parser
+from .output import slug
 
 
 EXAMPLES = """\

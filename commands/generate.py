@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nextflow_hf.commands.console import run
-from nextflow_hf.commands.drawing import add_drawing_options, draw
-from nextflow_hf.commands.options import new_parser, one_text
+from .console import run
+from .drawing import add_drawing_options, draw
+from .options import new_parser, one_text
 
 
 EXAMPLES = """\

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nextflow_hf.commands import loading, options, records
-from nextflow_hf.commands.console import Console, run
-from nextflow_hf.commands.options import new_parser
+from . import loading, options, records
+from .console import Console, run
+from .options import new_parser
 
 
 EXAMPLES = """\
@@ -56,7 +56,7 @@ def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.repeats < 1:
         raise ValueError(f"--repeats is {args.repeats}, expected at least 1")
 
-    from nextflow_hf.commands.checkpoint import describe, read_checkpoint
+    from .checkpoint import describe, read_checkpoint
 
     folder = read_checkpoint(args.model, revision=args.revision)
     described = describe(folder, dtype=None if args.dtype == "auto" else args.dtype)
@@ -64,7 +64,7 @@ def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for line in _lines(described):
         console.show(line)
     if args.measure:
-        from nextflow_hf.commands.measuring import measure
+        from .measuring import measure
 
         pipe = loading.load_pipeline(args)
         pipe.set_progress_bar_config(disable=True)

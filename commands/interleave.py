@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nextflow_hf.atomic import write_text
-from nextflow_hf.commands import loading, options, records
-from nextflow_hf.commands.console import Console, run
-from nextflow_hf.commands.messages import conversation, read_messages, write_messages
-from nextflow_hf.commands.options import new_parser, one_text
-from nextflow_hf.commands.output import folder_for, slug
+from ..atomic import write_text
+from . import loading, options, records
+from .console import Console, run
+from .messages import conversation, read_messages, write_messages
+from .options import new_parser, one_text
+from .output import folder_for, slug
 
 
 EXAMPLES = """\

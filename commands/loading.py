@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextflow_hf import __version__
-from nextflow_hf.commands.options import SHIPPED_MODEL
+from .. import __version__
+from .options import SHIPPED_MODEL
 
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nextflow_hf import NextFlowPipeline
+    from .. import NextFlowPipeline
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SAMPLED_VALUES = 256  # of each tensor, for a fingerprint
@@ -26,7 +26,7 @@ SAMPLED_VALUES = 256  # of each tensor, for a fingerprint
 def find_model(model: str | None) -> str:
     """What `from_pretrained` takes for `--model`: a folder that has a pipeline, or a Hub id."""
     if model in (None, SHIPPED_MODEL):
-        from nextflow_hf.hub_cards import shapes_model_path
+        from ..hub_cards import shapes_model_path
 
         try:
             return str(shapes_model_path())
@@ -89,7 +89,7 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
 
     import torch
 
-    from nextflow_hf import NextFlowPipeline
+    from .. import NextFlowPipeline
 
     options: dict[str, Any] = dict.fromkeys(without)
     if args.revision is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
+from ..pipelines.pipeline_nextflow import NextFlowPipeline
 
 
 BATCH_SIZE = 4

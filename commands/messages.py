@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nextflow_hf.atomic import write_text
+from ..atomic import write_text
 
 
 def read_messages(path: Path) -> list[dict[str, Any]]:
@@ -19,7 +19,7 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
         messages = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    from nextflow_hf.processing.message_checks import as_conversations
+    from ..processing.message_checks_nextflow import as_conversations
 
     try:
         conversations, _ = as_conversations(messages)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nextflow_hf.atomic import write_file
+from ..atomic import write_file
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def preview_path(path: Path, number: int = 1, count: int = 1) -> Path:
 
 def save_preview(images: list["PIL.Image.Image"], path: Path) -> Path:
     """An image as it grew: scale after scale, or side by side."""
-    from nextflow_hf.pipelines import NextFlowFramesOutput, save_strip
+    from ..pipelines import NextFlowFramesOutput, save_strip
 
     if path.suffix.lower() == ".png":
         write_file(path, lambda temporary: save_strip(images, temporary))

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextflow_hf.commands import loading, options, records
-from nextflow_hf.commands.console import Console, run
-from nextflow_hf.commands.messages import existing_file
-from nextflow_hf.commands.options import new_parser
-from nextflow_hf.commands.output import folder_for, numbered
+from . import loading, options, records
+from .console import Console, run
+from .messages import existing_file
+from .options import new_parser
+from .output import folder_for, numbered
 
 
 if TYPE_CHECKING:
     import PIL.Image
     from transformers import BatchFeature
 
-    from nextflow_hf import NextFlowPipeline
+    from .. import NextFlowPipeline
 
 EXAMPLES = """\
   nextflow-hf reconstruct photo.png --output again.png
@@ -157,7 +157,7 @@ def _psnr(image: "PIL.Image.Image", original: "PIL.Image.Image") -> float:
     import numpy as np
     import torch
 
-    from nextflow_hf.training.evaluation.reconstruction import peak_signal_to_noise
+    from ..training.evaluation.reconstruction import peak_signal_to_noise
 
     pixels = [torch.from_numpy(np.array(one)).permute(2, 0, 1)[None] / 255 for one in (image, original)]
     return round(peak_signal_to_noise(*pixels).item(), 4)

@@ -17,17 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextflow_hf.atomic import write_file
-from nextflow_hf.commands import loading, options
-from nextflow_hf.commands.console import Console
-from nextflow_hf.commands.record_schema import check_record
+from ..atomic import write_file
+from . import loading, options
+from .console import Console
+from .record_schema import check_record
 
 
 if TYPE_CHECKING:
     import PIL.Image
     from torch import nn
 
-    from nextflow_hf import NextFlowPipeline
+    from .. import NextFlowPipeline
 
 CHUNK = "nextflow"  # keyword of the text chunk
 FORMAT = 1
@@ -279,7 +279,7 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
     """Fill the options `names` that are not given with those that made `args.from_image`, if that is given."""
     if args.from_image is None:
         return None
-    from nextflow_hf.processing.image_loading_nextflow import load_image
+    from ..processing.image_loading_nextflow import load_image
 
     record = read_record(args.from_image)
     image = load_image(args.from_image, MOST_PIXELS)

@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
-from nextflow_hf.pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from ..pipelines.pipeline_nextflow import NextFlowPipeline
+from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 
 
 TAGS = ["nextflow", "next-scale-prediction", "autoregressive", "arxiv:2601.02204"]

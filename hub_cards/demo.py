@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nextflow_hf.atomic import write_file
+from ..atomic import write_file
 
 
 PROMPTS = (
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from PIL import Image
 
-    from nextflow_hf import NextFlowPipeline
-    from nextflow_hf.hub_cards import shapes_model_path
+    from .. import NextFlowPipeline
+    from . import shapes_model_path
 
     start = time.perf_counter()
     try:

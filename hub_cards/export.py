@@ -24,12 +24,12 @@ from diffusers import ModelMixin
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel
 
-from nextflow_hf.atomic import replaced_folder
-from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
-from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
-from nextflow_hf.modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
-from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline
-from nextflow_hf.pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from ..atomic import replaced_folder
+from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+from ..modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
+from ..pipelines.pipeline_nextflow import NextFlowPipeline
+from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from .cards import create_card, pipeline_facts
 
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """`generate` in three modes: text by transformers' own machinery, an image, or text with images in between (§2.2).
 
-What a call means is decided here, and what makes no sense is refused. The work is done in drawing_nextflow.py and
-interleaving_nextflow.py. Knows codes, not pixels.
+What a call means is decided here, and what makes no sense is refused. The work is done in
+generation_image_nextflow.py and generation_interleaved_nextflow.py. Knows codes, not pixels.
 """
 
 import copy
@@ -17,7 +17,8 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.utils import ModelOutput, logging
 
 from .attention_nextflow import get_attention_mask
-from .drawing_nextflow import (
+from .generation_configuration_nextflow import DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS, NextFlowGenerationConfig
+from .generation_image_nextflow import (
     DrawingCallback,
     DrawnScale,
     PromptRows,
@@ -31,14 +32,13 @@ from .drawing_nextflow import (
     split_prefix,
     stack_rows,
 )
-from .generation_configuration_nextflow import DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS, NextFlowGenerationConfig
-from .generation_refusals_nextflow import refuse_config, refuse_options, refuse_text_settings
-from .interleaving_nextflow import (
+from .generation_interleaved_nextflow import (
     Drawing,
     NextFlowInterleavedGenerationOutput,
     TextStreamer,
     generate_interleaved,
 )
+from .generation_refusals_nextflow import refuse_config, refuse_options, refuse_text_settings
 from .sampling_nextflow import PerScale, ScaleStep, guide, sample_codes, scale_plan
 
 

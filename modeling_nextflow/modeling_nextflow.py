@@ -509,7 +509,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     # the loss is the mean of each micro-batch, and `NextFlowTrainer`, which counts targets, passes its own number.
     accepts_loss_kwargs = False
     loss_chunk_size = 1024  # tokens whose logits exist at the same time in the loss
-    weighted_cross_entropy = staticmethod(weighted_cross_entropy)  # training/liger.py puts its kernel here
+    weighted_cross_entropy = staticmethod(weighted_cross_entropy)  # training/transformer/liger.py puts its kernel here
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
@@ -523,13 +523,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
             return
         super().__setattr__(name, value)
-
-    @classmethod
-    def from_qwen(cls, pretrained_model_name_or_path, codebook: torch.Tensor | None = None, **kwargs):
-        """The model alignment starts from; see [`conversion_nextflow.from_qwen`]."""
-        from .conversion_nextflow import from_qwen
-
-        return from_qwen(pretrained_model_name_or_path, codebook, **kwargs)
 
     @can_return_tuple
     def forward(

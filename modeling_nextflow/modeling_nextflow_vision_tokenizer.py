@@ -238,15 +238,6 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self._codes_fingerprint: str | None = None  # of these weights, which the config need not be about
         self.post_init()
 
-    @classmethod
-    def from_tokenflow(cls, checkpoint: str | os.PathLike, **kwargs) -> "NextFlowVisionTokenizer":
-        """A released TokenFlow tokenizer; see [`conversion_tokenflow_nextflow.from_tokenflow`]."""
-        from .conversion_tokenflow_nextflow import from_tokenflow
-
-        return from_tokenflow(checkpoint, **kwargs)
-
-    # ---- whose codes they are
-
     def get_codes_fingerprint(self) -> str | None:
         """
         What tells the codes of this tokenizer from those of another: a hash of the weights that decide them, wherever

@@ -4,10 +4,10 @@
 import diffusers  # noqa: F401
 
 from .conversation_nextflow import NextFlowConversation
-from .diffusion_decoder import NextFlowDiffusionDecoder
+from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder
+from .outputs_nextflow import NextFlowFramesOutput, NextFlowPipelineOutput
 from .pipeline_nextflow import NextFlowPipeline
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .pipeline_nextflow_output import NextFlowFramesOutput, NextFlowPipelineOutput
 from .preview_nextflow import NextFlowPreview, save_strip
 
 

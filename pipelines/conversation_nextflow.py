@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .pipeline_helpers import check_number, exclusive, generator_per_image
+from .helpers_nextflow import check_number, exclusive, generator_per_image
 
 
 class NextFlowConversation:

@@ -18,9 +18,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .diffusion_decoder import NextFlowDiffusionDecoder
-from .lora_nextflow import NextFlowLoraLoaderMixin
-from .pipeline_helpers import (
+from .chat_nextflow import NextFlowConversationMixin
+from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder
+from .helpers_nextflow import (
     SharedComponentsMixin,
     check_fingerprint,
     exclusive,
@@ -29,19 +29,13 @@ from .pipeline_helpers import (
     one_per_prompt,
     stack_equal,
 )
+from .inpainting_nextflow import given_images, source_image, with_prefix
+from .lora_nextflow import NextFlowLoraLoaderMixin
+from .outputs_nextflow import NextFlowPipelineOutput
 from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, build_messages, has_user_image
-from .pipeline_nextflow_conversation import NextFlowConversationMixin
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .pipeline_nextflow_drawing import (
-    DEFAULT_SETTINGS,
-    NextFlowDrawing,
-    NextFlowDrawingMixin,
-    NextFlowDrawingPrompt,
-    num_cells,
-)
-from .pipeline_nextflow_output import NextFlowPipelineOutput
 from .preview_nextflow import NextFlowPreview
-from .redrawing_nextflow import given_images, source_image, with_prefix
+from .prompts_nextflow import DEFAULT_SETTINGS, NextFlowDrawing, NextFlowDrawingMixin, NextFlowDrawingPrompt, num_cells
 
 
 EXAMPLE_DOC_STRING = """

@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .pipeline_helpers import check_number, check_per_scale, one_per_prompt
+from .helpers_nextflow import check_number, check_per_scale, one_per_prompt
 
 
 Image = PIL.Image.Image | str | Path | np.ndarray | torch.Tensor

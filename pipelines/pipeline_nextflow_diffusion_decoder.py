@@ -28,15 +28,8 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-from .diffusion_decoder import NextFlowDiffusionDecoder, decoder_condition
-from .diffusion_decoder_latents import (
-    decode_latents,
-    encode_latents,
-    predict_in_tiles,
-    vae_latent_channels,
-    vae_scale_factor,
-)
-from .pipeline_helpers import (
+from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder, decoder_condition
+from .helpers_nextflow import (
     SharedComponentsMixin,
     call_component,
     exclusively,
@@ -44,6 +37,7 @@ from .pipeline_helpers import (
     one_per_prompt,
     stack_equal,
 )
+from .latents_nextflow import decode_latents, encode_latents, predict_in_tiles, vae_latent_channels, vae_scale_factor
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -6,9 +6,9 @@ import transformers  # noqa: F401
 from .image_loading_nextflow import load_image
 from .image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
 from .processing_nextflow import NextFlowProcessor
-from .reasoning import THINKING_PROMPT, join_reasoning, split_reasoning
-from .scale_schedule import ScaleSchedule
-from .tokenizer_extension import extend_tokenizer
+from .reasoning_nextflow import THINKING_PROMPT, join_reasoning, split_reasoning
+from .scale_schedule_nextflow import ScaleSchedule
+from .tokenizer_extension_nextflow import extend_tokenizer
 
 
 __all__ = [

@@ -20,7 +20,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, is_torchvision_available
 
 from .image_loading_nextflow import MAX_PIXELS, load_image
-from .scale_schedule import ScaleSchedule, num_cells
+from .scale_schedule_nextflow import ScaleSchedule, num_cells
 
 
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):

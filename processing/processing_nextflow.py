@@ -26,20 +26,20 @@ from transformers.processing_utils import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .control_tokens import CUT, ControlTokens
+from .control_tokens_nextflow import CUT, ControlTokens
 from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
-from .message_checks import as_conversations, check_text
-from .message_images import take_images
-from .reasoning import (
+from .message_checks_nextflow import as_conversations, check_text
+from .messages_nextflow import take_images
+from .reasoning_nextflow import (
     THINKING_PROMPT,
     split_reasoning,
     unconditional_messages,
     with_thinking_prompt,
     without_thinking_prompt,
 )
-from .scale_schedule import num_cells
-from .target_grids import wished_grids, wishes_of
-from .tokenizer_extension import code_token
+from .scale_schedule_nextflow import num_cells
+from .target_grids_nextflow import wished_grids, wishes_of
+from .tokenizer_extension_nextflow import code_token
 
 
 IGNORE_INDEX = -100

@@ -4,8 +4,8 @@ import sys
 
 from accelerate.state import DistributedType, PartialState
 
-from nextflow_hf.training import train
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer import train
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 class CpuFsdpTrainer(NextFlowTrainer):

@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from nextflow_hf import NextFlowForCausalLM, NextFlowForConditionalGeneration, NextFlowPipeline
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_adapter, export_pipeline
-from nextflow_hf.training.adapters import IMAGE_MODULES, VISION_TOKENIZER, image_token_rows
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.adapters import IMAGE_MODULES, VISION_TOKENIZER, image_token_rows
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

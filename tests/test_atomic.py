@@ -15,7 +15,7 @@ from toy_pipeline import toy_pipeline
 from nextflow_hf import NextFlowForCausalLM, NextFlowPipeline, atomic
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_pipeline
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 OLD = {
@@ -171,7 +171,7 @@ def changed(pipe: NextFlowPipeline) -> NextFlowPipeline:
 
 
 def save_by_trainer(pipe: NextFlowPipeline, folder: Path) -> None:
-    from nextflow_hf.training.arguments import NextFlowTrainingArguments
+    from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
 
     args = NextFlowTrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none")
     NextFlowTrainer(pipe.transformer, args).save_model()

@@ -22,8 +22,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
-from nextflow_hf.modeling_nextflow.conversion_nextflow import (
+from nextflow_hf.conversion.from_qwen import (
     NEW_MODULES,
     config_from_qwen,
     convert_qwen,
@@ -31,6 +30,7 @@ from nextflow_hf.modeling_nextflow.conversion_nextflow import (
     from_qwen,
     read_checkpoint,
 )
+from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
 
@@ -111,7 +111,7 @@ def overrides(qwen) -> dict:
 def test_text_logits_are_those_of_qwen(source):
     folder, qwen = source
     codebook = torch.randn(24, 40)
-    model = NextFlowForCausalLM.from_qwen(folder, codebook, config_overrides=overrides(qwen))
+    model = from_qwen(folder, codebook, config_overrides=overrides(qwen))
     ids = torch.randint(90, (2, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits[..., :100], qwen(input_ids=ids).logits)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tokenflow_reference import CODES, Reference, tiny_checkpoint
 
-from nextflow_hf.modeling_nextflow.conversion_tokenflow_nextflow import (
+from nextflow_hf.conversion.from_tokenflow import (
     KEYS,
     _pattern,
     config_from_tokenflow,

@@ -7,9 +7,9 @@ from test_modeling_vision_tokenizer import CODES, PIXEL_DIM, SEMANTIC_DIM, build
 from tokenflow_reference import tiny_checkpoint
 
 from nextflow_hf import cli
-from nextflow_hf.modeling_nextflow import conversion_tokenflow_nextflow
-from nextflow_hf.modeling_nextflow.conversion_nextflow import from_qwen
-from nextflow_hf.modeling_nextflow.conversion_tokenflow_nextflow import from_tokenflow
+from nextflow_hf.conversion import from_tokenflow as tokenflow_module
+from nextflow_hf.conversion.from_qwen import from_qwen
+from nextflow_hf.conversion.from_tokenflow import from_tokenflow
 from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import IMAGE_DEFAULTS
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -18,7 +18,7 @@ from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import Nex
 @pytest.fixture
 def tokenflow(tmp_path, monkeypatch):
     """A small checkpoint, and its size among those known."""
-    monkeypatch.setitem(conversion_tokenflow_nextflow.SCALE_SIDES, ("clip", 16), (1, 2, 4))
+    monkeypatch.setitem(tokenflow_module.SCALE_SIDES, ("clip", 16), (1, 2, 4))
     torch.save({"model": tiny_checkpoint("clip", cells=3)}, tmp_path / "tokenflow.pt")
     return tmp_path / "tokenflow.pt"
 
@@ -111,7 +111,7 @@ def test_qwen_dry_run(qwen, vision_tokenizer, tmp_path, capsys):
 def test_a_dry_run_of_a_model_on_the_hub_reads_headers_alone(vision_tokenizer, tmp_path, monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from nextflow_hf.modeling_nextflow import conversion_nextflow
+    from nextflow_hf.conversion import from_qwen as module
 
     model_class, config = FAMILIES["qwen2.5-vl"]
     with torch.device("meta"):
@@ -120,8 +120,8 @@ def test_a_dry_run_of_a_model_on_the_hub_reads_headers_alone(vision_tokenizer, t
         name: SimpleNamespace(dtype="BF16", shape=list(value.shape)) for name, value in source.state_dict().items()
     }
     metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
-    monkeypatch.setattr(conversion_nextflow, "get_safetensors_metadata", lambda name, revision: metadata)
-    monkeypatch.setattr(conversion_nextflow.AutoConfig, "from_pretrained", lambda name, revision: source.config)
+    monkeypatch.setattr(module, "get_safetensors_metadata", lambda name, revision: metadata)
+    monkeypatch.setattr(module.AutoConfig, "from_pretrained", lambda name, revision: source.config)
     command = ["convert", "qwen", "Qwen/Some", str(tmp_path / "output"), "--dry-run"]
     assert cli.main([*command, "--vision-tokenizer", str(vision_tokenizer[0])]) == 0
     printed = capsys.readouterr().out

@@ -9,9 +9,9 @@ import pytest
 from data_files import example_config, example_mixture, picture, write_example
 from PIL import Image
 
-from nextflow_hf.training.data.adapters import TASKS
 from nextflow_hf.training.data.messages import BadRowError, drop_condition, open_image
 from nextflow_hf.training.data.mixture import DataSource, MixtureArguments, load_mixture
+from nextflow_hf.training.data.tasks import TASKS
 
 
 MAX_PIXELS = 10_000

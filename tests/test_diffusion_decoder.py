@@ -20,7 +20,7 @@ from toy_pipeline import toy_pipeline, toy_processor
 from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline, NextFlowPipeline
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_pipeline
-from nextflow_hf.pipelines.diffusion_decoder_latents import (
+from nextflow_hf.pipelines.latents_nextflow import (
     decode_latents,
     encode_latents,
     pack_latents,

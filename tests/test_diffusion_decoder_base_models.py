@@ -6,7 +6,7 @@ from diffusers import FluxPipeline
 from toy_decoder import CONDITION, FAMILIES, toy_base_model, toy_decoder_pipeline, toy_denoiser, toy_qwen
 
 from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline
-from nextflow_hf.training.decoder import build_decoder_pipeline
+from nextflow_hf.training.diffusion_decoder.build import build_decoder_pipeline
 
 
 DENOISER = {"unet": "unet", "flux": "transformer", "sd3": "transformer", "qwen": "transformer"}

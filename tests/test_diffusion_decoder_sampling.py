@@ -21,7 +21,7 @@ from toy_decoder import CONDITION, FAMILIES, toy_clip, toy_decoder, toy_decoder_
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowDiffusionDecoderPipeline, NextFlowPipeline
-from nextflow_hf.processing.scale_schedule import ScaleSchedule
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 
 
 CPU = torch.device("cpu")  # not "cpu:0", which makes tensors of accelerate's parameters

@@ -11,14 +11,14 @@ from toy_pipeline import toy_processor
 from nextflow_hf import NextFlowDiffusionDecoder
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset, caption_of
 from nextflow_hf.training.data.extraction import extract_codes
-from nextflow_hf.training.decoder import (
+from nextflow_hf.training.diffusion_decoder.build import (
     STAGES,
     build_decoder_pipeline,
     load_decoder_recipe,
     stage_arguments,
     train_stage,
 )
-from nextflow_hf.training.decoder_trainer import (
+from nextflow_hf.training.diffusion_decoder.trainer import (
     NextFlowDiffusionDecoderTrainer,
     NextFlowDiffusionDecoderTrainingArguments,
     add_training_noise,

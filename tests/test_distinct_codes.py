@@ -5,7 +5,7 @@ import torch
 from toy_pipeline import toy_vision_tokenizer
 
 from nextflow_hf import NextFlowVisionTokenizer
-from nextflow_hf.training.codebook import distinct_codes, with_codes
+from nextflow_hf.training.vision_tokenizer.codebook import distinct_codes, with_codes
 
 
 @pytest.fixture

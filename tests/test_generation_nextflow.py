@@ -24,7 +24,7 @@ from toy import (
 from transformers import GenerationConfig
 
 from nextflow_hf import NextFlowGenerationConfig
-from nextflow_hf.modeling_nextflow import drawing_nextflow, generation_nextflow
+from nextflow_hf.modeling_nextflow import generation_image_nextflow, generation_nextflow
 from nextflow_hf.modeling_nextflow.generation_nextflow import guide
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
@@ -149,7 +149,7 @@ def test_rows_of_different_length_go_apart_where_blocks_are_large(model, monkeyp
     seen.clear()
     masks.clear()
     # Rows of lengths 4, 3, 2, 2: the smallest part is a row, which is worth a pass of its own from 9 cells on.
-    monkeypatch.setattr(drawing_nextflow, "ARITHMETIC_BOUND", 9)
+    monkeypatch.setattr(generation_image_nextflow, "ARITHMETIC_BOUND", 9)
     apart = model.generate_images(prompts, mask, **arguments).image_codes
     assert torch.equal(apart, together)
     assert [mask is None for mask in masks] == [False, False, True, True, True, True, True]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextflow_hf.training.grpo_math import (
+from nextflow_hf.training.grpo.train.objective import (
     chunked_log_probs,
     clipped_loss,
     code_weights,

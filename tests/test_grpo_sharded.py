@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from toy_pipeline import CODES, toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.training.grpo import save_pipeline
-from nextflow_hf.training.sharding import gather_policy
+from nextflow_hf.training.common.sharding import gather_policy
+from nextflow_hf.training.grpo.train.train import save_pipeline
 
 
 RED = Image.new("RGB", (16, 16), "red")

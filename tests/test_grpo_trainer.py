@@ -19,11 +19,12 @@ from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from nextflow_hf.training import grpo_contract, grpo_trainer
-from nextflow_hf.training.checkpoints import last_checkpoint
-from nextflow_hf.training.grpo_config import REFUSED, SUPPORTED, refusal
-from nextflow_hf.training.grpo_math import group_advantages, group_advantages_by_function
-from nextflow_hf.training.grpo_trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
+from nextflow_hf.training.common.checkpoints import last_checkpoint
+from nextflow_hf.training.grpo import trainer as grpo_trainer
+from nextflow_hf.training.grpo import trl_contract as grpo_contract
+from nextflow_hf.training.grpo.train.config import REFUSED, SUPPORTED, refusal
+from nextflow_hf.training.grpo.train.objective import group_advantages, group_advantages_by_function
+from nextflow_hf.training.grpo.train.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
 
 def low_codes(codes, **columns) -> list[float]:

@@ -16,9 +16,13 @@ from safetensors import SafetensorError
 from toy_commands import ToyCommand, files_of, toy_commands
 
 from nextflow_hf import cli
-from nextflow_hf.hub_cards import convert
-from nextflow_hf.training import checkpoints, extract, grpo, train, train_decoder, train_tokenizer
-from nextflow_hf.training.data import extraction
+from nextflow_hf.commands import convert
+from nextflow_hf.training.common import checkpoints
+from nextflow_hf.training.data import extract, extraction
+from nextflow_hf.training.diffusion_decoder import train as train_decoder
+from nextflow_hf.training.grpo.train import train as grpo
+from nextflow_hf.training.transformer import train
+from nextflow_hf.training.vision_tokenizer import train as train_tokenizer
 
 
 TRAININGS = ("train", "train-tokenizer", "train-decoder", "grpo")
@@ -287,7 +291,10 @@ def test_a_mistake_is_one_line_and_status_2(name, argv, toys, tmp_path, capfd):
 
 def test_commands_by_module_too(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-m", "nextflow_hf.training.train", "nosuch"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "nextflow_hf.training.transformer.train", "nosuch"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("nextflow-hf train: nosuch is no file and no shipped recipe")

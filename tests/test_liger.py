@@ -25,8 +25,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from nextflow_hf.modeling_nextflow.loss_nextflow import weighted_cross_entropy
-from nextflow_hf.training.liger import apply_liger_kernel_to_nextflow, liger_weighted_cross_entropy
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.liger import apply_liger_kernel_to_nextflow, liger_weighted_cross_entropy
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 INSTALLED = importlib.util.find_spec("liger_kernel") is not None
@@ -217,7 +217,7 @@ def test_liger_knows_the_model_type_in_every_order_of_imports(order, stand_in):
     code = f"""
 {order}
 from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-from nextflow_hf.training.liger import apply_liger_kernel_to_nextflow
+from nextflow_hf.training.transformer.liger import apply_liger_kernel_to_nextflow
 assert MODEL_TYPE_TO_APPLY_LIGER_FN[nextflow_hf.NextFlowConfig.model_type] is apply_liger_kernel_to_nextflow
 """
     path = [*([] if INSTALLED else [str(STAND_IN), str(stand_in)]), *filter(None, sys.path)]

@@ -8,7 +8,7 @@ transformers' own suite for models (ModelTesterMixin and GenerationTesterMixin o
 - composite models, sub-configs, mixture of experts, recurrent layers, multi-token prediction, partial and axial RoPE,
   learned position embeddings, encoder-decoders, audio, video: NextFlow has none.
 - `_keep_in_fp32_modules`: none, the rotary embedding and the codebook features compute in fp32 by themselves.
-- weight conversion mappings: none, conversion_nextflow.py has tables of its own.
+- weight conversion mappings: none, conversion/ has tables of its own.
 - start from a lone `bos_token_id`: Qwen2.5 has no such token.
 
 With images, it also cannot run: assisted decoding (a draft model is given the tokens without their images), the

@@ -7,9 +7,9 @@ from torch import nn
 from toy import toy_model
 from toy_codes import toy_rows
 
-from nextflow_hf.training.arguments import NextFlowTrainingArguments
-from nextflow_hf.training.muon import MuonWithAdamW, orthogonalize
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.transformer.muon import MuonWithAdamW, orthogonalize
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 LEARNING_RATE, DECAY = 0.02, 0.1

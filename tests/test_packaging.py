@@ -142,7 +142,7 @@ for name in ("NextFlowForCausalLM", "NextFlowVisionTokenizer", "NextFlowProcesso
     [
         "import nextflow_hf, importlib.util; importlib.util.find_spec('transformers')",
         "import diffusers, transformers, nextflow_hf",
-        "from nextflow_hf.processing.scale_schedule import ScaleSchedule",
+        "from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule",
         "from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline",
     ],
 )

@@ -11,8 +11,8 @@ from toy import BOI, EOS, IDS, SQUARE, WIDE, grids_tensor, image_tokens, random_
 from transformers import TrainingArguments
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
-from nextflow_hf.modeling_nextflow.flops_nextflow import attended_pairs, training_flops
 from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout
+from nextflow_hf.training.common.flops import attended_pairs, training_flops
 from nextflow_hf.training.data.collator import NextFlowDataCollator
 from nextflow_hf.training.data.packing import (
     PackedDataset,
@@ -21,7 +21,7 @@ from nextflow_hf.training.data.packing import (
     PackingReport,
     make_packs,
 )
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 def row(schedule=None, *, text: int = 3, seed: int = 0) -> dict:

@@ -10,7 +10,7 @@ from toy import IDS, SQUARE, grids_tensor
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowForCausalLM, NextFlowPipeline
-from nextflow_hf.training.adapters import IMAGE_MODULES
+from nextflow_hf.training.transformer.adapters import IMAGE_MODULES
 
 
 MATRICES = ["q_proj", "v_proj", "down_proj"]

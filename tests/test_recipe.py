@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 from transformers import TrainingArguments
 
-from nextflow_hf.training.arguments import NextFlowTrainingArguments
-from nextflow_hf.training.recipe import Recipe, load_yaml, override, parse_recipe, read_recipe
+from nextflow_hf.training.common.recipe import Recipe, load_yaml, override, parse_recipe, read_recipe
+from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nextflow_hf.processing.scale_schedule import ScaleSchedule, num_cells
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule, num_cells
 
 
 TABLE = json.loads((Path(__file__).parent / "data" / "scale_schedules.json").read_text())

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from nextflow_hf import NextFlowForConditionalGeneration
 from nextflow_hf.modeling_nextflow import modeling_nextflow
 from nextflow_hf.training.data.collator import NextFlowDataCollator
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 OPTIONS = {

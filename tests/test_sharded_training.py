@@ -24,16 +24,16 @@ from transformers import Trainer, TrainingArguments
 from nextflow_hf.modeling_nextflow import modeling_nextflow
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.rope_nextflow import NextFlowRotaryEmbedding
-from nextflow_hf.training.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.common.processes import without_rounded_sums
 from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
-from nextflow_hf.training.decoder_trainer import (
+from nextflow_hf.training.diffusion_decoder.trainer import (
     NextFlowDiffusionDecoderTrainer,
     NextFlowDiffusionDecoderTrainingArguments,
 )
-from nextflow_hf.training.processes import without_rounded_sums
-from nextflow_hf.training.tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
-from nextflow_hf.training.tokenizer_trainer import NextFlowVisionTokenizerTrainer
-from nextflow_hf.training.trainer import NextFlowTrainer, _LossSums
+from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer, _LossSums
+from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
 KINDS = {

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import ConvNextConfig, ConvNextImageProcessorPil, ConvNextModel
 
-from nextflow_hf.training.adversary import Adversary, PatchDiscriminator, adaptive_weight, hinge_loss
-from nextflow_hf.training.tokenizer_losses import load_perceptual_loss, perceptual_loss, stack_by_size
+from nextflow_hf.training.vision_tokenizer.adversary import Adversary, PatchDiscriminator, adaptive_weight, hinge_loss
+from nextflow_hf.training.vision_tokenizer.losses import load_perceptual_loss, perceptual_loss, stack_by_size
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,17 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from nextflow_hf.training.codebook import codebook_statistics, count_codes_per_scale, scale_queries, spherical_kmeans
 from nextflow_hf.training.data.pictures import NextFlowVisionTokenizerCollator, pixels_from_uint8
 from nextflow_hf.training.evaluation.reconstruction_report import measure_batch
-from nextflow_hf.training.tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
-from nextflow_hf.training.tokenizer_losses import picture_sizes, pixel_losses, stack_by_size
-from nextflow_hf.training.tokenizer_trainer import NextFlowVisionTokenizerTrainer
+from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.vision_tokenizer.codebook import (
+    codebook_statistics,
+    count_codes_per_scale,
+    scale_queries,
+    spherical_kmeans,
+)
+from nextflow_hf.training.vision_tokenizer.losses import picture_sizes, pixel_losses, stack_by_size
+from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
 SQUARE = ((1, 1), (2, 2), (4, 4))

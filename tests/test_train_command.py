@@ -25,18 +25,18 @@ from toy_pipeline import toy_pipeline
 from transformers.integrations import TrackioCallback, WandbCallback
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, cli
-from nextflow_hf.modeling_nextflow.flops_nextflow import training_flops
 from nextflow_hf.processing import NextFlowImageProcessorPil
-from nextflow_hf.processing.scale_schedule import ScaleSchedule
-from nextflow_hf.training import callbacks, train
-from nextflow_hf.training.arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
-from nextflow_hf.training.callbacks import SampleImagesCallback
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
+from nextflow_hf.training.common.flops import training_flops
+from nextflow_hf.training.common.recipe import override
 from nextflow_hf.training.data.streaming import RowStream
-from nextflow_hf.training.freezing import set_trainable
-from nextflow_hf.training.model_loading import load_model
-from nextflow_hf.training.recipe import override
 from nextflow_hf.training.shapes.stage_codes import LEVELS
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer import callbacks, train
+from nextflow_hf.training.transformer.arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
+from nextflow_hf.training.transformer.callbacks import SampleImagesCallback
+from nextflow_hf.training.transformer.freezing import set_trainable
+from nextflow_hf.training.transformer.model_loading import load_model
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 RECIPES = train.shipped_recipes()
@@ -382,7 +382,11 @@ no_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSp
 )
 def test_accelerate_launch(config, toy, tmp_path):
     is_fsdp = config == "fsdp2"
-    script = [str(Path(__file__).with_name("fsdp_on_cpu.py"))] if is_fsdp else ["-m", "nextflow_hf.training.train"]
+    script = (
+        [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+        if is_fsdp
+        else ["-m", "nextflow_hf.training.transformer.train"]
+    )
     arguments = [
         str(tmp_path / "recipe.yaml"), "--override", f"output_dir={tmp_path / 'two'}",
         "--override", "per_device_train_batch_size=1",

@@ -14,11 +14,12 @@ from toy_pipeline import toy_pipeline
 
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_pipeline
-from nextflow_hf.training import extract, train_decoder
+from nextflow_hf.training.data import extract
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
 from nextflow_hf.training.data.extraction import load_codes
 from nextflow_hf.training.data.mixture import MixtureArguments, MixtureRows
-from nextflow_hf.training.decoder_trainer import NextFlowDiffusionDecoderTrainingArguments
+from nextflow_hf.training.diffusion_decoder import train as train_decoder
+from nextflow_hf.training.diffusion_decoder.trainer import NextFlowDiffusionDecoderTrainingArguments
 from nextflow_hf.training.shapes.denoiser import train_denoiser
 
 

@@ -14,12 +14,12 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from nextflow_hf import NextFlowVisionTokenizer, cli
 from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor
-from nextflow_hf.training.checkpoints import last_checkpoint
-from nextflow_hf.training.not_finite import NotFiniteError
+from nextflow_hf.training.common.checkpoints import last_checkpoint
+from nextflow_hf.training.common.finite_steps import NotFiniteError
 from nextflow_hf.training.shapes.dataset import shapes_sample
-from nextflow_hf.training.tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
-from nextflow_hf.training.tokenizer_recipe import RECIPES, parse_recipe, read_recipe
-from nextflow_hf.training.tokenizer_trainer import NextFlowVisionTokenizerTrainer
+from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.vision_tokenizer.recipe import RECIPES, parse_recipe, read_recipe
+from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
 STAGES = ("pixel", "joint", "decoder")

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from nextflow_hf.training.data.collator import NextFlowDataCollator
 from nextflow_hf.training.data.messages import drop_condition
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 def text_to_image_row(schedule, seed: int) -> dict:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from toy import SQUARE, TEXT, WIDE, toy_model
 from toy_codes import row
 
-from nextflow_hf.training.arguments import NextFlowTrainingArguments
 from nextflow_hf.training.data.collator import NextFlowDataCollator
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 # Step 1: one process of two has 67 supervised tokens and the other 3 + 3, of text alone. Step 2: 16 and 32 + 3 + 32.

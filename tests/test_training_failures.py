@@ -21,10 +21,10 @@ from toy_pipeline import toy_pipeline
 from transformers.trainer_utils import get_last_checkpoint
 
 from nextflow_hf import NextFlowForCausalLM
-from nextflow_hf.training.arguments import NextFlowTrainingArguments
-from nextflow_hf.training.not_finite import NotFiniteError
-from nextflow_hf.training.train import main
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.common.finite_steps import NotFiniteError
+from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
+from nextflow_hf.training.transformer.train import main
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
 def make_trainer(output_dir: Path, model=None, rows=None, **arguments) -> NextFlowTrainer:

@@ -29,13 +29,13 @@ from transformers.utils import logging
 from trl import GRPOConfig
 from trl.trainer import grpo_trainer
 
-from nextflow_hf.training.arguments import DataArguments, NextFlowTrainingArguments
 from nextflow_hf.training.data.collator import NextFlowDataCollator
-from nextflow_hf.training.decoder_trainer import NextFlowDiffusionDecoderTrainingArguments
-from nextflow_hf.training.grpo_config import NextFlowGRPOConfig
-from nextflow_hf.training.grpo_trainer import NextFlowGRPOTrainer
-from nextflow_hf.training.tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
-from nextflow_hf.training.trainer import NextFlowTrainer
+from nextflow_hf.training.diffusion_decoder.trainer import NextFlowDiffusionDecoderTrainingArguments
+from nextflow_hf.training.grpo.train.config import NextFlowGRPOConfig
+from nextflow_hf.training.grpo.train.trainer import NextFlowGRPOTrainer
+from nextflow_hf.training.transformer.arguments import DataArguments, NextFlowTrainingArguments
+from nextflow_hf.training.transformer.trainer import NextFlowTrainer
+from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}

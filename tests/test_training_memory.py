@@ -5,10 +5,10 @@ import torch
 from toy import toy_config
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM
-from nextflow_hf.training.arguments import ModelArguments
-from nextflow_hf.training.memory import adapter_bytes_per_token, layer_bytes_per_token, training_memory
-from nextflow_hf.training.memory import main as memory_main
-from nextflow_hf.training.model_loading import add_adapter
+from nextflow_hf.training.transformer.arguments import ModelArguments
+from nextflow_hf.training.transformer.memory import adapter_bytes_per_token, layer_bytes_per_token, training_memory
+from nextflow_hf.training.transformer.memory import main as memory_main
+from nextflow_hf.training.transformer.model_loading import add_adapter
 
 
 def test_memory_of_the_7b():

@@ -11,9 +11,9 @@ import pytest
 import toy_world
 
 from nextflow_hf import cli
+from nextflow_hf.training.data.extract import parse
 from nextflow_hf.training.data.mixture import MixtureArguments, load_mixture
 from nextflow_hf.training.data.pictures import load_pictures
-from nextflow_hf.training.extract import parse
 from nextflow_hf.worlds import artwork, emoji
 from nextflow_hf.worlds.captions import Speaker, caption, plural, read_caption, with_article
 from nextflow_hf.worlds.dataset import TASKS, finish_row, sample_row

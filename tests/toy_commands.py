@@ -17,7 +17,11 @@ from processes import in_a_process
 from toy_decoder import toy_base_model
 from toy_pipeline import toy_pipeline
 
-from nextflow_hf.training import extract, grpo, train, train_decoder, train_tokenizer
+from nextflow_hf.training.data import extract
+from nextflow_hf.training.diffusion_decoder import train as train_decoder
+from nextflow_hf.training.grpo.train import train as grpo
+from nextflow_hf.training.transformer import train
+from nextflow_hf.training.vision_tokenizer import train as train_tokenizer
 
 
 TRAINING = {

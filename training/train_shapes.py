@@ -33,24 +33,24 @@ from ..modeling_nextflow.pixel_cnn_nextflow import convolution_layout
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..processing.image_processing_nextflow import NextFlowImageProcessor
 from ..processing.processing_nextflow import NextFlowProcessor
-from ..processing.scale_schedule import ScaleSchedule
-from ..processing.tokenizer_extension import extend_tokenizer
-from .arguments import NextFlowTrainingArguments
-from .checkpoints import last_checkpoint
-from .codebook import distinct_codes, with_codes
+from ..processing.scale_schedule_nextflow import ScaleSchedule
+from ..processing.tokenizer_extension_nextflow import extend_tokenizer
+from .common.checkpoints import last_checkpoint
+from .common.recipe import RECIPES, read_recipe
 from .data.extraction import extract_codes, load_codes
 from .data.pictures import pixels_from_uint8
 from .evaluation.reconstruction_report import measure_batch
 from .evaluation.shapes import evaluate_shapes, pipeline_functions
-from .model_loading import new_transformer
-from .recipe import RECIPES, read_recipe
 from .shapes import describe, render, sample_edit, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
 from .shapes.teacher import CaptionedPictures, train_teacher
 from .shapes.text_tokenizer import train_text_tokenizer
-from .tokenizer_arguments import NextFlowVisionTokenizerTrainingArguments
-from .tokenizer_trainer import NextFlowVisionTokenizerTrainer
-from .trainer import NextFlowTrainer
+from .transformer.arguments import NextFlowTrainingArguments
+from .transformer.model_loading import new_transformer
+from .transformer.trainer import NextFlowTrainer
+from .vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
+from .vision_tokenizer.codebook import distinct_codes, with_codes
+from .vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDec
 from .data.decoder_rows import NextFlowDecoderDataset
 from .data.extraction import load_codes
 from .data.shards import MANIFEST
-from .decoder import (
+from .diffusion_decoder.build import (
     STAGES,
     UPSCALE_FACTOR,
     build_decoder_pipeline,
@@ -39,7 +39,7 @@ from .decoder import (
     stage_arguments,
     train_stage,
 )
-from .decoder_trainer import NextFlowDiffusionDecoderTrainingArguments
+from .diffusion_decoder.trainer import NextFlowDiffusionDecoderTrainingArguments
 from .shapes import render, sample_prompt, sample_scene
 from .shapes.dataset import shapes_sample
 from .shapes.denoiser import train_denoiser

@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from ..processing.scale_schedule import ScaleSchedule
+from ..processing.scale_schedule_nextflow import ScaleSchedule
 from .sprites import Sprite, Sprites
 
 

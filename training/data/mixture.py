@@ -23,7 +23,6 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from .adapters import TASKS
 from .messages import bad_row_reason
 from .raw_files import (
     ERROR,
@@ -35,6 +34,7 @@ from .raw_files import (
     open_tar_files,
     open_text,
 )
+from .tasks import TASKS
 
 
 logger = logging.get_logger(__name__)

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ...modeling_nextflow.flops_nextflow import training_flops
 from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
+from ..common.flops import training_flops
 
 
 logger = logging.get_logger(__name__)

@@ -91,6 +91,6 @@ __all__ = ["edge_steepness", "gradient_similarity_deviation", "peak_signal_to_no
 
 
 if __name__ == "__main__":
-    from nextflow_hf.training.evaluation.reconstruction_report import main
+    from .reconstruction_report import main
 
     main()

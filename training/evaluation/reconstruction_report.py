@@ -23,14 +23,14 @@ from ...atomic import write_json
 from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
-from ..codebook import CodeUsage
 from ..data.pictures import (
     BAD_PICTURES,
     NextFlowPictureDataset,
     NextFlowVisionTokenizerCollator,
     load_pictures,
 )
-from ..tokenizer_losses import picture_sizes
+from ..vision_tokenizer.codebook import CodeUsage
+from ..vision_tokenizer.losses import picture_sizes
 from .frechet import FeatureModel, FeatureStatistics, frechet_distance, load_feature_model
 from .reconstruction import SSIM_WINDOW, gradient_similarity_deviation, peak_signal_to_noise, structural_similarity
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from nextflow_hf.atomic import write_json, write_text
-from nextflow_hf.processing.reasoning import join_reasoning
-from nextflow_hf.training.evaluation.shapes_report import ShapesReport, ShapesResult
-from nextflow_hf.training.evaluation.shapes_trials import KINDS, Conversation, Part, pictures_of, text_of
-from nextflow_hf.training.shapes.storylines import MAX_PICTURES
+from ...atomic import write_json, write_text
+from ...processing.reasoning_nextflow import join_reasoning
+from ..shapes.storylines import MAX_PICTURES
+from .shapes_report import ShapesReport, ShapesResult
+from .shapes_trials import KINDS, Conversation, Part, pictures_of, text_of
 
 
 logger = logging.getLogger(__name__)
@@ -169,8 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-    from nextflow_hf.pipelines import NextFlowPipeline
+    from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+    from ...pipelines import NextFlowPipeline
 
     pipe = NextFlowPipeline.from_pretrained(args.model)
     if args.transformer is not None:

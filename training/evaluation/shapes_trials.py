@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nextflow_hf.processing.reasoning import split_reasoning
-from nextflow_hf.training.shapes import CATEGORIES, EDIT_TASKS, Scene, render, sample_edit, sample_prompt, sample_scene
-from nextflow_hf.training.shapes.captions import pick
-from nextflow_hf.training.shapes.dataset import (
+from ...processing.reasoning_nextflow import split_reasoning
+from ..shapes import CATEGORIES, EDIT_TASKS, Scene, render, sample_edit, sample_prompt, sample_scene
+from ..shapes.captions import pick
+from ..shapes.dataset import (
     caption_messages,
     edit_messages,
     example_messages,
@@ -22,11 +22,11 @@ from nextflow_hf.training.shapes.dataset import (
     story_messages,
     thinking_messages,
 )
-from nextflow_hf.training.shapes.examples import EXAMPLE_TASKS, sample_examples
-from nextflow_hf.training.shapes.judge import Verdict, judge_edit, judge_prompt, judge_scene, judge_story
-from nextflow_hf.training.shapes.storylines import STORY_KINDS, sample_story
-from nextflow_hf.training.shapes.thinking import THINKING_CATEGORIES, sample_implied
-from nextflow_hf.training.shapes.understanding import (
+from ..shapes.examples import EXAMPLE_TASKS, sample_examples
+from ..shapes.judge import Verdict, judge_edit, judge_prompt, judge_scene, judge_story
+from ..shapes.storylines import STORY_KINDS, sample_story
+from ..shapes.thinking import THINKING_CATEGORIES, sample_implied
+from ..shapes.understanding import (
     CAPTION_CATEGORIES,
     CAPTION_REQUESTS,
     QUESTION_CATEGORIES,

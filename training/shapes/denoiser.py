@@ -7,9 +7,13 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import nn
 from transformers import Trainer
 
-from ..checkpoints import StagedCheckpointsMixin, last_checkpoint
+from ..common.checkpoints import StagedCheckpointsMixin, last_checkpoint
 from ..data.pictures import pixels_from_uint8
-from ..decoder_trainer import NextFlowDiffusionDecoderTrainingArguments, add_training_noise, training_scheduler
+from ..diffusion_decoder.trainer import (
+    NextFlowDiffusionDecoderTrainingArguments,
+    add_training_noise,
+    training_scheduler,
+)
 
 
 class DenoisingLoss(nn.Module):

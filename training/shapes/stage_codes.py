@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nextflow_hf.atomic import replaced_folder
-from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from nextflow_hf.training.data.extraction import extract_codes
-from nextflow_hf.training.shapes.captions import describe
-from nextflow_hf.training.shapes.dataset import edit_messages, prompt_messages, shapes_sample
-from nextflow_hf.training.shapes.edits import sample_edit
-from nextflow_hf.training.shapes.scene import Scene, render
+from ...atomic import replaced_folder
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ..data.extraction import extract_codes
+from .captions import describe
+from .dataset import edit_messages, prompt_messages, shapes_sample
+from .edits import sample_edit
+from .scene import Scene, render
 
 
 TASKS = ("text_to_image", "image_to_text", "edit", "interleaved", "text")
@@ -61,7 +61,7 @@ def _picture(scene: Scene, size: int) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from nextflow_hf.training.train_shapes import make_processor
+    from ..train_shapes import make_processor
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=Path, required=True, help="Folder of `train_shapes`, trained so far.")

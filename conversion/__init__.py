@@ -1,0 +1,1 @@
+"""Checkpoints of other models as NextFlow's. Models do not import it."""

@@ -1,0 +1,143 @@
+"""What is kept of an image that is drawn again: its first scales, and the cells outside of a mask.
+
+The scales of an image add up, each enlarged to the last grid, so a coarse cell reaches far beyond itself. A cell is
+redrawn where enough of what it reaches lies in the mask. Knows only tensors and grids; the vision tokenizer says how
+far a cell reaches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+import torch.nn.functional as F
+
+from .prompts_nextflow import NextFlowDrawingPrompt, num_cells, schedule_of
+
+
+Grids = Sequence[tuple[int, int]]
+# Codes (cells, channels) of a grid, one channel a cell, enlarged to the last grid: (channels, height, width).
+Footprint = Callable[[tuple[int, int], tuple[int, int]], torch.Tensor]
+
+
+def given_images(
+    image_codes: torch.LongTensor,
+    image_grids: torch.LongTensor,
+    num_prompts: int,
+    num_images_per_prompt: int,
+    *,
+    codebook_size: int,
+) -> list[tuple[torch.LongTensor, torch.LongTensor]]:
+    """Codes (codes,) and schedule (max_scales, 2) for each image to draw, from one, one a prompt, or one each."""
+    for name, tensor in (("image_codes", image_codes), ("image_grids", image_grids)):
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise ValueError(f"`{name}` is {tensor.dtype}, expected integers")
+    sizes = image_grids.prod(-1).sum(-1).tolist()
+    if image_codes.ndim != 1 or len(image_codes) != sum(sizes):
+        raise ValueError(
+            f"`image_codes` has the shape {tuple(image_codes.shape)}, expected ({sum(sizes)},): the cells of the "
+            f"{len(sizes)} schedules in `image_grids`"
+        )
+    low, high = map(int, image_codes.aminmax())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"`image_codes` must lie in [0, {codebook_size}), got {low} to {high}")
+    images = list(zip(image_codes.cpu().split(sizes), image_grids.cpu(), strict=True))
+    num_images = num_prompts * num_images_per_prompt
+    if len(images) == num_images:
+        return images
+    if len(images) == 1:
+        return images * num_images
+    if len(images) != num_prompts:
+        raise ValueError(
+            f"`image_grids` has {len(images)} images, expected 1, one for each of {num_prompts} prompts, or one for "
+            f"each of {num_images} images"
+        )
+    return [image for image in images for _ in range(num_images_per_prompt)]
+
+
+def source_image(prompt: NextFlowDrawingPrompt, index: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Codes and schedule of an image in the prompt; without its last grid, where that stands there a second time."""
+    sources = prompt.image_grids[:-1]
+    if not len(sources):
+        raise ValueError(
+            "`keep_scales` and `mask_image` keep parts of an image, and there is none: pass `image`, or the "
+            "`image_codes` and `image_grids` of an earlier result"
+        )
+    codes = prompt.image_codes.cpu().split(sources.prod(-1).sum(-1).tolist())[index]
+    grids = schedule_of(sources[index])
+    grids = grids[:-1] if grids[-1:] == grids[-2:-1] else grids  # as it is for images that are given, not drawn
+    row = torch.zeros_like(sources[index])
+    row[: len(grids)] = torch.tensor(grids)
+    return codes[: num_cells(grids)], row
+
+
+def with_prefix(
+    prompt: NextFlowDrawingPrompt,
+    image: tuple[torch.LongTensor, torch.LongTensor],
+    *,
+    size_is_given: bool,
+    keep_scales: int | None,
+    mask: PIL.Image.Image | None,
+    coverage: float,
+    footprint: Footprint,
+) -> NextFlowDrawingPrompt:
+    """The prompt of an image that begins as `image` does: with its first scales, and its cells outside of `mask`."""
+    codes, image_grids = image
+    given, grids = schedule_of(image_grids), prompt.grids
+    if not size_is_given and len(given) >= len(grids):  # a whole image, which says its size itself
+        grids = given
+        row = F.pad(image_grids, (0, 0, 0, prompt.image_grids.shape[1] - len(image_grids)))
+        prompt = replace(prompt, image_grids=torch.cat([prompt.image_grids[:-1], row[None]]))
+    if given != grids[: len(given)]:
+        raise ValueError(
+            f"the image to redraw has the grids {given}, but the image to draw has {grids}: leave the size out, or "
+            "pass the `height` and `width`, or `aspect_ratio` and `resolution`, that it was drawn with"
+        )
+    if keep_scales is not None and keep_scales > len(given):
+        raise ValueError(f"`keep_scales` is {keep_scales}, expected at most {len(given)}, the scales of the image")
+    if mask is None:
+        kept = len(given) if keep_scales is None else keep_scales
+        return replace(prompt, prefix_codes=codes[: num_cells(given[:kept])]) if kept else prompt
+    if len(given) < len(grids):
+        raise ValueError(f"`mask_image` needs a whole image, got {len(given)} of its {len(grids)} scales")
+    redrawn = redrawn_cells(mask_pixels(mask, grids), grids, coverage=coverage, footprint=footprint)
+    for scale in range(keep_scales or 0):
+        redrawn[scale][:] = False
+    return replace(prompt, prefix_codes=codes, prefix_mask=~torch.cat(redrawn))
+
+
+def redrawn_cells(
+    mask: torch.BoolTensor, grids: Grids, *, coverage: float, footprint: Footprint
+) -> list[torch.BoolTensor]:
+    """
+    Which cells (cells,) of each scale a mask (height, width) of the pixels redraws.
+
+    On the last grid those with any pixel in the mask. On a coarser grid those of whose weights in the enlargement to
+    the last grid a share of at least `coverage` falls on cells of the mask; at 1 nothing outside of these changes.
+    """
+    last = F.adaptive_max_pool2d(mask[None].float(), grids[-1])[0]
+    redrawn = []
+    for grid in grids:
+        if grid == grids[-1]:
+            redrawn.append(last.flatten() > 0)
+            continue
+        weights = footprint(grid, grids[-1]).abs().double()
+        outside = (weights * (1 - last)).sum((1, 2)) / weights.sum((1, 2))
+        redrawn.append(outside <= 1 - coverage + 1e-6)
+    return redrawn
+
+
+def mask_pixels(mask: PIL.Image.Image, grids: Grids) -> torch.BoolTensor:
+    """What a mask redraws, where it is white, as (height, width): cropped to the image's shape, as the image was."""
+    # Fine enough that no cell of the last grid loses a thin stroke.
+    height, width = (16 * cells for cells in grids[-1])
+    fitted = PIL.ImageOps.fit(mask, (width, height), method=PIL.Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(fitted)) > 127
+    if not pixels.any():
+        raise ValueError("`mask_image` has no white pixel, so nothing would be redrawn: white is what is redrawn")
+    return pixels
+
+
+__all__ = ["given_images", "mask_pixels", "redrawn_cells", "source_image", "with_prefix"]

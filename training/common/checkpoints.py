@@ -1,0 +1,218 @@
+"""A training that may be killed or stopped at any moment, and goes on by the same command. For any `Trainer`.
+
+`Trainer` writes into `checkpoint-N` file by file and resumes from the highest N. Here it writes into a folder that
+nothing resumes from; the finished checkpoint is then flushed to the disk and moved to its place by one rename.
+`trainer_state.json` beside the checkpoints is written last: a run that has it is finished.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
+
+from ...atomic import flush, flush_tree, replaced_folder, write_file
+
+
+logger = logging.get_logger(__name__)
+
+STAGING_FOLDER = "unfinished-checkpoint"
+STATE_FILE = "trainer_state.json"
+
+
+class StagedCheckpoint:
+    """
+    Context in which `trainer` writes its checkpoint into `folder`; at its end the checkpoint is moved to `run_dir`.
+
+    Args:
+        trainer (`Trainer` with [`StagedCheckpointsMixin`]): All processes of it must come here.
+        run_dir (`str`): Where the checkpoints are.
+    """
+
+    def __init__(self, trainer: "StagedCheckpointsMixin", run_dir: str):
+        self.trainer = trainer
+        self.run_dir = run_dir
+        self.folder = os.path.join(run_dir, STAGING_FOLDER)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        self.source, self.target = os.path.join(self.folder, name), os.path.join(run_dir, name)
+
+    def __enter__(self) -> "StagedCheckpoint":
+        if self.trainer.args.should_save:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed
+        self.trainer.accelerator.wait_for_everyone()
+        self.trainer._staged_checkpoint = self
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
+        trainer = self.trainer
+        trainer._staged_checkpoint = None
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # safetensors and torch have their own
+            shutil.rmtree(self.folder, ignore_errors=True)  # what was written may be what fills the disk
+            last = get_last_checkpoint(self.run_dir)
+            raise OSError(
+                f"{self.target} could not be written ({type(error).__name__}: {error}); the disk has "
+                f"{shutil.disk_usage(self.run_dir).free / 1e9:.1f} GB free. "
+                + (f"The last checkpoint, {last}, is complete" if last else "There is no checkpoint before it")
+            ) from error
+        if error is not None:
+            return
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            self._move()
+            rotate_checkpoints(
+                output_dir=self.run_dir,
+                save_total_limit=trainer.args.save_total_limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        trainer.accelerator.wait_for_everyone()
+
+    def _move(self) -> None:
+        state = self.trainer.state
+        if state.best_global_step == state.global_step:  # `Trainer` named it where it was written
+            state.best_model_checkpoint = self.target
+            state.save_to_json(os.path.join(self.source, STATE_FILE))
+        flush_tree(Path(self.source))
+        if os.path.isdir(self.target):  # of an earlier run that went on from further back
+            os.rename(self.target, os.path.join(self.folder, "replaced"))
+        os.rename(self.source, self.target)
+        flush(Path(self.run_dir))
+        shutil.rmtree(self.folder)
+
+
+class StagedCheckpointsMixin:
+    """
+    Before `Trainer` among the bases of a trainer: its checkpoints are written by [`StagedCheckpoint`], a saved model
+    replaces an older one as a whole, and nothing is trained after the last step.
+    """
+
+    _staged_checkpoint: StagedCheckpoint | None = None
+
+    def save_own_state(self, folder: str) -> None:
+        """What a subclass has to keep besides what `Trainer` does; every process comes here, the folder exists."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:  # into a checkpoint
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        with replaced_folder(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone) as staging:
+            super().save_model(str(staging))
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            write_file(Path(self.args.output_dir, STATE_FILE), self.state.save_to_json)
+
+    def _get_output_dir(self, trial) -> str:
+        # While a checkpoint is written this is where `Trainer` puts it.
+        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with StagedCheckpoint(self, super()._get_output_dir(trial)):
+            os.makedirs(self._staged_checkpoint.source, exist_ok=True)
+            self.save_own_state(self._staged_checkpoint.source)
+            super()._save_checkpoint(model, trial)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # `Trainer` looks whether it has to stop after a step, also where the checkpoint is that of the last one.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The checkpoint to go on from, None at the first start."""
+    return get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
+
+
+def is_finished(args: TrainingArguments) -> bool:
+    """Whether the run in `args.output_dir` has made all steps and has saved its result; if so, says it."""
+    path = Path(args.output_dir, STATE_FILE)
+    if not path.is_file():
+        return False
+    state = TrainerState.load_from_json(str(path))
+    is_finished = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch >= args.num_train_epochs
+    if is_finished and args.process_index == 0:
+        logger.warning(f"{args.output_dir} is finished after {state.global_step} steps: nothing to do")
+    return is_finished
+
+
+def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[], None]) -> None:
+    """
+    Train from `checkpoint` on, `save` the result, and note that the run is finished, for [`is_finished`].
+
+    SIGTERM or Ctrl-C during the training ends it after a step, by `SystemExit` with the status that a shell gives,
+    and a checkpoint that the same command goes on from. A second one of the same kind ends it at once.
+    """
+    callback = _StopOnSignal(trainer)
+    trainer.add_callback(callback)
+    with callback.handlers():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.state
+    if callback.signal and state.global_step < state.max_steps:
+        if trainer.is_world_process_zero():
+            logger.warning(
+                f"stopped by {signal.Signals(callback.signal).name} after step {state.global_step} of "
+                f"{state.max_steps}; {last_checkpoint(trainer.args.output_dir)} is complete, and the same command "
+                "goes on from it"
+            )
+        raise SystemExit(128 + callback.signal)
+    save()
+    trainer.save_state()
+
+
+class _StopOnSignal(TrainerCallback):
+    """
+    Saves and stops after the step in which a signal came, of whichever process.
+
+    transformers' `enable_jit_checkpoint` waits three seconds, saves between the backward pass and the optimizer's step
+    (whose random numbers are then drawn twice), and lets each process decide for itself.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.signal = 0
+
+    @contextmanager
+    def handlers(self):
+        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = previous
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if self.trainer.args.world_size == 1:  # launchers pass on what a terminal has sent to all processes already
+            signal.signal(number, self._previous[number])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if args.world_size > 1:
+            everyone = self.trainer.accelerator.gather(torch.tensor([self.signal], device=args.device))
+            self.signal = int(everyone.max())
+        if self.signal:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.signal:
+            control.should_training_stop = True
+
+
+__all__ = [
+    "StagedCheckpoint",
+    "StagedCheckpointsMixin",
+    "is_finished",
+    "last_checkpoint",
+    "train_to_the_end",
+]

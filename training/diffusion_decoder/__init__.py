@@ -1,0 +1,1 @@
+"""Training of the diffusion decoder (§3.3)."""

@@ -1,0 +1,386 @@
+"""Training of the diffusion decoder (§3.3): the scheduler's own loss on latents, under the condition of the codes.
+
+A `transformers.Trainer` around a [`NextFlowDiffusionDecoderPipeline`], whose other parts stay frozen. A UNet trains
+whole; of a transformer a LoRA, and in full the projection of the condition with the input layer that takes it in. No
+pixel losses, as in the paper.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.training_utils import (
+    EMAModel,
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...pipelines.diffusion_decoder_nextflow import NextFlowDiffusionDecoder
+from ...pipelines.latents_nextflow import encode_latents
+from ...pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from ..common.checkpoints import StagedCheckpointsMixin
+from ..common.processes import ProcessesMixin
+from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_trainer_options
+from ..data.decoder_rows import NextFlowDecoderCollator
+
+
+WEIGHTING_SCHEMES = ("none", "logit_normal", "sigma_sqrt", "mode", "cosmap")
+# Attention and MLP of an image's tokens; the last two are those of FLUX's single blocks.
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_mlp", "proj_out"]
+STATE_NAME = "diffusion_decoder_trainer.pt"
+
+
+@dataclass
+class NextFlowDiffusionDecoderTrainingArguments(TrainingArguments):
+    r"""
+    [`~transformers.TrainingArguments`] plus what the diffusion decoder's training needs. None of the numbers is
+    specified by the paper.
+
+    Args:
+        lora_rank (`int`, *optional*): Train a LoRA of this rank instead of all weights: for the transformers.
+        lora_alpha (`int`, *optional*): Its scale; by default the rank.
+        lora_target_modules (`list[str]`, *optional*):
+            Endings of the names of the layers it adapts; by default attention and MLP.
+        condition_dropout (`float`, *optional*, defaults to 0.1):
+            Share of the images that lose their condition and caption together, for guidance.
+        weighting_scheme (`str`, *optional*, defaults to `"logit_normal"`):
+            Of a flow-matching scheduler: how its times are drawn (`"logit_normal"`, `"mode"`) or weighted
+            (`"sigma_sqrt"`, `"cosmap"`), or `"none"`. A diffusion scheduler's are uniform.
+        logit_mean (`float`, *optional*, defaults to 0.0): For `"logit_normal"`.
+        logit_std (`float`, *optional*, defaults to 1.0): For `"logit_normal"`.
+        mode_scale (`float`, *optional*, defaults to 1.29): For `"mode"`.
+        ema_decay (`float`, *optional*):
+            Decay of an exponential moving average of the weights; evaluation and the saved model then use it.
+    """
+
+    lora_rank: int | None = field(default=None, metadata={"help": "Rank of a LoRA; all weights without."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA; by default its rank."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers that the LoRA adapts."})
+    condition_dropout: float = field(default=0.1, metadata={"help": "Share of images without condition."})
+    weighting_scheme: str = field(default="logit_normal", metadata={"help": f"One of {', '.join(WEIGHTING_SCHEMES)}."})
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal times."})
+    logit_std: float = field(default=1.0, metadata={"help": "Deviation of the logit-normal times."})
+    mode_scale: float = field(default=1.29, metadata={"help": "Scale of the mode-weighted times."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
+
+    def __post_init__(self) -> None:
+        check_arguments(self)
+        check_numbers(self, {"lora_rank": 1, "lora_alpha": 1, "ema_decay": 0}, {"logit_std": 0})
+        super().__post_init__()
+        if self.weighting_scheme not in WEIGHTING_SCHEMES:
+            raise ValueError(f"weighting_scheme is {self.weighting_scheme!r}, expected one of {WEIGHTING_SCHEMES}")
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(f"condition_dropout is {self.condition_dropout}, expected 0 to 1")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
+            raise ValueError("lora_alpha or lora_target_modules is given, but lora_rank is None")
+        # The collator makes the batch; a row holds an image, which is no argument of `forward`.
+        self.remove_unused_columns = False
+
+
+class _TrainedDecoder(nn.Module):
+    """The decoder as `Trainer` takes it: a configuration of diffusers is not one that its integrations can log."""
+
+    def __init__(self, decoder: NextFlowDiffusionDecoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor, prompt: dict):
+        return self.decoder(latents, timesteps, condition, **prompt, return_dict=False)[0]
+
+    def activation_checkpointing_enable(self, **options: object) -> None:
+        self.decoder.enable_gradient_checkpointing()
+
+
+class NextFlowDiffusionDecoderTrainer(ProcessesMixin, StagedCheckpointsMixin, Trainer):
+    """
+    Trains the diffusion decoder of a pipeline.
+
+    Args:
+        pipeline ([`NextFlowDiffusionDecoderPipeline`]):
+            Its decoder is trained, at the decoder's `upscale_factor`; its scheduler says what is predicted; its other
+            parts are frozen.
+        args ([`NextFlowDiffusionDecoderTrainingArguments`]): Arguments.
+        kwargs: Everything else of [`~transformers.Trainer`]. Data sets are [`NextFlowDecoderDataset`], or have its
+            items; the collator defaults to [`NextFlowDecoderCollator`].
+    """
+
+    loss_is_scaled_for_ga = False
+    can_shard_weights = False
+
+    def __init__(
+        self,
+        pipeline: NextFlowDiffusionDecoderPipeline,
+        args: NextFlowDiffusionDecoderTrainingArguments,
+        *,
+        data_collator: object | None = None,
+        **kwargs,
+    ):
+        check_trainer_options(kwargs, OWN_LOSS_AND_EVALUATION)
+        decoder = pipeline.diffusion_decoder
+        if data_collator is None:
+            if pipeline.image_processor is None:
+                raise ValueError("the pipeline has no image_processor, expected one, or a data_collator")
+            data_collator = NextFlowDecoderCollator(pipeline.image_processor, decoder.config.upscale_factor)
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module) and name != "diffusion_decoder":
+                component.requires_grad_(False).eval()
+        prepare_decoder(decoder, args)
+        pipeline.check_components()
+        super().__init__(_TrainedDecoder(decoder), args, data_collator=data_collator, **kwargs)
+        self.pipeline = pipeline.to(self.args.device)
+        self.noise_scheduler = training_scheduler(pipeline.scheduler)
+        self.ema = None
+        if args.ema_decay is not None:
+            self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        self.add_callback(_AverageCallback(self))
+
+    @property
+    def decoder(self) -> NextFlowDiffusionDecoder:
+        return self.accelerator.unwrap_model(self.model).decoder
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | list[str]],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict]:
+        image_grids, num_images = inputs["image_grids"], len(inputs["captions"])
+        dropped = torch.rand(num_images) < (self.args.condition_dropout if model.training else 0)
+        captions = ["" if drop else text for text, drop in zip(inputs["captions"], dropped.tolist(), strict=True)]
+        codes_of_images = inputs["image_codes"].split(image_grids.prod(-1).sum(-1).tolist())
+        with torch.no_grad():
+            texts = self.pipeline.encode_prompt(captions)
+        loss = 0.0
+        for members in _groups(image_grids):
+            grids = image_grids[members]
+            with torch.no_grad():
+                condition = self.pipeline.encode_condition(torch.cat([codes_of_images[i] for i in members]), grids)
+                condition = condition * (~dropped[members]).to(condition).view(-1, 1, 1, 1)
+                height, width = (side * self.pipeline.pixels_per_cell for side in condition.shape[2:])
+                pixels = inputs["pixel_values"][members, :, :height, :width]
+                latents = encode_latents(self.pipeline.vae, pixels, sample=model.training)
+            noisy, timesteps, target, weights = add_training_noise(self.noise_scheduler, latents, self.args)
+            prompt = {name: None if rows is None else rows[members] for name, rows in texts.items()}
+            predicted = model(noisy, timesteps, condition, prompt).float()
+            errors = (predicted - target).square().flatten(1).mean(1)
+            loss = loss + (weights * errors).sum() / num_images
+        return (loss, {}) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The loss on held-out images, with the same noise at every call; of the averaged weights where there are."""
+        model, total, count = self.model, 0.0, 0
+        was_training = model.training
+        model.eval()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self._averaged_weights(), torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed)
+            for batch in self.get_eval_dataloader(eval_dataset):
+                batch = self._prepare_inputs(batch)
+                size = len(batch["captions"])
+                with self.compute_loss_context_manager():
+                    total += self.compute_loss(model, batch).item() * size
+                count += size
+        model.train(was_training)
+        totals = self.accelerator.reduce(torch.tensor([total, float(count)], device=self.args.device), "sum")
+        metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- Averaged weights and checkpoints ----
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self.ema is None:
+            yield
+            return
+        parameters = self.trained_parameters
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        The decoder, or its LoRA for `load_lora_weights`: the averaged weights when there are some; a checkpoint (an
+        internal call) holds the raw ones.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        with self._averaged_weights():
+            super().save_model(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        if self.args.lora_rank is None:
+            self.decoder.save_pretrained(output_dir)
+        else:
+            NextFlowDiffusionDecoderPipeline.save_lora_weights(
+                output_dir,
+                transformer_lora_layers=lora_state_dict(self.decoder),
+                transformer_lora_adapter_metadata=self.decoder.peft_config["default"].to_dict(),
+            )
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def save_own_state(self, folder: str) -> None:
+        if self.args.should_save:
+            ema = None if self.ema is None else self.ema.state_dict()
+            torch.save({"ema": ema}, os.path.join(folder, STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.args.lora_rank is None:
+            saved = NextFlowDiffusionDecoder.from_pretrained(resume_from_checkpoint)
+            self.decoder.load_state_dict(saved.state_dict())
+        else:
+            from peft import set_peft_model_state_dict
+
+            saved = NextFlowDiffusionDecoderPipeline.lora_state_dict(resume_from_checkpoint)
+            prefix = f"{NextFlowDiffusionDecoderPipeline.transformer_name}."
+            saved = {name.removeprefix(prefix): value for name, value in saved.items()}
+            self.decoder.load_state_dict({k: v for k, v in saved.items() if ".lora_" not in k}, strict=False)
+            lora = {name: value for name, value in saved.items() if ".lora_" in name}
+            result = set_peft_model_state_dict(self.decoder, lora, adapter_name="default")
+            if result.unexpected_keys:
+                raise ValueError(f"{resume_from_checkpoint} has a LoRA of other layers: {result.unexpected_keys[:4]}")
+        state = torch.load(os.path.join(resume_from_checkpoint, STATE_NAME), weights_only=True)
+        if (state["ema"] is None) != (self.ema is None):
+            held = "no average" if state["ema"] is None else "an average"
+            raise ValueError(f"the checkpoint has {held} of the weights, but ema_decay is {self.args.ema_decay}")
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.args.device)
+
+
+class _AverageCallback(TrainerCallback):
+    """Calls the trainer where `Trainer` has no method to override."""
+
+    def __init__(self, trainer: NextFlowDiffusionDecoderTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.to(args.device)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.step(self.trainer.trained_parameters)
+
+
+def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDecoderTrainingArguments) -> None:
+    """Which weights train: all, or a LoRA with the projection of the condition and the input layer (§3.3)."""
+    decoder.train()
+    if args.lora_rank is None:
+        decoder.requires_grad_(True)
+    else:
+        from peft import LoraConfig
+
+        decoder.requires_grad_(False)
+        if not decoder._hf_peft_config_loaded:
+            alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+            targets = args.lora_target_modules or LORA_TARGETS
+            decoder.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=targets))
+        ranks = {name: config.r for name, config in decoder.peft_config.items()}
+        if ranks != {"default": args.lora_rank}:
+            raise ValueError(
+                f"the decoder has LoRAs of the ranks {ranks}, expected none or one to train on, named 'default' and "
+                f"of lora_rank {args.lora_rank}"
+            )
+        for name, parameter in decoder.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        for module in visual_modules(decoder).values():
+            module.requires_grad_(True)
+    if args.bf16 or args.fp16:  # what trains does so in float32, whatever the frozen rest is
+        cast_training_params(decoder, torch.float32)
+
+
+def visual_modules(decoder: NextFlowDiffusionDecoder) -> dict[str, nn.Module]:
+    """What is new in the decoder, and so trained in full beside a LoRA: the projection, and the layer it feeds."""
+    input_layer = f"denoiser.{decoder.family.input_layer}"
+    return {name: decoder.get_submodule(name) for name in ("condition_projection", input_layer)}
+
+
+def lora_state_dict(decoder: NextFlowDiffusionDecoder) -> dict[str, torch.Tensor]:
+    """The LoRA and what is trained beside it, under the names of the decoder's modules."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(decoder)
+    for name, module in visual_modules(decoder).items():
+        weights |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    return weights
+
+
+def training_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
+    """A scheduler of the same noise with all its training steps, free of what sampling does to the given one."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    return DDPMScheduler.from_config(scheduler.config)
+
+
+def add_training_noise(
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
+    latents: torch.Tensor,
+    args: NextFlowDiffusionDecoderTrainingArguments,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy latents, their timesteps (n,), what the denoiser should predict, and the weights (n,) of its errors."""
+    count, noise = len(latents), torch.randn_like(latents)
+    steps = scheduler.config.num_train_timesteps
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        times = compute_density_for_timestep_sampling(
+            args.weighting_scheme, count, args.logit_mean, args.logit_std, args.mode_scale
+        )
+        indices = (times * steps).long().clamp(max=steps - 1)
+        timesteps, sigmas = (part[indices].to(latents.device) for part in (scheduler.timesteps, scheduler.sigmas))
+        weights = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
+        sigmas = sigmas.view(-1, 1, 1, 1)
+        return (1 - sigmas) * latents + sigmas * noise, timesteps, noise - latents, weights
+    timesteps = torch.randint(steps, (count,)).to(latents.device)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    prediction_type = scheduler.config.prediction_type
+    targets = {"epsilon": lambda: noise, "sample": lambda: latents}
+    targets["v_prediction"] = lambda: scheduler.get_velocity(latents, noise, timesteps)
+    return noisy, timesteps, targets[prediction_type](), torch.ones(count, device=latents.device)
+
+
+def _groups(image_grids: torch.LongTensor) -> list[list[int]]:
+    """Indices of the images that share a schedule."""
+    groups: dict[tuple, list[int]] = {}
+    for index, rows in enumerate(image_grids.tolist()):
+        groups.setdefault(tuple(map(tuple, rows)), []).append(index)
+    return list(groups.values())
+
+
+__all__ = [
+    "NextFlowDiffusionDecoderTrainer",
+    "NextFlowDiffusionDecoderTrainingArguments",
+    "add_training_noise",
+    "lora_state_dict",
+    "prepare_decoder",
+    "training_scheduler",
+    "visual_modules",
+]

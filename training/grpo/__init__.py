@@ -1,0 +1,1 @@
+"""Reinforcement learning of the first scales (§3.2.5)."""

@@ -1,0 +1,195 @@
+"""The arithmetic of group-relative policy optimisation over scales (§3.2.5 and its companion, arXiv:2601.02256).
+
+Pure functions of tensors: weights of codes, the clipped objective, advantages, middle returns, masks. No model and no
+trainer.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ...modeling_nextflow.loss_nextflow import scale_weights
+from ...processing.scale_schedule_nextflow import num_cells
+
+
+def code_weights(grids: Sequence[tuple[int, int]], alpha: float) -> torch.FloatTensor:
+    """Loss weight of every code of the scales `grids`, (codes,): `(h * w) ** -alpha` (PANW), with mean 1.
+
+    Summed over a grid, a weight `k_t` on every per-code ratio has on-policy the gradient of `k_t` times the paper's
+    ratio of whole grids (a product of up to thousands of factors, which no clip can hold once it is off-policy).
+    """
+    schedule = torch.tensor([list(grids)])
+    cells = schedule[0].prod(-1)
+    return scale_weights(schedule, alpha)[0].repeat_interleave(cells)
+
+
+def mask_to_cells(mask: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> torch.BoolTensor:
+    """Which codes of the scales `grids` a boolean pixel mask (height, width) concerns, (codes,).
+
+    Carried from fine to coarse: a cell is active where it overlaps an active cell of the next finer scale, a cell of
+    the finest scale where it overlaps an active pixel. An empty mask, or none, leaves every cell active.
+    """
+    if mask is None or not mask.any():
+        return torch.ones(num_cells(grids), dtype=torch.bool)
+    active = torch.from_numpy(mask).float()[None, None]
+    levels = []
+    for grid in reversed(grids):
+        active = F.adaptive_max_pool2d(active, grid)
+        levels.append(active.flatten() > 0)
+    return torch.cat(levels[::-1])
+
+
+def combine_rewards(
+    rewards: torch.FloatTensor, weights: torch.FloatTensor, num_generations: int
+) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    """Rewards (samples, functions) -> the same without failures, and their weighted sum (samples,).
+
+    NaN: the function does not apply to the sample. Infinite: it failed. A sample is left out (NaN) where a function
+    failed, where none applies, and where one applies to others of its group only: a missing term is no zero.
+    """
+    failed = torch.isinf(rewards)
+    rewards = rewards.masked_fill(failed, torch.nan)
+    missing = torch.isnan(rewards)
+    unused = missing.view(-1, num_generations, rewards.shape[1]).all(1, keepdim=True) & ~failed.view(
+        -1, num_generations, rewards.shape[1]
+    ).any(1, keepdim=True)
+    unused = unused.expand(-1, num_generations, -1).reshape_as(missing)
+    total = (rewards * weights).masked_fill(unused, 0.0).sum(1)
+    return rewards, total.masked_fill(unused.all(1), torch.nan)
+
+
+def middle_return(rewards: torch.FloatTensor, eta: float) -> torch.FloatTensor:
+    """Value of a prefix from the rewards (suffixes, samples) of its suffixes (VMR): `eta * log mean exp(R / eta)`.
+
+    Suffixes whose reward is NaN are left out; a sample has NaN if all are. One suffix has its reward.
+    """
+    if len(rewards) == 1:
+        return rewards[0]
+    known = ~torch.isnan(rewards)
+    exponents = torch.where(known, rewards / eta, -math.inf)
+    value = eta * (torch.logsumexp(exponents, 0) - known.sum(0).clamp(min=1).log())
+    return value.masked_fill(~known.any(0), torch.nan)
+
+
+def group_advantages(
+    rewards: torch.FloatTensor, num_generations: int, scale: str = "group"
+) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    """Advantages (samples,) of rewards (samples,), groups one after the other, and the deviation (groups,) of each.
+
+    `(R - mean of the group) / (standard deviation + 1e-4)`, the deviation taken over the group or, with `scale`
+    `"batch"`, over all samples; `"none"` does not divide. NaN rewards are left out and have advantage 0.
+    """
+    groups = rewards.view(-1, num_generations)
+    # Rounding makes of equal rewards a mean beside them, and an optimizer that normalises makes of that a whole step.
+    alike = ((groups == groups.nan_to_num(-math.inf).amax(1, keepdim=True)) | torch.isnan(groups)).all(1)
+    centered = (groups - groups.nanmean(1, keepdim=True)).masked_fill(alike[:, None], 0.0)
+    deviation = _deviation(groups, dim=1).masked_fill(alike, 0.0)
+    advantages = centered
+    if scale == "group":
+        advantages = centered / (deviation[:, None] + 1e-4)
+    elif scale == "batch":
+        advantages = centered / (_deviation(rewards, dim=0) + 1e-4)
+    elif scale != "none":
+        raise ValueError(f"scale_rewards is {scale!r}, expected 'group', 'batch' or 'none'")
+    return advantages.flatten().nan_to_num(0.0), deviation
+
+
+def group_advantages_by_function(
+    rewards: torch.FloatTensor, weights: torch.FloatTensor, num_generations: int
+) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    """As [`group_advantages`], of rewards (samples, functions) that are each normalised in the group, then summed with
+    their weights and normalised over all samples (TRL's `"normalize_then_sum"`)."""
+    _, total = combine_rewards(rewards, weights, num_generations)
+    columns = [group_advantages(column, num_generations)[0] for column in rewards.unbind(1)]
+    summed = (torch.stack(columns, 1) * weights).sum(1).masked_fill(torch.isnan(total), torch.nan)
+    advantages = (summed - summed.nanmean()) / (_deviation(summed, dim=0) + 1e-4)
+    return advantages.nan_to_num(0.0), _deviation(total.view(-1, num_generations), dim=1)
+
+
+def gated_advantages(advantages: Callable, rewards: torch.FloatTensor, gates: torch.BoolTensor) -> torch.FloatTensor:
+    """
+    Advantages (samples, codes) where masks gate the rewards: a code gets a reward only if the mask of that reward
+    covers the code.
+
+    The group of a code are then the samples whose masks cover it. A reward that does not look at a code is missing
+    there, and a missing reward is no zero: it would make codes better or worse for being looked at.
+
+    Args:
+        advantages (`Callable`):
+            Makes advantages (samples,), and something else, of rewards (samples, suffixes or functions).
+        rewards (`torch.FloatTensor` of shape `(samples, suffixes or functions)`): Groups one after the other.
+        gates (`torch.BoolTensor` of shape `(samples, suffixes or 1, codes)`): Which codes the masks cover.
+    """
+    gated = torch.where(gates, rewards[..., None], torch.nan)
+    return torch.vmap(lambda of_code: advantages(of_code)[0], in_dims=-1, out_dims=-1)(gated)
+
+
+def token_advantages(
+    advantages: torch.FloatTensor, of_codes: torch.FloatTensor | None, scale_ids: torch.LongTensor
+) -> torch.FloatTensor:
+    """Advantages of tokens (samples, length): of codes (`scale_ids` above 0) in their order, of text those of the
+    samples (samples,). Without `of_codes` the samples' own."""
+    if of_codes is None:
+        return advantages
+    is_code = scale_ids > 0
+    index = (is_code.cumsum(1) - 1).clamp(min=0)
+    return torch.where(is_code, of_codes.gather(1, index), advantages[:, None])
+
+
+def _deviation(values: torch.FloatTensor, dim: int) -> torch.FloatTensor:
+    """Standard deviation with Bessel's correction over the values that are not NaN; 0 where fewer than two are."""
+    count = (~torch.isnan(values)).sum(dim)
+    squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim)
+    return torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt()
+
+
+def clipped_loss(
+    ratio: torch.FloatTensor,
+    advantages: torch.FloatTensor,
+    *,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
+) -> torch.FloatTensor:
+    """`-min(r A, clip(r, 1 - low, 1 + high) A)` per token. `delta` also bounds r where A is negative."""
+    bounded = ratio if delta is None else ratio.clamp(max=delta)
+    return -torch.minimum(bounded * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)
+
+
+def kl_to_reference(logps: torch.FloatTensor, reference_logps: torch.FloatTensor) -> torch.FloatTensor:
+    """The estimator `exp(d) - d - 1` of KL(policy || reference) per token, d = log reference - log policy; never
+    negative."""
+    difference = reference_logps - logps
+    return difference.exp() - difference - 1
+
+
+def chunked_log_probs(
+    hidden_states: torch.FloatTensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    targets: torch.LongTensor,
+    *,
+    temperature: float,
+    chunk_size: int,
+) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    """Log-probability of each target under `softmax(head(hidden_states) / temperature)` and the entropy, (tokens,).
+
+    Beyond `chunk_size` tokens the logits of a chunk are made, used and dropped, and made again for the gradient.
+    Entropies carry no gradient.
+    """
+
+    def chunk(hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = (head(hidden).float() / temperature).log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return log_probs.gather(-1, target[:, None])[:, 0], entropy.detach()
+
+    if len(targets) <= chunk_size:
+        return chunk(hidden_states, targets)
+    parts = [
+        checkpoint(chunk, hidden, target, use_reentrant=False)
+        for hidden, target in zip(hidden_states.split(chunk_size), targets.split(chunk_size))
+    ]
+    return torch.cat([logps for logps, _ in parts]), torch.cat([entropies for _, entropies in parts])

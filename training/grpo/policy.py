@@ -1,0 +1,157 @@
+"""What the policy is asked in reinforcement learning: rows that end with the last scale that is taught, and the
+log-probabilities of what was drawn, over the code rows of the head alone (§3.2.5).
+
+They are computed inside the model's `forward`, because distributed wrappers and adapters act on nothing else.
+"""
+
+import functools
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
+from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX, call_with_weight, has_whole_weight_in_call
+from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+from ...processing.scale_schedule_nextflow import num_cells
+from .objective import chunked_log_probs, code_weights
+
+
+def text_ids(model: NextFlowForCausalLM) -> torch.LongTensor:
+    """The tokens that text before a picture is made of: text without the end of the turn, and `<boi>`, its end."""
+    config = model.config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    excluded = torch.tensor([config.image_token_id, config.pad_token_id, *ends], device=model.device)
+    ids = torch.arange(config.text_vocab_size + 1, device=model.device)
+    ids[-1] = config.boi_token_id
+    return ids[~torch.isin(ids, excluded)]
+
+
+def policy_row(
+    rollout: Any, config: NextFlowConfig, *, scales: range, alpha: float, cell_mask: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    A [`Rollout`] as a row that teaches the scales `scales` (counted from 0), and the text before it if 0 is among
+    them.
+
+    Returns `input_ids`, up to the cells of the last of the scales; the `image_codes` and `image_grids` in it; and per
+    token `targets` (-100 where nothing is taught), `scale_ids` (0 for text) and `loss_weights`: PANW's, whose sum is 1
+    before `cell_mask` (codes of the scales,) takes its share away.
+    """
+    prompt, grids = rollout.prompt, rollout.prompt.grids
+    seen, skipped = num_cells(grids[: scales.stop]), num_cells(grids[: scales.start])
+    inputs = seen - num_cells(grids[scales.stop - 1 : scales.stop])  # the last scale is predicted, but not read
+    input_ids = torch.cat([prompt.input_ids, torch.full((seen - 1,), config.image_token_id)])
+    length, first = len(input_ids), len(prompt.input_ids) - 1  # `<boi>` predicts the first code
+    targets = torch.full((length,), IGNORE_INDEX)
+    scale_ids = torch.zeros(length, dtype=torch.long)
+    loss_weights = torch.zeros(length)
+
+    codes = slice(first + skipped, first + seen)
+    weights = code_weights(grids[scales.start : scales.stop], alpha)
+    targets[codes] = rollout.codes[skipped:seen] + config.text_vocab_size
+    cells = torch.tensor([num_cells([grid]) for grid in grids[scales.start : scales.stop]])
+    scale_ids[codes] = (torch.arange(scales.start, scales.stop) + 1).repeat_interleave(cells)
+    thoughts = rollout.thoughts if scales.start == 0 else range(0)
+    total = len(weights) + len(thoughts)
+    loss_weights[codes] = weights / total if cell_mask is None else weights * cell_mask.cpu() / total
+    if thoughts:  # a token is predicted by the one before it
+        targets[thoughts.start - 1 : thoughts.stop - 1] = prompt.input_ids[thoughts.start : thoughts.stop]
+        loss_weights[thoughts.start - 1 : thoughts.stop - 1] = 1 / total
+    return {
+        "input_ids": input_ids,
+        "image_codes": torch.cat([prompt.image_codes.cpu(), rollout.codes[:inputs]]),
+        "image_grids": prompt.image_grids,
+        "targets": targets,
+        "scale_ids": scale_ids,
+        "loss_weights": loss_weights,
+    }
+
+
+def pad_rows(
+    rows: Sequence[dict[str, torch.Tensor]], *, pad_token_id: int, device: torch.device
+) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    """Rows as one batch, padded on the right. Codes and grids stay lists: their lengths differ, and TRL shuffles and
+    splits what is as long as the batch."""
+    fillers = {"input_ids": pad_token_id, "targets": IGNORE_INDEX, "scale_ids": 0, "loss_weights": 0.0}
+    batch: dict[str, Any] = {
+        name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=filler).to(device)
+        for name, filler in fillers.items()
+    }
+    lengths = [torch.ones_like(row["input_ids"]) for row in rows]
+    batch["attention_mask"] = pad_sequence(lengths, batch_first=True).to(device)
+    for name in ("image_codes", "image_grids"):
+        batch[name] = [row[name].to(device) for row in rows]
+    return batch
+
+
+def policy_inputs(batch: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """Arguments of the policy's `forward` for some rows of a batch, cut to the longest of them."""
+    mask = batch["attention_mask"][rows]
+    length = int(mask.sum(1).max())
+    return {
+        "input_ids": batch["input_ids"][rows, :length],
+        "attention_mask": None if mask[:, :length].all() else mask[:, :length],
+        "image_codes": torch.cat(batch["image_codes"][rows]),
+        "image_grids": torch.cat(batch["image_grids"][rows]),
+        "policy_targets": batch["targets"][rows, :length],
+    }
+
+
+def add_policy_forward(model: NextFlowForCausalLM, *, temperature: float, chunk_size: int) -> None:
+    """
+    Teach `model.forward` the argument `policy_targets` (batch, length), token ids or -100: it then returns the
+    `logps` of these targets and the `entropies`, both (batch, length) with 0 elsewhere, instead of logits.
+
+    A code competes with codes alone and text with text, as where they are sampled. Without the argument the forward
+    is the class's own. It lives on this instance: a copy of the module (`copy.deepcopy`) would run its weights.
+    """
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self, input_ids=None, attention_mask=None, image_codes=None, image_grids=None, policy_targets=None, **kwargs
+    ):
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "image_codes": image_codes,
+            "image_grids": image_grids,
+        }
+        if policy_targets is None:
+            return type(self).forward(self, **inputs, **kwargs)
+        hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
+        first, last = self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size
+        is_code = (policy_targets >= first) & (policy_targets < last)
+        is_text = (policy_targets != IGNORE_INDEX) & ~is_code
+        ids = text_ids(self)
+        targets = policy_targets[is_code] - first, torch.searchsorted(ids, policy_targets[is_text])
+        options = {"temperature": temperature, "chunk_size": chunk_size}
+
+        def log_probs(states, code_head, text_head) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            heads = code_head, lambda hidden: text_head(hidden)[..., ids]
+            return [chunked_log_probs(*part, **options) for part in zip(states, heads, targets)]
+
+        states = [hidden_states[is_code], hidden_states[is_text]]
+        if has_whole_weight_in_call(self.lm_head):  # one call, so that all processes gather the weight as often
+            parts = call_with_weight(
+                self.lm_head,
+                states,
+                lambda states, weight: log_probs(
+                    states,
+                    lambda hidden: F.linear(hidden, weight[first:last]),
+                    lambda hidden: F.linear(hidden, weight),
+                ),
+            )
+        else:
+            parts = log_probs(states, self.image_logits, self.lm_head)
+        logps = torch.zeros(policy_targets.shape, device=hidden_states.device)
+        entropies = torch.zeros_like(logps)
+        for mask, (logp, entropy) in zip((is_code, is_text), parts):
+            logps = logps.masked_scatter(mask, logp)
+            entropies = entropies.masked_scatter(mask, entropy)
+        return {"logps": logps, "entropies": entropies}
+
+    model.forward = MethodType(forward, model)

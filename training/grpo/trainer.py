@@ -1,0 +1,689 @@
+"""`NextFlowGRPOTrainer`: TRL's GRPO trainer for pictures drawn scale by scale (§3.2.5, arXiv:2601.02256).
+
+Two of TRL's steps are ours: how completions are made and scored, and the loss. Data loading, groups, accumulation,
+logging, checkpoints and adapters are TRL's.
+
+What is sampled is not quite what is trained. Rollouts use guidance, top-k and top-p; the log-probabilities do not, as
+in the paper. The gradient is then that of `E_q[A log p]` with q the sharper of the two: the policy learns from its own
+guided pictures, and what is sure is only that the better ones become likelier. The gap is not corrected (what q never
+draws has no weight that would bring it back), it is bounded: a code moves its logits by its one-hot vector minus p, at
+most, however unlikely it was; old and new log-probabilities are both of p, so the clip holds an update to p whatever q
+was, and `beta` and `delta` hold it further. `sampling_gap` is logged: `E_q[log p] - E_p[log p]` in nats a code, which
+is 0 where q is p, that is without guidance, top-k and top-p.
+"""
+
+import copy
+import itertools
+import math
+import os
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from datasets import Dataset, IterableDataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import use_adapter
+
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ...pipelines.pipeline_nextflow import NextFlowPipeline
+from ...processing.processing_nextflow import NextFlowProcessor
+from ...processing.scale_schedule_nextflow import num_cells
+from ..common.checkpoints import StagedCheckpointsMixin
+from ..common.processes import ProcessesMixin
+from ..common.sharding import call_sharded, class_of_user
+from ..rewards.combination import check_rewards, is_async_reward, reward_name
+from ..rewards.preference import CLIPReward
+from .config import NO_TEXT_ROLLOUT, NextFlowGRPOConfig
+from .objective import (
+    clipped_loss,
+    combine_rewards,
+    gated_advantages,
+    group_advantages,
+    group_advantages_by_function,
+    kl_to_reference,
+    mask_to_cells,
+    middle_return,
+    token_advantages,
+)
+from .policy import add_policy_forward, pad_rows, policy_inputs, policy_row
+from .rollout import Rollout, conversation_of, decode, draw, encode_rows, think
+from .trl_contract import check_trl_attributes, check_trl_methods
+
+
+logger = logging.get_logger(__name__)
+
+# What the trainer tells rewards beside the data set's columns.
+OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
+
+
+class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
+    """
+    Aligns [`NextFlowForCausalLM`] with any reward of its pictures.
+
+    Rows of the data sets have `prompt`, a text or messages, and optionally `images`, the pictures to edit (for image
+    parts without data in messages). All other columns go to the rewards, see [`nextflow_hf.training.rewards`].
+
+    Args:
+        model (`str`, [`NextFlowForCausalLM`] or `PeftModel`):
+            The policy; or a repository as [`NextFlowPipeline.from_pretrained`] takes it, which brings all parts and
+            is loaded in float32 (with adapters, `model_init_kwargs={"dtype": "bfloat16"}` is enough).
+        reward_funcs (`Callable`, `str` or a list of them):
+            Rewards. A string is the Hub id of a CLIP-like model, see [`CLIPReward`].
+        args ([`NextFlowGRPOConfig`], *optional*): Numbers.
+        train_dataset, eval_dataset (`Dataset`, `IterableDataset`, or for evaluation a `dict` of them): Prompts.
+        processing_class ([`NextFlowProcessor`]): Needed unless `model` is a repository.
+        callbacks, optimizers, peft_config (*optional*): As in TRL.
+        vision_tokenizer ([`NextFlowVisionTokenizer`]): Needed unless `model` is a repository. It is not trained.
+        reward_processing_classes, quantization_config, tools, rollout_func, environment_factory: Refused; TRL's for
+            text.
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset
+    >>> from nextflow_hf import NextFlowGRPOConfig, NextFlowGRPOTrainer
+
+
+    >>> def redness(images, **columns):
+    ...     return [image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images]
+
+
+    >>> trainer = NextFlowGRPOTrainer(
+    ...     "hub_cards/nextflow-shapes",
+    ...     redness,
+    ...     NextFlowGRPOConfig("runs/red", num_generations=8, prefix_scales=2),
+    ...     Dataset.from_list([{"prompt": "a circle"}, {"prompt": "two squares"}]),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "nextflow"]
+    _name = "NextFlow GRPO"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Callable | str | list[Callable | str],
+        args: NextFlowGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict | None = None,
+        processing_class: NextFlowProcessor | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        *,
+        vision_tokenizer: NextFlowVisionTokenizer | None = None,
+    ):
+        check_trl_methods()
+        refused = {
+            "reward_processing_classes": (reward_processing_classes, "a reward prepares its own inputs"),
+            "quantization_config": (quantization_config, "load the model with it and pass the model"),
+            "tools": (tools, "pictures have no tool calls"),
+            "rollout_func": (rollout_func, NO_TEXT_ROLLOUT),
+            "environment_factory": (environment_factory, "the data set has the prompts"),
+        }
+        for name, (value, reason) in refused.items():
+            if value is not None:
+                raise ValueError(f"`{name}` is not supported: {reason}")
+        if args is not None and args.model_init_kwargs is not None and not isinstance(model, str):
+            raise ValueError("`model_init_kwargs` are for a model given by its name, but the model is here already")
+        if isinstance(model, str):
+            # In float32: an update of 1e-5 is lost in half precision, which `bf16` computes in anyway.
+            options = {"dtype": torch.float32, **((args and args.model_init_kwargs) or {})}
+            if isinstance(options["dtype"], str):
+                options["dtype"] = getattr(torch, options["dtype"])
+            parts = NextFlowPipeline.from_pretrained(model, **options)
+            model = parts.transformer
+            vision_tokenizer = vision_tokenizer or parts.vision_tokenizer
+            processing_class = processing_class or parts.processor
+        for name, value, kind in (
+            ("processing_class", processing_class, NextFlowProcessor),
+            ("vision_tokenizer", vision_tokenizer, NextFlowVisionTokenizer),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"`{name}` is {type(value).__name__}, expected {kind.__name__}")
+        args = NextFlowGRPOConfig(f"{type(model).__name__}-GRPO") if args is None else args
+        if not isinstance(args, NextFlowGRPOConfig):
+            raise TypeError(f"`args` is {type(args).__name__}, expected NextFlowGRPOConfig")
+        if args.ddp_find_unused_parameters is None and not (args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            args.ddp_find_unused_parameters = True  # no text in a prefix: some rows and parameters get no gradient
+
+        # TRL would load the reference again from where the policy came from, which it may have left long ago. It is
+        # copied instead, before anything patches the policy's forward.
+        beta, sync_reference, init_options = args.beta, args.sync_ref_model, args.model_init_kwargs
+        needs_reference = beta != 0 and peft_config is None and not is_peft_model(model)
+        reference = copy.deepcopy(model).eval().requires_grad_(False) if needs_reference else None
+        if sync_reference and reference is None:
+            raise ValueError("`sync_ref_model` needs a reference model: `beta` other than 0, and no adapters")
+        if needs_reference:
+            args.beta, args.sync_ref_model = 0.0, False
+        args.model_init_kwargs = None  # used above, or refused
+        self._train_sampler: torch.utils.data.Sampler | None = None
+        self._failed_rewards = 0
+        self._masks: list[np.ndarray | None] = []
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=self._wrap_rewards(reward_funcs),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
+        finally:
+            args.beta, args.sync_ref_model, args.model_init_kwargs = beta, sync_reference, init_options
+        check_trl_attributes(self)
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("`fsdp` is version 1, expected 2: set `fsdp_version: 2` in `fsdp_config`")
+        if self.is_deepspeed_enabled and not args.ds3_gather_for_generation:
+            raise ValueError("`ds3_gather_for_generation` is False, expected True: rollouts call parts of the policy")
+        self.beta = beta
+
+        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        scoring = {"temperature": self.temperature, "chunk_size": args.log_probs_chunk_size}
+        add_policy_forward(policy, **scoring)
+        if reference is not None:
+            add_policy_forward(reference, **scoring)
+            self.ref_model = self._prepare_reference(reference)
+            if sync_reference:
+                self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        vision_tokenizer = vision_tokenizer.eval().requires_grad_(False).to(self.accelerator.device)
+        # The policy with its adapters in it: `get_base_model` is the module they were put into.
+        self.pipeline = NextFlowPipeline(policy, vision_tokenizer, processing_class)
+
+    def _prepare_reference(self, reference: PreTrainedModel) -> torch.nn.Module:
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:  # layer by layer, as the policy; TRL would gather all of it at once
+            return fsdp2_prepare_model(self.accelerator, reference)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    # ---- rewards
+
+    def _wrap_rewards(self, reward_funcs: Callable | str | list[Callable | str]) -> list[Callable]:
+        rewards = []
+        for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+            reward = CLIPReward(reward) if isinstance(reward, str) else reward
+            if isinstance(reward, torch.nn.Module) or not callable(reward):
+                raise TypeError(
+                    f"a reward is {type(reward).__name__}, expected a function of `images` and `prompts`: the models "
+                    "that TRL takes score text"
+                )
+            rewards.append(self._wrap_reward(reward))
+        names = [reward.__name__ for reward in rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the rewards are called {names}: give each a `__name__` of its own")
+        return rewards
+
+    def _wrap_reward(self, reward: Callable) -> Callable:
+        """The reward with its failures as infinity, since TRL gathers numbers and makes NaN of `None`."""
+        name = reward_name(reward)
+
+        def marked(values: Sequence[float | None], prompts: Sequence[Any]) -> list[float | None]:
+            values = check_rewards(name, values, prompts)
+            failed = [value is not None and value != value for value in values]
+            self._failed_rewards += sum(failed)
+            return [float("inf") if bad else value for value, bad in zip(values, failed)]
+
+        def arguments(columns: dict[str, Any]) -> dict[str, Any]:
+            return {**columns, "report_masks": self._report_masks} if self.args.mask_propagation else columns
+
+        if is_async_reward(reward):
+
+            async def wrapped(prompts, **columns):
+                with _named(name):
+                    values = await reward(prompts=prompts, **arguments(columns))
+                return marked(values, prompts)
+
+        else:
+
+            def wrapped(prompts, **columns):
+                with _named(name):
+                    values = reward(prompts=prompts, **arguments(columns))
+                return marked(values, prompts)
+
+        wrapped.__name__ = name
+        return wrapped
+
+    def _report_masks(self, masks: Sequence[np.ndarray | None]) -> None:
+        """Pixels that a reward looked at, one boolean (height, width) or None per image; rewards add up."""
+        if len(masks) != len(self._masks):
+            raise ValueError(f"a reward reports {len(masks)} masks for {len(self._masks)} images, expected as many")
+        for index, mask in enumerate(masks):
+            if mask is None:
+                continue
+            mask, known = np.asarray(mask, bool), self._masks[index]
+            if mask.ndim != 2 or (known is not None and known.shape != mask.shape):
+                expected = "(height, width)" if known is None else f"{known.shape} as another reward's"
+                raise ValueError(f"the mask of sample {index} has the shape {mask.shape}, expected {expected}")
+            self._masks[index] = mask if known is None else known | mask
+
+    def _score(self, inputs: list[dict], rollouts: list[Rollout]) -> tuple[torch.Tensor, list, list]:
+        """Rewards (samples of all processes, functions), failures infinite; the images; and the masks of rewards."""
+        self._masks = [None] * len(inputs)
+        images = decode(self.pipeline, rollouts, self.args.rollout_batch_size)
+        rows, prompts, completions = [], [], []
+        for row, rollout, image in zip(inputs, rollouts, images):
+            ids = rollout.prompt.input_ids
+            thought = self._tokenizer.decode(ids[rollout.thoughts.start : rollout.thoughts.stop])
+            thought = thought.removesuffix(self.pipeline.processor.boi_token)
+            text = [{"type": "text", "text": thought}] if thought else []
+            prompts.append(row["prompt"])
+            completions.append([{"role": "assistant", "content": [*text, {"type": "image", "image": image}]}])
+            columns = {name: value for name, value in row.items() if name not in ("image", "images")}
+            given = {"images": image, "codes": rollout.codes, "source_images": conversation_of(row)[1]}
+            rows.append({**columns, **given, "thoughts": thought})
+        rewards = self._calculate_rewards(rows, prompts, completions, [r.codes.tolist() for r in rollouts])
+        return rewards, images, self._masks
+
+    # ---- rollouts
+
+    def _num_prefix_scales(self, grids: Sequence[tuple[int, int]]) -> int:
+        wanted = self.args.prefix_scales
+        if self.args.vmr_num_suffixes > 1 and wanted >= len(grids):
+            raise ValueError(f"`prefix_scales` is {wanted} of {len(grids)} scales, which leaves no suffix for VMR")
+        return len(grids) if wanted is None else min(wanted, len(grids))
+
+    def _trains_suffix(self) -> bool:
+        """Whether it is the suffix's turn. Counted in rollouts; in updates where an update has several of them."""
+        turns = self.args.prefix_updates_per_suffix
+        if self.args.vmr_num_suffixes == 1 or turns == 0 or not self.model.training:
+            return False
+        has_one = math.prod(self._window) >= self.args.gradient_accumulation_steps
+        return (self._rollout_index if has_one else self.state.global_step) % (turns + 1) == turns
+
+    def _draw(self, prompts: list, generators: list[torch.Generator] | None, **options: Any) -> list[torch.LongTensor]:
+        args = self.args
+        settings = {
+            "batch_size": args.rollout_batch_size, "guidance_scale": args.guidance_scale,
+            "guidance_schedule": args.guidance_schedule, "temperature": self.temperature, "top_k": self.top_k,
+            "top_p": self.top_p, **options,
+        }  # fmt: skip
+        return self._call_policy(lambda: draw(self.pipeline, prompts, generators=generators, **settings))
+
+    def _call_policy(self, function: Callable[[], Any]) -> Any:
+        return call_sharded(self.model_wrapped, self.pipeline.transformer.model, function)
+
+    def _generators(self, count: int, stage: int) -> list[torch.Generator]:
+        """One for each sample of this process and each stage of a rollout. A sample then depends neither on the number
+        of processes nor on the batch that it is sampled in, and a resumed run samples as an uninterrupted one."""
+        first = self.accelerator.process_index * count
+        keys = [(self.args.seed, self._rollout_index, stage, sample) for sample in range(first, first + count)]
+        seeds = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def _prefixes(self, rollouts: list[Rollout]) -> list[torch.LongTensor]:
+        return [r.codes[: num_cells(r.prompt.grids[: self._num_prefix_scales(r.prompt.grids)])] for r in rollouts]
+
+    @torch.no_grad()
+    def _rollout(self, inputs: list[dict], *, shared_prefix: bool) -> tuple[list[Rollout], list[list[Rollout]]]:
+        """A picture for every row; and with VMR, while prefixes are trained, others with the same prefixes."""
+        args = self.args
+        size = {name: getattr(args, name) for name in ("height", "width", "aspect_ratio", "resolution")}
+        prompts = encode_rows(
+            self.pipeline, inputs, guided=args.guidance_scale != 1, **{n: v for n, v in size.items() if v is not None}
+        )
+        thoughts = [range(0)] * len(prompts)
+        was_training, options = self.model.training, args.gradient_checkpointing_kwargs
+        stages = itertools.count()
+
+        def generators() -> list[torch.Generator] | None:
+            return self._generators(len(inputs), next(stages)) if was_training else None
+
+        with (
+            disable_gradient_checkpointing(self.model, options),  # TRL's unwrapping would forget the options
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
+            ),
+            self.accelerator.autocast(),
+        ):
+            self.model.eval()
+            if args.max_thinking_tokens:
+                thinking = {"max_tokens": args.max_thinking_tokens, "temperature": self.temperature}
+                thinking["generators"] = generators() or ()
+                longer = self._call_policy(lambda: think(self.pipeline, prompts, **thinking))
+                prompts, thoughts = (list(column) for column in zip(*longer))
+            if shared_prefix:
+                depth = self._num_prefix_scales(prompts[0].grids)
+                codes = self._draw(prompts, generators(), num_scales=depth)
+                starts = self._leaders([Rollout(*parts) for parts in zip(prompts, codes, thoughts)])
+                prompts, thoughts = [start.prompt for start in starts], [start.thoughts for start in starts]
+                drawn = self._draw(prompts, generators(), prefixes=[start.codes for start in starts])
+            else:
+                drawn = self._draw(prompts, generators())
+            rollouts = [Rollout(*parts) for parts in zip(prompts, drawn, thoughts)]
+            others = []
+            if was_training and not shared_prefix:
+                for _ in range(args.vmr_num_suffixes - 1):
+                    codes = self._draw(prompts, generators(), prefixes=self._prefixes(rollouts))
+                    others.append([Rollout(*parts) for parts in zip(prompts, codes, thoughts)])
+            self.model.train(was_training)
+        return rollouts, others
+
+    def _leaders(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """The first of its group for every sample; a group may lie on several processes."""
+        everyone = gather_object(rollouts)
+        first = self.accelerator.process_index * len(rollouts)
+        return [
+            everyone[index // self.num_generations * self.num_generations]
+            for index in range(first, first + len(rollouts))
+        ]
+
+    # ---- TRL's two steps
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        if taken := OWN_COLUMNS & set(inputs[0]):
+            raise ValueError(f"the data set has the columns {sorted(taken)}, which rewards get from the trainer")
+        trains_suffix = self._trains_suffix()
+        self._failed_rewards = 0
+        if mode == "train" and self._buffered_inputs is not None:
+            self._record_peak_memory(mode, "update")
+        rollouts, others = self._rollout(inputs, shared_prefix=trains_suffix)
+
+        weights = self.reward_weights.to(self.accelerator.device)
+        raw, images, masks = self._score(inputs, rollouts)
+        by_function, rewards = combine_rewards(raw, weights, num_generations)
+        totals, all_masks, extra = [rewards], [masks], dict(self._pending_extra_logs)
+        for suffixes in others:
+            self._pending_extra_logs.clear()
+            raw, _, masks = self._score(inputs, suffixes)
+            totals.append(combine_rewards(raw, weights, num_generations)[1])
+            all_masks.append(masks)
+        totals = torch.stack(totals)
+        if others:
+            self._pending_extra_logs.clear()
+            self._pending_extra_logs.update(extra)  # the table of completions has the first images only
+            self._metrics[mode]["vmr/suffix_std"].append(totals.std(0).nanmean().item())
+            rewards = middle_return(totals, self.args.vmr_eta)
+        if torch.isnan(rewards).all():
+            raise RuntimeError("no sample of the generation batch has a reward: see the failures reported above")
+
+        scored, normalize = self._advantage_function(totals, by_function, weights, num_generations)
+        advantages, deviations = normalize(scored)
+        own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        scales = [self._trained_scales(rollout.prompt.grids, trains_suffix) for rollout in rollouts]
+        gates = cells = None
+        if self.args.mask_propagation:
+            gates = self._gates(rollouts, all_masks, scales)
+            everyone = self.accelerator.gather(self.accelerator.pad_across_processes(gates.int(), dim=2)).bool()
+            cells = gated_advantages(normalize, scored, everyone)[own]
+        batch = self._policy_batch(rollouts, scales, gates)
+        batch["advantages"] = token_advantages(advantages[own], cells, batch["scale_ids"])
+        self._add_fixed_log_probs(batch)
+        self._record_rollouts(mode, inputs, images, by_function, rewards, advantages, deviations)
+        self._metrics[mode]["trains_suffix"].append(float(trains_suffix))
+        self._record_peak_memory(mode, "rollout")
+        return batch
+
+    def _advantage_function(
+        self, totals: torch.Tensor, by_function: torch.Tensor, weights: torch.Tensor, num_generations: int
+    ) -> tuple[torch.Tensor, Callable]:
+        """The rewards (samples, suffixes or functions) that advantages are made of, and what makes these of them."""
+        if self.args.multi_objective_aggregation == "normalize_then_sum":  # refused with several suffixes
+            return by_function, partial(group_advantages_by_function, weights=weights, num_generations=num_generations)
+        eta, scale = self.args.vmr_eta, self.scale_rewards
+        return totals.T, lambda rewards: group_advantages(middle_return(rewards.T, eta), num_generations, scale)
+
+    def _gates(self, rollouts: list[Rollout], masks: list[list], scales: list[range]) -> torch.BoolTensor:
+        """Codes that the reward of each suffix looked at, (samples, suffixes, trained codes)."""
+        rows = []
+        for index, (rollout, trained) in enumerate(zip(rollouts, scales)):
+            grids = rollout.prompt.grids
+            codes = slice(num_cells(grids[: trained.start]), num_cells(grids[: trained.stop]))
+            rows.append(torch.stack([mask_to_cells(of_suffix[index], grids)[codes] for of_suffix in masks], 1))
+        return pad_sequence(rows, batch_first=True).transpose(1, 2).to(self.accelerator.device)
+
+    def _policy_batch(
+        self, rollouts: list[Rollout], scales: list[range], gates: torch.BoolTensor | None
+    ) -> dict[str, Any]:
+        config, alpha = self.pipeline.transformer.config, self.args.scale_loss_alpha
+        masks = [None] * len(rollouts) if gates is None else gates.any(1)
+        rows = [
+            policy_row(rollout, config, scales=trained, alpha=alpha, cell_mask=mask)
+            for rollout, trained, mask in zip(rollouts, scales, masks)
+        ]
+        return pad_rows(rows, pad_token_id=self._tokenizer.pad_token_id, device=self.accelerator.device)
+
+    def _trained_scales(self, grids: Sequence[tuple[int, int]], trains_suffix: bool) -> range:
+        depth = self._num_prefix_scales(grids)
+        return range(depth, len(grids)) if trains_suffix else range(depth)
+
+    def _add_fixed_log_probs(self, batch: dict[str, Any]) -> None:
+        """Log-probabilities of the policy as it is now, where it will have moved on when they are needed, and of the
+        reference."""
+        args = self.args
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            if args.gradient_accumulation_steps % math.prod(self._window) != 0:
+                batch["old_per_token_logps"] = self._log_probs(self.model, batch)
+            if self.beta == 0:
+                return
+            if self.ref_model is not None:
+                batch["ref_per_token_logps"] = self._log_probs(self.ref_model, batch)
+                return
+            peft_model = self.accelerator.unwrap_model(self.model)
+            # An adapter that was there before is kept by TRL as "ref"; a new one is switched off.
+            with use_adapter(peft_model, adapter_name="ref" if "ref" in peft_model.peft_config else None):
+                batch["ref_per_token_logps"] = self._log_probs(self.model, batch)
+
+    def _log_probs(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.FloatTensor:
+        """Log-probabilities (batch, length), some rows at a time."""
+        size = self.args.per_device_train_batch_size
+        logps = torch.zeros(batch["targets"].shape, device=batch["targets"].device)
+        for start in range(0, len(logps), size):
+            inputs = policy_inputs(batch, slice(start, start + size))
+            with self.accelerator.autocast():
+                rows = model(**inputs)["logps"]
+            logps[start : start + size, : rows.shape[1]] = rows
+        return logps
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.FloatTensor:
+        mode = "train" if self.model.training else "eval"
+        arguments = policy_inputs(inputs)
+        outputs = model(**arguments)
+        logps, entropies = outputs["logps"], outputs["entropies"]
+        length = logps.shape[1]
+        weights, advantages = inputs["loss_weights"][:, :length], inputs["advantages"]
+        advantages = advantages[:, None] if advantages.ndim == 1 else advantages[:, :length]
+        old = inputs.get("old_per_token_logps")
+        ratio = (logps - (logps.detach() if old is None else old[:, :length])).exp()
+        bounds = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
+        losses = clipped_loss(ratio, advantages, delta=self.args.delta, **bounds)
+        divergence = None
+        if self.beta != 0:
+            divergence = kl_to_reference(logps, inputs["ref_per_token_logps"][:, :length])
+            if self.args.use_bias_correction_kl:
+                divergence = divergence * ratio
+            losses = losses + self.beta * divergence
+        loss = (losses * weights).sum(1).mean()
+
+        clipped = ((ratio < 1 - self.epsilon_low) & (advantages < 0)) | (
+            (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        )
+        per_token = {"entropy": entropies, "clip_ratio": clipped.float(), "sampling_gap": logps.detach() + entropies}
+        if divergence is not None:
+            per_token["kl"] = divergence.detach()
+        self._record_tokens(mode, per_token, inputs["scale_ids"][:, :length], arguments["policy_targets"] >= 0)
+        return loss / (self.current_gradient_accumulation_steps if mode == "train" else 1.0)
+
+    # ---- logging
+
+    def _record_peak_memory(self, mode: str, phase: str) -> None:
+        """Log the largest memory that a process took since the last record, in units of 1e9 bytes."""
+        device = self.accelerator.device
+        if device.type == "cpu":  # of the process, since its start
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        else:
+            peak = torch.accelerator.max_memory_allocated(device)
+            torch.accelerator.reset_peak_memory_stats(device)
+        peaks = self.accelerator.gather(torch.tensor([peak / 1e9], device=device))
+        self._metrics[mode][f"peak_memory_gb/{phase}"].append(peaks.max().item())
+
+    def _record_tokens(
+        self, mode: str, per_token: dict[str, torch.Tensor], scale_ids: torch.Tensor, taught: torch.Tensor
+    ) -> None:
+        """Means over the codes taught, and by scale; text (scale 0) apart."""
+        num_scales = self.pipeline.transformer.config.max_scales + 1
+        scales = scale_ids[taught]
+        counts = torch.bincount(scales, minlength=num_scales).float()
+        sums = [counts.new_zeros(num_scales).index_add_(0, scales, v[taught].float()) for v in per_token.values()]
+        counts, *sums = self.accelerator.reduce(torch.stack([counts, *sums]), reduction="sum").cpu()
+        metrics = self._metrics[mode]
+        for name, total in zip(per_token, sums):
+            metrics[name].append((total[1:].sum() / counts[1:].sum()).item())
+            if counts[0] > 0:
+                metrics[f"text/{name}"].append((total[0] / counts[0]).item())
+            for scale in counts[1:].nonzero()[:, 0].add(1).tolist():
+                metrics[f"scale_{scale}/{name}"].append((total[scale] / counts[scale]).item())
+
+    def _record_rollouts(
+        self,
+        mode: str,
+        inputs: list[dict],
+        images: list,
+        by_function: torch.Tensor,
+        rewards: torch.Tensor,
+        advantages: torch.Tensor,
+        deviations: torch.Tensor,
+    ) -> None:
+        metrics = self._metrics[mode]
+        for index, name in enumerate(self.reward_func_names):
+            values = by_function[:, index]
+            values = values[~torch.isnan(values)]
+            metrics[f"rewards/{name}/mean"].append(values.mean().item())
+            metrics[f"rewards/{name}/std"].append(values.std().item())
+        known = rewards[~torch.isnan(rewards)]
+        metrics["reward"].append(known.mean().item())
+        metrics["reward_std"].append(known.std().item())
+        metrics["frac_reward_zero_std"].append((deviations < 1e-8).float().mean().item())
+        failed = torch.tensor([float(self._failed_rewards)], device=self.accelerator.device)
+        metrics["rewards/failed"].append(self.accelerator.reduce(failed, reduction="sum").item())
+
+        # What the rewards logged themselves; every process asks for the same names in the same order.
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = gather_object(list(self._pending_metrics.get(name, [])))
+            metrics[name].append(sum(values) / len(values))
+        self._pending_metrics.clear()
+        columns = sorted(set(gather_object(list(self._pending_extra_logs))))
+        extra = {c: gather_object(self._pending_extra_logs.get(c, [None] * len(inputs))) for c in columns}
+        self._pending_extra_logs.clear()
+        if not self.log_completions:
+            return
+        for column, values in extra.items():
+            self._logs["extra"][column].extend(values)
+        prompts = [row["prompt"] for row in inputs]
+        self._logs["prompt"].extend(gather_object(prompts))
+        picture = [{"role": "assistant", "content": [{"type": "image"}]}]
+        self._logs["completion"].extend([picture] * len(advantages))
+        for index, name in enumerate(self.reward_func_names):
+            self._logs["rewards"][name].extend(by_function[:, index].tolist())
+        self._logs["advantages"].extend(advantages.tolist())
+        if self.log_multimodal:
+            small = [[_thumbnail(image)] for image in images]
+            self._logs["images"].extend(gather_object(small))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.log_completions and self._logs["images"] and self.accelerator.is_main_process:
+            self._log_to_tensorboard([row[0] for row in list(self._logs["images"])[:16]])
+        super().log(logs, start_time)
+
+    def _log_to_tensorboard(self, images: list) -> None:
+        """TRL shows completions on other boards only."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for index, image in enumerate(images):
+                    callback.tb_writer.add_image(
+                        f"completions/{index}", np.asarray(image), self.state.global_step, dataformats="HWC"
+                    )
+
+    # ---- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with class_of_user(self.model):
+            super()._save(output_dir, state_dict=state_dict)
+
+    def save_own_state(self, folder: str) -> None:
+        """Where the run is among its rollouts; and inside a window of `num_iterations`, what is still to be learnt."""
+        state = {"step": self._step, "window": self._window, "rollouts": None}
+        if self._step % math.prod(self._window):
+            state["rollouts"] = self._buffered_inputs
+        torch.save(state, os.path.join(folder, self._rollouts_file))
+
+    def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler | None:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        for _ in range(int(self.state.epoch) if self._train_sampler is not None else 0):
+            next(iter(self._train_sampler), None)  # TRL's sampler shuffles anew at the start of each epoch
+        path = os.path.join(checkpoint, self._rollouts_file)
+        state = {"step": self.state.global_step * self.args.gradient_accumulation_steps, "window": None}
+        if os.path.exists(path):
+            state = torch.load(path, map_location=self.accelerator.device.type, weights_only=True)
+        self._step = state["step"]
+        if state["window"] == self._window:
+            self._buffered_inputs = state["rollouts"]
+        elif self._step % math.prod(self._window):
+            logger.warning(
+                f"{path} is missing or has the window {state['window']}, expected {self._window}: the run goes on "
+                "with new rollouts, and not as it would have without the interruption"
+            )
+
+    @property
+    def _rollout_index(self) -> int:
+        return self._step // math.prod(self._window)
+
+    @property
+    def _window(self) -> tuple[int, int]:
+        """Micro-batches of a rollout, and how often each is learnt from."""
+        return self.args.steps_per_generation, self.num_iterations
+
+    @property
+    def _rollouts_file(self) -> str:
+        return f"rollouts-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.pt"
+
+
+@contextmanager
+def _named(reward: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It was raised by the reward {reward!r}")
+        raise
+
+
+def _thumbnail(image: Any, side: int = 256) -> Any:
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    return small
+
+
+__all__ = ["NextFlowGRPOConfig", "NextFlowGRPOTrainer"]

@@ -1,0 +1,1 @@
+"""Training of the transformer (§3.2)."""

@@ -1,0 +1,249 @@
+"""What training takes of one GPU's memory, by arithmetic: nothing is allocated, the model lies on the meta device.
+
+    python -m nextflow_hf.training.transformer.memory --config 7b --tokens 16384
+    python -m nextflow_hf.training.transformer.memory --config runs/sft --trainable qlora --optim paged_adamw_8bit
+
+One process, decoder layers recomputed in the backward pass (`activation_checkpointing`), one micro-batch of `--tokens`
+tokens. Accumulating micro-batches takes no more. CUDA's context and fragmentation come on top: see `HEADROOM`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
+from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+from .arguments import ModelArguments
+from .freezing import set_trainable
+from .model_loading import add_adapter
+
+
+# Bytes of optimizer state for a parameter of `size` bytes. torch keeps states in the dtype of the weights,
+# bitsandbytes in one byte each, with an fp32 constant for 256 of them.
+OPTIMIZERS = {
+    "adamw_torch": lambda size: 2 * size,
+    "adamw_torch_fused": lambda size: 2 * size,
+    "adamw_8bit": lambda size: 2 * (1 + 4 / 256),
+    "paged_adamw_8bit": lambda size: 2 * (1 + 4 / 256),
+    "paged_adamw_32bit": lambda size: 8,
+    "lion_8bit": lambda size: 1 + 4 / 256,
+    "sgd": lambda size: 0,
+}
+ADAPTED = ("lora", "qlora")
+TRAINABLE = ("all", "alignment", *ADAPTED)
+HEADROOM = 0.06  # of the GPU: CUDA's context, workspaces of its libraries, fragmentation
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """
+    Bytes by purpose.
+
+    Args:
+        parameters, trained_parameters (`int`): How many there are.
+        weights (`float`): Of all parameters; under autocast also the casts that it keeps during a step.
+        gradients (`float`): Of the parameters that are trained.
+        optimizer (`float`): Its states.
+        paged_optimizer (`float`): The part of `optimizer` that moves to the host where the GPU is full.
+        checkpoints (`float`): Inputs of the layers, kept for the backward pass.
+        layer (`float`): What one layer keeps while it is recomputed.
+        logits (`float`): Of one chunk of the loss, and its gradient of the head before it is added to the others'.
+    """
+
+    parameters: int
+    trained_parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    paged_optimizer: float
+    checkpoints: float
+    layer: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        # The loss is done with its logits before a layer is recomputed.
+        working = max(self.layer, self.logits)
+        return self.weights + self.gradients + self.optimizer + self.checkpoints + working
+
+    @property
+    def total_on_gpu(self) -> float:
+        """The least that must be there at once: without the states that may be paged out."""
+        return self.total - self.paged_optimizer
+
+    def fits(self, gigabytes: float) -> bool:
+        return self.total_on_gpu <= gigabytes * 1e9 * (1 - HEADROOM)
+
+
+def training_memory(
+    config: NextFlowConfig,
+    *,
+    trainable: str = "all",
+    optim: str = "adamw_torch_fused",
+    dtype: str = "bfloat16",
+    tokens: int = 16384,
+    loss_chunk_size: int = NextFlowForCausalLM.loss_chunk_size,
+    lora_r: int = 16,
+) -> TrainingMemory:
+    """
+    The memory of one step.
+
+    Args:
+        trainable (`str`): `"all"`, `"alignment"`, `"lora"` or `"qlora"` (4 bits).
+        optim (`str`): One of `OPTIMIZERS`, by the names of `TrainingArguments.optim`.
+        dtype (`str`): Of the weights: `"bfloat16"`, or `"float32"` computed in bfloat16 (`bf16: true`).
+        tokens (`int`): Of a micro-batch.
+        loss_chunk_size (`int`): Tokens whose logits exist at the same time.
+    """
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable is {trainable!r}, expected one of {list(TRAINABLE)}")
+    if optim not in OPTIMIZERS:
+        raise ValueError(f"optim is {optim!r}, expected one of {list(OPTIMIZERS)}")
+    size = {"bfloat16": 2, "float32": 4}[dtype]
+    with torch.device("meta"):
+        model = NextFlowForCausalLM(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights = size * parameters
+    if dtype == "float32":  # autocast casts a weight once a step; embeddings are not cast
+        weights += 2 * sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    if trainable == "qlora":
+        # Linear layers of the decoder: half a byte, and an fp32 constant for 64 of them.
+        linear = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
+        weights = size * (parameters - linear) + linear * (0.5 + 4 / 64)
+    trained_size = size
+    if trainable in ADAPTED:
+        model = add_adapter(model, ModelArguments("meta", use_peft=True, lora_r=lora_r))
+        trained_size = 4  # PEFT keeps adapters in fp32
+        weights += sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    else:
+        set_trainable(model, trainable)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = trained * OPTIMIZERS[optim](trained_size)
+    if optim in ("adamw_8bit", "paged_adamw_8bit", "lion_8bit"):  # `Trainer` keeps embeddings in 32 bits
+        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        wide = sum(module.weight.numel() for module in embeddings if module.weight.requires_grad)
+        states = 1 if optim == "lion_8bit" else 2
+        optimizer += wide * (4 * states - OPTIMIZERS[optim](trained_size))
+    layer = layer_bytes_per_token(config, frozen=trainable != "all")
+    if trainable in ADAPTED:
+        layer += adapter_bytes_per_token(config)
+    return TrainingMemory(
+        parameters=parameters,
+        trained_parameters=trained,
+        weights=weights,
+        gradients=trained * trained_size,
+        optimizer=optimizer,
+        paged_optimizer=optimizer if optim.startswith("paged") else 0,
+        checkpoints=2 * tokens * config.hidden_size * config.num_hidden_layers,
+        layer=tokens * layer,
+        logits=min(tokens, loss_chunk_size) * logits_bytes_per_token(config)
+        + 2 * config.vocab_size * config.hidden_size * (trainable in ("all", "alignment")),
+    )
+
+
+def sampling_bytes(config: NextFlowConfig, images: int, grids: Sequence[tuple[int, int]]) -> float:
+    """What sampling so many images of the schedule `grids` at a time takes beside the weights, with guidance.
+
+    Keys and values of two rows an image; and the logits of the last scale, in bfloat16, in fp32 and guided.
+    """
+    cells = [height * width for height, width in grids]
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    logits = (2 * 2 + 2 * 4 + 4) * config.codebook_size
+    return images * (2 * sum(cells) * cache + cells[-1] * logits)
+
+
+def layer_bytes_per_token(config: NextFlowConfig, *, frozen: bool = False) -> int:
+    """What autograd keeps of one decoder layer, in bfloat16, with flash attention and nothing fused."""
+    hidden, feed_forward = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    # Each norm: the fp32 input. What rotation leaves of queries and keys, the values, and attention's output.
+    kept = 2 * 4 * hidden + 2 * (queries + keys + keys + queries)
+    # Gate, up and the activation.
+    kept += 2 * 3 * feed_forward
+    if frozen:
+        return kept
+    # What weights are multiplied with: each norm's own and then the projections', and the last one's of the MLP.
+    return kept + 2 * (2 + 2) * hidden + 2 * feed_forward
+
+
+def adapter_bytes_per_token(config: NextFlowConfig) -> int:
+    """What LoRA on all projections of a frozen decoder layer adds, with PEFT's adapters in fp32."""
+    queries = config.num_attention_heads * config.head_dim
+    inputs = 5 * config.hidden_size + queries + config.intermediate_size  # of seven projections
+    # Of every input the mask of dropout and what it leaves; of the widest, while it is read, both in fp32.
+    return (1 + 2) * inputs + 2 * 4 * config.intermediate_size
+
+
+def logits_bytes_per_token(config: NextFlowConfig) -> int:
+    """bf16 logits, their fp32 copy, and its log-softmax; backward takes as much."""
+    return (2 + 4 + 4) * config.vocab_size
+
+
+def load_config(name_or_path: str) -> NextFlowConfig:
+    return NextFlowConfig() if name_or_path == "7b" else NextFlowConfig.from_pretrained(name_or_path)
+
+
+def table(rows: Sequence[tuple[str, TrainingMemory]], gigabytes: float) -> str:
+    """Gigabytes (1e9) by purpose, as a Markdown table."""
+    head = ["", "trained", "weights", "gradients", "optimizer", "checkpoints", "layer", "logits", "total", "fits"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name, memory in rows:
+        numbers = [getattr(memory, column) / 1e9 for column in head[2:-2]] + [memory.total / 1e9]
+        paged = f" ({memory.paged_optimizer / 1e9:.1f} paged)" if memory.paged_optimizer else ""
+        fits = ("yes" if memory.fits(gigabytes) else "no") + paged
+        lines.append([name, f"{memory.trained_parameters / 1e9:.3f}B", *(f"{number:.1f}" for number in numbers), fits])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+COMBINATIONS = (
+    ("all", "adamw_torch_fused", "float32"),
+    ("all", "adamw_torch_fused", "bfloat16"),
+    ("all", "adamw_8bit", "bfloat16"),
+    ("all", "paged_adamw_8bit", "bfloat16"),
+    ("alignment", "adamw_torch_fused", "bfloat16"),
+    ("lora", "adamw_torch_fused", "bfloat16"),
+    ("qlora", "paged_adamw_8bit", "bfloat16"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="7b", help="7b, or a folder or repository with a config.json.")
+    parser.add_argument("--trainable", choices=TRAINABLE)
+    parser.add_argument("--optim", choices=OPTIMIZERS)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"))
+    parser.add_argument("--tokens", type=int, default=16384, help="Of a micro-batch.")
+    parser.add_argument("--loss-chunk-size", type=int, default=NextFlowForCausalLM.loss_chunk_size)
+    parser.add_argument("--gpu-gb", type=float, default=80, help="Memory of the GPU, in 1e9 bytes.")
+    args = parser.parse_args(argv)
+    config = load_config(args.config)
+    chosen = (args.trainable, args.optim, args.dtype)
+    combinations = [
+        combination
+        for combination in COMBINATIONS
+        if all(wanted in (None, value) for wanted, value in zip(chosen, combination))
+    ] or [(args.trainable or "all", args.optim or "adamw_torch_fused", args.dtype or "bfloat16")]
+    rows = []
+    for trainable, optim, dtype in combinations:
+        memory = training_memory(
+            config,
+            trainable=trainable,
+            optim=optim,
+            dtype=dtype,
+            tokens=args.tokens,
+            loss_chunk_size=args.loss_chunk_size,
+        )
+        rows.append((f"{trainable}, {optim}, {dtype}", memory))
+    print(
+        f"{rows[0][1].parameters / 1e9:.3f}B parameters, {args.tokens} tokens a micro-batch, {args.gpu_gb:g} GB less "
+        f"{HEADROOM:.0%} headroom; the total counts the larger of layer and logits\n"
+    )
+    print(table(rows, args.gpu_gb))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The transformer that a recipe trains: a saved one or a new one, quantised or not, with an adapter or without."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
+from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ...processing.processing_nextflow import NextFlowProcessor
+from ..common.recipe import check_fields
+from .adapters import IMAGE_MODULES, image_token_rows
+from .arguments import ModelArguments
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrainedModel:
+    """The model of a recipe, which computes `in_bfloat16` or not; with `use_peft` it is PEFT's around it."""
+    for field in ("model_name_or_path", "processor_name_or_path", "vision_tokenizer_name_or_path"):
+        check_source(field, getattr(args, field))
+    check_fields(args.config_overrides, NextFlowConfig, "config_overrides")
+    dtype = args.dtype or ("bfloat16" if args.use_peft and in_bfloat16 else "float32")
+    if args.model_name_or_path is None:
+        model = new_transformer(
+            NextFlowProcessor.from_pretrained(args.processor_name_or_path),
+            NextFlowVisionTokenizer.from_pretrained(args.vision_tokenizer_name_or_path),
+            attn_implementation=args.attn_implementation,
+            **args.config_overrides or {},
+        )
+        if dtype != "auto":
+            model = model.to(getattr(torch, dtype))
+        return add_adapter(model, args) if args.use_peft else model
+    adapter = saved_adapter(args.model_name_or_path)
+    model = NextFlowForCausalLM.from_pretrained(
+        args.model_name_or_path if adapter is None else adapter.base_model_name_or_path,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        quantization_config=quantization_config(args, dtype),
+        **args.config_overrides or {},
+    )
+    if adapter is None:
+        return add_adapter(model, args) if args.use_peft else model
+    peft = import_peft()
+    if args.use_peft:
+        check_adapter(adapter, args)
+        return peft.PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
+    # A stage that trains all weights starts from those that the adapter made.
+    return peft.PeftModel.from_pretrained(model, args.model_name_or_path).merge_and_unload().requires_grad_(True)
+
+
+def check_source(field: str, name_or_path: str | None) -> None:
+    """Refuse what is neither a folder nor can be the name of a repository."""
+    if name_or_path is None or Path(name_or_path).exists():
+        return
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"{field} is {name_or_path!r}, where there is no folder, and it is no repository of a Hub: is what makes "
+            "it, such as the stage before this one, finished?"
+        ) from None
+
+
+def saved_adapter(name_or_path: str) -> "LoraConfig | None":
+    """The configuration of the adapter that a folder or a repository holds in the place of a model."""
+    if find_adapter_config_file(name_or_path) is None:
+        return None
+    return import_peft().PeftConfig.from_pretrained(name_or_path)
+
+
+def check_adapter(adapter: "LoraConfig", args: ModelArguments) -> None:
+    """Refuse to go on with an adapter of another shape than the recipe's."""
+    found = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
+    found["use_dora"] = adapter.use_dora
+    if differing := {name: value for name, value in found.items() if value != getattr(args, name)}:
+        raise ValueError(
+            f"{args.model_name_or_path} is an adapter with {differing}, expected "
+            f"{ {name: getattr(args, name) for name in differing} }: the training goes on with the adapter as it is"
+        )
+
+
+def new_transformer(
+    processor: ProcessorMixin,
+    vision_tokenizer: NextFlowVisionTokenizer,
+    *,
+    attn_implementation: str | None = None,
+    **config_fields,
+) -> NextFlowForCausalLM:
+    """
+    A transformer with random weights for these tokens and codes.
+
+    Args:
+        config_fields: The fields of [`NextFlowConfig`] that neither component knows: its sizes.
+    """
+    tokenizer = processor.tokenizer
+    vocabulary, codes = len(tokenizer), vision_tokenizer.config.codebook_size
+    config = NextFlowConfig(
+        **{
+            "vocab_size": vocabulary,
+            "text_vocab_size": vocabulary - codes - 2,
+            "codebook_size": codes,
+            "semantic_code_dim": vision_tokenizer.config.semantic_code_dim,
+            "pixel_code_dim": vision_tokenizer.config.pixel_code_dim,
+            "max_scales": processor.max_scales,
+            "boi_token_id": processor.boi_token_id,
+            "eoi_token_id": processor.eoi_token_id,
+            "image_token_id": processor.image_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "max_position_embeddings": tokenizer.model_max_length,
+            "vision_tokenizer_fingerprint": vision_tokenizer.get_codes_fingerprint(),
+            **config_fields,
+        }
+    )
+    model = NextFlowForCausalLM._from_config(config, attn_implementation=attn_implementation)
+    # The visual embedding starts from the tokenizer's codebook (§2.2). So does the head, through a random projection:
+    # what is learnt of one code then holds for its neighbours too, among which the finer scales often choose.
+    with torch.no_grad():
+        codebook = vision_tokenizer.codebook
+        model.model.image_codebook.weight.copy_(codebook)
+        projection = torch.randn(codebook.shape[1], config.hidden_size) * config.initializer_range
+        model.lm_head.weight[config.text_vocab_size :][: len(codebook)] = codebook @ projection
+    return model
+
+
+def quantization_config(args: ModelArguments, dtype: str) -> BitsAndBytesConfig | None:
+    if args.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=args.bnb_4bit_quant_storage,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if args.load_in_8bit else None
+
+
+def import_peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapters need PEFT: pip install 'nextflow-hf[train]'") from error
+    return peft
+
+
+def add_adapter(model: NextFlowForCausalLM, args: ModelArguments) -> PreTrainedModel:
+    """PEFT's model around this one."""
+    peft = import_peft()
+    # Without `prepare_model_for_kbit_training`, which turns what is not quantised, the head above all, to float32: the
+    # norms and the loss compute in it anyway, and recomputing activations needs no gradient of a layer's input.
+    modules_to_save, token_indices = args.lora_modules_to_save, None
+    if args.lora_train_image_parts:
+        modules_to_save = sorted({*(modules_to_save or []), *IMAGE_MODULES})
+        token_indices = image_token_rows(model.config)
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules,
+            modules_to_save=modules_to_save,
+            trainable_token_indices=token_indices,
+            use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
+        ),
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # as PEFT has its matrices; the copies of modules have the base's dtype
+            parameter.data = parameter.data.float()
+    return model
+
+
+__all__ = ["add_adapter", "load_model", "new_transformer", "quantization_config"]

@@ -1,0 +1,302 @@
+"""Trains the transformer by a recipe: one YAML file, whose keys are the fields of `arguments.py`.
+
+    nextflow-hf train --list
+    nextflow-hf train shapes/pretrain_256 --override max_steps=100 --override output_dir=runs/try
+    accelerate launch --config_file fsdp2.yaml -m nextflow_hf.training.transformer.train recipe.yaml
+    torchrun --nproc-per-node 8 -m nextflow_hf.training.transformer.train recipe.yaml --learning_rate 5e-5
+
+A recipe is a file or the name of a shipped one. An interrupted training goes on from its last checkpoint when the same
+command is given again; `--override resume_from_checkpoint=false` starts anew.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from ...commands.console import one_line_mistakes
+from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ...processing.processing_nextflow import NextFlowProcessor
+from ..common import recipe as recipes
+from ..common.checkpoints import is_finished, last_checkpoint, train_to_the_end
+from ..common.flops import training_flops
+from ..data.extraction import load_codes
+from ..data.packing import PackedDataset, PackedIterableDataset, PackingCollator, PackingReport, row_flops
+from ..data.streaming import RowStream
+from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
+from .callbacks import SampleImagesCallback
+from .freezing import set_trainable
+from .model_loading import load_model
+from .trainer import NextFlowTrainer
+
+
+logger = logging.get_logger(__name__)
+
+RECIPES = recipes.RECIPES
+FAMILIES = ("7b", "shapes")
+
+
+# --- recipes
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {f"{family}/{path.stem}": path for family in FAMILIES for path in sorted((RECIPES / family).glob("*.yaml"))}
+
+
+def read_recipe(name_or_path: str) -> dict:
+    """The keys of a recipe: of a file, or of a shipped one by its name."""
+    path = shipped_recipes().get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{name_or_path} is no file and no shipped recipe; those are {', '.join(shipped_recipes())}"
+        )
+    return recipes.read_recipe(path)
+
+
+def parse_recipe(
+    recipe: dict, rest: Sequence[str] = ()
+) -> tuple[ModelArguments, DataArguments, NextFlowTrainingArguments]:
+    """The recipe's keys, and what the command line says besides (`--learning_rate 1e-4`), as arguments."""
+    groups = (ModelArguments, DataArguments, NextFlowTrainingArguments)
+    return recipes.parse_recipe(recipe, groups, prog="nextflow-hf train", rest=rest)
+
+
+# --- data
+
+
+def load_rows(folders: Sequence[str], weights: Sequence[float] | None = None, *, seed: int = 0) -> datasets.Dataset:
+    return mix_rows([load_codes(folder) for folder in folders], weights, seed=seed)
+
+
+def mix_rows(
+    sources: Sequence[datasets.Dataset], weights: Sequence[float] | None = None, *, seed: int = 0
+) -> datasets.Dataset:
+    """Rows of tokens and codes from all sources, mixed by their weights."""
+    if weights is None:
+        return datasets.concatenate_datasets(list(sources)).with_format("numpy")
+    probabilities = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(
+        list(sources), probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
+    ).with_format("numpy")
+
+
+def training_and_evaluation_rows(
+    args: DataArguments, seed: int, vision_tokenizer: str | None = None
+) -> tuple[datasets.Dataset | RowStream, datasets.Dataset | None]:
+    """The rows to train and to evaluate on; all of one vision tokenizer: the model's, whose fingerprint this is."""
+    check_same_codes([*args.train_codes, *(args.eval_codes or [])])
+    if args.streaming:
+        evaluation = load_evaluation_rows(args.eval_codes)
+        options = {"seed": seed, "shuffle_buffer": args.shuffle_buffer, "vision_tokenizer": vision_tokenizer}
+        return RowStream(args.train_codes, args.train_weights, **options), evaluation
+    sources = [load_codes(folder, vision_tokenizer=vision_tokenizer) for folder in args.train_codes]
+    evaluation = load_evaluation_rows(args.eval_codes)
+    if args.eval_rows:
+        sources, held_out = zip(
+            *(hold_out(rows, args.eval_rows, folder) for rows, folder in zip(sources, args.train_codes))
+        )
+        evaluation = mix_rows(held_out)
+    return mix_rows(sources, args.train_weights, seed=seed), evaluation
+
+
+def hold_out(rows: datasets.Dataset, count: int, folder: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """
+    The rows to train on, and the last `count` rows behind them that have neither prompt dropout nor self-correction.
+    What a model loses on a sampled code or a missing prompt says nothing of how it answers, and the clean codes of a
+    self-corrected image cannot be told from its inputs and targets.
+    """
+    clean = clean_rows(rows)
+    if len(clean) < count or clean[-count] == 0:
+        raise ValueError(
+            f"{folder} has {len(clean)} rows of {len(rows)} without dropout and self-correction, expected eval_rows="
+            f"{count} of them behind others: extract rows with purpose=evaluation, and name their folder in eval_codes"
+        )
+    return rows.select(range(clean[-count])), rows.select(clean[-count:])
+
+
+def clean_rows(rows: datasets.Dataset) -> np.ndarray:
+    """Numbers of the rows with neither prompt dropout nor self-correction; none of shards that do not say it."""
+    return np.flatnonzero(rows["is_clean"][:] if "is_clean" in rows.column_names else np.zeros(0))
+
+
+def load_evaluation_rows(folders: Sequence[str] | None) -> datasets.Dataset | None:
+    if not folders:
+        return None
+    rows = load_rows(folders)
+    if (num_clean := len(clean_rows(rows))) < len(rows):
+        logger.warning(
+            f"{len(rows) - num_clean} of {len(rows)} rows of eval_codes were extracted with prompt dropout or "
+            "self-correction: their loss is that of training; extract them with purpose=evaluation"
+        )
+    return rows
+
+
+def pack_rows(
+    rows: datasets.Dataset | RowStream,
+    config: NextFlowConfig,
+    data_args: DataArguments,
+    args: NextFlowTrainingArguments,
+) -> PackedDataset | PackedIterableDataset:
+    """The rows in packs, with a word on what that is worth where they are all known."""
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError("train_sampling_strategy is 'group_by_length', but packs have no length to be grouped by")
+    options = {
+        "max_length": data_args.pack_max_length,
+        "max_flops": data_args.pack_max_flops,
+        "window": data_args.pack_window,
+        "on_long_row": data_args.on_long_row,
+    }
+    if isinstance(rows, RowStream):
+        return PackedIterableDataset(rows, config, **options)
+    packs = PackedDataset(rows, config, **options, seed=args.seed)
+    report = packs.report(min(args.world_size * args.per_device_train_batch_size, len(packs)))
+    if args.should_log:
+        logger.warning(
+            f"{report.num_documents} documents in {report.num_packs} packs of "
+            f"{report.num_tokens / report.num_packs:.0f} tokens on average; of a step's time, processes wait "
+            f"{1 - report.balance:.1%} for the busiest"
+        )
+    return packs
+
+
+def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlowTrainingArguments) -> None:
+    """A word on what padding to the longest row of a batch costs, from some of the rows."""
+    ranks, batch_size = args.world_size, args.per_device_train_batch_size
+    if not args.should_log or len(rows) < ranks * batch_size or ranks * batch_size == 1:
+        return
+    some = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
+    sizes = rows.select_columns(["length", "image_grids"]).select(some)
+    lengths, flops = zip(*((int(row["length"]), row_flops(config, row)) for row in sizes))
+    padding_flops = training_flops(config, 1) - training_flops(config, 0)
+    report = PackingReport.of_padding(
+        lengths, flops, batch_size=batch_size, padding_flops=padding_flops, num_ranks=ranks
+    )
+    logger.warning(
+        f"in batches of {batch_size} rows in random order, {report.padding:.1%} of the tokens are padding; of a step, "
+        f"processes wait {1 - report.balance:.1%} for the busiest: pack_max_length or pack_max_flops help"
+    )
+
+
+def check_same_codes(folders: Sequence[str]) -> None:
+    """Refuse folders whose codes are of different vision tokenizers."""
+    makers = {
+        folder: json.loads((Path(folder) / "manifest.json").read_text())["vision_tokenizer"]["fingerprint"]
+        for folder in folders
+    }
+    if any(maker != makers[folders[0]] for maker in makers.values()):
+        raise ValueError(f"the codes are of different vision tokenizers, expected one: {makers}")
+
+
+# --- training
+
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, args: NextFlowTrainingArguments
+) -> NextFlowTrainer | None:
+    """
+    Train, evaluate where there is something to evaluate on, and save the model in `output_dir`. Returns the trainer,
+    or `None` where the run is finished already.
+    """
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint in (False, "false"):
+        checkpoint = None
+    elif is_finished(args):
+        return None
+    elif checkpoint in (None, True, "true"):
+        checkpoint = last_checkpoint(args.output_dir)
+    if checkpoint is not None:
+        logger.warning(f"going on from {checkpoint}")
+
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError(f"max_steps is {args.max_steps}, expected a number of steps: a stream has no end")
+    if is_deepspeed_zero3_enabled() and (args.trainable == "alignment" or model_args.lora_train_image_parts):
+        raise ValueError(
+            "ZeRO-3 shards the head, of which 'alignment' and lora_train_image_parts train some rows: use "
+            "deepspeed_zero2.yaml, ddp.yaml or fsdp2.yaml, which few trained parameters let fit"
+        )
+    if model_args.use_peft and args.trainable != "all":
+        raise ValueError(f"trainable is {args.trainable!r}, but an adapter trains its own matrices: leave it 'all'")
+    if model_args.use_peft and args.use_muon:
+        raise ValueError("use_muon is for the decoder's matrices, but use_peft trains an adapter: leave it false")
+    set_seed(args.seed)
+    model = load_model(model_args, in_bfloat16=args.bf16)
+    set_trainable(model, args.trainable)
+    rows, evaluation = training_and_evaluation_rows(data_args, args.seed, model.config.vision_tokenizer_fingerprint)
+    collator = None
+    if data_args.is_packed:
+        # Flex attention masks whole tiles of 128.
+        multiple = 128 if model.config._attn_implementation == "flex_attention" else 1
+        collator = PackingCollator(model.config, pad_to_multiple_of=multiple)
+        rows = pack_rows(rows, model.config, data_args, args)
+    elif not data_args.streaming:
+        report_padding(rows, model.config, args)
+    trainer = NextFlowTrainer(model, args, collator, train_dataset=rows, eval_dataset=evaluation)
+    if args.sample_prompts:
+        trainer.add_callback(sampling_callback(trainer, model_args, args))
+
+    def save() -> None:
+        if evaluation is not None:
+            trainer.evaluate()
+        trainer.save_model(args.output_dir)
+
+    train_to_the_end(trainer, checkpoint, save)
+    return trainer
+
+
+def sampling_callback(
+    trainer: NextFlowTrainer, model_args: ModelArguments, args: NextFlowTrainingArguments
+) -> SampleImagesCallback:
+    if not (model_args.processor_name_or_path and model_args.vision_tokenizer_name_or_path):
+        raise ValueError(
+            "sample_prompts need processor_name_or_path and vision_tokenizer_name_or_path: codes are no pictures yet"
+        )
+    return SampleImagesCallback(
+        trainer,
+        NextFlowVisionTokenizer.from_pretrained(model_args.vision_tokenizer_name_or_path).eval(),
+        NextFlowProcessor.from_pretrained(model_args.processor_name_or_path),
+        prompts=args.sample_prompts,
+        seed=args.sample_seed,
+        settings=args.sample_settings,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nextflow-hf train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", help="A YAML file or the name of a shipped recipe.")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="May be repeated.")
+    parser.add_argument("--list", action="store_true", help="List the shipped recipes.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of a mistake.")
+    return parser
+
+
+@one_line_mistakes("train")
+def main(argv: Sequence[str] | None = None) -> int:
+    args, rest = make_parser().parse_known_args(argv)
+    if args.list:
+        for name, path in shipped_recipes().items():
+            print(f"{name:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
+        return 0
+    if args.recipe is None:
+        make_parser().error("name a recipe, or --list them")
+    recipe = read_recipe(args.recipe)
+    for assignment in args.override:
+        recipes.override(recipe, assignment)
+    recipe.setdefault("use_cpu", not torch.accelerator.is_available())
+    train(*parse_recipe(recipe, rest))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training of the vision tokenizer (§3.1)."""

@@ -1,0 +1,169 @@
+"""A recipe of the vision tokenizer's training: one YAML file, whose keys are the fields of three groups of arguments.
+
+What they name is built here: the tokenizer before its first step, its teacher, and the pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, Siglip2Model, Siglip2VisionModel
+
+from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from ...processing.image_processing_nextflow import NextFlowImageProcessor
+from ..common import recipe as recipes
+from ..data.pictures import NextFlowPictureDataset, load_pictures
+from ..evaluation.reconstruction_report import load_vision_tokenizer
+from .arguments import NextFlowVisionTokenizerTrainingArguments
+
+
+RECIPES = recipes.RECIPES
+
+
+@dataclass
+class VisionTokenizerArguments:
+    r"""
+    What is trained; without any, a tokenizer of the paper's size from nothing.
+
+    Args:
+        vision_tokenizer_name_or_path (`str`, *optional*):
+            Weights to start from: a tokenizer, or a NextFlow repository with one, by folder or Hub id.
+        vision_tokenizer_parts (`list[str]`, *optional*):
+            What is taken of it, its first-level modules by name; by default everything. The rest starts from nothing.
+        semantic_teacher (`str`, *optional*):
+            SigLIP2 to distil from, by folder or Hub id. A semantic encoder that is not taken from the tokenizer above
+            starts as the teacher.
+        config_overrides (`dict`, *optional*):
+            Fields of [`NextFlowVisionTokenizerConfig`] that differ from the tokenizer's above, or from the defaults.
+    """
+
+    vision_tokenizer_name_or_path: str | None = None
+    vision_tokenizer_parts: list[str] | None = None
+    semantic_teacher: str | None = None
+    config_overrides: dict | None = None
+
+
+@dataclass
+class PictureArguments:
+    r"""
+    What it is trained on.
+
+    Args:
+        train_images (`str`): Folder of images, or folder or Hub id of a data set with an image column.
+        train_split (`str`, *optional*, defaults to `"train"`): Of that data set.
+        eval_images (`str`, *optional*): Pictures to evaluate on; without them nothing is evaluated.
+        eval_split (`str`, *optional*, defaults to `"train"`): Of that data set.
+        max_eval_images (`int`, *optional*): The first so many of `eval_images`.
+        image_column (`str`, *optional*, defaults to `"image"`): Of both.
+        image_processor (`dict`, *optional*):
+            Fields of [`NextFlowImageProcessor`] that differ from its defaults; `resolution` is the level.
+        on_bad_picture (`str`, *optional*, defaults to `"skip"`): Or `"raise"`, see [`NextFlowPictureDataset`].
+        random_crop (`float`, *optional*, defaults to 1.0): Least share of a side that a random crop keeps.
+        random_flip (`bool`, *optional*, defaults to `False`): Whether every second picture is mirrored.
+    """
+
+    train_images: str
+    train_split: str = "train"
+    eval_images: str | None = None
+    eval_split: str = "train"
+    max_eval_images: int | None = None
+    image_column: str = "image"
+    image_processor: dict | None = None
+    on_bad_picture: str = "skip"
+    random_crop: float = 1.0
+    random_flip: bool = False
+
+
+def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe, of a file or of one of ours by its name, with `key=value` written over them."""
+    path = Path(source) if str(source).endswith((".yaml", ".yml")) else RECIPES / f"{source}.yaml"
+    if not path.is_file():
+        ours = sorted(file.stem for file in RECIPES.glob("*vision_tokenizer_*.yaml"))
+        raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
+    recipe = recipes.read_recipe(path)
+    for assignment in overrides:
+        recipes.override(recipe, assignment)
+    return recipe
+
+
+def parse_recipe(
+    recipe: dict[str, Any],
+) -> tuple[VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments]:
+    """A recipe's keys as arguments. Raises `ValueError` on a key that is none."""
+    groups = (VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments)
+    needed = {"train_images": "a folder or a data set: --override train_images=path"}
+    return recipes.parse_recipe(recipe, groups, prog="nextflow-hf train-tokenizer", needed=needed)
+
+
+def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
+    """The tokenizer before its first step, and the teacher if there is one."""
+    recipes.check_fields(args.config_overrides, NextFlowVisionTokenizerConfig, "config_overrides")
+    teacher = None if args.semantic_teacher is None else load_teacher(args.semantic_teacher)
+    if args.vision_tokenizer_name_or_path is None:
+        parts, given, config = [], None, {}
+    else:
+        given = load_vision_tokenizer(args.vision_tokenizer_name_or_path)
+        names = [name for name, _ in given.named_children()]
+        parts = names if args.vision_tokenizer_parts is None else args.vision_tokenizer_parts
+        if set(parts) - set(names):
+            wrong = sorted(set(parts) - set(names))
+            raise ValueError(f"vision_tokenizer_parts has {wrong}, expected some of {names}")
+        config = given.config.to_dict()
+    teaches = teacher is not None and "semantic_encoder" not in parts
+    if teaches:
+        config["semantic_config"] = teacher.config.to_dict()
+    tokenizer = NextFlowVisionTokenizer(NextFlowVisionTokenizerConfig(**{**config, **(args.config_overrides or {})}))
+    if teaches:  # the last layer and the last norm, which it does not have, are left out (§2.1)
+        own = tokenizer.semantic_encoder.state_dict()
+        tokenizer.semantic_encoder.load_state_dict(
+            {name: value for name, value in teacher.state_dict().items() if name in own}
+        )
+    for name in parts:
+        try:
+            tokenizer.get_submodule(name).load_state_dict(given.get_submodule(name).state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name} of {args.vision_tokenizer_name_or_path} does not fit config_overrides: leave it out of "
+                f"vision_tokenizer_parts. {error}"
+            ) from error
+    return tokenizer, teacher
+
+
+def load_teacher(source: str) -> Siglip2VisionModel:
+    """The vision part of a SigLIP2, which may be the whole model or the vision part alone."""
+    if AutoConfig.from_pretrained(source).model_type == "siglip2":
+        return Siglip2Model.from_pretrained(source).vision_model
+    return Siglip2VisionModel.from_pretrained(source)
+
+
+def build_datasets(
+    args: PictureArguments, image_processor: NextFlowImageProcessor, *, seed: int
+) -> tuple[NextFlowPictureDataset, NextFlowPictureDataset | None]:
+    """Pictures to train on and, if there are some, to evaluate on."""
+    train = NextFlowPictureDataset(
+        load_pictures(args.train_images, split=args.train_split, image_column=args.image_column),
+        image_processor,
+        on_bad_picture=args.on_bad_picture,
+        random_crop=args.random_crop,
+        random_flip=args.random_flip,
+        seed=seed,
+    )
+    if args.eval_images is None:
+        return train, None
+    rows = load_pictures(args.eval_images, split=args.eval_split, image_column=args.image_column)
+    if args.max_eval_images is not None:
+        rows = rows.select(range(min(args.max_eval_images, len(rows))))
+    return train, NextFlowPictureDataset(rows, image_processor, on_bad_picture=args.on_bad_picture)
+
+
+__all__ = [
+    "PictureArguments",
+    "VisionTokenizerArguments",
+    "build_datasets",
+    "build_tokenizer",
+    "load_teacher",
+    "parse_recipe",
+    "read_recipe",
+]

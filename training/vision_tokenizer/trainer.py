@@ -1,0 +1,473 @@
+"""Training of the dual-codebook vision tokenizer (§2.1, §3.1) in its three stages.
+
+A `transformers.Trainer`: data, optimiser, checkpoints and logging are the usual ones. What is added is what a vector
+quantiser needs (a codebook that starts from data, codes that come back to life, usage in the logs: codebook.py), the
+losses that attach to the pixels (losses.py, adversary.py), an average of the weights, and an evaluation in
+decibel. It knows images and their grids; where they come from it does not.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Siglip2VisionModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import (
+    NextFlowVisionTokenizer,
+    NextFlowVisionTokenizerOutput,
+    schedules_from_grids,
+)
+from ..common.checkpoints import StagedCheckpointsMixin
+from ..common.finite_steps import FiniteStepsMixin
+from ..common.processes import ProcessesMixin
+from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_trainer_options
+from ..data.pictures import NextFlowVisionTokenizerCollator
+from ..evaluation.reconstruction_report import measure_batch
+from .adversary import Adversary, PatchDiscriminator, adaptive_weight
+from .arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
+from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
+from .losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
+
+
+SEMANTIC_PARTS = ("semantic_encoder", "encode_task_layer", "semantic_decoder", "decode_task_layer")
+SEMANTIC_CODEBOOK = "quantizer.semantic_codebook"
+STATE_NAME = "vision_tokenizer_trainer.pt"
+
+
+class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
+    """
+    Trains a [`NextFlowVisionTokenizer`].
+
+    A step whose loss or gradient is not finite raises [`NotFiniteError`] on every process before the weights change,
+    and the batch is saved. A checkpoint is written beside its place and moved there when it is complete.
+
+    Args:
+        model (`NextFlowVisionTokenizer`): The tokenizer.
+        args ([`NextFlowVisionTokenizerTrainingArguments`]): Arguments.
+        semantic_teacher (`Siglip2VisionModel`, *optional*):
+            Whole, frozen: its last but one hidden state is what the semantic decoder learns to predict. Required by
+            the stage `"joint"`.
+        data_collator (`Callable`, *optional*): Defaults to [`NextFlowVisionTokenizerCollator`] on ready items.
+        kwargs: Everything else of [`~transformers.Trainer`].
+    """
+
+    loss_is_scaled_for_ga = False
+    can_shard_weights = False
+
+    def __init__(
+        self,
+        model: NextFlowVisionTokenizer,
+        args: NextFlowVisionTokenizerTrainingArguments,
+        *,
+        semantic_teacher: Siglip2VisionModel | None = None,
+        data_collator: Callable | None = None,
+        **kwargs,
+    ):
+        check_trainer_options(kwargs, OWN_LOSS_AND_EVALUATION)
+        check_trainable(model, args, semantic_teacher)
+        prepare_stage(model, args.stage)
+        super().__init__(model, args, data_collator=data_collator or NextFlowVisionTokenizerCollator(), **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"DeepSpeed in {self.accelerator.mixed_precision} rounds the codebooks, and rounded ones have other "
+                "nearest codes (§2.1): use DDP, or leave bf16 and fp16 out"
+            )
+        self.semantic_teacher = self.perceptual_distance = self.adversary = self.ema = None
+        if semantic_teacher is not None:
+            self.semantic_teacher = semantic_teacher.requires_grad_(False).eval().to(args.device)
+        if args.perceptual_model is not None:
+            distance = load_perceptual_loss(args.perceptual_model, layers=args.perceptual_layers)
+            self.perceptual_distance = distance.to(args.device)
+        if args.adversarial_loss_weight:
+            with torch.random.fork_rng():  # the same network in all processes, and the same run without it
+                torch.manual_seed(args.seed)
+                discriminator = PatchDiscriminator(args.discriminator_channels, args.discriminator_layers)
+            rate = args.discriminator_learning_rate
+            self.adversary = Adversary(
+                discriminator.to(args.device),
+                learning_rate=args.learning_rate if rate is None else rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                accelerator=self.accelerator,
+            )
+        if args.ema_decay is not None:
+            self.ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        self.usage = CodeUsage(model.config.codebook_size, self.accelerator)
+        self.restarted_codes = 0
+        self.logged_values: dict[str, list[torch.Tensor]] = {}
+        # Of the last batch, in the order of its pictures: where dead codes start anew.
+        self.last_features: list[tuple[torch.Tensor, tuple]] = []
+        self.add_callback(_StepCallback(self))
+
+    @property
+    def tokenizer(self) -> NextFlowVisionTokenizer:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the codebook is in use yet."""
+        return self.state.global_step >= self.args.continuous_steps
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, NextFlowVisionTokenizerOutput]:
+        pixel_values, image_grids = inputs["pixel_values"], inputs["image_grids"]
+        targets = None
+        if self.args.stage == "joint":
+            with torch.no_grad():
+                targets = self.tokenizer.get_teacher_features(self.semantic_teacher, pixel_values, image_grids)
+        with self._capture_features(image_grids):
+            outputs = model(
+                pixel_values,
+                image_grids,
+                semantic_targets=targets,
+                drop_scales=self._draw_dropped_scales(image_grids.shape[1]) if model.training else None,
+                quantize=self.quantizes,
+            )
+        sizes = picture_sizes(self.tokenizer, image_grids)
+        fake, real = (stack_by_size(pixels, sizes) for pixels in (outputs.reconstruction, pixel_values))
+
+        l1_loss, edge_loss = pixel_losses(fake, real)
+        parts = {"l1_loss": l1_loss, "edge_loss": edge_loss}
+        pixel_loss = self.args.l1_loss_weight * l1_loss + self.args.edge_loss_weight * edge_loss
+        if self.perceptual_distance is not None:
+            parts["perceptual_loss"] = perceptual_loss(self.perceptual_distance, fake, real)
+            pixel_loss = pixel_loss + self.args.perceptual_loss_weight * parts["perceptual_loss"]
+        loss = outputs.loss + pixel_loss
+        begun = self.state.global_step >= self.args.adversarial_start
+        if self.adversary is not None and model.training and begun:
+            adversarial = self._adversarial_parts(fake, real, outputs.reconstruction_loss + pixel_loss)
+            loss = loss + adversarial["adversarial_weight"] * adversarial["adversarial_loss"]
+            parts |= adversarial
+        if model.training:
+            # Neither may the discriminator's be a bad number: it learns from the same pictures.
+            self.watch(inputs, loss + 0 * parts.get("discriminator_loss", 0))
+            self._keep_for_logs(outputs, parts)
+            if self.quantizes:
+                self.usage.add(outputs.image_codes, image_grids)
+        return (loss, outputs) if return_outputs else loss
+
+    def _adversarial_parts(
+        self, fake: list[torch.Tensor], real: list[torch.Tensor], pixel_loss: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What the tokenizer hears from the discriminator, which then learns from the same pictures."""
+        adversarial_loss = self.adversary.generator_loss(fake)
+        weight = torch.tensor(self.args.adversarial_loss_weight, device=pixel_loss.device)
+        if self.args.adversarial_adaptive:
+            last_layer = self.tokenizer.pixel_decoder.conv_out.weight
+            weight = weight * adaptive_weight(pixel_loss, adversarial_loss, last_layer, self.accelerator)
+        # After the tokenizer's loss: autocast caches the weights it casts, here with a gradient, there without.
+        share = 1 / self.current_gradient_accumulation_steps
+        discriminator_loss = self.adversary.learn(fake, real, share=share)
+        return {
+            "adversarial_loss": adversarial_loss,
+            "adversarial_weight": weight,
+            "discriminator_loss": discriminator_loss,
+        }
+
+    def _draw_dropped_scales(self, max_scales: int) -> list[bool]:
+        """Per step, the same for all its micro-batches and processes, so that they add up to one large batch."""
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        # The schedules of two processes' pictures may differ in length: always as many draws.
+        drawn = torch.rand(64, generator=generator)[:max_scales]
+        return (drawn < self.tokenizer.config.scale_dropout).tolist()
+
+    # ---- Logs ----
+
+    def _keep_for_logs(self, outputs: NextFlowVisionTokenizerOutput, parts: dict[str, torch.Tensor]) -> None:
+        names = ("reconstruction_loss", "quantizer_loss", "commitment_loss", "semantic_loss")
+        parts = {name: outputs[name] for name in names if outputs.get(name) is not None} | parts
+        for name, value in parts.items():
+            self.logged_values.setdefault(name, []).append(value.detach())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.logged_values:
+            means = torch.stack([torch.stack(values).float().mean() for values in self.logged_values.values()])
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs |= {name: round(mean, 5) for name, mean in zip(self.logged_values, means, strict=True)}
+            logs |= self.usage.metrics()
+            if self.args.dead_code_steps and self.args.stage != "decoder":
+                logs["dead_codes"] = int((self.usage.steps_unused >= self.args.dead_code_steps).sum())
+                logs["restarted_codes"] = self.restarted_codes
+            self.logged_values, self.restarted_codes = {}, 0
+        super().log(logs, start_time)
+
+    # ---- The codebook ----
+
+    @contextmanager
+    def _capture_features(self, image_grids: torch.LongTensor) -> Iterator[None]:
+        """Keeps what the quantiser is given, as (features (1, code_dim, height, width), schedule) of every picture."""
+        schedules = schedules_from_grids(image_grids)
+        captured: dict[tuple, Iterator[torch.Tensor]] = {}
+
+        def keep(module: nn.Module, arguments: tuple) -> None:
+            captured[arguments[1]] = iter(arguments[0].detach().float().split(1))
+
+        handle = self.tokenizer.quantizer.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+        self.last_features = [(next(captured[schedule]), schedule) for schedule in schedules]
+
+    def _queries(self, *, quantize: bool) -> list[torch.FloatTensor]:
+        """The vectors (cells, code_dim) that the pictures of the last batch look up."""
+        quantizer = self.tokenizer.quantizer
+        return [
+            scale_queries(quantizer, features, schedule, quantize=quantize)[0]
+            for features, schedule in self.last_features
+        ]
+
+    @torch.no_grad()
+    def initialize_codebook(self) -> None:
+        """Initialises the codebook from the features of the first `codebook_init_batches` batches of the data."""
+        batches = []
+        for index, batch in enumerate(self.get_train_dataloader()):
+            if index == self.args.codebook_init_batches:
+                break
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager(), self._capture_features(batch["image_grids"]):
+                self.tokenizer.encode(batch["pixel_values"], batch["image_grids"])
+            batches.append(self._queries(quantize=False))
+        self.initialize_codebook_from(batches)
+
+    @torch.no_grad()
+    def initialize_codebook_from(self, batches: list[list[torch.FloatTensor]]) -> None:
+        """
+        Initialises both codebooks together by `codebook_init_iterations` of k-means, from the features (cells,
+        code_dim) of every picture of this process's batches, both parts of length one. Raises `ValueError` when all
+        are fewer than the codes.
+        """
+        quantizer = self.tokenizer.quantizer
+        codebook_size = quantizer.config.codebook_size
+        centers = draw_queries(batches, codebook_size, self.accelerator, seed=(self.args.seed,), replace=False)
+        codebook = spherical_kmeans(
+            quantizer,
+            centers,
+            torch.cat([picture for batch in batches for picture in batch]),
+            self.accelerator,
+            iterations=self.args.codebook_init_iterations,
+        )
+        self._write_codes(torch.arange(codebook_size, device=codebook.device), codebook)
+
+    @torch.no_grad()
+    def restart_dead_codes(self) -> int:
+        """Gives the codes that were not used for `dead_code_steps` steps a query of the current batch."""
+        dead = (self.usage.steps_unused >= self.args.dead_code_steps).nonzero().flatten()
+        if len(dead):
+            seed = (self.args.seed, self.state.global_step)
+            queries = [self._queries(quantize=True)]
+            self._write_codes(dead, draw_queries(queries, len(dead), self.accelerator, seed=seed, replace=True))
+            self.usage.steps_unused[dead] = 0
+        return len(dead)
+
+    def _write_codes(self, rows: torch.LongTensor, vectors: torch.FloatTensor) -> None:
+        """
+        Writes unit vectors into rows of both codebooks, and into the average of the weights: the old code has nothing
+        to say about the new one. Forgets the optimiser's moments of those rows.
+        """
+        quantizer = self.tokenizer.quantizer
+        dims = [quantizer.config.semantic_code_dim, quantizer.config.pixel_code_dim]
+        tables = (quantizer.semantic_codebook.weight, quantizer.pixel_codebook.weight)
+        averages = {}
+        if self.ema is not None:
+            averages = dict(zip(map(id, self.tokenizer.parameters()), self.ema.shadow_params, strict=True))
+        for table, part in zip(tables, vectors.split(dims, -1), strict=True):
+            table.data[rows] = part.to(table)
+            if self.ema is not None:
+                average = averages[id(table)]
+                average[rows.to(average.device)] = part.to(average)
+            if self.optimizer is not None:
+                # Under accelerate the state belongs to the wrapped optimiser; both share the dictionary.
+                for name, value in self.optimizer.state.get(table, {}).items():
+                    if name in ("exp_avg", "exp_avg_sq"):
+                        value[rows] = 0
+
+    # ---- Evaluation ----
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Means over the images, of pixels in [0, 1]: `psnr` in decibel, `ssim` and `gmsd` of all scales, `psnr_scale_k`
+        of the first k (§2.1); and the use of the codebook. Uses the averaged weights when there are some.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            return {
+                name: value
+                for key, part in data.items()
+                for name, value in self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}").items()
+            }
+        tokenizer = self.tokenizer
+        was_training = tokenizer.training
+        tokenizer.eval()
+        usage = CodeUsage(tokenizer.config.codebook_size, self.accelerator)
+        gathered: dict[str, list[torch.Tensor]] = {}
+        with self._averaged_weights():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                batch = self._prepare_inputs(batch)
+                pixel_values, image_grids = batch["pixel_values"], batch["image_grids"]
+                # The processes see different schedules, and must all take part in every gathering.
+                longest = (image_grids.prod(-1) > 0).sum(-1).max()
+                num_scales = int(self.accelerator.gather(longest[None]).max())
+                measured = measure_batch(tokenizer, pixel_values, image_grids, num_scales=num_scales)
+                usage.add(measured.image_codes, image_grids)
+                for name, values in self.accelerator.gather_for_metrics(measured.values).items():
+                    gathered.setdefault(name, []).append(values)
+        tokenizer.train(was_training)
+
+        means = {name: torch.cat(values).nanmean().item() for name, values in gathered.items()}
+        # Not a number: SSIM where no picture is as large as its window.
+        metrics = {f"{metric_key_prefix}_{name}": round(mean, 4) for name, mean in means.items() if mean == mean}
+        codebook = {name: value for name, value in usage.metrics().items() if name.startswith("codebook_")}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in codebook.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- Averaged weights and checkpoints ----
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self.ema is None:
+            yield
+            return
+        parameters = list(self.tokenizer.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the averaged weights when there are some; a checkpoint (an internal call) holds the raw ones."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        with self._averaged_weights():
+            super().save_model(output_dir)
+
+    def save_own_state(self, folder: str) -> None:
+        if self.args.should_save:
+            parts = {"ema": self.ema, "adversary": self.adversary}
+            state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+            torch.save({**state, "steps_unused": self.usage.steps_unused}, os.path.join(folder, STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = os.path.join(resume_from_checkpoint, STATE_NAME)
+        state = torch.load(path, weights_only=True, map_location=self.args.device)
+        self.usage.steps_unused = state["steps_unused"]
+        reasons = {
+            "ema": f"ema_decay is {self.args.ema_decay}",
+            "adversary": f"adversarial_loss_weight is {self.args.adversarial_loss_weight}",
+        }
+        for name, reason in reasons.items():
+            part, saved = getattr(self, name), state[name]
+            if (saved is None) != (part is None):
+                raise ValueError(f"{path} has {'no' if saved is None else 'an'} {name}, but {reason}")
+            if part is not None:
+                part.load_state_dict(saved)
+
+
+class _StepCallback(TrainerCallback):
+    """Calls the trainer where `Trainer` has no method to override: around each step."""
+
+    def __init__(self, trainer: NextFlowVisionTokenizerTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.to(args.device)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step == args.continuous_steps and args.codebook_init_batches and args.stage != "decoder":
+            self.trainer.initialize_codebook()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        trainer = self.trainer
+        if trainer.adversary is not None:
+            # The factor of the schedule alone, whatever the tokenizer's own rate.
+            factor = trainer.lr_scheduler.get_last_lr()[0] / args.learning_rate
+            trainer.adversary.step(learning_rate_factor=factor, max_grad_norm=args.max_grad_norm)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        trainer = self.trainer
+        if args.dead_code_steps and args.stage != "decoder" and state.global_step > args.continuous_steps:
+            trainer.usage.end_step()
+            if state.global_step < args.dead_code_until * state.max_steps:
+                trainer.restarted_codes += trainer.restart_dead_codes()
+        if trainer.ema is not None:
+            trainer.ema.step(trainer.tokenizer.parameters())
+
+
+def check_trainable(
+    model: NextFlowVisionTokenizer,
+    args: NextFlowVisionTokenizerTrainingArguments,
+    semantic_teacher: Siglip2VisionModel | None,
+) -> None:
+    """Raises `ValueError` where model, stage and parallelism do not go together."""
+    if args.stage == "joint" and semantic_teacher is None:
+        raise ValueError("semantic_teacher is None, expected a Siglip2VisionModel: stage 'joint' distils one")
+    if args.stage == "joint" and model.config.semantic_distance_weight == 0:
+        raise ValueError(
+            "semantic_distance_weight is 0, what stage 'pixel' leaves behind; stage 'joint' expects a positive one: "
+            "load the tokenizer with semantic_distance_weight=1.0"
+        )
+    if not (args.fsdp or args.deepspeed):
+        return
+    whole = {
+        "dead_code_steps": args.changes_codebook and args.dead_code_steps,
+        "codebook_init_batches": args.changes_codebook and args.codebook_init_batches,
+        "adversarial_adaptive": args.adversarial_loss_weight and args.adversarial_adaptive,
+        "ema_decay": args.ema_decay is not None,
+    }
+    for name, needs_whole_parameters in whole.items():
+        if needs_whole_parameters:
+            raise ValueError(
+                f"{name} is {getattr(args, name)}, expected none with FSDP or DeepSpeed: it works on whole "
+                "parameters, and those are sharded there. Train with DDP"
+            )
+
+
+def prepare_stage(model: NextFlowVisionTokenizer, stage: str) -> None:
+    """Sets which parameters train, and the weight of the semantic distance, for one of the stages (§3.1)."""
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
+    for name, parameter in model.named_parameters():
+        semantic = name.startswith((*SEMANTIC_PARTS, SEMANTIC_CODEBOOK))
+        if stage == "decoder":
+            parameter.requires_grad_(name.startswith("pixel_decoder"))
+        else:
+            parameter.requires_grad_(stage == "joint" or not semantic)
+    if stage == "pixel":
+        model.config.semantic_distance_weight = 0.0
+
+
+__all__ = [
+    "NextFlowVisionTokenizerTrainer",
+    "NextFlowVisionTokenizerTrainingArguments",
+    "check_trainable",
+    "prepare_stage",
+]
