@@ -8,7 +8,7 @@ Every row draws with guidance and decodes with the vision tokenizer; the median 
 the CPU a second is one of the process's own.
 "as long": the unconditional prompt is as long as the prompt. In practice it is shorter, and its row has padding.
 
-The floor of the codes is what the FLOPs of both rows (training/common/flops.py) take at the rate of a large matrix product,
+The floor of the codes: the FLOPs of both rows (training/common/flops.py) at the rate of a large matrix product,
 measured here, and for every scale no less than reading the weights once takes at the bandwidth of a large copy.
 """
 

@@ -34,8 +34,8 @@ from nextflow_hf.atomic import replaced_folder, write_file, write_json, write_te
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule, num_cells
 from nextflow_hf.training.common.checkpoints import last_checkpoint
 from nextflow_hf.training.evaluation.shapes import evaluate_shapes, pipeline_functions
-from nextflow_hf.training.grpo.train.config import NextFlowGRPOConfig
-from nextflow_hf.training.grpo.train.train import load_recipe, make_config, make_trainer
+from nextflow_hf.training.grpo.config import NextFlowGRPOConfig
+from nextflow_hf.training.grpo.train import load_recipe, make_config, make_trainer
 from nextflow_hf.training.rewards.shapes import clean_shapes
 from nextflow_hf.training.shapes import CATEGORIES, sample_prompt
 from nextflow_hf.training.shapes.judge import judge_prompt

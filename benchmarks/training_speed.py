@@ -13,7 +13,7 @@ Flex attention has no backward pass there, and Liger no kernels.
 On CUDA the model has a few layers of the 7B model's 28. What is outside the layers costs the same at any depth, so two
 depths a < b give those 28: time(28) = time(a) + (28 - a) * (time(b) - time(a)) / (b - a), and memory alike.
 
-Model FLOPs utilisation = FLOPs of the documents (training/common/flops.py: no padding, no recomputation) / seconds / peak.
+Model FLOPs utilisation = FLOPs of the documents (no padding, no recomputation) / seconds / peak.
 The peak is --peak-tflops, or by default what a large matrix product reaches here.
 """
 

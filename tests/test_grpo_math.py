@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextflow_hf.training.grpo.train.objective import (
+from nextflow_hf.training.grpo.objective import (
     chunked_log_probs,
     clipped_loss,
     code_weights,

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from toy_pipeline import CODES, TEXT_VOCAB, toy_pipeline
 
-from nextflow_hf.training.grpo.train.policy import add_policy_forward, pad_rows, policy_inputs, policy_row, text_ids
-from nextflow_hf.training.grpo.train.rollout import Rollout, conversation_of, draw, encode_rows, think
+from nextflow_hf.training.grpo.policy import add_policy_forward, pad_rows, policy_inputs, policy_row, text_ids
+from nextflow_hf.training.grpo.rollout import Rollout, conversation_of, draw, encode_rows, think
 
 
 RED = Image.new("RGB", (16, 16), "red")

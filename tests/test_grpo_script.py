@@ -14,8 +14,8 @@ from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.modeling_nextflow.sampling_nextflow import scale_plan
-from nextflow_hf.training.grpo.train import train as grpo
-from nextflow_hf.training.grpo.train.config import NextFlowGRPOConfig
+from nextflow_hf.training.grpo import train as grpo
+from nextflow_hf.training.grpo.config import NextFlowGRPOConfig
 from nextflow_hf.training.rewards import OCRWord
 from nextflow_hf.training.transformer.memory import load_config, sampling_bytes, training_memory
 

@@ -21,7 +21,7 @@ from toy_pipeline import CODES, toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.training.common.sharding import gather_policy
-from nextflow_hf.training.grpo.train.train import save_pipeline
+from nextflow_hf.training.grpo.train import save_pipeline
 
 
 RED = Image.new("RGB", (16, 16), "red")

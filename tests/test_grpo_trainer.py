@@ -22,9 +22,9 @@ from trl import GRPOConfig, GRPOTrainer
 from nextflow_hf.training.common.checkpoints import last_checkpoint
 from nextflow_hf.training.grpo import trainer as grpo_trainer
 from nextflow_hf.training.grpo import trl_contract as grpo_contract
-from nextflow_hf.training.grpo.train.config import REFUSED, SUPPORTED, refusal
-from nextflow_hf.training.grpo.train.objective import group_advantages, group_advantages_by_function
-from nextflow_hf.training.grpo.train.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
+from nextflow_hf.training.grpo.config import REFUSED, SUPPORTED, refusal
+from nextflow_hf.training.grpo.objective import group_advantages, group_advantages_by_function
+from nextflow_hf.training.grpo.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
 
 def low_codes(codes, **columns) -> list[float]:

@@ -20,7 +20,7 @@ from nextflow_hf.commands import convert
 from nextflow_hf.training.common import checkpoints
 from nextflow_hf.training.data import extract, extraction
 from nextflow_hf.training.diffusion_decoder import train as train_decoder
-from nextflow_hf.training.grpo.train import train as grpo
+from nextflow_hf.training.grpo import train as grpo
 from nextflow_hf.training.transformer import train
 from nextflow_hf.training.vision_tokenizer import train as train_tokenizer
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from nextflow_hf.training.grpo.train.train import make_reward
+from nextflow_hf.training.grpo.train import make_reward
 from nextflow_hf.training.rewards.hpsv3 import CHAT, INSTRUCTION, HPSv3Reward, reward_head
 from nextflow_hf.training.rewards.preference import SequenceScoreReward
 

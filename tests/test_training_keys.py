@@ -31,8 +31,8 @@ from trl.trainer import grpo_trainer
 
 from nextflow_hf.training.data.collator import NextFlowDataCollator
 from nextflow_hf.training.diffusion_decoder.trainer import NextFlowDiffusionDecoderTrainingArguments
-from nextflow_hf.training.grpo.train.config import NextFlowGRPOConfig
-from nextflow_hf.training.grpo.train.trainer import NextFlowGRPOTrainer
+from nextflow_hf.training.grpo.config import NextFlowGRPOConfig
+from nextflow_hf.training.grpo.trainer import NextFlowGRPOTrainer
 from nextflow_hf.training.transformer.arguments import DataArguments, NextFlowTrainingArguments
 from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments

@@ -19,7 +19,7 @@ from toy_pipeline import toy_pipeline
 
 from nextflow_hf.training.data import extract
 from nextflow_hf.training.diffusion_decoder import train as train_decoder
-from nextflow_hf.training.grpo.train import train as grpo
+from nextflow_hf.training.grpo import train as grpo
 from nextflow_hf.training.transformer import train
 from nextflow_hf.training.vision_tokenizer import train as train_tokenizer
 
