@@ -194,7 +194,7 @@ def wheel(clone) -> zipfile.ZipFile:
 def test_wheel_holds_the_package_whole_and_nothing_else(wheel, clone):
     folders = [name.removeprefix("nextflow_hf.").split(".")[0] for name in PYPROJECT["packages"][1:]]
     expected = {path for folder in folders for path in (clone / folder).rglob("*") if path.is_file()}
-    expected |= set(clone.glob("*.py"))
+    expected |= {*clone.glob("*.py"), clone / "py.typed"}
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == {f"nextflow_hf/{path.relative_to(clone).as_posix()}" for path in expected}
     tops = {name.split("/")[0] for name in wheel.namelist()}
