@@ -24,7 +24,7 @@ from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import (
 from .adversary import Adversary, PatchDiscriminator, adaptive_weight
 from .checkpoints import StagedCheckpointsMixin
 from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
-from .data.pictures import NextFlowVisionTokenizerCollator
+from .data.pictures import NextFlowPictureDataset, NextFlowVisionTokenizerCollator
 from .evaluation.reconstruction_report import measure_batch
 from .not_finite import FiniteStepsMixin
 from .tokenizer_arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
@@ -385,6 +385,14 @@ class _StepCallback(TrainerCallback):
     ) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.to(args.device)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # accelerate's loader tells the data set no epoch where its sampler has one: in the epoch in which a run goes
+        # on, and always with several processes.
+        if isinstance(self.trainer.train_dataset, NextFlowPictureDataset):
+            self.trainer.train_dataset.set_epoch(int(state.epoch))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
