@@ -28,6 +28,7 @@ from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 def make_model(config: NextFlowConfig, trainable: str, device: str, folder: Path) -> torch.nn.Module:
     """With random weights in bfloat16."""
+    torch.manual_seed(0)
     with torch.device(device):
         model = NextFlowForCausalLM._from_config(config, dtype=torch.bfloat16)
     if trainable == "qlora":  # bitsandbytes quantises what is loaded

@@ -19,6 +19,7 @@ from nextflow_hf import cli
 from nextflow_hf.commands import convert
 from nextflow_hf.training.common import checkpoints
 from nextflow_hf.training.data import extract, extraction
+from nextflow_hf.training.data.pictures import NextFlowPictureDataset
 from nextflow_hf.training.diffusion_decoder import train as train_decoder
 from nextflow_hf.training.grpo import train as grpo
 from nextflow_hf.training.transformer import train
@@ -84,6 +85,30 @@ def test_a_kill_before_the_final_save_costs_no_step(name, commands, whole, tmp_p
     assert commands[name].run(output) == 0
     assert commands[name].result(output) == commands[name].result(whole[name])
     assert before == {str(path): files_of(path) for path in output.rglob("checkpoint-*")}
+
+
+def test_augmentation_goes_on_in_a_later_epoch(commands, whole, tmp_path):
+    """Twelve pictures are six steps: the ninth is in the second epoch."""
+    commands["train-tokenizer"].run(tmp_path / "all", "--override", "save_total_limit=9")
+    shutil.copytree(tmp_path / "all" / "checkpoint-8", tmp_path / "again" / "checkpoint-8")
+    assert commands["train-tokenizer"].run(tmp_path / "again") == 0
+    expected = commands["train-tokenizer"].result(whole["train-tokenizer"])
+    assert commands["train-tokenizer"].result(tmp_path / "again") == expected
+
+
+def test_augmentation_changes_with_the_epoch_on_several_processes(commands, tmp_path):
+    def work() -> set[int]:
+        epochs, load = set(), NextFlowPictureDataset._load
+
+        def note(self, index):
+            epochs.add(int(self.epoch[0]))
+            return load(self, index)
+
+        NextFlowPictureDataset._load = note
+        commands["train-tokenizer"].run(tmp_path / "two", "--override", "max_steps=5")
+        return epochs
+
+    assert in_processes(work) == [{0, 1}] * 2
 
 
 def test_more_steps_go_on(commands, whole, tmp_path):

@@ -29,7 +29,7 @@ TRAINING = {
     "learning_rate": 0.01, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
 }  # fmt: skip
 GRPO = {
-    "data": {"shapes": {"num_rows": 24, "size": 16}},
+    "data": {"shapes": {"num_rows": 8, "size": 16}},
     "rewards": [{"name": "shapes_checks"}],
     "training": {
         **TRAINING, "per_device_train_batch_size": 4, "num_generations": 4, "bf16": False, "prefix_scales": 2,

@@ -89,7 +89,7 @@ class NextFlowPictureDataset(Dataset):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Other crops and flips; the loader calls it."""
+        """Other crops and flips."""
         self.epoch[0] = epoch
 
     @property

@@ -87,8 +87,6 @@ def make_config(recipe: dict[str, Any], output_dir: str | Path, **overrides: Any
 
 def make_trainer(model: str | Path, recipe: dict[str, Any], config: "NextFlowGRPOConfig") -> "NextFlowGRPOTrainer":
     """The trainer of a recipe, with the numbers of [`make_config`]."""
-    from transformers import set_seed
-
     from .trainer import NextFlowGRPOTrainer
 
     rewards = [{name: value for name, value in entry.items() if name != "weight"} for entry in recipe["rewards"]]
@@ -97,7 +95,6 @@ def make_trainer(model: str | Path, recipe: dict[str, Any], config: "NextFlowGRP
         from peft import LoraConfig
 
         peft_config = call_with(LoraConfig, recipe["peft"], "peft")
-    set_seed(config.seed)  # new adapters are random
     return NextFlowGRPOTrainer(
         str(model),
         [make_reward(**entry) for entry in rewards],
