@@ -121,7 +121,7 @@ def test_inputs_and_positions_of_every_ratio(level: int):
 @pytest.mark.parametrize("ratio, level", [("1:1", 512), ("1:4", 128), ("5:3", 128)])
 @torch.no_grad()
 def test_drawing_equals_the_teacher_forced_forward(monkeypatch, ratio: str, level: int):
-    model, schedule, prompt = toy_model(max_scales=18), by_ratio(ratio, level), [5, 6, 7]
+    model, schedule, prompt = toy_model(max_scales=18, max_position_embeddings=4096), by_ratio(ratio, level), [5, 6, 7]
     grids = F.pad(torch.tensor([schedule]), (0, 0, 0, 18 - len(schedule)))
     seen, original = [], model.image_logits
 

@@ -93,7 +93,8 @@ def test_the_papers_recipe_runs(tmp_path, monkeypatch):
         "prefix_scales": 2,
         "use_cpu": True,
     }
-    trainer = grpo.make_trainer(tmp_path / "model", recipe, tmp_path, **overrides, bf16=False, report_to="none")
+    config = grpo.make_config(recipe, tmp_path, **overrides, bf16=False, report_to="none")
+    trainer = grpo.make_trainer(tmp_path / "model", recipe, config)
     plan = scale_plan([(1, 1), (2, 2), (4, 4)], guidance_scale=config.guidance_scale, guidance_schedule="linear")
     assert [step.guidance_scale - 1 for step in plan] == [0, 2.5, 5]  # VAR: cfg * k / (K - 1)
     trainer.train()

@@ -149,7 +149,7 @@ def test_every_recorded_option_is_in_the_table():
         (json.dumps({**PLAIN, "batch": {"seeds": [1], "index": -1}}), "batch is {"),
         (json.dumps({**PLAIN, "format": True}), "format is True"),
         (json.dumps(with_argument("guidance_scale", float("nan"))), "arguments.guidance_scale is nan"),
-        (json.dumps(with_argument("dtype", "load")), "arguments.dtype is 'load', expected one of float32"),
+        (json.dumps(with_argument("dtype", "load")), "arguments.dtype is 'load', expected one of auto, float32"),
     ],
 )
 def test_what_is_no_record_is_one_line(command_line, tmp_path, text, message):
@@ -193,8 +193,13 @@ def test_a_record_does_not_choose_the_weights(command_line, sizes, tmp_path, mon
     """Not from the Hub, and not from a folder, unless the user says so."""
     write(tmp_path / "a.png", {**PLAIN, "arguments": {**PLAIN["arguments"], **named}})
     loaded = []
+
+    def load(args):
+        args.loaded_dtype = "float32"
+        return toy_pipeline()
+
     monkeypatch.setattr(
-        "nextflow_hf.commands.loading.load_pipeline", lambda args: loaded.append(vars(args)) or toy_pipeline()
+        "nextflow_hf.commands.loading.load_pipeline", lambda args: loaded.append(vars(args)) or load(args)
     )
     said = command_line.mistake("generate", "--from-image", "a.png")
     (name,), (value,) = named, named.values()

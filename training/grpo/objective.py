@@ -186,6 +186,8 @@ def chunked_log_probs(
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         return log_probs.gather(-1, target[:, None])[:, 0], entropy.detach()
 
+    if len(targets) == 0:
+        return (hidden_states.new_zeros(0, dtype=torch.float),) * 2
     if len(targets) <= chunk_size:
         return chunk(hidden_states, targets)
     parts = [
