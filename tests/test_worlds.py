@@ -199,6 +199,13 @@ def test_clean_words_are_names_and_people_say_more(sprites):
     assert any(text.isupper() for text in people)
 
 
+def test_a_background_that_stands_first_follows_nothing(sprites):
+    texts = [sample_row(sprites, task, str(n), CANVASES, people=True)[0] for task in TASKS for n in range(150)]
+    said = [value.lower() for row in texts for value in row.columns.values() if isinstance(value, str)]
+    assert any(text.startswith("on ") for text in said)
+    assert not [text for text in said if " of on " in text or " with on " in text or "put on " in text]
+
+
 def test_a_description_settles_the_scene(sprites):
     """No two scenes of one canvas share a clean description."""
     seen: dict = {}
@@ -296,11 +303,15 @@ def test_the_command_writes_what_extraction_and_the_tokenizer_read(tmp_path, mon
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     assert cli.main(command) == 0  # all is there already
     assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    with pytest.raises(ValueError, match="was begun with {'seed': 0}, got {'seed': 1}"):
+        cli.main([*command, "--seed", "1"])
 
     _, mixture, _ = parse([str(folder / "64" / "data.yaml"), "--model", "m", "--output-dir", "codes"])
     rows = list(load_mixture(mixture))
     assert len(rows) == 60 and not [row["error"] for row in rows if row["error"]]
     assert {row["source"] for row in rows} == set(TASKS)
+    drawn = [row for row in rows if row["source"] == "text_to_image"]
+    assert {row["task"] for row in drawn} == {"text_to_image"}
     story = next(row for row in rows if row["source"] == "story")
     assert [part["type"] for part in story["messages"][1]["content"]][:2] == ["text", "image"]
     for row in rows:

@@ -272,6 +272,8 @@ def write_dataset(
     """
     datasets.disable_progress_bars()  # they count batches; ours count rows
     chosen = {name: TASKS[name] for name in tasks}
+    numbers = {"seed": seed, "rows": rows, "test_rows": test_rows, "images": images, "concepts": len(sprites.names)}
+    _check_manifest(folder, {**numbers, "tasks": list(chosen), "sizes": [list(canvas) for canvas in canvases]})
     whole = sum(task.share for task in chosen.values())
     for name, task in chosen.items():
         count = max(1, round(rows * task.share / whole))
@@ -280,23 +282,26 @@ def write_dataset(
             _write_task(sprites, folder / split / name, name, canvases, split, seed, test_rows)
     for split, count in (("train", images), ("test", images // 20)):
         _write_images(sprites, folder / "images" / split, canvases, f"{seed}/images/{split}", count)
-    sources = [
-        {
-            "path": str(folder / "train" / name),
-            "format": "parquet",
-            "task": task.format,
-            "label": name,
-            "weight": round(task.share, 3),
-        }
-        for name, task in chosen.items()
-    ]
-    # A tenth of the drawn rows are read instead, as the paper inverts them (§3.3).
-    text = yaml.safe_dump(
-        {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}, sort_keys=False
-    )
-    (folder / "data.yaml").write_text(
-        f"# nextflow-hf extract {folder / 'data.yaml'} --model MODEL --output-dir CODES\n{text}"
-    )
+    sources = []
+    for name, task in chosen.items():
+        source = {"path": str(folder / "train" / name), "format": "parquet", "task": task.format, "label": name}
+        # Captions are rows of their own: a request to draw is none.
+        inversion = {"inversion_rate": 0.0} if task.format == "text_to_image" else {}
+        sources.append({**source, "weight": task.share, **inversion})
+    mixture = {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}
+    command = f"# nextflow-hf extract {folder / 'data.yaml'} --model MODEL --output-dir CODES\n"
+    (folder / "data.yaml").write_text(command + yaml.safe_dump(mixture, sort_keys=False))
+
+
+def _check_manifest(folder: Path, options: dict) -> None:
+    """What is written goes on with the options that it was begun with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "world.json"
+    begun = json.loads(path.read_text()) if path.exists() else options
+    if changed := [name for name in options if options[name] != begun.get(name)]:
+        was, now = ({name: values.get(name) for name in changed} for values in (begun, options))
+        raise ValueError(f"{folder} was begun with {was}, got {now}: delete it, or name another --output-dir")
+    path.write_text(json.dumps(options))
 
 
 def _write_task(
