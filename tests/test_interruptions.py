@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from toy_commands import ToyCommand, files_of, toy_commands
 
 from nextflow_hf import cli
-from nextflow_hf.commands import convert
+from nextflow_hf.commands import convert, extract
 from nextflow_hf.training.common import checkpoints
-from nextflow_hf.training.data import extract, extraction
+from nextflow_hf.training.data import extraction
 from nextflow_hf.training.diffusion_decoder import train as train_decoder
 from nextflow_hf.training.grpo import train as grpo
 from nextflow_hf.training.transformer import train
@@ -189,16 +189,16 @@ MISTAKES = {
         ["{toys}/nowhere.yaml"],
         ["{toys}/broken.yaml"],
         ["{toys}/train.yaml"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--batch_size", "many"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--batch_size", "0"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--model", "{toys}/pictures"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/data.yaml"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--model", "{toys}/cut"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "batch_size=many"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "batch_size=0"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "model={toys}/pictures"],
+        ["{toys}/data.yaml", "output_dir={toys}/data.yaml"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "model={toys}/cut"],
     ],
     "train-tokenizer": [
         ["nosuch"],
         ["{toys}/broken.yaml"],
-        ["{toys}/tokenizer.yaml", "--override", "train_images={toys}/nowhere"],
+        ["{toys}/tokenizer.yaml", "--override", "data={toys}/nowhere"],
         ["{toys}/tokenizer.yaml", "--override", "vision_tokenizer_name_or_path={toys}/pictures"],
         ["{toys}/tokenizer.yaml", "--override", "stage=first"],
         ["{toys}/tokenizer.yaml", "--override", "config_overrides.nothing=1"],

@@ -31,7 +31,8 @@ from transformers.utils import logging
 from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.processing_nextflow import NextFlowProcessor
-from .messages import BadRowError, bad_row_reason, drop_condition, open_image
+from .messages import MEND, BadRowError, bad_row_reason, check_on_bad_row, drop_condition, open_image
+from .mixture import PURPOSES
 from .shards import (
     INDEX,
     check_manifest,
@@ -92,16 +93,15 @@ class ExtractionSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if self.on_bad_row not in ("raise", "skip"):
-            raise ValueError(f'on_bad_row is {self.on_bad_row!r}, expected "raise" or "skip"')
+        check_on_bad_row(self.on_bad_row)
         for name in ("rows_per_shard", "batch_size", "decoding_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("self_correction_samples", "text_drop_rate", "image_drop_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        if self.purpose not in ("training", "evaluation"):
-            raise ValueError(f'purpose is {self.purpose!r}, expected "training" or "evaluation"')
+        if self.purpose not in PURPOSES:
+            raise ValueError(f"purpose is {self.purpose!r}, expected one of {PURPOSES}")
         if self.purpose == "evaluation":
             self.self_correction, self.text_drop_rate, self.image_drop_rate = False, 0.0, 0.0
 
@@ -318,8 +318,7 @@ class _Encoder:
         if self.settings.on_bad_row == "raise":
             raise BadRowError(
                 f"row {item.row_id!r} of source {item.row.get('source')!r} (number {item.number} of the mixture): "
-                f'{item.error}. Mend or remove it, or leave such rows out with on_bad_row="skip"; what is extracted '
-                "so far is kept"
+                f"{item.error}. {MEND}; what is extracted so far is kept"
             ) from item.cause
 
     def _decode_ahead(self, numbered_rows: Iterable[tuple[int, dict]]) -> Iterator[_Item]:
