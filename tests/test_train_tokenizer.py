@@ -203,6 +203,14 @@ def test_the_three_stages_by_recipe(tmp_path, monkeypatch):
     assert sizes[1] > 2 * sizes[0]
 
 
+def test_a_ragged_last_batch(tmp_path):
+    """The codebook starts from all batches of an epoch, of which the last is smaller."""
+    trainer = make_trainer(tmp_path, codebook_init_batches=100, max_steps=14)
+    trainer.train_dataset = trainer.train_dataset[:46]  # 11 batches of 4, and one of 2
+    trainer.train()
+    assert len(losses_of(trainer)) == 14
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", ["", "shapes_"])
 def test_shipped_recipes_are_read(stage, family, monkeypatch, tmp_path):
