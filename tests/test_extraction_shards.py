@@ -421,7 +421,7 @@ def test_no_row_left_is_a_failure(example, tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "codes" / "manifest.json").read_text())
     assert manifest["vision_tokenizer"]["dtype"] == "float32"
     with pytest.raises(ValueError, match="written with other settings: .*vision_tokenizer.dtype"):
-        cli.main([*command, "dtype=bfloat16"])
+        cli.main([*command, "dtype=bfloat16", "--debug"])
 
 
 def test_a_saved_pipeline_is_a_model_too(example, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisi
 from ...processing.image_loading_nextflow import MAX_PIXELS
 from ...processing.processing_nextflow import NextFlowProcessor
 from ..common.recipe import override, parse_recipe, read_recipe
-from .extraction import ExtractionSettings
+from .encoding import ExtractionSettings
 from .images import ImageRows
 from .messages import MEND, BadRowError, bad_row_reason, log_causes, open_image
 from .mixture import MixtureArguments, MixtureRows, load_mixture
