@@ -9,8 +9,9 @@ from toy_decoder import toy_base_model, toy_decoder_pipeline
 from toy_pipeline import toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder
-from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset, caption_of
+from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
 from nextflow_hf.training.data.extraction import extract_codes
+from nextflow_hf.training.data.messages import caption_of
 from nextflow_hf.training.diffusion_decoder.build import (
     STAGES,
     build_decoder_pipeline,

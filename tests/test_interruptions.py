@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from toy_commands import ToyCommand, files_of, toy_commands
 
 from nextflow_hf import cli
-from nextflow_hf.commands import convert
+from nextflow_hf.commands import convert, extract
 from nextflow_hf.training.common import checkpoints
-from nextflow_hf.training.data import extract, extraction
-from nextflow_hf.training.data.pictures import NextFlowPictureDataset
+from nextflow_hf.training.data import extraction
+from nextflow_hf.training.data.images import NextFlowImageDataset
 from nextflow_hf.training.diffusion_decoder import train as train_decoder
 from nextflow_hf.training.grpo import train as grpo
 from nextflow_hf.training.transformer import train
@@ -98,13 +98,13 @@ def test_augmentation_goes_on_in_a_later_epoch(commands, whole, tmp_path):
 
 def test_augmentation_changes_with_the_epoch_on_several_processes(commands, tmp_path):
     def work() -> set[int]:
-        epochs, load = set(), NextFlowPictureDataset._load
+        epochs, load = set(), NextFlowImageDataset._pixels
 
-        def note(self, index):
-            epochs.add(int(self.epoch[0]))
-            return load(self, index)
+        def note(self, item, index):
+            epochs.add(int(self.images.epoch[0]))
+            return load(self, item, index)
 
-        NextFlowPictureDataset._load = note
+        NextFlowImageDataset._pixels = note
         commands["train-tokenizer"].run(tmp_path / "two", "--override", "max_steps=5")
         return epochs
 
@@ -214,16 +214,16 @@ MISTAKES = {
         ["{toys}/nowhere.yaml"],
         ["{toys}/broken.yaml"],
         ["{toys}/train.yaml"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--batch_size", "many"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--batch_size", "0"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--model", "{toys}/pictures"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/data.yaml"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--model", "{toys}/cut"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "batch_size=many"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "batch_size=0"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "model={toys}/pictures"],
+        ["{toys}/data.yaml", "output_dir={toys}/data.yaml"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "model={toys}/cut"],
     ],
     "train-tokenizer": [
         ["nosuch"],
         ["{toys}/broken.yaml"],
-        ["{toys}/tokenizer.yaml", "--override", "train_images={toys}/nowhere"],
+        ["{toys}/tokenizer.yaml", "--override", "data={toys}/nowhere"],
         ["{toys}/tokenizer.yaml", "--override", "vision_tokenizer_name_or_path={toys}/pictures"],
         ["{toys}/tokenizer.yaml", "--override", "stage=first"],
         ["{toys}/tokenizer.yaml", "--override", "config_overrides.nothing=1"],

@@ -175,11 +175,12 @@ def test_the_three_stages_by_recipe(tmp_path, monkeypatch):
         shapes_sample(0, index, tasks={"text_to_image": 1.0})["images"][0].save(f"pictures/{index}.png")
     Image.new("RGB", (32, 64), "red").save("pictures/tall.png")
     Path("pictures/broken.png").write_bytes(b"no picture")
+    Path("data.yaml").write_text("{on_bad_row: skip, sources: [{path: pictures, task: image}]}")
     teacher = Siglip2VisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, num_patches=64
     )
     Siglip2VisionModel(teacher).save_pretrained("runs/shapes/teacher")
-    tiny = {"train_images": "pictures", "eval_images": "pictures", "max_eval_images": 4, "max_steps": 2}
+    tiny = {"data": "data.yaml", "eval_data": "data.yaml", "max_eval_images": 4, "max_steps": 2}
     tiny |= {"per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1, "eval_steps": 2, "warmup_steps": 0}
     tiny |= {"adversarial_start": 1, "use_cpu": "true", "config_overrides.codebook_size": 64, "report_to": "none"}
     overrides = [text for key, value in tiny.items() for text in ("--override", f"{key}={value}")]
@@ -202,13 +203,21 @@ def test_the_three_stages_by_recipe(tmp_path, monkeypatch):
     assert sizes[1] > 2 * sizes[0]
 
 
+def test_a_ragged_last_batch(tmp_path):
+    """The codebook starts from all batches of an epoch, of which the last is smaller."""
+    trainer = make_trainer(tmp_path, codebook_init_batches=100, max_steps=14)
+    trainer.train_dataset = trainer.train_dataset[:46]  # 11 batches of 4, and one of 2
+    trainer.train()
+    assert len(losses_of(trainer)) == 14
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", ["", "shapes_"])
 def test_shipped_recipes_are_read(stage, family, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    recipe = read_recipe(f"{family}vision_tokenizer_{stage}", ["train_images=pictures", "use_cpu=true"])
+    recipe = read_recipe(f"{family}vision_tokenizer_{stage}", ["data=pictures", "use_cpu=true"])
     tokenizer_args, picture_args, training_args = parse_recipe(recipe)
-    assert training_args.stage == stage and picture_args.train_images == "pictures"
+    assert training_args.stage == stage and picture_args.data == "pictures"
     assert NextFlowImageProcessor(**picture_args.image_processor).resolution in (64, 256, 512)
     assert (tokenizer_args.vision_tokenizer_name_or_path is None) == (stage == "pixel")
     assert (RECIPES / f"{family}vision_tokenizer_{stage}.yaml").read_text().startswith("# ")
@@ -216,16 +225,16 @@ def test_shipped_recipes_are_read(stage, family, monkeypatch, tmp_path):
 
 def test_wrong_recipes_are_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"train_images": "pictures", "learning_rte": 1.0}))
+    path.write_text(yaml.safe_dump({"data": "pictures", "learning_rte": 1.0}))
     with pytest.raises(ValueError, match=r"unknown keys.*learning_rte.*learning_rate"):
         parse_recipe(read_recipe(path))
-    with pytest.raises(ValueError, match="train_images is missing"):
+    with pytest.raises(ValueError, match="data is missing"):
         parse_recipe(read_recipe("vision_tokenizer_pixel"))
     with pytest.raises(FileNotFoundError, match="expected a file or one of .*'vision_tokenizer_joint'"):
         read_recipe("vision_tokenizer_pixels")
     with pytest.raises(ValueError, match="--override got 'max_steps'"):
         read_recipe("vision_tokenizer_pixel", ["max_steps"])
-    path.write_text(yaml.safe_dump({"train_images": "pictures", "output_dir": str(tmp_path), "learning_rate": "1e-4"}))
+    path.write_text(yaml.safe_dump({"data": "pictures", "output_dir": str(tmp_path), "learning_rate": "1e-4"}))
     assert parse_recipe(read_recipe(path))[2].learning_rate == 1e-4
 
 

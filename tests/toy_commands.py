@@ -17,7 +17,7 @@ from processes import in_a_process
 from toy_decoder import toy_base_model
 from toy_pipeline import toy_pipeline
 
-from nextflow_hf.training.data import extract
+from nextflow_hf.commands import extract
 from nextflow_hf.training.diffusion_decoder import train as train_decoder
 from nextflow_hf.training.grpo import train as grpo
 from nextflow_hf.training.transformer import train
@@ -107,7 +107,7 @@ def toy_commands(folder: Path) -> dict[str, ToyCommand]:
         "lora_dropout": 0.3, "train_codes": [str(folder / "codes")],
     }  # fmt: skip
     tokenizer = {
-        **TRAINING, "max_steps": 13, "stage": "pixel", "train_images": str(folder / "pictures"),
+        **TRAINING, "max_steps": 13, "stage": "pixel", "data": str(folder / "pictures"),
         "vision_tokenizer_name_or_path": str(folder / "model" / "vision_tokenizer"), "random_flip": True,
         "image_processor": json.loads((folder / "model" / "processor" / "processor_config.json").read_text())[
             "image_processor"
@@ -124,7 +124,7 @@ def toy_commands(folder: Path) -> dict[str, ToyCommand]:
     recipes = {name: write(name, recipe) for name, recipe in recipes.items()}
     model = str(folder / "model")
     return {
-        "extract": ToyCommand(extract.main, lambda out: [data, "--output_dir", str(out)], "*[!g].*[!p]"),
+        "extract": ToyCommand(extract.main, lambda out: [data, f"output_dir={out}"], "*[!g].*[!p]"),
         "train": ToyCommand(train.main, lambda out: [recipes["train"], "--override", f"output_dir={out}"]),
         "train-tokenizer": ToyCommand(
             train_tokenizer.main, lambda out: [recipes["tokenizer"], "--override", f"output_dir={out}"]

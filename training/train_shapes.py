@@ -38,7 +38,7 @@ from ..processing.tokenizer_extension_nextflow import extend_tokenizer
 from .common.checkpoints import last_checkpoint
 from .common.recipe import RECIPES, read_recipe
 from .data.extraction import extract_codes, load_codes
-from .data.pictures import pixels_from_uint8
+from .data.images import pixels_from_uint8
 from .evaluation.reconstruction_report import measure_batch
 from .evaluation.shapes import evaluate_shapes, pipeline_functions
 from .shapes import describe, render, sample_edit, sample_prompt, sample_scene

@@ -19,12 +19,10 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ...commands.console import one_line_mistakes
-from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..common.checkpoints import is_finished
-from ..data import extract
 from ..data.decoder_rows import NextFlowDecoderDataset
+from ..data.description import load_rows_by_id, read_description
 from ..data.extraction import load_codes
-from ..data.mixture import MixtureRows
 from .build import STAGES, build_decoder_pipeline, load_decoder_recipe, stage_arguments, train_stage
 
 
@@ -55,18 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     recipe = load_decoder_recipe(args.recipe)
-    given = {"--model": args.model, "--output_dir": args.codes}
-    given = [part for name, value in given.items() if value is not None for part in (name, value)]
-    model, mixture, _ = extract.parse([args.data, *given])
-    options = {} if model.revision is None else {"revision": model.revision}
-    processor = extract.load_processor(model, **options)
-    dtype = getattr(torch, args.dtype)
-    where = {} if model.vision_tokenizer else {"subfolder": "vision_tokenizer"}
-    tokenizer = NextFlowVisionTokenizer.from_pretrained(
-        model.vision_tokenizer or model.model, dtype=dtype, **where, **options
-    ).eval()
+    given = {"model": args.model, "output_dir": args.codes}
+    description = read_description(args.data, *(f"{key}={value}" for key, value in given.items() if value is not None))
+    model, dtype = description.model, getattr(torch, args.dtype)
+    if model.output_dir is None:
+        raise ValueError(f"{args.data} has no output_dir: name the folder of the codes with --codes")
+    processor = model.load_processor()
+    tokenizer = model.load_vision_tokenizer(dtype=dtype)
     codes = load_codes(model.output_dir, vision_tokenizer=tokenizer)
-    data = NextFlowDecoderDataset(codes, MixtureRows(mixture))
+    data = NextFlowDecoderDataset(codes, load_rows_by_id(description))
     # A denoiser that trains whole does so in float32.
     denoiser_dtype = dtype if "lora_rank" in recipe["training"] else None
     for stage in STAGES:

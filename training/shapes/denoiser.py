@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..common.checkpoints import StagedCheckpointsMixin, last_checkpoint
-from ..data.pictures import pixels_from_uint8
+from ..data.images import pixels_from_uint8
 from ..diffusion_decoder.trainer import (
     NextFlowDiffusionDecoderTrainingArguments,
     add_training_noise,

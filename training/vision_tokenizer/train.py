@@ -1,6 +1,6 @@
-"""Trains a vision tokenizer by a recipe: one of the paper's three stages (§3.1), on a folder or a data set of images.
+"""Trains a vision tokenizer by a recipe: one of the paper's three stages (§3.1), on the images of a data.yaml.
 
-    nextflow-hf train-tokenizer vision_tokenizer_pixel --override train_images=path/to/pictures
+    nextflow-hf train-tokenizer vision_tokenizer_pixel --override data=data.yaml
     torchrun --nproc_per_node 8 -m nextflow_hf.training.vision_tokenizer.train recipe.yaml
 
 A recipe is a YAML file, or the name of one in training/recipes; its keys are the fields of the arguments in
@@ -41,12 +41,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    tokenizer_args, picture_args, training_args = parse_recipe(read_recipe(args.recipe, args.override))
+    tokenizer_args, image_args, training_args = parse_recipe(read_recipe(args.recipe, args.override))
     if not args.from_scratch and is_finished(training_args):
         return 0
     set_seed(training_args.seed)
-    image_processor = NextFlowImageProcessor(**(picture_args.image_processor or {}))
-    train, evaluation = build_datasets(picture_args, image_processor, seed=training_args.seed)
+    image_processor = NextFlowImageProcessor(**(image_args.image_processor or {}))
+    train, evaluation = build_datasets(image_args, image_processor, seed=training_args.seed)
     tokenizer, teacher = build_tokenizer(tokenizer_args)
     trainer = NextFlowVisionTokenizerTrainer(
         tokenizer,
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer.save_model()
 
     train_to_the_end(trainer, checkpoint, save)
-    if train.bad_pictures:
-        logger.warning("%d pictures were bad and skipped: %s", len(train.bad_pictures), train.bad_pictures[:100])
+    if train.images.bad_rows:
+        logger.warning("%d images were bad and skipped: %s", len(train.images.bad_rows), train.images.bad_rows[:100])
     return 0
 
 
