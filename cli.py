@@ -23,7 +23,12 @@ COMMANDS = {
     "info": ("nextflow_hf.commands.info", "what a model is, and needs; how an image was made"),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
     "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
-    "convert": ("nextflow_hf.commands.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
+    "convert": (
+        "nextflow_hf.commands.convert",
+        "a pipeline to train, of a Qwen language model and a vision tokenizer",
+    ),
+    "export": ("nextflow_hf.commands.export", "a run of training as a repository that everything loads"),
+    "push": ("nextflow_hf.commands.push", "such a repository to the Hub"),
     "world": (
         "nextflow_hf.commands.world",
         "data sets that are drawn by code, such as scenes of emoji, and their judge",
