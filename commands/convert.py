@@ -114,12 +114,11 @@ def convert_qwen(args: argparse.Namespace) -> None:
     from ..pipelines.pipeline_nextflow import NextFlowPipeline
 
     print(f"reading {args.model}", flush=True)
-    revision = {} if args.revision is None else {"revision": args.revision}
-    check_source(source := AutoConfig.from_pretrained(args.model, **revision))
+    check_source(source := AutoConfig.from_pretrained(args.model, revision=args.revision))
     vision_tokenizer = assemble.load_vision_tokenizer(args.vision_tokenizer)
     processor = assemble.make_processor(
         assemble.load_image_processor(args.vision_tokenizer, vision_tokenizer.config),
-        assemble.load_text_tokenizer(args.model, **revision),
+        assemble.load_text_tokenizer(args.model, revision=args.revision),
         text_vocab_size=source.get_text_config().vocab_size,
         codebook_size=vision_tokenizer.config.codebook_size,
     )
@@ -129,7 +128,7 @@ def convert_qwen(args: argparse.Namespace) -> None:
         print_parts(args, processor, vision_tokenizer.config)
         return
     model = from_qwen(
-        checkpoint_folder(args.model, **revision),
+        checkpoint_folder(args.model, revision=args.revision),
         vision_tokenizer.codebook.detach(),
         dtype=args.dtype,
         seed=args.seed,

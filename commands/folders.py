@@ -34,7 +34,7 @@ INTERMEDIATE = {"teacher": "`nextflow-hf train tokenizer`", "text_tokenizer": "`
 
 
 def kind_of(folder: Path) -> str | None:
-    """What `folder` holds, as [`COMMANDS`] names it, `"pipeline"`, or another pipeline's class; `None` if nothing."""
+    """What `folder` holds: `"pipeline"`, as [`COMMANDS`] names it, or the class of something else; `None` if nothing."""
     if (folder / "model_index.json").is_file():
         name = _read_json(folder / "model_index.json").get("_class_name")
         name = name[-1] if isinstance(name, list) else name
@@ -56,8 +56,8 @@ def _kind_of_result(folder: Path) -> str | None:
     config = _read_json(folder / "config.json")
     if config.get("_class_name") == "NextFlowDiffusionDecoder":
         return "diffusion decoder"
-    model_type = str(config.get("model_type"))
-    return "Qwen checkpoint" if model_type.startswith("qwen") else MODELS.get(model_type)
+    model_type = str(config.get("model_type") or config.get("_class_name"))
+    return "Qwen checkpoint" if model_type.startswith("qwen") else MODELS.get(model_type, model_type)
 
 
 def check_pipeline(folder: Path) -> None:

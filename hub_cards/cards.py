@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 TAGS = ["nextflow", "next-scale-prediction", "autoregressive", "arxiv:2601.02204"]
 DRAWS = ["text-to-image", "image-to-image"]
-# What the Hub is told of each kind. The library is one that loads the repository by itself, its code trusted: diffusers
-# does where the repository is standalone; a decoder needs this package.
+# What the Hub is told of each kind. The library is one that loads the repository by itself, its code trusted:
+# diffusers does where the repository is standalone; a decoder needs this package.
 METADATA = {
     "model": {"library_name": "transformers", "pipeline_tag": "any-to-any", "tags": [*TAGS, *DRAWS, "diffusers"]},
     "vision_tokenizer": {
@@ -151,8 +151,8 @@ def converted_card(pipeline: NextFlowPipeline, name: str, source: str, vision_to
         "model",
         repo_id=f"{PLACEHOLDER_OWNER}/{name}",
         summary=f"A [NextFlow](https://arxiv.org/abs/2601.02204) before its first step: the language model of "
-        f"`{sources[0]}` with the codes of the vision tokenizer `{sources[1]}`. It writes text as before and cannot draw "
-        "yet.",
+        f"`{sources[0]}` with the codes of the vision tokenizer `{sources[1]}`. It writes text as before and cannot "
+        "draw yet.",
         facts=pipeline_facts(pipeline),
         training="Not trained." + _licence_section(sources),
         base_model=_hub_name(source),

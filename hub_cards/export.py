@@ -5,8 +5,8 @@ diffusion decoder has where there is one, in sub-folders. diffusers takes a comp
 
 The code lies there, too: transformers loads the repository with `trust_remote_code=True` where `nextflow_hf` is not
 installed. `save_pretrained` alone writes the code of the object it saves (registration.py), and so does a plain
-`push_to_hub`; what only the whole repository can know is added here. diffusers' own loader needs the package, unless the
-repository is `standalone`: see [`write_standalone_code`].
+`push_to_hub`; what only the whole repository can know is added here. diffusers' own loader needs the package, unless
+the repository is `standalone`: see [`write_standalone_code`].
 """
 
 import copy

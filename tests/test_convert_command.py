@@ -32,13 +32,17 @@ def vision_tokenizer(tmp_path):
     return tmp_path / "vision_tokenizer", model
 
 
-@pytest.fixture(params=["qwen2.5-vl, tied", "qwen3"])
-def qwen(request, tmp_path):
-    save_source(request.param, tmp_path / "qwen")
+def words_tokenizer() -> PreTrainedTokenizerFast:
     words = {f"word{index}": index for index in range(90)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words)), model_max_length=256)
     tokenizer.add_tokens(["<|image_pad|>"], special_tokens=True)  # 90, as in the configurations
-    tokenizer.save_pretrained(tmp_path / "qwen")
+    return tokenizer
+
+
+@pytest.fixture(params=["qwen2.5-vl, tied", "qwen3"])
+def qwen(request, tmp_path):
+    save_source(request.param, tmp_path / "qwen")
+    words_tokenizer().save_pretrained(tmp_path / "qwen")
     return tmp_path / "qwen"
 
 
@@ -117,6 +121,7 @@ def test_qwen_dry_run(qwen, vision_tokenizer, tmp_path, capsys):
 def test_a_dry_run_of_a_model_on_the_hub_reads_headers_alone(vision_tokenizer, tmp_path, monkeypatch, capsys):
     from types import SimpleNamespace
 
+    from nextflow_hf.conversion import assemble
     from nextflow_hf.conversion import from_qwen as module
 
     model_class, config = FAMILIES["qwen2.5-vl"]
@@ -128,6 +133,7 @@ def test_a_dry_run_of_a_model_on_the_hub_reads_headers_alone(vision_tokenizer, t
     metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
     monkeypatch.setattr(module, "get_safetensors_metadata", lambda name, revision: metadata)
     monkeypatch.setattr(module.AutoConfig, "from_pretrained", lambda name, revision: source.config)
+    monkeypatch.setattr(assemble.AutoTokenizer, "from_pretrained", lambda name, revision: words_tokenizer())
     command = ["convert", "qwen", "Qwen/Some", str(tmp_path / "output"), "--dry-run"]
     assert cli.main([*command, "--vision-tokenizer", str(vision_tokenizer[0])]) == 0
     printed = capsys.readouterr().out
