@@ -34,7 +34,7 @@ INTERMEDIATE = {"teacher": "`nextflow-hf train tokenizer`", "text_tokenizer": "`
 
 
 def kind_of(folder: Path) -> str | None:
-    """What `folder` holds: `"pipeline"`, as [`COMMANDS`] names it, or the class of something else; `None` if nothing."""
+    """What `folder` holds: `"pipeline"`, a key of [`COMMANDS`], or the class of something else; `None` if nothing."""
     if (folder / "model_index.json").is_file():
         name = _read_json(folder / "model_index.json").get("_class_name")
         name = name[-1] if isinstance(name, list) else name
@@ -110,8 +110,8 @@ class Run:
 
     @property
     def base_pipeline(self) -> str | None:
-        """The nearest pipeline among [`ancestors`]."""
-        for model in self.ancestors():
+        """The nearest pipeline among [`ancestors`]; a decoder's run names the model of its codes."""
+        for model in filter(None, (self.recipe.get("model"), *self.ancestors())):
             if kind_of(Path(model)) == "pipeline" if Path(model).is_dir() else HUB_ID.fullmatch(model):
                 return model
         return None

@@ -258,25 +258,29 @@ def test_what_is_no_pipeline_is_refused_with_the_command_that_makes_it_one(runs,
 # --- the Hub, and places without the package
 
 
-def test_push(runs, command_line, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
     with ToyHub() as hub:
         monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        command_line.run("export", runs["full"], "--output", "exported")
-        said = command_line.run("push", "exported", "toy/drawn", "--private")
-        assert f"{hub.url}/toy/drawn/commit/" in said
-        files = hub.files["toy/drawn"]
-        assert {"README.md", "model_index.json", "model.safetensors", "vision_tokenizer/model.safetensors"} <= set(
-            files
-        )
-        assert b"toy/drawn" in files["README.md"] and b"your-name" not in files["README.md"]
-        requests = len(hub.requests)
-        Path("exported", "vision_tokenizer", "model.safetensors").unlink()
-        assert "the files of the vision_tokenizer" in command_line.mistake("push", "exported", "toy/drawn")
-        Path("exported", "README.md").unlink()
-        assert "has no card" in command_line.mistake("push", "exported", "toy/drawn")
-        assert len(hub.requests) == requests
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+
+
+def test_push(runs, command_line, hub):
+    command_line.run("export", runs["full"], "--output", "exported")
+    assert f"{hub.url}/toy/drawn/commit/" in command_line.run("push", "exported", "toy/drawn", "--private")
+    files = hub.files["toy/drawn"]
+    assert {"model_index.json", "model.safetensors", "vision_tokenizer/model.safetensors"} <= set(files)
+    assert b"toy/drawn" in files["README.md"] and b"your-name" not in files["README.md"]
+    requests = len(hub.requests)
+    Path("exported", "vision_tokenizer", "model.safetensors").unlink()
+    assert "the files of the vision_tokenizer" in command_line.mistake("push", "exported", "toy/drawn")
+    Path("exported", "README.md").unlink()
+    assert "has no card" in command_line.mistake("push", "exported", "toy/drawn")
+    assert len(hub.requests) == requests
 
 
 WITHOUT_THE_PACKAGE = """
@@ -298,34 +302,104 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
 
 
-@pytest.mark.parametrize("place", ["local", "hub"])
-def test_a_standalone_export_loads_without_the_package(place, runs, command_line, tmp_path, monkeypatch):
+def without_the_package(source: str, folder: Path, **environment: str) -> torch.Tensor:
+    """Codes that `DiffusionPipeline` draws where the package is missing."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, source],
+        env=inherited | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Do you wish to run" not in result.stdout
+    return torch.load("codes.pt")
+
+
+def drawn_codes(source: str) -> torch.Tensor:
+    """The same by the package, which asks for no trust."""
+    pipe = NextFlowPipeline.from_pretrained(source)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a", generator=torch.Generator().manual_seed(0), output_type="codes").image_codes
+
+
+def test_a_standalone_export_loads_without_the_package(runs, command_line, tmp_path):
     command_line.run("export", runs["full"], "--output", "exported", "--standalone")
     card = Path("exported", "README.md").read_text()
     assert "library_name: diffusers" in card and "DiffusionPipeline.from_pretrained(" in card
-    pipe = NextFlowPipeline.from_pretrained("exported")  # ours asks for no trust
-    pipe.set_progress_bar_config(disable=True)
-    expected = pipe("a", generator=torch.Generator().manual_seed(0), output_type="codes").image_codes
+    assert torch.equal(without_the_package("exported", tmp_path), drawn_codes("exported"))
     assert command_line.json("info", "exported")["class"] == "NextFlowPipeline"
     command_line.run("generate", "a", "--model", "exported", "--output", "drawn.png")
-    with ToyHub() as hub:
-        if place == "hub":
-            monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-            monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-            monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-            monkeypatch.setattr(
-                constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-            )
-            command_line.run("push", "exported", "toy/standalone")
-            loaded = NextFlowPipeline.from_pretrained("toy/standalone", cache_dir=tmp_path / "cache")
-            assert is_equal(loaded.transformer, pipe.transformer)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        source = "toy/standalone" if place == "hub" else "exported"
-        result = subprocess.run(
-            [sys.executable, "-c", WITHOUT_THE_PACKAGE, source],
-            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "Do you wish to run" not in result.stdout
-    assert torch.equal(torch.load("codes.pt"), expected)
+
+
+def test_so_it_does_from_the_hub(runs, command_line, tmp_path, hub):
+    command_line.run("export", runs["full"], "--output", "exported", "--standalone")
+    command_line.run("push", "exported", "toy/standalone")
+    expected = drawn_codes("exported")
+    assert torch.equal(without_the_package("toy/standalone", tmp_path, HF_ENDPOINT=hub.url), expected)
+    loaded = NextFlowPipeline.from_pretrained("toy/standalone", cache_dir=tmp_path / "cache")
+    assert is_equal(loaded.transformer, NextFlowForCausalLM.from_pretrained("exported"))
+
+
+# --- the whole way
+
+TRAINING = {
+    "max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 2, "global_batch_size": 2, "learning_rate": 1e-3,
+    "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
+}  # fmt: skip
+REWARD = '''"""How red an image is."""
+
+import numpy as np
+
+
+def redness(images, **columns):
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+'''
+
+
+def write_yaml(path: str, values: dict) -> str:
+    Path(path).write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_the_whole_way(command_line, tmp_path):
+    """From a Qwen and captioned images to a model that is aligned, exported and loaded without the package."""
+    save_qwen(tmp_path / "qwen"), save_tokenizer(tmp_path / "tokenizer"), (tmp_path / "images").mkdir()
+    for index in range(60):
+        save_picture(tmp_path / "images" / f"{index}.png", seed=index)
+        (tmp_path / "images" / f"{index}.txt").write_text(f"image {index}")
+    command_line.run("convert", "qwen", "qwen", "model", "--vision-tokenizer", "tokenizer")
+
+    source = {"path": "images", "format": "captioned_folder", "task": "text_to_image"}
+    data = write_yaml("data.yaml", {"model": "model", "sources": [source], "output_dir": "codes"})
+    command_line.run("extract", data)
+
+    image_processor = NextFlowImageProcessorPil(**NUMBERS).to_dict()
+    image_processor = {name: image_processor[name] for name in NUMBERS}
+    tokenizer = {**TRAINING, "stage": "decoder", "train_images": "images", "image_processor": image_processor}
+    tokenizer |= {"vision_tokenizer_name_or_path": "model", "perceptual_loss_weight": 0.0}
+    command_line.run("train", "tokenizer", write_yaml("tokenizer.yaml", tokenizer), "output_dir=runs/tokenizer")
+    recipe = write_yaml("transformer.yaml", {**TRAINING, "model_name_or_path": "model", "train_codes": ["codes"]})
+    command_line.run("train", "transformer", recipe, "output_dir=runs/full")
+    command_line.run("train", "transformer", recipe, "output_dir=runs/lora", "use_peft=true", "lora_r=2")
+
+    command_line.run("export", "runs/full", "--vision-tokenizer", "runs/tokenizer", "--output", "full")
+    command_line.run("export", "runs/full", "--checkpoint", "2", "--output", "checkpoint")
+    command_line.run("export", "runs/lora", "--output", "merged")
+    command_line.run("generate", "image 1", "--model", "full", "--seed", "1", "--output", "drawn.png")
+    command_line.run("generate", "a", "--model", "model", "--lora", "runs/lora", "--seed", "1", "--output", "lora.png")
+    command_line.run("generate", "a", "--model", "merged", "--seed", "1", "--output", "merged.png")
+    assert pixels("lora.png") == pixels("merged.png")
+    command_line.run("edit", "image 2", "--image", "drawn.png", "--model", "full", "--output", "edited.png")
+    command_line.run("chat", "hello", "--max-new-tokens", "2", "--model", "full")
+    command_line.run("reconstruct", "drawn.png", "--model", "full")
+
+    Path("my_rewards.py").write_text(REWARD)
+    Path("prompts.txt").write_text("".join(f"image {index}\n" for index in range(8)))
+    grpo = {**TRAINING, "model": "full", "prompts": "prompts.txt", "rewards": ["my_rewards:redness"], "bf16": False}
+    grpo |= {"num_generations": 2, "prefix_scales": 2}
+    command_line.run("train", "grpo", write_yaml("grpo.yaml", grpo), "output_dir=runs/grpo")
+    command_line.run("export", "runs/grpo", "--standalone", "--output", "aligned")
+    codes, expected = without_the_package("aligned", tmp_path), drawn_codes("aligned")
+    assert torch.equal(codes, expected)
+    card = Path("aligned", "README.md").read_text()
+    assert "| What | grpo |" in card and "`model`, then `full`" in card and str(tmp_path) not in card
