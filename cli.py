@@ -30,7 +30,7 @@ COMMANDS = {
         "data sets that are drawn by code, such as scenes of emoji, and their judge",
     ),
     "extract": (
-        "nextflow_hf.training.data.extract",
+        "nextflow_hf.commands.extract",
         "data sets as shards of tokens and codes",
     ),
     "train": ("nextflow_hf.commands.train", "train any part of a model, by a recipe"),

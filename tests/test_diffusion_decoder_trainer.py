@@ -10,8 +10,9 @@ from toy_pipeline import toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder
 from nextflow_hf.training.common.recipe import load_recipe, parse_recipe, shipped_recipes
-from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset, caption_of
+from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
 from nextflow_hf.training.data.extraction import extract_codes
+from nextflow_hf.training.data.messages import caption_of
 from nextflow_hf.training.diffusion_decoder.build import DecoderArguments, build_decoder_pipeline
 from nextflow_hf.training.diffusion_decoder.train import GROUPS
 from nextflow_hf.training.diffusion_decoder.trainer import (

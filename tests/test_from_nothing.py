@@ -113,7 +113,7 @@ def test_from_captioned_images_to_a_transformer(tmp_path, monkeypatch):
     assert cli.main(teacher) == 0  # goes on with the second step
     assert Path("teacher/model.safetensors").read_bytes() == weights
     tokenizer = {
-        "train_images": "photos", "semantic_teacher": "teacher", "stage": "joint", "image_processor": SCHEDULE,
+        "data": "data.yaml", "semantic_teacher": "teacher", "stage": "joint", "image_processor": SCHEDULE,
         "config_overrides": {
             "codebook_size": 32, "semantic_code_dim": 8, "pixel_code_dim": 8, "semantic_decoder_layers": 1,
             "latent_channels": 16, "encoder_channels": 8, "encoder_res_blocks": 0, "decoder_channels": 8,
@@ -128,10 +128,9 @@ def test_from_captioned_images_to_a_transformer(tmp_path, monkeypatch):
     processor = NextFlowProcessor.from_pretrained("processor")
     assert len(processor.tokenizer) == 512 + 24 + 2 and processor.image_processor.resolution == 64
     assert yaml.safe_load(Path("processor/run.yaml").read_text())["kind"] == "text_tokenizer"
-    source |= {"path": str(tmp_path / "photos")}
-    extraction = {"sources": [source], "processor": "processor", "vision_tokenizer": "vision", "output_dir": "codes"}
-    Path("extract.yaml").write_text(yaml.safe_dump(extraction))
-    assert cli.main(["extract", "extract.yaml"]) == 0
+    assert (
+        cli.main(["extract", "data.yaml", "processor=processor", "vision_tokenizer=vision", "output_dir=codes"]) == 0
+    )
     transformer = {
         "processor_name_or_path": "processor", "vision_tokenizer_name_or_path": "vision", "train_codes": ["codes"],
         "config_overrides": {

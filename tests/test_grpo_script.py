@@ -94,11 +94,15 @@ def test_prompts_come_from_files(tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "rows.txt").write_text("a b\n\nc\n")
     for name in ("rows.jsonl", "rows.parquet"):
-        assert grpo.load_prompts(str(tmp_path / name)).to_list() == rows
-    assert grpo.load_prompts(str(tmp_path / "rows.txt")).to_list() == [{"prompt": "a b"}, {"prompt": "c"}]
+        assert grpo.read_prompts(str(tmp_path / name)).to_list() == rows
+    assert grpo.read_prompts(str(tmp_path / "rows.txt")).to_list() == [{"prompt": "a b"}, {"prompt": "c"}]
+    sources = [{"path": str(tmp_path / "rows.jsonl"), "task": "prompt", "extra_columns": ["text"]}]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    described = grpo.read_prompts(str(tmp_path / "data.yaml"))
+    assert [{name: row[name] for name in ("prompt", "text")} for row in described] == rows
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match=r"has the columns \['text'\], expected 'prompt'"):
-        grpo.load_prompts(str(tmp_path / "other.jsonl"))
+        grpo.read_prompts(str(tmp_path / "other.jsonl"))
 
 
 class Reads:

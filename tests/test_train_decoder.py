@@ -12,9 +12,9 @@ from toy_decoder import toy_base_model, toy_decoder_pipeline
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import cli
+from nextflow_hf.commands import extract
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_pipeline
-from nextflow_hf.training.data import extract
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
 from nextflow_hf.training.data.extraction import load_codes
 from nextflow_hf.training.data.mixture import MixtureArguments, MixtureRows

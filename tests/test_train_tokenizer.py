@@ -177,7 +177,7 @@ SMALL = {  # of every recipe: 64 px, last grid 8x8
     "image_processor": {
         "scale_bases": [1, 2, 4, 8], "patch_size": 8, "bucket_area": 64, "resolution": 64, "max_aspect_ratio": 2.0,
     },
-    "train_images": "images", "eval_images": "images", "max_eval_images": 4, "max_steps": 2, "warmup_steps": 0,
+    "data": "data.yaml", "eval_data": "data.yaml", "max_eval_images": 4, "max_steps": 2, "warmup_steps": 0,
     "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "global_batch_size": 4, "logging_steps": 1,
     "save_steps": 1, "eval_steps": 2, "adversarial_start": 1, "discriminator_channels": 8, "use_cpu": True,
     "report_to": "none",
@@ -207,6 +207,7 @@ def test_the_stages_by_recipe(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(f"images/{index}.png")
     Image.new("RGB", (32, 64), "red").save("images/tall.png")
     Path("images/broken.png").write_bytes(b"no image")
+    Path("data.yaml").write_text("{on_bad_row: skip, sources: [{path: images, task: image}]}")
     teacher = Siglip2VisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, num_patches=64
     )
@@ -237,25 +238,24 @@ def test_the_stages_by_recipe(tmp_path, monkeypatch):
     joint = loaded["joint"].state_dict()  # of the same seed
     kept = {tuple(row.tolist()) for row in joint["quantizer.pixel_codebook.weight"]}
     assert all(tuple(row.tolist()) in kept for row in merged.state_dict()["quantizer.pixel_codebook.weight"])
-    assert (
-        cli.main(
-            [
-                *small("decoder"),
-                "vision_tokenizer_name_or_path=merged",
-                "output_dir=last",
-                "config_overrides.codebook_size=10",
-            ]
-        )
-        == 0
-    )
+    after = ["vision_tokenizer_name_or_path=merged", "output_dir=last", "config_overrides.codebook_size=10"]
+    assert cli.main([*small("decoder"), *after]) == 0
+
+
+def test_a_ragged_last_batch(tmp_path):
+    """The codebook starts from all batches of an epoch, of which the last is smaller."""
+    trainer = make_trainer(tmp_path, codebook_init_batches=100, max_steps=14)
+    trainer.train_dataset = trainer.train_dataset[:46]  # 11 batches of 4, and one of 2
+    trainer.train()
+    assert len(losses_of(trainer)) == 14
 
 
 def test_wrong_recipes_are_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"train_images": "images", "learning_rte": 1.0}))
+    path.write_text(yaml.safe_dump({"data": "images", "learning_rte": 1.0}))
     with pytest.raises(ValueError, match="learning_rte is unknown, near ones that exist: .*'learning_rate'"):
         parse_recipe(load_recipe("tokenizer", path), train.GROUPS)
-    with pytest.raises(ValueError, match="pixel.yaml: train_images must be set"):
+    with pytest.raises(ValueError, match="pixel.yaml: data must be set"):
         parse_recipe(load_recipe("tokenizer", "pixel"), train.GROUPS)
 
 

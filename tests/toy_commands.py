@@ -17,8 +17,7 @@ from processes import in_a_process
 from toy_decoder import toy_base_model
 from toy_pipeline import toy_pipeline
 
-from nextflow_hf.commands import train
-from nextflow_hf.training.data import extract
+from nextflow_hf.commands import extract, train
 
 
 TRAINING = {
@@ -100,7 +99,7 @@ def toy_commands(folder: Path) -> dict[str, ToyCommand]:
         "lora_dropout": 0.3, "train_codes": [str(folder / "codes")],
     }  # fmt: skip
     tokenizer = {
-        **TRAINING, "max_steps": 13, "stage": "pixel", "train_images": str(folder / "pictures"),
+        **TRAINING, "max_steps": 13, "stage": "pixel", "data": str(folder / "pictures"),
         "vision_tokenizer_name_or_path": str(folder / "model" / "vision_tokenizer"), "random_flip": True,
         "image_processor": json.loads((folder / "model" / "processor" / "processor_config.json").read_text())[
             "image_processor"
@@ -129,7 +128,7 @@ def toy_commands(folder: Path) -> dict[str, ToyCommand]:
         return ToyCommand(train.main, lambda out: [kind, path, f"output_dir={out}"])
 
     return {
-        "extract": ToyCommand(extract.main, lambda out: [data, "--output_dir", str(out)], "*[!g].*[!p]"),
+        "extract": ToyCommand(extract.main, lambda out: [data, f"output_dir={out}"], "*[!g].*[!p]"),
         **{kind: training(kind, kind) for kind in recipes},
         "grpo in a rollout window": training("grpo", "window"),
     }

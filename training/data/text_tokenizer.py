@@ -20,7 +20,7 @@ from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerC
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ...processing.processing_nextflow import NextFlowProcessor
 from ...processing.tokenizer_extension_nextflow import extend_tokenizer
-from .description import load_rows, read_description
+from .description import load_texts, read_description
 
 
 PAD_TOKEN = "<|endoftext|>"
@@ -40,7 +40,7 @@ class TextTokenizerArguments:
         output_dir (`str`): Folder of the tokenizer or the processor.
         data (`str`): Description of data as `nextflow-hf extract` reads it: all texts of its rows.
         vocab_size (`int`, *optional*, defaults to 512): Of the text, special tokens included.
-        max_rows (`int`, *optional*, defaults to 100000): The first so many rows are read.
+        max_texts (`int`, *optional*, defaults to 200000): The first so many are read.
         model_max_length (`int`, *optional*, defaults to 1024): Longest sequence that the tokenizer announces.
         vision_tokenizer_name_or_path (`str`, *optional*):
             With it, the result is a whole processor: the tokens of its codes follow those of the text, and images are
@@ -53,7 +53,7 @@ class TextTokenizerArguments:
     output_dir: str
     data: str
     vocab_size: int = 512
-    max_rows: int = 100_000
+    max_texts: int = 200_000
     model_max_length: int = 1024
     vision_tokenizer_name_or_path: str | None = None
     image_processor: dict | None = None
@@ -66,8 +66,7 @@ MODEL = None
 
 def train(args: TextTokenizerArguments) -> PreTrainedTokenizerFast | NextFlowProcessor:
     """Make the tokenizer, or the processor, and save it in `output_dir`."""
-    rows = load_rows(read_description(args.data))
-    texts = texts_of(itertools.islice(rows, args.max_rows))
+    texts = itertools.islice(load_texts(read_description(args.data)), args.max_texts)
     result = train_text_tokenizer(texts, args.vocab_size, model_max_length=args.model_max_length)
     if args.vision_tokenizer_name_or_path is not None:
         result = build_processor(
@@ -83,15 +82,8 @@ def train(args: TextTokenizerArguments) -> PreTrainedTokenizerFast | NextFlowPro
 
 def plan(args: TextTokenizerArguments) -> list[str]:
     """What it would be made of, for `--dry-run`."""
-    rows = load_rows(read_description(args.data))
-    count = f"{len(rows):,} rows" if hasattr(rows, "__len__") else "a stream"
-    return [f"data    {args.data}: {count}, of which at most {args.max_rows:,} are read"]
-
-
-def texts_of(rows: Iterable[dict]) -> list[str]:
-    """All that is said in rows of `messages`."""
-    parts = (part for row in rows for message in row["messages"] for part in message["content"])
-    return [part["text"] for part in parts if part["type"] == "text"]
+    texts = itertools.islice(load_texts(read_description(args.data)), args.max_texts)
+    return [f"data    {args.data}: {sum(1 for _ in texts):,} texts"]
 
 
 def build_processor(
@@ -186,4 +178,4 @@ def _merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
-__all__ = ["GROUPS", "MODEL", "TextTokenizerArguments", "build_processor", "plan", "texts_of", "train"]
+__all__ = ["GROUPS", "MODEL", "TextTokenizerArguments", "build_processor", "plan", "train"]

@@ -6,15 +6,13 @@ Images of less than twice the size of their codes teach the upsampling stage not
 from dataclasses import dataclass
 
 import torch
-from transformers import ImageProcessingMixin, set_seed
+from transformers import set_seed
 
-from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..common.checkpoints import train_to_the_end
 from ..common.run import BatchArguments
-from ..data import extract
 from ..data.decoder_rows import NextFlowDecoderDataset
+from ..data.description import DataDescription, load_rows_by_id, read_description
 from ..data.extraction import load_codes
-from ..data.mixture import MixtureRows
 from .build import DecoderArguments, build_decoder_pipeline
 from .trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
 
@@ -51,11 +49,16 @@ def train(
 ) -> NextFlowDiffusionDecoderTrainer:
     """Train from `checkpoint` on, and save the decoder, or its LoRA, in `output_dir`."""
     dtype = getattr(torch, decoder_args.frozen_dtype)
-    data, tokenizer, image_processor = load_data(data_args, dtype)
+    data = describe(data_args)
+    tokenizer, image_processor = (
+        data.model.load_vision_tokenizer(dtype=dtype),
+        data.model.load_processor().image_processor,
+    )
+    rows = NextFlowDecoderDataset(load_codes(data.model.output_dir, vision_tokenizer=tokenizer), load_rows_by_id(data))
     set_seed(args.seed)
     is_lora = args.lora_rank is not None
     pipeline = build_decoder_pipeline(decoder_args, tokenizer, image_processor, dtype=dtype if is_lora else None)
-    trainer = NextFlowDiffusionDecoderTrainer(pipeline, args, train_dataset=data)
+    trainer = NextFlowDiffusionDecoderTrainer(pipeline, args, train_dataset=rows)
     train_to_the_end(trainer, checkpoint, lambda: trainer.save_model(args.output_dir))
     return trainer
 
@@ -67,30 +70,17 @@ def plan(
     args: NextFlowDiffusionDecoderTrainingArguments,
 ) -> list[str]:
     """What a training would read, for `--dry-run`."""
-    model, _ = read_data(data_args)
-    return [f"data    {model.output_dir}: {len(load_codes(model.output_dir)):,} rows of {data_args.data}"]
+    codes = describe(data_args).model.output_dir
+    return [f"data    {codes}: {len(load_codes(codes)):,} rows of {data_args.data}"]
 
 
-def read_data(args: DecoderDataArguments) -> tuple:
-    """The arguments of the extraction: its model, and its mixture of sources."""
-    given = {"--model": args.model, "--output_dir": args.codes}
-    given = [part for name, value in given.items() if value is not None for part in (name, value)]
-    return extract.parse([args.data, *given])[:2]
-
-
-def load_data(
-    args: DecoderDataArguments, dtype: torch.dtype
-) -> tuple[NextFlowDecoderDataset, NextFlowVisionTokenizer, ImageProcessingMixin]:
-    """Images beside their codes, and the vision tokenizer and image processor that made these."""
-    model, mixture = read_data(args)
-    options = {} if model.revision is None else {"revision": model.revision}
-    processor = extract.load_processor(model, **options)
-    where = {} if model.vision_tokenizer else {"subfolder": "vision_tokenizer"}
-    tokenizer = NextFlowVisionTokenizer.from_pretrained(
-        model.vision_tokenizer or model.model, dtype=dtype, **where, **options
-    ).eval()
-    codes = load_codes(model.output_dir, vision_tokenizer=tokenizer)
-    return NextFlowDecoderDataset(codes, MixtureRows(mixture)), tokenizer, processor.image_processor
+def describe(args: DecoderDataArguments) -> DataDescription:
+    """The description of data, with the recipe's model and codes."""
+    given = {"model": args.model, "output_dir": args.codes}
+    data = read_description(args.data, *(f"{key}={value}" for key, value in given.items() if value is not None))
+    if data.model.output_dir is None:
+        raise ValueError(f"{args.data} has no output_dir: name the folder of the codes with codes=...")
+    return data
 
 
 __all__ = ["GROUPS", "MODEL", "DecoderDataArguments", "plan", "train"]

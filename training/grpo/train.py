@@ -13,6 +13,7 @@ from ..common.checkpoints import train_to_the_end
 from ..common.import_path import import_object
 from ..common.recipe import call_with
 from ..common.run import BatchArguments
+from ..data.description import load_prompts, read_description
 from .config import NextFlowGRPOConfig
 from .trainer import NextFlowGRPOTrainer
 
@@ -29,10 +30,9 @@ class GRPOArguments:
     Args:
         model (`str`): Pipeline to start from, by folder or Hub id.
         prompts (`str`):
-            Prompts: a text file with one in each line; JSON lines, CSV or Parquet with a column `prompt` (text or
-            messages) and optionally `images` to edit; or a data set with these columns, by folder or Hub id. Other
-            columns are arguments of the rewards.
-        prompts_split (`str`, *optional*, defaults to `"train"`): Of that data set.
+            Description of data as `nextflow-hf extract` reads it, of which the prompts are taken; or a file: of text
+            with a prompt in each line, or JSON lines, CSV or Parquet with a column `prompt` and optionally `images` to
+            edit. Other columns (`extra_columns` of a description) are arguments of the rewards.
         rewards (`list[str]`):
             Import paths, `module:name`, of functions `(images, **columns) -> scores`, or of classes whose instances
             are such functions. A module may be a file in the working directory. `reward_weights` are their weights.
@@ -44,7 +44,6 @@ class GRPOArguments:
 
     model: str
     prompts: str
-    prompts_split: str = "train"
     rewards: list[str] = field(default_factory=list)
     reward_options: dict | None = None
     use_peft: bool = False
@@ -74,16 +73,17 @@ def make_reward(path: str, options: dict | None = None) -> Callable:
     return call_with(reward, options or {}, f"the reward {path}")
 
 
-def load_prompts(source: str, split: str = "train") -> datasets.Dataset:
-    """Rows with a column `prompt`, of a file or of a data set."""
+def read_prompts(source: str) -> datasets.Dataset:
+    """Rows with a column `prompt`, of a description of data or of a file."""
     suffix = Path(source).suffix.removeprefix(".")
-    if suffix == "txt":
-        rows = datasets.load_dataset("text", data_files=source, split="train").rename_column("text", "prompt")
-        rows = rows.filter(lambda prompt: bool(prompt.strip()), input_columns="prompt")
-    elif suffix in ("jsonl", "json", "csv", "parquet"):
-        rows = datasets.load_dataset(suffix.replace("jsonl", "json"), data_files=source, split="train")
-    else:
-        rows = datasets.load_dataset(source, split=split)
+    if suffix in ("yaml", "yml"):
+        return load_prompts(read_description(source))
+    reader = {"txt": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}.get(suffix)
+    if reader is None:
+        raise ValueError(f"prompts is {source!r}, expected a file: .yaml, .txt, .jsonl, .csv or .parquet")
+    rows = datasets.load_dataset(reader, data_files=source, split="train")
+    if reader == "text":
+        rows = rows.rename_column("text", "prompt").filter(lambda text: bool(text.strip()), input_columns="prompt")
     if "prompt" not in rows.column_names:
         raise ValueError(f"{source} has the columns {rows.column_names}, expected 'prompt' among them")
     return rows
@@ -97,7 +97,7 @@ def make_trainer(args: GRPOArguments, config: NextFlowGRPOConfig) -> NextFlowGRP
         args.model,
         [make_reward(path, options.get(path)) for path in args.rewards],
         config,
-        load_prompts(args.prompts, args.prompts_split),
+        read_prompts(args.prompts),
         peft_config=lora_config(args),
     )
 
@@ -126,10 +126,10 @@ def train(
 
 def plan(grpo_args: GRPOArguments, batch_args: BatchArguments, args: NextFlowGRPOConfig) -> list[str]:
     """What a training would read, for `--dry-run`."""
-    prompts = load_prompts(grpo_args.prompts, grpo_args.prompts_split)
+    prompts = read_prompts(grpo_args.prompts)
     for path in grpo_args.rewards:
         import_object(path)
     return [f"data    {grpo_args.prompts}: {len(prompts):,} prompts"]
 
 
-__all__ = ["GROUPS", "MODEL", "GRPOArguments", "load_prompts", "make_reward", "make_trainer", "plan", "train"]
+__all__ = ["GROUPS", "MODEL", "GRPOArguments", "make_reward", "make_trainer", "plan", "read_prompts", "train"]

@@ -15,7 +15,7 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisi
 from ...processing.processing_nextflow import NextFlowProcessor
 from ..common.checkpoints import train_to_the_end
 from ..common.flops import training_flops
-from ..common.run import BatchArguments
+from ..common.run import BatchArguments, world_size
 from ..data.extraction import load_codes
 from ..data.packing import PackedDataset, PackedIterableDataset, PackingCollator, PackingReport, row_flops
 from ..data.streaming import RowStream
@@ -230,7 +230,7 @@ def plan(
     """What a training would read and take, for `--dry-run`; no weights are loaded."""
     config = recipe_config(model_args)
     tokens = micro_batch_tokens(config, data_args, args)
-    rows_a_step = args.world_size * args.gradient_accumulation_steps
+    rows_a_step = world_size() * args.gradient_accumulation_steps
     lines = [
         f"data    {folder}: {count_rows(folder)}" for folder in [*data_args.train_codes, *(data_args.eval_codes or [])]
     ]

@@ -8,7 +8,8 @@ from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerC
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.recipe import check_fields
-from ..data.pictures import NextFlowPictureDataset, load_pictures
+from ..data.description import load_images, read_description
+from ..data.images import NextFlowImageDataset
 from ..evaluation.reconstruction_report import load_vision_tokenizer
 
 
@@ -42,32 +43,28 @@ class VisionTokenizerArguments:
 
 
 @dataclass
-class PictureArguments:
+class ImageArguments:
     r"""
     What it is trained on.
 
     Args:
-        train_images (`str`): Folder of images, or folder or Hub id of a data set with an image column.
-        train_split (`str`, *optional*, defaults to `"train"`): Of that data set.
-        eval_images (`str`, *optional*): Pictures to evaluate on; without them nothing is evaluated.
-        eval_split (`str`, *optional*, defaults to `"train"`): Of that data set.
-        max_eval_images (`int`, *optional*): The first so many of `eval_images`.
-        image_column (`str`, *optional*, defaults to `"image"`): Of both.
+        data (`str`):
+            The YAML file that `nextflow-hf extract` reads (training/recipes/data_example.yaml): the images of all its
+            sources. A folder of images, or folder or Hub id of a data set with a column `image`, is one source.
+        eval_data (`str`, *optional*):
+            Another such file to evaluate on. By default the rows that `data` holds out by `eval_fraction`; without
+            them nothing is evaluated.
+        max_eval_images (`int`, *optional*): The first so many of them.
         image_processor (`dict`, *optional*):
-            Fields of [`NextFlowImageProcessor`] that differ from its defaults; `resolution` is the level.
-        on_bad_picture (`str`, *optional*, defaults to `"skip"`): Or `"raise"`, see [`NextFlowPictureDataset`].
+            Fields of [`NextFlowImageProcessor`] that differ from its defaults, such as `resolution`.
         random_crop (`float`, *optional*, defaults to 1.0): Least share of a side that a random crop keeps.
-        random_flip (`bool`, *optional*, defaults to `False`): Whether every second picture is mirrored.
+        random_flip (`bool`, *optional*, defaults to `False`): Whether every second image is mirrored.
     """
 
-    train_images: str
-    train_split: str = "train"
-    eval_images: str | None = None
-    eval_split: str = "train"
+    data: str
+    eval_data: str | None = None
     max_eval_images: int | None = None
-    image_column: str = "image"
     image_processor: dict | None = None
-    on_bad_picture: str = "skip"
     random_crop: float = 1.0
     random_flip: bool = False
 
@@ -114,27 +111,24 @@ def load_teacher(source: str) -> Siglip2VisionModel:
 
 
 def build_datasets(
-    args: PictureArguments, image_processor: NextFlowImageProcessor, *, seed: int
-) -> tuple[NextFlowPictureDataset, NextFlowPictureDataset | None]:
-    """Pictures to train on and, if there are some, to evaluate on."""
-    train = NextFlowPictureDataset(
-        load_pictures(args.train_images, split=args.train_split, image_column=args.image_column),
-        image_processor,
-        on_bad_picture=args.on_bad_picture,
-        random_crop=args.random_crop,
-        random_flip=args.random_flip,
-        seed=seed,
-    )
-    if args.eval_images is None:
+    args: ImageArguments, image_processor: NextFlowImageProcessor, *, seed: int
+) -> tuple[NextFlowImageDataset, NextFlowImageDataset | None]:
+    """Images to train on and, if there are some, to evaluate on."""
+    data, limit = read_description(args.data), {"max_pixels": image_processor.max_pixels}
+    augmentation = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": seed}
+    train = NextFlowImageDataset(load_images(data, **limit), image_processor, **augmentation)
+    if args.eval_data is not None:
+        data = read_description(args.eval_data)
+    elif not data.has_evaluation:
         return train, None
-    rows = load_pictures(args.eval_images, split=args.eval_split, image_column=args.image_column)
+    images = load_images(data, "evaluation", **limit)
     if args.max_eval_images is not None:
-        rows = rows.select(range(min(args.max_eval_images, len(rows))))
-    return train, NextFlowPictureDataset(rows, image_processor, on_bad_picture=args.on_bad_picture)
+        images = images.select(args.max_eval_images)
+    return train, NextFlowImageDataset(images, image_processor)
 
 
 __all__ = [
-    "PictureArguments",
+    "ImageArguments",
     "VisionTokenizerArguments",
     "build_datasets",
     "build_tokenizer",

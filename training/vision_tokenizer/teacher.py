@@ -28,7 +28,7 @@ from ..common.checkpoints import StagedCheckpointsMixin, train_to_the_end
 from ..common.processes import ProcessesMixin
 from ..common.refusals import check_arguments
 from ..common.run import BatchArguments
-from ..data.description import load_images, read_description
+from ..data.description import load_captioned_images, read_description
 
 
 logger = logging.get_logger(__name__)
@@ -43,8 +43,7 @@ class TeacherArguments:
 
     Args:
         data (`str`):
-            Description of data as `nextflow-hf extract` reads it. What counts are rows of one image that a text asks
-            for: sources of the task `text_to_image`.
+            Description of data as `nextflow-hf extract` reads it: sources of images with captions.
         text_tokenizer_name_or_path (`str`): Tokenizer of the captions.
         image_processor (`dict`, *optional*):
             Fields of [`NextFlowImageProcessor`] that differ from its defaults. Its `patch_size` is the teacher's.
@@ -175,7 +174,7 @@ def train(
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(teacher_args.text_tokenizer_name_or_path)
     image_processor = NextFlowImageProcessor(**(teacher_args.image_processor or {}))
-    images = load_images(read_description(teacher_args.data))
+    images = load_captioned_images(read_description(teacher_args.data))
     num_train = len(images) - teacher_args.num_eval
     if num_train < 1:
         raise ValueError(
@@ -202,7 +201,7 @@ def train(
 
 def plan(teacher_args: TeacherArguments, batch_args: BatchArguments, args: TeacherTrainingArguments) -> list[str]:
     """What a training would read, for `--dry-run`."""
-    return [f"data    {teacher_args.data}: {len(load_images(read_description(teacher_args.data))):,} images"]
+    return [f"data    {teacher_args.data}: {len(load_captioned_images(read_description(teacher_args.data))):,} images"]
 
 
 __all__ = ["GROUPS", "MODEL", "ContrastiveCollator", "TeacherArguments", "build_teacher", "plan", "train"]

@@ -10,22 +10,22 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisi
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.checkpoints import train_to_the_end
 from ..common.run import BatchArguments
-from ..data.pictures import load_pictures
+from ..data.description import load_images, read_description
 from .arguments import NextFlowVisionTokenizerTrainingArguments
 from .codebook import merged_codes
-from .recipe import PictureArguments, VisionTokenizerArguments, build_datasets, build_tokenizer
+from .recipe import ImageArguments, VisionTokenizerArguments, build_datasets, build_tokenizer
 from .trainer import NextFlowVisionTokenizerTrainer
 
 
 logger = logging.get_logger(__name__)
 
-GROUPS = (VisionTokenizerArguments, PictureArguments, BatchArguments, NextFlowVisionTokenizerTrainingArguments)
+GROUPS = (VisionTokenizerArguments, ImageArguments, BatchArguments, NextFlowVisionTokenizerTrainingArguments)
 MODEL = "vision_tokenizer_name_or_path"
 
 
 def train(
     tokenizer_args: VisionTokenizerArguments,
-    picture_args: PictureArguments,
+    image_args: ImageArguments,
     batch_args: BatchArguments,
     args: NextFlowVisionTokenizerTrainingArguments,
     *,
@@ -33,8 +33,8 @@ def train(
 ) -> NextFlowVisionTokenizerTrainer:
     """Train from `checkpoint` on, evaluate where there are images for it, and save in `output_dir`."""
     set_seed(args.seed)
-    image_processor = NextFlowImageProcessor(**(picture_args.image_processor or {}))
-    images, evaluation = build_datasets(picture_args, image_processor, seed=args.seed)
+    image_processor = NextFlowImageProcessor(**(image_args.image_processor or {}))
+    images, evaluation = build_datasets(image_args, image_processor, seed=args.seed)
     tokenizer, teacher = build_tokenizer(tokenizer_args)
     if not 0 < (tokenizer_args.merge_codes or 1) < tokenizer.config.codebook_size:
         raise ValueError(
@@ -63,26 +63,24 @@ def train(
                 merged.save_pretrained(staging)
 
     train_to_the_end(trainer, checkpoint, save)
-    if images.bad_pictures:
-        logger.warning(f"{len(images.bad_pictures)} images were bad and skipped: {images.bad_pictures[:100]}")
+    if bad := images.images.bad_rows:
+        logger.warning(f"{len(bad)} images were bad and skipped: {bad[:100]}")
     return trainer
 
 
 def plan(
     tokenizer_args: VisionTokenizerArguments,
-    picture_args: PictureArguments,
+    image_args: ImageArguments,
     batch_args: BatchArguments,
     args: NextFlowVisionTokenizerTrainingArguments,
 ) -> list[str]:
     """What a training would read, for `--dry-run`."""
-    sources = {"train_images": (picture_args.train_images, picture_args.train_split)}
-    if picture_args.eval_images is not None:
-        sources["eval_images"] = (picture_args.eval_images, picture_args.eval_split)
-    column = picture_args.image_column
-    return [
-        f"data    {key} {path}: {len(load_pictures(path, split=split, image_column=column)):,} images"
-        for key, (path, split) in sources.items()
-    ]
+    data = read_description(image_args.data)
+    lines = [f"data    {image_args.data}: {len(load_images(data)):,} images to train on"]
+    if image_args.eval_data is not None or data.has_evaluation:
+        evaluation = data if image_args.eval_data is None else read_description(image_args.eval_data)
+        lines.append(f"        {len(load_images(evaluation, 'evaluation')):,} to evaluate on")
+    return lines
 
 
 __all__ = ["GROUPS", "MODEL", "plan", "train"]
