@@ -1,11 +1,11 @@
 """What a vision tokenizer makes of pictures: PSNR, SSIM, GMSD, r-FID, and the use of its codebook.
 
-    python -m nextflow_hf.training.evaluation.reconstruction --model path/to/model --images path/to/pictures \
+    python -m nextflow_hf.training.evaluation.reconstruction --model path/to/model --images path/to/images \
         --resolution 512 --features inception
 
-`--model` is a tokenizer, or a whole NextFlow repository; `--images` a folder of images or a data set with an image
-column. r-FID is computed where `--features` names a feature model, and the numbers are also written as JSON with
-`--output`.
+`--model` is a tokenizer, or a whole NextFlow repository; `--images` a description of data, of which the rows for
+evaluation are taken, or a folder or data set of images. r-FID is computed where `--features` names a feature model;
+the numbers are also written as JSON with `--output`.
 """
 
 import argparse
@@ -16,18 +16,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from ...atomic import write_json
 from ...conversion.assemble import load_vision_tokenizer
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
-from ..data.pictures import (
-    BAD_PICTURES,
-    NextFlowPictureDataset,
-    NextFlowVisionTokenizerCollator,
-    load_pictures,
-)
+from ..data.description import load_images, read_description
+from ..data.images import NextFlowImageDataset, NextFlowVisionTokenizerCollator
 from ..vision_tokenizer.codebook import CodeUsage
 from ..vision_tokenizer.losses import picture_sizes
 from .frechet import FeatureModel, FeatureStatistics, frechet_distance, load_feature_model
@@ -91,7 +87,7 @@ def reconstruction_report(
     feature_model: FeatureModel | None = None,
 ) -> dict[str, float]:
     """
-    Means over the pictures of [`NextFlowPictureDataset`] of what [`measure_batch`] gives, usage and perplexity of the
+    Means over the pictures of [`NextFlowImageDataset`] of what [`measure_batch`] gives, usage and perplexity of the
     codebook, and with a feature model `rfid`: the Fréchet distance of the pictures and their reconstructions.
     """
     sums: dict[str, list[torch.Tensor]] = {}
@@ -114,7 +110,7 @@ def reconstruction_report(
     report |= {name: value for name, value in usage.metrics().items() if name.startswith("codebook_")}
     if feature_model is not None:
         report["rfid"] = frechet_distance(true_features, decoded_features)
-    return {"pictures": len(dataset), **{name: round(value, 4) for name, value in report.items()}}
+    return {"images": len(dataset), **{name: round(value, 4) for name, value in report.items()}}
 
 
 def _pictures(pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
@@ -132,15 +128,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Vision tokenizer or NextFlow repository: folder or Hub id.")
     parser.add_argument("--processor", help="Its image processor: folder or Hub id. default: --model")
-    parser.add_argument("--images", required=True, help="Folder of images, or folder or Hub id of a data set.")
-    parser.add_argument("--split", default="train", help="Of the data set. default: %(default)s")
-    parser.add_argument("--image-column", default="image", help="Of the data set. default: %(default)s")
+    parser.add_argument("--images", required=True, help="A data.yaml, or a folder or Hub id of images.")
     parser.add_argument("--resolution", type=int, help="Level; by default the image processor's.")
     parser.add_argument("--num-images", type=int, help="Only the first so many.")
     parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--num-workers", type=int, default=0, help="Of the data loader. default: %(default)s")
     parser.add_argument("--features", help="r-FID's: inception, or a vision model by folder or Hub id.")
-    parser.add_argument("--on-bad-picture", choices=BAD_PICTURES, default="raise", help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="Of the tokenizer. default: %(default)s")
     parser.add_argument("--device", help="By default the accelerator, where there is one.")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers.")
@@ -155,17 +148,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {} if args.resolution is None else {"resolution": args.resolution}
     image_processor = NextFlowImageProcessor.from_pretrained(args.processor or args.model, **options)
     tokenizer = load_vision_tokenizer(args.model, dtype=getattr(torch, args.dtype)).eval().to(device)
-    rows = load_pictures(args.images, split=args.split, image_column=args.image_column)
-    data = NextFlowPictureDataset(rows, image_processor, on_bad_picture=args.on_bad_picture)
+    images = load_images(read_description(args.images), "evaluation", max_pixels=image_processor.max_pixels)
+    images = images if args.num_images is None else images.select(args.num_images)
     report = reconstruction_report(
         tokenizer,
-        data if args.num_images is None else Subset(data, range(min(args.num_images, len(data)))),
+        NextFlowImageDataset(images, image_processor),
         image_processor,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         feature_model=None if args.features is None else load_feature_model(args.features, device),
     )
-    report["bad_pictures"] = len(data.bad_pictures)
+    report["bad_images"] = len(images.bad_rows)
     logger.info("%s", "\n".join(f"{name:>20} {value:g}" for name, value in report.items()))
     if args.output is not None:
         write_json(args.output, {"model": args.model, "images": args.images, **report})
