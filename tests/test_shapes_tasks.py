@@ -9,7 +9,6 @@ import yaml
 from toy_pipeline import toy_processor, toy_vision_tokenizer
 
 from nextflow_hf.processing import THINKING_PROMPT, split_reasoning
-from nextflow_hf.training import train_shapes
 from nextflow_hf.training.data.collator import NextFlowDataCollator
 from nextflow_hf.training.data.extraction import extract_codes
 from nextflow_hf.training.data.messages import drop_condition
@@ -258,7 +257,9 @@ def test_rows_depend_on_seed_and_index_alone():
 
 
 def test_the_shares_of_the_recipes_are_met():
-    recipe = yaml.safe_load((Path(train_shapes.__file__).parent / "recipes" / "shapes_extract.yaml").read_text())
+    recipe = yaml.safe_load(
+        (Path(__file__).parents[1] / "examples" / "shapes" / "recipes" / "shapes_extract.yaml").read_text()
+    )
     shares = recipe["tasks"]
     assert set(shares) == set(TASKS) and sum(shares.values()) == pytest.approx(1)
     drawn = [shapes_sample(1, index, tasks=shares, sizes=((8, 8),))["task"] for index in range(600)]

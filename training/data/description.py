@@ -131,7 +131,7 @@ def read_description(source: str | Path | Mapping[str, Any], *overrides: str) ->
     for assignment in overrides:
         override(recipe, assignment)
     groups = [entry.type for entry in fields(DataDescription)]
-    model, mixture, settings = parse_recipe(recipe, groups, prog="nextflow-hf extract")
+    model, mixture, settings = parse_recipe(recipe, groups)
     return DataDescription(model=model, mixture=mixture, settings=settings)
 
 

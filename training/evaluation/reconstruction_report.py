@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedConfig
 
 from ...atomic import write_json
-from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
+from ...conversion.assemble import load_vision_tokenizer
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..data.description import load_images, read_description
@@ -112,15 +111,6 @@ def reconstruction_report(
     if feature_model is not None:
         report["rfid"] = frechet_distance(true_features, decoded_features)
     return {"images": len(dataset), **{name: round(value, 4) for name, value in report.items()}}
-
-
-def load_vision_tokenizer(source: str | Path, **kwargs) -> NextFlowVisionTokenizer:
-    """A tokenizer by folder or Hub id: its own, or that of the NextFlow repository it is part of."""
-    config, _ = PreTrainedConfig.get_config_dict(source)
-    own = config.get("model_type") == NextFlowVisionTokenizerConfig.model_type
-    return NextFlowVisionTokenizer.from_pretrained(
-        source, **({} if own else {"subfolder": "vision_tokenizer"}), **kwargs
-    )
 
 
 def _pictures(pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:

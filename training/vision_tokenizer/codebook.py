@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...modeling_nextflow.quantizer_nextflow import NextFlowMultiScaleQuantizer
+from ..data.images import NextFlowVisionTokenizerCollator
 
 
 class CodeUsage:
@@ -213,12 +215,35 @@ def with_codes(vision_tokenizer: NextFlowVisionTokenizer, codes: torch.LongTenso
     return smaller
 
 
+def merged_codes(
+    vision_tokenizer: NextFlowVisionTokenizer, images: Dataset, num_codes: int, *, num_images: int
+) -> NextFlowVisionTokenizer:
+    """
+    A copy of `vision_tokenizer` with the `num_codes` codes of [`distinct_codes`].
+
+    A codebook is densest where images are most alike, in plain backgrounds: which of many nearly equal codes a cell
+    gets is then a matter of everything around it, which no transformer can foresee.
+
+    Args:
+        images (`Dataset`): Items of [`NextFlowImageDataset`]; the first `num_images` say how often a code is used.
+    """
+    counts = torch.zeros(vision_tokenizer.config.codebook_size, dtype=torch.long)
+    some = Subset(images, range(min(num_images, len(images))))
+    for batch in DataLoader(some, batch_size=16, collate_fn=NextFlowVisionTokenizerCollator()):
+        pixels, grids = (batch[name].to(vision_tokenizer.device) for name in ("pixel_values", "image_grids"))
+        with torch.no_grad():
+            codes = vision_tokenizer.encode(pixels, grids).image_codes
+        counts += torch.bincount(codes.cpu(), minlength=len(counts))
+    return with_codes(vision_tokenizer, distinct_codes(vision_tokenizer.quantizer, counts, num_codes))
+
+
 __all__ = [
     "CodeUsage",
     "codebook_statistics",
     "count_codes_per_scale",
     "distinct_codes",
     "draw_queries",
+    "merged_codes",
     "scale_queries",
     "spherical_kmeans",
     "with_codes",

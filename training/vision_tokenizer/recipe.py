@@ -1,26 +1,16 @@
-"""A recipe of the vision tokenizer's training: one YAML file, whose keys are the fields of three groups of arguments.
+"""What a recipe of the vision tokenizer names: the tokenizer before its first step, its teacher, and the images."""
 
-What they name is built here: the tokenizer before its first step, its teacher, and the images.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, Siglip2Model, Siglip2VisionModel
 
 from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
-from ..common import recipe as recipes
+from ..common.recipe import check_fields
 from ..data.description import load_images, read_description
 from ..data.images import NextFlowImageDataset
 from ..evaluation.reconstruction_report import load_vision_tokenizer
-from .arguments import NextFlowVisionTokenizerTrainingArguments
-
-
-RECIPES = recipes.RECIPES
 
 
 @dataclass
@@ -38,12 +28,18 @@ class VisionTokenizerArguments:
             starts as the teacher.
         config_overrides (`dict`, *optional*):
             Fields of [`NextFlowVisionTokenizerConfig`] that differ from the tokenizer's above, or from the defaults.
+        merge_codes (`int`, *optional*):
+            After the last step, merge codes that are nearly the same until so many are left, of two the less used one
+            into the other. Train the pixel decoder after that: it has learnt the old codes.
+        merge_images (`int`, *optional*, defaults to 2048): Training images on which the use of the codes is counted.
     """
 
     vision_tokenizer_name_or_path: str | None = None
     vision_tokenizer_parts: list[str] | None = None
     semantic_teacher: str | None = None
     config_overrides: dict | None = None
+    merge_codes: int | None = None
+    merge_images: int = 2048
 
 
 @dataclass
@@ -73,30 +69,9 @@ class ImageArguments:
     random_flip: bool = False
 
 
-def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The keys of a recipe, of a file or of one of ours by its name, with `key=value` written over them."""
-    path = Path(source) if str(source).endswith((".yaml", ".yml")) else RECIPES / f"{source}.yaml"
-    if not path.is_file():
-        ours = sorted(file.stem for file in RECIPES.glob("*vision_tokenizer_*.yaml"))
-        raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
-    recipe = recipes.read_recipe(path)
-    for assignment in overrides:
-        recipes.override(recipe, assignment)
-    return recipe
-
-
-def parse_recipe(
-    recipe: dict[str, Any],
-) -> tuple[VisionTokenizerArguments, ImageArguments, NextFlowVisionTokenizerTrainingArguments]:
-    """A recipe's keys as arguments. Raises `ValueError` on a key that is none."""
-    groups = (VisionTokenizerArguments, ImageArguments, NextFlowVisionTokenizerTrainingArguments)
-    needed = {"data": "a data.yaml or a folder of images: --override data=path"}
-    return recipes.parse_recipe(recipe, groups, prog="nextflow-hf train-tokenizer", needed=needed)
-
-
 def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
     """The tokenizer before its first step, and the teacher if there is one."""
-    recipes.check_fields(args.config_overrides, NextFlowVisionTokenizerConfig, "config_overrides")
+    check_fields(args.config_overrides, NextFlowVisionTokenizerConfig, "config_overrides")
     teacher = None if args.semantic_teacher is None else load_teacher(args.semantic_teacher)
     if args.vision_tokenizer_name_or_path is None:
         parts, given, config = [], None, {}
@@ -158,6 +133,4 @@ __all__ = [
     "build_datasets",
     "build_tokenizer",
     "load_teacher",
-    "parse_recipe",
-    "read_recipe",
 ]
