@@ -1,17 +1,25 @@
-# `make demo` and `make test` work from nothing: they make the virtual environment, install, and run.
+# All targets work from nothing: they make the virtual environment, install, and run.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/shapes
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test kill-test train-shapes lint clean
+.PHONY: demo test check docs kill-test train-shapes lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/nextflow-hf demo $(ARGS)
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+# The core, in at most two minutes of two cores: no test that trains, starts processes or drives a browser.
+check: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow and not process and not browser" $(ARGS)
+
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/python docs/figures/make.py
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 # Twenty kills of each training and extraction, each compared bit for bit; minutes.
 kill-test: $(VENV)/installed-test
@@ -25,7 +33,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
