@@ -24,6 +24,7 @@ COMMANDS = {
     "info": ("nextflow_hf.commands.info", "what a model is, and needs; how an image was made"),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
     "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
+    "transformers": ("nextflow_hf.commands.transformers_cli", "transformers' command line, with NextFlow known to it"),
     "convert": ("nextflow_hf.hub_cards.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
     "world": (
         "nextflow_hf.commands.world",

@@ -5,12 +5,25 @@ diffusion_engine.py), SGLang 0.5.23 (pipelines/diffusers_pipeline.py, sample/dif
 (models/text2image_model.py, image_edit_model.py, config.py).
 """
 
+import base64
+import io
+import sys
+import tomllib
+import types
+from pathlib import Path
+
 import pytest
 import torch
+import uvicorn
+from fastapi.testclient import TestClient
 from PIL import Image
 from toy_pipeline import toy_pipeline
 
+from nextflow_hf import NextFlowPipeline
+from nextflow_hf.commands import transformers_cli
+from nextflow_hf.hub_cards import shapes_model_path
 from nextflow_hf.pipelines import pipeline_helpers
+from nextflow_hf.serving import plugins
 
 
 VLLM_OMNI = {"num_images_per_prompt": 1, "resolution": 640}
@@ -113,3 +126,93 @@ def test_engines_choose_an_attention_that_can_mask():
     assert transformer.config._attn_implementation == "flex_attention"
     transformer.set_attention_backend("native")
     assert transformer.config._attn_implementation == transformer.model.config._attn_implementation == "sdpa"
+
+
+# ---- entry points
+
+
+def modules(monkeypatch, **contents):
+    """Modules of an engine that is not installed, with what our plugin takes from them; `__` stands for a dot."""
+    for name, content in contents.items():
+        name = name.replace("__", ".")
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            part = ".".join(parts[:count])
+            if part not in sys.modules:
+                monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+        for key, value in content.items():
+            setattr(sys.modules[name], key, value)
+        monkeypatch.setattr(sys.modules[".".join(parts[:-1])], parts[-1], sys.modules[name], raising=False)
+
+
+def test_entry_points_name_functions_of_ours():
+    groups = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert groups == {
+        "vllm_omni.general_plugins": {"nextflow": "nextflow_hf.serving.plugins:register_with_vllm_omni"},
+        "sglang.multimodal_gen.plugins": {"nextflow": "nextflow_hf.serving.plugins:register_with_sglang"},
+        "lmms_eval.models": {"nextflow": "nextflow_hf.serving.plugins:lmms_eval_manifest"},
+    }
+    for group in groups.values():
+        assert callable(getattr(plugins, group["nextflow"].partition(":")[2]))
+
+
+def test_vllm_omni_leaves_the_resolution_to_the_model(monkeypatch):
+    class Utils:
+        pass
+
+    class Sampling:
+        resolution = 640
+
+    registry = {}
+    content = {"BasePipelineUtils": Utils, "PIPELINE_UTILS_REGISTRY": registry}
+    modules(monkeypatch, vllm_omni__diffusion__models__diffusers_adapter__pipeline_utils=content)
+    for _ in range(2):  # in every process, maybe several times
+        plugins.register_with_vllm_omni()
+    own = registry["NextFlowPipeline"]()
+    assert isinstance(own, Utils)
+    for resolution, left in ((640, {}), (8, {"resolution": 8})):
+        arguments = {"resolution": resolution}
+        own.update_call_kwargs(None, Sampling(), None, arguments)
+        assert arguments == left
+
+
+def test_sglang_learns_that_the_model_takes_images(monkeypatch):
+    registered = {}
+    configs = "sglang__multimodal_gen__configs__"
+    contents = {
+        "sglang__multimodal_gen__registry": {"register_configs": lambda **given: registered.update(given)},
+        f"{configs}pipeline_configs__diffusers_generic": {"DiffusersTI2IPipelineConfig": "images"},
+        f"{configs}sample__diffusers_generic": {"DiffusersGenericSamplingParams": "defaults"},
+    }
+    modules(monkeypatch, **contents)
+    plugins.register_with_sglang()
+    (detects,) = registered.pop("model_detectors")
+    assert registered == {"sampling_param_cls": "defaults", "pipeline_config_cls": "images"}
+    assert detects("nextflowpipeline") and not detects("fluxpipeline")
+
+
+# ---- transformers serve
+
+
+def test_transformers_serve_answers_about_images(monkeypatch):
+    """The command, up to its server's socket."""
+    apps = []
+    monkeypatch.setattr(uvicorn, "Server", lambda config: types.SimpleNamespace(run=lambda: apps.append(config.app)))
+    assert transformers_cli.main(["serve", "--device", "cpu", "--dtype", "float32"]) == 0
+    buffer = io.BytesIO()
+    SOURCE.save(buffer, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what color is it"}]
+    model = str(shapes_model_path())
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 4}
+    with TestClient(apps[0]) as client:
+        answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    own = [{"role": "user", "content": [{"type": "image", "image": SOURCE}, content[1]]}]
+    expected = NextFlowPipeline.from_pretrained(model, dtype=torch.float32).chat(own, max_new_tokens=4)
+    assert answer.json()["choices"][0]["message"]["content"] == expected
+
+
+def test_transformers_cli_is_passed_through(capsys):
+    assert transformers_cli.main(["serve", "--help"]) == 0
+    assert "Usage: transformers serve" in capsys.readouterr().out
