@@ -15,7 +15,7 @@ test: $(VENV)/installed-test
 
 # The core, in at most two minutes of two cores: no test that trains, starts processes or drives a browser.
 check: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow and not process and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow and not process and not browser and not engine" $(ARGS)
 
 docs: $(VENV)/installed-docs
 	$(VENV)/bin/python docs/figures/make.py

@@ -20,10 +20,12 @@ COMMANDS = {
     "interleave": ("nextflow_hf.commands.interleave", "an answer of text and images"),
     "frames": ("nextflow_hf.commands.frames", "a storyline as a GIF, a film or a contact sheet"),
     "app": ("nextflow_hf.app.command", "draw, edit and talk in the browser, and watch images grow"),
+    "serve": ("nextflow_hf.commands.serve", "OpenAI's API on a model: images, edits, conversations"),
     "reconstruct": ("nextflow_hf.commands.reconstruct", "images through the vision tokenizer and back"),
     "info": ("nextflow_hf.commands.info", "what a model is, and needs; how an image was made"),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
     "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
+    "transformers": ("nextflow_hf.commands.transformers_cli", "transformers' command line, with NextFlow known to it"),
     "convert": (
         "nextflow_hf.commands.convert",
         "a pipeline to train, of a Qwen language model and a vision tokenizer",

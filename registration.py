@@ -22,6 +22,7 @@ def register_with_transformers() -> None:
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
+    from transformers.models.auto import modeling_auto
 
     # From the modules, not from the packages: those may be half imported when this runs.
     from .modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
@@ -43,6 +44,9 @@ def register_with_transformers() -> None:
     if NextFlowImageProcessor is not NextFlowImageProcessorPil:  # an alias where torchvision is missing
         backends["torchvision"] = NextFlowImageProcessor
     AutoImageProcessor.register(NextFlowConfig, image_processor_classes=backends, exist_ok=True)
+
+    # `transformers serve` knows what a model takes by this table of names alone.
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[NextFlowConfig.model_type] = "NextFlowForConditionalGeneration"
 
     # `save_pretrained` then writes the code beside the weights: the folder also loads where this package is missing.
     for config in (NextFlowConfig, NextFlowVisionTokenizerConfig):

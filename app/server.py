@@ -1,6 +1,5 @@
 """The app's server: Gradio's, with nothing that leads outside."""
 
-import ipaddress
 from pathlib import Path
 
 import gradio as gr
@@ -9,6 +8,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..serving.addresses import LOOPBACK, is_loopback
 from .uploads import MAX_BYTES
 
 
@@ -27,7 +27,6 @@ CONTENT_POLICY = "; ".join(
         "form-action 'self'",
     )
 )
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ContentPolicy:
@@ -46,16 +45,6 @@ class ContentPolicy:
             await send(message)
 
         await self.app(scope, receive, with_policy)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def theme() -> gr.themes.Base:

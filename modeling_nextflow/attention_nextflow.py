@@ -20,6 +20,15 @@ from .configuration_nextflow import NextFlowConfig
 from .rope_nextflow import ImageLayout
 
 
+# diffusers' names of attention backends -> transformers' implementations. Its flash and sage kernels take no mask,
+# which a prompt with images needs, and xformers has no counterpart: engines that try several go on to the next.
+ATTENTION_BACKENDS = {
+    **dict.fromkeys(("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"), "sdpa"),
+    "flex": "flex_attention",
+    **{name: name for name in ("sdpa", "flex_attention", "eager")},
+}
+
+
 def get_attention_mask(
     config: NextFlowConfig,
     inputs_embeds: torch.FloatTensor,

@@ -25,7 +25,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_nextflow import get_attention_mask
+from .attention_nextflow import ATTENTION_BACKENDS, get_attention_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
 from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
@@ -140,6 +140,21 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, (Qwen2DecoderLayer, Qwen3DecoderLayer)):
                 module.compile(*args, dynamic=dynamic, **kwargs)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """
+        [`~PreTrainedModel.set_attn_implementation`] under the name and with the backends of diffusers' models, which
+        inference engines call.
+
+        Args:
+            backend (`str`): One of [`ATTENTION_BACKENDS`], such as `"native"`; any other raises `ValueError`.
+        """
+        if backend not in ATTENTION_BACKENDS:
+            raise ValueError(
+                f"the attention backend is {backend!r}, expected one of {list(ATTENTION_BACKENDS)}: others take no "
+                "mask, which prompts with images need"
+            )
+        self.set_attn_implementation(ATTENTION_BACKENDS[backend])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

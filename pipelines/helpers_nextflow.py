@@ -24,6 +24,12 @@ from torch import nn
 logger = logging.get_logger(__name__)
 
 
+@functools.lru_cache
+def warn_once(message: str) -> None:
+    """For what an engine does with every request."""
+    logger.warning(message)
+
+
 @apply_forward_hook
 def call_component(model: nn.Module, method: str, *args, **kwargs) -> Any:
     """A method of `model` that is not `forward`, the one that diffusers' offloading hooks into."""

@@ -6,6 +6,7 @@ own models only (`from_pipe` drops others); transformers' it checks with `isinst
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,7 @@ from .helpers_nextflow import (
     generator_per_image,
     one_per_prompt,
     stack_equal,
+    warn_once,
 )
 from .inpainting_nextflow import given_images, source_image, with_prefix
 from .lora_nextflow import NextFlowLoraLoaderMixin
@@ -312,7 +314,8 @@ class NextFlowPipeline(
                 `"width:height"`, such as `"16:9"`, instead of a size. With neither, an edit keeps the shape of its
                 first source image, a conversation that of its last image, and all else is square.
             resolution (`int`, *optional*):
-                Side in pixels of a square image with as many scales, also for the source images.
+                Side in pixels of a square image with as many scales, also for the source images. One that the model
+                does not have is snapped to the nearest, or gives way to `height` and `width`, with one warning.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Images for each prompt, beside each other.
             negative_prompt (`str` or `list[str]`, *optional*, defaults to `""`):
                 What guidance leads away from. The unconditional prompt is the same conversation with the same images,
@@ -333,6 +336,7 @@ class NextFlowPipeline(
                 have what was drawn.
             num_inference_steps, latents (*optional*):
                 diffusers' names for `num_scales` and `image_codes`: steps are scales, and what is decoded is codes.
+                More steps than the image has scales are all of them, with one warning.
             image_codes, image_grids (`torch.LongTensor`, *optional*):
                 Codes and schedules of an earlier result or of [`~NextFlowPipeline.encode_images`], for all images, one
                 a prompt, or one an image; `keep_scales` and `mask_image` say what is kept of them. Without a size, a
@@ -450,6 +454,7 @@ class NextFlowPipeline(
         # 1. Check inputs
         call.check(self._callback_tensor_inputs)
         self.check_thinking(call.think, call.max_new_tokens)
+        call.resolution = self._known_resolution(call)
         if call.decoder == "diffusion":
             self.diffusion_decoder_pipeline.check_settings(**call.decoder_settings)
 
@@ -472,7 +477,7 @@ class NextFlowPipeline(
         drawing = NextFlowDrawing(
             prompts,
             settings,
-            num_scales=call.num_scales,
+            num_scales=self._known_num_scales(call, prompts),
             generators=generators,
             thoughts=thoughts,
             final_prompts=final_prompts,
@@ -487,6 +492,28 @@ class NextFlowPipeline(
             drawing.count_scales(members[0]) for members in drawing.groups if not drawing.are_given(members)
         )
         return drawing
+
+    def _known_resolution(self, call: NextFlowCall) -> int | None:
+        """The call's `resolution`, or the nearest that the model has: engines send a default of their own."""
+        known = self.processor.image_processor.schedule.resolutions
+        if call.resolution is None or call.resolution in known:
+            return call.resolution
+        if call.height is not None:
+            warn_once(
+                f"`resolution` is {call.resolution}, which is none of {known}: `height` and `width` say the size"
+            )
+            return None
+        nearest = min(known, key=lambda one: abs(math.log(one / call.resolution)))
+        warn_once(f"`resolution` is {call.resolution}, which is none of {known}: the nearest is taken, {nearest}")
+        return nearest
+
+    def _known_num_scales(self, call: NextFlowCall, prompts: list[NextFlowDrawingPrompt]) -> int | None:
+        """The call's `num_scales`. Engines send `num_inference_steps` for a denoiser: all scales are the most."""
+        most = max(len(prompt.grids) for prompt in prompts)
+        if call.num_inference_steps is None or call.num_inference_steps <= most:
+            return call.num_scales
+        warn_once(f"`num_inference_steps` is {call.num_inference_steps}: all {most} scales of the image are drawn")
+        return None
 
     def _captions(self, call: NextFlowCall, num_images: int) -> list[str] | None:
         """What the diffusion decoder reads of each image. An instruction does not say what is to be seen."""

@@ -373,6 +373,8 @@ class NextFlowProcessor(ProcessorMixin):
 
     def _split_kwargs(self, template: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Keyword arguments -> (options of `__call__`, variables of the template)."""
+        if not kwargs.get("load_audio_from_video", True):  # `transformers serve` says it to all processors
+            kwargs = {name: value for name, value in kwargs.items() if name != "load_audio_from_video"}
         options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
         variables = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
         if unknown := sorted(name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)):

@@ -316,7 +316,6 @@ def test_progress_shows_the_grid(pipe, capfd):
         ({"prompt": "a", "output_type": "latents"}, ValueError, "'latents', expected one of \\['pil'"),
         ({"prompt": "a", "height": 16}, ValueError, "`height` is 16 and `width` is None"),
         ({"prompt": "a", "height": 16, "width": 16, "aspect_ratio": "1:1"}, ValueError, "one of the two"),
-        ({"prompt": "a", "resolution": 17}, ValueError, "resolution is 17, expected one of \\[4, 8, 12, 16\\]"),
         ({"prompt": "a", "num_images_per_prompt": 0}, ValueError, "is 0, expected at least 1"),
         ({"prompt": ["a", "b"], "generator": [seeded(0)]}, ValueError, "1 entries for 2 images"),
         ({"prompt": ["a", "b"], "image": [picture()]}, ValueError, "1 entries for 2 prompts"),

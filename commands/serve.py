@@ -1,0 +1,103 @@
+"""OpenAI's API on a model: images, edits, conversations.
+
+nextflow-hf serve                          # the shipped model, at http://127.0.0.1:8000/v1
+nextflow-hf serve path/to/pipeline --host 0.0.0.0 --port 8000    # with NEXTFLOW_API_KEY in the environment
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..serving.addresses import is_loopback
+from . import loading
+from .console import Console, run
+from .options import SHIPPED_MODEL, add_model_options, new_parser
+
+
+API_KEY = "NEXTFLOW_API_KEY"
+DRAIN_SECONDS = 60
+EXAMPLES = """\
+  nextflow-hf serve
+  NEXTFLOW_API_KEY=secret nextflow-hf serve path/to/pipeline --host 0.0.0.0 --device cuda
+  curl http://127.0.0.1:8000/v1/images/generations -H "Content-Type: application/json" \\
+    -d '{"prompt": "a red circle", "seed": 1}'
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser("serve", "OpenAI's API: images, edits, conversations, streamed scale by scale.", EXAMPLES)
+    parser.add_argument("model", nargs="?", help=f"folder or Hub id; default: {SHIPPED_MODEL}, shipped")
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="default: %(default)s, for this machine only")
+    group.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    group.add_argument("--api-key", help=f"what clients have to send; default: {API_KEY} of the environment")
+    group.add_argument("--served-name", help="what clients call the model; default: the folder's name or the Hub id")
+    group.add_argument("--max-queue", type=int, default=64, metavar="N", help="that wait; default: %(default)s")
+    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="images at once; default: %(default)s")
+    group.add_argument(
+        "--max-wait-ms", type=float, default=10, metavar="MS", help="for others in a batch; default: %(default)s"
+    )
+    group.add_argument("--max-images", type=int, default=10, metavar="N", help="of a request; default: %(default)s")
+    group.add_argument("--timeout", type=float, default=600, metavar="S", help="of a request; default: %(default)s")
+    add_model_options(parser, names_model=False)
+    parser.set_defaults(json=False, quiet=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The server, until it is terminated; returns the exit status."""
+    return run("serve", make_parser().parse_args(argv), serve)
+
+
+def serve(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    try:
+        import uvicorn
+
+        from ..serving.app import make_app
+    except ModuleNotFoundError as error:
+        raise ImportError(f'the server needs {error.name}: pip install "nextflow-hf[serve]"') from error
+
+    from ..serving.protocol import Limits
+
+    args.api_key = args.api_key or os.environ.get(API_KEY)
+    if args.api_key is None and not is_loopback(args.host):
+        raise ValueError(
+            f"--host {args.host} lets in everyone who reaches this machine: pass --api-key, or set {API_KEY}"
+        )
+    for name in ("max_queue", "max_batch", "max_images", "timeout"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    pipe = loading.load_pipeline(args)
+    pipe.set_progress_bar_config(disable=True)
+    name = args.served_name or served_name(args.model)
+    app = make_app(
+        pipe,
+        name=name,
+        api_key=args.api_key,
+        limits=Limits(images=args.max_images),
+        seconds=args.timeout,
+        max_queue=args.max_queue,
+        max_batch=args.max_batch,
+        max_wait=max(args.max_wait_ms, 0) / 1000,
+    )
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS
+    )
+    console.show(f"{name} on {args.device} is at http://{args.host}:{args.port}/v1  (Ctrl-C stops it)")
+    try:
+        uvicorn.Server(config).run()
+    except KeyboardInterrupt:  # raised again by uvicorn, once all requests are answered
+        console.say("stopped, with all requests answered")
+    return {}
+
+
+def served_name(model: str) -> str:
+    """What clients call a model: never a path of this machine."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""OpenAI's requests for images and conversations, and ours beside them: what is accepted, within which limits.
+
+Fields of OpenAI's mean what they mean there; sampling has the pipeline's names (in a conversation, where `temperature`
+and `top_p` are the text's, the generation config's: `image_temperature`). Unknown fields are refused by name. Knows
+neither HTTP nor a pipeline.
+"""
+
+import base64
+import binascii
+import io
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..processing.image_loading_nextflow import load_image, open_header
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
+QUALITIES = {"low": "low", "high": "high", "hd": "high", "xhigh": "high", "max": "high"}  # the others are medium
+MAX_SEED = 2**63 - 1
+TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls")
+
+
+class BadRequest(ValueError):
+    """
+    What a client can put right.
+
+    Args:
+        message (`str`): What was wrong, and what is expected.
+        param (`str`, *optional*): The field.
+        status (`int`, *optional*, defaults to 400): Of HTTP.
+    """
+
+    def __init__(self, message: str, param: str | None = None, *, status: int = 400):
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """
+    What one request may ask for.
+
+    Args:
+        images (`int`): Images that are sampled, `n` or `max_images`.
+        source_images (`int`): Images that are sent.
+        prompt_characters (`int`): Of all texts together.
+        new_tokens (`int`): Of an answer.
+        body_bytes (`int`): Of the request.
+        image_bytes (`int`), image_pixels (`int`): Of an image that is sent or that an address gives.
+        fetch_seconds (`float`): In which an address has to deliver it.
+    """
+
+    images: int = 10
+    source_images: int = 16
+    prompt_characters: int = 32_000
+    new_tokens: int = 4096
+    body_bytes: int = 100 * 2**20
+    image_bytes: int = 50 * 2**20
+    image_pixels: int = 50_000_000
+    fetch_seconds: float = 10.0
+
+
+Number = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+PerScale = Number | Annotated[list[Number], Field(min_length=1, max_length=64)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+CountPerScale = Count | Annotated[list[Count], Field(min_length=1, max_length=64)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Pixels = Annotated[int, Field(ge=1, le=2**16)]
+# Fields of OpenAI's that change nothing here.
+Ignored = Any
+
+
+class Body(BaseModel):
+    """What every request says of its images."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    size: str = "auto"
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = "auto"
+    seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
+    stream: bool = False
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    # Ours, by the pipeline's names.
+    negative_prompt: str = ""
+    guidance_scale: PerScale | None = None
+    guidance_schedule: Literal["constant", "linear"] | None = None
+    image_guidance_scale: PerScale | None = None
+    aspect_ratio: str | None = None
+    resolution: Pixels | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    @property
+    def height_and_width(self) -> tuple[int, int] | None:
+        if self.size == "auto":
+            return None
+        match = SIZE.fullmatch(self.size)
+        if match is None or "0" in match.groups():
+            raise BadRequest(
+                f'size is {self.size[:40]!r}, expected "auto" or "WIDTHxHEIGHT", as in "1024x1024"', "size"
+            )
+        return int(match[2]), int(match[1])
+
+    def sampling(self, **own: Any) -> dict[str, Any]:
+        """Arguments of the pipeline; `own` are those that have other names here."""
+        size = self.height_and_width
+        height, width = size or (None, None)
+        settings = {
+            "height": height,
+            "width": width,
+            "aspect_ratio": self.aspect_ratio,
+            "resolution": self.resolution,
+            "guidance_scale": self.guidance_scale,
+            "guidance_schedule": self.guidance_schedule,
+            "image_guidance_scale": self.image_guidance_scale,
+            "num_inference_steps": self.num_inference_steps,
+            **own,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+class ImageOptions(Body):
+    """What `/v1/images/generations` and `/v1/images/edits` share."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    partial_images: Annotated[int, Field(ge=0, le=32)] = 0
+    background: Literal["auto", "opaque"] = "auto"  # nothing is transparent here
+    moderation: Ignored = None
+    temperature: PerScale | None = None
+    top_k: CountPerScale | None = None
+    top_p: PerScale | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+class GenerationBody(ImageOptions):
+    """`/v1/images/generations`."""
+
+    style: Ignored = None
+
+
+class EditBody(ImageOptions):
+    """`/v1/images/edits`: images and mask are files of the form, or `images` with addresses in JSON."""
+
+    images: list[dict[Literal["image_url"], str]] = Field(default_factory=list)
+    mask: dict[Literal["image_url"], str] | None = None
+    input_fidelity: Ignored = None  # `image_guidance_scale` says how close an edit stays
+
+
+class ChatBody(Body):
+    """`/v1/chat/completions`."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    modalities: list[Literal["text", "image"]] = ["text"]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Count | None = None
+    max_images: Annotated[int, Field(ge=1)] | None = None
+    image_temperature: PerScale | None = None
+    image_top_k: CountPerScale | None = None
+    image_top_p: PerScale | None = None
+    # OpenAI's, with the one value that asks for nothing.
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
+    logprobs: Literal[False] = False
+    stream_options: dict[str, Any] | None = None
+    metadata: Ignored = None
+    store: Literal[False] = False
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        return self.sampling(temperature=self.image_temperature, top_k=self.image_top_k, top_p=self.image_top_p)
+
+    def interleave_settings(self, limits: Limits) -> dict[str, Any]:
+        """Arguments of the pipeline's `interleave`: text, and images where they are asked for."""
+        if "image" not in self.modalities:
+            return self.text_settings(limits)
+        for name in ("num_inference_steps", "image_guidance_scale"):
+            if getattr(self, name) is not None:
+                raise BadRequest(f'{name} goes with `modalities: ["image"]`, expected none beside text', name)
+        return {**self.text_settings(limits), **self.image_settings, "negative_prompt": self.negative_prompt}
+
+    def text_settings(self, limits: Limits) -> dict[str, Any]:
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.temperature == 0:
+            given = {"temperature": 0.0}  # the best token, of which no share or rank takes anything away
+        settings = {f"text_{name}": value for name, value in given.items() if value is not None}
+        most = self.max_completion_tokens or self.max_tokens
+        return settings if most is None else {**settings, "max_new_tokens": min(most, limits.new_tokens)}
+
+
+def parse(kind: type[Body], data: Any) -> Any:
+    """`data` as a request, or [`BadRequest`] with its first mistake."""
+    if isinstance(data, dict) and kind is ChatBody:
+        for name in TOOLS:
+            if data.pop(name, None) not in (None, [], "none", "auto"):
+                raise BadRequest(f"{name} is not supported: this model calls no tools", name)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"][:2])
+        message = "it is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+        raise BadRequest(f"{name or 'the request'}: {message}"[:300], name or None) from None
+
+
+def check_counts(body: Body, limits: Limits, *, texts: list[str], num_images: int) -> None:
+    """What depends on the limits."""
+    characters = sum(map(len, [*texts, body.negative_prompt]))
+    if characters > limits.prompt_characters:
+        raise BadRequest(f"the prompt has {characters} characters, expected at most {limits.prompt_characters}")
+    if num_images > limits.source_images:
+        raise BadRequest(f"got {num_images} images, expected at most {limits.source_images}", "image")
+    for name in ("n", "max_images"):
+        if (value := getattr(body, name, None) or 0) > limits.images:
+            raise BadRequest(f"{name} is {value}, expected at most {limits.images}", name)
+    if any("\ud800" <= character <= "\udfff" for text in [*texts, body.negative_prompt] for character in text):
+        raise BadRequest("the prompt has half of a surrogate pair, expected Unicode text")
+
+
+def read_image(source: Any, limits: Limits, name: str) -> Image.Image:
+    """An image that a client sent: the bytes of a file, a data URI, or a public address. Never a path."""
+    if isinstance(source, str) and not is_address(source):
+        raise BadRequest(f"{name} is no image: expected a file, a data:image/...;base64, URI or an http(s) address")
+    try:
+        return load_image(
+            source,
+            limits.image_pixels,
+            max_bytes=limits.image_bytes,
+            timeout=limits.fetch_seconds,
+            formats=FORMATS,
+            name=name,
+        )
+    except ValueError as error:
+        raise BadRequest(str(error)[:300]) from error
+
+
+def read_mask(source: Any, limits: Limits) -> Image.Image:
+    """
+    A mask, white where the image changes. As OpenAI has it, that is where the file is transparent; without an alpha
+    channel it is where it is white.
+    """
+    if isinstance(source, str):
+        data = _decode_uri(source)
+        if data is None:
+            return read_image(source, limits, "the mask")
+        source = data
+    try:
+        with open_header(
+            source, limits.image_pixels, max_bytes=limits.image_bytes, formats=FORMATS, name="the mask"
+        ) as image:
+            if not image.has_transparency_data:
+                return read_image(source, limits, "the mask")
+            alpha = image.convert("RGBA").getchannel("A")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadRequest(str(error)[:300], "mask") from error
+    return alpha.point(lambda value: 0 if value else 255)
+
+
+def _decode_uri(text: str) -> bytes | None:
+    if not DATA_URI.match(text):
+        return None
+    try:
+        return base64.b64decode(text.partition(",")[2], validate=True)
+    except binascii.Error as error:
+        raise BadRequest(f"the mask is not base64: {error}", "mask") from error
+
+
+def is_address(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://")) or DATA_URI.match(text) is not None
+
+
+def read_messages(messages: list[dict[str, Any]], limits: Limits) -> tuple[list[dict[str, Any]], list[str], int]:
+    """
+    OpenAI's messages as ours, with a source in place of each image (see [`load_messages`]), their texts, and the
+    number of their images.
+    """
+    read, texts, num_images = [], [], 0
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        role, content = message.get("role"), message.get("content") or []
+        if role not in ("system", "developer", "user", "assistant"):
+            raise BadRequest(f"{where}.role is {role!r:.40}, expected system, user or assistant", "messages")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise BadRequest(f"{where} has tool_calls: this model calls no tools", "messages")
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        # An answer of ours comes back with its images beside its text.
+        content = [*content, *(message.get("images") or [])] if isinstance(content, list) else content
+        if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+            raise BadRequest(f"{where}.content is no string and no list of parts", "messages")
+        parts = [_read_part(part, f"{where}.content") for part in content]
+        texts += [part["text"] for part in parts if part["type"] == "text"]
+        num_images += sum(part["type"] == "image" for part in parts)
+        read.append({"role": "system" if role == "developer" else role, "content": parts})
+    return read, texts, num_images
+
+
+def _read_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "image_url":
+        address = part.get("image_url")
+        address = address.get("url") if isinstance(address, Mapping) else address
+        if isinstance(address, str) and is_address(address):
+            return {"type": "image", "image": address}
+        raise BadRequest(f"{where}: image_url.url is no data:image/...;base64, URI and no http(s) address", "messages")
+    raise BadRequest(f"{where}: a part is {kind!r:.40}, expected text or image_url", "messages")
+
+
+def load_messages(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """The messages with their images loaded."""
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": read_image(part["image"], limits, "an image of the messages")}
+                if part["type"] == "image"
+                else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def encode_image(image: Image.Image, output_format: str = "png", compression: int = 100) -> str:
+    """An image as base64 of a file; `compression` is the quality of JPEG and WebP."""
+    buffer = io.BytesIO()
+    options = {} if output_format == "png" else {"quality": compression}
+    image.save(buffer, format=output_format, **options)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

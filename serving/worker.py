@@ -1,0 +1,326 @@
+"""One thread that owns a pipeline: it takes requests from a bounded queue in batches, and stops what nobody needs.
+
+Requests whose images share a schedule and settings are sampled as one batch. Each image has a generator of its own:
+in float32 it equals the one sampled alone. Knows no HTTP.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+logger = logging.getLogger(__name__)
+
+# What a request can cause: an argument that the pipeline refuses. Anything else is a defect of the server.
+REFUSALS = (ValueError, TypeError)
+
+
+class QueueFull(Exception):
+    """
+    The queue has no place for another request.
+
+    Args:
+        seconds (`int`): When to try again.
+    """
+
+    def __init__(self, seconds: int):
+        super().__init__(f"the queue is full, try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Stopped(Exception):
+    """The worker takes no more requests: the server is shutting down."""
+
+
+class OutOfTime(Exception):
+    """A request was not answered within its time."""
+
+
+@dataclass
+class Partial:
+    """An image of the first scales; `index` counts those that were sent."""
+
+    image: Image.Image
+    index: int
+
+
+@dataclass
+class Images:
+    """The images of a request, and the codes of one of them."""
+
+    images: list[Image.Image]
+    codes_per_image: int
+
+
+@dataclass
+class Done:
+    """The end of an answer that came in parts."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """
+    What a client waits for.
+
+    Args:
+        seed (`int`): Of what is sampled.
+        settings (`dict`): Arguments of the pipeline, with one value for the whole batch.
+        emit (`Callable`): Gets what happens, in the worker's thread: [`Partial`], [`Images`], parts of an answer
+            (`dict`), [`Done`], or an exception. Must not block.
+        seconds (`float`): How long the client waits.
+    """
+
+    seed: int
+    settings: dict[str, Any]
+    emit: Callable[[Any], None] = lambda found: None
+    seconds: float = 600.0
+    submitted: float = field(default_factory=time.monotonic)
+    count: int = 1
+    _is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        """The client is gone: work for it stops after the scale, or the token, that is being sampled."""
+        self._is_cancelled = True
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() - self.submitted > self.seconds
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_cancelled or self.is_late
+
+    @property
+    def key(self) -> Hashable:
+        """Requests with one key can share a batch."""
+        return id(self)
+
+    @staticmethod
+    def run(pipe: Any, requests: list["Request"]) -> None:
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, eq=False)
+class ImageRequest(Request):
+    """
+    Images of one prompt, or of one conversation.
+
+    Args:
+        prompt (`str`, *optional*), messages (`list[dict]`, *optional*): One of the two.
+        images (`list[PIL.Image.Image]`): Source images of the prompt.
+        mask (`PIL.Image.Image`, *optional*): White where the first of them changes.
+        negative_prompt (`str`): What guidance leads away from.
+        schedule (`Hashable`): Tells images apart whose schedules differ.
+        partial_images (`int`): Images to send before the last scale.
+        left_out (`int`): Last scales that are not sampled.
+    """
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    images: list[Image.Image] = field(default_factory=list)
+    mask: Image.Image | None = None
+    negative_prompt: str = ""
+    schedule: Hashable = None
+    partial_images: int = 0
+    left_out: int = 0
+
+    @property
+    def key(self) -> Hashable:
+        settings = tuple(sorted((name, repr(value)) for name, value in self.settings.items()))
+        kind = (self.prompt is None, bool(self.images), self.mask is None)
+        return (ImageRequest, kind, self.schedule, self.count, self.left_out, settings)
+
+    def partial_scales(self, num_scales: int) -> list[int]:
+        """After how many scales an image is sent: evenly spread, before the last."""
+        wanted = self.partial_images
+        scales = (round(num_scales * (index + 1) / (wanted + 1)) for index in range(wanted))
+        return sorted({min(max(scale, 1), num_scales - 1) for scale in scales if num_scales > 1})
+
+    @staticmethod
+    def run(pipe: Any, requests: list["ImageRequest"]) -> None:
+        first, repeats = requests[0], requests[0].count
+        sampled: dict[str, int] = {}
+
+        def after_scale(pipe: Any, step: int, scale: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+            codes, grids = tensors["image_codes"], tensors["image_grids"]
+            sampled["codes"] = codes.shape[1]
+            is_enough = 0 < first.left_out >= pipe.num_timesteps - scale - 1
+            if is_enough or all(request.is_over for request in requests):
+                pipe._interrupt = True
+                return {}
+            for row, request in enumerate(requests):
+                scales = request.partial_scales(pipe.num_timesteps)
+                if scale + 1 in scales and not request.is_over:
+                    own = slice(row * repeats, row * repeats + 1)
+                    (image,) = pipe.decode_codes(codes[own].flatten(), grids[own], num_scales=scale + 1)
+                    request.emit(Partial(image, scales.index(scale + 1)))
+            return {}
+
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        inputs: dict[str, Any] = {"messages": [request.messages for request in requests]}
+        if first.prompt is not None:
+            inputs = {"prompt": [request.prompt for request in requests]}
+            if first.images:
+                inputs["image"] = [request.images for request in requests]
+        if first.mask is not None:
+            inputs["mask_image"] = [request.mask for request in requests]
+        output = pipe(
+            **inputs,
+            negative_prompt=[request.negative_prompt for request in requests],
+            num_images_per_prompt=repeats,
+            generator=[generator for generator in generators for _ in range(repeats)],
+            callback_on_step_end=after_scale,
+            callback_on_step_end_tensor_inputs=["image_codes", "image_grids"],
+            **first.settings,
+        )
+        for row, request in enumerate(requests):
+            if not (pipe.interrupt and request.is_over):
+                images = output.images[row * repeats : (row + 1) * repeats]
+                request.emit(Images(images, sampled.get("codes", 0)))
+
+
+@dataclass(kw_only=True, eq=False)
+class ChatRequest(Request):
+    """The next answer of a conversation, in parts of text and images; without images where `max_images` is 0."""
+
+    messages: list[dict[str, Any]]
+    max_images: int = 0
+
+    @staticmethod
+    def run(pipe: Any, requests: list["ChatRequest"]) -> None:
+        (request,) = requests
+        generator = torch.Generator().manual_seed(request.seed)
+        parts = pipe.interleave(
+            request.messages, request.max_images, generator=generator, stream=True, **request.settings
+        )
+        try:
+            for part in parts:
+                if request.is_over:
+                    return
+                request.emit(part)
+        finally:
+            parts.close()  # and wait until the pipeline is free
+        request.emit(Done())
+
+
+class Worker:
+    """
+    A pipeline and its queue.
+
+    Args:
+        pipe ([`NextFlowPipeline`]): Nobody else may use it meanwhile.
+        max_queue (`int`): Requests that may wait.
+        max_batch (`int`): Images that are sampled together.
+        max_wait (`float`): Seconds that a request waits for others to share its batch.
+        on_batch (`Callable`, *optional*): Called with the requests of each batch before it starts.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        max_queue: int = 64,
+        max_batch: int = 8,
+        max_wait: float = 0.01,
+        on_batch: Callable[[list[Request]], None] | None = None,
+    ):
+        self.pipe = pipe
+        self.max_queue = max_queue
+        self.max_batch = max_batch
+        self.max_wait = max_wait
+        self._on_batch = on_batch
+        self._changed = threading.Condition()
+        self._waiting: list[Request] = []
+        self._is_stopped = False
+        self._seconds = 1.0  # of a batch, as it lately was
+        self._thread = threading.Thread(target=self._work, name="nextflow-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> None:
+        """Puts `request` into the queue, or raises [`QueueFull`] or [`Stopped`]."""
+        with self._changed:
+            if self._is_stopped or not self.is_alive:
+                raise Stopped("the server is shutting down")
+            self._waiting = [waiting for waiting in self._waiting if not self._drop_if_over(waiting)]
+            if len(self._waiting) >= self.max_queue:
+                batches = sum(waiting.count for waiting in self._waiting) / self.max_batch
+                raise QueueFull(max(1, round(batches * self._seconds)))
+            self._waiting.append(request)
+            self._changed.notify()
+
+    def stop(self, *, timeout: float | None = None) -> None:
+        """Takes no more requests, answers those that are here, and ends."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            if self._on_batch is not None:
+                self._on_batch(batch)
+            started = time.monotonic()
+            self._answer(batch)
+            self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
+
+    def _next_batch(self) -> list[Request]:
+        """Waits for a request, and for others of its key; none once the worker is stopped."""
+        with self._changed:
+            while True:
+                self._waiting = [request for request in self._waiting if not self._drop_if_over(request)]
+                if not self._waiting:
+                    if self._is_stopped:
+                        return []
+                    self._changed.wait()
+                    continue
+                first = self._waiting[0]
+                batch, images = [], 0
+                for request in self._waiting:
+                    if request.key == first.key and (not batch or images + request.count <= self.max_batch):
+                        batch.append(request)
+                        images += request.count
+                remaining = first.submitted + self.max_wait - time.monotonic()
+                is_full = images + first.count > self.max_batch or isinstance(first, ChatRequest)
+                if is_full or self._is_stopped or remaining <= 0:
+                    self._waiting = [request for request in self._waiting if request not in batch]
+                    return batch
+                self._changed.wait(remaining)
+
+    def _drop_if_over(self, request: Request) -> bool:
+        if request.is_over:
+            request.emit(OutOfTime(f"the request was not answered within {request.seconds:g} s"))
+        return request.is_over
+
+    def _answer(self, batch: list[Request]) -> None:
+        """Runs a batch. What fails together is tried alone: one request must not fail the others."""
+        try:
+            type(batch[0]).run(self.pipe, batch)
+        except REFUSALS as error:
+            failure: Exception = error
+        except Exception as error:  # a defect, or an accelerator without memory; the server goes on
+            logger.exception("a batch of %d requests failed", len(batch))
+            failure = error
+        else:
+            for request in batch:
+                self._drop_if_over(request)  # interrupted
+            return
+        if len(batch) == 1:
+            batch[0].emit(failure)
+            return
+        for request in batch:
+            if not self._drop_if_over(request):
+                self._answer([request])

@@ -1,0 +1,71 @@
+"""`nextflow-hf serve`: what it refuses, and that SIGTERM lets requests end."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+
+from nextflow_hf.commands import serve
+
+
+def test_an_open_address_needs_a_key(command_line, monkeypatch):
+    monkeypatch.delenv("NEXTFLOW_API_KEY", raising=False)
+    assert "pass --api-key, or set NEXTFLOW_API_KEY" in command_line.mistake("serve", "--host", "0.0.0.0")
+    assert "--max-queue is 0, expected at least 1" in command_line.mistake("serve", "--max-queue", "0")
+
+
+def test_a_missing_package_names_the_extra(command_line, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    for name in ("app", "metrics"):
+        monkeypatch.delitem(sys.modules, f"nextflow_hf.serving.{name}", raising=False)
+    assert 'pip install "nextflow-hf[serve]"' in command_line.mistake("serve")
+
+
+@pytest.mark.parametrize(("model", "name"), [("user/model", "user/model"), ("{folder}/toy", "toy")])
+def test_the_name_of_a_model_has_no_path(model, name, tmp_path):
+    (tmp_path / "toy").mkdir()
+    assert serve.served_name(model.format(folder=tmp_path)) == name
+
+
+def test_sigterm_answers_what_waits(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "nextflow_hf.cli", "serve", "--port", str(port), "--max-wait-ms", "0"]
+    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "nextflow-shapes on" in server.stdout.readline()
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{url}/health")
+                break
+            except OSError:
+                time.sleep(0.1)
+        answers = []
+
+        def ask() -> None:
+            body = json.dumps({"prompt": "a red circle", "n": 8}).encode()
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{url}/v1/images/generations", body, headers)
+            with urllib.request.urlopen(request, timeout=60) as response:
+                answers.append(len(json.load(response)["data"]))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        server.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert answers == [8, 8, 8]
+        assert server.wait(60) == 0
+        assert "all requests answered" in server.stderr.read()
+    finally:
+        server.kill()
