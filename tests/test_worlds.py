@@ -199,6 +199,13 @@ def test_clean_words_are_names_and_people_say_more(sprites):
     assert any(text.isupper() for text in people)
 
 
+def test_a_background_that_stands_first_follows_nothing(sprites):
+    texts = [sample_row(sprites, task, str(n), CANVASES, people=True)[0] for task in TASKS for n in range(150)]
+    said = [value.lower() for row in texts for value in row.columns.values() if isinstance(value, str)]
+    assert any(text.startswith("on ") for text in said)
+    assert not [text for text in said if " of on " in text or " with on " in text or "put on " in text]
+
+
 def test_a_description_settles_the_scene(sprites):
     """No two scenes of one canvas share a clean description."""
     seen: dict = {}

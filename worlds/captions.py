@@ -187,9 +187,13 @@ class Speaker:
 
     def request(self, words: str) -> str:
         """A description as a request."""
-        if not self.people:
-            return self.rng.choice(_CLEAN_REQUESTS).format(words)
-        return self.manner(self.rng.choice(_REQUESTS).format(words))
+        return self.manner(self.fill(_REQUESTS if self.people else _CLEAN_REQUESTS, words))
+
+    def fill(self, templates: Sequence[str], words: str) -> str:
+        """Words in a template; one that begins with its background stands first."""
+        if words.startswith("on "):
+            templates = [template for template in templates if template.startswith("{}")]
+        return self.rng.choice(templates).format(words)
 
     def manner(self, text: str) -> str:
         """Capitals and full stops as people set them; clean text stays."""

@@ -234,4 +234,5 @@ def sample_subject(context: Context) -> Subject:
     names = ("this one",) if len(sprites) == 1 else ("the first one", "the second one")
     parts = [f"{name} {say.place(thing.place)}" for name, thing in zip(names, target.things)]
     words = say.with_background(" and ".join(parts), target.background)
-    return Subject(say.manner(say.choose(("draw {}", "{}", "put {}", "{}, please")).format(words)), sources, target)
+    templates = ("draw {}", "{}", "put {}", "{}, please")[: None if say.people else 1]
+    return Subject(say.manner(say.fill(templates, words)), sources, target)

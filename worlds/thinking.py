@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .captions import COUNT_WORDS, plural, with_article
+from .captions import COUNT_WORDS, Speaker, plural, with_article
 from .edits import sample_edit
 from .questions import Question, sample_questions
 from .sampling import Context
@@ -81,7 +81,7 @@ def sample_implied(context: Context) -> Implied:
         words += f" on a background in the color of {hint}"
     else:
         words += f" on {say.background(background)}"
-    clean = type(say)(context.sprites, rng)
+    clean = Speaker(context.sprites, rng)
     explicit = clean.indefinite(sprite, count=count) + (f" {clean.place(place)}" if place else "")
     explicit += f" on {clean.background(background)}"
     places = (place,) if place else default_places(count, context.canvas)
@@ -145,7 +145,7 @@ def _inference(context: Context) -> str:
 
 def _description(context: Context) -> str:
     scene = context.scene()
-    words = context.say.describe(scene, context.canvas)
+    words = Speaker(context.sprites, context.rng).describe(scene, context.canvas)
     number = COUNT_WORDS[len(scene.things)]
     return f"A picture of {words} shows {number} thing{'' if number == 'one' else 's'}."
 
