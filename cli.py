@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
     "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
     "convert": ("nextflow_hf.commands.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
+    "evaluate": ("nextflow_hf.commands.evaluate", "a model judged by a suite, with tables and contact sheets"),
     "world": (
         "nextflow_hf.commands.world",
         "data sets that are drawn by code, such as scenes of emoji, and their judge",
