@@ -6,7 +6,7 @@ The first of several wordings is the clean one; people use any of them.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .scene import BACKGROUNDS, DEFAULT_BACKGROUND, MAX_THINGS
+from .scene import BACKGROUNDS, DEFAULT_BACKGROUND, MAX_THINGS, RATIOS
 
 
 _PLACES = {
@@ -57,6 +57,7 @@ class Dialect:
         backgrounds (`tuple[str, ...]`): Those of `BACKGROUNDS` that it has.
         default_background (`str`, *optional*):
             Where no words name one. `None`: any of them, which a request then leaves open.
+        ratios (`tuple[tuple[int, int], ...]`): Heights to widths of its images.
         sizes (`tuple[str, ...]`): Those of `SIZES` that it has; a single one is never named.
         most_different (`int`): Different sprites in the scenes that captions request and instructions change.
         edits (`tuple[str, ...]`): Kinds of instructions.
@@ -77,6 +78,7 @@ class Dialect:
 
     backgrounds: tuple[str, ...] = BACKGROUNDS
     default_background: str | None = DEFAULT_BACKGROUND
+    ratios: tuple[tuple[int, int], ...] = RATIOS
     sizes: tuple[str, ...] = ("small", "medium", "large")
     most_different: int = MAX_THINGS
     edits: tuple[str, ...] = ("style", "replace", "background", "add", "remove", "move", "resize", "tone", "count")

@@ -61,7 +61,7 @@ SIZES = {"small": 0.33, "medium": 0.47, "large": 0.85, "tile": 0.25}  # of the s
 MAX_THINGS = 4
 MIN_PIXELS = 16  # of a sprite: below it nobody can tell what it is
 _GRID = 4  # sprites begin at margin + n * grid: the codes of small patches are then alike at every place
-_RATIOS = ((1, 2), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (2, 1))  # height : width
+RATIOS = ((1, 2), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (2, 1))  # height : width
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Scene:
         return cls(data["background"], tuple(things))
 
 
-def canvases(resolution: int, patch_size: int = _GRID) -> list[Canvas]:
+def canvases(resolution: int, patch_size: int = _GRID, ratios: Sequence[tuple[int, int]] = RATIOS) -> list[Canvas]:
     """The sizes of a resolution for ratios from 1:2 to 2:1: whole patches, and about as many pixels as its square."""
     side = resolution // patch_size
     schedule = ScaleSchedule((1, side), patch_size, side**2, max_aspect_ratio=2.0)
-    return [schedule.pixel_size(schedule.nearest_bucket(*ratio), 2) for ratio in _RATIOS]
+    return [schedule.pixel_size(schedule.nearest_bucket(*ratio), 2) for ratio in ratios]
 
 
 def box(thing: Thing, canvas: Canvas) -> tuple[int, int, int]:
@@ -127,7 +127,7 @@ def fits(things: Sequence[Thing], canvas: Canvas) -> bool:
         for index, a in enumerate(boxes)
         for b in boxes[:index]
     )
-    return apart and all(side >= MIN_PIXELS for *_, side in boxes)
+    return apart and all(thing.size == "tile" or side >= MIN_PIXELS for thing, (*_, side) in zip(things, boxes))
 
 
 def default_places(count: int, canvas: Canvas) -> tuple[str, ...]:

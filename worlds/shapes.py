@@ -90,6 +90,7 @@ def _alone(sprites: Sequence[Sprite], backgrounds: Sequence[str]) -> tuple[Scene
 DIALECT = Dialect(
     backgrounds=("white", "black", "pink"),
     default_background=None,
+    ratios=((1, 1),),
     sizes=("tile",),
     most_different=2,
     edits=("style", "background", "add", "remove", "move", "swap"),

@@ -1,4 +1,99 @@
-"""What a vision tokenizer makes of images: PSNR, SSIM and GMSD of each, and where it is asked for r-FID of all.
+"""What a vision tokenizer makes of images: PSNR, SSIM and GMSD of each, and their means.
 
-nextflow-hf evaluate reconstruction MODEL data=path/to/images [features=inception]
+    nextflow-hf evaluate reconstruction MODEL data=path/to/images [count=1000] [resolution=512]
+
+`data` is a description of data sets (a YAML file, as `nextflow-hf extract` reads it), a folder of images, or a data
+set with a column `image`.
 """
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from ..data.mixture import MixtureArguments, load_mixture
+from ..data.pictures import load_pictures
+from .reconstruction import (
+    SSIM_WINDOW,
+    gradient_similarity_deviation,
+    peak_signal_to_noise,
+    structural_similarity,
+)
+from .suite import Answer, Sample, Turn, images_of
+
+
+class ReconstructionSuite:
+    """
+    Every image through the vision tokenizer and back.
+
+    Args:
+        data (`str`): A data description, a folder of images, or a data set.
+        split (`str`), column (`str`, *optional*): Of the data set.
+        count (`int`, *optional*): Only the first so many rows.
+        resolution (`int`, *optional*): Side in pixels of a square image with as many scales.
+    """
+
+    name = "reconstruction"
+
+    def __init__(self, data: str, *, split: str, column: str, count: int | None, resolution: int | None):
+        self.rows = _DescribedImages(data) if Path(data).suffix in (".yaml", ".yml") else None
+        self.rows = self.rows or load_pictures(data, split=split, image_column=column)
+        self.settings = {} if resolution is None else {"resolution": resolution}
+        total = len(self.rows)
+        self.ids = [f"{index:08d}" for index in range(total if count is None else min(count, total))]
+
+    def sample(self, id: str) -> Sample:
+        """One image; the processor opens and resizes it."""
+        image = self.rows[int(id)]["image"]
+        messages = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+        return Sample(id, [Turn("reconstruct", messages)], "reconstruction", settings=self.settings)
+
+    def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
+        """Of the decoded image against the resized one. SSIM is not a number below its window."""
+        true, decoded = (_pixels(image) for image in images_of(answer[0]))
+        values = {
+            "psnr": peak_signal_to_noise(decoded, true),
+            "gmsd": gradient_similarity_deviation(decoded, true),
+        }
+        if min(true.shape[2:]) >= SSIM_WINDOW:
+            values["ssim"] = structural_similarity(decoded, true)
+        return {name: value.item() for name, value in values.items()}
+
+
+class _DescribedImages:
+    """The images of the rows of a mixture, in order."""
+
+    def __init__(self, path: str):
+        self.mixture = load_mixture(MixtureArguments(**yaml.safe_load(Path(path).read_text(encoding="utf-8"))))
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        return [
+            (row, place) for row, images in enumerate(self.mixture["images"]) for place in range(len(images or ()))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, place = self.places[index]
+        return {"image": self.mixture[row]["images"][place]}
+
+
+def _pixels(image: Image.Image) -> torch.FloatTensor:
+    """(1, 3, height, width) in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
+
+def suite(
+    data: str, split: str = "train", column: str = "image", count: int | None = None, resolution: int | None = None
+) -> ReconstructionSuite:
+    """`nextflow-hf evaluate reconstruction`."""
+    return ReconstructionSuite(data, split=split, column=column, count=count, resolution=resolution)
+
+
+__all__ = ["ReconstructionSuite", "suite"]
