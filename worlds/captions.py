@@ -209,7 +209,7 @@ class Speaker:
         parts = [{"size": size, "style": style} for size, style in zip(sizes, styles)]
         if (relation := _facing(scene)) and self.maybe(0.5):
             words = self._related(scene, parts, relation)
-        elif is_usual and not self.maybe(0.25):
+        elif is_usual and (len(places) > self.sprites.dialect.most_different or not self.maybe(0.25)):
             words = self._in_line(scene, parts, canvas)
         else:
             words = self._placed(scene, parts)

@@ -1,11 +1,12 @@
-"""What a vision tokenizer makes of images: PSNR, SSIM and GMSD of each, and their means.
+"""What a vision tokenizer makes of images: PSNR, SSIM and GMSD of each, and r-FID where features are named.
 
-    nextflow-hf evaluate reconstruction MODEL data=path/to/images [count=1000] [resolution=512]
+    nextflow-hf evaluate reconstruction MODEL data=path/to/images [count=1000] [resolution=512] [features=inception]
 
 `data` is a description of data sets (a YAML file, as `nextflow-hf extract` reads it), a folder of images, or a data
 set with a column `image`.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 
 from ..data.mixture import MixtureArguments, load_mixture
 from ..data.pictures import load_pictures
+from .frechet import FeatureStatistics, frechet_distance, load_feature_model
 from .reconstruction import (
     SSIM_WINDOW,
     gradient_similarity_deviation,
@@ -35,13 +37,17 @@ class ReconstructionSuite:
         split (`str`), column (`str`, *optional*): Of the data set.
         count (`int`, *optional*): Only the first so many rows.
         resolution (`int`, *optional*): Side in pixels of a square image with as many scales.
+        features (`str`, *optional*): For r-FID: "inception", or a vision model by folder or Hub id.
     """
 
     name = "reconstruction"
 
-    def __init__(self, data: str, *, split: str, column: str, count: int | None, resolution: int | None):
+    def __init__(
+        self, data: str, *, split: str, column: str, count: int | None, resolution: int | None, features: str | None
+    ):
         self.rows = _DescribedImages(data) if Path(data).suffix in (".yaml", ".yml") else None
         self.rows = self.rows or load_pictures(data, split=split, image_column=column)
+        self.features = features
         self.settings = {} if resolution is None else {"resolution": resolution}
         total = len(self.rows)
         self.ids = [f"{index:08d}" for index in range(total if count is None else min(count, total))]
@@ -62,6 +68,16 @@ class ReconstructionSuite:
         if min(true.shape[2:]) >= SSIM_WINDOW:
             values["ssim"] = structural_similarity(decoded, true)
         return {name: value.item() for name, value in values.items()}
+
+    def summarize(self, answers: Iterable[tuple[Sample, Answer]]) -> dict[str, float]:
+        """`rfid`: the Fréchet distance of the images and their reconstructions, with a feature model."""
+        if self.features is None:
+            return {}
+        model, statistics = load_feature_model(self.features), (FeatureStatistics(), FeatureStatistics())
+        for _, answer in answers:
+            for of_kind, image in zip(statistics, images_of(answer[0]), strict=True):
+                of_kind.update(model([np.array(image)]))
+        return {"rfid": frechet_distance(*statistics)}
 
 
 class _DescribedImages:
@@ -90,10 +106,15 @@ def _pixels(image: Image.Image) -> torch.FloatTensor:
 
 
 def suite(
-    data: str, split: str = "train", column: str = "image", count: int | None = None, resolution: int | None = None
+    data: str,
+    split: str = "train",
+    column: str = "image",
+    count: int | None = None,
+    resolution: int | None = None,
+    features: str | None = None,
 ) -> ReconstructionSuite:
-    """`nextflow-hf evaluate reconstruction`."""
-    return ReconstructionSuite(data, split=split, column=column, count=count, resolution=resolution)
+    """`nextflow-hf evaluate reconstruction`; the arguments of [`ReconstructionSuite`]."""
+    return ReconstructionSuite(data, split=split, column=column, count=count, resolution=resolution, features=features)
 
 
 __all__ = ["ReconstructionSuite", "suite"]

@@ -54,9 +54,9 @@ def _means(scores: list[dict[str, float]]) -> dict:
 
 
 def to_markdown(title: str, summary: dict) -> str:
-    """A table of every group."""
-    lines = [f"# {title}", ""]
-    for group, found in summary.items():
+    """What all answers have together, and a table of every group."""
+    lines = [f"# {title}", "", *(f"{name}: {value:.4f}\n" for name, value in summary["values"].items())]
+    for group, found in summary["groups"].items():
         names = [name for name in found["values"] if name != PASSED]
         rate = ["passed", "95% interval"] if PASSED in found["values"] else []
         lines += [
@@ -80,10 +80,11 @@ def write_report(run: EvaluationRun, description: dict) -> tuple[dict, list[Path
     results = run.rows("results")
     ordered = [results[id] for id in run.suite.ids if id in results]
     summary = {**description, "complete": len(ordered) == len(run.suite.ids), "groups": summarize(ordered)}
+    summary["values"] = run.suite.summarize(run.pairs())
     title = f"{description['suite']}: {len(ordered)} of {len(run.suite.ids)} samples, {description['model']}"
     files = [run.folder / "report.json", run.folder / "report.md"]
     write_json(files[0], summary)
-    write_text(files[1], to_markdown(title, summary["groups"]))
+    write_text(files[1], to_markdown(title, summary))
     answers = run.rows("answers")
     for group in summary["groups"]:
         shown = [row for row in ordered if row["group"] == group][:SHEET_SAMPLES]
@@ -100,7 +101,9 @@ def _draw_tile(run: EvaluationRun, answer: dict, result: dict) -> Image.Image:
     messages = [message for turn in sample.turns for message in turn.messages if message["role"] == "user"]
     given = [image for message in messages for image in images_of(message["content"])]
     outcome = PASS_COLOR if result["scores"].get(PASSED, 1.0) == 1.0 else FAIL_COLOR
-    framed = [(image, GIVEN_COLOR) for image in given] + [(image, outcome) for image in run.images(answer)]
+    framed = [(image, GIVEN_COLOR) for image in given] + [
+        (image, outcome) for parts in run.load(answer) for image in images_of(parts)
+    ]
     words = [text_of(message["content"]) for message in messages]
     words += [f"-> {text}" for parts in answer["answer"] if (text := text_of(parts))]
     columns = max(1, len(framed))

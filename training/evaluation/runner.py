@@ -37,6 +37,7 @@ class EvaluationRun:
 
     def __init__(self, suite: Suite, folder: Path, description: dict[str, Any]):
         self.suite, self.folder, self.seed = suite, folder, description["seed"]
+        self.settings = description.get("settings", {})
         self.state = PartialState()
         file = folder / DESCRIPTION
         if file.exists():
@@ -69,7 +70,7 @@ class EvaluationRun:
         answers = self.rows("answers")
 
         def work(index: int, sample: Sample) -> dict:
-            values = self.suite.score(sample, [self._load(parts) for parts in answers[sample.id]["answer"]])
+            values = self.suite.score(sample, self.load(answers[sample.id]))
             return {"scores": {name: float(value) for name, value in values.items()}}
 
         self._fill("results", work, only=answers)
@@ -84,10 +85,16 @@ class EvaluationRun:
                     found[row["id"]] = row
         return found
 
-    def images(self, row: dict) -> Iterator[Image.Image]:
-        """The images of the answers of a row of `rows("answers")`."""
-        for parts in row["answer"]:
-            yield from (part["image"] for part in self._load(parts) if part["type"] == "image")
+    def pairs(self) -> Iterator[tuple[Sample, Answer]]:
+        """The samples that have answers, in the order of the suite."""
+        rows = self.rows("answers")
+        for id in self.suite.ids:
+            if id in rows:
+                yield self.suite.sample(id), self.load(rows[id])
+
+    def load(self, row: dict) -> Answer:
+        """The answer of a row of `rows("answers")`, with its images."""
+        return [self._load(parts) for parts in row["answer"]]
 
     def _fill(self, kind: str, work: Callable[[int, Sample], dict], only: dict | None = None) -> None:
         done = self.rows(kind)
@@ -114,7 +121,7 @@ class EvaluationRun:
         for index, part in enumerate(parts):
             if part["type"] == "image":
                 info = PngInfo()
-                values = {"prompt": prompt, "seed": str(seed + number), "settings": json.dumps(sample.settings)}
+                values = {"prompt": prompt, "seed": str(seed + number), "settings": json.dumps({**sample.settings, **self.settings})}
                 for name, value in values.items():
                     info.add_itxt(name, value)
                 file = f"{IMAGES}/{sample.id}-{number}-{index}.png"

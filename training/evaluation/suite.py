@@ -6,7 +6,7 @@ command, and which returns a [`Suite`]. It knows no model and no files; the runn
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,6 +76,9 @@ class Suite(Protocol):
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
         """Named values of one answer. "passed" is a rate with an interval in the report; the others are means."""
+
+    def summarize(self, answers: Iterable[tuple[Sample, Answer]]) -> dict[str, float]:
+        """Named values of all answers together, such as a Fréchet distance; often none."""
 
 
 def images_of(parts: list[Part]) -> list:
