@@ -11,9 +11,8 @@ import pytest
 import toy_world
 
 from nextflow_hf import cli
-from nextflow_hf.training.data.extract import parse
+from nextflow_hf.training.data.description import load_images, load_rows, read_description
 from nextflow_hf.training.data.mixture import MixtureArguments, load_mixture
-from nextflow_hf.training.data.pictures import load_pictures
 from nextflow_hf.worlds import artwork, emoji
 from nextflow_hf.worlds.captions import Speaker, caption, plural, read_caption, with_article
 from nextflow_hf.worlds.dataset import TASKS, finish_row, sample_row
@@ -306,8 +305,7 @@ def test_the_command_writes_what_extraction_and_the_tokenizer_read(tmp_path, mon
     assert cli.main(command) == 0  # all is there already
     assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
-    _, mixture, _ = parse([str(folder / "64" / "data.yaml"), "--model", "m", "--output-dir", "codes"])
-    rows = list(load_mixture(mixture))
+    rows = list(load_rows(read_description(folder / "64" / "data.yaml")))
     assert len(rows) == 60 and not [row["error"] for row in rows if row["error"]]
     assert {row["source"] for row in rows} == set(TASKS)
     story = next(row for row in rows if row["source"] == "story")
@@ -316,7 +314,7 @@ def test_the_command_writes_what_extraction_and_the_tokenizer_read(tmp_path, mon
         assert len(row["images"]) == sum(p["type"] == "image" for m in row["messages"] for p in m["content"])
     test = MixtureArguments(sources=[{"path": str(folder / "64/held_out/edit"), "format": "parquet", "task": "edit"}])
     assert len(load_mixture(test)) == 2
-    assert len(load_pictures(folder / "64" / "images" / "train")) == 20
+    assert len(load_images(read_description(folder / "64" / "images" / "train"))) == 20
     first = datasets.load_dataset("parquet", data_files=str(folder / "64/train/edit/*.parquet"), split="train")[0]
     scene = Scene.from_json(json.loads(first["scenes"][-1]))
     assert scene.background in BACKGROUNDS

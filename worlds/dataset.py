@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..atomic import write_text
 from ..processing.reasoning_nextflow import THINKING_PROMPT, join_reasoning
 from .captions import caption
 from .edits import sample_edit, sample_subject
@@ -279,7 +280,7 @@ def write_dataset(
     Args:
         sprites ([`Sprites`]): Of the world.
         folder (`Path`): Gets `train/TASK`, `test/TASK`, `held_out/TASK`, `images/train`, `images/test` with parquet
-            files, and `data.yaml`, which `nextflow-hf extract` takes.
+            files, and `data.yaml`, which every training takes, with `prompts.yaml`, its images from words alone.
         canvases (`list[tuple[int, int]]`): Heights and widths of the images.
         seed (`int`, *optional*, defaults to 0): Of everything.
         rows (`int`, *optional*): Of all training tasks together, in their shares.
@@ -307,12 +308,14 @@ def write_dataset(
         }
         for name, share in chosen.items()
     ]
+    prompts = {**sources[0], "inversion_rate": 0.0, "extra_columns": ["scenes"]}  # text to image alone, and GRPO
+    write_text(folder / "prompts.yaml", yaml.safe_dump({"sources": [prompts]}, sort_keys=False))
     # A tenth of the drawn rows are read instead, as the paper inverts them (§3.3).
     text = yaml.safe_dump(
         {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}, sort_keys=False
     )
-    (folder / "data.yaml").write_text(
-        f"# nextflow-hf extract {folder / 'data.yaml'} --model MODEL --output-dir CODES\n{text}"
+    write_text(
+        folder / "data.yaml", f"# nextflow-hf extract {folder / 'data.yaml'} model=MODEL output_dir=CODES\n{text}"
     )
 
 

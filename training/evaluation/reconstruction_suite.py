@@ -2,22 +2,17 @@
 
     nextflow-hf evaluate reconstruction MODEL data=path/to/images [count=1000] [resolution=512] [features=inception]
 
-`data` is a description of data sets (a YAML file, as `nextflow-hf extract` reads it), a folder of images, or a data
-set with a column `image`.
+`data` is a description of data (a YAML file, as `nextflow-hf extract` reads it; its rows for evaluation), a folder of
+images, or a data set with a column `image`.
 """
 
 from collections.abc import Iterable
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
-from ..data.mixture import MixtureArguments, load_mixture
-from ..data.pictures import load_pictures
+from ..data.description import load_images, read_description
 from .frechet import FeatureStatistics, frechet_distance, load_feature_model
 from .reconstruction import (
     SSIM_WINDOW,
@@ -34,7 +29,6 @@ class ReconstructionSuite:
 
     Args:
         data (`str`): A data description, a folder of images, or a data set.
-        split (`str`), column (`str`, *optional*): Of the data set.
         count (`int`, *optional*): Only the first so many rows.
         resolution (`int`, *optional*): Side in pixels of a square image with as many scales.
         features (`str`, *optional*): For r-FID: "inception", or a vision model by folder or Hub id.
@@ -42,11 +36,8 @@ class ReconstructionSuite:
 
     name = "reconstruction"
 
-    def __init__(
-        self, data: str, *, split: str, column: str, count: int | None, resolution: int | None, features: str | None
-    ):
-        self.rows = _DescribedImages(data) if Path(data).suffix in (".yaml", ".yml") else None
-        self.rows = self.rows or load_pictures(data, split=split, image_column=column)
+    def __init__(self, data: str, *, count: int | None, resolution: int | None, features: str | None):
+        self.rows = load_images(read_description(data), "evaluation")
         self.features = features
         self.settings = {} if resolution is None else {"resolution": resolution}
         total = len(self.rows)
@@ -80,26 +71,6 @@ class ReconstructionSuite:
         return {"rfid": frechet_distance(*statistics)}
 
 
-class _DescribedImages:
-    """The images of the rows of a mixture, in order."""
-
-    def __init__(self, path: str):
-        self.mixture = load_mixture(MixtureArguments(**yaml.safe_load(Path(path).read_text(encoding="utf-8"))))
-
-    @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        return [
-            (row, place) for row, images in enumerate(self.mixture["images"]) for place in range(len(images or ()))
-        ]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row, place = self.places[index]
-        return {"image": self.mixture[row]["images"][place]}
-
-
 def _pixels(image: Image.Image) -> torch.FloatTensor:
     """(1, 3, height, width) in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
@@ -107,14 +78,12 @@ def _pixels(image: Image.Image) -> torch.FloatTensor:
 
 def suite(
     data: str,
-    split: str = "train",
-    column: str = "image",
     count: int | None = None,
     resolution: int | None = None,
     features: str | None = None,
 ) -> ReconstructionSuite:
     """`nextflow-hf evaluate reconstruction`; the arguments of [`ReconstructionSuite`]."""
-    return ReconstructionSuite(data, split=split, column=column, count=count, resolution=resolution, features=features)
+    return ReconstructionSuite(data, count=count, resolution=resolution, features=features)
 
 
 __all__ = ["ReconstructionSuite", "suite"]

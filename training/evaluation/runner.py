@@ -121,7 +121,11 @@ class EvaluationRun:
         for index, part in enumerate(parts):
             if part["type"] == "image":
                 info = PngInfo()
-                values = {"prompt": prompt, "seed": str(seed + number), "settings": json.dumps({**sample.settings, **self.settings})}
+                values = {
+                    "prompt": prompt,
+                    "seed": str(seed + number),
+                    "settings": json.dumps({**sample.settings, **self.settings}),
+                }
                 for name, value in values.items():
                     info.add_itxt(name, value)
                 file = f"{IMAGES}/{sample.id}-{number}-{index}.png"

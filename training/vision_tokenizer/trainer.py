@@ -25,7 +25,7 @@ from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
 from ..common.processes import ProcessesMixin
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_trainer_options
-from ..data.pictures import NextFlowVisionTokenizerCollator
+from ..data.images import NextFlowVisionTokenizerCollator
 from ..evaluation.reconstruction_report import measure_batch
 from .adversary import Adversary, PatchDiscriminator, adaptive_weight
 from .arguments import STAGES, NextFlowVisionTokenizerTrainingArguments

@@ -1,1 +1,0 @@
-"""A teacher, a text tokenizer and a denoiser, small enough for a CPU."""
