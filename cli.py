@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "export": ("nextflow_hf.commands.export", "a run of training as a repository that everything loads"),
     "push": ("nextflow_hf.commands.push", "such a repository to the Hub"),
+    "evaluate": ("nextflow_hf.commands.evaluate", "a model judged by a suite, with tables and contact sheets"),
     "world": (
         "nextflow_hf.commands.world",
         "data sets that are drawn by code, such as scenes of emoji, and their judge",

@@ -1,6 +1,5 @@
 """PSNR, SSIM and the Fréchet distance against independent statements; pictures good and bad; the command's report."""
 
-import json
 import logging
 import sys
 
@@ -11,13 +10,11 @@ import scipy.linalg
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from toy_pipeline import toy_pipeline
 from transformers import AutoImageProcessor, ConvNextConfig, ConvNextImageProcessorPil, ConvNextModel
 
 from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor
 from nextflow_hf.training.data.description import load_images, read_description
 from nextflow_hf.training.data.images import ImageRows, NextFlowImageDataset, NextFlowVisionTokenizerCollator
-from nextflow_hf.training.evaluation import reconstruction_report
 from nextflow_hf.training.evaluation.frechet import FeatureStatistics, frechet_distance, load_feature_model
 from nextflow_hf.training.evaluation.reconstruction import structural_similarity
 
@@ -167,25 +164,3 @@ def test_images_of_a_data_set_on_disk(folder, tmp_path):
     assert torch.equal(data[0]["pixel_values"], data[1]["pixel_values"]) and data.images.bad_rows == [1]
     with pytest.raises(ValueError, match=r"but the columns are \['photo'\]: name it, as in columns: {image: ...}"):
         dataset_of(tmp_path / "saved")
-
-
-def test_the_report_of_a_repository(folder, tmp_path, vision_model):
-    (folder / "2_broken.png").unlink()
-    toy_pipeline().save_pretrained(tmp_path / "model")
-    pipeline = toy_pipeline()
-    arguments = ["--model", tmp_path / "model" / "vision_tokenizer", "--processor", tmp_path / "model" / "processor"]
-    arguments += ["--images", folder, "--output", tmp_path / "report.json", "--features", vision_model]
-    reconstruction_report.main([*map(str, arguments), "--batch-size", "3"])
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["images"] == 5 and report["bad_images"] == 0 and report["rfid"] > 0
-    assert 0 < report["codebook_usage"] <= 1 <= report["codebook_perplexity"]
-    tokenizer, processor = pipeline.vision_tokenizer.eval(), pipeline.processor.image_processor
-    ratios = []
-    for path in sorted(folder.glob("*.png")):
-        inputs = processor(Image.open(path), return_tensors="pt")
-        with torch.no_grad():
-            codes = tokenizer.encode(inputs["pixel_values"], inputs["image_grids"]).image_codes
-            decoded = tokenizer.decode(codes, inputs["image_grids"])
-        mse = ((decoded - inputs["pixel_values"]) / 2).square().mean().item()
-        ratios.append(-10 * np.log10(mse))
-    assert report["psnr"] == pytest.approx(np.mean(ratios), abs=1e-3)
