@@ -38,3 +38,63 @@ def command_line(capsys, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     return CommandLine(capsys)
+
+
+# File -> the mark of its tests. What is not here is the core, which `make check` runs.
+MARKS = {
+    "test_app_browser.py": "browser",
+    "test_atomic.py": "process",
+    "test_capabilities_benchmark.py": "slow",
+    "test_cli_info.py": "process",
+    "test_convert_command.py": "slow",
+    "test_diffusers_citizenship.py": "process",
+    "test_diffusion_decoder_base_models.py": "slow",
+    "test_diffusion_decoder_metrics.py": "slow",
+    "test_diffusion_decoder_trainer.py": "slow",
+    "test_docs.py": "slow",
+    "test_evaluate.py": "slow",
+    "test_every_schedule.py": "slow",
+    "test_examples.py": "slow",
+    "test_extraction.py": "slow",
+    "test_extraction_shards.py": "process",
+    "test_from_nothing.py": "slow",
+    "test_grpo_script.py": "process",
+    "test_grpo_sharded.py": "process",
+    "test_grpo_trainer.py": "slow",
+    "test_hub_export.py": "slow",
+    "test_image_loading.py": "process",
+    "test_interruptions.py": "process",
+    "test_liger.py": "process",
+    "test_muon.py": "process",
+    "test_packaging.py": "process",
+    "test_quantization.py": "slow",
+    "test_reconstruction_report.py": "slow",
+    "test_remote_code.py": "process",
+    "test_serving.py": "process",
+    "test_serving_command.py": "process",
+    "test_serving_engines.py": "process",
+    "test_serving_lmms_eval.py": "process",
+    "test_serving_ray.py": "process",
+    "test_sft_trainer.py": "slow",
+    "test_shapes_training.py": "slow",
+    "test_sharded_training.py": "process",
+    "test_start_up.py": "process",
+    "test_tensor_parallel.py": "process",
+    "test_tokenizer_trainer.py": "slow",
+    "test_train_command.py": "process",
+    "test_train_decoder.py": "slow",
+    "test_train_shapes.py": "process",
+    "test_train_tokenizer.py": "process",
+    "test_training_equivalence.py": "process",
+    "test_training_failures.py": "process",
+    "test_training_keys.py": "slow",
+    "test_user_way.py": "process",
+    "test_worlds.py": "slow",
+    "test_worlds_judge.py": "slow",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if mark := MARKS.get(item.path.name):
+            item.add_marker(mark)
