@@ -14,7 +14,7 @@ import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
-from .prompts_nextflow import NextFlowDrawingPrompt, num_cells, schedule_of
+from .prompts_nextflow import NextFlowImagePrompt, num_cells, schedule_of
 
 
 Grids = Sequence[tuple[int, int]]
@@ -57,7 +57,7 @@ def given_images(
     return [image for image in images for _ in range(num_images_per_prompt)]
 
 
-def source_image(prompt: NextFlowDrawingPrompt, index: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+def source_image(prompt: NextFlowImagePrompt, index: int) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Codes and schedule of an image in the prompt; without its last grid, where that stands there a second time."""
     sources = prompt.image_grids[:-1]
     if not len(sources):
@@ -74,7 +74,7 @@ def source_image(prompt: NextFlowDrawingPrompt, index: int) -> tuple[torch.LongT
 
 
 def with_prefix(
-    prompt: NextFlowDrawingPrompt,
+    prompt: NextFlowImagePrompt,
     image: tuple[torch.LongTensor, torch.LongTensor],
     *,
     size_is_given: bool,
@@ -82,7 +82,7 @@ def with_prefix(
     mask: PIL.Image.Image | None,
     coverage: float,
     footprint: Footprint,
-) -> NextFlowDrawingPrompt:
+) -> NextFlowImagePrompt:
     """The prompt of an image that begins as `image` does: with its first scales, and its cells outside of `mask`."""
     codes, image_grids = image
     given, grids = schedule_of(image_grids), prompt.grids
@@ -102,13 +102,13 @@ def with_prefix(
         return replace(prompt, prefix_codes=codes[: num_cells(given[:kept])]) if kept else prompt
     if len(given) < len(grids):
         raise ValueError(f"`mask_image` needs a whole image, got {len(given)} of its {len(grids)} scales")
-    redrawn = redrawn_cells(mask_pixels(mask, grids), grids, coverage=coverage, footprint=footprint)
+    redrawn = inpainted_cells(mask_pixels(mask, grids), grids, coverage=coverage, footprint=footprint)
     for scale in range(keep_scales or 0):
         redrawn[scale][:] = False
     return replace(prompt, prefix_codes=codes, prefix_mask=~torch.cat(redrawn))
 
 
-def redrawn_cells(
+def inpainted_cells(
     mask: torch.BoolTensor, grids: Grids, *, coverage: float, footprint: Footprint
 ) -> list[torch.BoolTensor]:
     """
@@ -140,4 +140,4 @@ def mask_pixels(mask: PIL.Image.Image, grids: Grids) -> torch.BoolTensor:
     return pixels
 
 
-__all__ = ["given_images", "mask_pixels", "redrawn_cells", "source_image", "with_prefix"]
+__all__ = ["given_images", "mask_pixels", "inpainted_cells", "source_image", "with_prefix"]

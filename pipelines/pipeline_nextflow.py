@@ -35,7 +35,7 @@ from .outputs_nextflow import NextFlowPipelineOutput
 from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, build_messages, has_user_image
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .preview_nextflow import NextFlowPreview
-from .prompts_nextflow import DEFAULT_SETTINGS, NextFlowDrawing, NextFlowDrawingMixin, NextFlowDrawingPrompt, num_cells
+from .prompts_nextflow import DEFAULT_SETTINGS, NextFlowImageBatch, NextFlowImagePrompt, NextFlowStepsMixin, num_cells
 
 
 EXAMPLE_DOC_STRING = """
@@ -82,7 +82,7 @@ EXAMPLE_DOC_STRING = """
 
 class NextFlowPipeline(
     NextFlowConversationMixin,
-    NextFlowDrawingMixin,
+    NextFlowStepsMixin,
     NextFlowLoraLoaderMixin,
     SharedComponentsMixin,
     DiffusionPipeline,
@@ -291,12 +291,12 @@ class NextFlowPipeline(
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("image_codes",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         think: bool = False,
         max_new_tokens: int | None = None,
     ) -> NextFlowPipelineOutput | tuple:
         r"""
-        Draw images. Settings left out come from the transformer's generation config (`image_guidance_scale`,
+        Draw images. Settings left out come from the transformer's generation config (`guidance_scale`,
         `image_temperature`, ...).
 
         Args:
@@ -321,7 +321,7 @@ class NextFlowPipeline(
                 Strength of guidance, also per scale. 1 is none, and costs no unconditional pass. With
                 `image_guidance_scale` it is that of the text alone.
             guidance_schedule (`str`, *optional*): `"constant"`, or `"linear"`: from 1 at the first scale to the value.
-            image_guidance_scale (`float` or `list[float]`, *optional*, defaults to 1.0):
+            image_guidance_scale (`float` or `list[float]`, *optional*):
                 Strength of guidance towards the images that the user shows, also per scale: the more, the closer an
                 edit stays to them. Anything but 1 costs a second unconditional pass, without text and images
                 (InstructPix2Pix).
@@ -377,8 +377,8 @@ class NextFlowPipeline(
                 `pipe._image_guidance_scale` likewise. Codes that it returns are those that the next scale is drawn
                 from; what was drawn from the scales before stays. A preview is
                 `pipe.decode_codes(image_codes.flatten(), image_grids, num_scales=scale + 1)`.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["image_codes"]`):
-                `"image_codes"`: codes so far (images, codes), also as `"latents"`; `"image_grids"`: the schedules
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                `"latents"`: codes so far (images, codes), also as `"image_codes"`; `"image_grids"`: the schedules
                 (images, max_scales, 2), which are for reading.
             think (`bool`, *optional*, defaults to `False`):
                 Let the model write before each image, reasoning and then the prompt that it arrives at, and draw with
@@ -446,7 +446,7 @@ class NextFlowPipeline(
         self._interrupt = False
         self._current = work
 
-    def _prepare(self, call: NextFlowCall) -> NextFlowDrawing:
+    def _prepare(self, call: NextFlowCall) -> NextFlowImageBatch:
         # 1. Check inputs
         call.check(self._callback_tensor_inputs)
         self.check_thinking(call.think, call.max_new_tokens)
@@ -457,19 +457,19 @@ class NextFlowPipeline(
         settings = {name: getattr(call, name) for name in DEFAULT_SETTINGS}
         settings = self.get_image_settings(**settings)
         self._guidance_scale = settings["guidance_scale"]
-        self._image_guidance_scale = 1.0 if call.image_guidance_scale is None else call.image_guidance_scale
-        settings["source_guidance_scale"] = self._image_guidance_scale
+        self._image_guidance_scale = settings["image_guidance_scale"]
 
         # 3. What to draw
         prompts = self._given_codes(call) if call.only_decodes else self._encode(call)
+        settings["image_guidance_scale"] = self._image_guidance_scale
         generators = generator_per_image(call.generator, len(prompts))
         thoughts = final_prompts = None
         if call.think:
             self._begin()
-            prompts, thoughts, final_prompts = self.think_before_drawing(
+            prompts, thoughts, final_prompts = self.think_first(
                 prompts, max_new_tokens=call.max_new_tokens, generators=generators
             )
-        drawing = NextFlowDrawing(
+        drawing = NextFlowImageBatch(
             prompts,
             settings,
             num_scales=call.num_scales,
@@ -502,16 +502,18 @@ class NextFlowPipeline(
         codebook_size = self.transformer.config.codebook_size
         return given_images(call.image_codes, call.image_grids, num_prompts, repeats, codebook_size=codebook_size)
 
-    def _given_codes(self, call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
+    def _given_codes(self, call: NextFlowCall) -> list[NextFlowImagePrompt]:
         """Nothing to draw from: images that are only decoded."""
         images = self._given_images(call, len(call.image_grids), 1)
         nothing = call.image_grids.new_zeros(0)
-        return [NextFlowDrawingPrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
+        return [NextFlowImagePrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
 
-    def _encode(self, call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
+    def _encode(self, call: NextFlowCall) -> list[NextFlowImagePrompt]:
         """The prompt of every image: tokens of the conversations, codes of the images in them, what is kept."""
         messages = build_messages(call.prompt, call.image) if call.messages is None else call.messages
         conversations, _ = self.processor.as_conversations(messages)
+        if call.image_guidance_scale is None and not all(map(has_user_image, conversations)):
+            self._image_guidance_scale = 1.0  # the model's own applies where there are images
         if _guides(self._image_guidance_scale) and not all(map(has_user_image, conversations)):
             raise ValueError(
                 f"`image_guidance_scale` is {self._image_guidance_scale}, which guides towards the user's images, but "
@@ -542,7 +544,7 @@ class NextFlowPipeline(
             return prompts
         return self._keep(call, prompts)
 
-    def _keep(self, call: NextFlowCall, prompts: list[NextFlowDrawingPrompt]) -> list[NextFlowDrawingPrompt]:
+    def _keep(self, call: NextFlowCall, prompts: list[NextFlowImagePrompt]) -> list[NextFlowImagePrompt]:
         """The prompts, with what the call keeps of the images that it redraws."""
         repeats = call.num_images_per_prompt
         num_prompts = len(prompts) // repeats
@@ -588,7 +590,7 @@ class NextFlowPipeline(
         return self.vision_tokenizer.quantizer.upsample(cells, grid, last_grid)[0]
 
     @torch.no_grad()
-    def _draw(self, call: NextFlowCall, drawing: NextFlowDrawing) -> Iterator[tuple[list[int], Any]]:
+    def _draw(self, call: NextFlowCall, drawing: NextFlowImageBatch) -> Iterator[tuple[list[int], Any]]:
         """Draw the images of one schedule together, and yield them with the transformer's scale after each."""
         first_step = 0
         with self.progress_bar(total=self._num_timesteps) as progress:
@@ -601,7 +603,7 @@ class NextFlowPipeline(
                         drawing.image_codes[index] = prompt.prefix_codes[:cells].to(self._execution_device)
                     continue
                 self._guidance_scale = drawing.settings["guidance_scale"]
-                self._image_guidance_scale = drawing.settings["source_guidance_scale"]
+                self._image_guidance_scale = drawing.settings["image_guidance_scale"]
                 generators = drawing.generators
                 scales = self.stream_codes(
                     prompts,
@@ -647,10 +649,10 @@ class NextFlowPipeline(
             scale.plan[index] = replace(
                 scale.plan[index],
                 guidance_scale=at(self._guidance_scale, index),
-                source_guidance_scale=at(self._image_guidance_scale, index),
+                image_guidance_scale=at(self._image_guidance_scale, index),
             )
 
-    def _decode(self, call: NextFlowCall, drawing: NextFlowDrawing) -> list | np.ndarray | torch.Tensor | None:
+    def _decode(self, call: NextFlowCall, drawing: NextFlowImageBatch) -> list | np.ndarray | torch.Tensor | None:
         """The images of the codes, by the decoder that the call names; `None` for `output_type="codes"`."""
         if call.output_type == "codes":
             return None
@@ -676,7 +678,7 @@ class NextFlowPipeline(
         return stack_equal(images)
 
     @torch.no_grad()
-    def _previews(self, call: NextFlowCall, drawing: NextFlowDrawing) -> Iterator[NextFlowPreview]:
+    def _previews(self, call: NextFlowCall, drawing: NextFlowImageBatch) -> Iterator[NextFlowPreview]:
         def preview(members: list[int], count: int, images: Any) -> NextFlowPreview:
             codes = [drawing.image_codes[index] for index in members]
             return NextFlowPreview(
@@ -721,4 +723,4 @@ def _guides(scale: PerScale) -> bool:
     return any(value is not None and value != 1 for value in (scale if isinstance(scale, Sequence) else [scale]))
 
 
-__all__ = ["NextFlowDrawingPrompt", "NextFlowPipeline"]
+__all__ = ["NextFlowImagePrompt", "NextFlowPipeline"]

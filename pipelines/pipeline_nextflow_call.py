@@ -123,7 +123,7 @@ class NextFlowCall:
             check_number(name, getattr(self, name))
         check_per_scale("image_guidance_scale", self.image_guidance_scale)
         self._check_prompt()
-        self._check_redrawing()
+        self._check_inpainting()
         if (self.height is None) != (self.width is None):
             raise ValueError(f"`height` is {self.height} and `width` is {self.width}, expected both or neither")
         if self.height is not None and self.aspect_ratio is not None:
@@ -162,7 +162,7 @@ class NextFlowCall:
             ):
                 raise TypeError(f"`{name}` is {value!r}, expected a string or a non-empty list of strings")
 
-    def _check_redrawing(self) -> None:
+    def _check_inpainting(self) -> None:
         if (self.image_codes is None) != (self.image_grids is None):
             missing = "image_codes" if self.image_codes is None else "image_grids"
             raise ValueError(f"`image_codes` and `image_grids` go together, got no `{missing}`")

@@ -15,18 +15,19 @@ from .helpers_nextflow import call_component, check_per_scale
 from .pipeline_nextflow_call import build_messages
 
 
-# Where neither the call nor the transformer's generation config (`image_<name>`) says anything.
+# Where neither the call nor the transformer's generation config says anything.
 DEFAULT_SETTINGS = {
     "guidance_scale": 1.0,
     "guidance_schedule": "constant",
     "temperature": 1.0,
     "top_k": 0,
     "top_p": 1.0,
+    "image_guidance_scale": 1.0,
 }
 
 
 @dataclass
-class NextFlowDrawingPrompt:
+class NextFlowImagePrompt:
     """
     One image to draw, ready for the transformer.
 
@@ -36,7 +37,7 @@ class NextFlowDrawingPrompt:
             Schedules of the source images, then of the image to draw.
         image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes of the source images.
         negative_input_ids (`torch.LongTensor` of shape `(length,)`, *optional*): The unconditional prompt.
-        imageless ([`NextFlowDrawingPrompt`], *optional*): The unconditional prompt without the user's images.
+        imageless ([`NextFlowImagePrompt`], *optional*): The unconditional prompt without the user's images.
         prefix_codes (`torch.LongTensor` of shape `(codes,)`, *optional*): Given codes of the first scales.
         prefix_mask (`torch.BoolTensor` of shape `(codes,)`, *optional*): Which of them are kept, all by default.
     """
@@ -45,7 +46,7 @@ class NextFlowDrawingPrompt:
     image_grids: torch.LongTensor
     image_codes: torch.LongTensor
     negative_input_ids: torch.LongTensor | None = None
-    imageless: "NextFlowDrawingPrompt | None" = None
+    imageless: "NextFlowImagePrompt | None" = None
     prefix_codes: torch.LongTensor | None = None
     prefix_mask: torch.BoolTensor | None = None
 
@@ -56,12 +57,12 @@ class NextFlowDrawingPrompt:
 
 
 @dataclass
-class NextFlowDrawing:
+class NextFlowImageBatch:
     """
     Images that are being drawn. Lists have an entry for each.
 
     Args:
-        prompts (`list[NextFlowDrawingPrompt]`): What they are drawn from.
+        prompts (`list[NextFlowImagePrompt]`): What they are drawn from.
         settings (`dict`): How, as in [`~NextFlowPipeline.get_image_settings`].
         num_scales (`int`, *optional*): Scales that are wanted, all by default.
         generators (`list[torch.Generator]`, *optional*): For the codes.
@@ -71,7 +72,7 @@ class NextFlowDrawing:
         image_codes (`list[torch.LongTensor]`): Codes (codes,) so far.
     """
 
-    prompts: list[NextFlowDrawingPrompt]
+    prompts: list[NextFlowImagePrompt]
     settings: dict[str, Any]
     num_scales: int | None = None
     generators: list[torch.Generator] | None = None
@@ -120,17 +121,18 @@ class NextFlowDrawing:
         return grids
 
 
-class NextFlowDrawingMixin:
+class NextFlowStepsMixin:
     """The steps of drawing, each a method of the pipeline that users may call on their own."""
 
     def get_image_settings(self, **settings: Any) -> dict[str, Any]:
         """How to draw: what the call says, else the transformer's generation config, else [`DEFAULT_SETTINGS`]."""
-        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
+        for name in ("guidance_scale", "image_guidance_scale", "temperature", "top_k", "top_p"):
             check_per_scale(name, settings.get(name), is_whole=name == "top_k")
         configured = self.transformer.generation_config.to_dict()
         resolved = {}
         for name, default in DEFAULT_SETTINGS.items():
-            candidates = (settings.get(name), configured.get(f"image_{name}"))
+            own = f"image_{name}" if name in ("temperature", "top_k", "top_p") else name
+            candidates = (settings.get(name), configured.get(own))
             resolved[name] = next((value for value in candidates if value is not None), default)
         return resolved
 
@@ -163,7 +165,7 @@ class NextFlowDrawingMixin:
         imageless_conversations: list[list[dict[str, Any]]] | None = None,
         keep_first_size: bool = False,
         **size: Any,
-    ) -> list[NextFlowDrawingPrompt]:
+    ) -> list[NextFlowImagePrompt]:
         """
         Tokens of every conversation, and codes of its images.
 
@@ -203,15 +205,15 @@ class NextFlowDrawingMixin:
         ):
             if keep_first_size and len(grids) > 1:
                 grids = torch.cat([grids[:-1], self.processor.target_image_grids(grids[:1])])
-            prompts.append(NextFlowDrawingPrompt(ids, grids, part, *others))
+            prompts.append(NextFlowImagePrompt(ids, grids, part, *others))
         return prompts
 
     def _count_images(self, inputs: Any) -> list[int]:
         return (inputs["input_ids"] == self.processor.boi_token_id).sum(1).tolist()
 
-    def draw_codes(
+    def generate_codes(
         self,
-        prompts: list[NextFlowDrawingPrompt],
+        prompts: list[NextFlowImagePrompt],
         *,
         generators: list[torch.Generator] | None = None,
         callback: Callable | None = None,
@@ -221,22 +223,22 @@ class NextFlowDrawingMixin:
         Codes (images, codes) of images that share one schedule. Fewer than the schedule has where `callback`, the
         transformer's, stopped early. `settings` as in [`~NextFlowPipeline.get_image_settings`].
         """
-        inputs = {**self._drawing_inputs(prompts), **settings, "generator": generators, "callback": callback}
+        inputs = {**self._image_inputs(prompts), **settings, "generator": generators, "callback": callback}
         output = call_component(self.transformer, "generate_images", **inputs)
         return output.image_codes.view(len(prompts), -1)
 
     def stream_codes(
         self,
-        prompts: list[NextFlowDrawingPrompt],
+        prompts: list[NextFlowImagePrompt],
         *,
         generators: list[torch.Generator] | None = None,
         **settings: Any,
     ) -> Iterator[Any]:
-        """[`~NextFlowPipeline.draw_codes`] step by step: the transformer's iterator over the scales."""
-        inputs = {**self._drawing_inputs(prompts), **settings, "generator": generators}
+        """[`~NextFlowPipeline.generate_codes`] step by step: the transformer's iterator over the scales."""
+        inputs = {**self._image_inputs(prompts), **settings, "generator": generators}
         return call_component(self.transformer, "stream_images", **inputs)
 
-    def _drawing_inputs(self, prompts: list[NextFlowDrawingPrompt]) -> dict[str, torch.Tensor]:
+    def _image_inputs(self, prompts: list[NextFlowImagePrompt]) -> dict[str, torch.Tensor]:
         inputs = self._prompt_inputs(prompts)
         if prompts[0].negative_input_ids is not None:
             # The same images; only the tokens differ.
@@ -256,7 +258,7 @@ class NextFlowDrawingMixin:
                 inputs[name] = torch.stack([getattr(prompt, name) for prompt in prompts])
         return {name: tensor.to(self._execution_device) for name, tensor in inputs.items()}
 
-    def _prompt_inputs(self, prompts: list[NextFlowDrawingPrompt], prefix: str = "") -> dict[str, torch.Tensor]:
+    def _prompt_inputs(self, prompts: list[NextFlowImagePrompt], prefix: str = "") -> dict[str, torch.Tensor]:
         """Prompts as one batch, padded on the left."""
         length = max(len(prompt.input_ids) for prompt in prompts)
         input_ids = torch.full((len(prompts), length), self.processor.tokenizer.pad_token_id)
@@ -308,9 +310,9 @@ def _unpad(inputs: Any) -> list[torch.LongTensor]:
 
 __all__ = [
     "DEFAULT_SETTINGS",
-    "NextFlowDrawing",
-    "NextFlowDrawingMixin",
-    "NextFlowDrawingPrompt",
+    "NextFlowImageBatch",
+    "NextFlowStepsMixin",
+    "NextFlowImagePrompt",
     "num_cells",
     "schedule_of",
 ]

@@ -38,7 +38,7 @@ from .reasoning_nextflow import (
     without_thinking_prompt,
 )
 from .scale_schedule_nextflow import num_cells
-from .target_grids_nextflow import wished_grids, wishes_of
+from .target_grids_nextflow import requested_grids, size_options
 from .tokenizer_extension_nextflow import code_token
 
 
@@ -441,7 +441,7 @@ class NextFlowProcessor(ProcessorMixin):
         data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
         closed = iter(data["image_grids"].tolist() if flat_images else [])
         image_grids, target_grids, replacements = [], [], []
-        wished = functools.cache(functools.partial(self._wished_grids, options))  # once a call: it may warn
+        wished = functools.cache(functools.partial(self._requested_grids, options))  # once a call: it may warn
 
         # 3. Every placeholder becomes the cells of its image
         for index, ids in enumerate(rows):
@@ -471,8 +471,8 @@ class NextFlowProcessor(ProcessorMixin):
                 for values in (ids, in_response[index])
             )
             image_grids += map(self._padded, schedules)
-        if wishes_of(options) and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
-            raise ValueError(f"{wishes_of(options)} describe an image to draw, but no row ends in {self.boi_token}")
+        if size_options(options) and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
+            raise ValueError(f"{size_options(options)} describe an image to draw, but no row ends in {self.boi_token}")
 
         # 4. Padding
         if text_options.get("padding") != "max_length":
@@ -622,10 +622,10 @@ class NextFlowProcessor(ProcessorMixin):
         self, options: dict[str, Any], previous: list[list[list[int]]], wished: Callable[[], list[list[int]]]
     ) -> list[list[int]]:
         """Row of `image_grids` of the image to draw: as wished, else that of the last image before it, else square."""
-        return wished() if wishes_of(options) or not previous else previous[-1]
+        return wished() if size_options(options) or not previous else previous[-1]
 
-    def _wished_grids(self, options: dict[str, Any]) -> list[list[int]]:
-        return wished_grids(
+    def _requested_grids(self, options: dict[str, Any]) -> list[list[int]]:
+        return requested_grids(
             self.image_processor.schedule,
             options,
             resolution=options["images_kwargs"].get("resolution"),

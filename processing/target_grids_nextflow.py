@@ -11,20 +11,20 @@ from .scale_schedule_nextflow import ScaleSchedule
 logger = logging.get_logger(__name__)
 
 
-def wishes_of(options: Mapping[str, Any]) -> list[str]:
+def size_options(options: Mapping[str, Any]) -> list[str]:
     """Names of the options given that describe the image to draw."""
     names = ("target_grids", "aspect_ratio", "height", "width")
     return [name for name in names if options.get(name) is not None]
 
 
-def wished_grids(
+def requested_grids(
     schedule: ScaleSchedule, options: Mapping[str, Any], *, resolution: int | None, default: int
 ) -> list[list[int]]:
     """
     Row of `image_grids` that the options describe; without wishes a square's. Of the `resolution`, where one is given,
     else of the `default` or, for a size in pixels, of one that fits.
     """
-    wishes = wishes_of(options)
+    wishes = size_options(options)
     if len(wishes) > 1 and wishes != ["height", "width"]:
         raise ValueError(f"got {wishes}, expected one of target_grids, aspect_ratio, or height and width")
     num_scales = schedule.num_scales(resolution or default)
@@ -70,4 +70,4 @@ def grids_of_size(
     return schedule.grids(bucket, schedule.num_scales(resolution))
 
 
-__all__ = ["grids_of_size", "wished_grids", "wishes_of"]
+__all__ = ["grids_of_size", "requested_grids", "size_options"]

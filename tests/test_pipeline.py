@@ -12,6 +12,7 @@ from toy_decoder import toy_whole_pipeline
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
+from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import CONFIG_NAMES
 
 
 GUIDED = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 8}
@@ -237,7 +238,7 @@ def test_negative_prompt_changes_the_image(pipe):
 def test_settings_come_from_the_generation_config(pipe, monkeypatch):
     expected = codes_of(pipe, "a", guidance_scale=4.0, temperature=0.7, top_k=3)
     for name, value in {"guidance_scale": 4.0, "temperature": 0.7, "top_k": 3}.items():
-        monkeypatch.setattr(pipe.transformer.generation_config, f"image_{name}", value, raising=False)
+        monkeypatch.setattr(pipe.transformer.generation_config, CONFIG_NAMES[name], value)
     settings = {"guidance_scale": None, "temperature": None, "top_k": None}
     assert codes_of(pipe, "a", **settings) == expected
     assert pipe.guidance_scale == 4.0
