@@ -4,7 +4,7 @@ Reads a list of [`ScaleStep`] and rows whose `<boi>` the cache holds; knows neit
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from .configuration_nextflow import NextFlowConfig
 from .grids_nextflow import check_codes
 from .rope_nextflow import cell_coordinates
-from .sampling_nextflow import ScaleStep, fill_codes, guide, largest_score, sample_codes
+from .sampling_nextflow import PerScale, ScaleStep, fill_codes, guide, largest_score, sample_codes
 
 
 ScaleCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
@@ -67,6 +67,16 @@ class SampledScale:
     @property
     def step(self) -> ScaleStep:
         return self.plan[self.index]
+
+    def change_guidance(self, guidance_scale: PerScale, image_guidance_scale: PerScale) -> None:
+        """Sample the scales to come with other guidance: a number, or a list with an entry for each scale."""
+        for index in range(self.index + 1, len(self.plan)):
+            scales = [
+                value[index] if isinstance(value, (list, tuple)) else value
+                for value in (guidance_scale, image_guidance_scale)
+            ]
+            text, image = (1.0 if scale is None else scale for scale in scales)
+            self.plan[index] = replace(self.plan[index], guidance_scale=text, image_guidance_scale=image)
 
 
 @dataclass

@@ -172,6 +172,53 @@ class NextFlowGenerationMixin(GenerationMixin):
 
     # ---- images
 
+    def get_image_settings(self, config: GenerationConfig | None = None, **given: Any) -> dict[str, Any]:
+        """
+        How images are sampled.
+
+        Args:
+            config ([`GenerationConfig`], *optional*): Defaults to the model's.
+            given: `guidance_scale`, `guidance_schedule`, `image_guidance_scale`, `temperature`, `top_k`, `top_p`. What
+                is missing or `None` comes from the config, else from [`IMAGE_DEFAULTS`].
+
+        Raises:
+            `ValueError`: on a setting that is no number in its range.
+        """
+        config = self.generation_config if config is None else config
+        settings = {}
+        for name, default in IMAGE_DEFAULTS.items():
+            # Not every generation config is one of ours: users assign plain ones.
+            candidates = (given.pop(name, None), getattr(config, CONFIG_NAMES[name], None))
+            settings[name] = next((value for value in candidates if value is not None), default)
+        if given:
+            raise TypeError(f"got {sorted(given)}, expected settings of images: {list(IMAGE_DEFAULTS)}")
+        lengths = [len(value) for value in settings.values() if isinstance(value, (list, tuple))]
+        scale_plan([(1, 1)] * max(lengths, default=1), **settings)
+        return settings
+
+    def _supported_settings(
+        self,
+        config: GenerationConfig,
+        given: dict[str, Any],
+        negative_input_ids: torch.LongTensor | None,
+        imageless_input_ids: torch.LongTensor | None,
+    ) -> dict[str, Any]:
+        """
+        [`get_image_settings`], where guidance that only the config asks for is left out without an unconditional
+        prompt. Guidance that the call asks for is an error then.
+        """
+        settings = self.get_image_settings(config, **given)
+        if given.get("image_guidance_scale") is None and imageless_input_ids is None:
+            settings["image_guidance_scale"] = 1.0
+        if given.get("guidance_scale") is None and negative_input_ids is None and guides(settings["guidance_scale"]):
+            logger.warning_once(
+                f"the generation config has guidance_scale={settings['guidance_scale']}, but without "
+                "negative_input_ids the image is sampled without guidance: pass the unconditional prompt, which the "
+                "processor makes (`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
+            )
+            settings["guidance_scale"] = 1.0
+        return settings
+
     @torch.no_grad()
     def generate_images(
         self,
@@ -270,7 +317,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             "top_k": top_k,
             "top_p": top_p,
         }
-        settings = _image_settings(self.generation_config, given, negative_input_ids, imageless_input_ids)
+        settings = self._supported_settings(self.generation_config, given, negative_input_ids, imageless_input_ids)
         plan = scale_plan(grids, **settings)
         if num_scales is not None and not 1 <= num_scales <= len(plan):
             raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
@@ -310,7 +357,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         config, arguments = self._prepare_generation_config(options.pop("generation_config"), **options)
         refuse_config(config, "image")
         prompts = (arguments.get(name) for name in ("negative_input_ids", "imageless_input_ids"))
-        settings = _image_settings(config, settings, *prompts)
+        settings = self._supported_settings(config, settings, *prompts)
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments = self._end_in_boi(input_ids, arguments, config)
         count = config.num_return_sequences if count is None else count
@@ -479,7 +526,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         )
         has_images = max_images and not stop_at_image
         given = {"guidance_scale": options.get("guidance_scale")} if has_images else IMAGE_DEFAULTS
-        image_settings = _image_settings(config, given, negative["input_ids"], None)
+        image_settings = self._supported_settings(config, given, negative["input_ids"], None)
         options = self._without_image_guidance({**options, "guidance_scale": None})
 
         def plan_for(grids: list[tuple[int, int]]) -> list[ScaleStep]:
@@ -687,34 +734,6 @@ class NextFlowGenerationMixin(GenerationMixin):
         )
         given = {name: value for name, value in repeated.items() if value is not None}
         return input_ids, {**model_kwargs, **given}
-
-
-def _image_settings(
-    config: GenerationConfig,
-    given: dict[str, Any],
-    negative_input_ids: torch.LongTensor | None,
-    imageless_input_ids: torch.LongTensor | None,
-) -> dict[str, Any]:
-    """
-    How to sample an image: as `given`, else as the generation config says, else [`IMAGE_DEFAULTS`]. Guidance that only
-    the generation config asks for needs an unconditional prompt, and is left out without; guidance that the call
-    asks for is an error then.
-    """
-    settings = {}
-    for name, default in IMAGE_DEFAULTS.items():
-        # Not every generation config is one of ours: users assign plain ones.
-        candidates = (given.get(name), getattr(config, CONFIG_NAMES[name], None))
-        settings[name] = next((value for value in candidates if value is not None), default)
-    if given.get("image_guidance_scale") is None and imageless_input_ids is None:
-        settings["image_guidance_scale"] = 1.0
-    if given.get("guidance_scale") is None and negative_input_ids is None and guides(settings["guidance_scale"]):
-        logger.warning_once(
-            f"the generation config has guidance_scale={settings['guidance_scale']}, but without negative_input_ids "
-            "the image is sampled without guidance: pass the unconditional prompt, which the processor makes "
-            "(`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
-        )
-        settings["guidance_scale"] = 1.0
-    return settings
 
 
 def _one_per_row(

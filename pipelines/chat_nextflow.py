@@ -4,7 +4,7 @@ All of it is one call of the transformer's `generate(generation_mode="interleave
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,20 +16,20 @@ from .conversation_generation_nextflow import ImagesBeforeEnding, PartStreamer, 
 from .conversation_nextflow import NextFlowConversation
 from .helpers_nextflow import call_component, check_number, exclusive, exclusively, generator_per_image
 from .outputs_nextflow import NextFlowFramesOutput
+from .prompts_nextflow import NextFlowImagePrompt, NextFlowSteps, PerScale
 
 
 logger = logging.get_logger(__name__)
 
 Messages = list[dict[str, Any]] | list[list[dict[str, Any]]]
 Generators = torch.Generator | list[torch.Generator]
-PerScale = float | int | Sequence[float | int | None]
 
 DEFAULT_MAX_IMAGES = 4
 DEFAULT_MAX_NEW_TOKENS = 512  # where neither the call nor the generation config says anything
 TEXT_SETTINGS = ("temperature", "top_k", "top_p")
 
 
-class NextFlowConversationMixin:
+class NextFlowConversationMixin(NextFlowSteps):
     """
     `chat`, `interleave`, `frames` and `start_conversation`. Where a method draws, `temperature`, `top_k` and `top_p`
     are the images', as in `__call__`, and those of the text have `text_` in front. What is left out comes from the
@@ -272,8 +272,7 @@ class NextFlowConversationMixin:
 
     def think_first(
         self,
-        prompts: list,
-        *,
+        prompts: list[NextFlowImagePrompt],
         max_new_tokens: int | None = None,
         generators: list[torch.Generator] | None = None,
     ) -> tuple[list, list[str], list[str]]:
@@ -281,6 +280,7 @@ class NextFlowConversationMixin:
         The prompts of images to draw, with what the model writes before each; the reasoning and the final prompt that
         this says. It is for the model to begin the image; after `max_new_tokens` it is begun for it.
         """
+        self._begin()
         text = self.get_text_settings(max_new_tokens)
         rows = {"input_ids": [prompt.input_ids[:-1].tolist() for prompt in prompts]}  # without `<boi>`
         inputs = dict(self.processor.tokenizer.pad(rows, padding_side="left", return_tensors="pt"))

@@ -113,6 +113,7 @@ class NextFlowProcessor(ProcessorMixin):
     split_reasoning = staticmethod(split_reasoning)
     without_thinking_prompt = staticmethod(without_thinking_prompt)
     unconditional_messages = staticmethod(unconditional_messages)
+    with_thinking_prompt = staticmethod(with_thinking_prompt)
 
     def __init__(
         self,
