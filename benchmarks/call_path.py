@@ -58,7 +58,9 @@ def main() -> None:
         sys.setprofile(None)
     files = [file for file, _ in path.calls]
     changes = sum(before != after for before, after in zip(files, files[1:], strict=False))
-    print(f"functions {len(set(path.calls))}, files {len(set(files))}, changes of file {changes}, depth {path.deepest}")
+    print(
+        f"functions {len(set(path.calls))}, files {len(set(files))}, changes of file {changes}, depth {path.deepest}"
+    )
     if args.list:
         for (file, function), count in Counter(path.calls).items():
             print(f"{count:5}  {Path(file).relative_to(PACKAGE)}  {function}")

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..processing.reasoning_nextflow import THINKING_PROMPT, join_reasoning
+from ..processing.messages_nextflow import THINKING_PROMPT, join_reasoning
 from .captions import caption
 from .edits import sample_edit, sample_subject
 from .questions import CAPTION_REQUESTS, sample_questions

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ...atomic import write_json, write_text
-from ...processing.reasoning_nextflow import join_reasoning
+from ...processing.messages_nextflow import join_reasoning
 from ..shapes.storylines import MAX_PICTURES
 from .shapes_report import ShapesReport, ShapesResult
 from .shapes_trials import KINDS, Conversation, Part, pictures_of, text_of

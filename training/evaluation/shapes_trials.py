@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...processing.reasoning_nextflow import split_reasoning
+from ...processing.messages_nextflow import split_reasoning
 from ..shapes import CATEGORIES, EDIT_TASKS, Scene, render, sample_edit, sample_prompt, sample_scene
 from ..shapes.captions import pick
 from ..shapes.dataset import (

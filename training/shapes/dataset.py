@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from PIL import Image
 
-from ...processing.reasoning_nextflow import THINKING_PROMPT, join_reasoning
+from ...processing.messages_nextflow import THINKING_PROMPT, join_reasoning
 from .captions import describe, in_split, pick, sample_prompt, sample_scene
 from .edits import Edit, sample_edit
 from .examples import ExamplePairs, sample_examples
