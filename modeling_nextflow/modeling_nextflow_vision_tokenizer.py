@@ -333,7 +333,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             `ValueError`: on pixels that are not finite or do not fit their grids.
         """
         schedules = self._check_pixels(pixel_values, image_grids)
-        noise = self._draw_noise(schedules, generator, pixel_values.device) if self_correction else None
+        noise = self._sample_noise(schedules, generator, pixel_values.device) if self_correction else None
         codes, targets = [None] * len(schedules), [None] * len(schedules)
         for schedule, indices in _group_by_schedule(schedules):
             features = self._sliced(self._encode_features, self._crop(pixel_values, schedule, indices))
@@ -572,7 +572,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             raise ValueError(f"drop_scales has {len(drop_scales)} entries, expected one per scale: {max_scales}")
         return [bool(drop) for drop in drop_scales]
 
-    def _draw_noise(
+    def _sample_noise(
         self,
         schedules: Sequence[Schedule],
         generator: torch.Generator | list[torch.Generator] | None,

@@ -132,9 +132,9 @@ def test_every_option_of_a_record_has_a_type_and_bounds(name):
 
 
 def test_every_recorded_option_is_in_the_table():
-    from nextflow_hf.commands import chat, drawing, frames, interleave, reconstruct
+    from nextflow_hf.commands import chat, frames, images, interleave, reconstruct
 
-    recorded = {name for module in (chat, drawing, frames, interleave, reconstruct) for name in module.RECORDED}
+    recorded = {name for module in (chat, images, frames, interleave, reconstruct) for name in module.RECORDED}
     assert recorded == set(ARGUMENTS)
 
 
