@@ -11,7 +11,7 @@ import torch
 from accelerate.state import DistributedType, PartialState
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from processes import in_processes
 from test_grpo_trainer import Recording, history, make_trainer
@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule
 from toy_pipeline import CODES, toy_pipeline
 
 from nextflow_hf import NextFlowForCausalLM
-from nextflow_hf.training.common.sharding import gather_policy
 
 
 RED = Image.new("RGB", (16, 16), "red")
@@ -58,6 +57,13 @@ def mean_code(images, codes, report_masks=None, **columns) -> list[float]:
     return [row.float().mean().item() / CODES for row in codes]
 
 
+def saved_policy(folder: Path) -> NextFlowForCausalLM:
+    """What a training leaves: a model, or an adapter of the toy."""
+    if not (folder / "adapter_config.json").is_file():
+        return NextFlowForCausalLM.from_pretrained(folder)
+    return PeftModel.from_pretrained(toy_pipeline().transformer, folder).merge_and_unload()
+
+
 def run(folder: Path, count: int, rows: Dataset = TEXTS, **numbers) -> dict:
     """One update on 8 samples of two prompts, of plain gradient descent: the weights move as the gradient says."""
     settings = {
@@ -70,7 +76,8 @@ def run(folder: Path, count: int, rows: Dataset = TEXTS, **numbers) -> dict:
     assert isinstance(trainer.model_wrapped, FSDPModule) == trainer.is_fsdp_enabled
     batch, inputs = trainer.generated[0]
     advantages = batch["advantages"].view(8 // count, -1).expand_as(batch["targets"])
-    model = gather_policy(trainer.accelerator, trainer.model_wrapped)
+    trainer.save_model(str(folder / "saved"))
+    model = saved_policy(folder / "saved") if trainer.is_world_process_zero() else None
     return {
         "prompts": [row["prompt"] for row in inputs],
         "codes": [codes.tolist() for codes in batch["image_codes"]],
