@@ -145,11 +145,12 @@ class ImageRequest(Request):
     @staticmethod
     def run(pipe: Any, requests: list["ImageRequest"]) -> None:
         first, repeats = requests[0], requests[0].count
-        sampled: dict[str, int] = {}
+        is_whole = first.settings.get("decoder") == "diffusion"  # that decoder reads more than codes
+        sampled: dict[str, Any] = {}
 
         def after_scale(pipe: Any, step: int, scale: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
             codes, grids = tensors["image_codes"], tensors["image_grids"]
-            sampled["codes"] = codes.shape[1]
+            sampled.update(codes=codes.shape[1], grids=grids, scales=scale + 1)
             is_enough = 0 < first.left_out >= pipe.num_timesteps - scale - 1
             if is_enough or all(request.is_over for request in requests):
                 pipe._interrupt = True
@@ -177,12 +178,19 @@ class ImageRequest(Request):
             generator=[generator for generator in generators for _ in range(repeats)],
             callback_on_step_end=after_scale,
             callback_on_step_end_tensor_inputs=["image_codes", "image_grids"],
+            output_type="pil" if is_whole else "codes",
             **first.settings,
         )
         for row, request in enumerate(requests):
-            if not (pipe.interrupt and request.is_over):
-                images = output.images[row * repeats : (row + 1) * repeats]
-                request.emit(Images(images, sampled.get("codes", 0)))
+            if request.is_over:
+                continue
+            own = slice(row * repeats, (row + 1) * repeats)
+            if is_whole:
+                images = output.images[own]
+            else:  # each as it would be alone: the last bit of a pixel depends on what is decoded with it
+                codes = output.image_codes.view(len(requests) * repeats, -1)[own].flatten()
+                images = pipe.decode_codes(codes, sampled["grids"][own], num_scales=sampled["scales"])
+            request.emit(Images(images, sampled["codes"]))
 
 
 @dataclass(kw_only=True, eq=False)

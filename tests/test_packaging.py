@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 ISLANDS = ("modeling_nextflow", "processing", "pipelines")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 # Folders of the clone that are no part of the package.
-NOT_SHIPPED = {"tests", "benchmarks", "docs", "examples", "build", "dist", "runs"}
+NOT_SHIPPED = {"tests", "benchmarks", "docs", "examples", "integrations", "build", "dist", "runs"}
 
 
 def island_modules(*islands: str) -> list[Path]:

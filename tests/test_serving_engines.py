@@ -22,7 +22,7 @@ from toy_pipeline import toy_pipeline
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.commands import transformers_cli
 from nextflow_hf.hub_cards import shapes_model_path
-from nextflow_hf.pipelines import pipeline_helpers
+from nextflow_hf.pipelines import helpers_nextflow
 from nextflow_hf.serving import plugins
 
 
@@ -70,9 +70,9 @@ def pipe():
 @pytest.fixture
 def warnings(monkeypatch):
     """What the pipeline warns of, as if for the first time."""
-    pipeline_helpers.warn_once.cache_clear()
+    helpers_nextflow.warn_once.cache_clear()
     said: list[str] = []
-    monkeypatch.setattr(pipeline_helpers.logger, "warning", said.append)
+    monkeypatch.setattr(helpers_nextflow.logger, "warning", said.append)
     return said
 
 

@@ -1,0 +1,91 @@
+"""How far apart the ways of running one model are: images and codes of the same prompts and seeds.
+
+python benchmarks/parity.py                      # the shipped model, in float32, on the CPU
+python benchmarks/parity.py --model path/to/pipeline --device cuda --count 64
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import PipelineQuantizationConfig
+
+from nextflow_hf import NextFlowPipeline
+from nextflow_hf.commands.loading import choose_device, find_model
+from nextflow_hf.serving.worker import ImageRequest, Worker
+
+
+PROMPTS = ("a red circle", "a blue square left of a green circle", "a green triangle", "two yellow circles")
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+
+
+def sample(pipe: NextFlowPipeline, count: int) -> list[np.ndarray]:
+    """Images, each sampled alone."""
+    return [
+        np.asarray(pipe(PROMPTS[seed % 4], generator=torch.Generator().manual_seed(seed)).images[0], int)
+        for seed in range(count)
+    ]
+
+
+def served(pipe: NextFlowPipeline, count: int) -> list[np.ndarray]:
+    """Images of the server's worker, in batches of eight."""
+    found: dict[int, np.ndarray] = {}
+    worker = Worker(pipe, max_queue=count, max_wait=1.0)
+    for seed in range(count):
+        request = ImageRequest(prompt=PROMPTS[seed % 4], seed=seed, settings={})
+        request.emit = lambda answer, seed=seed: found.update({seed: np.asarray(answer.images[0], int)})
+        worker.submit(request)
+    worker.stop()
+    return [found[seed] for seed in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--count", type=int, default=32)
+    args = parser.parse_args()
+    model, device = find_model(args.model), choose_device(args.device)
+
+    def load(attention: str | None = None, **options) -> NextFlowPipeline:
+        pipe = NextFlowPipeline.from_pretrained(model, **{"dtype": torch.float32, **options}).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        if attention is not None:
+            pipe.transformer.set_attn_implementation(attention)
+        return pipe
+
+    def compiled() -> list[np.ndarray]:
+        pipe = load()
+        pipe.transformer.compile_repeated_blocks()
+        return sample(pipe, args.count)
+
+    four_bits = PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit", quant_kwargs=NF4, components_to_quantize=["transformer"]
+    )
+    ways: dict[str, Callable[[], list[np.ndarray]]] = {
+        "sdpa": lambda: sample(load("sdpa"), args.count),
+        "eager": lambda: sample(load("eager"), args.count),
+        "compiled": compiled,
+        "bfloat16": lambda: sample(load(dtype=torch.bfloat16), args.count),
+        "4-bit": lambda: sample(load(quantization_config=four_bits), args.count),
+        "served": lambda: served(load(), args.count),
+    }
+    reference = None
+    for name, way in ways.items():
+        images = way()
+        reference = images if reference is None else reference
+        apart = [np.abs(one - other) for one, other in zip(images, reference, strict=True)]
+        row = {
+            "way": name,
+            "equal": sum(one.max() == 0 for one in apart),
+            "within 1/255": sum(one.max() <= 1 for one in apart),
+            "of": args.count,
+            "mean difference": round(float(np.mean(apart)), 3),
+        }
+        print(json.dumps(row, default=int), flush=True)
+
+
+if __name__ == "__main__":
+    main()
