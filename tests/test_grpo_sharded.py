@@ -57,11 +57,13 @@ def mean_code(images, codes, report_masks=None, **columns) -> list[float]:
     return [row.float().mean().item() / CODES for row in codes]
 
 
-def saved_policy(folder: Path) -> NextFlowForCausalLM:
-    """What a training leaves: a model, or an adapter of the toy."""
-    if not (folder / "adapter_config.json").is_file():
-        return NextFlowForCausalLM.from_pretrained(folder)
-    return PeftModel.from_pretrained(toy_pipeline().transformer, folder).merge_and_unload()
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of what a training leaves: a model, or an adapter of the toy."""
+    if (folder / "adapter_config.json").is_file():
+        model = PeftModel.from_pretrained(toy_pipeline().transformer, folder).merge_and_unload()
+    else:
+        model = NextFlowForCausalLM.from_pretrained(folder)
+    return dict(model.named_parameters())
 
 
 def run(folder: Path, count: int, rows: Dataset = TEXTS, **numbers) -> dict:
@@ -77,13 +79,12 @@ def run(folder: Path, count: int, rows: Dataset = TEXTS, **numbers) -> dict:
     batch, inputs = trainer.generated[0]
     advantages = batch["advantages"].view(8 // count, -1).expand_as(batch["targets"])
     trainer.save_model(str(folder / "saved"))
-    model = saved_policy(folder / "saved") if trainer.is_world_process_zero() else None
     return {
         "prompts": [row["prompt"] for row in inputs],
         "codes": [codes.tolist() for codes in batch["image_codes"]],
         # Of the trained tokens: a process pads to its own longest row.
         "advantages": [row[is_code].tolist() for row, is_code in zip(advantages, batch["targets"] >= 0)],
-        "weights": None if model is None else {n: p.detach().clone().numpy() for n, p in model.named_parameters()},
+        "saved": folder / "saved",
         "memory": history(trainer, "peak_memory_gb/rollout"),
         "reward": history(trainer, "reward"),
     }
@@ -111,10 +112,10 @@ def check(one: dict, parts: list[dict]) -> None:
     for got, expected in zip(advantages, one["advantages"]):
         assert got == pytest.approx(expected, abs=1e-4)
     start = dict(toy_pipeline().transformer.named_parameters())
-    assert max((torch.from_numpy(weight) - start[name]).abs().max() for name, weight in one["weights"].items()) > 1e-3
-    for name, expected in one["weights"].items():
-        got = torch.from_numpy(parts[0]["weights"][name])
-        torch.testing.assert_close(got, torch.from_numpy(expected), atol=1e-5, rtol=1e-5, msg=name)
+    weights, together = saved_weights(one["saved"]), saved_weights(parts[0]["saved"])
+    assert max((weight - start[name]).abs().max() for name, weight in weights.items()) > 1e-3
+    for name, expected in weights.items():
+        torch.testing.assert_close(together[name], expected, atol=1e-5, rtol=1e-5, msg=name)
     assert parts[0]["memory"][0] > 0.01 and parts[0]["reward"] == pytest.approx(one["reward"])
 
 

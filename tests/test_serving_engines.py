@@ -103,7 +103,7 @@ def test_more_steps_than_scales_are_all_scales_with_one_warning(pipe, warnings):
     images = [pipe("a", num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).images[0]
               for steps in (30, 30, 4)]  # fmt: skip
     assert images[0].tobytes() == images[2].tobytes()
-    assert warnings == ["`num_inference_steps` is 30: all 4 scales of the image are drawn"]
+    assert warnings == ["`num_inference_steps` is 30, more than the scales of an image: all are sampled"]
     with pytest.raises(ValueError, match="`num_scales` is 30, expected at most 4"):
         pipe("a", num_scales=30)
 
