@@ -14,8 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from .configuration_nextflow import NextFlowConfig
 from .grids_nextflow import check_codes
-from .rope_nextflow import cell_coordinates
-from .sampling_nextflow import PerScale, ScaleStep, fill_codes, guide, largest_score, sample_codes
+from .sampling_nextflow import PerScale, ScaleStep, largest_score
 
 
 ScaleCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
@@ -89,7 +88,7 @@ class ImageRows:
         mask: (rows, cached), 0 at padding; `None` where no row has any.
         boi_position: (rows, 1), place of `<boi>` on the first rotary axis.
         hidden_states: (rows, cells, hidden) of the last block; its scale's codes are read off them.
-        drawing: Indices of the rows that draw, `None` for all. The others get padding.
+        drawing: Indices of the rows that have an image, `None` for all. The others get padding.
         padding: Tokens of padding before each row; `None` where the cache is not for the drawing alone.
     """
 
@@ -209,18 +208,12 @@ def sample_scales(
         states = [rows.image_states for rows in row_sets]
         given, is_given = prefix[index] if index < len(prefix) else (None, None)
         if given is not None and is_given is None:
-            drawn = given
+            sampled = given
         else:
-            logits = torch.cat([model.image_logits(rows) for rows in states]).float()
-            logits, unconditional, imageless, *_ = [*logits.split(batch), None, None]
-            scales = {"scale": step.guidance_scale, "image_scale": step.image_guidance_scale}
-            logits = guide(logits, unconditional, imageless=imageless, **scales)
+            logits = model.guided_logits(states, step, batch)
             unchecked[index] = largest_score(logits, step)
-            if given is None:
-                drawn = sample_codes(logits, step, generators)
-            else:
-                drawn = fill_codes(logits, step, generators, given, is_given)
-        codes = torch.cat([codes, drawn], dim=1)
+            sampled = model.sample_scale(logits, step, generators, given, is_given)
+        codes = torch.cat([codes, sampled], dim=1)
         if _is_synchronous(codes.device) or index + 1 == len(plan):
             _check_finite(unchecked, plan)
         scale = SampledScale(index, codes, plan)
@@ -231,12 +224,11 @@ def sample_scales(
             _check_finite(unchecked, plan)  # where the plan was cut short
             return
         needed = batch * max(later.num_conditions for later in plan[index + 1 :])
-        cells = drawn.shape[1]
-        embeds = model.model.embed_scale(codes[:, -cells:], image_grids, scale=index + 2, grids=grids)
+        embeds = model.embed_next_scale(codes, image_grids, grids)
         row_sets = [part for rows in first_rows(row_sets, needed) for part in rows.split(embeds.shape[1])]
         image_of_row = torch.arange(needed, device=codes.device) % batch
         for rows, images in zip(row_sets, image_of_row.split([rows.num_images for rows in row_sets])):
-            position_ids = block_position_ids(rows.boi_position + index + 1, grids[index + 1], model)
+            position_ids = model.get_block_position_ids(rows.boi_position + index + 1, grids[index + 1])
             rows.append(model, embeds[images], position_ids)
 
 
@@ -283,15 +275,6 @@ def sample_images(*args, **kwargs) -> torch.LongTensor:
     return codes
 
 
-def block_position_ids(axis: torch.FloatTensor, grid: tuple[int, int], model: PreTrainedModel) -> torch.FloatTensor:
-    """Rotary positions (3, rows, cells) of a block whose step on the first axis is `axis` (rows, 1)."""
-    cell = torch.arange(grid[0] * grid[1], device=axis.device)
-    height, width = (torch.tensor(side, device=axis.device) for side in grid)
-    row, column = cell_coordinates(cell // width, cell % width, height, width, extent=model.config.spatial_rope_extent)
-    axis = axis.expand(-1, len(cell))
-    return torch.stack([axis, row.expand_as(axis), column.expand_as(axis)])
-
-
 def schedule_of(image_grids: torch.LongTensor) -> list[tuple[int, int]]:
     """A row (max_scales, 2) of `image_grids` as a list, without the zero rows past its last scale."""
     return [(height, width) for height, width in image_grids.tolist() if height > 0]
@@ -306,9 +289,7 @@ def split_prefix(
 ) -> list[tuple[torch.LongTensor, torch.BoolTensor | None]]:
     """Codes (batch, codes) of the first scales, and which are taken as they are, scale by scale."""
     if codes is None:
-        if mask is not None:
-            raise ValueError("prefix_mask is given without prefix_codes, expected both or prefix_codes alone")
-        return []
+        raise ValueError("prefix_mask is given without prefix_codes, expected both or prefix_codes alone")
     ends = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist()
     if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
         raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
@@ -347,19 +328,14 @@ def repeat_rows(rows: PromptRows, batch: int) -> PromptRows:
     )
 
 
-def stack_rows(first: PromptRows, second: PromptRows, *, pad_token_id: int) -> PromptRows:
-    """The rows of `first`, then those of `second`, left-padded to one length."""
-    length = max(first.input_ids.shape[1], second.input_ids.shape[1])
-
-    def stack(name: str, value: int) -> torch.LongTensor:
-        tensors = [getattr(rows, name) for rows in (first, second)]
-        return torch.cat([F.pad(tensor, (length - tensor.shape[1], 0), value=value) for tensor in tensors])
-
+def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int) -> PromptRows:
+    """The rows of all parts, one part after the other, left-padded to one length."""
+    missing = [max(rows.input_ids.shape[1] for rows in parts) - rows.input_ids.shape[1] for rows in parts]
     return PromptRows(
-        stack("input_ids", pad_token_id),
-        stack("attention_mask", 0),
-        torch.cat([first.image_codes, second.image_codes]),
-        torch.cat([first.image_grids, second.image_grids]),
+        torch.cat([F.pad(rows.input_ids, (more, 0), value=pad_token_id) for rows, more in zip(parts, missing)]),
+        torch.cat([F.pad(rows.attention_mask, (more, 0)) for rows, more in zip(parts, missing)]),
+        torch.cat([rows.image_codes for rows in parts]),
+        torch.cat([rows.image_grids for rows in parts]),
     )
 
 
@@ -389,7 +365,6 @@ __all__ = [
     "SampledScale",
     "PromptRows",
     "begin_images",
-    "block_position_ids",
     "sample_images",
     "sample_scales",
     "prefill_rows",

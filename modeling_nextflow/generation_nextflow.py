@@ -46,6 +46,7 @@ from .generation_interleaved_nextflow import (
     TextStreamer,
     generate_interleaved,
 )
+from .interface_nextflow import NextFlowSamplingInterface
 from .sampling_nextflow import PerScale, ScaleStep, guide, guides, sample_codes, scale_plan
 
 
@@ -86,7 +87,7 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         return scores
 
 
-class NextFlowGenerationMixin(GenerationMixin):
+class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
     """`generate` in three modes, and [`~NextFlowGenerationMixin.generate_images`]."""
 
     def adjust_generation_fn(self, generation_config: GenerationConfig | None = None, *args, **kwargs) -> None:
@@ -323,13 +324,15 @@ class NextFlowGenerationMixin(GenerationMixin):
             raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
         plan = plan[:num_scales]
         generators = _one_per_row(generator, batch)
-        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
+        prefix = []
+        if prefix_codes is not None or prefix_mask is not None:
+            prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
         rows = self._prompt_rows(input_ids, attention_mask, image_codes, image_grids)
         conditions = max(step.num_conditions for step in plan)
-        others = []
+        parts = [rows]
         if conditions > 1:
             negative = negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
-            others.append(self._negative_rows(rows, *negative))
+            parts.append(self._negative_rows(rows, *negative))
         if conditions > 2:
             if imageless_input_ids is None:
                 raise ValueError(
@@ -337,9 +340,8 @@ class NextFlowGenerationMixin(GenerationMixin):
                     "without its source images"
                 )
             imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
-            others.append(self._negative_rows(rows, *imageless))
-        for other in others:
-            rows = stack_rows(rows, other, pad_token_id=self.config.pad_token_id or 0)
+            parts.append(self._negative_rows(rows, *imageless))
+        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0)
         cells = sum(height * width for height, width in grids[1 : len(plan)])
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
         return sample_scales(self, [prefill_rows(self, rows)], plan, target_grids, generators, prefix)

@@ -366,8 +366,10 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         if self.use_tiling:
             tiles = {"tile_size": self.tile_size, "tile_overlap": int(self.tile_size * self.tile_overlap)}
         decode = functools.partial(self._decode_pixels, **tiles)
-        pixels = [self._sliced(decode, quantized).float().clamp(-1, 1) for quantized in maps]
-        return _pad_maps(pixels, groups)
+        if self.use_slicing:
+            decode = functools.partial(self._sliced, decode)
+        pixels = [decode(quantized).float().clamp(-1, 1) for quantized in maps]
+        return _pad_maps(pixels, groups) if len(pixels) > 1 else pixels[0]
 
     def decode_features(
         self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, *, num_scales: int | None = None

@@ -178,13 +178,11 @@ def sample(
 def _splitmix(seeds: torch.LongTensor, indices: torch.LongTensor) -> torch.LongTensor:
     """Number `indices` of SplitMix64's sequence from `seeds`, in [0, 2**63): on any device, without a state."""
 
-    def fold(bits: torch.LongTensor, shift: int) -> torch.LongTensor:  # an xor with a logical shift, in place
-        return bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1))
-
     bits = seeds + (indices + 1) * (0x9E3779B97F4A7C15 - 2**64)
-    bits = fold(bits, 30).mul_(0xBF58476D1CE4E5B9 - 2**64)
-    bits = fold(bits, 27).mul_(0x94D049BB133111EB - 2**64)
-    return fold(bits, 31).bitwise_and_(2**63 - 1)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1))  # with a logical shift
+        bits.mul_(factor)
+    return bits.bitwise_and_(2**63 - 1)
 
 
 __all__ = [

@@ -401,7 +401,7 @@ class NextFlowPipeline(
         # 1. Check inputs
         image_codes = one_of(image_codes=image_codes, latents=latents)
         num_scales = one_of(num_scales=num_scales, num_inference_steps=num_inference_steps)
-        resolution = self.known_resolution(resolution, height)
+        resolution = resolution and self.known_resolution(resolution, height)
         size = given(height=height, width=width, aspect_ratio=aspect_ratio, resolution=resolution)
         inpainting = given(keep_scales=keep_scales, mask_image=mask_image)
         decoding = given(num_inference_steps=decoder_num_inference_steps, guidance_scale=decoder_guidance_scale)
@@ -413,7 +413,8 @@ class NextFlowPipeline(
         check_prompts(prompt, image, messages, negative_prompt, image_codes, image_grids)
         check_size(**size)
         self.check_outputs(output_type, decoder, decoding, tensor_inputs, stream)
-        self.check_thinking(think, max_new_tokens)
+        if max_new_tokens is not None:
+            self.check_thinking(think, max_new_tokens)
 
         # 2. Settings of sampling, which callbacks see and may change
         names = "guidance_scale", "guidance_schedule", "image_guidance_scale", "temperature", "top_k", "top_p"

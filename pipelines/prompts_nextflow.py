@@ -77,7 +77,9 @@ def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     return list(groups.values())
 
 
-def collate_prompts(prompts: Sequence[NextFlowImagePrompt], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate_prompts(
+    prompts: Sequence[NextFlowImagePrompt], pad_token_id: int, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Inputs of the transformer for images of one schedule: the prompts and what guides them, padded on the left."""
     rows = {"": prompts}
     if prompts[0].negative_input_ids is not None:  # the same images; only the tokens differ
@@ -100,7 +102,7 @@ def collate_prompts(prompts: Sequence[NextFlowImagePrompt], pad_token_id: int) -
     for name in ("prefix_codes", "prefix_mask"):
         if getattr(prompts[0], name) is not None:
             inputs[name] = torch.stack([getattr(prompt, name) for prompt in prompts])
-    return inputs
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def check_prompts(
@@ -278,7 +280,7 @@ class NextFlowSteps(SharedComponentsMixin):
     ) -> list[NextFlowImagePrompt]:
         """Each prompt's tokens, the codes of its images, and the unconditional prompts that guidance needs."""
         processor = self.processor
-        conversations, _ = processor.as_conversations(build_messages(prompt, image) if messages is None else messages)
+        conversations = build_messages(prompt, image) if messages is None else processor.as_conversations(messages)[0]
         texts = one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))
         if guides(self._image_guidance_scale):
             self._check_user_images(conversations, image_guidance_scale)
@@ -304,11 +306,11 @@ class NextFlowSteps(SharedComponentsMixin):
                 f"{missing} of {len(conversations)} prompts have none"
             )
 
-    def known_resolution(self, resolution: int | None, height: int | None) -> int | None:
+    def known_resolution(self, resolution: int, height: int | None) -> int | None:
         """`resolution`, or the nearest that the model has: engines send a default of their own."""
-        known = self.processor.image_processor.schedule.resolutions if resolution is not None else ()
         check_numbers(resolution=resolution)
-        if resolution is None or resolution in known:
+        known = self.processor.image_processor.schedule.resolutions
+        if resolution in known:
             return resolution
         if height is not None:
             warn_once(f"`resolution` is {resolution}, which is none of {known}: `height` and `width` say the size")
@@ -329,7 +331,8 @@ class NextFlowSteps(SharedComponentsMixin):
         Codes (images, codes) of images that share one schedule. Fewer than the schedule has where `callback`, the
         transformer's, stopped early. `settings` as in [`~NextFlowPipeline.get_image_settings`].
         """
-        inputs = self._inputs(prompts) | settings | {"generator": generators, "callback": callback}
+        inputs = collate_prompts(prompts, self.processor.tokenizer.pad_token_id, self._execution_device)
+        inputs |= {**settings, "generator": generators, "callback": callback}
         output = call_component(self.transformer, "generate_images", **inputs)
         return output.image_codes.view(len(prompts), -1)
 
@@ -341,12 +344,9 @@ class NextFlowSteps(SharedComponentsMixin):
         **settings: Any,
     ) -> Iterator[Any]:
         """[`~NextFlowPipeline.generate_codes`] step by step: the transformer's iterator over the scales."""
-        inputs = self._inputs(prompts) | settings | {"generator": generators}
+        inputs = collate_prompts(prompts, self.processor.tokenizer.pad_token_id, self._execution_device)
+        inputs |= {**settings, "generator": generators}
         return call_component(self.transformer, "stream_images", **inputs)
-
-    def _inputs(self, prompts: list[NextFlowImagePrompt]) -> dict[str, torch.Tensor]:
-        device, pad = self._execution_device, self.processor.tokenizer.pad_token_id
-        return {name: tensor.to(device) for name, tensor in collate_prompts(prompts, pad).items()}
 
     def decode_codes(
         self,

@@ -268,7 +268,8 @@ class NextFlowProcessor(ProcessorMixin):
         draws = mode in ("image", "interleaved") and tokenize and return_dict
         mark_responses = return_labels or return_assistant_tokens_mask
         add_generation_prompt = add_generation_prompt or (mode is not None and not continue_final_message)
-        self._check_template(template, variables, tools)
+        if variables or tools:
+            self._check_template(template, variables, tools)
         if negative_prompt and not draws:
             raise ValueError(
                 "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that samples images, got "

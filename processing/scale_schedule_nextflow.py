@@ -191,7 +191,7 @@ def requested_grids(
         grids = grids_of_size(schedule, options["height"], options["width"], resolution=resolution, default=default)
     else:
         grids = schedule.grids(schedule.nearest_bucket(1, 1), num_scales)
-    return schedule.image_grids([grids])[0]
+    return [list(grid) for grid in grids]
 
 
 def grids_of_size(

@@ -15,7 +15,6 @@ from transformers import DynamicCache
 from ...modeling_nextflow.sampling_nextflow import sample
 from ...pipelines.pipeline_nextflow import NextFlowImagePrompt, NextFlowPipeline
 from ..rewards.combination import one_line
-from .policy import text_ids
 
 
 @dataclass
@@ -171,7 +170,7 @@ def think(
     codes = torch.cat([prompt.image_codes for prompt in prompts]).to(device)
     images = {"image_grids": sources, "image_codes": codes} if len(sources) else {}
     positions = model.model.get_position_ids(ids, image_grids=images.get("image_grids"), attention_mask=mask)
-    allowed, cache = text_ids(model), DynamicCache(config=config)
+    allowed, cache = model.get_text_ids(), DynamicCache(config=config)
     inputs = {"input_ids": ids, **images}
     thoughts: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_tokens):
