@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -23,24 +24,23 @@ COMMANDS = {
     "info": ("nextflow_hf.commands.info", "what a model is, and needs; how an image was made"),
     "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
     "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
-    "convert": ("nextflow_hf.commands.convert", "TokenFlow's tokenizers and Qwen's language models as NextFlow's"),
+    "convert": (
+        "nextflow_hf.commands.convert",
+        "a pipeline to train, of a Qwen language model and a vision tokenizer",
+    ),
+    "export": ("nextflow_hf.commands.export", "a run of training as a repository that everything loads"),
+    "push": ("nextflow_hf.commands.push", "such a repository to the Hub"),
+    "evaluate": ("nextflow_hf.commands.evaluate", "a model judged by a suite, with tables and contact sheets"),
     "world": (
         "nextflow_hf.commands.world",
         "data sets that are drawn by code, such as scenes of emoji, and their judge",
     ),
     "extract": (
-        "nextflow_hf.training.data.extract",
+        "nextflow_hf.commands.extract",
         "data sets as shards of tokens and codes",
     ),
-    "train": (
-        "nextflow_hf.training.transformer.train",
-        "train the transformer by a recipe",
-    ),
-    "train-tokenizer": (
-        "nextflow_hf.training.vision_tokenizer.train",
-        "one stage of a vision tokenizer's training, by a recipe",
-    ),
-    "train-decoder": ("nextflow_hf.training.diffusion_decoder.train", "train a diffusion decoder by a recipe"),
+    "train": ("nextflow_hf.commands.train", "train any part of a model, by a recipe"),
+    "memory": ("nextflow_hf.commands.memory", "what a training takes of a GPU's memory"),
 }
 
 
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=summary, add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     module, _ = COMMANDS[arguments.command]
+    # On every start it would tell of a kernel for CPUs that it did not find.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module(module).main(rest) or 0
     except ModuleNotFoundError as error:

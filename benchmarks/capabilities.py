@@ -119,7 +119,7 @@ def load(args: argparse.Namespace) -> tuple[Any, argparse.Namespace]:
     """The pipeline, and the options with what was chosen."""
     from nextflow_hf.commands.loading import load_pipeline
 
-    chosen = argparse.Namespace(**{**vars(args), "revision": None, "quiet": True, "lora": None})
+    chosen = argparse.Namespace(**{**vars(args), "revision": None, "quiet": True, "vision_tokenizer": None})
     return load_pipeline(chosen), chosen
 
 

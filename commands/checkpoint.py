@@ -4,9 +4,10 @@ Modules are built on the meta device, where a parameter is a shape.
 """
 
 import json
+import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ..modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ..modeling_nextflow.generation_configuration_nextflow import IMAGE_DEFAULTS, NextFlowGenerationConfig
 from ..processing.image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing.scale_schedule_nextflow import num_cells
-from .loading import HUB_ID, find_model
+from .folders import HUB_ID, kind_of, read_run
+from .loading import find_model
 
 
 # Names of types in safetensors' headers.
@@ -46,8 +48,14 @@ ALONE = {
 
 def read_checkpoint(model: str | None, *, revision: str | None = None) -> Path:
     """The folder of a model: itself, or what the Hub has of it but the weights."""
-    if model is not None and (Path(model) / "config.json").is_file():
-        return Path(model)
+    if (
+        model is not None
+        and Path(model).is_dir()
+        and kind_of(Path(model)) in ("run", "transformer", "vision tokenizer")
+    ):
+        run = read_run(model)
+        if not run.is_adapter:
+            return run.result
     found = find_model(model)
     if Path(found).is_dir() or not HUB_ID.fullmatch(found):
         return Path(found)
@@ -92,8 +100,9 @@ def _model_index(folder: Path) -> tuple[dict[str, list[str]], str]:
     file = folder / "model_index.json"
     if file.is_file():
         index = json.loads(file.read_text(encoding="utf-8"))
+        class_name = index.pop("_class_name")
         entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and all(entry)}
-        return dict(sorted(entries.items())), index["_class_name"]
+        return dict(sorted(entries.items())), class_name[-1] if isinstance(class_name, list) else class_name
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind not in ALONE:
         raise ValueError(f"{folder} is a {kind}, expected a NextFlow pipeline, transformer or vision tokenizer")
@@ -132,7 +141,9 @@ def _build(folder: Path, library: str, class_name: str) -> nn.Module | None:
     libraries = {"nextflow_hf": nextflow_hf, "diffusers": diffusers, "transformers": transformers}
     if library.split(".")[0] not in libraries:
         raise ValueError(f"model_index.json has a {class_name} of {library}, expected one of {sorted(libraries)}")
-    component = getattr(libraries[library.split(".")[0]], class_name)
+    # A standalone repository names ours as classes of transformers and diffusers.
+    is_ours = class_name in nextflow_hf.__all__
+    component = getattr(nextflow_hf if is_ours else libraries[library.split(".")[0]], class_name)
     with torch.device("meta"):
         if issubclass(component, PreTrainedModel):
             return component(component.config_class.from_pretrained(folder))
@@ -141,19 +152,39 @@ def _build(folder: Path, library: str, class_name: str) -> nn.Module | None:
     return None
 
 
-def _sizes_in_files(folder: Path) -> Counter:
-    """How many numbers of each type the weights in a folder have."""
-    sizes: Counter = Counter()
+def check_weights(folder: Path) -> None:
+    """Raises `ValueError` where the files of a component of ours lack tensors that its configuration describes."""
+    for name, entry in _model_index(folder)[0].items():
+        where = _component_folder(folder, name)
+        module = _build(where, *entry) if entry[1].startswith("NextFlow") else None
+        if module is None:
+            continue
+        saved = {tensor: entry["shape"] for tensor, entry in _tensors_in_files(where)}
+        tied = getattr(module, "_tied_weights_keys", None) or {}
+        missing = [
+            key
+            for key, tensor in module.state_dict().items()
+            if saved.get(key) != list(tensor.shape) and key not in tied
+        ]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(f"the files of the {name} in {where} lack {', '.join(missing[:3])}{more}")
+
+
+def _tensors_in_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and description of every tensor in the weights of a folder."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for side in tensor["shape"]:
-                    count *= side
-                sizes[DTYPES.get(tensor["dtype"], tensor["dtype"])] += count
+        yield from ((name, tensor) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _sizes_in_files(folder: Path) -> Counter:
+    """How many numbers of each type the weights in a folder have."""
+    sizes: Counter = Counter()
+    for _, tensor in _tensors_in_files(folder):
+        sizes[DTYPES.get(tensor["dtype"], tensor["dtype"])] += math.prod(tensor["shape"])
     return sizes
 
 

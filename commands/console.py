@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -21,6 +21,13 @@ MISTAKES = (ValueError, OSError, ImportError, SafetensorError)  # the last is of
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where nothing else waits for it: ends a command as Ctrl-C does."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises a mistake in place of printing the usage and ending the process: for [`one_line_mistakes`]."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 class Console:

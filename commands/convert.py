@@ -1,10 +1,10 @@
 """Released weights of others as NextFlow's:
 
+    nextflow-hf convert qwen Qwen/Qwen2.5-VL-7B-Instruct model --vision-tokenizer tokenflow_clipb_32k_enhanced.pt
     nextflow-hf convert tokenflow tokenflow_clipb_32k_enhanced.pt vision_tokenizer
-    nextflow-hf convert qwen Qwen/Qwen2.5-VL-7B-Instruct transformer --vision-tokenizer vision_tokenizer
 
-`--dry-run` says what would go where, and how large the result is. It writes nothing, and of a model on the Hub it
-reads the names and shapes alone.
+The first writes a complete pipeline, which training starts from; the second a vision tokenizer alone. `--dry-run` says
+what would go where, and how large the result is. It writes nothing, and reads no weights of a model on the Hub.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from .console import one_line_mistakes
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+
+    from ..modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
+    from ..processing.processing_nextflow import NextFlowProcessor
 
 
 LEFT_BEHIND, NEW = "(left behind)", "(new)"
@@ -27,11 +29,11 @@ LEFT_BEHIND, NEW = "(left behind)", "(new)"
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nextflow-hf convert", description="Released weights of others as NextFlow's."
+        prog="nextflow-hf convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sources = parser.add_subparsers(dest="source", metavar="source", required=True)
 
-    tokenflow = sources.add_parser("tokenflow", help="a TokenFlow tokenizer as a NextFlowVisionTokenizer")
+    tokenflow = sources.add_parser("tokenflow", help="a TokenFlow tokenizer as a vision tokenizer")
     tokenflow.add_argument("checkpoint", type=Path, help="tokenflow_*.pt, or its weights as safetensors")
     tokenflow.add_argument(
         "--image-size", type=int, help="pixels a side: 224 or 256 (default) with CLIP, 384 with SigLIP"
@@ -40,13 +42,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
     )
 
-    qwen = sources.add_parser(
-        "qwen", help="a Qwen language model as the NextFlowForCausalLM that training starts from"
-    )
+    qwen = sources.add_parser("qwen", help="a Qwen language model as the pipeline that training starts from")
     qwen.add_argument("model", help="folder or Hub id of a Qwen2.5-VL, Qwen2.5, Qwen3 or Qwen3-VL, dense")
-    qwen.add_argument("--vision-tokenizer", required=True, help="folder or Hub id: its codebook becomes the embedding")
+    qwen.add_argument(
+        "--vision-tokenizer",
+        required=True,
+        metavar="SOURCE",
+        help="folder or Hub id of a vision tokenizer, or of a pipeline with one, or TokenFlow's .pt; its codebook "
+        "becomes the embedding of image codes",
+    )
     qwen.add_argument("--revision", help="of the model on the Hub")
-    qwen.add_argument("--image-token-id", type=int, help="placeholder of image cells; default: Qwen's <|image_pad|>")
     qwen.add_argument("--seed", type=int, default=0, help="of the new rows and modules; default: %(default)s")
     qwen.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as in the files"
@@ -74,11 +79,18 @@ def convert_tokenflow(args: argparse.Namespace) -> None:
     import torch
 
     from ..conversion import from_tokenflow as conversion
+    from ..conversion.assemble import image_processor_for
+    from ..hub_cards.export import export_vision_tokenizer
 
     dtype = getattr(torch, args.dtype)
     print(f"reading {args.checkpoint}", flush=True)
     if not args.dry_run:
-        save(conversion.from_tokenflow(args.checkpoint, image_size=args.image_size, dtype=dtype), args)
+        model = conversion.from_tokenflow(args.checkpoint, image_size=args.image_size, dtype=dtype)
+        print_size(model.parameters())
+        export_vision_tokenizer(
+            model, image_processor_for(model.config), args.output, max_shard_size=args.max_shard_size
+        )
+        print(f"written: {args.output.resolve()}, a vision tokenizer: `nextflow-hf reconstruct --model` shows it")
         return
     state = {name: tensor.to("meta") for name, tensor in conversion.load_tokenflow(args.checkpoint).items()}
     config = conversion.config_from_tokenflow(state, image_size=args.image_size)
@@ -93,33 +105,50 @@ def convert_tokenflow(args: argparse.Namespace) -> None:
 
 
 def convert_qwen(args: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
+    from ..conversion import assemble
+    from ..conversion.from_qwen import check_source, checkpoint_folder, from_qwen
+    from ..hub_cards.cards import converted_card
+    from ..hub_cards.export import export_pipeline
+    from ..pipelines.pipeline_nextflow import NextFlowPipeline
+
+    print(f"reading {args.model}", flush=True)
+    check_source(source := AutoConfig.from_pretrained(args.model, revision=args.revision))
+    vision_tokenizer = assemble.load_vision_tokenizer(args.vision_tokenizer)
+    processor = assemble.make_processor(
+        assemble.load_image_processor(args.vision_tokenizer, vision_tokenizer.config),
+        assemble.load_text_tokenizer(args.model, revision=args.revision),
+        text_vocab_size=source.get_text_config().vocab_size,
+        codebook_size=vision_tokenizer.config.codebook_size,
+    )
+    fields = assemble.transformer_fields(processor, vision_tokenizer)
+    if args.dry_run:
+        plan_qwen(args, source, fields)
+        print_parts(args, processor, vision_tokenizer.config)
+        return
+    model = from_qwen(
+        checkpoint_folder(args.model, revision=args.revision),
+        vision_tokenizer.codebook.detach(),
+        dtype=args.dtype,
+        seed=args.seed,
+        config_overrides=fields,
+    )
+    print_parts(args, processor, vision_tokenizer.config)
+    print_size(model.parameters())
+    pipeline = NextFlowPipeline(model, vision_tokenizer, processor)
+    card = converted_card(pipeline, args.output.name, args.model, args.vision_tokenizer)
+    export_pipeline(pipeline, args.output, card, max_shard_size=args.max_shard_size)
+    print(f"written: {args.output.resolve()}, a pipeline. It cannot draw yet: train it")
+
+
+def plan_qwen(args: argparse.Namespace, source: object, fields: dict) -> None:
     import torch
 
     from ..conversion import from_qwen as conversion
-    from ..modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
-    from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 
-    tokenizer_config = NextFlowVisionTokenizerConfig.from_pretrained(args.vision_tokenizer)
-    overrides = {name: getattr(tokenizer_config, name) for name in ("semantic_code_dim", "pixel_code_dim")}
-    if args.image_token_id is not None:
-        overrides["image_token_id"] = args.image_token_id
-    print(f"reading {args.model}", flush=True)
-    if not args.dry_run:
-        vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(args.vision_tokenizer)
-        codebook = vision_tokenizer.codebook.detach()
-        overrides["vision_tokenizer_fingerprint"] = vision_tokenizer.get_codes_fingerprint()
-        model = conversion.from_qwen(
-            args.model,
-            codebook,
-            dtype=args.dtype,
-            seed=args.seed,
-            config_overrides=overrides,
-            revision=args.revision,
-        )
-        save(model, args)
-        return
-    source, state = conversion.read_shapes(args.model, revision=args.revision)
-    config = conversion.config_from_qwen(source, codebook_size=tokenizer_config.codebook_size, **overrides)
+    _, state = conversion.read_shapes(args.model, revision=args.revision)
+    config = conversion.config_from_qwen(source, **fields)
     model = conversion.empty_model(config)
     converted = conversion.convert_qwen(state, model, tied=source.tie_word_embeddings)
     names = {id(tensor): name for name, tensor in state.items()}
@@ -128,19 +157,23 @@ def convert_qwen(args: argparse.Namespace) -> None:
     rows += [(name, tensor.shape, LEFT_BEHIND) for name, tensor in state.items() if name not in used]
     rows += [(NEW, tensor.shape, name) for name, tensor in model.state_dict().items() if name not in converted]
     print_plan(rows)
+    dtype = state[rows[0][0]].dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    print_size(model.to(dtype).parameters())
+
+
+def print_parts(
+    args: argparse.Namespace, processor: "NextFlowProcessor", vision_tokenizer: "NextFlowVisionTokenizerConfig"
+) -> None:
+    """The parts of the pipeline, and where they are from."""
+    codes, total, images = vision_tokenizer.codebook_size, len(processor.tokenizer), processor.image_processor
+    print(f"vocabulary of {total}: {total - codes - 2} of text from {args.model}, {codes} codes, <boi> and <eoi>")
+    scales = images.schedule.num_scales(images.resolution)
     print(
-        f"vocabulary of {config.vocab_size}: {config.text_vocab_size} of text, {config.codebook_size} codes, 2 marks"
+        f"images of {images.resolution} x {images.resolution} pixels and {len(images.schedule.buckets)} shapes, in "
+        f"{scales} scales, by {args.vision_tokenizer}"
     )
-    print_size(model.to(state[rows[0][0]].dtype if args.dtype == "auto" else getattr(torch, args.dtype)).parameters())
-
-
-def save(model: "PreTrainedModel", args: argparse.Namespace) -> None:
-    print_size(model.parameters())
-    from ..atomic import replaced_folder
-
-    with replaced_folder(args.output) as staging:
-        model.save_pretrained(staging, max_shard_size=args.max_shard_size)  # with a progress bar over its files
-    print(f"written: {args.output.resolve()}")
+    for part, place in (("transformer and processor", ""), ("vision tokenizer", "vision_tokenizer")):
+        print(f"{part} -> {args.output / place}")
 
 
 def print_plan(rows: Iterable[tuple[str, Sequence[int], str]]) -> None:

@@ -5,21 +5,21 @@ import hashlib
 import importlib.util
 import json
 import platform
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from .folders import HUB_ID, check_pipeline, kind_of, read_run
 from .options import SHIPPED_MODEL
 
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from .. import NextFlowPipeline
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SAMPLED_VALUES = 256  # of each tensor, for a fingerprint
 
 
@@ -32,20 +32,11 @@ def find_model(model: str | None) -> str:
             return str(shapes_model_path())
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{error}\nThis installation comes without the model: train one "
-                "(`python -m nextflow_hf.training.train_shapes`), or pass --model."
+                f"{error}\nThis installation comes without the model: train one, or pass --model."
             ) from None
     folder = Path(model)
     if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise ValueError(
-                f"{model} is no pipeline: {index} is missing. `pipe.save_pretrained` and "
-                "`hub_cards.export.export_pipeline` write one"
-            )
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        if found != "NextFlowPipeline":
-            raise ValueError(f"{model} is a {found}, expected a NextFlowPipeline")
+        check_pipeline(folder)
         return str(folder.resolve())
     if folder.exists() or not HUB_ID.fullmatch(model):
         raise ValueError(f"{model!r} is neither a folder nor a Hub id (user/name)")
@@ -78,32 +69,17 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     Args:
         without (`Sequence[str]`, *optional*): Components that are not loaded.
     """
-    found = find_model(args.model)
+    is_tokenizer = "transformer" in without and args.model is not None and _is_vision_tokenizer(args.model)
+    found = args.model if is_tokenizer else find_model(args.model)
     args.model = SHIPPED_MODEL if args.model is None else args.model
     if Path(found).is_dir() and args.model != SHIPPED_MODEL:
-        args.model = found
+        args.model = str(Path(found).resolve())
     args.device = choose_device(args.device)
     args.dtype = args.dtype or "auto"
     if args.offload and args.device == "cpu":
         raise ValueError("--offload needs an accelerator to spare, and the device is the CPU: leave it out")
 
-    import torch
-
-    from .. import NextFlowPipeline
-
-    options: dict[str, Any] = dict.fromkeys(without)
-    if args.revision is not None:
-        options["revision"] = args.revision
-    if args.dtype != "auto":  # else as in Python: each component as it was saved
-        options["dtype"] = getattr(torch, args.dtype)
-    if getattr(args, "quantize", None) is not None:
-        options["quantization_config"] = _quantization(args.quantize, args.dtype)
-    try:
-        pipe = NextFlowPipeline.from_pretrained(found, **options)
-    except OSError as error:
-        if Path(found).is_dir():
-            raise
-        raise OSError(f"{found!r} is no folder here, and it was not loaded from the Hub: {error}") from error
+    pipe = _vision_tokenizer_alone(args) if is_tokenizer else _load_components(args, found, without)
     if getattr(args, "lora", None):
         args.lora = _load_loras(pipe, args.lora)
     if args.offload:
@@ -115,39 +91,146 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     return pipe
 
 
+def _load_components(args: argparse.Namespace, found: str, without: Sequence[str]) -> "NextFlowPipeline":
+    """The pipeline `found`, with the parts of `--transformer` and `--vision-tokenizer` in the place of its own."""
+    import torch
+
+    from .. import NextFlowPipeline
+    from ..conversion.assemble import load_vision_tokenizer
+
+    # By default as in Python: each component as it was saved.
+    dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
+    options: dict[str, Any] = dict.fromkeys(without) | dtype
+    if args.revision is not None:
+        options["revision"] = args.revision
+    quantization = {}
+    if getattr(args, "quantize", None) is not None:
+        quantization = {"quantization_config": _quantization(args.quantize, args.dtype)}
+    if getattr(args, "transformer", None) is not None:
+        args.transformer = _place(args.transformer)
+        options["transformer"] = load_transformer(args.transformer, **dtype, **quantization)
+    elif quantization:
+        from diffusers import PipelineQuantizationConfig
+
+        mapping = {"transformer": quantization["quantization_config"]}
+        options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
+    if args.vision_tokenizer is not None:
+        args.vision_tokenizer = _place(args.vision_tokenizer)
+        options["vision_tokenizer"] = load_vision_tokenizer(_result_of(args.vision_tokenizer), **dtype)
+    try:
+        return NextFlowPipeline.from_pretrained(found, **options)
+    except OSError as error:
+        if Path(found).is_dir():
+            raise
+        raise OSError(f"{found!r} is no folder here, and it was not loaded from the Hub: {error}") from error
+
+
+def _place(source: str) -> str:
+    """A path that holds in every folder; a Hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _result_of(source: str) -> str | Path:
+    """The folder of weights in a run; anything else as it is."""
+    is_run = Path(source).is_dir() and kind_of(Path(source)) == "run"
+    return read_run(source).result if is_run else source
+
+
+def _is_vision_tokenizer(model: str) -> bool:
+    source = _result_of(model) if Path(model).is_dir() else model
+    return Path(source).is_dir() and kind_of(Path(source)) in ("vision tokenizer", "run")
+
+
+def load_transformer(source: str, **options: Any) -> "PreTrainedModel":
+    """A transformer by folder or Hub id: alone, of a pipeline, or of a run, whose adapter is merged into its base."""
+    from ..conversion.assemble import merge_adapter, subfolder_of
+    from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+
+    if not Path(source).is_dir() or kind_of(Path(source)) == "pipeline":
+        if not HUB_ID.fullmatch(source) and not Path(source).is_dir():
+            raise ValueError(f"{source!r} is neither a folder nor a Hub id (user/name)")
+        return NextFlowForCausalLM.from_pretrained(source, **subfolder_of(source, "transformer"), **options).eval()
+    run = read_run(source)
+    if run.kind not in ("transformer", "grpo"):
+        raise ValueError(f"{source} is a {run.kind}, expected a transformer")
+    if not run.is_adapter:
+        return NextFlowForCausalLM.from_pretrained(run.result, **options).eval()
+    if run.model is None:
+        raise ValueError(f"{source} is an adapter of an unknown model: its adapter_config.json names none")
+    return merge_adapter(load_transformer(run.model, **options), run.result)
+
+
+def _vision_tokenizer_alone(args: argparse.Namespace) -> "NextFlowPipeline":
+    """A pipeline around a vision tokenizer, which encodes and decodes: its processor knows images, and no text."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from .. import NextFlowPipeline
+    from ..conversion.assemble import load_image_processor, load_vision_tokenizer
+    from ..processing.processing_nextflow import NextFlowProcessor
+
+    dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
+    source = _result_of(args.model)
+    vision_tokenizer = load_vision_tokenizer(source, **dtype)
+    tokens = {token: index for index, token in enumerate(("<|image_pad|>", "<boi>", "<eoi>"))}
+    processor = NextFlowProcessor(
+        load_image_processor(source, vision_tokenizer.config),
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(tokens))),
+    )
+    return NextFlowPipeline(None, vision_tokenizer, processor)
+
+
 def _quantization(kind: str, dtype: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError('--quantize needs bitsandbytes: pip install "nextflow-hf[quant]"')
 
     import torch
-    from diffusers import PipelineQuantizationConfig
+    from transformers import BitsAndBytesConfig
 
-    bits = {"load_in_8bit": True}
-    if kind == "4bit":
-        bits = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
-        }
-    return PipelineQuantizationConfig(
-        quant_backend=f"bitsandbytes_{kind}", quant_kwargs=bits, components_to_quantize=["transformer"]
-    )
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _load_loras(pipe: "NextFlowPipeline", loras: Sequence[str]) -> list[str]:
-    """Adapters as `--lora` names them, and the same with paths that hold in every folder."""
-    paths, names, scales = [], [], []
+    """
+    Adapters as `--lora` names them, and the same with paths that hold in every folder. One with whole weights beside
+    its matrices is merged into the transformer.
+    """
+    from ..conversion.assemble import merge_adapter
+
+    places, scales = [], {}
     for index, lora in enumerate(loras):
-        path, _, scale = lora.rpartition("=") if "=" in lora else (lora, "", "1")
+        path, _, number = lora.rpartition("=") if "=" in lora else (lora, "", "1")
         try:
-            scales.append(float(scale))
+            scale = float(number)
         except ValueError:
             raise ValueError(f"--lora is {lora!r}, expected PATH or PATH=SCALE, such as {path}=0.8") from None
-        paths.append(str(Path(path).resolve()) if Path(path).exists() else path)
-        names.append(f"lora_{index}")
-        pipe.load_lora_weights(path, adapter_name=names[-1])
-    pipe.set_adapters(names, scales)
-    return [f"{path}={scale:g}" for path, scale in zip(paths, scales, strict=True)]
+        places.append(f"{_place(path)}={scale:g}")
+        source = str(_result_of(path))
+        if _has_whole_weights(source):
+            if scale != 1 or scales:
+                raise ValueError(f"--lora {lora} has whole weights, which are merged: name it first, without a scale")
+            pipe.transformer = merge_adapter(pipe.transformer, source)
+        else:
+            scales[f"lora_{index}"] = scale
+            pipe.load_lora_weights(source, adapter_name=f"lora_{index}")
+    if scales:
+        pipe.set_adapters(list(scales), list(scales.values()))
+    return places
+
+
+def _has_whole_weights(source: str) -> bool:
+    """Whether PEFT's adapter has more than low-rank matrices: modules or rows that were trained whole."""
+    from transformers.utils import cached_file
+
+    if Path(source).is_file():
+        return False
+    file = cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    config = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    return bool(config.get("modules_to_save") or config.get("trainable_token_indices"))
 
 
 def drawing_modules(pipe: "NextFlowPipeline", decoder: str | None = None) -> dict[str, "nn.Module"]:

@@ -22,7 +22,7 @@ DECODING = (
 # How text is written between images; of `chat`, the same without `text_`.
 WRITING = ("max_new_tokens", "text_temperature", "text_top_k", "text_top_p")
 # What is loaded, and on what.
-MODEL = ("model", "revision", "device", "dtype", "quantize", "lora")
+MODEL = ("model", "transformer", "vision_tokenizer", "revision", "device", "dtype", "quantize", "lora")
 
 SHIPPED_MODEL = "nextflow-shapes"
 
@@ -74,6 +74,15 @@ def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, na
         group.add_argument(
             "--model", help=f"folder or Hub id of a NextFlowPipeline; default: {SHIPPED_MODEL}, shipped"
         )
+    if draws:
+        group.add_argument(
+            "--transformer",
+            metavar="PATH",
+            help="in the place of its own: a run, a checkpoint, a pipeline or a Hub id",
+        )
+    group.add_argument(
+        "--vision-tokenizer", metavar="PATH", help="in the place of its own, likewise; of the same codes"
+    )
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the accelerator, where there is one")
     group.add_argument(

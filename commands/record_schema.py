@@ -95,6 +95,8 @@ MESSAGE = _table(role=_one_of("system", "user", "assistant"), content=_either(PR
 # Options, under their names.
 ARGUMENTS = {
     "model": NAME,
+    "transformer": NAME,
+    "vision_tokenizer": NAME,
     "revision": NAME,
     "lora": _listed(NAME, 16),
     "device": _text(32, r"[a-z]+(:\d{1,3})?"),

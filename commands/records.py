@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 
 CHUNK = "nextflow"  # keyword of the text chunk
 FORMAT = 1
-SOURCES = ("model", "revision", "lora")  # the options that say where weights come from
+SOURCES = (
+    "model",
+    "transformer",
+    "vision_tokenizer",
+    "revision",
+    "lora",
+)  # the options that say where weights come from
 WEIGHTS = {*SOURCES, "dtype", "quantize"}  # those that decide them
 MOST_CHARACTERS = 2**20  # of a record
 MOST_PIXELS = 2**26  # of an image that is repeated
@@ -87,7 +93,7 @@ class Recalled:
         """Refuse other weights, unless the options ask for them. The same ones may lie elsewhere by now."""
         others = {name for name, now in weights.items() if now != self.record.weights.get(name, now)}
         if not others:
-            self.changes -= {"model", "revision", "lora"}
+            self.changes -= {*SOURCES}
         elif not self.given & WEIGHTS:
             model = self.record.arguments.get("model")
             raise ValueError(
@@ -305,7 +311,7 @@ def _check_sources(recorded: Mapping[str, Any], given: Mapping[str, Any], args: 
     if named.get("model") == options.SHIPPED_MODEL:
         del named["model"]
     if named and not args.allow_model:
-        wanted = "; ".join(f"--{name} {value!r:.200}" for name, value in named.items())
+        wanted = "; ".join(f"--{name.replace('_', '-')} {value!r:.200}" for name, value in named.items())
         raise ValueError(
             f"{args.from_image} was made with {wanted}: pass the ones to use, or --allow-model to load what the image "
             "names, if you trust where it is from"

@@ -68,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_dataset(
         sprites,
         args.output_dir / str(args.resolution),
-        args.sizes or canvases(args.resolution),
+        args.sizes or canvases(args.resolution, ratios=sprites.dialect.ratios),
         seed=args.seed,
         rows=args.rows,
         test_rows=args.test_rows,
         images=args.images,
-        tasks=args.tasks or tuple(TASKS),
+        tasks=args.tasks,
     )
     return 0
 

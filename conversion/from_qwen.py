@@ -56,8 +56,8 @@ GROWN_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 NEW_MODULES = ("model.image_codebook.", "model.connector.", "model.scale_embedding.")
 
 
-def config_from_qwen(config: PreTrainedConfig, *, codebook_size: int, **overrides) -> NextFlowConfig:
-    """The transformer's config for the language model of `config`. `overrides` are fields of [`NextFlowConfig`]."""
+def check_source(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` on a model that is not a dense Qwen with full attention and plain positions."""
     if config.model_type not in QWEN_MODEL_TYPES:
         raise ValueError(
             f"the checkpoint's model_type is {config.model_type!r}, expected one of {', '.join(QWEN_MODEL_TYPES)}: "
@@ -71,6 +71,12 @@ def config_from_qwen(config: PreTrainedConfig, *, codebook_size: int, **override
             f"rope_type is {text.rope_parameters['rope_type']!r}, expected 'default': what stretches the positions of "
             "text has no meaning for those of images"
         )
+
+
+def config_from_qwen(config: PreTrainedConfig, *, codebook_size: int, **overrides) -> NextFlowConfig:
+    """The transformer's config for the language model of `config`. `overrides` are fields of [`NextFlowConfig`]."""
+    check_source(config)
+    text = config.get_text_config()
     third_generation = config.model_type.startswith("qwen3")
     head_dim = text.head_dim if third_generation else text.hidden_size // text.num_attention_heads
     rope = {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}
@@ -144,7 +150,7 @@ def from_qwen(
         codebook_size = len(codebook)
     if codebook_size is None:
         raise ValueError("pass the vision tokenizer's codebook, or codebook_size")
-    config = config_from_qwen(source_config, codebook_size=codebook_size, **(config_overrides or {}))
+    config = config_from_qwen(source_config, **{"codebook_size": codebook_size, **(config_overrides or {})})
     width = config.semantic_code_dim + config.pixel_code_dim
     if codebook is not None and codebook.shape[1] != width:
         raise ValueError(f"the codebook is {codebook.shape[1]} wide, expected semantic + pixel code dim = {width}")
@@ -215,10 +221,10 @@ def convert_qwen(
 
 
 def checkpoint_folder(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Path:
-    """The folder itself, or the one that the Hub's files are downloaded to."""
+    """The folder itself, or the one that the Hub's files, weights and text tokenizer, are downloaded to."""
     if Path(pretrained_model_name_or_path).is_dir():
         return Path(pretrained_model_name_or_path)
-    files = ["*.json", "*.safetensors"]
+    files = ["*.json", "*.safetensors", "merges.txt"]
     return Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **kwargs))
 
 

@@ -5,9 +5,10 @@ filters by, and what was measured. Measured results are written once and stand i
 """
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -16,19 +17,27 @@ from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 
 
+if TYPE_CHECKING:
+    from ..commands.folders import Run
+
 TAGS = ["nextflow", "next-scale-prediction", "autoregressive", "arxiv:2601.02204"]
-DRAWS = ["transformers", "text-to-image", "image-to-image"]
-# What the Hub is told of each kind.
+DRAWS = ["text-to-image", "image-to-image"]
+# What the Hub is told of each kind. The library is one that loads the repository by itself, its code trusted:
+# diffusers does where the repository is standalone; a decoder needs this package.
 METADATA = {
-    "model": {"library_name": "diffusers", "pipeline_tag": "any-to-any", "tags": [*TAGS, *DRAWS]},
+    "model": {"library_name": "transformers", "pipeline_tag": "any-to-any", "tags": [*TAGS, *DRAWS, "diffusers"]},
     "vision_tokenizer": {
         "library_name": "transformers",
         "pipeline_tag": "image-feature-extraction",
         "tags": [*TAGS, "image-tokenizer", "vector-quantization"],
     },
     "adapter": {"library_name": "peft", "pipeline_tag": "any-to-any", "tags": [*TAGS, *DRAWS, "lora"]},
-    "decoder": {"library_name": "diffusers", "pipeline_tag": "image-to-image", "tags": [*TAGS, "image-decoder"]},
+    "decoder": {"library_name": "nextflow-hf", "pipeline_tag": "image-to-image", "tags": [*TAGS, "image-decoder"]},
 }
+# In the names of repositories whose owner is not known yet: `nextflow-hf push` puts the true name there.
+PLACEHOLDER_OWNER = "your-name"
+# Keys of recipes that name data.
+DATA_KEYS = ("train_codes", "train_images", "train_data", "data", "sources", "prompts")
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
 )
@@ -54,6 +63,7 @@ def create_card(
     datasets: Sequence[str] = (),
     language: str | Sequence[str] = "en",
     tags: Sequence[str] = (),
+    standalone: bool = False,
 ) -> ModelCard:
     """
     The card of one repository.
@@ -74,6 +84,7 @@ def create_card(
         datasets (`Sequence[str]`, *optional*): The Hub's names of the training data.
         language (`str` or `Sequence[str]`, *optional*, defaults to `"en"`): Of the prompts.
         tags (`Sequence[str]`, *optional*): More than those of the kind.
+        standalone (`bool`, *optional*, defaults to `False`): Of a model that diffusers loads without the package.
 
     Raises:
         `ValueError`: where the kind is unknown, or lacks what its card says.
@@ -86,9 +97,12 @@ def create_card(
     metadata = create_metadata(
         kind, title, results, license=license, base_model=base_model, datasets=datasets, language=language, tags=tags
     )
+    if standalone:
+        metadata.library_name = "diffusers"
     return _render(
         f"{kind}_card.md",
         metadata,
+        standalone=standalone,
         title=title,
         repo_id=repo_id,
         base_model=base_model,
@@ -128,6 +142,81 @@ def create_metadata(
         model_name=title if results else None,
         eval_results=list(results) or None,
     )
+
+
+def converted_card(pipeline: NextFlowPipeline, name: str, source: str, vision_tokenizer: str) -> ModelCard:
+    """The card of a pipeline that is still to be trained, made of a language model and a vision tokenizer."""
+    sources = [_public(source), _public(vision_tokenizer)]
+    return create_card(
+        "model",
+        repo_id=f"{PLACEHOLDER_OWNER}/{name}",
+        summary=f"A [NextFlow](https://arxiv.org/abs/2601.02204) before its first step: the language model of "
+        f"`{sources[0]}` with the codes of the vision tokenizer `{sources[1]}`. It writes text as before and cannot "
+        "draw yet.",
+        facts=pipeline_facts(pipeline),
+        training="Not trained." + _licence_section(sources),
+        base_model=_hub_name(source),
+    )
+
+
+def run_card(
+    kind: str, name: str, run: "Run", *, pipeline: NextFlowPipeline | None = None, **options: Any
+) -> ModelCard:
+    """
+    The card of what a run of training made: what it started from, its data, steps, losses and command.
+
+    Args:
+        name (`str`): Of the repository, without its owner.
+        options: Of [`create_card`].
+    """
+    ancestors = list(run.ancestors())
+    options.setdefault("base_model", next((model for model in ancestors if _hub_name(model)), None))
+    return create_card(
+        kind,
+        repo_id=f"{PLACEHOLDER_OWNER}/{name}",
+        facts=None if pipeline is None else pipeline_facts(pipeline),
+        training=_training_section(run, [_public(model) for model in ancestors]),
+        **options,
+    )
+
+
+def _training_section(run: "Run", ancestors: list[str]) -> str:
+    state = run.state()
+    rows = {"What": run.kind, "Started from": ", then ".join(f"`{name}`" for name in reversed(ancestors))}
+    data = [value for key, value in run.recipe.items() if key in DATA_KEYS and value is not None]
+    rows["Data"] = ", ".join(f"`{_public(value)}`" for value in data)
+    if state:
+        rows["Steps"] = f"{state['global_step']:,}" + (f", {state['epoch']:.3g} epochs" if state.get("epoch") else "")
+    losses: dict[str, float] = {}  # the last of each
+    for entry in state.get("log_history", ()):
+        losses |= {key: value for key, value in entry.items() if "loss" in key and isinstance(value, (int, float))}
+    rows |= {f"Last `{key}`": f"{value:.4g}" for key, value in losses.items()}
+    lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
+    if run.command:
+        lines += ["", "```bash", shlex.join(_public(word) for word in run.command), "```"]
+    return "\n".join(lines) + _licence_section(ancestors)
+
+
+def _licence_section(sources: Sequence[str]) -> str:
+    names = ", ".join(f"`{name}`" for name in sources)
+    return (
+        "\n\n## Licence\n\nTo be filled in, here and as `license:` at the top of this card: it must agree with the "
+        f"licences of {names + ' and of ' if names else ''}the training data."
+    )
+
+
+def _hub_name(source: str) -> str | None:
+    return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
+
+
+def _public(value: Any) -> str:
+    """A value without the folders of this machine."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_public, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_public(one)}" for key, one in value.items())
+    key, separator, path = str(value).rpartition("=")
+    return key + separator + (Path(path).name if Path(path).is_absolute() else path)
 
 
 def pipeline_facts(pipeline: NextFlowPipeline) -> dict[str, str]:
@@ -234,4 +323,12 @@ def _render(
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text))  # parts that are left out leave their blank lines
 
 
-__all__ = ["create_card", "create_metadata", "decoder_section", "pipeline_facts", "shapes_card"]
+__all__ = [
+    "converted_card",
+    "create_card",
+    "create_metadata",
+    "decoder_section",
+    "pipeline_facts",
+    "run_card",
+    "shapes_card",
+]

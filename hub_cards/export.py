@@ -1,12 +1,12 @@
-"""One repository for two libraries: what transformers and diffusers load by the same name.
+"""Repositories for the Hub: a pipeline that transformers and diffusers load by one name, and each of its parts alone.
 
 The transformer and the processor's files lie at the root, where transformers looks; the vision tokenizer, and what a
 diffusion decoder has where there is one, in sub-folders. diffusers takes a component without a folder from the root.
 
 The code lies there, too: transformers loads the repository with `trust_remote_code=True` where `nextflow_hf` is not
 installed. `save_pretrained` alone writes the code of the object it saves (registration.py), and so does a plain
-`push_to_hub`; what only the whole repository can know is added here. diffusers' own loader needs the package: it wants
-a component's code in the component's folder, and a component that has one is no longer taken from the root.
+`push_to_hub`; what only the whole repository can know is added here. diffusers' own loader needs the package, unless
+the repository is `standalone`: see [`write_standalone_code`].
 """
 
 import copy
@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from transformers import PreTrainedModel
+from transformers import ImageProcessingMixin, PreTrainedModel
 
-from ..atomic import replaced_folder
+from ..atomic import replaced_folder, write_text
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
 from ..modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
+from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
 from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .cards import create_card, pipeline_facts
+from .cards import PLACEHOLDER_OWNER, create_card, pipeline_facts
 
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def export_pipeline(
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_size: str = "5GB",
     include_code: bool = True,
+    standalone: bool = False,
 ) -> Path:
     """
     Writes `pipeline` as one Hub repository, for `NextFlowPipeline`, `DiffusionPipeline`, `AutoModelForCausalLM` and
@@ -69,14 +71,18 @@ def export_pipeline(
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): Of one file of weights.
         include_code (`bool`, *optional*, defaults to `True`):
             See [`write_code`]. Without, the repository is one for places that have the package.
+        standalone (`bool`, *optional*, defaults to `False`):
+            Whether `DiffusionPipeline` loads it without the package, see [`write_standalone_code`].
 
     Returns:
         `Path`: `output_dir`.
     """
     with replaced_folder(output_dir, without=code_files()) as folder:
         _write_repository(pipeline, folder, card, dtype=dtype, max_shard_size=max_shard_size)
-        if include_code:
+        if include_code or standalone:
             write_code(folder)
+            if standalone:
+                write_standalone_code(folder)
         else:  # `save_pretrained` has written that of the components
             for path in [path for name in code_files() for path in folder.rglob(name)]:
                 path.unlink()
@@ -106,6 +112,24 @@ def _write_repository(
     generation_config.save_pretrained(output_dir)
     (output_dir / "model_index.json").write_text(model_index(pipeline), encoding="utf-8")
     card.save(output_dir / "README.md")
+
+
+def export_vision_tokenizer(
+    vision_tokenizer: NextFlowVisionTokenizer,
+    image_processor: ImageProcessingMixin,
+    output_dir: str | Path,
+    card: ModelCard | None = None,
+    *,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Writes a vision tokenizer with the image processor of its schedule, and a card; returns `output_dir`."""
+    card = card or create_card("vision_tokenizer", repo_id=f"{PLACEHOLDER_OWNER}/{Path(output_dir).name}")
+    with replaced_folder(output_dir) as folder:
+        vision_tokenizer.save_pretrained(folder, max_shard_size=max_shard_size)
+        image_processor.save_pretrained(folder)
+        forget_source(folder)
+        card.save(folder / "README.md")
+    return Path(output_dir)
 
 
 def forget_source(folder: Path) -> None:
@@ -206,21 +230,42 @@ def push_pipeline(
     """
     if card is None:
         card = create_card("model", repo_id=repo_id, facts=pipeline_facts(pipeline))
-    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         export_pipeline(pipeline, folder, card, **export_kwargs)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
 
-def export_adapter(model: "PeftModel", output_dir: str | Path, card: ModelCard, *, base_model: str) -> Path:
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload NextFlow",
+) -> CommitInfo:
+    """
+    Uploads a folder in one commit. The repository is created where it does not exist, and a card that was written
+    before its name was known says it from then on.
+    """
+    card = Path(folder, "README.md")
+    text = card.read_text(encoding="utf-8")
+    write_text(card, re.sub(rf"\b{PLACEHOLDER_OWNER}/[\w.-]+", repo_id, text))
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+def export_adapter(
+    model: "PeftModel | str | Path", output_dir: str | Path, card: ModelCard, *, base_model: str
+) -> Path:
     """
     Writes the adapters of `model`, with their rows of the embedding and of the head, and a card of kind `"adapter"`.
 
     `model.save_pretrained` alone would note where this machine loaded the model from.
 
     Args:
-        model (`PeftModel`): Wraps a [`NextFlowForCausalLM`]; it is left as it is.
+        model (`PeftModel`, `str` or `Path`):
+            Wraps a [`NextFlowForCausalLM`] and is left as it is; or a folder with a saved adapter.
         output_dir (`str` or `Path`): Created where missing. An older adapter in it is replaced as a whole.
         card (`ModelCard`): See [`~hub_cards.cards.create_card`].
         base_model (`str`): `"user/name"` of the model that the adapter goes on.
@@ -229,8 +274,12 @@ def export_adapter(model: "PeftModel", output_dir: str | Path, card: ModelCard, 
         `Path`: `output_dir`.
     """
     with replaced_folder(output_dir) as folder:
-        # The rows are in the adapter: PEFT need not ask the Hub whether the vocabulary has grown.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        if isinstance(model, (str, Path)):
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copyfile(Path(model, name), folder / name)
+        else:
+            # The rows are in the adapter: PEFT need not ask the Hub whether the vocabulary has grown.
+            model.save_pretrained(folder, save_embedding_layers=False)
         for config_file in folder.rglob("adapter_config.json"):
             config = json.loads(config_file.read_text(encoding="utf-8"))
             # With its task named, `AutoPeftModelForCausalLM` finds the class through the model's own repository.
@@ -262,6 +311,26 @@ def write_code(folder: str | Path) -> None:
     for auto_class, model_class in AUTO_CLASSES.items():
         config["auto_map"][auto_class] = f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_standalone_code(folder: Path) -> None:
+    """
+    Lets `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` load the repository `folder` without the
+    package. diffusers runs `pipeline.py` first, which puts the parts' classes where its loader looks for those of
+    transformers and diffusers. Without `trust_remote_code=True`, `DiffusionPipeline` refuses such a repository, even
+    where the package is installed; [`NextFlowPipeline`] does not.
+    """
+    names = sorted(Path(name).stem for name in code_files())
+    code = Path(__file__).with_name("standalone_pipeline.txt").read_text(encoding="utf-8")
+    imports = "\n".join(f"from .{name} import __name__ as _{name}  # noqa: F401" for name in names)
+    (folder / "pipeline.py").write_text(code.replace("# IMPORTS", imports), encoding="utf-8")
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[0] == "nextflow_hf":
+            index[name] = ["diffusers" if name == "diffusion_decoder" else "transformers", entry[1]]
+    index["_class_name"] = ["pipeline", index["_class_name"]]
+    index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_index(pipeline: NextFlowPipeline) -> str:
@@ -296,7 +365,10 @@ __all__ = [
     "cast_copy",
     "export_adapter",
     "export_pipeline",
+    "export_vision_tokenizer",
     "model_index",
+    "push_folder",
     "push_pipeline",
     "write_code",
+    "write_standalone_code",
 ]

@@ -596,7 +596,7 @@ def _check_folder(folder: Path, subfolder: str) -> None:
         found = "no config.json" if kind is None else f"the config.json of a {kind}"
         raise FileNotFoundError(
             f"there is no vision tokenizer in {config.parent}, which has {found}: `nextflow-hf convert tokenflow` and "
-            "`nextflow-hf train-tokenizer` make one, and a model's lies in its sub-folder vision_tokenizer/"
+            "`nextflow-hf train tokenizer` make one, and a model's lies in its sub-folder vision_tokenizer/"
         )
 
 

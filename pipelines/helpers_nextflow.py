@@ -3,16 +3,19 @@ one shape as one."""
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
@@ -82,6 +85,21 @@ def exclusively(method: Callable) -> Callable:
 
 class SharedComponentsMixin:
     """For pipelines whose components are all that they are made of."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
+        """
+        The index of a repository. One that brings its code names that, for `DiffusionPipeline`, which asks for trust
+        before it runs any: this class is the same code, and so are those of its components.
+        """
+        index = super()._dict_from_json_file(json_file)
+        package = cls.__module__.split(".")[0]
+        if isinstance(index.get("_class_name"), list) and package in LOADABLE_CLASSES:
+            index["_class_name"] = index["_class_name"][1]
+            for name, entry in index.items():
+                if isinstance(entry, list) and hasattr(sys.modules[package], entry[1] or ""):
+                    index[name] = [package, entry[1]]
+        return index
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     resolution (`int`, *optional*, defaults to 1024):
         Level: side in pixels of the square image with as many scales. One of the schedule's `resolutions`.
     scale_bases (`list[int]`, *optional*): Side of each square grid, see [`ScaleSchedule`].
-    patch_size (`int`, *optional*, defaults to 16): Pixels per cell of the last grid, along each axis.
+    patch_size (`int` or `float`, *optional*, defaults to 16): Pixels per cell of the last grid, along each axis.
     bucket_area (`int`, *optional*, defaults to 256): Largest `a * b` of a bucket.
     min_bucket_fill (`float`, *optional*, defaults to 0.9): Smallest share of `bucket_area` that a bucket fills.
     max_aspect_ratio (`float`, *optional*, defaults to 4.0): Ratio of the widest bucket; images of more than five
@@ -38,7 +38,7 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
 
     resolution: int
     scale_bases: list[int] | tuple[int, ...]
-    patch_size: int
+    patch_size: int | float
     bucket_area: int
     min_bucket_fill: float
     max_aspect_ratio: float
@@ -247,9 +247,8 @@ class _NextFlowImageProcessing:
         std = torch.tensor(self.image_std).view(3, 1, 1)
         images = []
         for pixels, grids in zip(pixel_values, image_grids, strict=True):
-            height, width = (
-                grids.amax(dim=0) * self.patch_size
-            ).tolist()  # grids never shrink: the last is the largest
+            # Grids never shrink: the last is the largest.
+            height, width = (round(cells * self.patch_size) for cells in grids.amax(dim=0).tolist())
             if min(height, width) < 1 or height > pixels.shape[1] or width > pixels.shape[2]:
                 raise ValueError(
                     f"image_grids say {height} x {width} pixels, but the image is {pixels.shape[1]} x "

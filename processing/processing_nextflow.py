@@ -688,7 +688,7 @@ class NextFlowProcessor(ProcessorMixin):
         pixel_values = torch.as_tensor(pixel_values)
         if image_grids is None:
             patch_size = self.image_processor.patch_size
-            grid = [side // patch_size for side in pixel_values.shape[-2:]]
+            grid = [round(side / patch_size) for side in pixel_values.shape[-2:]]
             image_grids = torch.tensor([[grid]] * len(pixel_values)).view(-1, 1, 2)
         return self.image_processor.post_process_images(pixel_values, image_grids, output_type=output_type)
 

@@ -21,7 +21,8 @@ class ScaleSchedule:
 
     Args:
         scale_bases (`tuple[int, ...]`, *optional*, defaults to `(1, 2, ..., 48, 64)`): Side of each square grid.
-        patch_size (`int`, *optional*, defaults to 16): Pixels per cell of the last grid, along each axis.
+        patch_size (`int` or `float`, *optional*, defaults to 16):
+            Pixels per cell of the last grid, along each axis. Not whole where the cells of a fixed size are not.
         bucket_area (`int`, *optional*, defaults to 256):
             Largest `a * b`. A square number: its root is the side at which a bucket is its own grid.
         min_bucket_fill (`float`, *optional*, defaults to 0.9): Smallest share of `bucket_area` that `a * b` fills.
@@ -29,7 +30,7 @@ class ScaleSchedule:
     """
 
     scale_bases: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
-    patch_size: int = 16
+    patch_size: int | float = 16
     bucket_area: int = 256
     min_bucket_fill: float = 0.9
     max_aspect_ratio: float = 4.0
@@ -71,7 +72,7 @@ class ScaleSchedule:
     @property
     def resolutions(self) -> tuple[int, ...]:
         """Sides in pixels of the square images that end exactly on a scale."""
-        return tuple(base * self.patch_size for base in self.scale_bases)
+        return tuple(round(base * self.patch_size) for base in self.scale_bases)
 
     def num_scales(self, resolution: int) -> int:
         """
@@ -95,7 +96,7 @@ class ScaleSchedule:
     def pixel_size(self, bucket: tuple[int, int], num_scales: int) -> tuple[int, int]:
         """`(height, width)` in pixels of an image of this bucket: `patch_size` times its last grid."""
         height, width = self.grids(bucket, num_scales)[-1]
-        return height * self.patch_size, width * self.patch_size
+        return round(height * self.patch_size), round(width * self.patch_size)
 
     def nearest_bucket(self, height: float, width: float) -> tuple[int, int]:
         """

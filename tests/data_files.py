@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from nextflow_hf.training.data.extract import MixtureArguments
+from nextflow_hf.training.data.mixture import MixtureArguments
 
 
 RECIPE = Path(__file__).parents[1] / "training" / "recipes" / "data_example.yaml"

@@ -4,6 +4,7 @@ import sys
 
 from accelerate.state import DistributedType, PartialState
 
+from nextflow_hf import cli
 from nextflow_hf.training.transformer import train
 from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
@@ -18,4 +19,4 @@ class CpuFsdpTrainer(NextFlowTrainer):
 
 if __name__ == "__main__":
     train.NextFlowTrainer = CpuFsdpTrainer
-    sys.exit(train.main())
+    sys.exit(cli.main())

@@ -150,7 +150,7 @@ def test_a_transformer_or_a_vision_tokenizer_alone(command_line, model_folder):
 
 def test_another_model(command_line, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "is a bert, expected a NextFlow pipeline" in command_line.mistake("info", ".")
+    assert "is a bert, expected a NextFlowPipeline" in command_line.mistake("info", ".")
     assert "neither a folder nor a Hub id" in command_line.mistake("info", "none")
 
 

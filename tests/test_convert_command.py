@@ -5,6 +5,8 @@ import torch
 from test_conversion import FAMILIES, save_source
 from test_modeling_vision_tokenizer import CODES, PIXEL_DIM, SEMANTIC_DIM, build
 from tokenflow_reference import tiny_checkpoint
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from nextflow_hf import cli
 from nextflow_hf.conversion import from_tokenflow as tokenflow_module
@@ -30,9 +32,17 @@ def vision_tokenizer(tmp_path):
     return tmp_path / "vision_tokenizer", model
 
 
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"word{index}": index for index in range(90)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words)), model_max_length=256)
+    tokenizer.add_tokens(["<|image_pad|>"], special_tokens=True)  # 90, as in the configurations
+    return tokenizer
+
+
 @pytest.fixture(params=["qwen2.5-vl, tied", "qwen3"])
 def qwen(request, tmp_path):
     save_source(request.param, tmp_path / "qwen")
+    words_tokenizer().save_pretrained(tmp_path / "qwen")
     return tmp_path / "qwen"
 
 
@@ -74,11 +84,11 @@ def test_tokenflow_dry_run(tokenflow, tmp_path, capsys):
 def test_qwen(qwen, vision_tokenizer, tmp_path):
     folder, tokenizer = vision_tokenizer
     output = tmp_path / "output"
-    command = ["convert", "qwen", str(qwen), "--vision-tokenizer", str(folder), str(output), "--image-token-id", "90"]
+    command = ["convert", "qwen", str(qwen), "--vision-tokenizer", str(folder), str(output)]
     assert cli.main([*command, "--max-shard-size", "20KB"]) == 0
     assert len(list(output.glob("*.safetensors"))) > 1
     loaded = NextFlowForCausalLM.from_pretrained(output)
-    dims = {"semantic_code_dim": SEMANTIC_DIM, "pixel_code_dim": PIXEL_DIM, "image_token_id": 90}
+    dims = {"semantic_code_dim": SEMANTIC_DIM, "pixel_code_dim": PIXEL_DIM, "image_token_id": 90, "max_scales": 18}
     expected = from_qwen(qwen, tokenizer.codebook.detach(), config_overrides=dims)
     assert loaded.config.codebook_size == CODES and loaded.config.image_token_id == 90
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
@@ -93,7 +103,7 @@ def test_qwen(qwen, vision_tokenizer, tmp_path):
 def test_qwen_dry_run(qwen, vision_tokenizer, tmp_path, capsys):
     output = tmp_path / "output"
     command = ["convert", "qwen", str(qwen), str(output), "--vision-tokenizer", str(vision_tokenizer[0])]
-    assert cli.main([*command, "--image-token-id", "90", "--dry-run"]) == 0
+    assert cli.main([*command, "--dry-run"]) == 0
     assert not output.exists()
     printed = capsys.readouterr().out
     tied = "visual." in printed
@@ -101,9 +111,9 @@ def test_qwen_dry_run(qwen, vision_tokenizer, tmp_path, capsys):
     assert f"   1 x [100, 32]  {'model.embed_tokens' if tied else 'lm_head'}.weight -> lm_head.weight" in printed
     assert ("visual.merger.ln_q.weight -> (left behind)" in printed) == tied
     assert "   1 x [40, 10]  (new) -> model.image_codebook.weight" in printed
-    assert f"vocabulary of {100 + CODES + 2}: 100 of text, {CODES} codes, 2 marks" in printed
+    assert f"vocabulary of {100 + CODES + 2}: 100 of text from {qwen}, {CODES} codes, <boi> and <eoi>" in printed
 
-    assert cli.main([*command, "--image-token-id", "90"]) == 0
+    assert cli.main(command) == 0
     count = sum(parameter.numel() for parameter in NextFlowForCausalLM.from_pretrained(output).parameters())
     assert f"{count:,} parameters, {4 * count / 1e9:.2f} GB" in printed
 
@@ -111,6 +121,7 @@ def test_qwen_dry_run(qwen, vision_tokenizer, tmp_path, capsys):
 def test_a_dry_run_of_a_model_on_the_hub_reads_headers_alone(vision_tokenizer, tmp_path, monkeypatch, capsys):
     from types import SimpleNamespace
 
+    from nextflow_hf.conversion import assemble
     from nextflow_hf.conversion import from_qwen as module
 
     model_class, config = FAMILIES["qwen2.5-vl"]
@@ -122,6 +133,7 @@ def test_a_dry_run_of_a_model_on_the_hub_reads_headers_alone(vision_tokenizer, t
     metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
     monkeypatch.setattr(module, "get_safetensors_metadata", lambda name, revision: metadata)
     monkeypatch.setattr(module.AutoConfig, "from_pretrained", lambda name, revision: source.config)
+    monkeypatch.setattr(assemble.AutoTokenizer, "from_pretrained", lambda name, revision: words_tokenizer())
     command = ["convert", "qwen", "Qwen/Some", str(tmp_path / "output"), "--dry-run"]
     assert cli.main([*command, "--vision-tokenizer", str(vision_tokenizer[0])]) == 0
     printed = capsys.readouterr().out
@@ -137,7 +149,7 @@ def test_failures_are_said_and_write_nothing(tokenflow, vision_tokenizer, qwen, 
     assert cli.main(["convert", "tokenflow", str(tokenflow), str(output), "--image-size", "100", "--dry-run"]) == 2
     assert "image_size is 100, expected one of [224, 256, 16]" in capsys.readouterr().err
     (qwen / "model.safetensors.index.json").unlink()
-    command = ["convert", "qwen", str(qwen), "--vision-tokenizer", str(vision_tokenizer[0]), "--image-token-id", "90"]
+    command = ["convert", "qwen", str(qwen), "--vision-tokenizer", str(vision_tokenizer[0])]
     for options in ([], ["--dry-run"]):
         assert cli.main([*command, str(output), *options]) == 2
         assert "lacks 1 of 1 files of weights: ['model.safetensors']" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from diffusers import FluxPipeline
 from toy_decoder import CONDITION, FAMILIES, toy_base_model, toy_decoder_pipeline, toy_denoiser, toy_qwen
 
 from nextflow_hf import NextFlowDiffusionDecoder, NextFlowDiffusionDecoderPipeline
-from nextflow_hf.training.diffusion_decoder.build import build_decoder_pipeline
+from nextflow_hf.training.diffusion_decoder.build import DecoderArguments, build_decoder_pipeline
 
 
 DENOISER = {"unet": "unet", "flux": "transformer", "sd3": "transformer", "qwen": "transformer"}
@@ -21,7 +21,7 @@ def built(tmp_path_factory):
             folder = tmp_path_factory.mktemp(family)
             toy_base_model(family).save_pretrained(folder)
             plain = toy_decoder_pipeline(family)
-            recipe = {"base_model": str(folder), "denoiser": DENOISER[family]}
+            recipe = DecoderArguments(base_model=str(folder), denoiser=DENOISER[family])
             pipe = build_decoder_pipeline(recipe, plain.vision_tokenizer, plain.image_processor)
             pairs[family] = type(toy_base_model(family)).from_pretrained(folder), pipe
             for each in pairs[family]:

@@ -9,15 +9,12 @@ from toy_decoder import toy_base_model, toy_decoder_pipeline
 from toy_pipeline import toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder
-from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset, caption_of
+from nextflow_hf.training.common.recipe import load_recipe, parse_recipe, shipped_recipes
+from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
 from nextflow_hf.training.data.extraction import extract_codes
-from nextflow_hf.training.diffusion_decoder.build import (
-    STAGES,
-    build_decoder_pipeline,
-    load_decoder_recipe,
-    stage_arguments,
-    train_stage,
-)
+from nextflow_hf.training.data.messages import caption_of
+from nextflow_hf.training.diffusion_decoder.build import DecoderArguments, build_decoder_pipeline
+from nextflow_hf.training.diffusion_decoder.train import GROUPS
 from nextflow_hf.training.diffusion_decoder.trainer import (
     NextFlowDiffusionDecoderTrainer,
     NextFlowDiffusionDecoderTrainingArguments,
@@ -238,51 +235,55 @@ def test_bad_arguments_are_refused(arguments, changes, message):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_both_stages_of_a_recipe(tmp_path, lora):
+def test_a_stage_begins_where_the_one_before_ended(tmp_path, lora):
     toy_base_model("unet").save_pretrained(tmp_path / "base_model")
-    options = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 2}
     recipe = {
-        "base_model": str(tmp_path / "base_model"),
-        "denoiser": "unet",
-        "scheduler": {"class": "EulerDiscreteScheduler"},
-        "training": {**options, **({"lora_rank": 2} if lora else {})},
-        "stages": {"base": {"max_steps": 1, "learning_rate": 1e-2}, "upscale": {"max_steps": 1, "learning_rate": 0.0}},
-    }
-    trained = {}
-    for stage in ("base", "upscale"):
+        "base_model": str(tmp_path / "base_model"), "denoiser": "unet", "use_cpu": True, "data": "unused",
+        "scheduler": {"class": "EulerDiscreteScheduler"}, "report_to": "none", "disable_tqdm": True, "max_steps": 1,
+        "save_strategy": "no", "per_device_train_batch_size": 2, **({"lora_rank": 2} if lora else {}),
+    }  # fmt: skip
+    first = {"output_dir": str(tmp_path / "base"), "learning_rate": 1e-2}
+    # At a rate of 0 the second ends there, too.
+    second = {"output_dir": str(tmp_path / "upscale"), "learning_rate": 0.0, "upscale_factor": 2}
+    trained = []
+    for changes in (first, {**second, "decoder_name_or_path": first["output_dir"]}):
         plain = toy_decoder_pipeline("unet")
-        pipe = build_decoder_pipeline(recipe, plain.vision_tokenizer, plain.image_processor)
+        decoder_args, _, _, args = parse_recipe({**recipe, **changes}, GROUPS)
+        pipe = build_decoder_pipeline(decoder_args, plain.vision_tokenizer, plain.image_processor)
         assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler" and pipe.has_text_encoder
         assert pipe.scheduler.config.timestep_spacing == "trailing" and pipe.vae.config.scaling_factor == 0.7
-        args = stage_arguments(recipe, stage, tmp_path / "out", use_cpu=True)
-        trainer = train_stage(pipe, args, stage, tmp_path / "out", train_dataset=items(plain, 2))
-        assert trainer.data_collator.upscale_factor == {"base": 1, "upscale": 2}[stage]
-        trained[stage] = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
-    # The second stage begins where the first ended: at a rate of 0 it ends there, too.
-    assert trained["base"].keys() == trained["upscale"].keys()
-    for name, value in trained["base"].items():
-        torch.testing.assert_close(trained["upscale"][name], value, msg=name)
+        trainer = NextFlowDiffusionDecoderTrainer(pipe, args, train_dataset=items(plain, 2))
+        assert trainer.data_collator.upscale_factor == decoder_args.upscale_factor
+        trainer.train()
+        trainer.save_model()
+        trained.append({name: value.clone() for name, value in trainer.decoder.state_dict().items()})
+    assert trained[0].keys() == trained[1].keys()
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, msg=name)
 
 
-@pytest.mark.parametrize("name", ["diffusion_decoder_1b", "diffusion_decoder_12b", "diffusion_decoder_18b"])
-def test_recipes_are_arguments(name, tmp_path):
-    recipe = load_decoder_recipe(name)
-    assert set(recipe["stages"]) == set(STAGES)
-    assert ("lora_rank" in recipe["training"]) == (recipe["denoiser"] == "transformer")
-    for stage in STAGES:
-        options = {**recipe["training"], **recipe["stages"][stage], "bf16": False, "use_cpu": True}
-        args = NextFlowDiffusionDecoderTrainingArguments(output_dir=tmp_path, **options)
-        assert args.max_steps > 0
+@pytest.mark.parametrize("name", shipped_recipes("decoder"))
+def test_recipes_are_arguments(name):
+    recipe = {**load_recipe("decoder", name), "data": "data.yaml", "bf16": False, "use_cpu": True}
+    decoder_args, _, _, args = parse_recipe(recipe, GROUPS)
+    assert (args.lora_rank is None) == (decoder_args.denoiser == "unet") and args.max_steps > 0
+    assert (decoder_args.upscale_factor == 2) == name.endswith("_upscale") == bool(decoder_args.decoder_name_or_path)
 
 
-def test_the_shapes_recipe_is_small():
+def test_a_denoiser_from_nothing():
     plain = toy_decoder_pipeline("unet")
-    pipe = build_decoder_pipeline(load_decoder_recipe("shapes_diffusion_decoder"), plain.vision_tokenizer, None)
+    config = {
+        "class": "UNet2DConditionModel", "sample_size": 16, "in_channels": 3, "out_channels": 3,
+        "block_out_channels": [8, 16], "layers_per_block": 1, "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "mid_block_type": "UNetMidBlock2D", "up_block_types": ["UpBlock2D", "UpBlock2D"], "norm_num_groups": 8,
+        "cross_attention_dim": 8, "attention_head_dim": 8,
+    }  # fmt: skip
+    args = DecoderArguments(
+        denoiser_config=config, scheduler={"class": "FlowMatchEulerDiscreteScheduler"}, projection_dim=4
+    )
+    pipe = build_decoder_pipeline(args, plain.vision_tokenizer, None)
     assert pipe.vae is None and pipe.diffusion_decoder.latent_channels == 3
-    assert sum(parameter.numel() for parameter in pipe.diffusion_decoder.parameters()) < 1e6
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-
-
-def test_unknown_recipe_is_named():
-    with pytest.raises(FileNotFoundError, match="diffusion_decoder_12b"):
-        load_decoder_recipe("diffusion_decoder_99b")
+    args.denoiser_config = {**config, "no_such": 1}
+    with pytest.raises(ValueError, match="denoiser_config: .*no_such"):
+        build_decoder_pipeline(args, plain.vision_tokenizer, None)

@@ -1,5 +1,7 @@
 """Extraction: what is stored is what the processor and the tokenizer give, whole shards only, one tokenizer only."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -104,3 +106,22 @@ def test_a_decoder_that_was_trained_on_keeps_its_codes(tmp_path):
 def test_loading_an_empty_folder_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="extract the codes first"):
         load_codes(tmp_path)
+
+
+def test_everything_but_the_encoder_is_off_the_main_thread(tmp_path, monkeypatch):
+    """Rows are read, tokenized and processed on other threads, in order: any number of them gives the same rows."""
+    processor, threads = toy_processor(), set()
+    apply = type(processor).apply_chat_template
+
+    def recorded(self, *args, **kwargs):
+        threads.add(threading.current_thread())
+        return apply(self, *args, **kwargs)
+
+    def read(index: int) -> dict:
+        threads.add(threading.current_thread())
+        return get_row(index)
+
+    monkeypatch.setattr(type(processor), "apply_chat_template", recorded)
+    one, many = (extract(tmp_path / str(count), read, decoding_threads=count)[:] for count in (1, 6))
+    assert threads and threading.main_thread() not in threads
+    assert all(np.array_equal(a, b) for name in one for a, b in zip(one[name], many[name], strict=True))

@@ -383,7 +383,7 @@ def example(tmp_path_factory) -> Path:
 
 def test_the_example_through_the_command(example, monkeypatch):
     monkeypatch.chdir(example)
-    assert cli.main(["extract", "data.yaml", "--num-rows", "60", "--dtype", "float32", "--text_drop_rate", "0"]) == 0
+    assert cli.main(["extract", "data.yaml", "num_rows=60", "dtype=float32", "text_drop_rate=0"]) == 0
     codes = load_codes("codes", vision_tokenizer=TOKENIZER)
     assert {str(source) for source in codes["source"]} == {source["path"] for source in example_config()["sources"]}
     assert (example / "codes" / "bad_rows.jsonl").read_text() == ""
@@ -394,9 +394,9 @@ def test_the_example_through_the_command(example, monkeypatch):
         # Scales of 1, 2, 3 and 4 cells a side; the tar files are read at the level of 12 pixels.
         scales = [3 if "tar" in str(row["source"]) else 4] * len(row["image_grids"])
         assert [int((grids[:, 0] > 0).sum()) for grids in row["image_grids"]] == scales
-    command = ["extract", "data.yaml", "--num-rows", "60", "--dtype", "float32", "--text_drop_rate", "0"]
+    command = ["extract", "data.yaml", "num_rows=60", "dtype=float32", "text_drop_rate=0"]
     with pytest.raises(ValueError, match=r"other settings: .*data.data_seed.*self_correction_ratio"):
-        cli.main([*command, "--data-seed", "1", "--self-correction-ratio", "0.5", "--debug"])
+        cli.main([*command, "data_seed=1", "self_correction_ratio=0.5", "--debug"])
 
 
 @pytest.mark.parametrize(
@@ -416,12 +416,12 @@ def test_no_row_left_is_a_failure(example, tmp_path, monkeypatch):
     (tmp_path / "bad" / "a.txt").write_text("red")
     source = {"path": str(tmp_path / "bad"), "format": "captioned_folder", "task": "text_to_image"}
     (tmp_path / "data.yaml").write_text(json.dumps({**example_config(), "sources": [source]}))
-    command = ["extract", str(tmp_path / "data.yaml"), "--output-dir", str(tmp_path / "codes")]
+    command = ["extract", str(tmp_path / "data.yaml"), f"output_dir={tmp_path / 'codes'}"]
     assert [cli.main(command) for _ in range(2)] == [1, 1]  # the second finds it finished
     manifest = json.loads((tmp_path / "codes" / "manifest.json").read_text())
     assert manifest["vision_tokenizer"]["dtype"] == "float32"
     with pytest.raises(ValueError, match="written with other settings: .*vision_tokenizer.dtype"):
-        cli.main([*command, "--dtype", "bfloat16"])
+        cli.main([*command, "dtype=bfloat16", "--debug"])
 
 
 def test_a_saved_pipeline_is_a_model_too(example, tmp_path, monkeypatch):
@@ -431,6 +431,6 @@ def test_a_saved_pipeline_is_a_model_too(example, tmp_path, monkeypatch):
     TOKENIZER.save_pretrained(tmp_path / "pipe" / "vision_tokenizer")
     outputs = [str(tmp_path / name) for name in ("one", "two")]
     for model, output in zip(("model", str(tmp_path / "pipe")), outputs):
-        cli.main(["extract", "data.yaml", "--num-rows", "4", "--model", model, "--output-dir", output])
+        cli.main(["extract", "data.yaml", "num_rows=4", f"model={model}", f"output_dir={output}"])
     one, two = map(load_codes, outputs)
     assert all(np.array_equal(one[index][name], two[index][name]) for index in range(4) for name in one[0])

@@ -10,56 +10,99 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from PIL import Image
+from toy_commands import brightness
 from toy_pipeline import toy_pipeline
 
-from nextflow_hf import NextFlowPipeline
+from nextflow_hf import NextFlowConfig, NextFlowPipeline, cli
 from nextflow_hf.modeling_nextflow.sampling_nextflow import scale_plan
+from nextflow_hf.training.common.import_path import import_object
+from nextflow_hf.training.common.recipe import RECIPES, load_recipe
+from nextflow_hf.training.common.run import resolve
 from nextflow_hf.training.grpo import train as grpo
 from nextflow_hf.training.grpo.config import NextFlowGRPOConfig
 from nextflow_hf.training.rewards import OCRWord
-from nextflow_hf.training.transformer.memory import load_config, sampling_bytes, training_memory
+from nextflow_hf.training.transformer.memory import sampling_bytes, training_memory
 
 
 RECIPE = {
-    "data": {"shapes": {"num_rows": 8, "edit_fraction": 0.5, "size": 16}},
-    "rewards": [{"name": "shapes_checks", "weight": 0.5}, {"name": "clean_shapes"}],
-    "training": {
-        "max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 4,
-        "prefix_scales": 2, "mask_propagation": True, "use_cpu": True, "bf16": False, "save_steps": 1,
-        "disable_tqdm": True, "logging_steps": 1,
-    },
-    "peft": {"r": 2, "target_modules": ["q_proj"]},
+    "rewards": ["toy_commands:brightness", "test_grpo_script:Redness"], "reward_weights": [0.5, 1.0],
+    "reward_options": {"test_grpo_script:Redness": {"scale": 2.0}}, "use_peft": True, "lora_r": 2,
+    "lora_target_modules": ["q_proj"], "max_steps": 2, "per_device_train_batch_size": 4, "global_batch_size": 4,
+    "num_generations": 4, "prefix_scales": 2, "use_cpu": True, "bf16": False, "save_steps": 1,
+    "disable_tqdm": True, "logging_steps": 1,
 }  # fmt: skip
 
 
-def test_command_trains_resumes_and_saves_a_pipeline(tmp_path):
+class Redness:
+    """A reward with options; those of the data set's columns come by name."""
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
+
+    def __call__(self, images, wanted, **columns) -> list[float]:
+        assert set(wanted) <= {"red", "blue"}
+        return [self.scale * float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+
+
+def test_command_trains_resumes_and_saves_an_adapter(tmp_path):
     toy_pipeline().save_pretrained(tmp_path / "model")
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(RECIPE))
-    command = ["--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "run")]
-    command += ["--recipe", str(tmp_path / "toy.yaml"), "--set"]
-    grpo.main([*command, "learning_rate=0.1", "max_steps=1"])
-    grpo.main([*command, "learning_rate=0.1"])  # goes on with the second step
+    rows = [{"prompt": prompt, "wanted": color} for prompt in "abcd" for color in ("red", "blue")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {**RECIPE, "model": str(tmp_path / "model"), "prompts": str(tmp_path / "prompts.jsonl")}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["train", "grpo", str(tmp_path / "toy.yaml"), f"output_dir={tmp_path / 'run'}", "learning_rate=0.1"]
+    assert cli.main([*command, "max_steps=1"]) == 0
+    assert cli.main(command) == 0  # goes on with the second step
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "reward" in entry] == [1, 2]
-    trained = NextFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    run = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert (run["kind"], run["model"]) == ("grpo", str(tmp_path / "model"))
+    assert Image.open(tmp_path / "run" / "loss.png").size == (960, 540)
+    trained = NextFlowPipeline.from_pretrained(tmp_path / "model")
+    trained.load_lora_weights(tmp_path / "run")
     trained.set_progress_bar_config(disable=True)
-    assert trained("a red circle").images[0].size == (16, 16)
-    names = {name for name, _ in trained.transformer.named_parameters()}
-    assert names == {name for name, _ in toy_pipeline().transformer.named_parameters()}  # adapters are merged
+    assert trained("a").images[0].size == (16, 16)
 
 
-def test_recipes_and_their_names(tmp_path):
-    recipe = grpo.load_recipe("shapes_grpo")
-    NextFlowGRPOConfig(str(tmp_path), use_cpu=True, **recipe["training"])
-    for entry in recipe["rewards"]:
-        assert callable(grpo.make_reward(entry["name"]))
-    assert grpo.make_reward("clip", model_id="a/b", scaled=True).model_id == "a/b"
-    with pytest.raises(FileNotFoundError, match="'nothing'.*shapes_grpo"):
-        grpo.load_recipe("nothing")
-    with pytest.raises(ValueError, match="'beauty'.*shapes_judge"):
-        grpo.make_reward("beauty")
-    with pytest.raises(ValueError, match="no options, got \\['strict'\\]"):
-        grpo.make_reward("shapes_judge", strict=True)
+def test_rewards_are_named_by_import_path(tmp_path, monkeypatch):
+    assert grpo.make_reward("toy_commands:brightness") is brightness
+    assert grpo.make_reward("test_grpo_script:Redness").scale == 1.0
+    clip = grpo.make_reward("nextflow_hf.training.rewards.preference:CLIPReward", {"model_id": "a/b", "scaled": True})
+    assert clip.model_id == "a/b"
+    for name in ("text_rendering_1024", "preference_1024"):
+        for path in load_recipe("grpo", name)["rewards"]:
+            assert callable(import_object(path))
+    for path, options, message in (
+        ("beauty", None, "no import path, expected module:name"),
+        ("no_such:reward", None, "no module 'no_such'"),
+        ("toy_commands:darkness", None, "has no 'darkness', but .*'brightness'"),
+        ("toy_commands:TRAINING", None, "is dict, expected a function or a class"),
+        ("test_grpo_script:Redness", {"scael": 1}, "the reward test_grpo_script:Redness: .*scael"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grpo.make_reward(path, options)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_own_rewards.py").write_text("def zero(images, **columns):\n    return [0.0] * len(images)\n")
+    assert grpo.make_reward("my_own_rewards:zero")(images=[1, 2]) == [0.0, 0.0]
+
+
+def test_prompts_come_from_files(tmp_path):
+    rows = [{"prompt": "a b", "text": "x"}, {"prompt": "c", "text": "y"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.txt").write_text("a b\n\nc\n")
+    for name in ("rows.jsonl", "rows.parquet"):
+        assert grpo.read_prompts(str(tmp_path / name)).to_list() == rows
+    assert grpo.read_prompts(str(tmp_path / "rows.txt")).to_list() == [{"prompt": "a b"}, {"prompt": "c"}]
+    sources = [{"path": str(tmp_path / "rows.jsonl"), "task": "prompt", "extra_columns": ["text"]}]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    described = grpo.read_prompts(str(tmp_path / "data.yaml"))
+    assert [{name: row[name] for name in ("prompt", "text")} for row in described] == rows
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"has the columns \['text'\], expected 'prompt'"):
+        grpo.read_prompts(str(tmp_path / "other.jsonl"))
 
 
 class Reads:
@@ -72,10 +115,10 @@ class Reads:
 
 def test_the_papers_recipe_runs(tmp_path, monkeypatch):
     """On the toy: four scales in the place of eighteen, of which two are the prefix."""
-    recipe = grpo.load_recipe("grpo_1024")
-    numbers = recipe["training"]
-    assert numbers["per_device_train_batch_size"] * 8 * numbers["gradient_accumulation_steps"] == 16 * 16
-    config = NextFlowGRPOConfig(str(tmp_path), **{**numbers, "bf16": False, "use_cpu": True})
+    recipe = load_recipe("grpo", "text_rendering_1024")
+    numbers = {name: recipe[name] for name in recipe if name in NextFlowGRPOConfig.__dataclass_fields__}
+    assert recipe["global_batch_size"] == 16 * 16
+    config = NextFlowGRPOConfig(**{**numbers, "bf16": False, "use_cpu": True})
     # Printed in the paper; the rest are the defaults of the class.
     assert (config.num_generations, config.top_k, config.top_p, config.guidance_scale) == (16, 2, 0.9, 6)
     default = NextFlowGRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
@@ -84,16 +127,15 @@ def test_the_papers_recipe_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr("nextflow_hf.training.rewards.ocr.RapidOCREngine", Reads)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "text": "a"}) + "\n" for p in "abcd"))
-    recipe["data"]["data_files"] = str(tmp_path / "prompts.jsonl")
     toy_pipeline().save_pretrained(tmp_path / "model")
-    overrides = {
-        "max_steps": 4,
-        "gradient_accumulation_steps": 4,
-        "resolution": 16,
-        "prefix_scales": 2,
-        "use_cpu": True,
-    }
-    trainer = grpo.make_trainer(tmp_path / "model", recipe, tmp_path, **overrides, bf16=False, report_to="none")
+    recipe |= {
+        "max_steps": 4, "global_batch_size": 16, "resolution": 16, "prefix_scales": 2, "use_cpu": True, "bf16": False,
+        "report_to": "none", "model": str(tmp_path / "model"), "prompts": str(tmp_path / "prompts.jsonl"),
+        "output_dir": str(tmp_path),
+    }  # fmt: skip
+    _, (args, _, config), _ = resolve(recipe, grpo.GROUPS)
+    assert config.gradient_accumulation_steps == 4
+    trainer = grpo.make_trainer(args, config)
     plan = scale_plan([(1, 1), (2, 2), (4, 4)], guidance_scale=config.guidance_scale, guidance_schedule="linear")
     assert [step.guidance_scale - 1 for step in plan] == [0, 2.5, 5]  # VAR: cfg * k / (K - 1)
     trainer.train()
@@ -101,8 +143,8 @@ def test_the_papers_recipe_runs(tmp_path, monkeypatch):
 
 
 def test_the_papers_recipe_says_what_memory_it_takes():
-    text = " ".join((grpo.RECIPES / "grpo_1024.yaml").read_text().replace("#", " ").split())
-    config = load_config("7b")
+    text = " ".join((RECIPES / "grpo" / "text_rendering_1024.yaml").read_text().replace("#", " ").split())
+    config = NextFlowConfig()
     update = training_memory(config, dtype="float32", tokens=4096, loss_chunk_size=4096)
     grids = [(side, side) for side in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)]
     share = (4 * update.parameters + update.gradients + update.optimizer) / 8
@@ -149,7 +191,7 @@ def test_two_processes_share_groups_and_agree(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(tests=str(Path(__file__).parent)))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
-    launcher += ["--config_file", str(grpo.RECIPES / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
+    launcher += ["--config_file", str(RECIPES / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(
         [*launcher, str(worker), str(tmp_path / "run")], capture_output=True, text=True, env=environment

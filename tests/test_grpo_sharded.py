@@ -19,9 +19,8 @@ from test_training_equivalence import FSDP2
 from torch.distributed.fsdp import FSDPModule
 from toy_pipeline import CODES, toy_pipeline
 
-from nextflow_hf import NextFlowPipeline
+from nextflow_hf import NextFlowForCausalLM
 from nextflow_hf.training.common.sharding import gather_policy
-from nextflow_hf.training.grpo.train import save_pipeline
 
 
 RED = Image.new("RGB", (16, 16), "red")
@@ -148,7 +147,7 @@ def test_log_probabilities_are_not_rounded_to_bf16(tmp_path):
         assert (logps != logps.bfloat16().float()).float().mean() > 0.9
 
 
-def test_sharded_checkpoints_and_pipelines(tmp_path):
+def test_sharded_checkpoints_and_what_is_saved(tmp_path):
     """A run that is resumed inside a window of rollouts equals an uninterrupted one; what is saved loads as usual."""
     numbers = {"num_iterations": 2, "num_generations": 4, "per_device_train_batch_size": 4, "save_strategy": "steps"}
     numbers |= {"save_steps": 1, "trainer_class": OnCpu, "max_steps": 3}
@@ -156,14 +155,12 @@ def test_sharded_checkpoints_and_pipelines(tmp_path):
     def work(folder, resume_from=None):
         trainer = make_trainer(tmp_path / folder, mean_code, TEXTS, **numbers)
         trainer.train(resume_from_checkpoint=resume_from)
-        save_pipeline(trainer, tmp_path / folder / "pipeline")
+        trainer.save_model(str(tmp_path / folder))
 
     in_processes(lambda: work("whole"), **FSDP2)
     in_processes(lambda: work("resumed", str(tmp_path / "whole" / "checkpoint-1")), **FSDP2)
-    whole, resumed = (
-        NextFlowPipeline.from_pretrained(tmp_path / folder / "pipeline") for folder in ("whole", "resumed")
-    )
-    for a, b in zip(whole.transformer.parameters(), resumed.transformer.parameters()):
+    whole, resumed = (NextFlowForCausalLM.from_pretrained(tmp_path / folder) for folder in ("whole", "resumed"))
+    for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
     config = json.loads((tmp_path / "whole" / "checkpoint-1" / "config.json").read_text())
     assert config["architectures"] == ["NextFlowForCausalLM"]

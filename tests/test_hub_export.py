@@ -175,7 +175,7 @@ def read_card(card: ModelCard, tmp_path) -> tuple[dict, str]:
 
 def test_shapes_card(pipe, tmp_path):
     metadata, card = read_card(shapes_card(pipe, CONTEXT), tmp_path)
-    assert metadata["pipeline_tag"] == "any-to-any" and metadata["library_name"] == "diffusers"
+    assert metadata["pipeline_tag"] == "any-to-any" and metadata["library_name"] == "transformers"
     assert metadata["license"] == "apache-2.0" and "text-to-image" in metadata["tags"]
     (model,) = metadata["model-index"]
     assert [result["metrics"][0]["value"] for result in model["results"]] == [0.9512, 0.8123]
@@ -196,10 +196,10 @@ def test_context_of_the_shapes_card_is_checked(pipe, context):
 
 
 KINDS = {
-    "model": ("diffusers", "any-to-any", "finetune"),
+    "model": ("transformers", "any-to-any", "finetune"),
     "vision_tokenizer": ("transformers", "image-feature-extraction", None),
     "adapter": ("peft", "any-to-any", "adapter"),
-    "decoder": ("diffusers", "image-to-image", None),
+    "decoder": ("nextflow-hf", "image-to-image", None),
 }
 
 

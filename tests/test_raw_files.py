@@ -50,7 +50,7 @@ def test_turns_parts_and_images_that_are_null(tmp_path, streaming):
     path.write_text("\n".join(map(json.dumps, rows)))
     good, errors = texts_and_errors({"path": str(path), "format": "json", "task": "messages"}, streaming)
     assert good == ["a"] and len(errors) == 5
-    causes = ["a message is None", "a part of a message is None", "images are ['int']", "images [0] of 1 are missing"]
+    causes = ["message 0 is None", "message 1, part 0 is None", "images are ['int']", "images [0] of 1 are missing"]
     assert all(cause in error for cause, error in zip(causes, errors))
 
 

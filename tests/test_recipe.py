@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 from transformers import TrainingArguments
 
-from nextflow_hf.training.common.recipe import Recipe, load_yaml, override, parse_recipe, read_recipe
+from nextflow_hf.training.common.recipe import Recipe, load_recipe, load_yaml, override, parse_recipe, read_recipe
 from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
 
 
@@ -38,19 +38,19 @@ def test_a_recipe_is_arguments(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("rate: 1e-4\nname: no\nis_on: yes\nnumbers: [1, 2]\nfields: {a: {b: 2e-1}}\n")
     recipe = read_recipe(path)
-    (group,) = parse_recipe(recipe, [Group], prog="x")
+    (group,) = parse_recipe(recipe, [Group])
     assert group == Group(1e-4, "no", True, [1, 2], {"a": {"b": 0.2}})
     for assignment in ("fields.a.c=3e-1", "rate=2e-2", "numbers=[3]"):
         override(recipe, assignment)
-    (group,) = parse_recipe(recipe, [Group], prog="x", rest=["--rate", "3e-2"])
-    assert group == Group(3e-2, "no", True, [3], {"a": {"b": 0.2, "c": 0.3}})
+    (group,) = parse_recipe(recipe, [Group])
+    assert group == Group(2e-2, "no", True, [3], {"a": {"b": 0.2, "c": 0.3}})
 
 
 def test_strategies_may_be_no(tmp_path):
     recipe = {"output_dir": str(tmp_path), "use_cpu": True}
-    for assignment in ("eval_strategy=no", "save_strategy=no", "report_to=none", "resume_from_checkpoint=false"):
+    for assignment in ("eval_strategy=no", "save_strategy=no", "report_to=none"):
         override(recipe, assignment)
-    (args,) = parse_recipe(recipe, [TrainingArguments], prog="x")
+    (args,) = parse_recipe(recipe, [TrainingArguments])
     assert args.eval_strategy == "no" and args.save_strategy == "no"
 
 
@@ -76,7 +76,8 @@ def test_strategies_may_be_no(tmp_path):
         ("fields:\n  no: 1\n  2.5: 1", "the key 2.5 in line 3 is float"),
         ("rate: [1", r"this is no YAML: while parsing a flow sequence.*line 1"),
         ("rate: 1\n  b: 2", r"this is no YAML: mapping values are not allowed.*line 2"),
-        ("raet: 1", r"unknown keys; near ones that exist: .*'rate'"),
+        ("raet: 1", r"raet is unknown, near ones that exist: \['rate'"),
+        ("raet: 1\nrate: [1]\nsteps: no", r"raet is unknown, .*mine.yaml: rate is \[1\], .*mine.yaml: steps is 'no'"),
     ],
 )
 def test_file_and_key_are_named_in_one_line(text, message, tmp_path):
@@ -84,31 +85,56 @@ def test_file_and_key_are_named_in_one_line(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"^{path}:? .*{message}") as error:
         recipe = Recipe({"output_dir": str(tmp_path), "use_cpu": True, **read_recipe(path)}, path)
-        parse_recipe(recipe, [Group, NextFlowTrainingArguments], prog="x")
+        parse_recipe(recipe, [Group, NextFlowTrainingArguments])
     assert "\n" not in str(error.value)
 
 
 def test_numbers_may_be_written_as_people_do(tmp_path):
     recipe = load_yaml("{rate: 1, steps: 1e3, numbers: [1, 2], shares: [1, 0.5], fields: {a: 1}}")
-    (group,) = parse_recipe(recipe, [Group], prog="x")
+    (group,) = parse_recipe(recipe, [Group])
     assert (group.rate, group.steps, group.shares) == (1, 1000, [1, 0.5]) and type(group.steps) is int
 
 
+@dataclass
+class Needed:
+    name: str
+    paths: list[str]
+
+
 def test_what_is_wrong_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown keys.*'raet': \['rate'\]"):
-        parse_recipe({"raet": 1}, [Group], prog="x")
-    with pytest.raises(ValueError, match="name is missing, expected a name"):
-        parse_recipe({}, [Group], prog="x", needed={"name": "a name"})
-    assert parse_recipe({}, [Group], prog="x", needed={"name": "a name"}, rest=["--name", "it"])[0].name == "it"
+    with pytest.raises(ValueError, match="the recipe: name, paths must be set: write it there, or name=... paths=..."):
+        parse_recipe({}, [Needed])
     with pytest.raises(ValueError, match="expected key=value"):
         override({}, "max_steps")
-    with pytest.raises(ValueError, match=r"--override a=\[1: this is no YAML"):
+    with pytest.raises(ValueError, match=r"a=\[1: this is no YAML"):
         override({}, "a=[1")
     with pytest.raises(ValueError, match="optim is 'sgd', expected a mapping"):
         override({"optim": "sgd"}, "optim.name=1")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="holds list, expected a mapping"):
         read_recipe(tmp_path / "list.yaml")
+
+
+def test_a_base_is_inherited_key_by_key(tmp_path):
+    (tmp_path / "base.yaml").write_text("rate: 0.1\nname: a\nfields: {a: {b: 1, c: 2}}\nnumbers: [1, 2]\n")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nname: null\nfields: {a: {c: 3}}\nnumbers: [3]\n")
+    recipe = load_recipe("transformer", tmp_path / "mine.yaml", ["fields.a.d=4"])
+    assert recipe == {"rate": 0.1, "name": None, "fields": {"a": {"b": 1, "c": 3, "d": 4}}, "numbers": [3]}
+    (tmp_path / "shipped.yaml").write_text("base: sft_1024\nseed: 7\n")
+    assert load_recipe("transformer", tmp_path / "shipped.yaml") == {
+        **load_recipe("transformer", "sft_1024"),
+        "seed": 7,
+    }
+    (tmp_path / "base.yaml").write_text("base: mine.yaml\n")
+    with pytest.raises(ValueError, match="base leads back"):
+        load_recipe("transformer", tmp_path / "mine.yaml")
+
+
+def test_a_near_name_of_a_shipped_recipe_is_said():
+    with pytest.raises(
+        FileNotFoundError, match=r"no recipe of transformer, expected a file or one of \['alignment'\]"
+    ):
+        load_recipe("transformer", "aligment")
 
 
 @pytest.mark.parametrize("text", ["rate: 1\nname: a\nrate: 2\n", "fields:\n  a: 1\n  b: 2\n  a: 3\n", "{a: 1, a: 2}"])

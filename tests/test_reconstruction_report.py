@@ -1,6 +1,5 @@
 """PSNR, SSIM and the Fréchet distance against independent statements; pictures good and bad; the command's report."""
 
-import json
 import logging
 import sys
 
@@ -11,16 +10,11 @@ import scipy.linalg
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from toy_pipeline import toy_pipeline
 from transformers import AutoImageProcessor, ConvNextConfig, ConvNextImageProcessorPil, ConvNextModel
 
 from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor
-from nextflow_hf.training.data.pictures import (
-    NextFlowPictureDataset,
-    NextFlowVisionTokenizerCollator,
-    load_pictures,
-)
-from nextflow_hf.training.evaluation import reconstruction_report
+from nextflow_hf.training.data.description import load_images, read_description
+from nextflow_hf.training.data.images import ImageRows, NextFlowImageDataset, NextFlowVisionTokenizerCollator
 from nextflow_hf.training.evaluation.frechet import FeatureStatistics, frechet_distance, load_feature_model
 from nextflow_hf.training.evaluation.reconstruction import structural_similarity
 
@@ -125,73 +119,48 @@ def folder(tmp_path):
 PROCESSOR = {"scale_bases": [1, 2, 4], "patch_size": 4, "bucket_area": 16, "min_bucket_fill": 0.5, "resolution": 16}
 
 
-def test_a_bad_picture_is_named_and_the_next_one_takes_its_place(folder, caplog):
-    processor = NextFlowImageProcessor(**PROCESSOR)
-    rows = load_pictures(folder)
-    data = NextFlowPictureDataset(rows, processor)
-    assert len(data) == 6 and data.bad_pictures == []
-    bad = next(i for i in range(6) if "broken" in str(rows[i]["image"]["path"]))
+def dataset_of(path, on_bad_row: str = "skip", columns: dict | None = None, **options) -> NextFlowImageDataset:
+    source = {"path": str(path), "task": "image", "columns": columns or {}}
+    images = load_images(read_description({"sources": [source], "on_bad_row": on_bad_row}))
+    return NextFlowImageDataset(images, NextFlowImageProcessor(**PROCESSOR), **options)
+
+
+def test_a_bad_image_is_named_and_the_next_one_takes_its_place(folder, caplog):
+    data = dataset_of(folder)
+    assert len(data) == 6 and data.images.bad_rows == []
+    bad = next(i for i in range(6) if "broken" in str(data.images.rows[i]["images"][0]["path"]))
     with caplog.at_level(logging.WARNING):
         items = [data[index] for index in range(6)]
-    assert data.bad_pictures == [bad] and "2_broken.png" in caplog.text
+    assert data.images.bad_rows == [bad] and "2_broken.png" in caplog.text
     assert torch.equal(items[bad]["pixel_values"], items[bad + 1]["pixel_values"])
     assert items[0]["image_grids"].tolist()[0] == [1, 1] and (items[0]["image_grids"] > 0).all()
     batch = NextFlowVisionTokenizerCollator()(items)
     assert len({tuple(map(tuple, item["image_grids"].tolist())) for item in items}) > 1
     assert len(batch["pixel_values"]) == 6
-    with pytest.raises(ValueError, match=f"image {bad} .*2_broken.png.* is bad"):
-        NextFlowPictureDataset(rows, processor, on_bad_picture="raise")[bad]
-    with pytest.raises(ValueError, match="all 1 pictures are bad"):
-        NextFlowPictureDataset(rows.select([bad]), processor)[0]
+    with pytest.raises(ValueError, match=f"row {bad} .* is bad: .*2_broken.png"):
+        dataset_of(folder, "raise")[bad]
+    with pytest.raises(ValueError, match="all 1 rows are bad"):
+        NextFlowImageDataset(ImageRows([data.images.rows[bad]], on_bad_row="skip"), data.image_processor)[0]
 
 
-def test_workers_report_their_bad_pictures(folder):
-    data = NextFlowPictureDataset(load_pictures(folder), NextFlowImageProcessor(**PROCESSOR))
+def test_workers_report_their_bad_images(folder):
+    data = dataset_of(folder)
     loader = torch.utils.data.DataLoader(data, batch_size=3, num_workers=1, collate_fn=lambda items: items)
-    assert sum(len(batch) for batch in loader) == 6 and len(data.bad_pictures) == 1
+    assert sum(len(batch) for batch in loader) == 6 and len(data.images.bad_rows) == 1
 
 
 def test_crops_and_flips_are_a_function_of_epoch_and_index(folder):
-    data, again = (
-        NextFlowPictureDataset(
-            load_pictures(folder), NextFlowImageProcessor(**PROCESSOR), random_crop=0.5, random_flip=True, seed=3
-        )
-        for _ in range(2)
-    )
+    data, again = (dataset_of(folder, random_crop=0.5, random_flip=True, seed=3) for _ in range(2))
     first = data[0]["pixel_values"]
     assert torch.equal(first, again[0]["pixel_values"])
     again.set_epoch(1)
     assert not torch.equal(first, again[0]["pixel_values"])
 
 
-def test_pictures_of_a_data_set_on_disk(folder, tmp_path):
+def test_images_of_a_data_set_on_disk(folder, tmp_path):
     rows = datasets.Dataset.from_dict({"photo": [str(folder / "0.png"), None]}).cast_column("photo", datasets.Image())
     rows.save_to_disk(tmp_path / "saved")
-    data = NextFlowPictureDataset(
-        load_pictures(tmp_path / "saved", image_column="photo"), NextFlowImageProcessor(**PROCESSOR)
-    )
-    assert torch.equal(data[0]["pixel_values"], data[1]["pixel_values"]) and data.bad_pictures == [1]
-    with pytest.raises(ValueError, match=r"has the columns \['photo'\], expected 'image'"):
-        load_pictures(tmp_path / "saved")
-
-
-def test_the_report_of_a_repository(folder, tmp_path, vision_model):
-    (folder / "2_broken.png").unlink()
-    toy_pipeline().save_pretrained(tmp_path / "model")
-    pipeline = toy_pipeline()
-    arguments = ["--model", tmp_path / "model" / "vision_tokenizer", "--processor", tmp_path / "model" / "processor"]
-    arguments += ["--images", folder, "--output", tmp_path / "report.json", "--features", vision_model]
-    reconstruction_report.main([*map(str, arguments), "--batch-size", "3"])
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["pictures"] == 5 and report["bad_pictures"] == 0 and report["rfid"] > 0
-    assert 0 < report["codebook_usage"] <= 1 <= report["codebook_perplexity"]
-    tokenizer, processor = pipeline.vision_tokenizer.eval(), pipeline.processor.image_processor
-    ratios = []
-    for path in sorted(folder.glob("*.png")):
-        inputs = processor(Image.open(path), return_tensors="pt")
-        with torch.no_grad():
-            codes = tokenizer.encode(inputs["pixel_values"], inputs["image_grids"]).image_codes
-            decoded = tokenizer.decode(codes, inputs["image_grids"])
-        mse = ((decoded - inputs["pixel_values"]) / 2).square().mean().item()
-        ratios.append(-10 * np.log10(mse))
-    assert report["psnr"] == pytest.approx(np.mean(ratios), abs=1e-3)
+    data = dataset_of(tmp_path / "saved", columns={"image": "photo"})
+    assert torch.equal(data[0]["pixel_values"], data[1]["pixel_values"]) and data.images.bad_rows == [1]
+    with pytest.raises(ValueError, match=r"but the columns are \['photo'\]: name it, as in columns: {image: ...}"):
+        dataset_of(tmp_path / "saved")

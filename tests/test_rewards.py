@@ -30,9 +30,7 @@ from nextflow_hf.training.rewards.ocr import (
     text_rendering_score,
 )
 from nextflow_hf.training.rewards.preference import CLIPReward, ImageScoreReward
-from nextflow_hf.training.rewards.shapes import clean_shapes, shapes_checks, shapes_judge, shapes_prompts, shapes_task
 from nextflow_hf.training.rewards.vlm_judge import BudgetExceededError, parse_score
-from nextflow_hf.training.shapes import Edit, render, sample_scene
 
 
 PICTURE = Image.new("RGB", (8, 8), "red")
@@ -432,45 +430,3 @@ def test_scores_in_answers():
     for answer in ("I give it 7 of 10", "", '{"score": null}'):
         with pytest.raises(ValueError, match="no score"):
             parse_score(answer)
-
-
-# ---- Shapes
-
-
-def test_shapes_prompts_and_their_judge():
-    rows = shapes_prompts(40, seed=3, edit_fraction=0.5)
-    tasks = [shapes_task(**world) for world in rows["world"]]
-    right, wrong = [], []
-    rng = np.random.default_rng(0)
-    for row, task in zip(rows, tasks):
-        is_edit = isinstance(task, Edit)
-        assert row["prompt"] == (task.instruction if is_edit else task.text)
-        assert len(row["images"]) == is_edit
-        if is_edit:
-            assert np.array_equal(np.asarray(row["images"][0]), render(task.source, 64, 64))
-        scene = task.target if is_edit else sample_scene(rng, task)
-        right.append(Image.fromarray(render(scene, 64, 64)))
-        wrong.append(Image.new("RGB", (64, 64), "white"))
-    assert {type(task) is Edit for task in tasks} == {True, False}
-    columns = {"world": rows["world"], "prompts": rows["prompt"]}
-    assert np.mean(shapes_judge(images=right, **columns)) > 0.95 and sum(shapes_judge(images=wrong, **columns)) == 0
-    partial = shapes_checks(images=wrong, **columns)
-    assert all(0 <= value < 1 for value in partial) and np.mean(shapes_checks(images=right, **columns)) > 0.95
-    assert np.mean(clean_shapes(images=right)) > 0.9 and sum(clean_shapes(images=wrong)) == 0
-
-    masks = []
-    shapes_judge(images=[right[0], wrong[0]], world=rows["world"][:2], prompts=["a", "b"], report_masks=masks.extend)
-    assert masks[1] is None and 0 < masks[0].mean() < 1
-    background = np.asarray(right[0])[0, 0]
-    assert (np.asarray(right[0])[~masks[0]] == background).all()  # every object lies inside
-    assert shapes_prompts(5, seed=3, edit_fraction=0.5)["prompt"] == rows["prompt"][:5]
-
-
-def test_shapes_prompts_of_some_categories():
-    every = shapes_prompts(60, seed=3, edit_fraction=0.5)
-    wanted = [row["world"] for row in every if row["category"] in ("counting", "recolor")]
-    some = shapes_prompts(6, seed=3, edit_fraction=0.5, categories=["counting", "recolor"])
-    assert some["world"] == wanted[:6]
-    for categories in (["recolor"], ["heads"], []):  # without edits there is nothing to recolor
-        with pytest.raises(ValueError, match="categories must be some of"):
-            shapes_prompts(6, categories=categories)

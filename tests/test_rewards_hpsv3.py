@@ -18,7 +18,6 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from nextflow_hf.training.grpo.train import make_reward
 from nextflow_hf.training.rewards.hpsv3 import CHAT, INSTRUCTION, HPSv3Reward, reward_head
 from nextflow_hf.training.rewards.preference import SequenceScoreReward
 
@@ -100,7 +99,7 @@ def test_hpsv3(base, layout, tmp_path):
     save_file({name: weight.contiguous().clone() for name, weight in weights.items()}, tmp_path / "HPSv3.safetensors")
     with pytest.raises((ValueError, RuntimeError), match="rm_head|0.bias|visual.merger.ln_q.weight"):
         HPSv3Reward(str(tmp_path), **options)(images=IMAGES[:1], prompts=["a"])
-    assert make_reward("hpsv3").model_id == "MizzenAI/HPSv3"
+    assert HPSv3Reward().model_id == "MizzenAI/HPSv3"
 
 
 class TinyProcessor:

@@ -9,7 +9,7 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from nextflow_hf.training.data.pictures import NextFlowVisionTokenizerCollator, pixels_from_uint8
+from nextflow_hf.training.data.images import NextFlowVisionTokenizerCollator, pixels_from_uint8
 from nextflow_hf.training.evaluation.reconstruction_report import measure_batch
 from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
 from nextflow_hf.training.vision_tokenizer.codebook import (

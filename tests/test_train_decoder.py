@@ -1,4 +1,4 @@
-"""The commands that train the diffusion decoder: from an extraction's file to a LoRA, and the small one of Shapes."""
+"""`nextflow-hf train decoder`: from an extraction's file to a decoder or a LoRA, in two stages."""
 
 import json
 
@@ -6,21 +6,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from toy_decoder import toy_base_model, toy_decoder_pipeline, toy_denoiser
+from toy_decoder import toy_base_model, toy_decoder_pipeline
 from toy_pipeline import toy_pipeline
 
+from nextflow_hf import cli
+from nextflow_hf.commands import extract
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_pipeline
-from nextflow_hf.training.data import extract
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
 from nextflow_hf.training.data.extraction import load_codes
 from nextflow_hf.training.data.mixture import MixtureArguments, MixtureRows
-from nextflow_hf.training.diffusion_decoder import train as train_decoder
-from nextflow_hf.training.diffusion_decoder.trainer import NextFlowDiffusionDecoderTrainingArguments
-from nextflow_hf.training.shapes.denoiser import train_denoiser
 
 
 SIZES = ((16, 16), (20, 12), (12, 20))
@@ -97,58 +94,34 @@ def test_rows_that_are_no_longer_there_are_named(data):
 def test_the_command_trains_both_stages_and_goes_on(data, tmp_path, family):
     toy_base_model(family).save_pretrained(tmp_path / "base_model")
     is_lora = family != "unet"
-    training = {"report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2, "save_steps": 1}
     recipe = {
-        "base_model": str(tmp_path / "base_model"),
-        "denoiser": "transformer" if is_lora else "unet",
-        "training": {
-            **training,
-            "bf16": True,
-            "activation_checkpointing": True,
-            **({"lora_rank": 2} if is_lora else {}),
-        },
-        "stages": {"base": {"max_steps": 2}, "upscale": {"max_steps": 1}},
-    }
+        "base_model": str(tmp_path / "base_model"), "denoiser": "transformer" if is_lora else "unet",
+        "data": str(data / "data.yaml"), "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2,
+        "save_steps": 1, "bf16": True, "activation_checkpointing": True, "max_steps": 2,
+        **({"lora_rank": 2} if is_lora else {}),
+    }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--data", str(data / "data.yaml")]
-    arguments += ["--output-dir", str(tmp_path / "out")]
-    assert train_decoder.main([*arguments, "--stage", "base"]) == 0
+    base, upscale = tmp_path / "base", tmp_path / "upscale"
+    command = ["train", "decoder", str(tmp_path / "recipe.yaml")]
+    assert cli.main([*command, f"output_dir={base}"]) == 0
     name = "pytorch_lora_weights.safetensors" if is_lora else "diffusion_pytorch_model.safetensors"
-    first = load_file(tmp_path / "out" / "base" / name)
+    first = load_file(base / name)
     # As if it had been interrupted after its first step
-    (tmp_path / "out" / "base_run" / "trainer_state.json").unlink()
-    (tmp_path / "out" / "base_run" / "checkpoint-2").rename(tmp_path / "out" / "aside")
-    assert train_decoder.main(arguments) == 0
-    again, last = (load_file(tmp_path / "out" / stage / name) for stage in ("base", "upscale"))
+    (base / "trainer_state.json").unlink()
+    (base / "checkpoint-2").rename(tmp_path / "aside")
+    assert cli.main([*command, f"output_dir={base}"]) == 0
+    second = [f"output_dir={upscale}", f"decoder_name_or_path={base}", "upscale_factor=2", "max_steps=1"]
+    assert cli.main([*command, *second]) == 0
+    again, last = load_file(base / name), load_file(upscale / name)
     assert all(torch.equal(again[key], value) for key, value in first.items())
     assert last.keys() == first.keys() and any(not torch.equal(last[key], again[key]) for key in last)
     if is_lora:
         pipe = toy_decoder_pipeline(family, projection_dim=None).to(torch.bfloat16)
-        pipe.load_lora_weights(tmp_path / "out" / "upscale")
+        pipe.load_lora_weights(upscale)
         assert pipe.diffusion_decoder.dtype == torch.bfloat16
     else:
-        config = json.loads((tmp_path / "out" / "upscale" / "config.json").read_text())
-        assert config["upscale_factor"] == 2
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert train_decoder.main(arguments) == 0  # all is there
-    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
-
-
-def test_a_denoiser_of_pictures_learns_and_goes_on(tmp_path):
-    pictures = np.zeros((12, 8, 8, 3), np.uint8)
-    pictures[:, 2:6, 2:6] = 255
-    options = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_steps": 20, "logging_steps": 20}
-    options |= {"learning_rate": 1e-2, "per_device_train_batch_size": 6, "lr_scheduler_type": "constant"}
-
-    def train(folder: str, steps: int) -> UNet2DConditionModel:
-        torch.manual_seed(0)
-        args = NextFlowDiffusionDecoderTrainingArguments(str(tmp_path / folder), max_steps=steps, **options)
-        return train_denoiser(toy_denoiser("unet", channels=3), DDIMScheduler(), pictures, args)
-
-    whole = train("whole", 40)
-    history = json.loads((tmp_path / "whole" / "checkpoint-40" / "trainer_state.json").read_text())["log_history"]
-    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-    train("again", 20)
-    again = train("again", 40)
-    for name, value in again.state_dict().items():
-        torch.testing.assert_close(value, whole.state_dict()[name], atol=1e-5, rtol=1e-3, msg=name)
+        assert json.loads((upscale / "config.json").read_text())["upscale_factor"] == 2
+    assert yaml.safe_load((upscale / "run.yaml").read_text())["kind"] == "decoder"
+    times = {path: path.stat().st_mtime_ns for path in upscale.rglob("*") if path.is_file()}
+    assert cli.main([*command, *second]) == 0  # all is there
+    assert times == {path: path.stat().st_mtime_ns for path in upscale.rglob("*") if path.is_file()}

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,9 +17,9 @@ from nextflow_hf import NextFlowVisionTokenizer, cli
 from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor
 from nextflow_hf.training.common.checkpoints import last_checkpoint
 from nextflow_hf.training.common.finite_steps import NotFiniteError
-from nextflow_hf.training.shapes.dataset import shapes_sample
+from nextflow_hf.training.common.recipe import load_recipe, parse_recipe
+from nextflow_hf.training.vision_tokenizer import train
 from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
-from nextflow_hf.training.vision_tokenizer.recipe import RECIPES, parse_recipe, read_recipe
 from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -167,30 +168,60 @@ def test_two_processes_are_one_with_both_batches(tmp_path):
         torch.testing.assert_close(both["state"][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_the_three_stages_by_recipe(tmp_path, monkeypatch):
-    """Of the Shapes recipes, a few steps each; what a stage leaves is what the next one takes."""
+SMALL = {  # of every recipe: 64 px, last grid 8x8
+    "config_overrides.codebook_size": 64, "config_overrides.semantic_code_dim": 16,
+    "config_overrides.pixel_code_dim": 8, "config_overrides.semantic_decoder_layers": 1,
+    "config_overrides.latent_channels": 32, "config_overrides.encoder_channels": 8,
+    "config_overrides.encoder_res_blocks": 1, "config_overrides.channel_multipliers": [1, 2, 2, 4],
+    "config_overrides.norm_num_groups": 0, "perceptual_model": None, "bf16": False, "dataloader_num_workers": 0,
+    "image_processor": {
+        "scale_bases": [1, 2, 4, 8], "patch_size": 8, "bucket_area": 64, "resolution": 64, "max_aspect_ratio": 2.0,
+    },
+    "data": "data.yaml", "eval_data": "data.yaml", "max_eval_images": 4, "max_steps": 2, "warmup_steps": 0,
+    "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "global_batch_size": 4, "logging_steps": 1,
+    "save_steps": 1, "eval_steps": 2, "adversarial_start": 1, "discriminator_channels": 8, "use_cpu": True,
+    "report_to": "none",
+}  # fmt: skip
+DECODER = {"decoder_channels": 8, "decoder_res_blocks": 0}
+
+
+def small(stage: str) -> list[str]:
+    """The shipped recipe of a stage, made small."""
+    own = {
+        f"config_overrides.{name}": 2 * value if stage.startswith("decoder") else value
+        for name, value in DECODER.items()
+    }
+    if stage == "pixel":
+        own |= {"config_overrides.semantic_config.patch_size": 8, "config_overrides.semantic_config.num_patches": 64}
+    if stage.startswith("joint"):
+        own |= {"semantic_teacher": "teacher"}
+    return ["train", "tokenizer", stage, *(f"{name}={json.dumps(value)}" for name, value in {**SMALL, **own}.items())]
+
+
+def test_the_stages_by_recipe(tmp_path, monkeypatch):
+    """A few steps each; what a stage leaves is what the next one takes, and codes are merged at the end."""
     monkeypatch.chdir(tmp_path)
-    Path("pictures").mkdir()
+    Path("images").mkdir()
     for index in range(10):
-        shapes_sample(0, index, tasks={"text_to_image": 1.0})["images"][0].save(f"pictures/{index}.png")
-    Image.new("RGB", (32, 64), "red").save("pictures/tall.png")
-    Path("pictures/broken.png").write_bytes(b"no picture")
+        pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"images/{index}.png")
+    Image.new("RGB", (32, 64), "red").save("images/tall.png")
+    Path("images/broken.png").write_bytes(b"no image")
+    Path("data.yaml").write_text("{on_bad_row: skip, sources: [{path: images, task: image}]}")
     teacher = Siglip2VisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, num_patches=64
     )
-    Siglip2VisionModel(teacher).save_pretrained("runs/shapes/teacher")
-    tiny = {"train_images": "pictures", "eval_images": "pictures", "max_eval_images": 4, "max_steps": 2}
-    tiny |= {"per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1, "eval_steps": 2, "warmup_steps": 0}
-    tiny |= {"adversarial_start": 1, "use_cpu": "true", "config_overrides.codebook_size": 64, "report_to": "none"}
-    overrides = [text for key, value in tiny.items() for text in ("--override", f"{key}={value}")]
-    for stage in STAGES:
-        assert cli.main(["train-tokenizer", f"shapes_vision_tokenizer_{stage}", *overrides]) == 0
-    loaded = {}
-    for stage in STAGES:
-        folder = Path(f"runs/shapes_vision_tokenizer_{stage}")
-        loaded[stage] = NextFlowVisionTokenizer.from_pretrained(folder)
+    Siglip2VisionModel(teacher).save_pretrained("teacher")
+    for stage in ("pixel", "joint", "decoder", "joint_1024", "decoder_1024"):
+        assert cli.main(small(stage)) == 0
+        folder = Path(f"runs/tokenizer_{stage}")
         assert json.loads((folder / "eval_results.json").read_text())["eval_psnr"] > 0
         assert NextFlowImageProcessor.from_pretrained(folder).resolution == 64
+        run = yaml.safe_load((folder / "run.yaml").read_text())
+        assert run["kind"] == "tokenizer" and run["model"] == load_recipe("tokenizer", stage).get(
+            "vision_tokenizer_name_or_path"
+        )
+    loaded = {stage: NextFlowVisionTokenizer.from_pretrained(f"runs/tokenizer_{stage}") for stage in STAGES}
     assert (
         loaded["pixel"].config.semantic_distance_weight == 0 and loaded["joint"].config.semantic_distance_weight == 1
     )
@@ -201,32 +232,31 @@ def test_the_three_stages_by_recipe(tmp_path, monkeypatch):
     sizes = [sum(p.numel() for p in loaded[stage].pixel_decoder.parameters()) for stage in ("joint", "decoder")]
     assert sizes[1] > 2 * sizes[0]
 
+    assert cli.main([*small("joint"), "merge_codes=10", "output_dir=merged"]) == 0
+    merged = NextFlowVisionTokenizer.from_pretrained("merged")
+    assert merged.config.codebook_size == 10 and Path("merged/run.yaml").is_file()
+    joint = loaded["joint"].state_dict()  # of the same seed
+    kept = {tuple(row.tolist()) for row in joint["quantizer.pixel_codebook.weight"]}
+    assert all(tuple(row.tolist()) in kept for row in merged.state_dict()["quantizer.pixel_codebook.weight"])
+    after = ["vision_tokenizer_name_or_path=merged", "output_dir=last", "config_overrides.codebook_size=10"]
+    assert cli.main([*small("decoder"), *after]) == 0
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("family", ["", "shapes_"])
-def test_shipped_recipes_are_read(stage, family, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    recipe = read_recipe(f"{family}vision_tokenizer_{stage}", ["train_images=pictures", "use_cpu=true"])
-    tokenizer_args, picture_args, training_args = parse_recipe(recipe)
-    assert training_args.stage == stage and picture_args.train_images == "pictures"
-    assert NextFlowImageProcessor(**picture_args.image_processor).resolution in (64, 256, 512)
-    assert (tokenizer_args.vision_tokenizer_name_or_path is None) == (stage == "pixel")
-    assert (RECIPES / f"{family}vision_tokenizer_{stage}.yaml").read_text().startswith("# ")
+
+def test_a_ragged_last_batch(tmp_path):
+    """The codebook starts from all batches of an epoch, of which the last is smaller."""
+    trainer = make_trainer(tmp_path, codebook_init_batches=100, max_steps=14)
+    trainer.train_dataset = trainer.train_dataset[:46]  # 11 batches of 4, and one of 2
+    trainer.train()
+    assert len(losses_of(trainer)) == 14
 
 
 def test_wrong_recipes_are_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"train_images": "pictures", "learning_rte": 1.0}))
-    with pytest.raises(ValueError, match=r"unknown keys.*learning_rte.*learning_rate"):
-        parse_recipe(read_recipe(path))
-    with pytest.raises(ValueError, match="train_images is missing"):
-        parse_recipe(read_recipe("vision_tokenizer_pixel"))
-    with pytest.raises(FileNotFoundError, match="expected a file or one of .*'vision_tokenizer_joint'"):
-        read_recipe("vision_tokenizer_pixels")
-    with pytest.raises(ValueError, match="--override got 'max_steps'"):
-        read_recipe("vision_tokenizer_pixel", ["max_steps"])
-    path.write_text(yaml.safe_dump({"train_images": "pictures", "output_dir": str(tmp_path), "learning_rate": "1e-4"}))
-    assert parse_recipe(read_recipe(path))[2].learning_rate == 1e-4
+    path.write_text(yaml.safe_dump({"data": "images", "learning_rte": 1.0}))
+    with pytest.raises(ValueError, match="learning_rte is unknown, near ones that exist: .*'learning_rate'"):
+        parse_recipe(load_recipe("tokenizer", path), train.GROUPS)
+    with pytest.raises(ValueError, match="pixel.yaml: data must be set"):
+        parse_recipe(load_recipe("tokenizer", "pixel"), train.GROUPS)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from toy_pipeline import toy_pipeline
 from transformers.trainer_utils import get_last_checkpoint
 
 from nextflow_hf import NextFlowForCausalLM
+from nextflow_hf.commands.train import main
 from nextflow_hf.training.common.finite_steps import NotFiniteError
 from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
-from nextflow_hf.training.transformer.train import main
 from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
@@ -209,7 +209,7 @@ def curve(output_dir: Path) -> list[dict]:
 
 def test_killed_anywhere_and_resumed_it_is_the_uninterrupted_run(recipe, tmp_path):
     def run(output_dir: Path) -> multiprocessing.Process:
-        command = [str(recipe), "--override", f"output_dir={output_dir}"]
+        command = ["transformer", str(recipe), f"output_dir={output_dir}"]
         return in_a_process(main, command)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"

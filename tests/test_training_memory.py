@@ -4,10 +4,9 @@ import pytest
 import torch
 from toy import toy_config
 
-from nextflow_hf import NextFlowConfig, NextFlowForCausalLM
+from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, cli
 from nextflow_hf.training.transformer.arguments import ModelArguments
 from nextflow_hf.training.transformer.memory import adapter_bytes_per_token, layer_bytes_per_token, training_memory
-from nextflow_hf.training.transformer.memory import main as memory_main
 from nextflow_hf.training.transformer.model_loading import add_adapter
 
 
@@ -67,9 +66,13 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(adapted):
     assert expected == pytest.approx(measured, rel=0.02)
 
 
-def test_memory_table(capsys):
-    memory_main(["--tokens", "4096"])
+def test_the_command_prints_a_recipe_and_other_ways(capsys):
+    assert cli.main(["memory", "sft_1024", "lora_r=8", "--tokens", "4096", "--gpus", "8"]) == 0
     printed = capsys.readouterr().out
-    assert "7.865B" in printed and "| all, adamw_8bit, bfloat16 | 7.865B | 15.7 | 15.7 |" in printed
+    assert "7.865B" in printed and "| this recipe | 7.865B | 5.7 | 3.9 | 7.9 |" in printed
+    assert cli.main(["memory", "sft_1024_24gb", "--gpu-gb", "24"]) == 0
+    assert "20480 tokens a micro-batch" in (printed := capsys.readouterr().out)
+    assert "| this recipe | 0.040B | 6.5 | 0.2 |" in printed and "| all, paged_adamw_8bit, bfloat16 |" in printed
+    assert cli.main(["memory", "sft_1024", "--gpus", "0"]) == 2
     with pytest.raises(ValueError, match="expected one of"):
         training_memory(NextFlowConfig(), optim="adam")

@@ -10,9 +10,7 @@ import toy_world
 from PIL import Image
 from safetensors.torch import load_file
 
-from nextflow_hf.worlds import emoji, judge, shapes
-from nextflow_hf.worlds.captions import caption, read_caption
-from nextflow_hf.worlds.dataset import TASKS, sample_row
+from nextflow_hf.worlds import emoji, judge
 from nextflow_hf.worlds.judge import Judge, background_of, kept_psnr, train_judge
 from nextflow_hf.worlds.sampling import Context
 from nextflow_hf.worlds.scene import BACKGROUNDS, Scene, Thing, backdrop, box, canvases, paste, render
@@ -43,7 +41,7 @@ def scene():
 
 
 def test_a_true_scene_passes(folder, sprites, scene):
-    checks = emoji.judge_image(Image.fromarray(render(scene, sprites, CANVAS)), scene, folder)
+    checks = Judge(folder).judge_image(Image.fromarray(render(scene, sprites, CANVAS)), scene)
     assert set(checks) == {"concept", "place", "style", "size", "count", "background", "passed"}
     assert all(checks.values())
 
@@ -125,23 +123,6 @@ def test_training_goes_on_to_the_same_weights(sprites, tmp_path, monkeypatch):
     assert len(calls) == 4 + 2
     whole, parts = (load_file(tmp_path / name / "judge.safetensors") for name in ("whole", "parts"))
     assert all((whole[name] == parts[name]).all() for name in whole)
-
-
-# ---- shapes, the other world
-
-
-def test_shapes_speak_the_same_grammar(tmp_path):
-    sprites = shapes.load(tmp_path)
-    assert len(sprites.all) == 35 and not list(tmp_path.iterdir())
-    for task in TASKS:
-        for number in range(5):
-            row, context = sample_row(sprites, task, str(number), canvases(64))
-            for scene in row.scenes:
-                assert read_caption(sprites, caption(sprites, scene)).background == scene.background
-    scene = Scene("white", (Thing(Sprite("ring", "red"), "middle", "large"),))
-    assert caption(sprites, scene) == "a large red ring in the middle, on a white background"
-    image = render(scene, sprites, CANVAS)
-    assert tuple(image[32, 32]) == (248, 248, 248) and tuple(image[32, 12]) == (214, 32, 44)
 
 
 def test_what_lies_outside_is_cut_off(sprites):

@@ -17,26 +17,18 @@ from processes import in_a_process
 from toy_decoder import toy_base_model
 from toy_pipeline import toy_pipeline
 
-from nextflow_hf.training.data import extract
-from nextflow_hf.training.diffusion_decoder import train as train_decoder
-from nextflow_hf.training.grpo import train as grpo
-from nextflow_hf.training.transformer import train
-from nextflow_hf.training.vision_tokenizer import train as train_tokenizer
+from nextflow_hf.commands import extract, train
 
 
 TRAINING = {
     "max_steps": 5, "save_steps": 2, "save_total_limit": 2, "per_device_train_batch_size": 2, "logging_steps": 1,
     "learning_rate": 0.01, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
 }  # fmt: skip
-GRPO = {
-    "data": {"shapes": {"num_rows": 8, "size": 16}},
-    "rewards": [{"name": "shapes_checks"}],
-    "training": {
-        **TRAINING, "per_device_train_batch_size": 4, "num_generations": 4, "bf16": False, "prefix_scales": 2,
-        "gradient_checkpointing": False,
-    },
-    "peft": {"r": 2, "target_modules": ["q_proj"]},
-}  # fmt: skip
+
+
+def brightness(images: list[Image.Image], **columns) -> list[float]:
+    """A reward, named `toy_commands:brightness` in recipes."""
+    return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
 @dataclass
@@ -107,7 +99,7 @@ def toy_commands(folder: Path) -> dict[str, ToyCommand]:
         "lora_dropout": 0.3, "train_codes": [str(folder / "codes")],
     }  # fmt: skip
     tokenizer = {
-        **TRAINING, "max_steps": 13, "stage": "pixel", "train_images": str(folder / "pictures"),
+        **TRAINING, "max_steps": 13, "stage": "pixel", "data": str(folder / "pictures"),
         "vision_tokenizer_name_or_path": str(folder / "model" / "vision_tokenizer"), "random_flip": True,
         "image_processor": json.loads((folder / "model" / "processor" / "processor_config.json").read_text())[
             "image_processor"
@@ -116,36 +108,27 @@ def toy_commands(folder: Path) -> dict[str, ToyCommand]:
     }  # fmt: skip
     tokenizer["image_processor"].pop("image_processor_type", None)
     decoder = {
-        "base_model": str(folder / "base_model"), "denoiser": "unet", "training": {**TRAINING, "ema_decay": 0.9},
-        "stages": {"base": {}, "upscale": {"max_steps": 1}},
+        **TRAINING, "base_model": str(folder / "base_model"), "denoiser": "unet", "ema_decay": 0.9, "data": data,
+        "frozen_dtype": "float32",
     }  # fmt: skip
-    window = {**GRPO, "training": {**GRPO["training"], "num_iterations": 2, "save_steps": 1}}
-    recipes = {"train": transformer, "tokenizer": tokenizer, "decoder": decoder, "grpo": GRPO, "window": window}
-    recipes = {name: write(name, recipe) for name, recipe in recipes.items()}
-    model = str(folder / "model")
+    (folder / "prompts.txt").write_text("".join(f"{word}\n" for word in "abcdefghijklmnopqrstuvwx"))
+    grpo = {
+        **TRAINING, "model": str(folder / "model"), "prompts": str(folder / "prompts.txt"), "use_peft": True,
+        "lora_r": 2, "lora_target_modules": ["q_proj"], "rewards": ["toy_commands:brightness"], "num_generations": 4,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "bf16": False, "prefix_scales": 2,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    write("window", {**grpo, "num_iterations": 2, "save_steps": 1})
+    recipes = {"transformer": transformer, "tokenizer": tokenizer, "decoder": decoder, "grpo": grpo}
+    for name, recipe in recipes.items():
+        write(name, recipe)
+
+    def training(kind: str, recipe: str) -> ToyCommand:
+        path = str(folder / f"{recipe}.yaml")
+        return ToyCommand(train.main, lambda out: [kind, path, f"output_dir={out}"])
+
     return {
-        "extract": ToyCommand(extract.main, lambda out: [data, "--output_dir", str(out)], "*[!g].*[!p]"),
-        "train": ToyCommand(train.main, lambda out: [recipes["train"], "--override", f"output_dir={out}"]),
-        "train-tokenizer": ToyCommand(
-            train_tokenizer.main, lambda out: [recipes["tokenizer"], "--override", f"output_dir={out}"]
-        ),
-        "train-decoder": ToyCommand(
-            train_decoder.main,
-            lambda out: [
-                "--recipe",
-                recipes["decoder"],
-                "--data",
-                data,
-                "--dtype",
-                "float32",
-                "--output-dir",
-                str(out),
-            ],
-        ),
-        "grpo": ToyCommand(
-            grpo.main, lambda out: ["--model", model, "--recipe", recipes["grpo"], "--output-dir", str(out)]
-        ),
-        "grpo in a rollout window": ToyCommand(
-            grpo.main, lambda out: ["--model", model, "--recipe", recipes["window"], "--output-dir", str(out)]
-        ),
+        "extract": ToyCommand(extract.main, lambda out: [data, f"output_dir={out}"], "*[!g].*[!p]"),
+        **{kind: training(kind, kind) for kind in recipes},
+        "grpo in a rollout window": training("grpo", "window"),
     }

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .sprites import MIPMAPS, RASTER, Concept, Sprite
+from .sprites import MIPMAPS, RASTER, Concept, Sprite, scaled
 
 
 # Style (in the order of preference where none is named) -> npm package, version, SHA-256 of its archive.
@@ -164,6 +164,10 @@ class Rasters:
                 os.replace(path.with_suffix(".tmp"), path)
             self._chunks.append(np.load(path, mmap_mode="r"))
         self.levels = lru_cache(maxsize=2048)(self._levels)
+
+    def draw(self, sprite: Sprite, size: int) -> Image.Image:
+        """The sprite at a size, premultiplied "RGBa"."""
+        return scaled(self.levels(sprite), size)
 
     def _levels(self, sprite: Sprite) -> list[Image.Image]:
         chunk, place = divmod(self.numbers[sprite], _CHUNK)

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from random import Random
 
 from .scene import (
-    BACKGROUNDS,
     CELLS,
-    DEFAULT_BACKGROUND,
     OPPOSITES,
     Canvas,
     Scene,
@@ -23,17 +21,6 @@ from .sprites import Sprite, Sprites
 
 
 COUNT_WORDS = ("no", "one", "two", "three", "four")
-PLACE_PHRASES = {
-    "top left corner": ("in the top left corner", "top left", "in the upper left corner", "at the top left"),
-    "top": ("at the top", "on top", "in the upper middle"),
-    "top right corner": ("in the top right corner", "top right", "in the upper right corner", "at the top right"),
-    "left": ("on the left", "on the left side", "at the left"),
-    "middle": ("in the middle", "in the center", "in the centre"),
-    "right": ("on the right", "on the right side", "at the right"),
-    "bottom left corner": ("in the bottom left corner", "bottom left", "in the lower left corner"),
-    "bottom": ("at the bottom", "in the lower middle"),
-    "bottom right corner": ("in the bottom right corner", "bottom right", "in the lower right corner"),
-}
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium-sized",), "large": ("large", "big", "huge")}
 _RELATION_PHRASES = {
     "left of": ("left of", "to the left of"),
@@ -137,7 +124,7 @@ class Speaker:
             words = f"{words} with {sprite.tone} {self.sprites.tone_words}"
         if style:
             adjective = self.style(sprite.style)
-            late = self.people and self.maybe(0.25)
+            late = self.people and not self.sprites.dialect.names_styles and self.maybe(0.25)
             words = f"{words} in {adjective} style" if late else f"{adjective} {words}"
         if size:
             words = f"{self.size(size)} {words}"
@@ -151,7 +138,11 @@ class Speaker:
 
     def place(self, place: str) -> str:
         """`in the top left corner`."""
-        return self.choose(PLACE_PHRASES[place])
+        return self.choose(self.sprites.dialect.places[place])
+
+    def place_name(self, place: str) -> str:
+        """`top left corner`."""
+        return self.sprites.dialect.places[place][0].split(" the ")[1]
 
     def size(self, size: str) -> str:
         """`small`, `tiny`."""
@@ -187,9 +178,13 @@ class Speaker:
 
     def request(self, words: str) -> str:
         """A description as a request."""
-        if not self.people:
-            return self.rng.choice(_CLEAN_REQUESTS).format(words)
-        return self.manner(self.rng.choice(_REQUESTS).format(words))
+        return self.manner(self.fill(_REQUESTS if self.people else _CLEAN_REQUESTS, words))
+
+    def fill(self, templates: Sequence[str], words: str) -> str:
+        """Words in a template; one that begins with its background stands first."""
+        if words.startswith("on "):
+            templates = [template for template in templates if template.startswith("{}")]
+        return self.rng.choice(templates).format(words)
 
     def manner(self, text: str) -> str:
         """Capitals and full stops as people set them; clean text stays."""
@@ -201,21 +196,24 @@ class Speaker:
 
     # ---- scenes
 
-    def describe(self, scene: Scene, canvas: Canvas) -> str:
-        """Everything about a scene that is not a default of the canvas, and some of what is."""
+    def describe(self, scene: Scene, canvas: Canvas, *, background: bool = True) -> str:
+        """Everything about a scene that is not a default of the canvas, and some of what is; or not its background."""
         places = [thing.place for thing in scene.things]
-        usual = default_size(places, canvas)
+        usual = default_size(places, canvas, self.sprites.dialect.sizes)
         is_usual = tuple(places) == default_places(len(places), canvas)
-        sizes = [thing.size if thing.size != usual or self.maybe(0.1) else "" for thing in scene.things]
+        sizes = [
+            thing.size if thing.size != usual or self.maybe(0.1) and len(self.sprites.dialect.sizes) > 1 else ""
+            for thing in scene.things
+        ]
         styles = [self._names_style(thing.sprite) for thing in scene.things]
         parts = [{"size": size, "style": style} for size, style in zip(sizes, styles)]
         if (relation := _facing(scene)) and self.maybe(0.5):
             words = self._related(scene, parts, relation)
-        elif is_usual and not self.maybe(0.25):
+        elif is_usual and (len(places) > self.sprites.dialect.most_different or not self.maybe(0.25)):
             words = self._in_line(scene, parts, canvas)
         else:
             words = self._placed(scene, parts)
-        if scene.background != DEFAULT_BACKGROUND or self.maybe(0.15):
+        if background and (scene.background != self.sprites.dialect.default_background or self.maybe(0.15)):
             words = self.with_background(words, scene.background)
         return words
 
@@ -257,30 +255,35 @@ def _facing(scene: Scene) -> str | None:
 def caption(sprites: Sprites, scene: Scene) -> str:
     """The one full caption of a scene: things in reading order, each with style and place, then the background."""
     speaker = Speaker(sprites, Random(0))
+    last, joint = sprites.dialect.caption_joints
     things = sorted(scene.things, key=lambda thing: CELLS[thing.place])
-    parts = [
-        f"{with_article(speaker.noun(t.sprite, size=t.size if t.size != 'medium' else ''))} {speaker.place(t.place)}"
-        for t in things
-    ]
-    return f"{', '.join(parts)}, on {speaker.background(scene.background)}"
+    sizes = [thing.size if thing.size in ("small", "large") else "" for thing in things]
+    nouns = [with_article(speaker.noun(thing.sprite, size=size)) for thing, size in zip(things, sizes)]
+    words = join_words([f"{noun} {speaker.place(thing.place)}" for noun, thing in zip(nouns, things)], last)
+    return f"{words}{joint}{speaker.background(scene.background)}"
 
 
 def read_caption(sprites: Sprites, text: str) -> Scene | None:
     """The scene of a caption that is worded as [`caption`] words them; None for other text."""
-    *items, last = text.strip(" .\n").split(", ")
     speaker = Speaker(sprites, Random(0))
-    grounds = {f"on {speaker.background(name)}": name for name in BACKGROUNDS}
-    places = {phrases[0]: place for place, phrases in PLACE_PHRASES.items()}
+    last, joint = sprites.dialect.caption_joints
+    words, _, ground = text.strip(" .\n").rpartition(joint)
+    grounds = {speaker.background(name): name for name in sprites.dialect.backgrounds}
+    places = {phrases[0]: place for place, phrases in sprites.dialect.places.items()}
     pattern = re.compile(
         rf"(?:an? )?(?:(small|large) )?({'|'.join(words[0] for words in sprites.styles.values())}) (.+?)"
         rf"(?: with (\S+) {sprites.tone_words or '-'})? ({'|'.join(places)})"
     )
     styles = {words[0]: style for style, words in sprites.styles.items()}
-    found = [pattern.fullmatch(item) for item in items]
-    if last not in grounds or not all(found) or any(match[3] not in sprites.concepts for match in found):
+    found = [pattern.fullmatch(item) for item in re.split(f", |{last}", words)]
+    if ground not in grounds or not all(found) or any(match[3] not in sprites.concepts for match in found):
         return None
     things = (
-        Thing(Sprite(match[3], styles[match[2]], match[4] or ""), places[match[5]], match[1] or "medium")
+        Thing(
+            Sprite(match[3], styles[match[2]], match[4] or ""),
+            places[match[5]],
+            match[1] or sprites.dialect.usual_size,
+        )
         for match in found
     )
-    return Scene(grounds[last], tuple(things))
+    return Scene(grounds[ground], tuple(things))

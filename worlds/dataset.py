@@ -3,7 +3,7 @@
 A row has the form that people have it in (a captioned image, an edit triplet, LLaVA's turns, `messages`, plain text),
 so that `nextflow-hf extract` reads it as it reads anything; its further columns (`category`, `wording`, `scenes`) are
 for an evaluation. `train` has neither held-out pairs nor held-out sentences and scenes, `test` has only held-out
-sentences and scenes, and `held_out` has a held-out pair in every row.
+sentences, and scenes where an image asks, and `held_out` has a held-out pair in every row.
 """
 
 import io
@@ -20,10 +20,11 @@ import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..atomic import write_text
 from ..processing.reasoning_nextflow import THINKING_PROMPT, join_reasoning
 from .captions import caption
 from .edits import sample_edit, sample_subject
-from .questions import CAPTION_REQUESTS, sample_questions
+from .questions import sample_questions
 from .sampling import Context, is_held_out
 from .scene import MAX_THINGS, Canvas, Scene, render, render_loose
 from .sprites import Sprites
@@ -46,12 +47,14 @@ class Row:
         scenes (`tuple[Scene, ...]`): Of its images in reading order.
         category (`str`): Within the task.
         sentence (`str`, *optional*): What must be in the right split; None where the image asks.
+        open_background (`bool`, *optional*): Whether any background of the last scene is right.
     """
 
     columns: dict
     scenes: tuple[Scene, ...]
     category: str
     sentence: str | None = None
+    open_background: bool = False
 
 
 def _text(text: str) -> dict:
@@ -70,9 +73,10 @@ def _turn(role: str, *parts: dict) -> dict:
 
 def _text_to_image(context: Context) -> Row:
     scene = context.scene()
-    text = context.say.request(context.say.describe(scene, context.canvas))
+    is_open = context.sprites.dialect.default_background is None and context.say.maybe(0.5)
+    text = context.say.request(context.say.describe(scene, context.canvas, background=not is_open))
     kind = "single" if len(scene.things) == 1 else "count" if len(set(_sprites(scene))) == 1 else "composition"
-    return Row({"text": text}, (scene,), kind, text)
+    return Row({"text": text}, (scene,), kind, text, is_open)
 
 
 def _sprites(scene: Scene) -> list:
@@ -92,7 +96,7 @@ def _subject(context: Context) -> Row:
 
 def _caption(context: Context) -> Row:
     scene = context.scene() if context.say.maybe(0.5) else context.spread(context.rng.randint(1, MAX_THINGS))
-    request = context.say.manner(context.rng.choice(CAPTION_REQUESTS))
+    request = context.say.manner(context.rng.choice(context.sprites.dialect.caption_requests))
     return Row({"question": request, "answer": caption(context.sprites, scene)}, (scene,), str(len(scene.things)))
 
 
@@ -195,6 +199,17 @@ _MORE = {"category": _STRING, "wording": _STRING, "height": datasets.Value("int3
 _MORE["scenes"] = datasets.List(_STRING)
 
 
+def shares(sprites: Sprites) -> dict[str, float]:
+    """Task -> its share of a world's training rows."""
+    found = {name: task.share for name, task in TASKS.items()} | sprites.dialect.shares
+    return {name: share for name, share in found.items() if share}
+
+
+def test_splits(sprites: Sprites) -> tuple[str, ...]:
+    """The splits for evaluation that a world has."""
+    return SPLITS[1:] if sprites.held_out else SPLITS[1:2]
+
+
 def sample_row(
     sprites: Sprites, task: str, key: str, canvases: list[Canvas], *, split: str = "train", people: bool | None = None
 ) -> tuple[Row, Context]:
@@ -210,14 +225,14 @@ def sample_row(
 
 
 def _is_in_split(row: Row, split: str, sprites: Sprites) -> bool:
-    """Of `test`, the sentence is held out and so is the last scene; where an image asks, the scene alone."""
+    """Of `test`, the sentence is held out, or where an image asks the last scene."""
     if split == "held_out":
         shown = (thing.sprite for scene in row.scenes for thing in scene.things)
         return any((sprite.concept, sprite.style) in sprites.held_out for sprite in shown)
     scenes = [json.dumps(scene.to_json()) for scene in row.scenes]
     if split == "train":
         return not (row.sentence is not None and is_held_out(row.sentence.lower()) or any(map(is_held_out, scenes)))
-    return (row.sentence is None or is_held_out(row.sentence.lower())) and (not scenes or is_held_out(scenes[-1]))
+    return is_held_out(scenes[-1] if row.sentence is None else row.sentence.lower())
 
 
 def encode(pixels: np.ndarray) -> dict:
@@ -238,7 +253,10 @@ def finish_row(sprites: Sprites, task: str, row: Row, context: Context) -> dict:
             values[name] = images[:-1] if name == "source" else images
     height, width = context.canvas
     wording = "people" if context.people else "clean"
-    scenes = [json.dumps(scene.to_json()) for scene in row.scenes]
+    scenes = [scene.to_json() for scene in row.scenes]
+    if row.open_background:
+        scenes[-1]["background"] = None
+    scenes = [json.dumps(scene) for scene in scenes]
     return {**values, "category": row.category, "wording": wording, "height": height, "width": width, "scenes": scenes}
 
 
@@ -254,7 +272,7 @@ def write_dataset(
     rows: int = 100_000,
     test_rows: int = 200,
     images: int = 20_000,
-    tasks: Iterable[str] = tuple(TASKS),
+    tasks: Iterable[str] | None = None,
 ) -> None:
     """
     Writes what training and evaluation need, and goes on where it was interrupted: a file is complete or not there.
@@ -262,21 +280,21 @@ def write_dataset(
     Args:
         sprites ([`Sprites`]): Of the world.
         folder (`Path`): Gets `train/TASK`, `test/TASK`, `held_out/TASK`, `images/train`, `images/test` with parquet
-            files, and `data.yaml`, which `nextflow-hf extract` takes.
+            files, and `data.yaml`, which every training takes, with `prompts.yaml`, its images from words alone.
         canvases (`list[tuple[int, int]]`): Heights and widths of the images.
         seed (`int`, *optional*, defaults to 0): Of everything.
         rows (`int`, *optional*): Of all training tasks together, in their shares.
         test_rows (`int`, *optional*): Of each task in each split for evaluation, half of them in clean wording.
         images (`int`, *optional*): For the vision tokenizer; a twentieth as many to evaluate it.
-        tasks (`Iterable[str]`, *optional*): Those of `TASKS` that are written.
+        tasks (`Iterable[str]`, *optional*): Those of [`shares`] that are written.
     """
     datasets.disable_progress_bars()  # they count batches; ours count rows
-    chosen = {name: TASKS[name] for name in tasks}
-    whole = sum(task.share for task in chosen.values())
-    for name, task in chosen.items():
-        count = max(1, round(rows * task.share / whole))
+    chosen = {name: share for name, share in shares(sprites).items() if tasks is None or name in tasks}
+    whole = sum(chosen.values())
+    for name, share in chosen.items():
+        count = max(1, round(rows * share / whole))
         _write_task(sprites, folder / "train" / name, name, canvases, "train", seed, count)
-        for split in SPLITS[1:] if task.tests else ():
+        for split in test_splits(sprites) if TASKS[name].tests else ():
             _write_task(sprites, folder / split / name, name, canvases, split, seed, test_rows)
     for split, count in (("train", images), ("test", images // 20)):
         _write_images(sprites, folder / "images" / split, canvases, f"{seed}/images/{split}", count)
@@ -284,18 +302,20 @@ def write_dataset(
         {
             "path": str(folder / "train" / name),
             "format": "parquet",
-            "task": task.format,
+            "task": TASKS[name].format,
             "label": name,
-            "weight": round(task.share, 3),
+            "weight": round(share, 3),
         }
-        for name, task in chosen.items()
+        for name, share in chosen.items()
     ]
+    prompts = {**sources[0], "inversion_rate": 0.0, "extra_columns": ["scenes"]}  # text to image alone, and GRPO
+    write_text(folder / "prompts.yaml", yaml.safe_dump({"sources": [prompts]}, sort_keys=False))
     # A tenth of the drawn rows are read instead, as the paper inverts them (§3.3).
     text = yaml.safe_dump(
         {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}, sort_keys=False
     )
-    (folder / "data.yaml").write_text(
-        f"# nextflow-hf extract {folder / 'data.yaml'} --model MODEL --output-dir CODES\n{text}"
+    write_text(
+        folder / "data.yaml", f"# nextflow-hf extract {folder / 'data.yaml'} model=MODEL output_dir=CODES\n{text}"
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .captions import COUNT_WORDS, Speaker
 from .sampling import Context
-from .scene import CELLS, RELATIONS, SIZES, Canvas, Scene, Thing, arrange, box, default_places, fits
+from .scene import CELLS, RELATIONS, Canvas, Scene, Thing, box, default_places, fits
 from .sprites import Sprite
 
 
@@ -25,13 +25,14 @@ INSTRUCTIONS = {
     "move": ("move {thing} to the {place}", "put {thing} {where}", "place {thing} {where}"),
     "resize": ("make {thing} {size}", "draw {thing} {size}", "{thing} should be {size}"),
     "tone": ("give {thing} {tone}", "make it {thing} with {tone}", "change {thing} to {tone}"),
+    "swap": ("swap {first} and {second}", "exchange {first} and {second}", "swap {first} with {second}"),
     "count": ("make it {new}", "there should be {new}", "draw {new} in place of {old}"),
 }
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction of one of `INSTRUCTIONS`, and the scenes before and after it."""
+    """An instruction of a kind, and the scenes before and after it."""
 
     kind: str
     instruction: str
@@ -52,12 +53,12 @@ def sample_edit(context: Context, kind: str | None = None, source: Scene | None 
     allows.
     """
     while True:
-        chosen = kind or context.rng.choice(list(INSTRUCTIONS))
+        chosen = kind or context.rng.choice(context.sprites.dialect.edits)
         found = _EDITS[chosen](context, source)
         if found is None:
             continue
         before, after, words = found
-        template = context.say.choose(INSTRUCTIONS[chosen])
+        template = context.say.choose({**INSTRUCTIONS, **context.sprites.dialect.instructions}[chosen])
         if None not in words.values() and before != after:
             return Edit(chosen, context.say.manner(template.format(**words)), before, after)
 
@@ -67,7 +68,9 @@ Found = tuple[Scene, Scene, dict[str, str | None]] | None  # before, after, and 
 
 def _subject(context: Context, source: Scene | None, *, room: int = 0) -> tuple[Scene, Thing]:
     """A scene and the thing in it that is to change."""
-    scene = source or context.spread(context.rng.choice((1, 1, 2, 3)), room=room)
+    scene = source or context.spread(
+        min(context.rng.choice((1, 1, 2, 3)), context.sprites.dialect.most_different), room=room
+    )
     return scene, scene.things[0] if source is None else context.rng.choice(scene.things)
 
 
@@ -111,7 +114,14 @@ def _replace(context: Context, source: Scene | None) -> Found:
 def _background(context: Context, source: Scene | None) -> Found:
     scene = source or context.scene()
     background = context.background(other_than=scene.background)
-    return scene, Scene(background, scene.things), {"background": context.say.background(background)}
+    return (
+        scene,
+        Scene(background, scene.things),
+        {
+            "background": context.say.background(background),
+            "name": background,
+        },
+    )
 
 
 def _add(context: Context, source: Scene | None) -> Found:
@@ -137,7 +147,7 @@ def _beside(say: Speaker, relation: str, anchor: str | None) -> str | None:
 
 
 def _remove(context: Context, source: Scene | None) -> Found:
-    scene = source or context.spread(context.rng.choice((2, 2, 3, 4)))
+    scene = source or context.spread(min(context.rng.choice((2, 2, 3, 4)), context.sprites.dialect.most_different))
     if len(scene.things) < 2:
         return None
     thing = context.rng.choice(scene.things[1:])  # the first stays: it may be the one that is held out
@@ -150,13 +160,17 @@ def _move(context: Context, source: Scene | None) -> Found:
     if not free:
         return None
     place = context.rng.choice(free)
-    words = {"thing": _name(context.say, scene, thing), "place": place, "where": context.say.place(place)}
+    words = {
+        "thing": _name(context.say, scene, thing),
+        "place": context.say.place_name(place),
+        "where": context.say.place(place),
+    }
     return scene, scene.with_thing(thing, Thing(thing.sprite, place, thing.size)), words
 
 
 def _resize(context: Context, source: Scene | None) -> Found:
     scene, thing = _subject(context, source)
-    others = [size for size in SIZES if size != thing.size]
+    others = [size for size in context.sprites.dialect.sizes if size != thing.size]
     fitting = {
         size: after
         for size in others
@@ -187,6 +201,22 @@ def _tone(context: Context, source: Scene | None) -> Found:
     return scene, scene.with_thing(thing, _with_sprite(thing, new)), words
 
 
+def _swap(context: Context, source: Scene | None) -> Found:
+    """Two things in each other's place."""
+    scene = source or context.spread(2)
+    if len(scene.things) < 2:
+        return None
+    first, second = context.rng.sample(scene.things, 2)
+    placed = {
+        first: Thing(first.sprite, second.place, first.size),
+        second: Thing(second.sprite, first.place, second.size),
+    }
+    after = Scene(scene.background, tuple(placed.get(thing, thing) for thing in scene.things))
+    if not fits(after.things, context.canvas):
+        return None
+    return scene, after, {"first": context.say.refer(scene, first), "second": context.say.refer(scene, second)}
+
+
 def _count(context: Context, source: Scene | None) -> Found:
     """Another number of the same; they then stand where so many stand by default."""
     if source is not None and len({thing.sprite for thing in source.things}) > 1:
@@ -195,8 +225,7 @@ def _count(context: Context, source: Scene | None) -> Found:
     counts = context.rng.sample((1, 2, 3, 4), 2) if source is None else [len(source.things), context.rng.randint(1, 4)]
     background = context.background() if source is None else source.background
     before, after = (
-        arrange(context.rng, [sprite] * count, background, context.canvas, default_places(count, context.canvas))
-        for count in counts
+        context.arrange([sprite] * count, background, default_places(count, context.canvas)) for count in counts
     )
     if after is None or before is None:
         return None
@@ -208,7 +237,9 @@ def _count(context: Context, source: Scene | None) -> Found:
 
 
 _EDITS: dict[str, Callable[[Context, Scene | None], Found]] = dict(
-    zip(INSTRUCTIONS, (_style, _replace, _background, _add, _remove, _move, _resize, _tone, _count), strict=True)
+    zip(
+        INSTRUCTIONS, (_style, _replace, _background, _add, _remove, _move, _resize, _tone, _swap, _count), strict=True
+    )
 )
 
 
@@ -230,8 +261,9 @@ def sample_subject(context: Context) -> Subject:
     )
     target = None
     while target is None:
-        target = arrange(rng, sprites, context.background(), context.canvas)
+        target = context.arrange(sprites, context.background())
     names = ("this one",) if len(sprites) == 1 else ("the first one", "the second one")
     parts = [f"{name} {say.place(thing.place)}" for name, thing in zip(names, target.things)]
     words = say.with_background(" and ".join(parts), target.background)
-    return Subject(say.manner(say.choose(("draw {}", "{}", "put {}", "{}, please")).format(words)), sources, target)
+    templates = ("draw {}", "{}", "put {}", "{}, please")[: None if say.people else 1]
+    return Subject(say.manner(say.fill(templates, words)), sources, target)

@@ -5,7 +5,6 @@ Microsoft (MIT); Firefox OS Emoji by Mozilla (Apache-2.0); all as packed by Icon
 (MIT).
 """
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +13,8 @@ from random import Random
 from PIL import Image
 
 from .artwork import STYLES, Rasters, fetch_archives, read_artwork
-from .scene import Scene
+from .dialect import Dialect
+from .scene import canvases
 from .sprites import Concept, Sprites
 
 
@@ -63,7 +63,7 @@ def load(folder: Path, *, artwork: Path | None = None, concepts: int | None = No
 def make_sprites(concepts: dict[str, Concept], source: Rasters) -> Sprites:
     """Of rendered artwork."""
     words = {style: _STYLE_WORDS[style] for style in STYLES}
-    return Sprites(concepts, words, source, tone_words="skin tone", hints=_HINTS)
+    return Sprites(concepts, words, source, Dialect(), tone_words="skin tone", hints=_HINTS)
 
 
 @lru_cache(maxsize=1)
@@ -73,21 +73,24 @@ def _judge(folder: Path):
     return Judge(folder)
 
 
-def judge_image(image: Image.Image, scene: Scene, judge: Path = JUDGE) -> dict[str, bool]:
-    """Which checks an image of a scene passes, by name (see [`~judge.Judge.judge_image`])."""
-    return _judge(judge).judge_image(image, scene)
-
-
 def reward(
     images: Sequence[Image.Image], scenes: Sequence[Sequence[str]], judge: Path = JUDGE, **columns
 ) -> list[float]:
-    """
-    For GRPO (`nextflow_hf.worlds.emoji:reward`): the share of the checks that an image passes, against the last scene
-    in the column `scenes` of the world's data sets.
-    """
-    found = []
-    for image, of_row in zip(images, scenes, strict=True):
-        checks = judge_image(image, Scene.from_json(json.loads(of_row[-1])), judge)
-        passed = checks.pop("passed")
-        found.append(1.0 if passed else sum(checks.values()) / (len(checks) + 1))
-    return found
+    """For GRPO (`nextflow_hf.worlds.emoji:reward`): see [`~judge.reward`]."""
+    from .judge import reward
+
+    return reward(_judge(judge), images, scenes)
+
+
+def suite(
+    folder: str = str(JUDGE.parent),
+    judge: str | None = None,
+    concepts: int | None = None,
+    resolution: int = 64,
+    **options,
+):
+    """`nextflow_hf.worlds.emoji:suite` of a world's folder and judge; `options` are those of [`~suite.WorldSuite`]."""
+    from .suite import WorldSuite
+
+    sprites, judge = load(Path(folder), concepts=concepts), _judge(Path(judge or Path(folder) / "judge"))
+    return WorldSuite(sprites, judge, canvases=canvases(resolution), **options)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .edits import changed_boxes
 from .sampling import Context
-from .scene import BACKGROUNDS, CELLS, COLORS, SIZES, Canvas, Scene, Thing, backdrop, box, canvases, fits, render
+from .scene import BACKGROUNDS, CELLS, COLORS, Canvas, Scene, Thing, backdrop, box, canvases, fits, render
 from .sprites import Sprite, Sprites
 
 
@@ -77,6 +77,8 @@ class Judge:
         folder (`Path`): Written by [`train_judge`].
     """
 
+    backgrounds, sizes = BACKGROUNDS, ("small", "medium", "large")
+
     def __init__(self, folder: Path):
         names = json.loads((folder / "judge.json").read_text())
         self.pairs, self.tones = [*names["pairs"], [NOTHING, ""]], ["", *names["tones"]]
@@ -109,8 +111,8 @@ class Judge:
         canvas = pixels.shape[:2]
         boxes = [box(thing, canvas) for thing in scene.things]
         looks = self.look(pixels, boxes)
-        name = background_of(pixels)
-        mask = foreground(pixels, name or scene.background)
+        name = background_of(pixels, self.backgrounds)
+        mask = foreground(pixels, name or scene.background or self.backgrounds[0])
         wanted = [thing.sprite for thing in scene.things]
         placed = [look.sprite.concept == sprite.concept for look, sprite in zip(looks, wanted)]
         checks = {
@@ -119,7 +121,7 @@ class Judge:
             "style": all(look.sprite.style == sprite.style for look, sprite in zip(looks, wanted)),
             "size": all(self._extends(mask, place, sprite) for place, sprite in zip(boxes, wanted)),
             "count": _outside(mask, boxes) <= EXTRA_SHARE,
-            "background": name == scene.background,
+            "background": name is not None if scene.background is None else name == scene.background,
         }
         if any(sprite.tone for sprite in wanted):
             checks["tone"] = all(look.sprite.tone == s.tone for look, s in zip(looks, wanted) if s.tone)
@@ -146,7 +148,7 @@ class Judge:
     def _concepts_anywhere(self, pixels: np.ndarray, looks: list[Look]) -> Counter:
         """The concepts in all boxes of the lattice; overlapping boxes count once, the surest one."""
         canvas = pixels.shape[:2]
-        things = [Thing(Sprite("", ""), place, size) for place in CELLS for size in SIZES]
+        things = [Thing(Sprite("", ""), place, size) for place in CELLS for size in self.sizes]
         seen = list(zip(things, self.look(pixels, [box(thing, canvas) for thing in things])))
         found: list[Thing] = []
         names: Counter = Counter()
@@ -166,6 +168,16 @@ class Judge:
         return extent >= SMALLEST_EXTENT * side * self.extents.get(sprite, 0.0)
 
 
+def reward(judge: Judge, images: Sequence[Image.Image], scenes: Sequence[Sequence[str]]) -> list[float]:
+    """For GRPO: the share of the checks that each image passes, against the last scene of a row of the data sets."""
+    found = []
+    for image, of_row in zip(images, scenes, strict=True):
+        checks = judge.judge_image(image, Scene.from_json(json.loads(of_row[-1])))
+        passed = checks.pop("passed")
+        found.append(1.0 if passed else sum(checks.values()) / (len(checks) + 1))
+    return found
+
+
 def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     """uint8 (height, width, 3)."""
     return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
@@ -180,14 +192,14 @@ def crop(pixels: np.ndarray, left: int, top: int, side: int) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def background_of(pixels: np.ndarray) -> str | None:
+def background_of(pixels: np.ndarray, backgrounds: Sequence[str] = BACKGROUNDS) -> str | None:
     """The background that most of the border has; None where it has none of them."""
     border = np.ones(pixels.shape[:2], dtype=bool)
     border[2:-2, 2:-2] = False
     seen = pixels[border].astype(np.float32)
     distances = {
         name: np.median(np.linalg.norm(seen - backdrop(name, pixels.shape[:2])[border], axis=-1))
-        for name in BACKGROUNDS
+        for name in backgrounds
     }
     name = min(distances, key=distances.get)
     return name if distances[name] <= BACKGROUND_DISTANCE else None
@@ -227,7 +239,7 @@ class _Crops:
         self.drawings = sorted(sprites.all)
         self.pairs = sorted({(sprite.concept, sprite.style) for sprite in self.drawings})
         self.tones = sorted({sprite.tone for sprite in self.drawings} - {""})
-        rasters = np.stack([np.asarray(sprites.source.levels(sprite)[1]) for sprite in self.drawings])
+        rasters = np.stack([np.asarray(sprites.draw(sprite, 64)) for sprite in self.drawings])
         self.rasters = torch.from_numpy(rasters).permute(0, 3, 1, 2).contiguous().to(device)
         numbers = {pair: number for number, pair in enumerate(self.pairs)}
         labels = [
@@ -346,7 +358,7 @@ def train_judge(
             torch.save({**state, "done": step + 1}, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     names = {"pairs": crops.pairs, "tones": crops.tones}
-    names["extents"] = [[*vars(sprite).values(), _extent(sprites, sprite)] for sprite in crops.drawings]
+    names["extents"] = [[*vars(sprite).values(), extent(sprites, sprite)] for sprite in crops.drawings]
     (folder / "judge.json").write_text(json.dumps(names))
     save_file({k: v.contiguous().cpu() for k, v in classifier.state_dict().items()}, folder / "judge.safetensors")
     report = {str(side): check_judge(sprites, Judge(folder), canvases(side), check_scenes) for side in (64, 96)}
@@ -366,9 +378,9 @@ def _train_step(classifier: Classifier, crops: torch.Tensor, labels: torch.Tenso
     return loss, (pairs.argmax(-1) == labels[:, 0]).float().mean().item()
 
 
-def _extent(sprites: Sprites, sprite: Sprite) -> float:
+def extent(sprites: Sprites, sprite: Sprite) -> float:
     """The longer side of what a sprite covers, in its own size."""
-    rows, columns = np.nonzero(np.asarray(sprites.source.levels(sprite)[1])[..., 3] > 64)
+    rows, columns = np.nonzero(np.asarray(sprites.draw(sprite, 64))[..., 3] > 64)
     return round(float(max(np.ptp(rows), np.ptp(columns)) + 1) / 64, 3) if len(rows) else 0.0
 
 

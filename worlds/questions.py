@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .captions import COUNT_WORDS, PLACE_PHRASES, plural, with_article
+from .captions import COUNT_WORDS, plural, with_article
 from .sampling import Context
 from .scene import CELLS, RELATIONS, Scene, Thing
+from .sprites import Sprite
 
 
 @dataclass(frozen=True)
@@ -17,21 +18,16 @@ class Question:
     answer: str
 
 
-CAPTION_REQUESTS = (
-    *("describe the image", "what does the image show?", "what is in this picture?", "what do you see?"),
-    *("write a caption", "caption this"),
-)
-
 Asked = tuple[str, str] | None
 
 
-def is_right(text: str, question: Question) -> bool:
+def is_same(text: str, answer: str) -> bool:
     """Whether an answer is the right one, but for case, spaces, articles and a full stop."""
 
     def plain(words: str) -> list[str]:
         return [word for word in words.lower().strip(" .!\n").split() if word not in ("a", "an", "the")]
 
-    return plain(text) == plain(question.answer)
+    return plain(text) == plain(answer)
 
 
 def sample_questions(context: Context, scene: Scene, count: int) -> list[Question]:
@@ -41,22 +37,32 @@ def sample_questions(context: Context, scene: Scene, count: int) -> list[Questio
         kind = context.rng.choice(list(_ASK))
         asked = _ASK[kind](context, scene)
         if asked is not None and len(found) < count:
-            found.setdefault(asked[0].lower(), Question(kind, context.say.manner(f"{asked[0]}?"), asked[1]))
+            found.setdefault(
+                asked[0].lower(),
+                Question(kind, context.say.manner(f"{asked[0]}{context.sprites.dialect.question_end}"), asked[1]),
+            )
     return list(found.values())
 
 
 def _concept(context: Context, scene: Scene) -> Asked:
     thing = context.rng.choice(scene.things)
+    dialect = context.sprites.dialect
+    if dialect.names_styles:
+        return dialect.what_is.format(place=context.say.place(thing.place)), thing.sprite.concept
     if len(scene.things) == 1:
         return context.say.choose(("what is this", "what do you see")), with_article(thing.sprite.concept)
-    return f"what is {context.say.place(thing.place)}", with_article(thing.sprite.concept)
+    return dialect.what_is.format(place=context.say.place(thing.place)), with_article(thing.sprite.concept)
 
 
 def _style(context: Context, scene: Scene) -> Asked:
     thing = context.rng.choice(scene.things)
     name = context.say.refer(scene, thing)
     only = sum(other.sprite.concept == thing.sprite.concept for other in scene.things) == 1
-    return (f"what style is {name} in", context.sprites.styles[thing.sprite.style][0]) if name and only else None
+    return (
+        (context.sprites.dialect.style_is.format(thing=name), context.sprites.styles[thing.sprite.style][0])
+        if name and only
+        else None
+    )
 
 
 def _background(context: Context, scene: Scene) -> Asked:
@@ -65,7 +71,7 @@ def _background(context: Context, scene: Scene) -> Asked:
 
 def _count(context: Context, scene: Scene) -> Asked:
     if context.say.maybe(0.4):
-        text = context.say.choose(("how many things are there", "how many do you see"))
+        text = context.say.choose(context.sprites.dialect.how_many)
         return text, COUNT_WORDS[len(scene.things)]
     concept = context.rng.choice(scene.things).sprite.concept
     count = sum(thing.sprite.concept == concept for thing in scene.things)
@@ -74,6 +80,8 @@ def _count(context: Context, scene: Scene) -> Asked:
 
 def _existence(context: Context, scene: Scene) -> Asked:
     """As often yes as no; what is not there is often of the group of what is."""
+    if context.sprites.dialect.names_styles:
+        return _existence_of_sprite(context, scene)
     concept, answer = context.rng.choice(scene.things).sprite.concept, "yes"
     if context.say.maybe(0.5):
         group = context.sprites.concepts[concept].group
@@ -84,11 +92,28 @@ def _existence(context: Context, scene: Scene) -> Asked:
     return f"is there {with_article(context.say.name(concept))}", answer
 
 
+def _existence_of_sprite(context: Context, scene: Scene) -> Asked:
+    """What is not there has the concept or the style of what is."""
+    there = {thing.sprite for thing in scene.things}
+    sprite, answer = context.rng.choice(scene.things).sprite, "yes"
+    if context.say.maybe(0.5):
+        alike = [other for other in context.sprites.all if other not in there]
+        alike = [other for other in alike if other.concept == sprite.concept or other.style == sprite.style]
+        sprite, answer = context.rng.choice(alike), "no"
+    return f"is there {_called(context, sprite)}", answer
+
+
+def _called(context: Context, sprite: Sprite) -> str:
+    """`an octopus`, or `a red circle` where styles are named."""
+    style = f"{context.sprites.styles[sprite.style][0]} " if context.sprites.dialect.names_styles else ""
+    return with_article(f"{style}{sprite.concept}")
+
+
 def _place(context: Context, scene: Scene) -> Asked:
     thing = context.rng.choice(scene.things)
     only = sum(other.sprite.concept == thing.sprite.concept for other in scene.things) == 1
     name = context.say.refer(scene, thing)
-    return (f"where is {name}", PLACE_PHRASES[thing.place][0]) if name and only else None
+    return (f"where is {name}", context.sprites.dialect.places[thing.place][0]) if name and only else None
 
 
 def _relation(context: Context, scene: Scene) -> Asked:
@@ -98,7 +123,7 @@ def _relation(context: Context, scene: Scene) -> Asked:
     name = context.say.refer(scene, thing)
     if name is None or len(beyond) != 1:
         return None
-    return f"what is {context.say.relation(relation)} {name}", with_article(beyond[0].sprite.concept)
+    return f"what is {context.say.relation(relation)} {name}", _called(context, beyond[0].sprite)
 
 
 def is_related(first: Thing, relation: str, second: Thing) -> bool:

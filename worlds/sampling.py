@@ -1,21 +1,20 @@
 """What a row is made with: random sprites, backgrounds and scenes, and the words for them, all of one seed."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
 
 from .captions import Speaker
 from .scene import (
-    BACKGROUNDS,
     CELLS,
-    DEFAULT_BACKGROUND,
     MAX_THINGS,
     Canvas,
     Scene,
     Thing,
-    arrange,
     default_places,
+    default_size,
     fits,
 )
 from .sprites import Sprite, Sprites
@@ -89,25 +88,39 @@ class Context:
 
     def background(self, other_than: str = "") -> str:
         """Often the default one."""
-        if other_than != DEFAULT_BACKGROUND and self.say.maybe(0.3):
-            return DEFAULT_BACKGROUND
-        return self.rng.choice([name for name in BACKGROUNDS if name != other_than])
+        usual = self.sprites.dialect.default_background
+        if usual not in (None, other_than) and self.say.maybe(0.3):
+            return usual
+        return self.rng.choice([name for name in self.sprites.dialect.backgrounds if name != other_than])
+
+    def arrange(self, sprites: Sequence[Sprite], background: str, places: Sequence[str] | None = None) -> Scene | None:
+        """Sprites at places (random ones where none are given), in the default size; None where they do not fit."""
+        places = places or self.rng.sample(list(CELLS), len(sprites))
+        size = default_size(places, self.canvas, self.sprites.dialect.sizes)
+        if size is None:
+            return None
+        return Scene(
+            background, tuple(Thing(sprite, place, size) for sprite, place in zip(sprites, places, strict=True))
+        )
 
     def scene(self, count: int | None = None) -> Scene:
         """One to four sprites as captions describe them: mostly where and as large as they are by default."""
         count = count or self.rng.choice(_COUNTS)
-        repeated = count > 1 and self.say.maybe(0.25)
+        too_many = count > self.sprites.dialect.most_different
+        repeated = too_many or count > 1 and self.say.maybe(0.25)
         sprites = [self.sprite()] * count if repeated else self.different(count)
         if count == 3 and not repeated and self.say.maybe(0.3):
             sprites[1] = sprites[0]
         background = self.background()
         while True:
-            usual = default_places(count, self.canvas) if self.say.maybe(0.6) else None
-            scene = arrange(self.rng, sprites, background, self.canvas, usual)
+            usual = default_places(count, self.canvas) if too_many or self.say.maybe(0.6) else None
+            scene = self.arrange(sprites, background, usual)
             if scene is not None:
                 return self._resized(scene) if count <= 2 and self.say.maybe(0.15) else scene
 
     def _resized(self, scene: Scene) -> Scene:
+        if len(self.sprites.dialect.sizes) == 1:
+            return scene
         thing = self.rng.choice(scene.things)
         small = scene.with_thing(thing, Thing(thing.sprite, thing.place, self.rng.choice(("small", "medium"))))
         return small if fits(small.things, self.canvas) else scene
@@ -117,9 +130,7 @@ class Context:
         sprites, background = self.different(count), self.background()
         while True:
             places = self.rng.sample(list(CELLS), min(MAX_THINGS, count + room))
-            scene = arrange(
-                self.rng, [*sprites, *sprites[:1] * (len(places) - count)], background, self.canvas, places
-            )
+            scene = self.arrange([*sprites, *sprites[:1] * (len(places) - count)], background, places)
             if scene is not None:
                 return Scene(background, scene.things[:count])
 

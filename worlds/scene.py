@@ -57,11 +57,11 @@ PLACES = (
 CELLS = {name: (row, column) for row, names in enumerate(PLACES) for column, name in enumerate(names)}
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-SIZES = {"small": 0.33, "medium": 0.47, "large": 0.85}  # of the shorter side, at most
+SIZES = {"small": 0.33, "medium": 0.47, "large": 0.85, "tile": 0.25}  # of the shorter side, at most
 MAX_THINGS = 4
 MIN_PIXELS = 16  # of a sprite: below it nobody can tell what it is
-_GRID, _MARGIN = 4, 2  # sprites begin at margin + n * grid: the codes of small patches are then alike at every place
-_RATIOS = ((1, 2), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (2, 1))  # height : width
+_GRID = 4  # sprites begin at margin + n * grid: the codes of small patches are then alike at every place
+RATIOS = ((1, 2), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (2, 1))  # height : width
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on one of `BACKGROUNDS`."""
+    """Things on one of `BACKGROUNDS`; None, of what is asked for, is any."""
 
-    background: str
+    background: str | None
     things: tuple[Thing, ...]
 
     def with_thing(self, old: Thing, new: Thing | None) -> "Scene":
@@ -99,20 +99,21 @@ class Scene:
         return cls(data["background"], tuple(things))
 
 
-def canvases(resolution: int, patch_size: int = _GRID) -> list[Canvas]:
+def canvases(resolution: int, patch_size: int = _GRID, ratios: Sequence[tuple[int, int]] = RATIOS) -> list[Canvas]:
     """The sizes of a resolution for ratios from 1:2 to 2:1: whole patches, and about as many pixels as its square."""
     side = resolution // patch_size
     schedule = ScaleSchedule((1, side), patch_size, side**2, max_aspect_ratio=2.0)
-    return [schedule.pixel_size(schedule.nearest_bucket(*ratio), 2) for ratio in _RATIOS]
+    return [schedule.pixel_size(schedule.nearest_bucket(*ratio), 2) for ratio in ratios]
 
 
 def box(thing: Thing, canvas: Canvas) -> tuple[int, int, int]:
     """(left, top, side) in pixels."""
     side = int(SIZES[thing.size] * min(canvas)) // _GRID * _GRID
+    margin = 0 if thing.size == "tile" else 2
 
     def start(cell: int, length: int) -> int:
-        free = (_MARGIN, (length - side) / 2, length - side - _MARGIN)[cell]
-        return max(0, round((free - _MARGIN) / _GRID) * _GRID + _MARGIN)
+        free = (margin, (length - side) / 2, length - side - margin)[cell]
+        return max(0, round((free - margin) / _GRID) * _GRID + margin)
 
     row, column = CELLS[thing.place]
     return start(column, canvas[1]), start(row, canvas[0]), side
@@ -126,7 +127,7 @@ def fits(things: Sequence[Thing], canvas: Canvas) -> bool:
         for index, a in enumerate(boxes)
         for b in boxes[:index]
     )
-    return apart and all(side >= MIN_PIXELS for *_, side in boxes)
+    return apart and all(thing.size == "tile" or side >= MIN_PIXELS for thing, (*_, side) in zip(things, boxes))
 
 
 def default_places(count: int, canvas: Canvas) -> tuple[str, ...]:
@@ -136,23 +137,16 @@ def default_places(count: int, canvas: Canvas) -> tuple[str, ...]:
     return {1: line[1:2], 2: line[::2], 3: line, 4: corners}[count]
 
 
-def default_size(places: Sequence[str], canvas: Canvas) -> str | None:
-    """The largest size that things at `places` can all have; None where no size fits."""
+def default_size(places: Sequence[str], canvas: Canvas, sizes: Sequence[str]) -> str | None:
+    """The largest of `sizes` that things at `places` can all have; None where none fits."""
+    if len(sizes) == 1:
+        return sizes[0]
     if tuple(places) == ("middle",):
         return "large"
     for size in ("medium", "small"):
         if fits([Thing(Sprite("", ""), place, size) for place in places], canvas):
             return size
     return None
-
-
-def arrange(rng: Random, sprites: Sequence[Sprite], background: str, canvas: Canvas, places=None) -> Scene | None:
-    """Sprites at places (random ones where none are given), in the default size; None where they do not fit."""
-    places = places or rng.sample(list(CELLS), len(sprites))
-    size = default_size(places, canvas)
-    if size is None:
-        return None
-    return Scene(background, tuple(Thing(sprite, place, size) for sprite, place in zip(sprites, places, strict=True)))
 
 
 @lru_cache(maxsize=1024)

@@ -7,9 +7,13 @@ from and its tone that of the skin; a coloured shape's style is its colour.
 import zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
+
+
+if TYPE_CHECKING:
+    from .dialect import Dialect
 
 
 RASTER = 128  # pixels of a sprite in the cache
@@ -41,8 +45,8 @@ class RasterSource(Protocol):
 
     numbers: dict[Sprite, int]
 
-    def levels(self, sprite: Sprite) -> list[Image.Image]:
-        """The sprite at each size of `MIPMAPS`, as premultiplied "RGBa"."""
+    def draw(self, sprite: Sprite, size: int) -> Image.Image:
+        """The sprite at a size in pixels, as premultiplied "RGBa"."""
 
 
 class Sprites:
@@ -55,8 +59,11 @@ class Sprites:
             Style -> adjectives for it, the usual one first; the first style that a concept has is the one that is
             drawn where none is named.
         source ([`RasterSource`]): What draws them; sprites of other concepts in it are not used.
+        dialect ([`Dialect`]): Which scenes they are in, and the words for them.
         tone_words (`str`, *optional*): What a tone is of, such as "skin tone".
         hints (`dict[str, tuple[str, ...]]`, *optional*): Style -> phrases that imply it.
+        usual_styles (`dict[str, str]`, *optional*): Concept -> the style that it has where none is named.
+        holds_out (`bool`, *optional*, defaults to `True`): Whether some pairs are kept from training.
     """
 
     def __init__(
@@ -64,11 +71,15 @@ class Sprites:
         concepts: dict[str, Concept],
         styles: dict[str, tuple[str, ...]],
         source: RasterSource,
+        dialect: "Dialect",
         *,
         tone_words: str = "",
         hints: dict[str, tuple[str, ...]] | None = None,
+        usual_styles: dict[str, str] | None = None,
+        holds_out: bool = True,
     ):
-        self.concepts, self.styles, self.source = concepts, styles, source
+        self.concepts, self.styles, self.source, self.dialect = concepts, styles, source, dialect
+        self.usual_styles, self.holds_out = usual_styles or {}, holds_out
         self.tone_words, self.hints = tone_words, hints or {}
         self.all = [sprite for sprite in source.numbers if sprite.concept in concepts]
 
@@ -80,7 +91,10 @@ class Sprites:
             if not sprite.tone:
                 found[sprite.concept].append(sprite.style)
         order = list(self.styles)
-        return {name: sorted(styles, key=order.index) for name, styles in found.items()}
+        return {
+            name: sorted(styles, key=lambda style: (style != self.usual_styles.get(name), order.index(style)))
+            for name, styles in found.items()
+        }
 
     @cached_property
     def tones_of(self) -> dict[tuple[str, str], list[str]]:
@@ -100,7 +114,7 @@ class Sprites:
         pairs = set()
         for name, styles in self.styles_of.items():
             code = zlib.crc32(f"held out: {name}".encode())
-            if len(styles) > 2 and code % 1000 < 1000 * HELD_OUT_SHARE * len(styles):
+            if self.holds_out and len(styles) > 2 and code % 1000 < 1000 * HELD_OUT_SHARE * len(styles):
                 pairs.add((name, styles[code // 1000 % len(styles)]))
         return frozenset(pairs)
 
@@ -133,9 +147,10 @@ class Sprites:
     @cached_property
     def draw(self):
         """(sprite, pixels) -> the sprite at that size, premultiplied "RGBa"."""
-        return lru_cache(maxsize=4096)(self._draw)
+        return lru_cache(maxsize=4096)(self.source.draw)
 
-    def _draw(self, sprite: Sprite, size: int) -> Image.Image:
-        levels = self.source.levels(sprite)
-        image = next((level for level in levels if level.width >= size), levels[-1])
-        return image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)
+
+def scaled(levels: list[Image.Image], size: int) -> Image.Image:
+    """A size of a sprite from the next larger of its `MIPMAPS`."""
+    image = next((level for level in levels if level.width >= size), levels[-1])
+    return image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)

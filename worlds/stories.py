@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .captions import join_words, with_article
 from .edits import Edit, sample_edit
 from .sampling import Context
-from .scene import Scene, Thing, arrange, default_places
+from .scene import Scene, Thing, default_places
 from .sprites import Sprite
 
 
@@ -29,7 +29,7 @@ _PATHS = (
 def sample_story(context: Context, kind: str | None = None) -> Story:
     """A random story of `kind` (any where None) in two to four images."""
     kind = kind or context.rng.choice(list(STORIES))
-    text, scenes, events = STORIES[kind](context)
+    text, scenes, events = {**STORIES, **context.sprites.dialect.stories}[kind](context)
     openings = ("first", *["then"] * (len(scenes) - 2), "in the end")
     sentences = tuple(f"{opening}, {event}." for opening, event in zip(openings, events, strict=True))
     request = context.say.choose(("a story: {}", "tell and draw a story: {}", "show me how {}", "story: {}", "{}"))
@@ -46,7 +46,7 @@ def _series(context: Context, options: list[str]) -> list[str]:
 def _moves(context: Context) -> Told:
     sprite, background, path = context.sprite(), context.background(), list(context.rng.choice(_PATHS))
     path = path[:: context.rng.choice((1, -1))]
-    scenes = tuple(Scene(background, (Thing(sprite, place, "medium"),)) for place in path)
+    scenes = tuple(Scene(background, (Thing(sprite, place, context.sprites.dialect.usual_size),)) for place in path)
     hero = context.say.indefinite(sprite)
     text = f"{hero} on {context.say.background(background)} moves from the {path[0]} to the {path[-1]}"
     return text, scenes, [f"it is {context.say.place(place)}" for place in path]
@@ -54,7 +54,7 @@ def _moves(context: Context) -> Told:
 
 def _becomes(context: Context) -> Told:
     sprites, background = context.different(context.rng.choice((2, 3))), context.background()
-    scenes = tuple(_alone(sprite, background) for sprite in sprites)
+    scenes = tuple(_alone(context, sprite, background) for sprite in sprites)
     first, *others = (context.say.indefinite(sprite) for sprite in sprites)
     text = f"{first} on {context.say.background(background)} turns into {' and then '.join(others)}"
     return text, scenes, [f"it is {with_article(sprite.concept)}" for sprite in sprites]
@@ -65,7 +65,7 @@ def _restyles(context: Context) -> Told:
     others = context.seen_styles(first.concept, first.style)
     styles = [first.style, *_series(context, others)]
     background = context.background()
-    scenes = tuple(_alone(Sprite(first.concept, style), background) for style in styles)
+    scenes = tuple(_alone(context, Sprite(first.concept, style), background) for style in styles)
     words = [context.say.style(style) for style in styles]
     plain = Sprite(first.concept, first.style)
     text = (
@@ -85,7 +85,7 @@ def _vanish(context: Context) -> Told:
 def _one_by_one(context: Context, verb: str, shown) -> Told:
     sprites, background = context.different(context.rng.choice((2, 3))), context.background()
     places = default_places(len(sprites), context.canvas)
-    full = arrange(context.rng, sprites, background, context.canvas, places)
+    full = context.arrange(sprites, background, places)
     nouns = [context.say.indefinite(sprite) for sprite in sprites]
     text = f"{join_words(nouns)} {verb} one by one on {context.say.background(background)}"
     scenes = tuple(Scene(background, shown(full.things, index)) for index in range(len(sprites)))
@@ -103,13 +103,13 @@ def _changes_background(context: Context) -> Told:
     text = f"the background of {context.say.indefinite(sprite)} turns from {first} into {second}"
     return (
         text,
-        tuple(_alone(sprite, name) for name in backgrounds),
+        tuple(_alone(context, sprite, name) for name in backgrounds),
         [f"the background is {name}" for name in backgrounds],
     )
 
 
-def _alone(sprite: Sprite, background: str) -> Scene:
-    return Scene(background, (Thing(sprite, "middle", "large"),))
+def _alone(context: Context, sprite: Sprite, background: str) -> Scene:
+    return Scene(background, (Thing(sprite, "middle", context.sprites.dialect.sizes[-1]),))
 
 
 STORIES = {
@@ -136,7 +136,12 @@ RULES = ("style", "background", "move", "resize", "tone")
 def sample_examples(context: Context) -> ExamplePair:
     """`A is to B as C is to`: the rule changes one thing to one value, in both pairs the same."""
     while True:
-        edit = sample_edit(context, context.rng.choice([rule for rule in RULES if _can(context, rule)]))
+        edit = sample_edit(
+            context,
+            context.rng.choice(
+                [rule for rule in RULES if rule in context.sprites.dialect.edits and _can(context, rule)]
+            ),
+        )
         pair = _apply_alike(context, edit)
         if pair is not None:
             return ExamplePair(edit.kind, (*pair, edit.source, edit.target))
@@ -154,7 +159,7 @@ def _apply_alike(context: Context, edit: Edit) -> tuple[Scene, Scene] | None:
     if edit.kind == "background":
         sprite = context.sprite(other_than=(old.sprite.concept,))
         background = context.background(other_than=edit.target.background)
-        return _alone(sprite, background), _alone(sprite, edit.target.background)
+        return _alone(context, sprite, background), _alone(context, sprite, edit.target.background)
     concept = _concept_with(context, old, new)
     if concept is None:
         return None

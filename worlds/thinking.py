@@ -2,35 +2,13 @@
 
 from dataclasses import dataclass
 
-from .captions import COUNT_WORDS, plural, with_article
+from .captions import COUNT_WORDS, Speaker, plural, with_article
 from .edits import sample_edit
 from .questions import Question, sample_questions
 from .sampling import Context
-from .scene import COLORS, OPPOSITES, Scene, arrange, default_places
+from .scene import COLORS, OPPOSITES, Scene, default_places
 
 
-_COLOR_THINGS = {
-    "white": ("snow", "milk"),
-    "black": ("coal", "the night"),
-    "gray": ("an elephant", "ash"),
-    "red": ("blood", "a fire engine"),
-    "orange": ("a carrot", "a pumpkin"),
-    "yellow": ("the sun", "a lemon"),
-    "green": ("grass", "a frog"),
-    "dark green": ("a fir tree", "spinach"),
-    "turquoise": ("a swimming pool", "a lagoon"),
-    "sky blue": ("the sky at noon", "forget-me-nots"),
-    "blue": ("the deep sea", "a blueberry"),
-    "purple": ("a plum", "lavender"),
-    "pink": ("a pig", "bubble gum"),
-    "brown": ("chocolate", "earth"),
-    "beige": ("sand", "oatmeal"),
-}
-_COUNT_HINTS = {
-    2: ("half of four", "one less than three", "as many as you have hands"),
-    3: ("one more than two", "one less than four", "as many as a triangle has sides"),
-    4: ("twice two", "one more than three", "as many as a square has sides"),
-}
 _PLACE_HINTS = {"top": "twelve", "right": "three", "bottom": "six", "left": "nine"}  # on the face of a clock
 
 
@@ -46,9 +24,9 @@ class Implied:
 
 def sample_implied(context: Context) -> Implied:
     """A prompt with one or two hints, for a number or a place, a background, or a style."""
-    say, rng = context.say, context.rng
+    say, rng, dialect = context.say, context.rng, context.sprites.dialect
     sprite = context.sprite(tone_rate=0)
-    kinds = rng.sample(("number", "place", "background", "style"), rng.choice((1, 1, 2)))
+    kinds = rng.sample(dialect.implied, rng.choice((1, 1, 2)))
     if {"number", "place"} <= set(kinds):
         kinds.remove("place")
     if not context.sprites.hints:
@@ -58,15 +36,16 @@ def sample_implied(context: Context) -> Implied:
     late_style = ""
     if "style" in kinds:
         hint = rng.choice(context.sprites.hints[sprite.style])
-        style, late_style = "", f" {hint}"
-        thoughts.append(f"{hint} is {context.sprites.styles[sprite.style][0]} style")
+        style = ""
+        thoughts.append(dialect.style_thought.format(hint=hint, style=context.sprites.styles[sprite.style][0]))
+        late_style = f" {dialect.style_hint.format(hint)}"
     count, place = 1, None
     words = explicit = with_article(f"{style}{name}")
     if "number" in kinds:
-        count = rng.choice(list(_COUNT_HINTS))
-        hint = rng.choice(_COUNT_HINTS[count])
+        count = rng.choice(list(dialect.count_hints))
+        hint = rng.choice(dialect.count_hints[count])
         thoughts.append(f"{hint} is {COUNT_WORDS[count]}")
-        words = f"{style}{plural(name)}, {hint}"
+        words = dialect.implied_number.format(things=f"{style}{plural(name)}", number=hint)
     words += late_style
     if "place" in kinds:
         place = rng.choice(list(_PLACE_HINTS))
@@ -75,17 +54,17 @@ def sample_implied(context: Context) -> Implied:
         words += f" {hint}"
     background = context.background()
     if "background" in kinds:
-        background = rng.choice(list(COLORS))
-        hint = rng.choice(_COLOR_THINGS[background])
+        background = rng.choice([name for name in COLORS if name in dialect.backgrounds])
+        hint = rng.choice(dialect.color_things[background])
         thoughts.append(f"the color of {hint} is {background}")
         words += f" on a background in the color of {hint}"
     else:
         words += f" on {say.background(background)}"
-    clean = type(say)(context.sprites, rng)
+    clean = Speaker(context.sprites, rng)
     explicit = clean.indefinite(sprite, count=count) + (f" {clean.place(place)}" if place else "")
     explicit += f" on {clean.background(background)}"
     places = (place,) if place else default_places(count, context.canvas)
-    scene = arrange(rng, [sprite] * count, background, context.canvas, places)
+    scene = context.arrange([sprite] * count, background, places)
     if scene is None:
         return sample_implied(context)
     return Implied(say.manner(words), ", ".join(thoughts), explicit, scene)
@@ -145,7 +124,7 @@ def _inference(context: Context) -> str:
 
 def _description(context: Context) -> str:
     scene = context.scene()
-    words = context.say.describe(scene, context.canvas)
+    words = Speaker(context.sprites, context.rng).describe(scene, context.canvas)
     number = COUNT_WORDS[len(scene.things)]
     return f"A picture of {words} shows {number} thing{'' if number == 'one' else 's'}."
 

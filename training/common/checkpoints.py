@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from transformers.utils import logging
 
 from ...atomic import flush, flush_tree, replaced_folder, write_file
+from .loss_plot import PLOT_FILE, LossPlotCallback
 
 
 logger = logging.get_logger(__name__)
@@ -155,6 +156,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
     """
     callback = _StopOnSignal(trainer)
     trainer.add_callback(callback)
+    trainer.add_callback(LossPlotCallback)
     with callback.handlers():
         trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
@@ -168,6 +170,8 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
         raise SystemExit(128 + callback.signal)
     save()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        logger.warning(f"{trainer.args.output_dir} is finished; its losses are drawn in {PLOT_FILE} there")
 
 
 class _StopOnSignal(TrainerCallback):

@@ -1,7 +1,8 @@
 """Recipes: YAML files whose keys are the fields of groups of arguments. Knows files and keys, not what they are for.
 
-The YAML is that of version 1.2, as people write it: `no` is a word (`eval_strategy: no`), `1e-4` is a number. PyYAML
-reads version 1.1, where the first is false and the second a text.
+A shipped recipe is `recipes/<kind>/<name>.yaml`. `base: NAME` in a recipe takes over the keys of another one of its
+kind, or of a file beside it. The YAML is that of version 1.2, as people write it: `no` is a word
+(`eval_strategy: no`), `1e-4` is a number. PyYAML reads version 1.1, where the first is false and the second a text.
 """
 
 import difflib
@@ -9,7 +10,7 @@ import inspect
 import re
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import Enum
 from functools import reduce
 from operator import or_
@@ -61,11 +62,6 @@ class Recipe(dict):
         super().__init__(values)
         self.source = source
 
-    @classmethod
-    def section(cls, recipe: dict[str, Any], values: dict[str, Any]) -> "Recipe":
-        """`values` that are from where `recipe` is from."""
-        return cls(values, recipe.source) if isinstance(recipe, Recipe) else cls(values)
-
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text."""
@@ -86,18 +82,52 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(values, path)
 
 
-def check_parts(
-    recipe: dict[str, Any], where: str | Path, needed: dict[str, type], optional: dict[str, type] | None = None
-) -> None:
-    """Refuse what lacks a part, has one that nobody reads, or one of another type than is given here by its name."""
-    known = {**needed, **(optional or {})}
-    if missing := [key for key in needed if key not in recipe]:
-        raise ValueError(f"{where} lacks {missing}")
-    if unknown := [key for key in recipe if key not in known]:
-        raise ValueError(f"{where} has {unknown}, expected some of {list(known)}")
-    for key, value in recipe.items():
-        if value is not None and not isinstance(value, known[key]):
-            raise ValueError(f"{key} of {where} is {value!r}, expected {getattr(known[key], '__name__', known[key])}")
+def shipped_recipes(kind: str) -> dict[str, Path]:
+    """Name -> file of the recipes of a kind that come with the package."""
+    return {path.stem: path for path in sorted((RECIPES / kind).glob("*.yaml"))}
+
+
+def load_recipe(kind: str, name_or_path: str | Path, assignments: Sequence[str] = ()) -> Recipe:
+    """
+    The keys of a recipe.
+
+    Args:
+        kind (`str`): Of the training, such as `"transformer"`.
+        name_or_path (`str` or `Path`): A YAML file, or the name of a shipped recipe of that kind.
+        assignments (`Sequence[str]`, *optional*): `key=value` to write over it, see [`override`].
+    """
+    recipe = _with_base(kind, _find_recipe(kind, name_or_path), ())
+    for assignment in assignments:
+        override(recipe, assignment)
+    return recipe
+
+
+def _find_recipe(kind: str, name_or_path: str | Path, beside: Path = Path()) -> Path:
+    shipped = shipped_recipes(kind)
+    for path in (shipped.get(str(name_or_path)), beside / name_or_path):
+        if path is not None and path.is_file():
+            return path
+    near = difflib.get_close_matches(str(name_or_path), shipped, n=3)
+    raise FileNotFoundError(
+        f"{name_or_path} is no file and no recipe of {kind}, expected a file or one of {near or list(shipped)}"
+    )
+
+
+def _with_base(kind: str, path: Path, derived: tuple[Path, ...]) -> Recipe:
+    if path in derived:
+        raise ValueError(f"{path}: base leads back to this recipe")
+    recipe = read_recipe(path)
+    base = recipe.pop("base", None)
+    if base is None:
+        return recipe
+    inherited = _with_base(kind, _find_recipe(kind, base, path.parent), (*derived, path))
+    return Recipe(_merge(inherited, recipe), path)
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `old`; mappings are merged key by key."""
+    both = {key: _merge(old[key], new[key]) for key in new if isinstance(old.get(key), dict) and new[key]}
+    return {**old, **new, **{key: value for key, value in both.items() if isinstance(new[key], dict)}}
 
 
 def check_fields(values: dict[str, Any] | None, config: type, where: str) -> None:
@@ -127,66 +157,79 @@ def override(recipe: dict[str, Any], assignment: str) -> None:
     """Set a key as `key=value` says, in place; the value is YAML, and `a.b=value` sets `b` in the mapping `a`."""
     path, separator, value = assignment.partition("=")
     if not separator:
-        raise ValueError(f"--override got {assignment!r}, expected key=value such as max_steps=100")
+        raise ValueError(f"got {assignment!r}, expected key=value such as max_steps=100")
     *parents, key = path.strip().split(".")
     for parent in parents:
-        recipe[parent] = recipe.get(parent) or {}
+        recipe[parent] = {} if recipe.get(parent) is None else recipe[parent]
         recipe = recipe[parent]
         if not isinstance(recipe, dict):
-            raise ValueError(f"--override {assignment}: {parent} is {recipe!r}, expected a mapping")
+            raise ValueError(f"{assignment}: {parent} is {recipe!r}, expected a mapping")
     try:
         recipe[key] = load_yaml(value)
     except ValueError as error:
-        raise ValueError(f"--override {assignment}: {error}") from error
+        raise ValueError(f"{assignment}: {error}") from error
 
 
-def parse_recipe(
-    recipe: dict[str, Any],
-    groups: Iterable[type],
-    *,
-    prog: str,
-    needed: dict[str, str] | None = None,
-    rest: Sequence[str] = (),
-) -> tuple[Any, ...]:
-    """
-    A recipe's keys as one instance of each group of arguments.
-
-    Args:
-        groups: Dataclasses.
-        prog: Name of the command, for its errors.
-        needed: Keys without a default that must be there, and what is expected of them.
-        rest: What the command line says besides (`--learning_rate 1e-4`); it wins.
-    """
-    groups = tuple(groups)
-    parser = OneLineParser(groups, prog=prog)
-    set_defaults(parser, groups, recipe)
-    source = Recipe.section(recipe, {}).source
-    for key, expected in (needed or {}).items():
-        if recipe.get(key) is None and not any(word.partition("=")[0] == f"--{key}" for word in rest):
-            raise ValueError(f"{source}: {key} is missing, expected {expected}")
+def parse_recipe(recipe: dict[str, Any], groups: Iterable[type]) -> tuple[Any, ...]:
+    """A recipe's keys as one instance of each group of arguments, which are dataclasses."""
+    groups, source = tuple(groups), source_of(recipe)
+    values = check_recipe(recipe, groups)
     try:
-        return parser.parse_args_into_dataclasses(args=list(rest), look_for_args_file=False)
+        return tuple(group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in groups)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def set_defaults(parser: HfArgumentParser, groups: Iterable[type], recipe: dict[str, Any]) -> None:
+def check_recipe(recipe: dict[str, Any], groups: Iterable[type]) -> Recipe:
     """
-    Makes a recipe's values the defaults of `parser`, which is one of `groups`. Raises `ValueError` where a key is none
-    of theirs or a value is of another type.
+    The recipe with its values as the types of the groups' fields. Raises one `ValueError` that names every key that is
+    unknown, missing, or of another type.
     """
-    source = Recipe.section(recipe, {}).source
+    groups = tuple(groups)
+    parser = OneLineParser(groups)
+    values = set_defaults(parser, groups, recipe)
+    required = [
+        field for group in groups for field in fields(group) if field.default is field.default_factory is MISSING
+    ]
+    if missing := [field.name for field in required if values.get(field.name) is None]:
+        hint = " ".join(f"{name}=..." for name in missing)
+        raise ValueError(f"{source_of(recipe)}: {', '.join(missing)} must be set: write it there, or {hint} behind it")
+    return Recipe(values, source_of(recipe))
+
+
+def source_of(recipe: dict[str, Any]) -> str | Path:
+    """What errors call the place that a recipe is from."""
+    return getattr(recipe, "source", "the recipe")
+
+
+def set_defaults(parser: HfArgumentParser, groups: Iterable[type], recipe: dict[str, Any]) -> dict[str, Any]:
+    """
+    Make a recipe's values the defaults of `parser`, which is one of `groups`; returns them as the fields' types.
+    Raises a `ValueError` that names every key that is none of theirs, and every value of another type.
+    """
+    source = source_of(recipe)
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first, where there is a --no_ too
-    if unknown := sorted(set(recipe) - set(actions)):
-        near = {key: difflib.get_close_matches(key, actions, n=3) for key in unknown}
-        raise ValueError(f"{source} has unknown keys; near ones that exist: {near}")
+    known = [name for name in actions if name != "help"]
+    values, mistakes = {}, []
     for key, value in recipe.items():
-        parser.set_defaults(**{key: _typed(parser, actions[key], value, hints[key], source)})
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            mistakes.append(f"{source}: {key} is unknown" + (f", near ones that exist: {near}" if near else ""))
+            continue
+        try:
+            values[key] = _typed(parser, actions[key], value, hints[key])
+        except ValueError as error:
+            mistakes.append(f"{source}: {error}")
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+    parser.set_defaults(**values)
+    for key in values:
         actions[key].required = False
+    return values
 
 
-def _typed(parser: HfArgumentParser, action: Action, value: Any, hint: Any, source: str | Path) -> Any:
+def _typed(parser: HfArgumentParser, action: Action, value: Any, hint: Any) -> Any:
     """`value` as the type that `hint` says; a word is read as on the command line."""
     kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
     choices = action.choices or [member.value for kind in kinds for member in kind]
@@ -202,7 +245,7 @@ def _typed(parser: HfArgumentParser, action: Action, value: Any, hint: Any, sour
     except (ArgumentError, TypeError):
         is_choice = False
     if not is_choice:
-        raise ValueError(f"{source}: {action.dest} is {value!r}, expected {expected}")
+        raise ValueError(f"{action.dest} is {value!r}, expected {expected}")
     return found
 
 
@@ -222,10 +265,13 @@ __all__ = [
     "Recipe",
     "call_with",
     "check_fields",
-    "check_parts",
+    "check_recipe",
+    "load_recipe",
     "load_yaml",
     "override",
     "parse_recipe",
     "read_recipe",
     "set_defaults",
+    "shipped_recipes",
+    "source_of",
 ]

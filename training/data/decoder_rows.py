@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset as CodesDataset
 from torch.utils.data import Dataset
 
-from .messages import _parts, open_image
+from .messages import caption_of, open_image
 
 
 class NextFlowDecoderDataset(Dataset):
@@ -106,12 +106,3 @@ class NextFlowDecoderCollator:
             f"an image's codes have the grids {stored.tolist()}, but the image processor gives {own.tolist()}: were "
             "they extracted with another one?"
         )
-
-
-def caption_of(messages: list[dict]) -> str:
-    """The text that the one image was drawn for. With more images it is an instruction, to a given one a question."""
-    drawn_by = [message["role"] for message in messages for part in _parts(message) if part["type"] == "image"]
-    if drawn_by != ["assistant"]:
-        return ""
-    texts = [part["text"] for message in messages if message["role"] == "user" for part in _parts(message)]
-    return " ".join(texts)

@@ -4,14 +4,22 @@ A row is what TRL's trainers take, too: messages of content parts `{"type": "tex
 `{"type": "image"}`, and the images in reading order. Images stay undecoded until [`open_image`].
 """
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import fsspec
 import numpy as np
 from PIL import Image
+from transformers.utils import logging
 
 from ...processing.image_loading_nextflow import MAX_BYTES, load_image
 
+
+logger = logging.get_logger(__name__)
+
+MEND = 'Mend or remove it, or leave such rows out with on_bad_row="skip"'
 
 # Where a row may name an image that is not beside it: on this disk, in an archive, or in a store whose host is not for
 # the row to choose.
@@ -25,10 +33,24 @@ class BadRowError(ValueError):
     """A row that cannot be trained on: its message says what it has and what was expected."""
 
 
+def check_on_bad_row(value: str) -> str:
+    """`value`, if it says what becomes of a bad row."""
+    if value not in ("raise", "skip"):
+        raise ValueError(f'on_bad_row is {value!r}, expected "raise" or "skip"')
+    return value
+
+
 def bad_row_reason(error: Exception) -> str:
     """What to say of a row that raised `error`."""
     says_all = type(error) in (BadRowError, ValueError, FileNotFoundError)
     return str(error) if says_all else f"{type(error).__name__}: {error}"
+
+
+def log_causes(reasons: Iterable[str]) -> None:
+    """How many bad rows there are of each cause: the reasons without names, addresses and numbers of single rows."""
+    kinds = Counter(re.sub(r"'[^']*'|\S*(://|\d)\S*", "...", reason)[:120] for reason in reasons)
+    for kind, count in kinds.most_common():
+        logger.warning(f"{count} bad rows: {kind}")
 
 
 def text_part(text: Any) -> dict:
@@ -49,9 +71,9 @@ def message(role: str, *parts: dict) -> dict:
     return {"role": role, "content": list(parts)}
 
 
-def check_messages(messages: list[dict], images: list) -> None:
-    """`BadRowError` unless there is a response to train on and every image part has its image."""
-    if not any(turn["role"] == "assistant" for turn in messages):
+def check_messages(messages: list[dict], images: list, *, has_response: bool = True) -> None:
+    """`BadRowError` unless every image part has its image and, where it must, the row has a response to train on."""
+    if has_response and not any(turn["role"] == "assistant" for turn in messages):
         raise BadRowError(f"the roles are {[turn['role'] for turn in messages]}, expected an assistant among them")
     for turn in messages:
         if not turn["content"]:
@@ -105,6 +127,15 @@ def _read_file(path: str, allow_private_addresses: bool) -> bytes:
     if len(data) > MAX_BYTES:
         raise ValueError(f"the image {path} has more than {MAX_BYTES} bytes, expected at most that")
     return data
+
+
+def caption_of(messages: list[dict]) -> str:
+    """The text that the one image was drawn for. With more images it is an instruction, to a given one a question."""
+    drawn_by = [message["role"] for message in messages for part in _parts(message) if part["type"] == "image"]
+    if drawn_by != ["assistant"]:
+        return ""
+    texts = [part["text"] for message in messages if message["role"] == "user" for part in _parts(message)]
+    return " ".join(texts)
 
 
 def drop_condition(

@@ -9,127 +9,20 @@
 here: an image is the path or the bytes that its file has.
 """
 
-import os
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from .messages import bad_row_reason
-from .raw_files import (
-    ERROR,
-    RawRows,
-    files_of,
-    is_json_lines,
-    open_captioned_folder,
-    open_json_lines,
-    open_tar_files,
-    open_text,
-)
-from .tasks import TASKS
+from .sources import ROW_FEATURES, DataSource, OpenSource
 
 
 logger = logging.get_logger(__name__)
 
-# What a mixture's rows have. `error` says why a row is none: then it has neither messages nor images.
-ROW_FEATURES = Features(
-    {
-        "messages": List(
-            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-        ),
-        "images": List(datasets.Image(decode=False)),
-        "task": Value("string"),
-        "source": Value("string"),
-        "row_id": Value("string"),
-        "resolution": Value("int64"),
-        "error": Value("string"),
-    }
-)
-_FILES = {"parquet": "*.parquet", "webdataset": "*.tar", "json": "*.json*", "csv": "*.csv", "text": "*.txt"}
-_FORMATS = (*_FILES, "arrow", "imagefolder", "captioned_folder", "disk")
-_ID_NAMES = ("id", "__key__")
-_CAPTION_PROMPTS = (
-    "Describe this image.",
-    "What is in this picture?",
-    "Write a caption for this image.",
-    "What does this image show?",
-)
-
-
-@dataclass(kw_only=True)
-class DataSource:
-    """
-    One data set and what it is used for.
-
-    Args:
-        path (`str`): A folder, a file, a pattern such as `"tars/*.tar"`, an address, or a repository of the Hub.
-        task (`str`):
-            `"text_to_image"`, `"image_to_text"`, `"edit"`, `"conversation"` (LLaVA), `"interleaved"` (OBELICS, MMC4),
-            `"text"`, or `"messages"` for rows in the format already. See [`TASKS`].
-        format (`str`, *optional*):
-            `"imagefolder"` (with its metadata file), `"parquet"`, `"webdataset"`, `"json"`, `"csv"`, `"text"`,
-            `"arrow"`: as in `datasets`; `"captioned_folder"`: images beside a `.txt` of the same name; `"disk"`:
-            written by `save_to_disk`. By default `datasets` tells by the files.
-        weight (`float`, *optional*, defaults to 1.0): Its rows' share of the mixture, over the sum of all weights.
-        label (`str`, *optional*): Name of the source in shards and reports. Defaults to `path`.
-        columns (`dict[str, str]`, *optional*):
-            Part in the task -> column, where the usual names do not find it (an error lists them); `"json.caption"`
-            is a field of a column. The part `"id"` names the rows (else `id`, `__key__`, or their number).
-        name, split, revision (`str`, *optional*): As in `load_dataset`; the split defaults to `"train"`.
-        streaming (`bool`, *optional*, defaults to `False`): Read the rows as they come, without a copy on this disk.
-        options (`dict`, *optional*): More for `load_dataset`, such as `{"sample_by": "document"}` for texts.
-        image_root (`str`, *optional*): Folder of images that are named by relative paths.
-        inversion_rate (`float`, *optional*, defaults to 0.1):
-            Share of the text-to-image rows that are turned round into captioning (§6.7).
-        caption_prompts (`list[str]`, *optional*): What captioning is asked with, one at random.
-        max_images (`int`, *optional*):
-            Images of an interleaved document, whose rest is left out (§5.4: 5 at 512 pixels, 3 at 1024).
-        resolution (`int`, *optional*): Level of its images. Defaults to the processor's.
-    """
-
-    path: str
-    task: str
-    format: str | None = None
-    weight: float = 1.0
-    label: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    streaming: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-    image_root: str | None = None
-    inversion_rate: float = 0.1
-    caption_prompts: tuple[str, ...] = _CAPTION_PROMPTS
-    max_images: int | None = None
-    resolution: int | None = None
-
-    def __post_init__(self):
-        self.caption_prompts = tuple(self.caption_prompts)
-        self.label = self.label or self.path
-        if self.task not in TASKS:
-            raise ValueError(f"source {self.label}: task is {self.task!r}, expected one of {list(TASKS)}")
-        if self.format is not None and self.format not in _FORMATS:
-            raise ValueError(f"source {self.label}: format is {self.format!r}, expected one of {list(_FORMATS)}")
-        if not self.weight > 0:
-            raise ValueError(f"source {self.label}: weight is {self.weight}, expected more than 0")
-        if not 0 <= self.inversion_rate <= 1:
-            raise ValueError(f"source {self.label}: inversion_rate is {self.inversion_rate}, expected 0 to 1")
-        if not self.caption_prompts:
-            raise ValueError(f"source {self.label}: caption_prompts is empty, expected at least one prompt")
-        if unknown := sorted(set(self.columns) - {"id", *TASKS[self.task].columns}):
-            raise ValueError(
-                f"source {self.label}: columns has {unknown}, which are no parts of the task {self.task!r}, expected "
-                f"{['id', *TASKS[self.task].columns]}"
-            )
+PURPOSES = ("training", "evaluation")
 
 
 @dataclass(kw_only=True)
@@ -168,36 +61,65 @@ class MixtureArguments:
         if len(set(labels)) < len(labels):
             raise ValueError(f"sources are named {labels}: give those of one path and task different labels")
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are held out for evaluation."""
+        return any(source.eval_fraction > 0 for source in self.sources)
+
+    def sources_for(self, purpose: str) -> dict[int, DataSource]:
+        """Number -> source, of the sources that have rows for `purpose`."""
+        if purpose not in PURPOSES:
+            raise ValueError(f"purpose is {purpose!r}, expected one of {PURPOSES}")
+        unused = (1.0 if purpose == "training" else 0.0) if self.holds_out else None
+        found = {number: one for number, one in enumerate(self.sources) if one.eval_fraction != unused}
+        if not found:
+            raise ValueError(f"no source has rows for {purpose}: each has the eval_fraction {unused}")
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """What decides the rows, as JSON holds it."""
         return asdict(self)
 
 
-def load_mixture(mixture: MixtureArguments) -> Dataset | IterableDataset:
+def load_mixture(mixture: MixtureArguments, purpose: str = "training") -> Dataset | IterableDataset:
     """
     The rows of all sources in the order in which they are trained on, a function of the arguments and the files alone.
 
     A `Dataset` (any row by its number; rows are made when they are asked for) or, if a source streams, an
     `IterableDataset`. The columns are those of [`ROW_FEATURES`]: a row that cannot be trained on is there, too, with
     its `error` and nothing else, so that whoever reads decides what happens to it.
+
+    Args:
+        mixture ([`MixtureArguments`]): The sources.
+        purpose (`str`, *optional*, defaults to `"training"`):
+            `"training"` leaves out the rows that sources hold out by their `eval_fraction`, `"evaluation"` reads these
+            alone, or everything where no source holds out rows.
     """
-    sources = [_Source(source, number, mixture.data_seed) for number, source in enumerate(mixture.sources)]
-    weights = [source.weight for source in mixture.sources]
+    chosen = mixture.sources_for(purpose)
+    # The number of a source among all of them seeds its rows: a purpose must not change what a row says.
+    sources = [OpenSource(source, number, mixture.data_seed) for number, source in chosen.items()]
+    held_out = (purpose == "evaluation") if mixture.holds_out else None
+    weights = [source.weight for source in chosen.values()]
     mixing = {
         "probabilities": [weight / sum(weights) for weight in weights],
         "seed": mixture.data_seed,
         "stopping_strategy": mixture.stopping_strategy,
     }
     if any(source.streaming for source in sources):
-        rows = datasets.interleave_datasets([source.stream() for source in sources], **mixing)
+        rows = datasets.interleave_datasets([source.stream(held_out) for source in sources], **mixing)
         return rows if mixture.num_rows is None else rows.take(mixture.num_rows)
 
     # Map-style sources are mixed by their numbers alone: `datasets` would copy the images of sources that it mixes.
-    numbers = [
-        Dataset.from_dict({"number": [number] * len(source.rows), "row": range(len(source.rows))})
-        for number, source in enumerate(sources)
-    ]
-    index = datasets.interleave_datasets(numbers, **mixing)
+    numbers = [source.row_numbers(held_out) for source in sources]
+    if empty := [source.label for source, rows in zip(sources, numbers) if not len(rows)]:
+        raise ValueError(f"sources {empty} have no rows for {purpose}: check their files and their eval_fraction")
+    index = datasets.interleave_datasets(
+        [
+            Dataset.from_dict({"number": np.full(len(rows), number), "row": rows})
+            for number, rows in enumerate(numbers)
+        ],
+        **mixing,
+    )
     if mixture.num_rows is not None:
         index = index.select(range(min(mixture.num_rows, len(index))))
 
@@ -205,7 +127,7 @@ def load_mixture(mixture: MixtureArguments) -> Dataset | IterableDataset:
         rows = [sources[number].row(row) for number, row in zip(batch["number"], batch["row"])]
         return {name: [row[name] for row in rows] for name in ROW_FEATURES}
 
-    logger.info(f"{len(index)} rows of {[(source.label, len(source.rows)) for source in sources]}")
+    logger.info(f"{len(index)} rows of {[(source.label, len(rows)) for source, rows in zip(sources, numbers)]}")
     return index.with_transform(fetch)
 
 
@@ -219,7 +141,7 @@ class MixtureRows:
     """
 
     def __init__(self, mixture: MixtureArguments):
-        sources = [_Source(source, number, mixture.data_seed) for number, source in enumerate(mixture.sources)]
+        sources = [OpenSource(source, number, mixture.data_seed) for number, source in enumerate(mixture.sources)]
         self._sources = {source.label: source for source in sources}
         if len(self._sources) < len(sources):
             labels = [source.label for source in sources]
@@ -238,163 +160,6 @@ class MixtureRows:
         if row_id not in opened.numbers:
             raise ValueError(f"source {source} has no row {row_id!r}: has it changed since the codes were extracted?")
         return opened.row(opened.numbers[row_id])
-
-
-class _Source:
-    """An opened [`DataSource`]: its columns are known to be there, its rows become messages one by one."""
-
-    def __init__(self, source: DataSource, number: int, seed: int):
-        self.source, self.number, self.seed = source, number, seed
-        self.task, self.label = TASKS[source.task], source.label
-        try:
-            opened = _open(source)
-        except (DatasetGenerationError, pa.ArrowException) as error:  # names neither the source nor the cause
-            raise ValueError(f"source {source.label} cannot be read: {error.__cause__ or error}") from error
-        self.streaming, self.decode = isinstance(opened.rows, IterableDataset), opened.decode
-        self.columns = self._find_columns(opened.names)
-        kept = {ERROR, *(self._top_level(column, opened.names) for column in self.columns.values())}
-        names = opened.rows.column_names or opened.names
-        # What a line of JSON holds is no column of its file.
-        chosen = [name for name in names if name in kept] if set(opened.names) <= set(names) else names
-        self.rows = _undecoded(opened.rows.select_columns(chosen))
-
-    @cached_property
-    def numbers(self) -> Mapping[str, int]:
-        """Name of a row -> its number."""
-        if (column := self.columns.get("id")) is None:
-            return {str(number): number for number in range(len(self.rows))}
-        top = self._top_level(column, self.rows.column_names)
-        rows = self.rows.select_columns([top]) if top in self.rows.column_names else self.rows
-        ids = [self._row_id(values, number) for number, values in enumerate(rows)]
-        numbers = {row_id: number for number, row_id in enumerate(ids)}
-        if len(numbers) < len(ids):
-            raise ValueError(f"source {self.label} has {len(ids)} rows of {len(numbers)} names in {column!r}")
-        return numbers
-
-    def _row_id(self, values: dict[str, Any], number: int) -> str:
-        column = self.columns.get("id")
-        try:
-            values = values if column in values else self.decode(values)
-            row_id = None if column is None else _lookup(values, column)
-            return str(number if row_id is None else row_id)
-        except ValueError:  # no JSON; the row says so
-            return str(number)
-
-    def row(self, number: int) -> dict[str, Any]:
-        """Row `number` as messages and images."""
-        return self._adapt(lambda: self.rows[number], number)
-
-    def stream(self) -> IterableDataset:
-        """All rows, one by one."""
-        rows = self.rows if self.streaming else self.rows.to_iterable_dataset()
-
-        def adapt(values: dict[str, Any], number: int) -> dict[str, Any]:
-            return self._adapt(lambda: values, number)
-
-        return rows.map(adapt, with_indices=True, remove_columns=rows.column_names, features=ROW_FEATURES)
-
-    def _adapt(self, read: Callable[[], dict[str, Any]], number: int) -> dict[str, Any]:
-        """
-        What `read` gives as messages and images. Whatever reading and adapting this one row raises is its `error`:
-        whoever reads the mixture decides what happens to it.
-        """
-        source = self.source
-        row = {"task": source.task, "source": self.label, "row_id": str(number), "resolution": source.resolution}
-        try:
-            values = read()
-            row["row_id"] = self._row_id(values, number)
-            values = self.decode(values)
-            found = {part: _lookup(values, column) for part, column in self.columns.items() if part != "id"}
-            task = self.task
-            rng = np.random.default_rng((self.seed, self.number, number))
-            if source.task == "text_to_image" and rng.random() < source.inversion_rate:
-                task, row["task"] = TASKS["image_to_text"], "image_to_text"
-            if row["task"] == "image_to_text" and "prompt" not in found:
-                found["prompt"] = source.caption_prompts[rng.integers(len(source.caption_prompts))]
-            messages, images = task(found, max_images=source.max_images)
-            return {**row, "messages": messages, "images": [self._rooted(image) for image in images], "error": None}
-        except Exception as error:
-            return {**row, "messages": [], "images": [], "error": bad_row_reason(error)}
-
-    def _rooted(self, image: Any) -> Any:
-        """A relative path in the folder of the images."""
-        if self.source.image_root is None:
-            return image
-        path = image if isinstance(image, str) else image.get("path") if isinstance(image, dict) else None
-        if path is None or "://" in path or path.startswith("data:") or (isinstance(image, dict) and image["bytes"]):
-            return image
-        return os.path.join(self.source.image_root, path)
-
-    def _find_columns(self, names: list[str]) -> dict[str, str]:
-        """Part in the task -> column. `ValueError` where a part has none."""
-        columns, parts = {}, {"id": _ID_NAMES, **self.task.columns}
-        for part, usual in parts.items():
-            if (chosen := self.source.columns.get(part)) is not None:
-                if self._top_level(chosen, names) not in names:
-                    raise ValueError(
-                        f"source {self.label}: {part} is column {chosen!r}, but the columns are {sorted(names)}"
-                    )
-                columns[part] = chosen
-            elif found := [name for name in usual if name in names and name not in columns.values()]:
-                columns[part] = found[0]
-            elif part != "id" and part not in self.task.optional:
-                raise ValueError(
-                    f"source {self.label}: the task {self.source.task!r} needs a column for {part!r}, by default one "
-                    f"of {list(usual)}, but the columns are {sorted(names)}: name it, as in columns: {{{part}: ...}}"
-                )
-        return columns
-
-    @staticmethod
-    def _top_level(column: str, names: list[str]) -> str:
-        return column if column in names else column.partition(".")[0]
-
-
-def _lookup(values: dict[str, Any], column: str) -> Any:
-    if column in values:
-        return values[column]
-    for name in column.split("."):
-        values = values.get(name) if isinstance(values, dict) else None
-    return values
-
-
-def _open(source: DataSource) -> RawRows:
-    """The raw rows, by the library that knows the format."""
-    path, split, streaming = os.path.expanduser(source.path), source.split, source.streaming
-    if source.format == "captioned_folder":
-        return open_captioned_folder(Path(path))
-    files = files_of(path, _FILES[source.format]) if source.format in _FILES else path
-    if source.format == "webdataset":
-        return open_tar_files(files, split, streaming, source.options)
-    if source.format == "text":
-        return open_text(files, split, streaming, source.options)
-    if source.format == "json" and not source.options and is_json_lines(files):
-        return open_json_lines(files, split, streaming)
-    rows = _load(source, path, files)
-    return RawRows(rows, dict, rows.column_names or list(next(iter(rows.take(1)), ())))
-
-
-def _load(source: DataSource, path: str, files: str) -> Dataset | IterableDataset:
-    if source.format == "disk":
-        rows = datasets.load_from_disk(path)
-        rows = rows[source.split] if isinstance(rows, datasets.DatasetDict) else rows
-        return rows.to_iterable_dataset() if source.streaming else rows
-    options = {"split": source.split, "streaming": source.streaming, **source.options}
-    if source.format is None:
-        return datasets.load_dataset(path, source.name, revision=source.revision, **options)
-    if source.format == "imagefolder":
-        return datasets.load_dataset("imagefolder", data_dir=path, **options)
-    return datasets.load_dataset(source.format, data_files={source.split: files}, **options)
-
-
-def _undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows, with every image as its path and bytes."""
-    undecoded = datasets.Image(decode=False)
-    for name, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, undecoded)
-        elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(name, List(undecoded))
-    return rows
 
 
 __all__ = ["DataSource", "MixtureArguments", "MixtureRows", "ROW_FEATURES", "load_mixture"]

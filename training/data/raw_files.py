@@ -92,6 +92,15 @@ def open_captioned_folder(folder: Path) -> RawRows:
     return RawRows(Dataset.from_dict(columns, features=features), _caption, list(columns))
 
 
+def guess_format(folder: Path) -> str | None:
+    """The format of a folder that `datasets` would not tell, or would take for another one."""
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return "disk"
+    first = next((path for path in sorted(folder.glob("*")) if path.suffix.lower() in _EXTENSIONS), None)
+    first = first or next((path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS), None)
+    return "captioned_folder" if first is not None and first.with_suffix(".txt").is_file() else None
+
+
 def files_of(path: str, pattern: str) -> str:
     """`path`, or the files below it where it is a folder."""
     return os.path.join(glob.escape(path), "**", pattern) if os.path.isdir(path) else path
@@ -124,6 +133,8 @@ def _member(name: str, value: bytes) -> Any:
 
 
 def _caption(values: dict[str, Any]) -> dict[str, Any]:
+    if "text" not in values:
+        return dict(values)
     path = Path(values["text"])
     return {**values, "text": path.read_text(encoding="utf-8").strip() if path.is_file() else None}
 
@@ -154,6 +165,7 @@ __all__ = [
     "ERROR",
     "RawRows",
     "files_of",
+    "guess_format",
     "is_json_lines",
     "open_captioned_folder",
     "open_json_lines",

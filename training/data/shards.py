@@ -13,8 +13,6 @@ Every file is written by atomic.py: a kill or a full disk leaves the old file or
 import hashlib
 import json
 import os
-import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from transformers.utils import logging
 from ...atomic import write_file, write_json, write_text
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.processing_nextflow import NextFlowProcessor
+from .messages import log_causes
 
 
 logger = logging.get_logger(__name__)
@@ -135,13 +134,7 @@ def finish(folder: Path, num_shards: int) -> None:
     totals = {"num_rows": sum(entry["num_rows"] for entry in entries), "num_bad_rows": len(bad_rows)}
     write_json(folder / INDEX, {**totals, "shards": entries})
     logger.warning(f"{folder}: {totals['num_rows']} rows in {num_shards} shards, {len(bad_rows)} bad rows left out")
-    for kind, count in Counter(_kind(row["reason"]) for row in bad_rows).most_common():
-        logger.warning(f"{count} bad rows: {kind}")
-
-
-def _kind(reason: str) -> str:
-    """The reason without what is of its row alone: names, addresses and numbers."""
-    return re.sub(r"'[^']*'|\S*(://|\d)\S*", "...", reason)[:120]
+    log_causes(row["reason"] for row in bad_rows)
 
 
 def num_rows_of(folder: Path) -> int | None:

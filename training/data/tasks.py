@@ -100,6 +100,19 @@ def plain_text(text: Any) -> Row:
     return [message("assistant", text_part(text))], []
 
 
+def image_alone(image: Any) -> Row:
+    """An image without a word, for the vision tokenizer."""
+    return [message("user", _IMAGE)], [image]
+
+
+def prompt_alone(prompt: Any, images: Any = None) -> Row:
+    """What is asked for, a text or messages, after its images: for a policy that samples the answer itself."""
+    images = _as_list(images)
+    if isinstance(prompt, str):
+        return [message("user", *[_IMAGE] * len(images), text_part(prompt))], images
+    return ready_messages(prompt, images)
+
+
 def ready_messages(messages: Any, images: Any = None) -> Row:
     """
     Rows in the format already. Strings become text parts; where no part is an image, the images stand before the first
@@ -156,18 +169,20 @@ class Task:
         adapt (`Callable`): The values of the columns, as keyword arguments, to messages and images.
         columns (`dict[str, tuple[str, ...]]`): Part in the task -> names under which its column is looked for.
         optional (`tuple[str, ...]`, *optional*): Parts that a data set may lack.
+        has_response (`bool`, *optional*, defaults to `True`): Whether its rows are examples for the transformer.
     """
 
     adapt: Callable[..., Row]
     columns: dict[str, tuple[str, ...]]
     optional: tuple[str, ...] = ()
+    has_response: bool = True
 
     def __call__(self, values: dict[str, Any], *, max_images: int | None = None) -> Row:
         """`values`, by part, as checked messages and images."""
         row = self.adapt(**values)
         if max_images is not None and self.adapt is interleaved:
             row = first_images(row, max_images)
-        check_messages(*row)
+        check_messages(*row, has_response=self.has_response)
         return row
 
 
@@ -192,6 +207,13 @@ TASKS = {
     "interleaved": Task(interleaved, {"texts": ("texts", "text_list"), "images": ("images", "image_info")}),
     "text": Task(plain_text, {"text": ("text", "content")}),
     "messages": Task(ready_messages, {"messages": ("messages",), "images": ("images", "image")}, optional=("images",)),
+    "image": Task(image_alone, {"image": _IMAGE_NAMES}, has_response=False),
+    "prompt": Task(
+        prompt_alone,
+        {"prompt": ("prompt", *_TEXT_NAMES), "images": ("images", "image")},
+        optional=("images",),
+        has_response=False,
+    ),
 }
 
 

@@ -4,6 +4,7 @@ A recipe names a checkpoint of diffusers (`base_model`: its pipeline gives sched
 the configuration of a denoiser that starts from nothing.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,54 @@ from transformers import ImageProcessingMixin
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...pipelines.diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from ...pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from ..common.checkpoints import last_checkpoint, train_to_the_end
-from ..common.recipe import RECIPES, Recipe, call_with, check_parts, parse_recipe, read_recipe
-from .trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
+from ..common.recipe import call_with
 
 
-STAGES = ("base", "upscale")
-UPSCALE_FACTOR = {"base": 1, "upscale": 2}
+@dataclass
+class DecoderArguments:
+    r"""
+    What is trained.
 
+    Args:
+        base_model (`str`, *optional*):
+            Pipeline of diffusers that the decoder starts from, by folder or Hub id: it gives the denoiser, and the
+            scheduler, VAE and text encoders around it.
+        denoiser (`str`, *optional*): Component of `base_model` that becomes the decoder: `"unet"` or `"transformer"`.
+        denoiser_config (`dict`, *optional*):
+            Without `base_model`: `class`, a class of diffusers, and the configuration of a denoiser from nothing.
+        scheduler (`dict`, *optional*):
+            `class`, a class of diffusers, and what differs from the configuration of the base model's scheduler.
+        projection_dim (`int`, *optional*): Width of the condition; defaults to that of the denoiser's input layer.
+        embedded_guidance (`float`, *optional*, defaults to 1.0): What a denoiser that embeds its guidance is told.
+        decoder_name_or_path (`str`, *optional*): Run of an earlier stage, whose decoder or LoRA is trained on.
+        upscale_factor (`int`, *optional*, defaults to 1):
+            Side of the images in units of what the codes decode to: 1 in the base stage, 2 in the upsampling stage
+            (§3.3).
+        frozen_dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Of what is not trained, and of the base of a LoRA. A denoiser that trains whole does so in float32.
+    """
 
-def load_decoder_recipe(name: str | Path) -> dict[str, Any]:
-    """A recipe by its file, or by the name of one of ours."""
-    path = Path(name) if str(name).endswith(".yaml") else RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        ours = sorted(file.stem for file in RECIPES.glob("*diffusion_decoder*.yaml"))
-        raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
-    recipe = read_recipe(path)
-    check_parts(
-        recipe,
-        path,
-        {"denoiser": str if "base_model" in recipe else dict, "training": dict, "stages": dict},
-        {"base_model": str, "scheduler": dict, "decoder": dict, "pretraining": dict, "sampling": dict},
-    )
-    check_parts(recipe["stages"], f"stages of {path}", dict.fromkeys(STAGES, dict))
-    return recipe
+    base_model: str | None = None
+    denoiser: str | None = None
+    denoiser_config: dict | None = None
+    scheduler: dict | None = None
+    projection_dim: int | None = None
+    embedded_guidance: float = 1.0
+    decoder_name_or_path: str | None = None
+    upscale_factor: int = 1
+    frozen_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if (self.base_model is None) == (self.denoiser_config is None):
+            raise ValueError(
+                "name a base_model, or give the denoiser_config of a denoiser from nothing: one of the two"
+            )
+        if self.base_model is not None and self.denoiser is None:
+            raise ValueError("denoiser is missing, expected the component of base_model that becomes the decoder")
+        if self.upscale_factor not in (1, 2):
+            raise ValueError(f"upscale_factor is {self.upscale_factor}, expected 1 or 2")
+        if self.frozen_dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"frozen_dtype is {self.frozen_dtype!r}, expected bfloat16, float16 or float32")
 
 
 def condition_channels(vision_tokenizer: NextFlowVisionTokenizer) -> int:
@@ -48,42 +73,55 @@ def condition_channels(vision_tokenizer: NextFlowVisionTokenizer) -> int:
 
 
 def build_decoder_pipeline(
-    recipe: dict[str, Any],
+    args: DecoderArguments,
     vision_tokenizer: NextFlowVisionTokenizer,
     image_processor: ImageProcessingMixin,
     *,
     dtype: torch.dtype | None = None,
-    denoiser: ModelMixin | None = None,
 ) -> NextFlowDiffusionDecoderPipeline:
-    """
-    The pipeline before the first step: its decoder is the base denoiser, and ignores the codes. `denoiser`, if given,
-    is that base, and the recipe's says only what it once was.
-    """
+    """The pipeline before the first step: a decoder that so far ignores the codes, or that of an earlier stage."""
     parts: dict[str, Any] = {}
-    if "base_model" in recipe:
-        stock = DiffusionPipeline.from_pretrained(recipe["base_model"], **({} if dtype is None else {"dtype": dtype}))
+    if args.base_model is not None:
+        stock = DiffusionPipeline.from_pretrained(args.base_model, **({} if dtype is None else {"dtype": dtype}))
         kinds = ("scheduler", "vae", "text_encoder", "tokenizer")
         parts = {name: part for name, part in stock.components.items() if name.rstrip("_23") in kinds}
-        if recipe["denoiser"] not in stock.components:
-            raise ValueError(f"denoiser is {recipe['denoiser']!r}, expected one of {list(stock.components)}")
-        denoiser = denoiser or stock.components[recipe["denoiser"]]
-    elif denoiser is None:
-        denoiser = make_denoiser(recipe["denoiser"])
+        if args.denoiser not in stock.components:
+            raise ValueError(f"denoiser is {args.denoiser!r}, expected one of {list(stock.components)}")
+        denoiser = stock.components[args.denoiser]
+    else:
+        denoiser = make_denoiser(args.denoiser_config)
         denoiser = denoiser if dtype is None else denoiser.to(dtype)
-    if "scheduler" in recipe:
-        parts["scheduler"] = make_scheduler(recipe["scheduler"], parts.get("scheduler"))
-    options = {"condition_channels": condition_channels(vision_tokenizer), **recipe.get("decoder", {})}
-    decoder = call_with(NextFlowDiffusionDecoder.from_denoiser, {"denoiser": denoiser, **options}, "decoder")
+    if args.scheduler is not None:
+        parts["scheduler"] = make_scheduler(args.scheduler, parts.get("scheduler"))
+    decoder = NextFlowDiffusionDecoder.from_denoiser(
+        denoiser,
+        condition_channels=condition_channels(vision_tokenizer),
+        projection_dim=args.projection_dim,
+        embedded_guidance=args.embedded_guidance,
+    )
     decoder.register_to_config(vision_tokenizer_fingerprint=vision_tokenizer.get_codes_fingerprint())
-    return NextFlowDiffusionDecoderPipeline(
+    pipeline = NextFlowDiffusionDecoderPipeline(
         decoder, vision_tokenizer=vision_tokenizer, image_processor=image_processor, **parts
     )
+    if args.decoder_name_or_path is not None:
+        load_decoder(pipeline, args.decoder_name_or_path)
+    pipeline.diffusion_decoder.register_to_config(upscale_factor=args.upscale_factor)
+    return pipeline
+
+
+def load_decoder(pipeline: NextFlowDiffusionDecoderPipeline, folder: str) -> None:
+    """Put what an earlier stage saved, a decoder or a LoRA, into the pipeline."""
+    if (Path(folder) / "config.json").is_file():
+        pipeline.register_modules(diffusion_decoder=NextFlowDiffusionDecoder.from_pretrained(folder))
+    else:
+        pipeline.load_lora_weights(folder, adapter_name="default")
 
 
 def make_denoiser(options: dict[str, Any]) -> ModelMixin:
     """A random one: `options` name the class and give its configuration."""
     options = dict(options)
-    return class_of_diffusers(options.pop("class", None)).from_config(options)
+    denoiser_class = class_of_diffusers(options.pop("class", None))
+    return call_with(denoiser_class, options, "denoiser_config")
 
 
 def class_of_diffusers(name: str | None) -> type:
@@ -99,51 +137,11 @@ def make_scheduler(options: dict[str, Any], base: SchedulerMixin | None) -> Sche
     return scheduler_class.from_config({**({} if base is None else base.config), **options})
 
 
-def stage_arguments(
-    recipe: dict[str, Any], stage: str, output_dir: Path, **device_arguments: Any
-) -> NextFlowDiffusionDecoderTrainingArguments:
-    """The numbers of one stage, whose checkpoints go to `output_dir/<stage>_run`."""
-    if stage not in STAGES:
-        raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
-    options = {**recipe["training"], **(recipe["stages"][stage] or {}), **device_arguments}
-    options["output_dir"] = str(output_dir / f"{stage}_run")
-    options = Recipe.section(recipe, options)
-    (args,) = parse_recipe(options, [NextFlowDiffusionDecoderTrainingArguments], prog="nextflow-hf train-decoder")
-    return args
-
-
-def load_stage(pipeline: NextFlowDiffusionDecoderPipeline, folder: Path) -> None:
-    """Puts what a finished stage saved, a decoder or a LoRA, into the pipeline."""
-    if (folder / "config.json").is_file():
-        pipeline.register_modules(diffusion_decoder=NextFlowDiffusionDecoder.from_pretrained(folder))
-    else:
-        pipeline.load_lora_weights(folder, adapter_name="default")
-
-
-def train_stage(
-    pipeline: NextFlowDiffusionDecoderPipeline,
-    args: NextFlowDiffusionDecoderTrainingArguments,
-    stage: str,
-    output_dir: Path,
-    **trainer_options: Any,
-) -> NextFlowDiffusionDecoderTrainer:
-    """Trains one stage (§3.3), from its last checkpoint on, and saves its result as `output_dir/stage`."""
-    if stage == "upscale":
-        load_stage(pipeline, output_dir / "base")
-    pipeline.diffusion_decoder.register_to_config(upscale_factor=UPSCALE_FACTOR[stage])
-    trainer = NextFlowDiffusionDecoderTrainer(pipeline, args, **trainer_options)
-    train_to_the_end(trainer, last_checkpoint(args.output_dir), lambda: trainer.save_model(str(output_dir / stage)))
-    return trainer
-
-
 __all__ = [
-    "STAGES",
+    "DecoderArguments",
     "build_decoder_pipeline",
     "condition_channels",
-    "load_decoder_recipe",
-    "load_stage",
+    "load_decoder",
     "make_denoiser",
     "make_scheduler",
-    "stage_arguments",
-    "train_stage",
 ]

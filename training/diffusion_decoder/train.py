@@ -1,88 +1,86 @@
-"""Trains a diffusion decoder for the codes of a NextFlow model (§3.3), at their own size and then at twice that.
+"""`nextflow-hf train decoder`: a diffusion decoder for the codes of a model (§3.3), one stage at a time.
 
-    accelerate launch -m nextflow_hf.training.diffusion_decoder.train --recipe diffusion_decoder_12b --data data.yaml \
-        --output-dir runs/decoder
-
-`--data` is the file that `nextflow-hf extract` has made codes of: it names the model, the sources of the pictures, and
-the folder of the codes. Pictures of less than twice the size of their codes teach the second stage nothing: leave such
-sources out there. A stage that is finished is skipped, an interrupted one goes on.
+Images of less than twice the size of their codes teach the upsampling stage nothing: leave such sources out.
 """
 
-import argparse
-import logging
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from transformers import set_seed
 
-from ...commands.console import one_line_mistakes
-from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from ..common.checkpoints import is_finished
-from ..data import extract
+from ..common.checkpoints import train_to_the_end
+from ..common.run import BatchArguments
 from ..data.decoder_rows import NextFlowDecoderDataset
+from ..data.description import DataDescription, load_rows_by_id, read_description
 from ..data.extraction import load_codes
-from ..data.mixture import MixtureRows
-from .build import STAGES, build_decoder_pipeline, load_decoder_recipe, stage_arguments, train_stage
+from .build import DecoderArguments, build_decoder_pipeline
+from .trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
 
 
-logger = logging.getLogger(__name__)
+@dataclass
+class DecoderDataArguments:
+    """
+    What it is trained on.
+
+    Args:
+        data (`str`):
+            File that `nextflow-hf extract` has made codes of: it names the sources of the images, and by default the
+            model and the folder of the codes.
+        model (`str`, *optional*): Repository with the processor and the vision tokenizer, instead of that of `data`.
+        codes (`str`, *optional*): Folder of the extracted shards, instead of `output_dir` of `data`.
+    """
+
+    data: str
+    model: str | None = None
+    codes: str | None = None
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="A YAML file, or the name of one in training/recipes.")
-    parser.add_argument("--data", required=True, help="The YAML file of the extraction.")
-    parser.add_argument("--model", help="NextFlow repository: its processor and tokenizer. default: that of --data")
-    parser.add_argument("--codes", help="Folder of the extracted shards. default: output_dir of --data")
-    parser.add_argument("--output-dir", type=Path, required=True, help="Folder of both stages.")
-    parser.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES), help="Default: both, in order.")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="Of what stays frozen. default: %(default)s",
+GROUPS = (DecoderArguments, DecoderDataArguments, BatchArguments, NextFlowDiffusionDecoderTrainingArguments)
+MODEL = "decoder_name_or_path"
+
+
+def train(
+    decoder_args: DecoderArguments,
+    data_args: DecoderDataArguments,
+    batch_args: BatchArguments,
+    args: NextFlowDiffusionDecoderTrainingArguments,
+    *,
+    checkpoint: str | None = None,
+) -> NextFlowDiffusionDecoderTrainer:
+    """Train from `checkpoint` on, and save the decoder, or its LoRA, in `output_dir`."""
+    dtype = getattr(torch, decoder_args.frozen_dtype)
+    data = describe(data_args)
+    tokenizer, image_processor = (
+        data.model.load_vision_tokenizer(dtype=dtype),
+        data.model.load_processor().image_processor,
     )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of a mistake.")
-    return parser
+    rows = NextFlowDecoderDataset(load_codes(data.model.output_dir, vision_tokenizer=tokenizer), load_rows_by_id(data))
+    set_seed(args.seed)
+    is_lora = args.lora_rank is not None
+    pipeline = build_decoder_pipeline(decoder_args, tokenizer, image_processor, dtype=dtype if is_lora else None)
+    trainer = NextFlowDiffusionDecoderTrainer(pipeline, args, train_dataset=rows)
+    train_to_the_end(trainer, checkpoint, lambda: trainer.save_model(args.output_dir))
+    return trainer
 
 
-@one_line_mistakes("train-decoder")
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = load_decoder_recipe(args.recipe)
-    given = {"--model": args.model, "--output_dir": args.codes}
-    given = [part for name, value in given.items() if value is not None for part in (name, value)]
-    model, mixture, _ = extract.parse([args.data, *given])
-    options = {} if model.revision is None else {"revision": model.revision}
-    processor = extract.load_processor(model, **options)
-    dtype = getattr(torch, args.dtype)
-    where = {} if model.vision_tokenizer else {"subfolder": "vision_tokenizer"}
-    tokenizer = NextFlowVisionTokenizer.from_pretrained(
-        model.vision_tokenizer or model.model, dtype=dtype, **where, **options
-    ).eval()
-    codes = load_codes(model.output_dir, vision_tokenizer=tokenizer)
-    data = NextFlowDecoderDataset(codes, MixtureRows(mixture))
-    # A denoiser that trains whole does so in float32.
-    denoiser_dtype = dtype if "lora_rank" in recipe["training"] else None
-    for stage in STAGES:
-        if stage not in args.stage:
-            continue
-        use_cpu = not torch.accelerator.is_available()
-        stage_args = stage_arguments(recipe, stage, args.output_dir, use_cpu=use_cpu)
-        if is_finished(stage_args):
-            continue
-        logger.info("stage %s", stage)
-        set_seed(stage_args.seed)
-        pipeline = build_decoder_pipeline(recipe, tokenizer, processor.image_processor, dtype=denoiser_dtype)
-        train_stage(pipeline, stage_args, stage, args.output_dir, train_dataset=data)
-        PartialState().wait_for_everyone()
-    return 0
+def plan(
+    decoder_args: DecoderArguments,
+    data_args: DecoderDataArguments,
+    batch_args: BatchArguments,
+    args: NextFlowDiffusionDecoderTrainingArguments,
+) -> list[str]:
+    """What a training would read, for `--dry-run`."""
+    codes = describe(data_args).model.output_dir
+    return [f"data    {codes}: {len(load_codes(codes)):,} rows of {data_args.data}"]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def describe(args: DecoderDataArguments) -> DataDescription:
+    """The description of data, with the recipe's model and codes."""
+    given = {"model": args.model, "output_dir": args.codes}
+    data = read_description(args.data, *(f"{key}={value}" for key, value in given.items() if value is not None))
+    if data.model.output_dir is None:
+        raise ValueError(f"{args.data} has no output_dir: name the folder of the codes with codes=...")
+    return data
+
+
+__all__ = ["GROUPS", "MODEL", "DecoderDataArguments", "plan", "train"]

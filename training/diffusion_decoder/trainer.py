@@ -8,7 +8,7 @@ pixel losses, as in the paper.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -60,15 +60,15 @@ class NextFlowDiffusionDecoderTrainingArguments(TrainingArguments):
             Decay of an exponential moving average of the weights; evaluation and the saved model then use it.
     """
 
-    lora_rank: int | None = field(default=None, metadata={"help": "Rank of a LoRA; all weights without."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA; by default its rank."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers that the LoRA adapts."})
-    condition_dropout: float = field(default=0.1, metadata={"help": "Share of images without condition."})
-    weighting_scheme: str = field(default="logit_normal", metadata={"help": f"One of {', '.join(WEIGHTING_SCHEMES)}."})
-    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal times."})
-    logit_std: float = field(default=1.0, metadata={"help": "Deviation of the logit-normal times."})
-    mode_scale: float = field(default=1.29, metadata={"help": "Scale of the mode-weighted times."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    lora_target_modules: list[str] | None = None
+    condition_dropout: float = 0.1
+    weighting_scheme: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         check_arguments(self)

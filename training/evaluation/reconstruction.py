@@ -1,9 +1,6 @@
 """How near a decoded picture is to the true one, and how sharp: functions of pixels, no network.
 
-Pictures are float (n, 3, height, width) in [0, 1]; every function gives one number a picture, (n,). As a command, what
-a vision tokenizer makes of a folder or a data set of pictures (reconstruction_report.py):
-
-    python -m nextflow_hf.training.evaluation.reconstruction --model path/to/model --images path/to/pictures
+Images are float (n, 3, height, width) in [0, 1]; every function gives one number for each, (n,).
 """
 
 import torch
@@ -88,9 +85,3 @@ def _luminance(pictures: torch.FloatTensor) -> torch.FloatTensor:
 
 
 __all__ = ["edge_steepness", "gradient_similarity_deviation", "peak_signal_to_noise", "structural_similarity"]
-
-
-if __name__ == "__main__":
-    from .reconstruction_report import main
-
-    main()

@@ -1,41 +1,13 @@
-"""What a vision tokenizer makes of pictures: PSNR, SSIM, GMSD, r-FID, and the use of its codebook.
+"""How near a vision tokenizer's reconstructions are: PSNR, SSIM and GMSD of every image of a batch."""
 
-    python -m nextflow_hf.training.evaluation.reconstruction --model path/to/model --images path/to/pictures \
-        --resolution 512 --features inception
-
-`--model` is a tokenizer, or a whole NextFlow repository; `--images` a folder of images or a data set with an image
-column. r-FID is computed where `--features` names a feature model, and the numbers are also written as JSON with
-`--output`.
-"""
-
-import argparse
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedConfig
 
-from ...atomic import write_json
-from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from ...processing.image_processing_nextflow import NextFlowImageProcessor
-from ..data.pictures import (
-    BAD_PICTURES,
-    NextFlowPictureDataset,
-    NextFlowVisionTokenizerCollator,
-    load_pictures,
-)
-from ..vision_tokenizer.codebook import CodeUsage
 from ..vision_tokenizer.losses import picture_sizes
-from .frechet import FeatureModel, FeatureStatistics, frechet_distance, load_feature_model
 from .reconstruction import SSIM_WINDOW, gradient_similarity_deviation, peak_signal_to_noise, structural_similarity
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,51 +54,6 @@ def measure_batch(
     return BatchMeasurement(values, image_codes, decoded)
 
 
-def reconstruction_report(
-    tokenizer: NextFlowVisionTokenizer,
-    dataset: Dataset,
-    image_processor: NextFlowImageProcessor,
-    *,
-    batch_size: int = 8,
-    num_workers: int = 0,
-    feature_model: FeatureModel | None = None,
-) -> dict[str, float]:
-    """
-    Means over the pictures of [`NextFlowPictureDataset`] of what [`measure_batch`] gives, usage and perplexity of the
-    codebook, and with a feature model `rfid`: the Fréchet distance of the pictures and their reconstructions.
-    """
-    sums: dict[str, list[torch.Tensor]] = {}
-    usage = CodeUsage(tokenizer.config.codebook_size, Accelerator(cpu=tokenizer.device.type == "cpu"))
-    true_features, decoded_features = FeatureStatistics(), FeatureStatistics()
-    loader = DataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=NextFlowVisionTokenizerCollator()
-    )
-    for batch in loader:
-        pixel_values, image_grids = (batch[name].to(tokenizer.device) for name in ("pixel_values", "image_grids"))
-        measured = measure_batch(tokenizer, pixel_values, image_grids)
-        for name, value in measured.values.items():
-            sums.setdefault(name, []).append(value.cpu())
-        usage.add(measured.image_codes, image_grids)
-        if feature_model is not None:
-            for statistics, pixels in ((true_features, pixel_values), (decoded_features, measured.decoded)):
-                images = image_processor.post_process_images(pixels, image_grids, output_type="np")
-                statistics.update(feature_model([(image * 255).round().astype("uint8") for image in images]))
-    report = {name: torch.cat(values).nanmean().item() for name, values in sums.items()}
-    report |= {name: value for name, value in usage.metrics().items() if name.startswith("codebook_")}
-    if feature_model is not None:
-        report["rfid"] = frechet_distance(true_features, decoded_features)
-    return {"pictures": len(dataset), **{name: round(value, 4) for name, value in report.items()}}
-
-
-def load_vision_tokenizer(source: str | Path, **kwargs) -> NextFlowVisionTokenizer:
-    """A tokenizer by folder or Hub id: its own, or that of the NextFlow repository it is part of."""
-    config, _ = PreTrainedConfig.get_config_dict(source)
-    own = config.get("model_type") == NextFlowVisionTokenizerConfig.model_type
-    return NextFlowVisionTokenizer.from_pretrained(
-        source, **({} if own else {"subfolder": "vision_tokenizer"}), **kwargs
-    )
-
-
 def _pictures(pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Padded pixels in [-1, 1] as pictures (1, 3, height, width) in [0, 1]."""
     return [
@@ -138,47 +65,4 @@ def _each(metric, decoded: Sequence[torch.Tensor], true: Sequence[torch.Tensor])
     return torch.cat([metric(fake, real) for fake, real in zip(decoded, true, strict=True)])
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Vision tokenizer or NextFlow repository: folder or Hub id.")
-    parser.add_argument("--processor", help="Its image processor: folder or Hub id. default: --model")
-    parser.add_argument("--images", required=True, help="Folder of images, or folder or Hub id of a data set.")
-    parser.add_argument("--split", default="train", help="Of the data set. default: %(default)s")
-    parser.add_argument("--image-column", default="image", help="Of the data set. default: %(default)s")
-    parser.add_argument("--resolution", type=int, help="Level; by default the image processor's.")
-    parser.add_argument("--num-images", type=int, help="Only the first so many.")
-    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--num-workers", type=int, default=0, help="Of the data loader. default: %(default)s")
-    parser.add_argument("--features", help="r-FID's: inception, or a vision model by folder or Hub id.")
-    parser.add_argument("--on-bad-picture", choices=BAD_PICTURES, default="raise", help="default: %(default)s")
-    parser.add_argument("--dtype", default="float32", help="Of the tokenizer. default: %(default)s")
-    parser.add_argument("--device", help="By default the accelerator, where there is one.")
-    parser.add_argument("--output", type=Path, help="JSON file for the numbers.")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    available = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = torch.device(args.device) if args.device else available
-    options = {} if args.resolution is None else {"resolution": args.resolution}
-    image_processor = NextFlowImageProcessor.from_pretrained(args.processor or args.model, **options)
-    tokenizer = load_vision_tokenizer(args.model, dtype=getattr(torch, args.dtype)).eval().to(device)
-    rows = load_pictures(args.images, split=args.split, image_column=args.image_column)
-    data = NextFlowPictureDataset(rows, image_processor, on_bad_picture=args.on_bad_picture)
-    report = reconstruction_report(
-        tokenizer,
-        data if args.num_images is None else Subset(data, range(min(args.num_images, len(data)))),
-        image_processor,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        feature_model=None if args.features is None else load_feature_model(args.features, device),
-    )
-    report["bad_pictures"] = len(data.bad_pictures)
-    logger.info("%s", "\n".join(f"{name:>20} {value:g}" for name, value in report.items()))
-    if args.output is not None:
-        write_json(args.output, {"model": args.model, "images": args.images, **report})
-
-
-__all__ = ["BatchMeasurement", "load_vision_tokenizer", "measure_batch", "reconstruction_report"]
+__all__ = ["BatchMeasurement", "measure_batch"]

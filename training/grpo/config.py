@@ -1,6 +1,6 @@
 """`NextFlowGRPOConfig`: the numbers of [`NextFlowGRPOTrainer`], and what of TRL's has no meaning for pictures."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 
 from transformers import TrainingArguments
 from trl import GRPOConfig
@@ -113,23 +113,21 @@ class NextFlowGRPOConfig(GRPOConfig):
     top_p: float = 0.9
     loss_type: str = "grpo"
 
-    prefix_scales: int | None = field(default=8, metadata={"help": "Scales that are trained; None trains all."})
-    scale_loss_alpha: float = field(default=0.6, metadata={"help": "Weight (h * w) ** -alpha of a code (PANW)."})
-    vmr_num_suffixes: int = field(default=1, metadata={"help": "Suffixes behind the value of a prefix; 1 is off."})
-    vmr_eta: float = field(default=1.0, metadata={"help": "Temperature of the value of a prefix."})
-    prefix_updates_per_suffix: int = field(
-        default=3, metadata={"help": "With VMR, prefix generations before one of finer scales; 0 for none of these."}
-    )
-    mask_propagation: bool = field(default=False, metadata={"help": "Train only codes behind reported masks."})
-    guidance_scale: float = field(default=6.0, metadata={"help": "Guidance of the rollout; 1 is none."})
-    guidance_schedule: str = field(default="linear", metadata={"help": "'linear' or 'constant'."})
-    height: int | None = field(default=None, metadata={"help": "Height of the pictures in pixels."})
-    width: int | None = field(default=None, metadata={"help": "Width of the pictures in pixels."})
-    aspect_ratio: str | None = field(default=None, metadata={"help": "width:height, instead of a size."})
-    resolution: int | None = field(default=None, metadata={"help": "Level of the pictures, such as 512."})
-    max_thinking_tokens: int = field(default=0, metadata={"help": "Text tokens before the picture."})
-    rollout_batch_size: int | None = field(default=None, metadata={"help": "Pictures drawn at the same time."})
-    log_probs_chunk_size: int = field(default=4096, metadata={"help": "Tokens with logits at the same time."})
+    prefix_scales: int | None = 8
+    scale_loss_alpha: float = 0.6
+    vmr_num_suffixes: int = 1
+    vmr_eta: float = 1.0
+    prefix_updates_per_suffix: int = 3
+    mask_propagation: bool = False
+    guidance_scale: float = 6.0
+    guidance_schedule: str = "linear"
+    height: int | None = None
+    width: int | None = None
+    aspect_ratio: str | None = None
+    resolution: int | None = None
+    max_thinking_tokens: int = 0
+    rollout_batch_size: int | None = None
+    log_probs_chunk_size: int = 4096
 
     def __post_init__(self):
         check_arguments(self)

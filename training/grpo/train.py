@@ -1,147 +1,133 @@
-"""Aligns a NextFlow model with rewards, by a recipe.
+"""`nextflow-hf train grpo`: the transformer, aligned with rewards of its images (§3.2.5)."""
 
-    python -m nextflow_hf.training.grpo.train --model DIR_OR_HUB_ID --output-dir runs/grpo
-    accelerate launch -m nextflow_hf.training.grpo.train --model ... --recipe my.yaml --output-dir ... --set seed=1
-
-A recipe has `data` (`shapes`, or the arguments of `datasets.load_dataset`), `rewards` (a list of `name`, `weight` and
-options), `training` ([`NextFlowGRPOConfig`]) and optionally `peft` (`LoraConfig`). The same command goes on from the
-last checkpoint. The result is a pipeline in `<output-dir>/pipeline`.
-"""
-
-import argparse
-import importlib
-import sys
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...atomic import replaced_folder
-from ...commands.console import one_line_mistakes
-from ..common.recipe import RECIPES, Recipe, call_with, check_parts, override, parse_recipe, read_recipe
+import datasets
+
+from ..common.checkpoints import train_to_the_end
+from ..common.import_path import import_object
+from ..common.recipe import call_with
+from ..common.run import BatchArguments
+from ..data.description import load_prompts, read_description
+from .config import NextFlowGRPOConfig
+from .trainer import NextFlowGRPOTrainer
 
 
 if TYPE_CHECKING:
-    from .trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
-
-# Name in a recipe -> (module, name, whether the options make it).
-REWARDS = {
-    "shapes_judge": ("shapes", "shapes_judge", False),
-    "shapes_checks": ("shapes", "shapes_checks", False),
-    "clean_shapes": ("shapes", "clean_shapes", False),
-    "ocr": ("ocr", "OCRReward", True),
-    "clip": ("preference", "CLIPReward", True),
-    "hpsv3": ("hpsv3", "HPSv3Reward", True),
-    "sequence_score": ("preference", "SequenceScoreReward", True),
-    "image_score": ("preference", "ImageScoreReward", True),
-    "vlm_judge": ("vlm_judge", "VLMJudge", True),
-}
+    from peft import LoraConfig
 
 
-def load_recipe(name_or_path: str) -> dict[str, Any]:
-    """A recipe of this package by name, or a file."""
-    path = Path(name_or_path)
-    if path.suffix != ".yaml":
-        path = RECIPES / f"{name_or_path}.yaml"
-    if not path.exists():
-        names = sorted(file.stem for file in RECIPES.glob("*grpo*.yaml"))
-        raise FileNotFoundError(f"no recipe {name_or_path!r}, expected one of {names} or a .yaml file")
-    recipe = read_recipe(path)
-    check_parts(recipe, path, {"data": dict, "rewards": list, "training": dict}, {"peft": dict})
-    if wrong := [entry for entry in recipe["rewards"] if not isinstance(entry, dict)]:
-        raise ValueError(f"rewards of {path} has {wrong}, expected mappings with name, weight and options")
-    return recipe
+@dataclass
+class GRPOArguments:
+    """
+    What is trained, on which prompts, by which rewards.
+
+    Args:
+        model (`str`): Pipeline to start from, by folder or Hub id.
+        prompts (`str`):
+            Description of data as `nextflow-hf extract` reads it, of which the prompts are taken; or a file: of text
+            with a prompt in each line, or JSON lines, CSV or Parquet with a column `prompt` and optionally `images` to
+            edit. Other columns (`extra_columns` of a description) are arguments of the rewards.
+        rewards (`list[str]`):
+            Import paths, `module:name`, of functions `(images, **columns) -> scores`, or of classes whose instances
+            are such functions. A module may be a file in the working directory. `reward_weights` are their weights.
+        reward_options (`dict`, *optional*):
+            Import path -> arguments of the class or function, which then returns the reward.
+        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter in the place of the model.
+        lora_r, lora_alpha, lora_dropout, lora_target_modules (*optional*): Fields of PEFT's `LoraConfig`.
+    """
+
+    model: str
+    prompts: str
+    rewards: list[str] = field(default_factory=list)
+    reward_options: dict | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("rewards is empty, expected import paths such as my_rewards:redness")
+        if unused := sorted(set(self.reward_options or {}) - set(self.rewards)):
+            raise ValueError(f"reward_options has {unused}, expected some of the rewards, {self.rewards}")
 
 
-def make_reward(name: str | None = None, **options: Any) -> Callable:
-    """A reward by its name in a recipe."""
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}, expected one of {sorted(REWARDS)}")
-    module, attribute, takes_options = REWARDS[name]
-    reward = getattr(importlib.import_module(f"nextflow_hf.training.rewards.{module}"), attribute)
-    if options and not takes_options:
-        raise ValueError(f"the reward {name!r} has no options, got {sorted(options)}")
-    return call_with(reward, options, f"the reward {name!r}") if takes_options else reward
+GROUPS = (GRPOArguments, BatchArguments, NextFlowGRPOConfig)
+MODEL = "model"
 
 
-def make_dataset(shapes: dict | None = None, **options: Any):
-    """The data set of a recipe."""
-    if shapes is not None:
-        from ..rewards.shapes import shapes_prompts
-
-        return call_with(shapes_prompts, shapes, "data.shapes")
-    from datasets import load_dataset
-
-    return load_dataset(**{"split": "train", **options})
-
-
-def make_config(recipe: dict[str, Any], output_dir: str | Path, **overrides: Any) -> "NextFlowGRPOConfig":
-    """The numbers of a recipe; `overrides` are entries of its `training`."""
-    from .config import NextFlowGRPOConfig
-
-    weights = [float(entry.get("weight", 1.0)) for entry in recipe["rewards"]]
-    numbers = {"reward_weights": weights, "report_to": "none", **recipe["training"], **overrides}
-    values = Recipe.section(recipe, {**numbers, "output_dir": str(output_dir)})
-    (config,) = parse_recipe(values, [NextFlowGRPOConfig], prog="nextflow-hf grpo")
-    return config
+def make_reward(path: str, options: dict | None = None) -> Callable:
+    """The reward that an import path names; a class, or a function with `options`, is called to make it."""
+    reward = import_object(path)
+    if not callable(reward):
+        raise ValueError(f"{path} is {type(reward).__name__}, expected a function or a class")
+    if options is None and not inspect.isclass(reward):
+        return reward
+    return call_with(reward, options or {}, f"the reward {path}")
 
 
-def make_trainer(model: str | Path, recipe: dict[str, Any], config: "NextFlowGRPOConfig") -> "NextFlowGRPOTrainer":
-    """The trainer of a recipe, with the numbers of [`make_config`]."""
-    from .trainer import NextFlowGRPOTrainer
+def read_prompts(source: str) -> datasets.Dataset:
+    """Rows with a column `prompt`, of a description of data or of a file."""
+    suffix = Path(source).suffix.removeprefix(".")
+    if suffix in ("yaml", "yml"):
+        return load_prompts(read_description(source))
+    reader = {"txt": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}.get(suffix)
+    if reader is None:
+        raise ValueError(f"prompts is {source!r}, expected a file: .yaml, .txt, .jsonl, .csv or .parquet")
+    rows = datasets.load_dataset(reader, data_files=source, split="train")
+    if reader == "text":
+        rows = rows.rename_column("text", "prompt").filter(lambda text: bool(text.strip()), input_columns="prompt")
+    if "prompt" not in rows.column_names:
+        raise ValueError(f"{source} has the columns {rows.column_names}, expected 'prompt' among them")
+    return rows
 
-    rewards = [{name: value for name, value in entry.items() if name != "weight"} for entry in recipe["rewards"]]
-    peft_config = None
-    if recipe.get("peft"):
-        from peft import LoraConfig
 
-        peft_config = call_with(LoraConfig, recipe["peft"], "peft")
+def make_trainer(args: GRPOArguments, config: NextFlowGRPOConfig) -> NextFlowGRPOTrainer:
+    """The trainer of a recipe."""
+    options = args.reward_options or {}
     return NextFlowGRPOTrainer(
-        str(model),
-        [make_reward(**entry) for entry in rewards],
+        args.model,
+        [make_reward(path, options.get(path)) for path in args.rewards],
         config,
-        make_dataset(**recipe["data"]),
-        peft_config=peft_config,
+        read_prompts(args.prompts),
+        peft_config=lora_config(args),
     )
 
 
-def save_pipeline(trainer, folder: str | Path) -> None:
-    """The trained model as a pipeline, adapters merged into it. Ends the training."""
-    from ..common.sharding import gather_policy
+def lora_config(args: GRPOArguments) -> "LoraConfig | None":
+    if not args.use_peft:
+        return None
+    from peft import LoraConfig
 
-    model = gather_policy(trainer.accelerator, trainer.model_wrapped)
-    if trainer.accelerator.is_main_process:
-        trainer.pipeline.register_modules(transformer=model)
-        with replaced_folder(folder) as staging:
-            trainer.pipeline.save_pretrained(staging)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a NextFlowPipeline")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--recipe", default="shapes_grpo", help="name in recipes/, or a .yaml file")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="entries of the recipe's training")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
-    return parser
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+    )
 
 
-@one_line_mistakes("grpo")
-def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    recipe = load_recipe(args.recipe)
-    for assignment in args.set:
-        override(recipe["training"], assignment)
-
-    from ..common.checkpoints import is_finished, last_checkpoint, train_to_the_end
-
-    config = make_config(recipe, args.output_dir)
-    if is_finished(config):
-        return 0
-    trainer = make_trainer(args.model, recipe, config)
-    checkpoint = last_checkpoint(args.output_dir)
-    train_to_the_end(trainer, checkpoint, lambda: save_pipeline(trainer, args.output_dir / "pipeline"))
-    return 0
+def train(
+    grpo_args: GRPOArguments, batch_args: BatchArguments, args: NextFlowGRPOConfig, *, checkpoint: str | None = None
+) -> NextFlowGRPOTrainer:
+    """Train from `checkpoint` on, and save the transformer, or its adapter, in `output_dir`."""
+    trainer = make_trainer(grpo_args, args)
+    train_to_the_end(trainer, checkpoint, lambda: trainer.save_model(args.output_dir))
+    return trainer
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def plan(grpo_args: GRPOArguments, batch_args: BatchArguments, args: NextFlowGRPOConfig) -> list[str]:
+    """What a training would read, for `--dry-run`."""
+    prompts = read_prompts(grpo_args.prompts)
+    for path in grpo_args.rewards:
+        import_object(path)
+    return [f"data    {grpo_args.prompts}: {len(prompts):,} prompts"]
+
+
+__all__ = ["GROUPS", "MODEL", "GRPOArguments", "make_reward", "make_trainer", "plan", "read_prompts", "train"]

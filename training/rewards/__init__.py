@@ -11,8 +11,8 @@ the sample is reported and left out. `log_metric(name, value)` and `log_extra(co
 with mask propagation `report_masks(masks)` hands in one boolean (height, width) array, or None, per picture: the
 pixels that the reward looked at, which are carried to the codes behind them.
 
-Here are those that need no further library. By their own modules: `.shapes` (scipy), `.preference` and `.hpsv3`
-(weights from the Hub).
+Here are those that need no further library. By their own modules: `.preference` and `.hpsv3` (weights from the Hub).
+A world brings its own: `nextflow_hf.worlds.shapes:reward`.
 """
 
 from .combination import Combined, Scaled, check_rewards

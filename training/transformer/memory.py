@@ -1,24 +1,22 @@
 """What training takes of one GPU's memory, by arithmetic: nothing is allocated, the model lies on the meta device.
 
-    python -m nextflow_hf.training.transformer.memory --config 7b --tokens 16384
-    python -m nextflow_hf.training.transformer.memory --config runs/sft --trainable qlora --optim paged_adamw_8bit
-
-One process, decoder layers recomputed in the backward pass (`activation_checkpointing`), one micro-batch of `--tokens`
-tokens. Accumulating micro-batches takes no more. CUDA's context and fragmentation come on top: see `HEADROOM`.
+One process, decoder layers recomputed in the backward pass (`activation_checkpointing`), one micro-batch. Accumulating
+micro-batches takes no more. CUDA's context and fragmentation come on top: see `HEADROOM`.
 """
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from .arguments import ModelArguments
+from ..common.flops import training_flops
+from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from .freezing import set_trainable
-from .model_loading import add_adapter
+from .model_loading import add_adapter, saved_adapter
 
 
 # Bytes of optimizer state for a parameter of `size` bytes. torch keeps states in the dtype of the weights,
@@ -73,6 +71,11 @@ class TrainingMemory:
     def total_on_gpu(self) -> float:
         """The least that must be there at once: without the states that may be paged out."""
         return self.total - self.paged_optimizer
+
+    def sharded(self, processes: int) -> "TrainingMemory":
+        """With weights, gradients and states shared by so many processes, as FSDP2 and ZeRO-3 do."""
+        names = ("weights", "gradients", "optimizer", "paged_optimizer")
+        return replace(self, **{name: getattr(self, name) / processes for name in names})
 
     def fits(self, gigabytes: float) -> bool:
         return self.total_on_gpu <= gigabytes * 1e9 * (1 - HEADROOM)
@@ -183,10 +186,6 @@ def logits_bytes_per_token(config: NextFlowConfig) -> int:
     return (2 + 4 + 4) * config.vocab_size
 
 
-def load_config(name_or_path: str) -> NextFlowConfig:
-    return NextFlowConfig() if name_or_path == "7b" else NextFlowConfig.from_pretrained(name_or_path)
-
-
 def table(rows: Sequence[tuple[str, TrainingMemory]], gigabytes: float) -> str:
     """Gigabytes (1e9) by purpose, as a Markdown table."""
     head = ["", "trained", "weights", "gradients", "optimizer", "checkpoints", "layer", "logits", "total", "fits"]
@@ -199,51 +198,42 @@ def table(rows: Sequence[tuple[str, TrainingMemory]], gigabytes: float) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-COMBINATIONS = (
-    ("all", "adamw_torch_fused", "float32"),
-    ("all", "adamw_torch_fused", "bfloat16"),
-    ("all", "adamw_8bit", "bfloat16"),
-    ("all", "paged_adamw_8bit", "bfloat16"),
-    ("alignment", "adamw_torch_fused", "bfloat16"),
-    ("lora", "adamw_torch_fused", "bfloat16"),
-    ("qlora", "paged_adamw_8bit", "bfloat16"),
-)
+def recipe_config(args: ModelArguments) -> NextFlowConfig:
+    """The configuration of a recipe's model; of the 7B model where its folder is not there yet."""
+    overrides = args.config_overrides or {}
+    source = args.model_name_or_path
+    if source is None or (source.startswith("runs/") and not Path(source).exists()):
+        return NextFlowConfig(**overrides)
+    adapter = saved_adapter(source)
+    return NextFlowConfig.from_pretrained(source if adapter is None else adapter.base_model_name_or_path, **overrides)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="7b", help="7b, or a folder or repository with a config.json.")
-    parser.add_argument("--trainable", choices=TRAINABLE)
-    parser.add_argument("--optim", choices=OPTIMIZERS)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"))
-    parser.add_argument("--tokens", type=int, default=16384, help="Of a micro-batch.")
-    parser.add_argument("--loss-chunk-size", type=int, default=NextFlowForCausalLM.loss_chunk_size)
-    parser.add_argument("--gpu-gb", type=float, default=80, help="Memory of the GPU, in 1e9 bytes.")
-    args = parser.parse_args(argv)
-    config = load_config(args.config)
-    chosen = (args.trainable, args.optim, args.dtype)
-    combinations = [
-        combination
-        for combination in COMBINATIONS
-        if all(wanted in (None, value) for wanted, value in zip(chosen, combination))
-    ] or [(args.trainable or "all", args.optim or "adamw_torch_fused", args.dtype or "bfloat16")]
-    rows = []
-    for trainable, optim, dtype in combinations:
-        memory = training_memory(
-            config,
-            trainable=trainable,
-            optim=optim,
-            dtype=dtype,
-            tokens=args.tokens,
-            loss_chunk_size=args.loss_chunk_size,
-        )
-        rows.append((f"{trainable}, {optim}, {dtype}", memory))
-    print(
-        f"{rows[0][1].parameters / 1e9:.3f}B parameters, {args.tokens} tokens a micro-batch, {args.gpu_gb:g} GB less "
-        f"{HEADROOM:.0%} headroom; the total counts the larger of layer and logits\n"
+def micro_batch_tokens(config: NextFlowConfig, data: DataArguments, args: NextFlowTrainingArguments) -> int:
+    """The most tokens that a micro-batch has: those of full packs, or of rows as long as the model takes."""
+    longest = config.max_position_embeddings
+    if data.is_packed:
+        lengths = [data.pack_max_length or float("inf")]
+        if data.pack_max_flops is not None:  # short documents of text have the fewest FLOPs a token
+            lengths.append(data.pack_max_flops / training_flops(config, 1))
+        longest = int(min(lengths))
+    return args.per_device_train_batch_size * longest
+
+
+def recipe_memory(
+    config: NextFlowConfig, model: ModelArguments, args: NextFlowTrainingArguments, tokens: int
+) -> TrainingMemory:
+    """The memory of a recipe's step, with `tokens` in a micro-batch."""
+    trainable = args.trainable
+    if model.use_peft:
+        trainable = "qlora" if model.load_in_4bit else "lora"
+    optim = getattr(args.optim, "value", args.optim)
+    is_half = model.dtype in ("bfloat16", "float16") or (model.use_peft and model.dtype is None and args.bf16)
+    dtype = "bfloat16" if is_half else "float32"
+    return training_memory(
+        config,
+        trainable=trainable,
+        optim=optim if optim in OPTIMIZERS else "adamw_torch_fused",
+        dtype=dtype,
+        tokens=tokens,
+        lora_r=model.lora_r,
     )
-    print(table(rows, args.gpu_gb))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ...conversion.assemble import transformer_fields
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -100,26 +101,9 @@ def new_transformer(
     Args:
         config_fields: The fields of [`NextFlowConfig`] that neither component knows: its sizes.
     """
-    tokenizer = processor.tokenizer
-    vocabulary, codes = len(tokenizer), vision_tokenizer.config.codebook_size
-    config = NextFlowConfig(
-        **{
-            "vocab_size": vocabulary,
-            "text_vocab_size": vocabulary - codes - 2,
-            "codebook_size": codes,
-            "semantic_code_dim": vision_tokenizer.config.semantic_code_dim,
-            "pixel_code_dim": vision_tokenizer.config.pixel_code_dim,
-            "max_scales": processor.max_scales,
-            "boi_token_id": processor.boi_token_id,
-            "eoi_token_id": processor.eoi_token_id,
-            "image_token_id": processor.image_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "max_position_embeddings": tokenizer.model_max_length,
-            "vision_tokenizer_fingerprint": vision_tokenizer.get_codes_fingerprint(),
-            **config_fields,
-        }
-    )
+    fields = transformer_fields(processor, vision_tokenizer)
+    fields["max_position_embeddings"] = processor.tokenizer.model_max_length
+    config = NextFlowConfig(**{**fields, **config_fields})
     model = NextFlowForCausalLM._from_config(config, attn_implementation=attn_implementation)
     # The visual embedding starts from the tokenizer's codebook (§2.2). So does the head, through a random projection:
     # what is learnt of one code then holds for its neighbours too, among which the finer scales often choose.

@@ -1,74 +1,36 @@
-"""Trains the transformer by a recipe: one YAML file, whose keys are the fields of `arguments.py`.
+"""`nextflow-hf train transformer`: the transformer on rows of tokens and codes (§3.2)."""
 
-    nextflow-hf train --list
-    nextflow-hf train shapes/pretrain_256 --override max_steps=100 --override output_dir=runs/try
-    accelerate launch --config_file fsdp2.yaml -m nextflow_hf.training.transformer.train recipe.yaml
-    torchrun --nproc-per-node 8 -m nextflow_hf.training.transformer.train recipe.yaml --learning_rate 5e-5
-
-A recipe is a file or the name of a shipped one. An interrupted training goes on from its last checkpoint when the same
-command is given again; `--override resume_from_checkpoint=false` starts anew.
-"""
-
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ...commands.console import one_line_mistakes
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.processing_nextflow import NextFlowProcessor
-from ..common import recipe as recipes
-from ..common.checkpoints import is_finished, last_checkpoint, train_to_the_end
+from ..common.checkpoints import train_to_the_end
 from ..common.flops import training_flops
+from ..common.run import BatchArguments, world_size
 from ..data.extraction import load_codes
 from ..data.packing import PackedDataset, PackedIterableDataset, PackingCollator, PackingReport, row_flops
 from ..data.streaming import RowStream
 from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from .callbacks import SampleImagesCallback
 from .freezing import set_trainable
+from .memory import micro_batch_tokens, recipe_config, recipe_memory
 from .model_loading import load_model
 from .trainer import NextFlowTrainer
 
 
 logger = logging.get_logger(__name__)
 
-RECIPES = recipes.RECIPES
-FAMILIES = ("7b", "shapes")
-
-
-# --- recipes
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package."""
-    return {f"{family}/{path.stem}": path for family in FAMILIES for path in sorted((RECIPES / family).glob("*.yaml"))}
-
-
-def read_recipe(name_or_path: str) -> dict:
-    """The keys of a recipe: of a file, or of a shipped one by its name."""
-    path = shipped_recipes().get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{name_or_path} is no file and no shipped recipe; those are {', '.join(shipped_recipes())}"
-        )
-    return recipes.read_recipe(path)
-
-
-def parse_recipe(
-    recipe: dict, rest: Sequence[str] = ()
-) -> tuple[ModelArguments, DataArguments, NextFlowTrainingArguments]:
-    """The recipe's keys, and what the command line says besides (`--learning_rate 1e-4`), as arguments."""
-    groups = (ModelArguments, DataArguments, NextFlowTrainingArguments)
-    return recipes.parse_recipe(recipe, groups, prog="nextflow-hf train", rest=rest)
+GROUPS = (ModelArguments, DataArguments, BatchArguments, NextFlowTrainingArguments)
+MODEL = "model_name_or_path"
 
 
 # --- data
@@ -201,22 +163,14 @@ def check_same_codes(folders: Sequence[str]) -> None:
 
 
 def train(
-    model_args: ModelArguments, data_args: DataArguments, args: NextFlowTrainingArguments
-) -> NextFlowTrainer | None:
-    """
-    Train, evaluate where there is something to evaluate on, and save the model in `output_dir`. Returns the trainer,
-    or `None` where the run is finished already.
-    """
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint in (False, "false"):
-        checkpoint = None
-    elif is_finished(args):
-        return None
-    elif checkpoint in (None, True, "true"):
-        checkpoint = last_checkpoint(args.output_dir)
-    if checkpoint is not None:
-        logger.warning(f"going on from {checkpoint}")
-
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    batch_args: BatchArguments,
+    args: NextFlowTrainingArguments,
+    *,
+    checkpoint: str | None = None,
+) -> NextFlowTrainer:
+    """Train from `checkpoint` on, evaluate where there is something to evaluate on, and save in `output_dir`."""
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError(f"max_steps is {args.max_steps}, expected a number of steps: a stream has no end")
     if is_deepspeed_zero3_enabled() and (args.trainable == "alignment" or model_args.lora_train_image_parts):
@@ -270,33 +224,25 @@ def sampling_callback(
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nextflow-hf train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", nargs="?", help="A YAML file or the name of a shipped recipe.")
-    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="May be repeated.")
-    parser.add_argument("--list", action="store_true", help="List the shipped recipes.")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of a mistake.")
-    return parser
+def plan(
+    model_args: ModelArguments, data_args: DataArguments, batch_args: BatchArguments, args: NextFlowTrainingArguments
+) -> list[str]:
+    """What a training would read and take, for `--dry-run`; no weights are loaded."""
+    config = recipe_config(model_args)
+    tokens = micro_batch_tokens(config, data_args, args)
+    rows_a_step = world_size() * args.gradient_accumulation_steps
+    lines = [
+        f"data    {folder}: {count_rows(folder)}" for folder in [*data_args.train_codes, *(data_args.eval_codes or [])]
+    ]
+    lines.append(f"tokens  up to {tokens:,} in a micro-batch, {tokens * rows_a_step:,} in a step")
+    if args.max_steps > 0:
+        lines[-1] += f", {tokens * rows_a_step * args.max_steps:.3g} in all"
+    memory = recipe_memory(config, model_args, args, tokens)
+    return [*lines, f"memory  {memory.total_on_gpu / 1e9:.1f} GB of a GPU, if nothing is sharded (nextflow-hf memory)"]
 
 
-@one_line_mistakes("train")
-def main(argv: Sequence[str] | None = None) -> int:
-    args, rest = make_parser().parse_known_args(argv)
-    if args.list:
-        for name, path in shipped_recipes().items():
-            print(f"{name:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
-        return 0
-    if args.recipe is None:
-        make_parser().error("name a recipe, or --list them")
-    recipe = read_recipe(args.recipe)
-    for assignment in args.override:
-        recipes.override(recipe, assignment)
-    recipe.setdefault("use_cpu", not torch.accelerator.is_available())
-    train(*parse_recipe(recipe, rest))
-    return 0
+def count_rows(folder: str) -> str:
+    return f"{len(load_codes(folder)):,} rows" if Path(folder, "manifest.json").is_file() else "not there yet"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+__all__ = ["GROUPS", "MODEL", "load_rows", "mix_rows", "plan", "train"]

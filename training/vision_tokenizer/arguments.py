@@ -1,6 +1,6 @@
 """Arguments of the vision tokenizer's training (§3.1). Inert data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
@@ -61,24 +61,24 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
             Decay of an exponential moving average of the weights; evaluation and the saved model then use it.
     """
 
-    stage: str = field(default="joint", metadata={"help": "One of pixel, joint, decoder."})
-    l1_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the mean absolute error."})
-    edge_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the error of the image gradients."})
-    perceptual_model: str | None = field(default=None, metadata={"help": "lpips-vgg, or a vision model."})
-    perceptual_layers: list[int] | None = field(default=None, metadata={"help": "Stages of the vision model."})
-    perceptual_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the perceptual loss."})
-    adversarial_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the adversarial loss."})
-    adversarial_adaptive: bool = field(default=False, metadata={"help": "Scale it by the ratio of gradients."})
-    adversarial_start: int = field(default=0, metadata={"help": "First step of the discriminator."})
-    discriminator_channels: int = field(default=64, metadata={"help": "Channels of its first layer."})
-    discriminator_layers: int = field(default=3, metadata={"help": "Its convolutions of stride two."})
-    discriminator_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
-    continuous_steps: int = field(default=0, metadata={"help": "Steps as an autoencoder, before quantising begins."})
-    codebook_init_batches: int = field(default=8, metadata={"help": "Batches that initialise the codebook."})
-    codebook_init_iterations: int = field(default=5, metadata={"help": "k-means iterations of the initialisation."})
-    dead_code_steps: int = field(default=100, metadata={"help": "Unused steps after which a code restarts."})
-    dead_code_until: float = field(default=0.8, metadata={"help": "Share of the training with restarts."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
+    stage: str = "joint"
+    l1_loss_weight: float = 1.0
+    edge_loss_weight: float = 1.0
+    perceptual_model: str | None = None
+    perceptual_layers: list[int] | None = None
+    perceptual_loss_weight: float = 1.0
+    adversarial_loss_weight: float = 0.0
+    adversarial_adaptive: bool = False
+    adversarial_start: int = 0
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+    discriminator_learning_rate: float | None = None
+    continuous_steps: int = 0
+    codebook_init_batches: int = 8
+    codebook_init_iterations: int = 5
+    dead_code_steps: int = 100
+    dead_code_until: float = 0.8
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         check_arguments(self)

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...modeling_nextflow.quantizer_nextflow import NextFlowMultiScaleQuantizer
+from ..data.images import NextFlowVisionTokenizerCollator
 
 
 class CodeUsage:
@@ -118,20 +121,22 @@ def draw_queries(
     replace: bool,
 ) -> torch.FloatTensor:
     """
-    `count` vectors, the same in all processes, from the pictures of all of them.
+    `count` vectors, the same in all processes, from the images of all of them.
 
     Args:
         batches (`Sequence[Sequence[torch.FloatTensor]]`):
-            Of this process: the vectors (cells, code_dim) of every picture of every batch. All processes have as many
-            batches of as many pictures.
+            Of this process: the vectors (cells, code_dim) of every image of every batch. All processes have as many
+            batches of as many images.
         count (`int`): How many.
         accelerator (`Accelerator`): Knows the processes.
         seed (`Sequence[int]`): Of the draw.
         replace (`bool`): Whether a vector may be drawn twice.
     """
     rank, vectors = accelerator.process_index, batches[0][0]
-    own_sizes = torch.tensor([[len(picture) for picture in batch] for batch in batches], device=vectors.device)
-    # (processes, batches, pictures) -> the order in which one process would have had them.
+    # The last batch of an epoch may have fewer images: then zeros fill its row.
+    own_sizes = pad_sequence([torch.tensor([len(image) for image in batch]) for batch in batches], batch_first=True)
+    own_sizes = own_sizes.to(vectors.device)
+    # (processes, batches, images) -> the order in which one process would have had them.
     sizes = accelerator.gather(own_sizes[None]).transpose(0, 1).cpu()
     ends = sizes.flatten().cumsum(0).view(sizes.shape)
     total = int(sizes.sum())
@@ -141,11 +146,11 @@ def draw_queries(
     chosen = torch.from_numpy(chosen)
     drawn = vectors.new_zeros(count, vectors.shape[-1])
     for own_ends, batch in zip(ends[:, rank], batches, strict=True):
-        for end, picture in zip(own_ends.tolist(), batch, strict=True):
-            rows = chosen - (end - len(picture))
-            inside = (rows >= 0) & (rows < len(picture))
-            drawn[inside.to(drawn.device)] = picture[rows[inside].to(drawn.device)]
-    # Each was filled in by the process that has its picture.
+        for end, image in zip(own_ends.tolist(), batch):
+            rows = chosen - (end - len(image))
+            inside = (rows >= 0) & (rows < len(image))
+            drawn[inside.to(drawn.device)] = image[rows[inside].to(drawn.device)]
+    # Each was filled in by the process that has its image.
     return accelerator.reduce(drawn, "sum")
 
 
@@ -210,12 +215,35 @@ def with_codes(vision_tokenizer: NextFlowVisionTokenizer, codes: torch.LongTenso
     return smaller
 
 
+def merged_codes(
+    vision_tokenizer: NextFlowVisionTokenizer, images: Dataset, num_codes: int, *, num_images: int
+) -> NextFlowVisionTokenizer:
+    """
+    A copy of `vision_tokenizer` with the `num_codes` codes of [`distinct_codes`].
+
+    A codebook is densest where images are most alike, in plain backgrounds: which of many nearly equal codes a cell
+    gets is then a matter of everything around it, which no transformer can foresee.
+
+    Args:
+        images (`Dataset`): Items of [`NextFlowImageDataset`]; the first `num_images` say how often a code is used.
+    """
+    counts = torch.zeros(vision_tokenizer.config.codebook_size, dtype=torch.long)
+    some = Subset(images, range(min(num_images, len(images))))
+    for batch in DataLoader(some, batch_size=16, collate_fn=NextFlowVisionTokenizerCollator()):
+        pixels, grids = (batch[name].to(vision_tokenizer.device) for name in ("pixel_values", "image_grids"))
+        with torch.no_grad():
+            codes = vision_tokenizer.encode(pixels, grids).image_codes
+        counts += torch.bincount(codes.cpu(), minlength=len(counts))
+    return with_codes(vision_tokenizer, distinct_codes(vision_tokenizer.quantizer, counts, num_codes))
+
+
 __all__ = [
     "CodeUsage",
     "codebook_statistics",
     "count_codes_per_scale",
     "distinct_codes",
     "draw_queries",
+    "merged_codes",
     "scale_queries",
     "spherical_kmeans",
     "with_codes",

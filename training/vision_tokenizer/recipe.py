@@ -1,25 +1,16 @@
-"""A recipe of the vision tokenizer's training: one YAML file, whose keys are the fields of three groups of arguments.
+"""What a recipe of the vision tokenizer names: the tokenizer before its first step, its teacher, and the images."""
 
-What they name is built here: the tokenizer before its first step, its teacher, and the pictures.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, Siglip2Model, Siglip2VisionModel
 
 from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
-from ..common import recipe as recipes
-from ..data.pictures import NextFlowPictureDataset, load_pictures
+from ..common.recipe import check_fields
+from ..data.description import load_images, read_description
+from ..data.images import NextFlowImageDataset
 from ..evaluation.reconstruction_report import load_vision_tokenizer
-from .arguments import NextFlowVisionTokenizerTrainingArguments
-
-
-RECIPES = recipes.RECIPES
 
 
 @dataclass
@@ -37,69 +28,50 @@ class VisionTokenizerArguments:
             starts as the teacher.
         config_overrides (`dict`, *optional*):
             Fields of [`NextFlowVisionTokenizerConfig`] that differ from the tokenizer's above, or from the defaults.
+        merge_codes (`int`, *optional*):
+            After the last step, merge codes that are nearly the same until so many are left, of two the less used one
+            into the other. Train the pixel decoder after that: it has learnt the old codes.
+        merge_images (`int`, *optional*, defaults to 2048): Training images on which the use of the codes is counted.
     """
 
     vision_tokenizer_name_or_path: str | None = None
     vision_tokenizer_parts: list[str] | None = None
     semantic_teacher: str | None = None
     config_overrides: dict | None = None
+    merge_codes: int | None = None
+    merge_images: int = 2048
 
 
 @dataclass
-class PictureArguments:
+class ImageArguments:
     r"""
     What it is trained on.
 
     Args:
-        train_images (`str`): Folder of images, or folder or Hub id of a data set with an image column.
-        train_split (`str`, *optional*, defaults to `"train"`): Of that data set.
-        eval_images (`str`, *optional*): Pictures to evaluate on; without them nothing is evaluated.
-        eval_split (`str`, *optional*, defaults to `"train"`): Of that data set.
-        max_eval_images (`int`, *optional*): The first so many of `eval_images`.
-        image_column (`str`, *optional*, defaults to `"image"`): Of both.
+        data (`str`):
+            The YAML file that `nextflow-hf extract` reads (training/recipes/data_example.yaml): the images of all its
+            sources. A folder of images, or folder or Hub id of a data set with a column `image`, is one source.
+        eval_data (`str`, *optional*):
+            Another such file to evaluate on. By default the rows that `data` holds out by `eval_fraction`; without
+            them nothing is evaluated.
+        max_eval_images (`int`, *optional*): The first so many of them.
         image_processor (`dict`, *optional*):
-            Fields of [`NextFlowImageProcessor`] that differ from its defaults; `resolution` is the level.
-        on_bad_picture (`str`, *optional*, defaults to `"skip"`): Or `"raise"`, see [`NextFlowPictureDataset`].
+            Fields of [`NextFlowImageProcessor`] that differ from its defaults, such as `resolution`.
         random_crop (`float`, *optional*, defaults to 1.0): Least share of a side that a random crop keeps.
-        random_flip (`bool`, *optional*, defaults to `False`): Whether every second picture is mirrored.
+        random_flip (`bool`, *optional*, defaults to `False`): Whether every second image is mirrored.
     """
 
-    train_images: str
-    train_split: str = "train"
-    eval_images: str | None = None
-    eval_split: str = "train"
+    data: str
+    eval_data: str | None = None
     max_eval_images: int | None = None
-    image_column: str = "image"
     image_processor: dict | None = None
-    on_bad_picture: str = "skip"
     random_crop: float = 1.0
     random_flip: bool = False
 
 
-def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The keys of a recipe, of a file or of one of ours by its name, with `key=value` written over them."""
-    path = Path(source) if str(source).endswith((".yaml", ".yml")) else RECIPES / f"{source}.yaml"
-    if not path.is_file():
-        ours = sorted(file.stem for file in RECIPES.glob("*vision_tokenizer_*.yaml"))
-        raise FileNotFoundError(f"there is no recipe {path}, expected a file or one of {ours}")
-    recipe = recipes.read_recipe(path)
-    for assignment in overrides:
-        recipes.override(recipe, assignment)
-    return recipe
-
-
-def parse_recipe(
-    recipe: dict[str, Any],
-) -> tuple[VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments]:
-    """A recipe's keys as arguments. Raises `ValueError` on a key that is none."""
-    groups = (VisionTokenizerArguments, PictureArguments, NextFlowVisionTokenizerTrainingArguments)
-    needed = {"train_images": "a folder or a data set: --override train_images=path"}
-    return recipes.parse_recipe(recipe, groups, prog="nextflow-hf train-tokenizer", needed=needed)
-
-
 def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
     """The tokenizer before its first step, and the teacher if there is one."""
-    recipes.check_fields(args.config_overrides, NextFlowVisionTokenizerConfig, "config_overrides")
+    check_fields(args.config_overrides, NextFlowVisionTokenizerConfig, "config_overrides")
     teacher = None if args.semantic_teacher is None else load_teacher(args.semantic_teacher)
     if args.vision_tokenizer_name_or_path is None:
         parts, given, config = [], None, {}
@@ -139,31 +111,26 @@ def load_teacher(source: str) -> Siglip2VisionModel:
 
 
 def build_datasets(
-    args: PictureArguments, image_processor: NextFlowImageProcessor, *, seed: int
-) -> tuple[NextFlowPictureDataset, NextFlowPictureDataset | None]:
-    """Pictures to train on and, if there are some, to evaluate on."""
-    train = NextFlowPictureDataset(
-        load_pictures(args.train_images, split=args.train_split, image_column=args.image_column),
-        image_processor,
-        on_bad_picture=args.on_bad_picture,
-        random_crop=args.random_crop,
-        random_flip=args.random_flip,
-        seed=seed,
-    )
-    if args.eval_images is None:
+    args: ImageArguments, image_processor: NextFlowImageProcessor, *, seed: int
+) -> tuple[NextFlowImageDataset, NextFlowImageDataset | None]:
+    """Images to train on and, if there are some, to evaluate on."""
+    data, limit = read_description(args.data), {"max_pixels": image_processor.max_pixels}
+    augmentation = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": seed}
+    train = NextFlowImageDataset(load_images(data, **limit), image_processor, **augmentation)
+    if args.eval_data is not None:
+        data = read_description(args.eval_data)
+    elif not data.has_evaluation:
         return train, None
-    rows = load_pictures(args.eval_images, split=args.eval_split, image_column=args.image_column)
+    images = load_images(data, "evaluation", **limit)
     if args.max_eval_images is not None:
-        rows = rows.select(range(min(args.max_eval_images, len(rows))))
-    return train, NextFlowPictureDataset(rows, image_processor, on_bad_picture=args.on_bad_picture)
+        images = images.select(args.max_eval_images)
+    return train, NextFlowImageDataset(images, image_processor)
 
 
 __all__ = [
-    "PictureArguments",
+    "ImageArguments",
     "VisionTokenizerArguments",
     "build_datasets",
     "build_tokenizer",
     "load_teacher",
-    "parse_recipe",
-    "read_recipe",
 ]

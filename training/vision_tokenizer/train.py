@@ -1,75 +1,86 @@
-"""Trains a vision tokenizer by a recipe: one of the paper's three stages (§3.1), on a folder or a data set of images.
+"""`nextflow-hf train tokenizer`: one of the paper's three stages (§3.1), on a folder or a data set of images."""
 
-    nextflow-hf train-tokenizer vision_tokenizer_pixel --override train_images=path/to/pictures
-    torchrun --nproc_per_node 8 -m nextflow_hf.training.vision_tokenizer.train recipe.yaml
-
-A recipe is a YAML file, or the name of one in training/recipes; its keys are the fields of the arguments in
-recipe.py and arguments.py. The same command goes on where an interrupted run stopped.
-"""
-
-import argparse
-import logging
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import set_seed
+from transformers.utils import logging
 
-from ...atomic import write_json
-from ...commands.console import one_line_mistakes
+from ...atomic import replaced_folder, write_json
+from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
-from ..common.checkpoints import is_finished, last_checkpoint, train_to_the_end
-from .recipe import build_datasets, build_tokenizer, parse_recipe, read_recipe
+from ..common.checkpoints import train_to_the_end
+from ..common.run import BatchArguments
+from ..data.description import load_images, read_description
+from .arguments import NextFlowVisionTokenizerTrainingArguments
+from .codebook import merged_codes
+from .recipe import ImageArguments, VisionTokenizerArguments, build_datasets, build_tokenizer
 from .trainer import NextFlowVisionTokenizerTrainer
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
+
+GROUPS = (VisionTokenizerArguments, ImageArguments, BatchArguments, NextFlowVisionTokenizerTrainingArguments)
+MODEL = "vision_tokenizer_name_or_path"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nextflow-hf train-tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="A YAML file, or the name of one in training/recipes.")
-    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="May be repeated.")
-    parser.add_argument("--from-scratch", action="store_true", help="Begin again, past any checkpoint.")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of a mistake.")
-    return parser
-
-
-@one_line_mistakes("train-tokenizer")
-def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    tokenizer_args, picture_args, training_args = parse_recipe(read_recipe(args.recipe, args.override))
-    if not args.from_scratch and is_finished(training_args):
-        return 0
-    set_seed(training_args.seed)
-    image_processor = NextFlowImageProcessor(**(picture_args.image_processor or {}))
-    train, evaluation = build_datasets(picture_args, image_processor, seed=training_args.seed)
+def train(
+    tokenizer_args: VisionTokenizerArguments,
+    image_args: ImageArguments,
+    batch_args: BatchArguments,
+    args: NextFlowVisionTokenizerTrainingArguments,
+    *,
+    checkpoint: str | None = None,
+) -> NextFlowVisionTokenizerTrainer:
+    """Train from `checkpoint` on, evaluate where there are images for it, and save in `output_dir`."""
+    set_seed(args.seed)
+    image_processor = NextFlowImageProcessor(**(image_args.image_processor or {}))
+    images, evaluation = build_datasets(image_args, image_processor, seed=args.seed)
     tokenizer, teacher = build_tokenizer(tokenizer_args)
+    if not 0 < (tokenizer_args.merge_codes or 1) < tokenizer.config.codebook_size:
+        raise ValueError(
+            f"merge_codes is {tokenizer_args.merge_codes}, expected at least 1 and fewer than the "
+            f"{tokenizer.config.codebook_size} codes"
+        )
     trainer = NextFlowVisionTokenizerTrainer(
         tokenizer,
-        training_args,
+        args,
         semantic_teacher=teacher,
-        train_dataset=train,
+        train_dataset=images,
         eval_dataset=evaluation,
         processing_class=image_processor,
     )
-    checkpoint = None if args.from_scratch else last_checkpoint(training_args.output_dir)
 
     def save() -> None:
         if evaluation is not None:
             metrics = trainer.evaluate()
             if trainer.is_world_process_zero():
-                write_json(Path(training_args.output_dir, "eval_results.json"), metrics)
+                write_json(Path(args.output_dir, "eval_results.json"), metrics)
         trainer.save_model()
+        if tokenizer_args.merge_codes is not None and trainer.is_world_process_zero():
+            saved = NextFlowVisionTokenizer.from_pretrained(args.output_dir).eval().to(args.device)
+            merged = merged_codes(saved, images, tokenizer_args.merge_codes, num_images=tokenizer_args.merge_images)
+            with replaced_folder(args.output_dir) as staging:
+                merged.save_pretrained(staging)
 
     train_to_the_end(trainer, checkpoint, save)
-    if train.bad_pictures:
-        logger.warning("%d pictures were bad and skipped: %s", len(train.bad_pictures), train.bad_pictures[:100])
-    return 0
+    if bad := images.images.bad_rows:
+        logger.warning(f"{len(bad)} images were bad and skipped: {bad[:100]}")
+    return trainer
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def plan(
+    tokenizer_args: VisionTokenizerArguments,
+    image_args: ImageArguments,
+    batch_args: BatchArguments,
+    args: NextFlowVisionTokenizerTrainingArguments,
+) -> list[str]:
+    """What a training would read, for `--dry-run`."""
+    data = read_description(image_args.data)
+    lines = [f"data    {image_args.data}: {len(load_images(data)):,} images to train on"]
+    if image_args.eval_data is not None or data.has_evaluation:
+        evaluation = data if image_args.eval_data is None else read_description(image_args.eval_data)
+        lines.append(f"        {len(load_images(evaluation, 'evaluation')):,} to evaluate on")
+    return lines
+
+
+__all__ = ["GROUPS", "MODEL", "plan", "train"]

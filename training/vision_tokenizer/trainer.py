@@ -25,7 +25,7 @@ from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
 from ..common.processes import ProcessesMixin
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_trainer_options
-from ..data.pictures import NextFlowPictureDataset, NextFlowVisionTokenizerCollator
+from ..data.images import NextFlowImageDataset, NextFlowVisionTokenizerCollator
 from ..evaluation.reconstruction_report import measure_batch
 from .adversary import Adversary, PatchDiscriminator, adaptive_weight
 from .arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
@@ -400,7 +400,7 @@ class _StepCallback(TrainerCallback):
     ) -> None:
         # accelerate's loader tells the data set no epoch where its sampler has one: in the epoch in which a run goes
         # on, and always with several processes.
-        if isinstance(self.trainer.train_dataset, NextFlowPictureDataset):
+        if isinstance(self.trainer.train_dataset, NextFlowImageDataset):
             self.trainer.train_dataset.set_epoch(int(state.epoch))
 
     def on_step_begin(

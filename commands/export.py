@@ -1,0 +1,183 @@
+"""A run of training as a repository that everything loads, with a card that says how it was made:
+
+    nextflow-hf export runs/full --output my-model
+    nextflow-hf export runs/lora --checkpoint 500 --output my-model
+    nextflow-hf export runs/decoder --model my-model --output my-model-with-decoder
+
+The run's weights take the place of those that it started from; an adapter is merged. What the run has not (the other
+parts of the pipeline) is taken from there, or from the options.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import one_line_mistakes
+from .folders import INTERMEDIATE, Run, kind_of, read_run
+from .loading import load_transformer
+
+
+if TYPE_CHECKING:
+    from .. import NextFlowDiffusionDecoderPipeline, NextFlowPipeline, NextFlowVisionTokenizer
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nextflow-hf export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, or of the weights that it saved")
+    parser.add_argument("--output", "-o", type=Path, required=True, metavar="FOLDER", help="to write: new, or empty")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="of the run; default: its finished result")
+    parser.add_argument("--model", help="pipeline with the other parts; default: what the run started from")
+    parser.add_argument("--transformer", metavar="PATH", help="of the pipeline, where the run is of another part")
+    parser.add_argument("--vision-tokenizer", metavar="PATH", help="likewise")
+    parser.add_argument("--decoder", type=Path, metavar="RUN", help="a diffusion decoder's run, to add")
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, not merged")
+    parser.add_argument(
+        "--standalone",
+        action="store_true",
+        help="for DiffusionPipeline(..., trust_remote_code=True) without the package",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in the files; default: as saved"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="of one file; default: %(default)s")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    return parser
+
+
+@one_line_mistakes("export")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    if args.output.exists() and (args.output.is_file() or any(args.output.iterdir())):
+        raise FileExistsError(f"{args.output} exists and is not an empty folder")
+    run = read_run(args.run, args.checkpoint)
+    if run.kind in INTERMEDIATE:
+        raise ValueError(f"{args.run} is a {run.kind}, no part of a pipeline: {INTERMEDIATE[run.kind]} uses it")
+    if args.adapter:
+        export_adapter_alone(args, run)
+    elif run.kind == "tokenizer" and args.model is None and args.transformer is None:
+        export_tokenizer_alone(args, run)
+    else:
+        export_whole(args, run)
+    return 0
+
+
+def export_whole(args: argparse.Namespace, run: Run) -> None:
+    import torch
+
+    from ..hub_cards.cards import run_card
+    from ..hub_cards.export import export_pipeline
+
+    pipeline = assemble_pipeline(args, run)
+    card = run_card("model", args.output.name, run, pipeline=pipeline, standalone=args.standalone)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    export_pipeline(
+        pipeline,
+        args.output,
+        card,
+        dtype=dtype,
+        max_shard_size=args.max_shard_size,
+        standalone=args.standalone,
+    )
+    print(f"written: {args.output.resolve()}, a pipeline: `nextflow-hf generate TEXT --model {args.output}` draws")
+
+
+def export_tokenizer_alone(args: argparse.Namespace, run: Run) -> None:
+    from ..conversion.assemble import load_image_processor, load_vision_tokenizer
+    from ..hub_cards.cards import run_card
+    from ..hub_cards.export import cast_copy, export_vision_tokenizer
+
+    model = load_vision_tokenizer(run.result)
+    if args.dtype is not None:
+        import torch
+
+        model = cast_copy(model, getattr(torch, args.dtype))
+    image_processor = load_image_processor(run.folder, model.config)
+    card = run_card("vision_tokenizer", args.output.name, run)
+    export_vision_tokenizer(model, image_processor, args.output, card, max_shard_size=args.max_shard_size)
+    print(f"written: {args.output.resolve()}, a vision tokenizer. With --model PIPELINE it is put into that")
+
+
+def export_adapter_alone(args: argparse.Namespace, run: Run) -> None:
+    from ..hub_cards.cards import PLACEHOLDER_OWNER, run_card
+    from ..hub_cards.export import export_adapter
+
+    if not run.is_adapter:
+        raise ValueError(f"{run.result} is no adapter: leave out --adapter")
+    base = run.base_pipeline
+    if base is None or Path(base).exists():
+        base = f"{PLACEHOLDER_OWNER}/{'BASE-MODEL' if base is None else Path(base).name}"
+    export_adapter(
+        run.result, args.output, run_card("adapter", args.output.name, run, base_model=base), base_model=base
+    )
+    print(f"written: {args.output.resolve()}, an adapter: `nextflow-hf generate TEXT --lora {args.output}` uses it")
+
+
+def assemble_pipeline(args: argparse.Namespace, run: Run) -> "NextFlowPipeline":
+    """The pipeline of a run: its own part, those of the options, and all others of what it started from."""
+    from ..conversion.assemble import load_processor, load_vision_tokenizer
+    from ..pipelines.pipeline_nextflow import NextFlowPipeline
+    from .loading import _result_of
+
+    is_transformer, is_tokenizer = run.kind in ("transformer", "grpo"), run.kind == "tokenizer"
+    for own, name in ((is_transformer, "transformer"), (is_tokenizer, "vision_tokenizer")):
+        if own and getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, but that is what {args.run} trained"
+            )
+    base = args.model or run.base_pipeline
+    parts: dict[str, Any] = {}
+    if transformer := str(run.result) if is_transformer else args.transformer:
+        parts["transformer"] = load_transformer(transformer)
+    named = run.recipe.get("vision_tokenizer_name_or_path") if is_transformer else None
+    if vision_tokenizer := run.result if is_tokenizer else args.vision_tokenizer or named:
+        parts["vision_tokenizer"] = load_vision_tokenizer(_result_of(str(vision_tokenizer)))
+    if base is None and (processor := run.recipe.get("processor_name_or_path")):
+        parts["processor"] = load_processor(processor)
+    if base is not None:
+        pipeline = NextFlowPipeline.from_pretrained(base, **parts)
+    elif missing := [name for name in ("transformer", "vision_tokenizer", "processor") if name not in parts]:
+        raise ValueError(
+            f"{args.run} does not say where the {' and the '.join(missing)} of its pipeline are from: pass --model "
+            "with the pipeline that it started from"
+        )
+    else:
+        pipeline = NextFlowPipeline(**parts)
+    decoder = run if run.kind == "decoder" else args.decoder and read_run(args.decoder)
+    if decoder:
+        pipeline = NextFlowPipeline(**{**pipeline.components, **decoder_parts(decoder, pipeline)})
+    return pipeline
+
+
+def decoder_parts(run: Run, pipeline: "NextFlowPipeline") -> dict[str, Any]:
+    """The components of a pipeline that a diffusion decoder needs."""
+    if run.kind != "decoder":
+        raise ValueError(f"--decoder is {run.folder}, a run of kind {run.kind}, expected a diffusion decoder")
+    decoder = load_decoder(run, pipeline.vision_tokenizer, pipeline.processor.image_processor)
+    parts = {f"decoder_{name}": part for name, part in decoder.components.items() if part is not None}
+    parts["diffusion_decoder"] = decoder.diffusion_decoder
+    return {name: part for name, part in parts.items() if name in type(pipeline)._optional_components}
+
+
+def load_decoder(
+    run: Run, vision_tokenizer: "NextFlowVisionTokenizer", image_processor: Any
+) -> "NextFlowDiffusionDecoderPipeline":
+    """A saved pipeline, or what the recipe names around the weights that were saved."""
+    from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+    from ..training.diffusion_decoder.build import build_decoder_pipeline, load_stage
+
+    if kind_of(run.result) == "NextFlowDiffusionDecoderPipeline":
+        return NextFlowDiffusionDecoderPipeline.from_pretrained(run.result, vision_tokenizer=vision_tokenizer)
+    if "denoiser" not in run.recipe:
+        raise ValueError(f"{run.folder} has no run.yaml that names the decoder's denoiser and scheduler")
+    decoder = build_decoder_pipeline(run.recipe, vision_tokenizer, image_processor)
+    load_stage(decoder, run.result)
+    return decoder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What a folder holds, the command that makes a pipeline of it, and the runs of training among them.
+
+Reads configurations alone; weights and torch stay where they are.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+RUN_FILE = "run.yaml"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "diffusion_pytorch_model*", "pytorch_lora_weights*")
+# By `model_type`.
+MODELS = {"nextflow": "transformer", "nextflow_vision_tokenizer": "vision tokenizer"}
+EXPORT = "`nextflow-hf export {folder} --output FOLDER` makes it one"
+# What the folder is -> the command that makes a pipeline of it.
+COMMANDS = {
+    "run": EXPORT,
+    "transformer": EXPORT + ", and beside --model, --transformer {folder} takes it as it is",
+    "adapter": EXPORT + ", and beside --model, --lora {folder} takes it as it is",
+    "diffusion decoder": EXPORT,
+    "vision tokenizer": "`nextflow-hf convert qwen QWEN FOLDER --vision-tokenizer {folder}` builds one around it",
+    "Qwen checkpoint": "`nextflow-hf convert qwen {folder} FOLDER --vision-tokenizer TOKENIZER` makes it one",
+    "data set of codes": "`nextflow-hf train transformer RECIPE` trains one on it",
+}
+# Kinds of runs whose results are no part of a pipeline -> what takes them.
+INTERMEDIATE = {"teacher": "`nextflow-hf train tokenizer`", "text_tokenizer": "`nextflow-hf train transformer`"}
+
+
+def kind_of(folder: Path) -> str | None:
+    """What `folder` holds: `"pipeline"`, a key of [`COMMANDS`], or the class of something else; `None` if nothing."""
+    if (folder / "model_index.json").is_file():
+        name = _read_json(folder / "model_index.json").get("_class_name")
+        name = name[-1] if isinstance(name, list) else name
+        return "pipeline" if name == "NextFlowPipeline" else name
+    if (folder / RUN_FILE).is_file() or checkpoints(folder):
+        return "run"
+    return _kind_of_result(folder)
+
+
+def _kind_of_result(folder: Path) -> str | None:
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    if (folder / "pytorch_lora_weights.safetensors").is_file():
+        return "diffusion decoder"
+    if (folder / "manifest.json").is_file():
+        return "data set of codes"
+    if not (folder / "config.json").is_file():
+        return None
+    config = _read_json(folder / "config.json")
+    if config.get("_class_name") == "NextFlowDiffusionDecoder":
+        return "diffusion decoder"
+    model_type = str(config.get("model_type") or config.get("_class_name"))
+    return "Qwen checkpoint" if model_type.startswith("qwen") else MODELS.get(model_type, model_type)
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raises `ValueError` where `folder` is no pipeline, and says which command makes it one."""
+    kind = kind_of(folder)
+    if kind == "pipeline":
+        return
+    if kind is None:
+        raise ValueError(
+            f"{folder} is no pipeline: {folder / 'model_index.json'} is missing. `nextflow-hf convert` and "
+            "`nextflow-hf export` write one"
+        )
+    if kind in COMMANDS:
+        raise ValueError(f"{folder} is a {kind}, no pipeline: {COMMANDS[kind].format(folder=folder)}")
+    raise ValueError(f"{folder} is a {kind}, expected a NextFlowPipeline")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """
+    A training and one of its results.
+
+    Args:
+        folder (`Path`): Of the run.
+        result (`Path`): Of the weights: the folder itself, or a checkpoint in it.
+        kind (`str`): `"transformer"`, `"tokenizer"`, `"decoder"`, `"grpo"`, ...: what `nextflow-hf train` was told.
+        recipe (`dict`): Its keys.
+        model (`str`, *optional*): What it started from.
+        command (`list[str]`): That started it.
+    """
+
+    folder: Path
+    result: Path
+    kind: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    command: list[str] = field(default_factory=list)
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.result / "adapter_config.json").is_file()
+
+    def ancestors(self) -> Iterator[str]:
+        """What it started from, what that started from, and so on: folders and Hub ids."""
+        model, seen = self.model, {str(self.folder)}
+        while model is not None and model not in seen:
+            seen.add(model)
+            yield model
+            model = _notes(Path(model)).get("model")
+
+    @property
+    def base_pipeline(self) -> str | None:
+        """The nearest pipeline among [`ancestors`]; a decoder's run names the model of its codes."""
+        for model in filter(None, (self.recipe.get("model"), *self.ancestors())):
+            if kind_of(Path(model)) == "pipeline" if Path(model).is_dir() else HUB_ID.fullmatch(model):
+                return model
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """`Trainer`'s record of its steps and losses; empty where there is none."""
+        files = [self.result / "trainer_state.json", self.folder / "trainer_state.json"]
+        return next((_read_json(file) for file in files if file.is_file()), {})
+
+
+def read_run(source: str | Path, checkpoint: int | None = None) -> Run:
+    """
+    The run in a folder, its checkpoint `checkpoint` or its finished result; also of a folder of weights alone, whose
+    configuration then says what it is.
+
+    Raises:
+        `ValueError`: where there are no such weights, naming the checkpoints that there are.
+    """
+    folder = result = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}")
+    if folder.name.startswith("checkpoint-") and not (folder / RUN_FILE).is_file():
+        folder = folder.parent
+    if checkpoint is not None:
+        result = folder / f"checkpoint-{checkpoint}"
+    if not any(path for pattern in WEIGHTS for path in result.glob(pattern)):
+        steps = checkpoints(folder)
+        found = f"--checkpoint takes one of {steps}" if steps else "nor has it checkpoints"
+        raise ValueError(f"{result} has no weights, {found}")
+    notes = _notes(result)
+    return Run(
+        folder=folder,
+        result=result,
+        kind=notes.get("kind") or _inferred_kind(result),
+        recipe=notes.get("recipe") or {},
+        model=notes.get("model"),
+        command=notes.get("command") or [],
+    )
+
+
+def _notes(result: Path) -> dict[str, Any]:
+    """What is written down of the run that the weights in `result` are of; of an adapter alone, its base."""
+    for file in (result / RUN_FILE, result.parent / RUN_FILE):
+        if file.is_file():
+            return yaml.safe_load(file.read_text(encoding="utf-8"))
+    if (result / "adapter_config.json").is_file():
+        return {"model": _read_json(result / "adapter_config.json").get("base_model_name_or_path")}
+    return {}
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder."""
+    names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _inferred_kind(result: Path) -> str:
+    kinds = {
+        "transformer": "transformer",
+        "adapter": "transformer",
+        "vision tokenizer": "tokenizer",
+        "diffusion decoder": "decoder",
+        "NextFlowDiffusionDecoderPipeline": "decoder",
+    }
+    kind = _kind_of_result(result) if not (result / "model_index.json").is_file() else kind_of(result)
+    if kind not in kinds:
+        raise ValueError(f"{result} holds {kind or 'nothing of NextFlow'}, expected a run of `nextflow-hf train`")
+    return kinds[kind]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,62 @@
+"""A folder that `export` or `convert` wrote, as a repository on the Hub:
+
+    nextflow-hf push my-model user/my-model --private
+
+Before that, the folder is checked: it has a card, and its weights are those that its configurations describe. Log in
+by `hf auth login`, or set HF_TOKEN.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .console import one_line_mistakes
+from .folders import HUB_ID, check_pipeline, kind_of
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nextflow-hf push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="to upload, as `nextflow-hf export` writes it")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; created where it does not exist")
+    parser.add_argument("--private", action="store_true", help="make the new repository private")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    return parser
+
+
+@one_line_mistakes("push")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check and upload; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    if not HUB_ID.fullmatch(args.repo_id):
+        raise ValueError(f"REPO_ID is {args.repo_id!r}, expected user/name")
+    check_repository(args.folder)
+
+    from ..hub_cards.export import push_folder
+
+    commit = push_folder(args.folder, args.repo_id, private=args.private or None)
+    print(f"uploaded: {commit.commit_url}")
+    return 0
+
+
+def check_repository(folder: Path) -> None:
+    """Raises `ValueError` where a folder is not whole, or has no card."""
+    from .checkpoint import check_weights
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if kind_of(folder) not in ("vision tokenizer", "adapter"):
+        check_pipeline(folder)
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"{folder} has no card: README.md is missing. `nextflow-hf export` writes one")
+    if kind_of(folder) == "adapter":
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(f"{folder} lacks adapter_model.safetensors")
+    else:
+        check_weights(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""`nextflow-hf evaluate`: a suite by import path, resumed at every sample, shared by processes, scored elsewhere."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from command_line import use_pipeline
+from PIL import Image
+from toy_pipeline import toy_pipeline
+
+from nextflow_hf.training.evaluation.report import summarize, wilson_interval
+from nextflow_hf.training.evaluation.runner import EvaluationRun
+from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of
+
+
+TOY = """
+from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of, text_of
+
+def say(text):
+    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+class Toy:
+    name = "toy"
+    def __init__(self, count):
+        self.ids = [f"{kind}-{n}" for n in range(count) for kind in ("image", "talk")]
+    def sample(self, id):
+        kind, number = id.split("-")
+        turns = [Turn("image", say(f"a red circle {number}"))]
+        if kind == "talk":
+            turns += [Turn("text", say("what is it")), Turn("image", say("make it blue"))]
+        return Sample(id, turns, kind, settings={"height": 16, "width": 16, "max_new_tokens": 2})
+    def score(self, sample, answer):
+        (image,) = images_of(answer[0])
+        return {"passed": len(answer) == len(sample.turns), "corner": image.getpixel((0, 0))[0]}
+    def summarize(self, answers):
+        return {"answers": sum(1 for _ in answers)}
+
+def suite(count: int = 2):
+    return Toy(count)
+"""
+
+
+@pytest.fixture
+def evaluate(command_line, tmp_path, monkeypatch):
+    (tmp_path / "toy_suite.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    use_pipeline(monkeypatch, toy_pipeline())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "NextFlowPipeline"}')
+
+    def run(*argv, mistake=False):
+        command = ["evaluate", "toy_suite:suite", "model", *argv]
+        return command_line.mistake(*command) if mistake else command_line.run(*command)
+
+    return run
+
+
+def lines(folder, kind):
+    rows = [line for path in folder.glob(f"{kind}-*.jsonl") for line in path.read_text().split("\n") if line]
+    return sorted(rows)
+
+
+def test_the_report_and_what_is_kept(evaluate, tmp_path):
+    folder = tmp_path / "out"
+    out = evaluate("--output-dir", folder, "--seed", "3", "--set", "guidance_scale=1.5")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["complete"] and report["groups"]["talk"]["values"]["passed"] == 1 and report["settings"]
+    assert report["values"] == {"answers": 4} and "answers: 4" in out
+    assert "| talk | samples | passed" in (folder / "report.md").read_text() and str(folder / "talk.png") in out
+    with Image.open(folder / "images" / "talk-1-2-0.png") as image:
+        assert image.size == (16, 16) and "make it blue" in image.text["prompt"] and image.text["seed"]
+        assert json.loads(image.text["settings"])["guidance_scale"] == 1.5
+    assert "another --output-dir" in evaluate("--output-dir", folder, "--seed", "4", mistake=True)
+
+
+def test_generate_only_then_score_only_is_the_whole(evaluate, tmp_path):
+    evaluate("--output-dir", tmp_path / "whole")
+    evaluate("--output-dir", tmp_path / "parts", "--generate-only")
+    assert not (tmp_path / "parts" / "report.json").exists()
+    evaluate("--output-dir", tmp_path / "parts", "--score-only")
+    for kind in ("answers", "results"):
+        assert lines(tmp_path / "whole", kind) == lines(tmp_path / "parts", kind)
+    whole, parts = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
+    assert "unexpected keyword argument 'size'" in evaluate("size=3", mistake=True)
+    assert "expected key=value" in evaluate("size", mistake=True)
+    assert "there is no suite 'nonsense', expected" in command_line.mistake("evaluate", "nonsense", "model")
+    assert "there is no suite 'toy_suite:other'" in command_line.mistake("evaluate", "toy_suite:other", "model")
+    assert "SUITE and MODEL are missing" in command_line.mistake("evaluate")
+    assert "nextflow_hf.worlds.shapes:suite" in command_line.run("evaluate", "--list")
+
+
+class Numbers:
+    """A suite without a model."""
+
+    name = "numbers"
+    ids = [f"n{index}" for index in range(7)]
+
+    def sample(self, id):
+        return Sample(id, [Turn("image", [])], "numbers")
+
+    def score(self, sample, answer):
+        return {"value": np.asarray(images_of(answer[0])[0])[0, 0, 0]}
+
+
+DESCRIPTION = {"suite": "numbers", "model": "none", "seed": 0}
+
+
+def answer(sample, seed):
+    return [[{"type": "image", "image": Image.new("RGB", (2, 2), (int(sample.id[1:]) * 9, 0, 0))}]]
+
+
+def run_in(folder, rank=0, ranks=1):
+    run = EvaluationRun(Numbers(), folder, DESCRIPTION)
+    run.state = type(
+        "State",
+        (),
+        {
+            "process_index": rank,
+            "num_processes": ranks,
+            "is_main_process": rank == 0,
+            "wait_for_everyone": lambda self: None,
+        },
+    )()
+    return run
+
+
+def test_a_kill_loses_at_most_the_sample_in_work(tmp_path):
+    run_in(tmp_path / "whole").generate(answer)
+    asked = []
+
+    def dying(sample, seed):
+        asked.append(sample.id)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return answer(sample, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path / "parts").generate(dying)
+    file = tmp_path / "parts" / "answers-0.jsonl"
+    file.write_text(file.read_text() + '{"id": "n3", "answer": [[{"ty')  # as a kill leaves it
+    run = run_in(tmp_path / "parts")
+    assert set(run.rows("answers")) == {"n0", "n1", "n2"}
+    run.generate(dying)
+    assert asked == ["n0", "n1", "n2", "n3", "n3", "n4", "n5", "n6"]
+    assert run.rows("answers") == run_in(tmp_path / "whole").rows("answers")
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_processes_share_what_is_left(tmp_path):
+    run_in(tmp_path / "one").generate(answer)
+    for rank in range(2):  # each sees what was done before either began
+        run = run_in(tmp_path / "two", rank, 2)
+        run.rows = lambda kind: {}
+        run.generate(answer)
+    counts = [len(lines_of(tmp_path / "two" / f"answers-{rank}.jsonl")) for rank in range(2)]
+    assert sorted(counts) == [3, 4]
+    assert run_in(tmp_path / "two").rows("answers") == run_in(tmp_path / "one").rows("answers")
+
+
+def lines_of(path):
+    return [line for line in path.read_text().split("\n") if line]
+
+
+def test_rates_means_and_intervals():
+    rows = [
+        {"group": "g", "category": category, "scores": {"passed": passed, **more}}
+        for category, passed, more in [("a", 1, {"x": 2}), ("a", 1, {}), ("b", 0, {"x": 4}), ("b", 1, {"x": math.nan})]
+    ]
+    found = summarize(rows)["g"]
+    assert found["total"] == 4 and found["values"] == {"passed": 0.75, "x": 3.0}
+    assert found["overall"] == 0.75 and found["categories"]["b"]["values"]["passed"] == 0.5
+    assert found["interval"] == wilson_interval(3, 4) and wilson_interval(0, 0) == (0.0, 1.0)
+    low, high = wilson_interval(50, 100)
+    assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)
+
+
+def test_reconstruction_is_what_the_tokenizer_gives_back(command_line, tmp_path, monkeypatch):
+    pipe = toy_pipeline()
+    use_pipeline(monkeypatch, pipe)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "NextFlowPipeline"}')
+    (tmp_path / "images").mkdir()
+    values = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    for index, pixels in enumerate(values):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    command_line.run("evaluate", "reconstruction", "model", "data=images", "--output-dir", "out")
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["groups"]["reconstruction"]
+    assert found["total"] == 3 and set(found["values"]) == {"psnr", "ssim", "gmsd"}
+    processor, expected = pipe.processor.image_processor, []
+    for pixels in values:
+        inputs = processor(Image.fromarray(pixels), return_tensors="pt")
+        codes = pipe.vision_tokenizer.encode(inputs["pixel_values"], inputs["image_grids"]).image_codes
+        decoded = pipe.vision_tokenizer.decode(codes, inputs["image_grids"]).detach()
+        expected.append(-10 * np.log10(((decoded - inputs["pixel_values"]) / 2).square().mean().item()))
+    assert found["values"]["psnr"] == pytest.approx(np.mean(expected), abs=0.02)

@@ -1,0 +1,74 @@
+"""A pipeline's answers to the samples of a suite, turn by turn."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...processing.reasoning_nextflow import join_reasoning
+from .suite import Answer, Part, Sample
+
+
+if TYPE_CHECKING:
+    from ...pipelines.pipeline_nextflow import NextFlowPipeline
+
+MAX_NEW_TOKENS = 256  # of a text, where neither the sample nor the command says it
+
+
+def answer_sample(pipe: "NextFlowPipeline", sample: Sample, seed: int, settings: dict[str, Any]) -> Answer:
+    """The parts of each answer. `settings` take precedence over the sample's."""
+    settings = {**sample.settings, **settings}
+    messages: list[dict] = []
+    answers = []
+    for number, turn in enumerate(sample.turns):
+        messages = [*messages, *turn.messages]
+        generator = torch.Generator().manual_seed(seed + number)
+        answers.append(ABILITIES[turn.ability](pipe, messages, generator, settings))
+        messages = [*messages, {"role": "assistant", "content": answers[-1]}]
+    return answers
+
+
+def _image(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict) -> list[Part]:
+    images = pipe(messages=messages, generator=generator, **_without(settings, "max_new_tokens", "max_images")).images
+    return [{"type": "image", "image": image} for image in images]
+
+
+def _text(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict) -> list[Part]:
+    limit = settings.get("max_new_tokens", MAX_NEW_TOKENS)
+    return [{"type": "text", "text": pipe.chat(messages, max_new_tokens=limit, do_sample=False)}]
+
+
+def _think(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict) -> list[Part]:
+    output = pipe(messages=messages, think=True, generator=generator, **_without(settings, "max_images"))
+    text = join_reasoning(output.thoughts[0], output.final_prompts[0])
+    return [{"type": "text", "text": text}, *({"type": "image", "image": image} for image in output.images)]
+
+
+def _interleave(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict):
+    return pipe.interleave(messages, generator=generator, **settings)
+
+
+@torch.no_grad()
+def _reconstruct(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict):
+    tokenizer, processor = pipe.vision_tokenizer, pipe.processor.image_processor
+    (image,) = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+    inputs = processor(image, return_tensors="pt", **settings).to(tokenizer.device)
+    pixels, grids = inputs["pixel_values"].to(tokenizer.dtype), inputs["image_grids"]
+    decoded = tokenizer.decode(tokenizer.encode(pixels, grids).image_codes, grids)
+    pairs = (
+        processor.post_process_images(values.float(), grids, output_type="pil")[0] for values in (pixels, decoded)
+    )
+    return [{"type": "image", "image": image} for image in pairs]
+
+
+def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+ABILITIES: dict[str, Callable[..., list[Part]]] = {
+    "image": _image,
+    "text": _text,
+    "think": _think,
+    "interleave": _interleave,
+    "reconstruct": _reconstruct,
+}

@@ -1,0 +1,89 @@
+"""What a vision tokenizer makes of images: PSNR, SSIM and GMSD of each, and r-FID where features are named.
+
+    nextflow-hf evaluate reconstruction MODEL data=path/to/images [count=1000] [resolution=512] [features=inception]
+
+`data` is a description of data (a YAML file, as `nextflow-hf extract` reads it; its rows for evaluation), a folder of
+images, or a data set with a column `image`.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.description import load_images, read_description
+from .frechet import FeatureStatistics, frechet_distance, load_feature_model
+from .reconstruction import (
+    SSIM_WINDOW,
+    gradient_similarity_deviation,
+    peak_signal_to_noise,
+    structural_similarity,
+)
+from .suite import Answer, Sample, Turn, images_of
+
+
+class ReconstructionSuite:
+    """
+    Every image through the vision tokenizer and back.
+
+    Args:
+        data (`str`): A data description, a folder of images, or a data set.
+        count (`int`, *optional*): Only the first so many rows.
+        resolution (`int`, *optional*): Side in pixels of a square image with as many scales.
+        features (`str`, *optional*): For r-FID: "inception", or a vision model by folder or Hub id.
+    """
+
+    name = "reconstruction"
+
+    def __init__(self, data: str, *, count: int | None, resolution: int | None, features: str | None):
+        self.rows = load_images(read_description(data), "evaluation")
+        self.features = features
+        self.settings = {} if resolution is None else {"resolution": resolution}
+        total = len(self.rows)
+        self.ids = [f"{index:08d}" for index in range(total if count is None else min(count, total))]
+
+    def sample(self, id: str) -> Sample:
+        """One image; the processor opens and resizes it."""
+        image = self.rows[int(id)]["image"]
+        messages = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+        return Sample(id, [Turn("reconstruct", messages)], "reconstruction", settings=self.settings)
+
+    def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
+        """Of the decoded image against the resized one. SSIM is not a number below its window."""
+        true, decoded = (_pixels(image) for image in images_of(answer[0]))
+        values = {
+            "psnr": peak_signal_to_noise(decoded, true),
+            "gmsd": gradient_similarity_deviation(decoded, true),
+        }
+        if min(true.shape[2:]) >= SSIM_WINDOW:
+            values["ssim"] = structural_similarity(decoded, true)
+        return {name: value.item() for name, value in values.items()}
+
+    def summarize(self, answers: Iterable[tuple[Sample, Answer]]) -> dict[str, float]:
+        """`rfid`: the Fréchet distance of the images and their reconstructions, with a feature model."""
+        if self.features is None:
+            return {}
+        model, statistics = load_feature_model(self.features), (FeatureStatistics(), FeatureStatistics())
+        for _, answer in answers:
+            for of_kind, image in zip(statistics, images_of(answer[0]), strict=True):
+                of_kind.update(model([np.array(image)]))
+        return {"rfid": frechet_distance(*statistics)}
+
+
+def _pixels(image: Image.Image) -> torch.FloatTensor:
+    """(1, 3, height, width) in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
+
+def suite(
+    data: str,
+    count: int | None = None,
+    resolution: int | None = None,
+    features: str | None = None,
+) -> ReconstructionSuite:
+    """`nextflow-hf evaluate reconstruction`; the arguments of [`ReconstructionSuite`]."""
+    return ReconstructionSuite(data, count=count, resolution=resolution, features=features)
+
+
+__all__ = ["ReconstructionSuite", "suite"]

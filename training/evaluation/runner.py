@@ -1,0 +1,144 @@
+"""Runs a suite: sample by sample, on one process or several, so that a kill loses at most the sample in work.
+
+The folder has `evaluation.json` (what is evaluated), `images/`, `answers-P.jsonl` and `results-P.jsonl` of process P.
+A line is appended and flushed to the disk when its images are; a line that a kill cut short is not counted. Processes
+share the samples that are left, so a run may go on with another number of them. Knows neither suites nor models.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
+
+from ...atomic import write_file, write_json
+from .suite import Answer, Sample, Suite, text_of
+
+
+DESCRIPTION, IMAGES = "evaluation.json", "images"
+SAMPLE_SEEDS = 1000  # between two samples: each turn has one
+
+
+class EvaluationRun:
+    """
+    One evaluation in its folder.
+
+    Args:
+        suite ([`Suite`]): What is asked.
+        folder (`Path`): Goes on there if it is of the same evaluation.
+        description (`dict`): What decides the answers: the suite, the model, the settings, the seed.
+    """
+
+    def __init__(self, suite: Suite, folder: Path, description: dict[str, Any]):
+        self.suite, self.folder, self.seed = suite, folder, description["seed"]
+        self.settings = description.get("settings", {})
+        self.state = PartialState()
+        file = folder / DESCRIPTION
+        if file.exists():
+            there = json.loads(file.read_text(encoding="utf-8"))
+            if there != json.loads(json.dumps(description)):
+                changed = sorted(key for key in {*there, *description} if there.get(key) != description.get(key))
+                raise ValueError(
+                    f"{folder} has an evaluation with other values of {', '.join(changed)}: name "
+                    "another --output-dir, or remove it"
+                )
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            write_json(file, description)
+        self.state.wait_for_everyone()
+
+    def generate(self, answer: Callable[[Sample, int], Answer]) -> None:
+        """Answers to all samples that have none yet: `answer(sample, seed)`."""
+
+        def work(index: int, sample: Sample) -> dict:
+            seed = self.seed * 10_000_019 + index * SAMPLE_SEEDS
+            return {
+                "seed": seed,
+                "answer": [self._save(sample, seed, *turn) for turn in enumerate(answer(sample, seed))],
+            }
+
+        self._fill("answers", work)
+
+    def score(self) -> None:
+        """Scores of all answers that have none yet."""
+        answers = self.rows("answers")
+
+        def work(index: int, sample: Sample) -> dict:
+            values = self.suite.score(sample, self.load(answers[sample.id]))
+            return {"scores": {name: float(value) for name, value in values.items()}}
+
+        self._fill("results", work, only=answers)
+
+    def rows(self, kind: str) -> dict[str, dict]:
+        """The finished lines of "answers" or "results" by the id of their sample, in any order."""
+        found = {}
+        for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if line.endswith("}"):  # else it was cut short
+                    row = json.loads(line)
+                    found[row["id"]] = row
+        return found
+
+    def pairs(self) -> Iterator[tuple[Sample, Answer]]:
+        """The samples that have answers, in the order of the suite."""
+        rows = self.rows("answers")
+        for id in self.suite.ids:
+            if id in rows:
+                yield self.suite.sample(id), self.load(rows[id])
+
+    def load(self, row: dict) -> Answer:
+        """The answer of a row of `rows("answers")`, with its images."""
+        return [self._load(parts) for parts in row["answer"]]
+
+    def _fill(self, kind: str, work: Callable[[int, Sample], dict], only: dict | None = None) -> None:
+        done = self.rows(kind)
+        left = [i for i, id in enumerate(self.suite.ids) if id not in done and (only is None or id in only)]
+        self.state.wait_for_everyone()  # all have read what is done
+        mine = left[self.state.process_index :: self.state.num_processes]
+        path = self.folder / f"{kind}-{self.state.process_index}.jsonl"
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n")  # ends a line that was cut short
+            for index in tqdm(mine, desc=kind, unit="sample", disable=not self.state.is_main_process):
+                sample = self.suite.sample(self.suite.ids[index])
+                row = {"id": sample.id, "group": sample.group, "category": sample.category}
+                file.write(json.dumps({**row, **work(index, sample)}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.state.wait_for_everyone()
+
+    def _save(self, sample: Sample, seed: int, number: int, parts: list[dict]) -> list[dict]:
+        """The parts with files in the place of images; a file says how its image was made."""
+        prompt = " / ".join(
+            text_of(message["content"]) for turn in sample.turns[: number + 1] for message in turn.messages
+        )
+        saved = []
+        for index, part in enumerate(parts):
+            if part["type"] == "image":
+                info = PngInfo()
+                values = {
+                    "prompt": prompt,
+                    "seed": str(seed + number),
+                    "settings": json.dumps({**sample.settings, **self.settings}),
+                }
+                for name, value in values.items():
+                    info.add_itxt(name, value)
+                file = f"{IMAGES}/{sample.id}-{number}-{index}.png"
+                write_file(self.folder / file, partial(part["image"].save, pnginfo=info))
+                part = {"type": "image", "image": file}
+            saved.append(part)
+        return saved
+
+    def _load(self, parts: list[dict]) -> list[dict]:
+        loaded = []
+        for part in parts:
+            if part["type"] == "image":
+                with Image.open(self.folder / part["image"]) as image:
+                    part = {"type": "image", "image": image.convert("RGB")}
+            loaded.append(part)
+        return loaded

@@ -1,0 +1,115 @@
+"""What an evaluation asks and how its answers are scored: the protocol that a suite follows.
+
+A suite is named by import path (`my_module:suite`): a function whose keyword arguments are the `key=value` of the
+command, and which returns a [`Suite`]. It knows no model and no files; the runner knows no suite.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+Part = dict[str, Any]  # {"type": "text", "text": ...} or {"type": "image", "image": PIL image}
+Answer = list[list[Part]]  # of every turn
+
+# Short names of the suites of this package.
+SUITES = {
+    "reconstruction": "nextflow_hf.training.evaluation.reconstruction_suite:suite",
+    "shapes": "nextflow_hf.worlds.shapes:suite",
+    "emoji": "nextflow_hf.worlds.emoji:suite",
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """
+    What is said before one answer.
+
+    Args:
+        ability (`str`): Which answer: "image", "text", "think" (thoughts and an image), "interleave" (text and
+            images), or "reconstruct" (the image itself, resized, and what the vision tokenizer makes of it).
+        messages (`list[dict]`): Follow the turns before and their answers; image parts carry PIL images.
+    """
+
+    ability: str
+    messages: list[dict]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One conversation that waits for its answers.
+
+    Args:
+        id (`str`): Unique in the suite, and a valid file name.
+        turns (`list[Turn]`): Each is answered with those before, and the model's own answers, in view.
+        group (`str`): Its table in the report.
+        category (`str`, *optional*): Its row in the table.
+        settings (`dict`, *optional*): Of the pipeline's calls, such as `guidance_scale`.
+        reference (*optional*): What `score` needs to know.
+    """
+
+    id: str
+    turns: list[Turn]
+    group: str
+    category: str = "all"
+    settings: dict[str, Any] = field(default_factory=dict)
+    reference: Any = None
+
+
+class Suite(Protocol):
+    """
+    A suite.
+
+    Attributes:
+        name (`str`): Names its folder and its report.
+        ids (`Sequence[str]`): Of all samples, in one fixed order.
+    """
+
+    name: str
+    ids: Sequence[str]
+
+    def sample(self, id: str) -> Sample:
+        """The sample; images and sentences are made when it is asked for."""
+
+    def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
+        """Named values of one answer. "passed" is a rate with an interval in the report; the others are means."""
+
+    def summarize(self, answers: Iterable[tuple[Sample, Answer]]) -> dict[str, float]:
+        """Named values of all answers together, such as a Fréchet distance; often none."""
+
+
+def images_of(parts: list[Part]) -> list:
+    """The images among the parts of an answer."""
+    return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def text_of(parts: list[Part]) -> str:
+    """The text of an answer."""
+    return " ".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def find_suite(name: str) -> Callable[..., Suite]:
+    """The function that makes a suite, by short name or by import path."""
+    path = SUITES.get(name, name)
+    module, colon, attribute = path.partition(":")
+    if not colon:
+        raise ValueError(f"there is no suite {name!r}, expected module:function or one of {', '.join(SUITES)}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or " "):
+            raise
+        raise ValueError(f"there is no suite {name!r}: {error}") from error
+
+
+def make_suite(name: str, options: dict[str, Any]) -> Suite:
+    """The suite with its options; unknown ones are refused by name."""
+    function = find_suite(name)
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"the suite {name}: {error}; it takes {inspect.signature(function)}") from error
+    return function(**options)

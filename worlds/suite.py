@@ -1,0 +1,144 @@
+"""A world's evaluation: held-out rows of every task, in clean words and as people write them, judged turn by turn.
+
+Sample `i` of a group depends on (seed, i) alone, so a longer evaluation begins with the shorter one.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from PIL import Image
+
+from ..processing.reasoning_nextflow import split_reasoning
+from ..training.data import tasks as row_formats
+from ..training.evaluation.suite import Answer, Part, Sample, Turn, images_of, text_of
+from .captions import read_caption
+from .dataset import TASKS, finish_row, sample_row, shares
+from .judge import Judge
+from .questions import is_same
+from .scene import Canvas, Scene
+from .sprites import Sprites
+
+
+WORDINGS = ("clean", "people")
+_MAX_IMAGES = 4
+_TO_MESSAGES = {  # the columns of a task, as `nextflow-hf extract` reads them
+    "text_to_image": lambda row: row_formats.text_to_image(row["image"], row["text"]),
+    "edit": lambda row: row_formats.edit(row["source"], row["instruction"], row["target"]),
+    "image_to_text": lambda row: row_formats.image_to_text(row["image"], row["answer"], row["question"]),
+    "conversation": lambda row: row_formats.conversation(row["conversations"], [row["image"]]),
+    "messages": lambda row: row_formats.ready_messages(row["messages"], row["images"]),
+}
+
+
+class WorldSuite:
+    """
+    The suite of a world.
+
+    Args:
+        sprites ([`Sprites`]): Of the world.
+        judge ([`Judge`]): Of its images.
+        canvases (`list[tuple[int, int]]`): Sizes of the images.
+        count (`int`, *optional*, defaults to 100): Samples of each task in each wording.
+        tasks (`Sequence[str]`, *optional*): Those that are asked; all of the world where left out.
+        wordings (`Sequence[str]`, *optional*): Clean, and as people write.
+        split (`str`, *optional*, defaults to `"test"`): "held_out" asks for pairs that no training saw.
+        seed (`int`, *optional*, defaults to 0): Of the samples, not of the model.
+    """
+
+    name = "world"
+
+    def __init__(
+        self,
+        sprites: Sprites,
+        judge: Judge,
+        *,
+        canvases: list[Canvas],
+        count: int = 100,
+        tasks: Sequence[str] | None = None,
+        wordings: Sequence[str] = WORDINGS,
+        split: str = "test",
+        seed: int = 0,
+    ):
+        possible = [name for name in shares(sprites) if TASKS[name].tests]
+        if unknown := sorted({*(tasks or ())} - {*possible}):
+            raise ValueError(f"tasks has {unknown}, expected some of {possible}")
+        self.sprites, self.judge, self.canvases, self.split, self.seed = sprites, judge, canvases, split, seed
+        names = [(task, wording) for wording in wordings for task in tasks or possible]
+        self.ids = [f"{task}-{wording}-{number:04d}" for number in range(count) for task, wording in names]
+        self.sample = lru_cache(maxsize=None)(self._sample)
+
+    def _sample(self, id: str) -> Sample:
+        task, wording, number = id.split("-")
+        key = f"{self.seed}/evaluation/{int(number)}"
+        people = wording == "people"
+        row, context = sample_row(self.sprites, task, key, self.canvases, split=self.split, people=people)
+        values = finish_row(self.sprites, task, row, context)
+        messages, encoded = _TO_MESSAGES[TASKS[task].format](values)
+        images = iter([Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in encoded])
+        turns, expected, pending = [], [], []
+        for message in messages:
+            parts = [
+                {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
+            ]
+            if message["role"] == "assistant":
+                turns.append(Turn(_ability(message["content"]), pending))
+                expected.append(message["content"])
+                pending = []
+            else:
+                pending.append({**message, "content": parts})
+        scenes = [Scene.from_json(json.loads(scene)) for scene in values["scenes"]]
+        height, width = context.canvas
+        settings = {"height": height, "width": width} | ({"max_images": _MAX_IMAGES} if task == "story" else {})
+        group = f"{task}, {wording}"
+        category = "conversation" if task == "conversation" else values["category"]
+        return Sample(id, turns, group, category, settings, (task, scenes, expected))
+
+    def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
+        """The judge's checks over all images, "text" over all answers in words, and "passed", that is all of them."""
+        task, scenes, expected = sample.reference
+        given = len(
+            [part for turn in sample.turns for message in turn.messages for part in images_of(message["content"])]
+        )
+        targets = iter(scenes[given:])
+        checks: list[dict[str, bool]] = []
+        for parts, wanted in zip(answer, expected, strict=True):
+            images, count = images_of(parts), sum(part["type"] == "image" for part in wanted)
+            checks.append({"images": len(images) == count} if count else {"text": self._is_right(task, parts, wanted)})
+            for image, target in zip(images, [next(targets) for _ in range(count)]):
+                checks.append(self._judge(sample, task, image, target))
+        names = dict.fromkeys(name for one in checks for name in one if name not in ("passed", "images"))
+        found = {name: [one[name] for one in checks if name in one] for name in names}
+        passed = all(one.get("passed", all(one.values())) for one in checks)
+        values = {"passed": passed, **{name: sum(values) / len(values) for name, values in found.items()}}
+        if task == "thinking" and len(expected[0]) > 1:
+            values["reasoning"] = split_reasoning(text_of(answer[0]))[1] == split_reasoning(text_of(expected[0]))[1]
+        return values
+
+    def summarize(self, answers: Iterable[tuple[Sample, Answer]]) -> dict[str, float]:
+        """Nothing beyond the means."""
+        return {}
+
+    def _judge(self, sample: Sample, task: str, image: Image.Image, target: Scene) -> dict[str, bool]:
+        if task != "edit":
+            return self.judge.judge_image(image, target)
+        source = images_of(sample.turns[0].messages[-1]["content"])[0]
+        return self.judge.judge_edit(image, sample.reference[1][0], target, source)
+
+    def _is_right(self, task: str, parts: list[Part], wanted: list[Part]) -> bool:
+        """A caption says all that there is, a question has one answer."""
+        text, right = text_of(parts), text_of(wanted)
+        if task != "caption":
+            return is_same(text, right)
+        said, true = (read_caption(self.sprites, words) for words in (text, right))
+        return said is not None and said.background == true.background and {*said.things} == {*true.things}
+
+
+def _ability(parts: list[Part]) -> str:
+    kinds = [part["type"] for part in parts]
+    if "image" not in kinds:
+        return "text"
+    if "text" not in kinds:
+        return "image"
+    return "think" if kinds == ["text", "image"] else "interleave"
