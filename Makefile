@@ -2,10 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-RUN ?= runs/shapes
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check docs kill-test train-shapes lint clean
+.PHONY: demo test check docs kill-test lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/nextflow-hf demo $(ARGS)
@@ -24,9 +23,6 @@ docs: $(VENV)/installed-docs
 # Twenty kills of each training and extraction, each compared bit for bit; minutes.
 kill-test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kill_test.py $(ARGS)
-
-train-shapes: $(VENV)/installed-train
-	$(VENV)/bin/python -m nextflow_hf.training.train_shapes --output-dir $(RUN) $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -41,9 +41,6 @@ DATA_KEYS = ("train_codes", "train_images", "train_data", "data", "sources", "pr
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
 )
-# What the card of a Shapes model needs from outside, and what it may get.
-SHAPES_REQUIRED = {"judge", "reconstruction_psnr"}
-SHAPES_OPTIONAL = {"pictures", "training", "repo_id"}
 
 
 def create_card(
@@ -236,61 +233,6 @@ def pipeline_facts(pipeline: NextFlowPipeline) -> dict[str, str]:
     }
 
 
-def shapes_card(pipeline: NextFlowPipeline, context: Mapping[str, Any]) -> ModelCard:
-    """
-    The card of a Shapes model, with its judge's tables.
-
-    Args:
-        context (`Mapping`):
-            `judge` (`dict`): `ShapesReport.to_dict()` of the evaluation. `reconstruction_psnr` (`float`): in dB, of
-            held-out pictures through the vision tokenizer. Optional: `pictures` (`dict` of captions by file names
-            relative to the repository), `training` (`str`, Markdown: how it was trained), `repo_id` (`str`).
-
-    Raises:
-        `ValueError`: where an entry is missing or unknown.
-    """
-    missing = sorted(SHAPES_REQUIRED - set(context))
-    unknown = sorted(set(context) - SHAPES_REQUIRED - SHAPES_OPTIONAL)
-    if missing or unknown:
-        raise ValueError(
-            f"context lacks {missing} and has unknown {unknown}, expected {sorted(SHAPES_REQUIRED)} and perhaps "
-            f"{sorted(SHAPES_OPTIONAL)}"
-        )
-    title = "NextFlow Shapes"
-    tasks = {
-        "prompt": ("text-to-image", "held-out prompts"),
-        "edit": ("image-to-image", "held-out edits"),
-        "caption": ("image-to-text", "captions of held-out pictures"),
-        "question": ("visual-question-answering", "questions about held-out pictures"),
-        "thinking": ("text-to-image", "implied prompts, thinking first"),
-        "direct": ("text-to-image", "implied prompts, drawn at once"),
-        "storyline": ("any-to-any", "held-out storylines"),
-        "example": ("image-to-image", "example pairs"),
-    }
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type="nextflow-shapes",
-            dataset_name=f"Shapes, {data}",
-            metric_type="accuracy",
-            metric_name="passed, mean of the categories",
-            metric_value=round(context["judge"][kind]["overall"], 4),
-        )
-        for kind, (task, data) in tasks.items()
-        if kind in context["judge"]
-    ]
-    return _render(
-        "shapes_card.md",
-        create_metadata("model", title, results, license="apache-2.0"),
-        title=title,
-        facts=pipeline_facts(pipeline)
-        | {"Reconstruction": f"{context['reconstruction_psnr']:.1f} dB PSNR on held-out pictures"},
-        limits="Five shapes, a handful of colours, up to four objects, short English sentences of the kinds above. "
-        "Other words and other\npictures as sources are outside of what it has seen.",
-        **{"pictures": None, "training": None, "repo_id": None, **context},
-    )
-
-
 def decoder_section(
     decoder: NextFlowDiffusionDecoderPipeline,
     *,
@@ -330,5 +272,4 @@ __all__ = [
     "decoder_section",
     "pipeline_facts",
     "run_card",
-    "shapes_card",
 ]

@@ -1,8 +1,8 @@
-"""Pictures from words, then the same pictures edited, by the shipped Shapes model:
+"""Images from words, then the same images edited, by the shipped Shapes model:
 
     nextflow-hf demo --output-dir demo_output
 
-Same seed, same pictures. Writes single PNGs and `contact_sheet.png`; under a minute on one CPU core.
+Same seed, same images. Writes single PNGs and `contact_sheet.png`; under a minute on one CPU core.
 """
 
 import argparse
@@ -26,22 +26,22 @@ PROMPTS = (
     "two purple circles in front of a pink background",
     "an orange circle in the top left corner",
 )
-# (index of the prompt whose picture is edited, instruction)
+# (index of the prompt whose image is edited, instruction)
 EDITS = (
     (2, "make the ring red"),
     (1, "change the background to white"),
     (4, "remove the red square"),
     (7, "add a blue square in the bottom right corner"),
 )
-TILE = 192  # pixels of a picture on the contact sheet
+TILE = 192  # pixels of an image on the contact sheet
 MARGIN = 12
 TEXT_HEIGHT = 40
-LINE_LENGTH = 27  # letters under a picture
+LINE_LENGTH = 27  # letters under an image
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nextflow-hf demo", description="Draw and edit pictures with the shipped Shapes model."
+        prog="nextflow-hf demo", description="Sample and edit images with the shipped Shapes model."
     )
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="default: %(default)s")
     parser.add_argument("--model", help="folder or Hub id of another NextFlowPipeline of that world")
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(
             f"nextflow-hf demo: {error}\nThis installation comes without the model: train one "
-            "(`python -m nextflow_hf.training.train_shapes`), or pass --model.",
+            "(`make -C examples/shapes`), or pass --model.",
             file=sys.stderr,
         )
         return 1
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def generators(count: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(args.seed * 1000 + index) for index in range(count)]
 
-    pipe.set_progress_bar_config(desc=f"{len(PROMPTS)} pictures, scale")
+    pipe.set_progress_bar_config(desc=f"{len(PROMPTS)} images, scale")
     drawn = pipe(list(PROMPTS), generator=generators(len(PROMPTS))).images
     pipe.set_progress_bar_config(desc=f"{len(EDITS)} edits, scale")
     sources = [drawn[index] for index, _ in EDITS]
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sheet = args.output_dir / "contact_sheet.png"
     write_file(sheet, contact_sheet(tiles).save)
     print(
-        f"{len(drawn)} pictures and {len(edited)} edits in {time.perf_counter() - start:.1f} s: "
+        f"{len(drawn)} images and {len(edited)} edits in {time.perf_counter() - start:.1f} s: "
         f"{sheet.resolve()} (and {len(files)} single files beside it)"
     )
     return 0
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def contact_sheet(tiles: list[tuple[list, str]], columns: int = 4):
     """
-    All tiles on one `PIL.Image.Image`, left to right, each one picture, or a picture and its edit with an arrow
+    All tiles on one `PIL.Image.Image`, left to right, each one image, or an image and its edit with an arrow
     between them, over its text.
     """
     from PIL import Image, ImageDraw

@@ -190,7 +190,7 @@ def test_reconstruction_is_what_the_tokenizer_gives_back(command_line, tmp_path,
         Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
     command_line.run("evaluate", "reconstruction", "model", "data=images", "--output-dir", "out")
     found = json.loads((tmp_path / "out" / "report.json").read_text())["groups"]["reconstruction"]
-    assert found["total"] == 3 and set(found["values"]) == {"psnr", "ssim", "gmsd"}
+    assert found["total"] == 3 and set(found["values"]) == {"psnr", "ssim", "gmsd", "sharpness"}
     processor, expected = pipe.processor.image_processor, []
     for pixels in values:
         inputs = processor(Image.fromarray(pixels), return_tensors="pt")

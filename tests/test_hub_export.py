@@ -12,18 +12,18 @@ from toy_pipeline import toy_pipeline
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from nextflow_hf import NextFlowDiffusionDecoderPipeline, NextFlowPipeline, cli, hub_cards
-from nextflow_hf.hub_cards.cards import create_card, decoder_section, pipeline_facts, shapes_card
+from nextflow_hf.hub_cards.cards import create_card, decoder_section, pipeline_facts
 from nextflow_hf.hub_cards.export import add_diffusion_decoder, cast_copy, export_pipeline
 
 
-ROW = {"passed": 19, "total": 20, "rate": 0.95, "interval": (0.764, 0.991), "checks": {}}
-JUDGE = {
-    "seed": 7,
-    "prompt": {"overall": 0.9512, "all": ROW, "categories": {"single_object": ROW, "counting": ROW}},
-    "edit": {"overall": 0.8123, "all": ROW, "categories": {"recolor": ROW}},
-}
+RESULT = EvalResult(
+    task_type="text-to-image",
+    dataset_type="toy/prompts",
+    dataset_name="Toy prompts",
+    metric_type="accuracy",
+    metric_value=0.6,
+)
 CARD = create_card("model", repo_id="toy/nextflow")
-CONTEXT = {"judge": JUDGE, "reconstruction_psnr": 27.345, "pictures": {"samples.png": "Samples"}}
 
 
 @pytest.fixture(autouse=True)
@@ -173,28 +173,6 @@ def read_card(card: ModelCard, tmp_path) -> tuple[dict, str]:
     return loaded.data.to_dict(), text
 
 
-def test_shapes_card(pipe, tmp_path):
-    metadata, card = read_card(shapes_card(pipe, CONTEXT), tmp_path)
-    assert metadata["pipeline_tag"] == "any-to-any" and metadata["library_name"] == "transformers"
-    assert metadata["license"] == "apache-2.0" and "text-to-image" in metadata["tags"]
-    (model,) = metadata["model-index"]
-    assert [result["metrics"][0]["value"] for result in model["results"]] == [0.9512, 0.8123]
-    assert [result["task"]["type"] for result in model["results"]] == ["text-to-image", "image-to-image"]
-    assert "| single object | 19 | 20 | 0.950 | 0.764 to 0.991 |\n| counting |" in card
-    assert "| **mean** | | | **0.951** | |\n\n| Editing |" in card
-    assert "27.3 dB" in card and "![Samples](samples.png)" in card
-    assert "16 x 16 pixels in 4 scales, 1, 2, 3, 4 cells wide: 30 codes" in card
-    assert "shapes_model_path()" in card
-    _, card = read_card(shapes_card(pipe, {**CONTEXT, "repo_id": "toy/shapes"}), tmp_path)
-    assert 'from_pretrained("toy/shapes"' in card and "shapes_model_path" not in card
-
-
-@pytest.mark.parametrize("context", [{}, {**CONTEXT, "scores": 1}])
-def test_context_of_the_shapes_card_is_checked(pipe, context):
-    with pytest.raises(ValueError, match="context lacks"):
-        shapes_card(pipe, context)
-
-
 KINDS = {
     "model": ("transformers", "any-to-any", "finetune"),
     "vision_tokenizer": ("transformers", "image-feature-extraction", None),
@@ -277,7 +255,7 @@ def test_demo(folder, tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--model", str(folder), "--output-dir", str(tmp_path / "first")]) == 0
     output = capsys.readouterr()
     assert str(tmp_path / "first" / "contact_sheet.png") in output.out
-    assert "8 pictures, scale" in output.err and "4 edits, scale" in output.err and "4x4" in output.err
+    assert "8 images, scale" in output.err and "4 edits, scale" in output.err and "4x4" in output.err
     files = sorted((tmp_path / "first").iterdir())
     assert len(files) == 13 and files[0].name == "01-a-red-circle.png"
     assert Image.open(files[0]).size == (64, 64)
@@ -296,7 +274,9 @@ def test_demo_without_the_model(monkeypatch, tmp_path, capsys):
 
 def test_a_diffusion_decoder_is_added(pipe, tmp_path):
     """Into its sub-folders, its place in the index and its section of the card; nothing else changes, nor twice."""
-    folder = export_pipeline(pipe, tmp_path / "toy", shapes_card(pipe, CONTEXT), dtype=torch.bfloat16)
+    folder = export_pipeline(
+        pipe, tmp_path / "toy", create_card("model", repo_id="toy/nextflow", results=[RESULT]), dtype=torch.bfloat16
+    )
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     decoder = toy_decoder_pipeline("unet", upscale_factor=2)
     decoder.register_modules(vision_tokenizer=cast_copy(pipe.vision_tokenizer, torch.bfloat16))

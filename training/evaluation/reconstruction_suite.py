@@ -1,4 +1,4 @@
-"""What a vision tokenizer makes of images: PSNR, SSIM and GMSD of each, and r-FID where features are named.
+"""What a vision tokenizer makes of images: PSNR, SSIM, GMSD and sharpness of each, and r-FID where features are named.
 
     nextflow-hf evaluate reconstruction MODEL data=path/to/images [count=1000] [resolution=512] [features=inception]
 
@@ -16,6 +16,7 @@ from ..data.description import load_images, read_description
 from .frechet import FeatureStatistics, frechet_distance, load_feature_model
 from .reconstruction import (
     SSIM_WINDOW,
+    edge_steepness,
     gradient_similarity_deviation,
     peak_signal_to_noise,
     structural_similarity,
@@ -55,6 +56,7 @@ class ReconstructionSuite:
         values = {
             "psnr": peak_signal_to_noise(decoded, true),
             "gmsd": gradient_similarity_deviation(decoded, true),
+            "sharpness": edge_steepness(decoded) / edge_steepness(true).clamp(min=1e-8),
         }
         if min(true.shape[2:]) >= SSIM_WINDOW:
             values["ssim"] = structural_similarity(decoded, true)

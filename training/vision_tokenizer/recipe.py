@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, Siglip2Model, Siglip2VisionModel
 
+from ...conversion.assemble import load_vision_tokenizer
 from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.recipe import check_fields
 from ..data.description import load_images, read_description
 from ..data.images import NextFlowImageDataset
-from ..evaluation.reconstruction_report import load_vision_tokenizer
 
 
 @dataclass
