@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..commands import drawing, loading, records
+from ..commands import images, loading, options, records
 from ..commands.console import Console, run
 from ..commands.options import SHIPPED_MODEL, add_model_options, new_parser
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from .. import NextFlowPipeline
-    from .studio import Drawing
+    from .studio import ImageRequest
 
 # For the shipped model.
 TALKS = (
@@ -78,16 +78,19 @@ def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {}
 
 
-def saver(args: argparse.Namespace, pipe: "NextFlowPipeline") -> "Callable[[PIL.Image.Image, Path, Drawing], None]":
+def saver(
+    args: argparse.Namespace, pipe: "NextFlowPipeline"
+) -> "Callable[[PIL.Image.Image, Path, ImageRequest], None]":
     """Writes a drawn image with its record: `nextflow-hf generate --from-image`, or `edit`, draws it again."""
     args.no_metadata = False
     modules = loading.drawing_modules(pipe)
     recorders = {
-        command: records.Recorder(command, args, drawing.RECORDED, modules) for command in ("generate", "edit")
+        command: records.Recorder(command, args, images.RECORDED, modules) for command in ("generate", "edit")
     }
 
-    def save(image: "PIL.Image.Image", path: Path, drawn: "Drawing") -> None:
-        settings = {**pipe.get_image_settings(), **drawn.settings}
+    def save(image: "PIL.Image.Image", path: Path, drawn: "ImageRequest") -> None:
+        own = pipe.get_image_settings()
+        settings = {**{name: own[name] for name in options.SAMPLING}, **drawn.settings}
         recorders["edit" if drawn.references else "generate"].save(
             image,
             path,

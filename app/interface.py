@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 
 from ..atomic import write_file
-from .studio import Drawing, Studio
+from .studio import ImageRequest, Studio
 from .uploads import FILE_TYPES, check_images
 
 
@@ -47,7 +47,7 @@ class App:
         studio: Studio,
         folder: str,
         *,
-        save: Callable[[Any, Path, Drawing], None] | None = None,
+        save: Callable[[Any, Path, ImageRequest], None] | None = None,
         name: str = "",
         prompts: Sequence[str] = (),
         talks: Sequence[str] = (),
@@ -61,7 +61,7 @@ class App:
 
     # ---- drawing
 
-    def draw(
+    def generate(
         self,
         prompt: str,
         references: list[tuple[str, str | None]] | None,
@@ -71,7 +71,7 @@ class App:
         image_guidance: float,
         aspect_ratio: str | None,
         resolution: int | None,
-        history: list[tuple[str, Drawing]],
+        history: list[tuple[str, ImageRequest]],
         request: gr.Request,
     ) -> Iterator[tuple]:
         """(image, status, scales, seed, history, gallery), after each scale and at the end."""
@@ -80,7 +80,7 @@ class App:
             raise gr.Error("Say what to draw or, with reference images, what to change.", title="No prompt")
         if is_random or seed is None:
             seed = secrets.randbelow(SEEDS)
-        drawing = Drawing(
+        drawing = ImageRequest(
             prompt=prompt.strip(),
             references=tuple(paths),
             seed=int(seed),
@@ -94,7 +94,7 @@ class App:
         previews, last = [], None
         try:
             check_images(paths)
-            for last in self.studio.draw(drawing, owner=request.session_hash):
+            for last in self.studio.generate(drawing, owner=request.session_hash):
                 previews.append((last.images[0], last.grid))
                 height, width = last.grid
                 status = f"Scale {last.scale} of {last.num_scales}: {width} × {height} cells"
@@ -113,7 +113,7 @@ class App:
         status = f"{image.width} × {image.height} pixels, seed {drawing.seed}, {time.perf_counter() - begun:.1f} s"
         yield path, status, gr.skip(), gr.skip(), history, gallery_of(history)
 
-    def recall(self, history: list[tuple[str, Drawing]], event: gr.SelectData) -> tuple:
+    def recall(self, history: list[tuple[str, ImageRequest]], event: gr.SelectData) -> tuple:
         """The settings of an image of the history, back in their fields, and the image."""
         path, drawing = history[event.index]
         return (
@@ -188,7 +188,7 @@ class App:
         if not self.studio.stop(request.session_hash):
             gr.Info("Nothing of yours is being drawn or written.", title="Stop")
 
-    def _save(self, image: Any, drawing: Drawing | None = None) -> str:
+    def _save(self, image: Any, drawing: ImageRequest | None = None) -> str:
         path = self.folder / f"{uuid.uuid4().hex}.png"
         if drawing is not None and self.save is not None:
             self.save(image, path, drawing)
@@ -291,7 +291,7 @@ class App:
         fields = [prompt, references, seed, is_random, guidance, image_guidance, aspect_ratio, resolution]
         gr.on(
             [draw.click, prompt.submit],
-            self.draw,
+            self.generate,
             [*fields, history],
             [image, status, scales, seed, history, gallery],
             show_progress="minimal",
@@ -401,7 +401,7 @@ def paths_of(gallery: list[tuple[str, str | None]] | None) -> list[str]:
     return [path for path, _ in gallery or ()]
 
 
-def gallery_of(history: list[tuple[str, Drawing]]) -> list[tuple[str, str]]:
+def gallery_of(history: list[tuple[str, ImageRequest]]) -> list[tuple[str, str]]:
     return [(path, drawing.prompt[:80]) for path, drawing in history]
 
 

@@ -18,7 +18,7 @@ SMALL = 256  # sides below it are shown enlarged, pixel by pixel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ImageRequest:
     """How one image was drawn; `None` is the model's own. The same settings draw it again."""
 
     prompt: str
@@ -96,15 +96,15 @@ class Studio:
 
     # ---- what it does
 
-    def draw(self, drawing: Drawing, *, owner: Any = None) -> Iterator[Any]:
+    def generate(self, request: ImageRequest, *, owner: Any = None) -> Iterator[Any]:
         """The image after each scale, as [`~NextFlowPipeline.preview`] gives it, without and with reference images."""
-        references = list(drawing.references)
+        references = list(request.references)
         return self._in_turn(
             lambda: self.pipe.preview(
-                drawing.prompt,
+                request.prompt,
                 image=references or None,
-                generator=torch.Generator().manual_seed(drawing.seed),
-                **drawing.settings,
+                generator=torch.Generator().manual_seed(request.seed),
+                **request.settings,
             ),
             owner,
         )

@@ -32,7 +32,7 @@ RECORDED = (*options.MODEL, "messages", "seed")
 HELP = """\
 a line of text    says it
 /image FILE       shows an image with the next line
-/draw TEXT        asks for an image as the answer
+/generate TEXT    asks for an image as the answer
 /quit             ends (so does the end of input)"""
 
 
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_conversation_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument("--seed", type=int, help="of what is sampled; default: a random one")
-    parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="where /draw saves images; default: here")
+    parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="where /generate saves images; default: here")
     parser.add_argument("--no-metadata", action="store_true", help="save images without how they were made")
     options.add_writing_options(parser)
     options.add_model_options(parser)
@@ -106,8 +106,8 @@ class Talk:
         text = text.strip()
         if command == "/image" and text:
             self.shown.append(existing_file(Path(text)))
-        elif command == "/draw" and text:
-            self._draw(text)
+        elif command == "/generate" and text:
+            self._generate(text)
         elif command.startswith("/"):
             self.console.warn(HELP)
         else:
@@ -118,8 +118,8 @@ class Talk:
             self.console.show("")
             self._note({"prompt": line, "answer": answer})
 
-    def _draw(self, text: str) -> None:
-        image = self.conversation.draw(text, self.shown, generator=self.generator)
+    def _generate(self, text: str) -> None:
+        image = self.conversation.generate_image(text, self.shown, generator=self.generator)
         path = self.output.path(text, self.args.seed)
         self.recorder.save(image, path, messages=_without_drawn(self.conversation.messages))
         self.console.show(str(path))

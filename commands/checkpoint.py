@@ -18,7 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ..modeling_nextflow.generation_configuration_nextflow import IMAGE_DEFAULTS, NextFlowGenerationConfig
+from ..modeling_nextflow.generation_configuration_nextflow import (
+    CONFIG_NAMES,
+    IMAGE_DEFAULTS,
+    NextFlowGenerationConfig,
+)
 from ..processing.image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing.scale_schedule_nextflow import num_cells
 from .folders import HUB_ID, kind_of, read_run
@@ -225,7 +229,7 @@ def _drawing_defaults(folder: Path) -> dict[str, Any]:
     if not (folder / "generation_config.json").is_file():
         return dict(IMAGE_DEFAULTS)
     config = NextFlowGenerationConfig.from_pretrained(folder)
-    given = {name: getattr(config, f"image_{name}") for name in IMAGE_DEFAULTS}
+    given = {name: getattr(config, own) for name, own in CONFIG_NAMES.items()}
     return {name: IMAGE_DEFAULTS[name] if value is None else value for name, value in given.items()}
 
 

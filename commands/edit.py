@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import Console, run
-from .drawing import add_drawing_options, draw
+from .images import add_image_options, generate_images
 from .options import new_parser, one_text, per_scale
 
 
@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mask-image", type=Path, metavar="FILE", help="draw the first image anew where it is white")
     parser.add_argument("--mask-coverage", type=float, metavar="X", help="share of a coarse cell that is to be white")
-    add_drawing_options(parser)
+    add_image_options(parser)
     return parser
 
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def edit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not args.image and args.from_image is None:
         raise ValueError("got no image: name what to change with --image (or draw with `nextflow-hf generate`)")
-    return draw(args, console)
+    return generate_images(args, console)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .console import run
-from .drawing import add_drawing_options, draw
+from .images import add_image_options, generate_images
 from .options import new_parser, one_text
 
 
@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a conversation as JSON (-: standard input), whose next answer is the image: shows it examples",
     )
-    add_drawing_options(parser)
+    add_image_options(parser)
     return parser
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     args.image = None
     args.prompt = one_text(args.prompt, "generate")
-    return run("generate", args, draw)
+    return run("generate", args, generate_images)
 
 
 if __name__ == "__main__":

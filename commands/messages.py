@@ -19,7 +19,7 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
         messages = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    from ..processing.message_checks_nextflow import as_conversations
+    from ..processing.messages_nextflow import as_conversations
 
     try:
         conversations, _ = as_conversations(messages)

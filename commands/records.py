@@ -278,7 +278,8 @@ def call_settings(args: argparse.Namespace, names: Iterable[str], pipe: "NextFlo
     whatever the model's defaults become.
     """
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    return given | pipe.get_image_settings(**{name: given.get(name) for name in options.SAMPLING})
+    own = pipe.get_image_settings(**{name: given.get(name) for name in options.SAMPLING})
+    return given | {name: own[name] for name in options.SAMPLING}
 
 
 def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Recalled | None:

@@ -43,31 +43,13 @@ def get_attention_mask(
         past_key_values = None
     text_positions = position_ids[0] if position_ids is not None and len(position_ids) == 4 else None
     has_blocks = is_causal and layout is not None and bool(layout.is_cell.any())
-
-    implementation = config._attn_implementation
-    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-    if implementation == "flex_attention" and is_static:
-        raise ValueError(
-            "flex_attention reads the length of a static cache only after it has grown, and masks by it: use 'sdpa' "
-            "or 'eager' with a static cache, or flex_attention with a dynamic one"
-        )
+    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     # Flash kernels know padding and causality, and an implementation without a mask function gets no mask at all.
     if mask_function is None or mask_function is flash_attention_mask:
-        if has_blocks:
-            _refuse(implementation, "the cells of a scale, which see each other")
-        if attention_mask is not None and attention_mask.ndim == 4:
-            _refuse(implementation, "a 4D attention_mask")
-        may_be_packed = attention_mask is None and past_key_values is None and text_positions is not None
-        if may_be_packed and len(text_positions) > 1 and find_packed_sequence_indices(text_positions) is not None:
-            _refuse(implementation, f"packed documents in {len(text_positions)} rows; it can in one row")
-
-    takes_padding_only = mask_function is flash_attention_mask
-    if is_static and attention_mask is None and (takes_padding_only or not is_causal):
-        # Nothing was written yet to the other slots. Flash kernels cut the keys to the mask's length instead.
-        length = past_length + inputs_embeds.shape[1]
-        slots, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
-        written = torch.arange(int(length) if takes_padding_only else slots, device=inputs_embeds.device) < length
-        attention_mask = written.expand(len(inputs_embeds), -1)
+        packed = text_positions if attention_mask is None and past_key_values is None else None
+        _check_needs_no_mask(config._attn_implementation, has_blocks, attention_mask, packed)
+    if is_static:
+        attention_mask = _mask_of_static_cache(config, inputs_embeds, attention_mask, past_key_values, is_causal)
     if not is_causal and attention_mask is None:
         return None
     arguments = {
@@ -82,8 +64,44 @@ def get_attention_mask(
     return create_causal_mask(**arguments, position_ids=text_positions, block_sequence_ids=block_ids)
 
 
+def _check_needs_no_mask(
+    implementation: str, has_blocks: bool, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
+) -> None:
+    """Raises `ValueError` where an implementation that takes no mask would need one. `positions` may be packed."""
+    if has_blocks:
+        _refuse(implementation, "the cells of a scale, which see each other")
+    if attention_mask is not None and attention_mask.ndim == 4:
+        _refuse(implementation, "a 4D attention_mask")
+    if positions is not None and len(positions) > 1 and find_packed_sequence_indices(positions) is not None:
+        _refuse(implementation, f"packed documents in {len(positions)} rows; it can in one row")
+
+
+def _mask_of_static_cache(
+    config: NextFlowConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache,
+    is_causal: bool,
+) -> torch.Tensor | None:
+    """`attention_mask`, else one that hides the slots of a static cache that are not written yet, where it must."""
+    implementation = config._attn_implementation
+    if implementation == "flex_attention":
+        raise ValueError(
+            "flex_attention reads the length of a static cache only after it has grown, and masks by it: use 'sdpa' "
+            "or 'eager' with a static cache, or flex_attention with a dynamic one"
+        )
+    # Flash kernels cut the keys to the mask's length.
+    takes_padding_only = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) is flash_attention_mask
+    if attention_mask is not None or (is_causal and not takes_padding_only):
+        return attention_mask
+    length = cache.get_seq_length() + inputs_embeds.shape[1]
+    slots, _ = cache.get_mask_sizes(inputs_embeds.shape[1], 0)
+    written = torch.arange(int(length) if takes_padding_only else slots, device=inputs_embeds.device) < length
+    return written.expand(len(inputs_embeds), -1)
+
+
 def _refuse(implementation: str, pattern: str) -> None:
     raise ValueError(
         f"{implementation!r} takes no custom mask, so it would attend causally. It cannot express {pattern}: use "
-        "'flex_attention' (for training, on a GPU), 'sdpa' or 'eager'. Text, and drawing from it, need no mask"
+        "'flex_attention' (for training, on a GPU), 'sdpa' or 'eager'. Text, and images from text, need no mask"
     )

@@ -318,6 +318,11 @@ class NextFlowConfig(Qwen2Config):
         return {} if self.vision_tokenizer_config is None else super().sub_configs
 
     @property
+    def code_vocabulary(self) -> slice:
+        """Tokens of the image codes, in their order."""
+        return slice(self.text_vocab_size, self.text_vocab_size + self.codebook_size)
+
+    @property
     def image_vocabulary(self) -> slice:
         """Tokens that are no text: the image codes, `<boi>` and `<eoi>`. What a resize adds comes after them."""
         return slice(self.text_vocab_size, self.text_vocab_size + self.codebook_size + 2)

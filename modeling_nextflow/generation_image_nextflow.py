@@ -4,7 +4,7 @@ Reads a list of [`ScaleStep`] and rows whose `<boi>` the cache holds; knows neit
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -14,11 +14,10 @@ from transformers.cache_utils import DynamicCache
 
 from .configuration_nextflow import NextFlowConfig
 from .grids_nextflow import check_codes
-from .rope_nextflow import cell_coordinates
-from .sampling_nextflow import ScaleStep, fill_codes, guide, largest_score, sample_codes
+from .sampling_nextflow import PerScale, ScaleStep, largest_score
 
 
-DrawingCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
+ScaleCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
 
 # Tokens from which on a pass is bound by arithmetic, and no longer by starting its kernels: two such passes cost no
 # more than one of both, and save the mask.
@@ -46,7 +45,7 @@ class PromptRows:
 
 
 @dataclass
-class DrawnScale:
+class SampledScale:
     """
     What is there after a scale was drawn.
 
@@ -68,9 +67,19 @@ class DrawnScale:
     def step(self) -> ScaleStep:
         return self.plan[self.index]
 
+    def change_guidance(self, guidance_scale: PerScale, image_guidance_scale: PerScale) -> None:
+        """Sample the scales to come with other guidance: a number, or a list with an entry for each scale."""
+        for index in range(self.index + 1, len(self.plan)):
+            scales = [
+                value[index] if isinstance(value, (list, tuple)) else value
+                for value in (guidance_scale, image_guidance_scale)
+            ]
+            text, image = (1.0 if scale is None else scale for scale in scales)
+            self.plan[index] = replace(self.plan[index], guidance_scale=text, image_guidance_scale=image)
+
 
 @dataclass
-class DrawingRows:
+class ImageRows:
     """
     Rows of one cache while images are drawn on them.
 
@@ -79,7 +88,7 @@ class DrawingRows:
         mask: (rows, cached), 0 at padding; `None` where no row has any.
         boi_position: (rows, 1), place of `<boi>` on the first rotary axis.
         hidden_states: (rows, cells, hidden) of the last block; its scale's codes are read off them.
-        drawing: Indices of the rows that draw, `None` for all. The others get padding.
+        drawing: Indices of the rows that have an image, `None` for all. The others get padding.
         padding: Tokens of padding before each row; `None` where the cache is not for the drawing alone.
     """
 
@@ -91,23 +100,23 @@ class DrawingRows:
     padding: list[int] | None = None
 
     @property
-    def drawing_states(self) -> torch.FloatTensor:
+    def image_states(self) -> torch.FloatTensor:
         return self.hidden_states if self.drawing is None else self.hidden_states[self.drawing]
 
     @property
-    def num_drawing(self) -> int:
+    def num_images(self) -> int:
         return len(self.boi_position if self.drawing is None else self.drawing)
 
-    def first(self, count: int) -> "DrawingRows":
+    def first(self, count: int) -> "ImageRows":
         """Only the first `count` rows that draw; the cache is cut in place."""
-        if self.num_drawing <= count:
+        if self.num_images <= count:
             return self
         self.cache.batch_select_indices(torch.arange(count, device=self.boi_position.device))
         mask = None if self.mask is None else self.mask[:count]
         padding = None if self.padding is None else self.padding[:count]
-        return DrawingRows(self.cache, mask, self.boi_position[:count], self.hidden_states[:count], padding=padding)
+        return ImageRows(self.cache, mask, self.boi_position[:count], self.hidden_states[:count], padding=padding)
 
-    def split(self, cells: int) -> list["DrawingRows"]:
+    def split(self, cells: int) -> list["ImageRows"]:
         """The same rows in caches without padding, which need no mask, where blocks of `cells` are worth it."""
         if self.mask is None or self.padding is None:
             return [self]
@@ -118,7 +127,7 @@ class DrawingRows:
         for padding, count in runs:
             rows = slice(start, start + count)
             data = [(layer.keys[rows, :, padding:], layer.values[rows, :, padding:]) for layer in self.cache.layers]
-            parts.append(DrawingRows(DynamicCache(data), None, self.boi_position[rows]))
+            parts.append(ImageRows(DynamicCache(data), None, self.boi_position[rows]))
             start += count
         return parts
 
@@ -141,7 +150,7 @@ class DrawingRows:
         ).last_hidden_state
 
 
-def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> DrawingRows:
+def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> ImageRows:
     """Prompts that end in `<boi>`, in a cache of their own."""
     padding = (rows.attention_mask == 0).sum(1).tolist()
     mask = rows.attention_mask if any(padding) else None
@@ -158,10 +167,10 @@ def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> DrawingRows:
         past_key_values=cache,
         use_cache=True,
     )
-    return DrawingRows(cache, mask, position_ids[1, :, -1:], outputs.last_hidden_state[:, -1:], padding=padding)
+    return ImageRows(cache, mask, position_ids[1, :, -1:], outputs.last_hidden_state[:, -1:], padding=padding)
 
 
-def begin_images(model: PreTrainedModel, rows: DrawingRows, image_grids: torch.LongTensor) -> None:
+def begin_images(model: PreTrainedModel, rows: ImageRows, image_grids: torch.LongTensor) -> None:
     """Run the `<boi>` of every image (images, max_scales, 2) on top of the rows that draw it."""
     tokens = torch.full((len(image_grids), 1), model.config.boi_token_id, device=image_grids.device)
     layout = model.model.get_image_layout(tokens, image_grids)
@@ -170,14 +179,14 @@ def begin_images(model: PreTrainedModel, rows: DrawingRows, image_grids: torch.L
 
 
 @torch.no_grad()
-def draw_scales(
+def sample_scales(
     model: PreTrainedModel,
-    row_sets: list[DrawingRows],
+    row_sets: list[ImageRows],
     plan: Sequence[ScaleStep],
     image_grids: torch.LongTensor,
     generators: Sequence[torch.Generator | None],
     prefix: Sequence[tuple[torch.LongTensor, torch.BoolTensor | None]] = (),
-) -> Iterator[DrawnScale]:
+) -> Iterator[SampledScale]:
     """
     Draw images that share one schedule, `image_grids` (images, max_scales, 2), scale by scale.
 
@@ -196,24 +205,18 @@ def draw_scales(
     unchecked = {}
     for index in range(len(grids)):
         step = plan[index]
-        states = [rows.drawing_states for rows in row_sets]
+        states = [rows.image_states for rows in row_sets]
         given, is_given = prefix[index] if index < len(prefix) else (None, None)
         if given is not None and is_given is None:
-            drawn = given
+            sampled = given
         else:
-            logits = torch.cat([model.image_logits(rows) for rows in states]).float()
-            logits, unconditional, imageless, *_ = [*logits.split(batch), None, None]
-            scales = {"scale": step.guidance_scale, "source_scale": step.source_guidance_scale}
-            logits = guide(logits, unconditional, imageless=imageless, **scales)
+            logits = model.guided_logits(states, step, batch)
             unchecked[index] = largest_score(logits, step)
-            if given is None:
-                drawn = sample_codes(logits, step, generators)
-            else:
-                drawn = fill_codes(logits, step, generators, given, is_given)
-        codes = torch.cat([codes, drawn], dim=1)
+            sampled = model.sample_scale(logits, step, generators, given, is_given)
+        codes = torch.cat([codes, sampled], dim=1)
         if _is_synchronous(codes.device) or index + 1 == len(plan):
             _check_finite(unchecked, plan)
-        scale = DrawnScale(index, codes, plan)
+        scale = SampledScale(index, codes, plan)
         yield scale
         if scale.image_codes is not codes:
             codes = _replaced(codes, scale.image_codes.to(codes.device), model.config.codebook_size)
@@ -221,22 +224,21 @@ def draw_scales(
             _check_finite(unchecked, plan)  # where the plan was cut short
             return
         needed = batch * max(later.num_conditions for later in plan[index + 1 :])
-        cells = drawn.shape[1]
-        embeds = model.model.embed_scale(codes[:, -cells:], image_grids, scale=index + 2, grids=grids)
+        embeds = model.embed_next_scale(codes, image_grids, grids)
         row_sets = [part for rows in first_rows(row_sets, needed) for part in rows.split(embeds.shape[1])]
         image_of_row = torch.arange(needed, device=codes.device) % batch
-        for rows, images in zip(row_sets, image_of_row.split([rows.num_drawing for rows in row_sets])):
-            position_ids = block_position_ids(rows.boi_position + index + 1, grids[index + 1], model)
+        for rows, images in zip(row_sets, image_of_row.split([rows.num_images for rows in row_sets])):
+            position_ids = model.get_block_position_ids(rows.boi_position + index + 1, grids[index + 1])
             rows.append(model, embeds[images], position_ids)
 
 
-def first_rows(row_sets: list[DrawingRows], count: int) -> list[DrawingRows]:
+def first_rows(row_sets: list[ImageRows], count: int) -> list[ImageRows]:
     """Those of `row_sets` that hold the first `count` rows that draw."""
     kept = []
     for rows in row_sets:
         if count > 0:
             kept.append(rows.first(count))
-            count -= kept[-1].num_drawing
+            count -= kept[-1].num_images
     return kept
 
 
@@ -266,20 +268,11 @@ def _replaced(codes: torch.LongTensor, others: torch.LongTensor, codebook_size: 
     return check_codes(others, codebook_size)
 
 
-def draw_images(*args, **kwargs) -> torch.LongTensor:
-    """Codes (images, codes) of whole images; arguments as [`draw_scales`]."""
-    for scale in draw_scales(*args, **kwargs):
+def sample_images(*args, **kwargs) -> torch.LongTensor:
+    """Codes (images, codes) of whole images; arguments as [`sample_scales`]."""
+    for scale in sample_scales(*args, **kwargs):
         codes = scale.image_codes
     return codes
-
-
-def block_position_ids(axis: torch.FloatTensor, grid: tuple[int, int], model: PreTrainedModel) -> torch.FloatTensor:
-    """Rotary positions (3, rows, cells) of a block whose step on the first axis is `axis` (rows, 1)."""
-    cell = torch.arange(grid[0] * grid[1], device=axis.device)
-    height, width = (torch.tensor(side, device=axis.device) for side in grid)
-    row, column = cell_coordinates(cell // width, cell % width, height, width, extent=model.config.spatial_rope_extent)
-    axis = axis.expand(-1, len(cell))
-    return torch.stack([axis, row.expand_as(axis), column.expand_as(axis)])
 
 
 def schedule_of(image_grids: torch.LongTensor) -> list[tuple[int, int]]:
@@ -296,9 +289,7 @@ def split_prefix(
 ) -> list[tuple[torch.LongTensor, torch.BoolTensor | None]]:
     """Codes (batch, codes) of the first scales, and which are taken as they are, scale by scale."""
     if codes is None:
-        if mask is not None:
-            raise ValueError("prefix_mask is given without prefix_codes, expected both or prefix_codes alone")
-        return []
+        raise ValueError("prefix_mask is given without prefix_codes, expected both or prefix_codes alone")
     ends = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist()
     if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
         raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
@@ -313,7 +304,7 @@ def split_prefix(
     return list(zip(scales, masks))
 
 
-def drawn_schedule(image_grids: torch.LongTensor) -> torch.LongTensor:
+def target_schedule(image_grids: torch.LongTensor) -> torch.LongTensor:
     """The row (max_scales, 2) for an image to draw like a given one, whose last grid may stand there twice to show the
     codes of its last scale."""
     grids = schedule_of(image_grids)
@@ -337,19 +328,14 @@ def repeat_rows(rows: PromptRows, batch: int) -> PromptRows:
     )
 
 
-def stack_rows(first: PromptRows, second: PromptRows, *, pad_token_id: int) -> PromptRows:
-    """The rows of `first`, then those of `second`, left-padded to one length."""
-    length = max(first.input_ids.shape[1], second.input_ids.shape[1])
-
-    def stack(name: str, value: int) -> torch.LongTensor:
-        tensors = [getattr(rows, name) for rows in (first, second)]
-        return torch.cat([F.pad(tensor, (length - tensor.shape[1], 0), value=value) for tensor in tensors])
-
+def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int) -> PromptRows:
+    """The rows of all parts, one part after the other, left-padded to one length."""
+    missing = [max(rows.input_ids.shape[1] for rows in parts) - rows.input_ids.shape[1] for rows in parts]
     return PromptRows(
-        stack("input_ids", pad_token_id),
-        stack("attention_mask", 0),
-        torch.cat([first.image_codes, second.image_codes]),
-        torch.cat([first.image_grids, second.image_grids]),
+        torch.cat([F.pad(rows.input_ids, (more, 0), value=pad_token_id) for rows, more in zip(parts, missing)]),
+        torch.cat([F.pad(rows.attention_mask, (more, 0)) for rows, more in zip(parts, missing)]),
+        torch.cat([rows.image_codes for rows in parts]),
+        torch.cat([rows.image_grids for rows in parts]),
     )
 
 
@@ -374,14 +360,13 @@ def split_images(
 
 
 __all__ = [
-    "DrawingCallback",
-    "DrawingRows",
-    "DrawnScale",
+    "ScaleCallback",
+    "ImageRows",
+    "SampledScale",
     "PromptRows",
     "begin_images",
-    "block_position_ids",
-    "draw_images",
-    "draw_scales",
+    "sample_images",
+    "sample_scales",
     "prefill_rows",
     "repeat_rows",
     "schedule_of",

@@ -18,12 +18,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from .generation_image_nextflow import (
-    DrawingRows,
+    ImageRows,
     PromptRows,
     begin_images,
     check_context,
-    draw_images,
     prefill_rows,
+    sample_images,
     schedule_of,
     split_images,
 )
@@ -97,7 +97,7 @@ class TextStreamer(BaseStreamer):
 
 
 @dataclass
-class Drawing:
+class ImagePlan:
     """How the images of an answer are drawn.
 
     Attributes:
@@ -159,14 +159,12 @@ class _Answers:
         self.is_pending = torch.zeros_like(self.is_pending)
         return outputs.logits[:, -1]
 
-    def draw(self, rows: torch.LongTensor, drawing: Drawing) -> list[torch.LongTensor]:
+    def draw(self, rows: torch.LongTensor, drawing: ImagePlan) -> list[torch.LongTensor]:
         """The images of `rows`, which share one schedule and end in a `<boi>` that has not run yet."""
         target_grids = drawing.target_grids[rows]
         grids = schedule_of(target_grids[0])
         plan = drawing.plan_for(grids)
-        own = DrawingRows(
-            self.cache, self.mask, self.position, drawing=None if len(rows) == len(self.length) else rows
-        )
+        own = ImageRows(self.cache, self.mask, self.position, drawing=None if len(rows) == len(self.length) else rows)
         begin_images(self.model, own, target_grids)
         row_sets = [own]
         if any(step.guidance_scale != 1 for step in plan):
@@ -174,7 +172,7 @@ class _Answers:
             cells = sum(height * width for height, width in grids[1:])
             check_context(self.model.config, int(negative.attention_mask.sum(1).max()), cells)
             row_sets.append(prefill_rows(self.model, negative))
-        codes = draw_images(self.model, row_sets, plan, target_grids, [drawing.generators[row] for row in rows])
+        codes = sample_images(self.model, row_sets, plan, target_grids, [drawing.generators[row] for row in rows])
         self.mask = own.mask
         for row, image_codes, image_grids in zip(rows.tolist(), codes, target_grids):
             self.images[row].append((image_codes, image_grids))
@@ -243,7 +241,7 @@ def generate_interleaved(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     *,
-    drawing: Drawing,
+    drawing: ImagePlan,
     streamer: TextStreamer | None = None,
     **model_kwargs: Any,
 ) -> NextFlowInterleavedGenerationOutput:
@@ -380,4 +378,4 @@ def _close_gaps(cache: DynamicCache, mask: torch.LongTensor, prompt_length: int,
         layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
 
 
-__all__ = ["Drawing", "NextFlowInterleavedGenerationOutput", "TextStreamer", "generate_interleaved"]
+__all__ = ["ImagePlan", "NextFlowInterleavedGenerationOutput", "TextStreamer", "generate_interleaved"]

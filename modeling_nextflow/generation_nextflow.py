@@ -17,29 +17,37 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.utils import ModelOutput, logging
 
 from .attention_nextflow import get_attention_mask
-from .generation_configuration_nextflow import DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS, NextFlowGenerationConfig
+from .generation_configuration_nextflow import (
+    CONFIG_NAMES,
+    DEFAULT_MAX_IMAGES,
+    IMAGE_DEFAULTS,
+    NextFlowGenerationConfig,
+    refuse_config,
+    refuse_options,
+    refuse_text_settings,
+)
 from .generation_image_nextflow import (
-    DrawingCallback,
-    DrawnScale,
     PromptRows,
+    SampledScale,
+    ScaleCallback,
     check_context,
-    draw_scales,
-    drawn_schedule,
     prefill_rows,
     repeat_rows,
+    sample_scales,
     schedule_of,
     split_images,
     split_prefix,
     stack_rows,
+    target_schedule,
 )
 from .generation_interleaved_nextflow import (
-    Drawing,
+    ImagePlan,
     NextFlowInterleavedGenerationOutput,
     TextStreamer,
     generate_interleaved,
 )
-from .generation_refusals_nextflow import refuse_config, refuse_options, refuse_text_settings
-from .sampling_nextflow import PerScale, ScaleStep, guide, sample_codes, scale_plan
+from .interface_nextflow import NextFlowSamplingInterface
+from .sampling_nextflow import PerScale, ScaleStep, guide, guides, sample_codes, scale_plan
 
 
 logger = logging.get_logger(__name__)
@@ -79,13 +87,16 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         return scores
 
 
-class NextFlowGenerationMixin(GenerationMixin):
+class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
     """`generate` in three modes, and [`~NextFlowGenerationMixin.generate_images`]."""
 
-    def adjust_generation_fn(self, *args, **kwargs) -> None:
-        # Overwritten: what transformers loads is a plain `GenerationConfig`.
-        super().adjust_generation_fn(*args, **kwargs)
-        self.generation_config = NextFlowGenerationConfig.from_plain(self.generation_config)
+    def adjust_generation_fn(self, generation_config: GenerationConfig | None = None, *args, **kwargs) -> None:
+        # Overwritten: what transformers loads is a plain `GenerationConfig`, with the names that its file has.
+        if generation_config is not None:
+            generation_config = NextFlowGenerationConfig.from_plain(generation_config)
+        super().adjust_generation_fn(generation_config, *args, **kwargs)
+        found = {**self.generation_config.to_dict(), "_from_model_config": None}
+        self.generation_config = NextFlowGenerationConfig.from_dict(found)
 
     @torch.no_grad()
     def generate(
@@ -103,8 +114,9 @@ class NextFlowGenerationMixin(GenerationMixin):
 
         Args:
             inputs, generation_config, logits_processor, stopping_criteria, kwargs:
-                As in transformers' `generate`, in text mode all of it. `image_guidance_scale`, `image_temperature`,
-                ... and `max_images` are settings like any other, see [`NextFlowGenerationConfig`].
+                As in transformers' `generate`, in text mode all of it. `guidance_scale`, `image_temperature`, ... and
+                `max_images` are settings like any other, see [`NextFlowGenerationConfig`]. In text mode the
+                generation config's `guidance_scale`, that of images, is not used: only the call's guides text.
             generation_mode (`str`, *optional*, defaults to `"text"`):
                 - `"text"`: tokens, or transformers' output class.
                 - `"image"`: one image a prompt, see [`~NextFlowGenerationMixin.generate_images`] for the arguments.
@@ -117,7 +129,7 @@ class NextFlowGenerationMixin(GenerationMixin):
                 Schedules of the images to draw, where no row of `image_grids` says so. Defaults to that of the last
                 image of the prompt, then to `image_target_grids` of the generation config.
             negative_input_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
-                Unconditional prompts, where `image_guidance_scale` is not 1. Without them, guidance of the generation
+                Unconditional prompts, where `guidance_scale` is not 1. Without them, guidance of the generation
                 config is left out with a warning, and guidance of the call is an error.
             generator (`torch.Generator` or list of them, *optional*):
                 One, or one a row. In interleaved mode it also samples the text.
@@ -146,11 +158,67 @@ class NextFlowGenerationMixin(GenerationMixin):
             return self._generate_interleaved(kwargs.pop("input_ids", inputs), options)
         self._check_no_images(kwargs.get("input_ids", inputs), kwargs)
         self._check_room(kwargs.get("input_ids", inputs), kwargs)
+        if options.get("guidance_scale") is None:
+            options = self._without_image_guidance(options)
         text_only = TextOnlyLogitsProcessor(self.config.image_vocabulary, self.config.image_token_id)
         options["logits_processor"] = LogitsProcessorList([text_only, *(logits_processor or [])])
         return super().generate(inputs, **options)
 
+    def _without_image_guidance(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call in which transformers guides no text by the generation config's `guidance_scale`."""
+        if options["generation_config"] is None:
+            return {**options, "guidance_scale": None}
+        # None would be filled in from the model's own configuration.
+        return self._configured(options, "guidance_scale", 1.0)
+
     # ---- images
+
+    def get_image_settings(self, config: GenerationConfig | None = None, **given: Any) -> dict[str, Any]:
+        """
+        How images are sampled.
+
+        Args:
+            config ([`GenerationConfig`], *optional*): Defaults to the model's.
+            given: `guidance_scale`, `guidance_schedule`, `image_guidance_scale`, `temperature`, `top_k`, `top_p`. What
+                is missing or `None` comes from the config, else from [`IMAGE_DEFAULTS`].
+
+        Raises:
+            `ValueError`: on a setting that is no number in its range.
+        """
+        config = self.generation_config if config is None else config
+        settings = {}
+        for name, default in IMAGE_DEFAULTS.items():
+            # Not every generation config is one of ours: users assign plain ones.
+            candidates = (given.pop(name, None), getattr(config, CONFIG_NAMES[name], None))
+            settings[name] = next((value for value in candidates if value is not None), default)
+        if given:
+            raise TypeError(f"got {sorted(given)}, expected settings of images: {list(IMAGE_DEFAULTS)}")
+        lengths = [len(value) for value in settings.values() if isinstance(value, (list, tuple))]
+        scale_plan([(1, 1)] * max(lengths, default=1), **settings)
+        return settings
+
+    def _supported_settings(
+        self,
+        config: GenerationConfig,
+        given: dict[str, Any],
+        negative_input_ids: torch.LongTensor | None,
+        imageless_input_ids: torch.LongTensor | None,
+    ) -> dict[str, Any]:
+        """
+        [`get_image_settings`], where guidance that only the config asks for is left out without an unconditional
+        prompt. Guidance that the call asks for is an error then.
+        """
+        settings = self.get_image_settings(config, **given)
+        if given.get("image_guidance_scale") is None and imageless_input_ids is None:
+            settings["image_guidance_scale"] = 1.0
+        if given.get("guidance_scale") is None and negative_input_ids is None and guides(settings["guidance_scale"]):
+            logger.warning_once(
+                f"the generation config has guidance_scale={settings['guidance_scale']}, but without "
+                "negative_input_ids the image is sampled without guidance: pass the unconditional prompt, which the "
+                "processor makes (`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
+            )
+            settings["guidance_scale"] = 1.0
+        return settings
 
     @torch.no_grad()
     def generate_images(
@@ -159,7 +227,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         *,
         image_grids: torch.LongTensor,
-        callback: DrawingCallback | None = None,
+        callback: ScaleCallback | None = None,
         **kwargs,
     ) -> NextFlowImageGenerationOutput:
         r"""
@@ -202,12 +270,12 @@ class NextFlowGenerationMixin(GenerationMixin):
         num_scales: int | None = None,
         guidance_scale: PerScale = None,
         guidance_schedule: str | None = None,
-        source_guidance_scale: PerScale = None,
+        image_guidance_scale: PerScale = None,
         temperature: PerScale = None,
         top_k: PerScale = None,
         top_p: PerScale = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> Iterator[DrawnScale]:
+    ) -> Iterator[SampledScale]:
         r"""
         [`~NextFlowGenerationMixin.generate_images`] step by step: an iterator over the scales, each drawn when it is
         asked for. To stop, ask for no more.
@@ -222,16 +290,16 @@ class NextFlowGenerationMixin(GenerationMixin):
                 The unconditional prompts, in the same form, one row or `batch` rows. Needed where guidance is not 1.
                 With as many images as the prompts, these are the prompts' unless said otherwise.
             imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids (*optional*):
-                The unconditional prompts without their source images. Needed where `source_guidance_scale` is not 1.
+                The unconditional prompts without their source images. Needed where `image_guidance_scale` is not 1.
             prefix_codes (`torch.LongTensor` of shape `(batch, codes)`, *optional*):
                 Codes of the first scales, which are then taken as they are; the others are drawn after them.
             prefix_mask (`torch.BoolTensor` of shape `(batch, codes)`, *optional*):
                 Which of `prefix_codes` are taken, all by default. The other cells of these scales are drawn.
             num_scales (`int`, *optional*): Draw only so many scales of the schedule: a preview.
             guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
-                See [`ScaleStep`]. Default to the generation config's `image_*` entries.
+                See [`ScaleStep`]. Default to the generation config's `guidance_scale`, `image_temperature`, ...
             guidance_schedule (`str`, *optional*): `"constant"` or `"linear"`; see [`scale_plan`].
-            source_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
+            image_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
                 Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
             generator (`torch.Generator` or list of them, *optional*):
                 One, or one per row. With one per row, a row's codes do not depend on the other rows in float32; in
@@ -245,39 +313,38 @@ class NextFlowGenerationMixin(GenerationMixin):
         given = {
             "guidance_scale": guidance_scale,
             "guidance_schedule": guidance_schedule,
+            "image_guidance_scale": image_guidance_scale,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
         }
-        source_guidance_scale = 1.0 if source_guidance_scale is None else source_guidance_scale
-        settings = _image_settings(self.generation_config, given)
-        if guidance_scale is None:
-            settings = _without_guidance(settings, negative_input_ids)
-        plan = scale_plan(grids, source_guidance_scale=source_guidance_scale, **settings)
+        settings = self._supported_settings(self.generation_config, given, negative_input_ids, imageless_input_ids)
+        plan = scale_plan(grids, **settings)
         if num_scales is not None and not 1 <= num_scales <= len(plan):
             raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
         plan = plan[:num_scales]
         generators = _one_per_row(generator, batch)
-        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
+        prefix = []
+        if prefix_codes is not None or prefix_mask is not None:
+            prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
         rows = self._prompt_rows(input_ids, attention_mask, image_codes, image_grids)
         conditions = max(step.num_conditions for step in plan)
-        others = []
+        parts = [rows]
         if conditions > 1:
             negative = negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
-            others.append(self._negative_rows(rows, *negative))
+            parts.append(self._negative_rows(rows, *negative))
         if conditions > 2:
             if imageless_input_ids is None:
                 raise ValueError(
-                    "source_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt, "
+                    "image_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt, "
                     "without its source images"
                 )
             imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
-            others.append(self._negative_rows(rows, *imageless))
-        for other in others:
-            rows = stack_rows(rows, other, pad_token_id=self.config.pad_token_id or 0)
+            parts.append(self._negative_rows(rows, *imageless))
+        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0)
         cells = sum(height * width for height, width in grids[1 : len(plan)])
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
-        return draw_scales(self, [prefill_rows(self, rows)], plan, target_grids, generators, prefix)
+        return sample_scales(self, [prefill_rows(self, rows)], plan, target_grids, generators, prefix)
 
     def _generate_image(self, input_ids: torch.LongTensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
@@ -289,12 +356,10 @@ class NextFlowGenerationMixin(GenerationMixin):
         if options.get("do_sample") is False and settings["temperature"] is None:
             settings["temperature"] = 0.0
         refuse_text_settings(options)
-        is_asked = settings["guidance_scale"] is not None or options.get("image_guidance_scale") is not None
         config, arguments = self._prepare_generation_config(options.pop("generation_config"), **options)
         refuse_config(config, "image")
-        settings = _image_settings(config, settings)
-        if not is_asked:
-            settings = _without_guidance(settings, arguments.get("negative_input_ids"))
+        prompts = (arguments.get(name) for name in ("negative_input_ids", "imageless_input_ids"))
+        settings = self._supported_settings(config, settings, *prompts)
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments = self._end_in_boi(input_ids, arguments, config)
         count = config.num_return_sequences if count is None else count
@@ -364,7 +429,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         by_row = [[]] * batch
         if image_grids is not None:
             _, by_row = split_images(input_ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
-        rows = [drawn_schedule(row[-1]) if len(row) else default for row in by_row]
+        rows = [target_schedule(row[-1]) if len(row) else default for row in by_row]
         if any(row is None for row in rows):
             raise ValueError(
                 "nothing says how large an image to draw is: pass target_grids, or set image_target_grids in the "
@@ -426,7 +491,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         self, input_ids: torch.LongTensor, options: dict[str, Any]
     ) -> NextFlowInterleavedGenerationOutput:
         options.pop("input_ids", None)
-        refuse_options(options, "interleaved", ("inputs_embeds",))
+        refuse_options(options, "interleaved", ("inputs_embeds", "image_guidance_scale"))
         names = ("target_grids", "generator", "streamer", "stop_at_image", "tokenizer")
         target_grids, generator, streamer, stop_at_image, tokenizer = (options.pop(name, None) for name in names)
         negative = {
@@ -461,15 +526,16 @@ class NextFlowGenerationMixin(GenerationMixin):
         target_grids = self._targets(
             input_ids, arguments.get("image_codes"), arguments.get("image_grids"), target_grids, config
         )
-        image_settings = _image_settings(config, {})
-        if max_images and not stop_at_image and options.get("image_guidance_scale") is None:
-            image_settings = _without_guidance(image_settings, negative["input_ids"])
+        has_images = max_images and not stop_at_image
+        given = {"guidance_scale": options.get("guidance_scale")} if has_images else IMAGE_DEFAULTS
+        image_settings = self._supported_settings(config, given, negative["input_ids"], None)
+        options = self._without_image_guidance({**options, "guidance_scale": None})
 
         def plan_for(grids: list[tuple[int, int]]) -> list[ScaleStep]:
-            return scale_plan(grids, prefix="image_", **image_settings)
+            return scale_plan(grids, names=CONFIG_NAMES, **image_settings)
 
-        plans = [plan_for(schedule_of(row)) for row in target_grids] if max_images and not stop_at_image else []
-        drawing = Drawing(
+        plans = [plan_for(schedule_of(row)) for row in target_grids] if has_images else []
+        drawing = ImagePlan(
             target_grids,
             plan_for,
             _one_per_row(generator, len(input_ids)),
@@ -509,7 +575,7 @@ class NextFlowGenerationMixin(GenerationMixin):
     ) -> PromptRows:
         """The unconditional prompts with a `<boi>` at their end, one for each prompt."""
         if negative["input_ids"] is None:
-            raise ValueError("image_guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt")
+            raise ValueError("guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt")
         if (negative["input_ids"][:, -1] == self.config.boi_token_id).any():
             raise ValueError("in interleaved mode negative_input_ids must not end in <boi>: it is put there")
         prompts = self._append_boi(
@@ -670,33 +736,6 @@ class NextFlowGenerationMixin(GenerationMixin):
         )
         given = {name: value for name, value in repeated.items() if value is not None}
         return input_ids, {**model_kwargs, **given}
-
-
-def _image_settings(config: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """How to draw: as `given`, else as the generation config's `image_*` say, else [`IMAGE_DEFAULTS`]."""
-    settings = {}
-    for name, default in IMAGE_DEFAULTS.items():
-        # Not every generation config is one of ours: users assign plain ones.
-        candidates = (given.get(name), getattr(config, f"image_{name}", None))
-        settings[name] = next((value for value in candidates if value is not None), default)
-    return settings
-
-
-def _without_guidance(settings: dict[str, Any], negative_input_ids: torch.LongTensor | None) -> dict[str, Any]:
-    """
-    Settings without the guidance that a generation config asks for, where the call gives no unconditional prompt.
-    Guidance that the call itself asks for is an error then.
-    """
-    scales = settings["guidance_scale"]
-    scales = scales if isinstance(scales, (list, tuple)) else [scales]
-    if negative_input_ids is not None or all(scale in (None, 1) for scale in scales):
-        return settings
-    logger.warning_once(
-        f"the generation config has image_guidance_scale={settings['guidance_scale']}, but without negative_input_ids "
-        "the image is sampled without guidance: pass the unconditional prompt, which the processor makes "
-        "(`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
-    )
-    return {**settings, "guidance_scale": 1.0}
 
 
 def _one_per_row(

@@ -5,13 +5,10 @@ them here. Knows token ids, grids, hidden states and a head; nothing of the mode
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from .rope_nextflow import ImageLayout
@@ -69,37 +66,6 @@ def get_targets(
     scale = (layout.scale - 1).clamp(min=0)
     weights = torch.where(is_slot, scale_weights(image_grids, alpha)[layout.image_index.clamp(min=0), scale], weights)
     return targets, weights
-
-
-def plain_weight(head: nn.Module) -> torch.Tensor | None:
-    """The matrix of a head that is nothing else, to be multiplied in part. `None` for one that has its weights, or all
-    of them, in its call alone: with an adapter, quantised, offloaded or sharded."""
-    # Offloading replaces the `forward` of the very module, sharding hooks into it.
-    return head.weight if _is_plain(head) and not head._forward_pre_hooks else None
-
-
-def has_whole_weight_in_call(head: nn.Module) -> bool:
-    """Whether hooks make a plain matrix whole for its call: sharded by DeepSpeed or FSDP2, which gather it there."""
-    return _is_plain(head) and bool(head._forward_pre_hooks)
-
-
-def call_with_weight(head: nn.Linear, hidden_states: torch.FloatTensor, function: Callable) -> Any:
-    """`function(hidden_states, weight)` in the place of the head's product: in one call of it, so that all processes
-    gather the weight as often, however many tokens each has."""
-    head.forward = lambda hidden: function(hidden, head.weight)
-    try:
-        return head(hidden_states)
-    finally:
-        del head.forward
-
-
-def _is_plain(head: nn.Module) -> bool:
-    if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
-        return False
-    if type(head) is nn.Linear:
-        return type(head.weight) is nn.Parameter
-    # Joined of rows that are trained and rows that are not; or FSDP2's class for a linear layer.
-    return is_parametrized(head, "weight") or type(head).forward is nn.Linear.forward
 
 
 def linear_cross_entropy(

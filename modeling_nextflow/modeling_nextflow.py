@@ -29,15 +29,13 @@ from .attention_nextflow import get_attention_mask
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
 from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
+from .interface_nextflow import call_with_weight, has_whole_weight_in_call, plain_weight
 from .loss_nextflow import (
     IGNORE_INDEX,
     TokenLosses,
-    call_with_weight,
     get_targets,
-    has_whole_weight_in_call,
     linear_cross_entropy,
     mean_by_scale,
-    plain_weight,
     token_scores,
     weighted_cross_entropy,
 )
@@ -163,12 +161,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = NextFlowRotaryEmbedding(config)
+        self.scale_embedding_std = math.sqrt(1 / (3 * config.hidden_size))
         self.gradient_checkpointing = False
         self.post_init()
-
-    @property
-    def scale_embedding_std(self) -> float:
-        return math.sqrt(1 / (3 * self.config.hidden_size))
 
     @capture_outputs
     def forward(
@@ -742,7 +737,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     def _kinds(self, targets: torch.LongTensor, scale: torch.LongTensor) -> list[tuple[torch.BoolTensor, slice]]:
         """The supervised positions of text, predicted among all rows of the head, and those of image codes, predicted
         among the codes, as they are drawn."""
-        codes = slice(self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size)
+        codes = self.config.code_vocabulary
         is_code = (scale > 0) & (not self.config.joint_image_loss)
         supervised = targets != IGNORE_INDEX
         return [(supervised & ~is_code, slice(0, self.config.vocab_size)), (supervised & is_code, codes)]
@@ -761,18 +756,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
                 "images were passed in training without labels: a loss made from the logits (compute_loss_func, "
                 "label_smoothing_factor) is not NextFlow's, as image codes are predicted in place, not one token later"
             )
-
-    def image_logits(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""
-        first, last = self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size
-        weight = plain_weight(self.lm_head)
-        if weight is not None:
-            return F.linear(hidden_states, weight[first:last])
-        if has_whole_weight_in_call(self.lm_head):
-            return call_with_weight(
-                self.lm_head, hidden_states, lambda hidden, weight: F.linear(hidden, weight[first:last])
-            )
-        return self.lm_head(hidden_states)[..., first:last]
 
 
 __all__ = ["NextFlowPreTrainedModel", "NextFlowModel", "NextFlowForCausalLM"]

@@ -333,7 +333,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             `ValueError`: on pixels that are not finite or do not fit their grids.
         """
         schedules = self._check_pixels(pixel_values, image_grids)
-        noise = self._draw_noise(schedules, generator, pixel_values.device) if self_correction else None
+        noise = self._sample_noise(schedules, generator, pixel_values.device) if self_correction else None
         codes, targets = [None] * len(schedules), [None] * len(schedules)
         for schedule, indices in _group_by_schedule(schedules):
             features = self._sliced(self._encode_features, self._crop(pixel_values, schedule, indices))
@@ -366,8 +366,10 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         if self.use_tiling:
             tiles = {"tile_size": self.tile_size, "tile_overlap": int(self.tile_size * self.tile_overlap)}
         decode = functools.partial(self._decode_pixels, **tiles)
-        pixels = [self._sliced(decode, quantized).float().clamp(-1, 1) for quantized in maps]
-        return _pad_maps(pixels, groups)
+        if self.use_slicing:
+            decode = functools.partial(self._sliced, decode)
+        pixels = [decode(quantized).float().clamp(-1, 1) for quantized in maps]
+        return _pad_maps(pixels, groups) if len(pixels) > 1 else pixels[0]
 
     def decode_features(
         self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, *, num_scales: int | None = None
@@ -572,7 +574,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             raise ValueError(f"drop_scales has {len(drop_scales)} entries, expected one per scale: {max_scales}")
         return [bool(drop) for drop in drop_scales]
 
-    def _draw_noise(
+    def _sample_noise(
         self,
         schedules: Sequence[Schedule],
         generator: torch.Generator | list[torch.Generator] | None,

@@ -1,7 +1,7 @@
 """How one scale is drawn: settings fanned out to scales, guidance, sampling. Pure functions of numbers and logits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -13,7 +13,7 @@ PerScale = float | int | None | Sequence[float | int | None]
 
 @dataclass(frozen=True)
 class ScaleStep:
-    """How one scale is drawn. `guidance_scale` 1 and `source_guidance_scale` 1 need no unconditional pass;
+    """How one scale is drawn. `guidance_scale` 1 and `image_guidance_scale` 1 need no unconditional pass;
     `temperature` 0 takes the best code; `top_k` 0 and `top_p` 1 leave all codes."""
 
     grid: tuple[int, int]
@@ -21,12 +21,12 @@ class ScaleStep:
     temperature: float
     top_k: int
     top_p: float
-    source_guidance_scale: float = 1.0
+    image_guidance_scale: float = 1.0
 
     @property
     def num_conditions(self) -> int:
         """Prompts that guidance compares: the prompt alone, without its text, and without its source images."""
-        if self.source_guidance_scale != 1:
+        if self.image_guidance_scale != 1:
             return 3
         return 1 if self.guidance_scale == 1 else 2
 
@@ -39,13 +39,13 @@ def scale_plan(
     temperature: PerScale = 1.0,
     top_k: PerScale = 0,
     top_p: PerScale = 1.0,
-    source_guidance_scale: PerScale = 1.0,
-    prefix: str = "",
+    image_guidance_scale: PerScale = 1.0,
+    names: Mapping[str, str] = {},
 ) -> list[ScaleStep]:
     """Fan scalars or per-scale lists out to one [`ScaleStep`] a scale.
 
     `guidance_schedule="linear"` is VAR's ramp: a scalar guidance grows from 1 at the first scale to its value at the
-    last (VAR's own `cfg` is this value minus 1). `prefix` stands before the names in errors.
+    last (VAR's own `cfg` is this value minus 1). `names` are what errors call the settings.
 
     Raises:
         `ValueError`: on lists of another length, and on entries that are no numbers of the setting's range.
@@ -56,22 +56,23 @@ def scale_plan(
         values = list(value) if isinstance(value, (list, tuple)) else [value] * num_scales
         if len(values) != num_scales:
             raise ValueError(
-                f"{prefix}{name} has {len(values)} entries, expected one for each of the {num_scales} scales"
+                f"{names.get(name, name)} has {len(values)} entries, expected one for each of the {num_scales} scales"
             )
-        return [_checked_number(prefix + name, default if entry is None else entry, default, high) for entry in values]
+        shown = names.get(name, name)
+        return [_checked_number(shown, default if entry is None else entry, default, high) for entry in values]
 
     guidance = per_scale("guidance_scale", guidance_scale, 1.0)
     if guidance_schedule == "linear":
         if not isinstance(guidance_scale, (list, tuple)):
             guidance = [1 + (g - 1) * k / max(num_scales - 1, 1) for k, g in enumerate(guidance)]
     elif guidance_schedule != "constant":
-        raise ValueError(f"{prefix}guidance_schedule must be 'constant' or 'linear', got {guidance_schedule!r}")
+        raise ValueError(f"guidance_schedule must be 'constant' or 'linear', got {guidance_schedule!r}")
     columns = (
         guidance,
         per_scale("temperature", temperature, 1.0),
         per_scale("top_k", top_k, 0),
         per_scale("top_p", top_p, 1.0, high=1.0),
-        per_scale("source_guidance_scale", source_guidance_scale, 1.0),
+        per_scale("image_guidance_scale", image_guidance_scale, 1.0),
     )
     return [ScaleStep(tuple(grid), *settings) for grid, *settings in zip(grids, *columns)]
 
@@ -87,24 +88,29 @@ def _checked_number(name: str, value: float, default: float, high: float) -> flo
     return type(default)(value)
 
 
+def guides(scale: PerScale) -> bool:
+    """Whether a guidance scale asks for an unconditional pass at any scale."""
+    return any(value not in (None, 1) for value in (scale if isinstance(scale, (list, tuple)) else [scale]))
+
+
 def guide(
     logits: torch.FloatTensor,
     unconditional: torch.FloatTensor | None,
     scale: float,
     *,
     imageless: torch.FloatTensor | None = None,
-    source_scale: float = 1.0,
+    image_scale: float = 1.0,
 ) -> torch.FloatTensor:
     """
     Classifier-free guidance: `unconditional + scale * (logits - unconditional)`. Where `unconditional` lacks the text
     alone, and `imageless` the source images as well, text and images are guided apart (InstructPix2Pix,
-    arXiv:2211.09800, eq. 3): `imageless + source_scale * (unconditional - imageless) + scale * (logits -
+    arXiv:2211.09800, eq. 3): `imageless + image_scale * (unconditional - imageless) + scale * (logits -
     unconditional)`.
     """
     if unconditional is None:
         return logits
     guided = unconditional.lerp(logits, scale)
-    return guided if imageless is None else guided + (source_scale - 1) * (unconditional - imageless)
+    return guided if imageless is None else guided + (image_scale - 1) * (unconditional - imageless)
 
 
 def sample_codes(
@@ -172,13 +178,21 @@ def sample(
 def _splitmix(seeds: torch.LongTensor, indices: torch.LongTensor) -> torch.LongTensor:
     """Number `indices` of SplitMix64's sequence from `seeds`, in [0, 2**63): on any device, without a state."""
 
-    def fold(bits: torch.LongTensor, shift: int) -> torch.LongTensor:  # an xor with a logical shift, in place
-        return bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1))
-
     bits = seeds + (indices + 1) * (0x9E3779B97F4A7C15 - 2**64)
-    bits = fold(bits, 30).mul_(0xBF58476D1CE4E5B9 - 2**64)
-    bits = fold(bits, 27).mul_(0x94D049BB133111EB - 2**64)
-    return fold(bits, 31).bitwise_and_(2**63 - 1)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1))  # with a logical shift
+        bits.mul_(factor)
+    return bits.bitwise_and_(2**63 - 1)
 
 
-__all__ = ["PerScale", "ScaleStep", "fill_codes", "guide", "largest_score", "sample", "sample_codes", "scale_plan"]
+__all__ = [
+    "PerScale",
+    "ScaleStep",
+    "fill_codes",
+    "guide",
+    "guides",
+    "largest_score",
+    "sample",
+    "sample_codes",
+    "scale_plan",
+]

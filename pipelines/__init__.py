@@ -5,10 +5,9 @@ import diffusers  # noqa: F401
 
 from .conversation_nextflow import NextFlowConversation
 from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder
-from .outputs_nextflow import NextFlowFramesOutput, NextFlowPipelineOutput
+from .outputs_nextflow import NextFlowFramesOutput, NextFlowPipelineOutput, NextFlowPreview, save_strip
 from .pipeline_nextflow import NextFlowPipeline
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .preview_nextflow import NextFlowPreview, save_strip
 
 
 __all__ = [

@@ -4,7 +4,7 @@ All of it is one call of the transformer's `generate(generation_mode="interleave
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,23 +12,24 @@ import torch
 from diffusers.utils import logging
 from transformers.generation.streamers import BaseStreamer
 
-from .conversation_generation_nextflow import DrawBeforeEnding, PartStreamer, StopWhen, iterate
+from .conversation_generation_nextflow import ImagesBeforeEnding, PartStreamer, StopWhen, iterate
 from .conversation_nextflow import NextFlowConversation
 from .helpers_nextflow import call_component, check_number, exclusive, exclusively, generator_per_image
 from .outputs_nextflow import NextFlowFramesOutput
+from .prompts_nextflow import NextFlowImagePrompt, NextFlowSteps, PerScale
 
 
 logger = logging.get_logger(__name__)
 
 Messages = list[dict[str, Any]] | list[list[dict[str, Any]]]
 Generators = torch.Generator | list[torch.Generator]
-PerScale = float | int | Sequence[float | int | None]
 
+DEFAULT_MAX_IMAGES = 4
 DEFAULT_MAX_NEW_TOKENS = 512  # where neither the call nor the generation config says anything
 TEXT_SETTINGS = ("temperature", "top_k", "top_p")
 
 
-class NextFlowConversationMixin:
+class NextFlowConversationMixin(NextFlowSteps):
     """
     `chat`, `interleave`, `frames` and `start_conversation`. Where a method draws, `temperature`, `top_k` and `top_p`
     are the images', as in `__call__`, and those of the text have `text_` in front. What is left out comes from the
@@ -96,7 +97,7 @@ class NextFlowConversationMixin:
     def interleave(
         self,
         messages: Messages,
-        max_images: int = 5,
+        max_images: int = DEFAULT_MAX_IMAGES,
         *,
         max_new_tokens: int | None = None,
         do_sample: bool | None = None,
@@ -123,7 +124,7 @@ class NextFlowConversationMixin:
 
         Args:
             messages (`list[dict]` or `list[list[dict]]`): One or several conversations.
-            max_images (`int`, *optional*, defaults to 5): Images that an answer may have.
+            max_images (`int`, *optional*, defaults to 4): Images that an answer may have.
             max_new_tokens (`int`, *optional*):
                 Longest answer, where an image counts as one token; 512 where the generation config has none.
             do_sample, text_temperature, text_top_k, text_top_p (*optional*): How text is sampled, as in `chat`.
@@ -161,7 +162,7 @@ class NextFlowConversationMixin:
         if stream and is_batched:
             raise ValueError(f"`stream=True` takes a single conversation, got a list of {len(conversations)}")
         text = self.get_text_settings(max_new_tokens, do_sample, text_temperature, text_top_k, text_top_p, "text_")
-        drawing = self.get_drawing_settings(
+        drawing = self.get_interleaved_settings(
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
             temperature=temperature,
@@ -255,7 +256,7 @@ class NextFlowConversationMixin:
             return NextFlowFramesOutput(*_frames_of(parts))
         if given := sorted(name for name, value in writing.items() if value is not None):
             raise ValueError(f"got {given} with a storyline in parts: nothing is written between its frames")
-        images = [conversation.draw(text, **common) for text in storyline]
+        images = [conversation.generate_image(text, **common) for text in storyline]
         return NextFlowFramesOutput(images, list(storyline))
 
     def start_conversation(self, system: str | None = None, *, think: bool = False) -> NextFlowConversation:
@@ -269,10 +270,9 @@ class NextFlowConversationMixin:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens} without `think=True`: nothing is written")
         check_number("max_new_tokens", max_new_tokens, least=1, is_whole=True)
 
-    def think_before_drawing(
+    def think_first(
         self,
-        prompts: list,
-        *,
+        prompts: list[NextFlowImagePrompt],
         max_new_tokens: int | None = None,
         generators: list[torch.Generator] | None = None,
     ) -> tuple[list, list[str], list[str]]:
@@ -280,6 +280,7 @@ class NextFlowConversationMixin:
         The prompts of images to draw, with what the model writes before each; the reasoning and the final prompt that
         this says. It is for the model to begin the image; after `max_new_tokens` it is begun for it.
         """
+        self._begin()
         text = self.get_text_settings(max_new_tokens)
         rows = {"input_ids": [prompt.input_ids[:-1].tolist() for prompt in prompts]}  # without `<boi>`
         inputs = dict(self.processor.tokenizer.pad(rows, padding_side="left", return_tensors="pt"))
@@ -336,11 +337,13 @@ class NextFlowConversationMixin:
             given = {}
         return {"max_new_tokens": max_new_tokens, **({} if do_sample is None else {"do_sample": do_sample}), **given}
 
-    def get_drawing_settings(self, **settings: Any) -> dict[str, Any]:
+    def get_interleaved_settings(self, **settings: Any) -> dict[str, Any]:
         """How to draw, in `generate`'s words; sets the guidance that `do_classifier_free_guidance` is about."""
         resolved = self.get_image_settings(**settings)
         self._guidance_scale, self._image_guidance_scale = resolved["guidance_scale"], 1.0
-        return {f"image_{name}": value for name, value in resolved.items()}
+        # `generate` guides towards source images in "image" mode alone.
+        resolved.pop("image_guidance_scale")
+        return {f"image_{name}" if name in TEXT_SETTINGS else name: value for name, value in resolved.items()}
 
     def encode_conversations(
         self,
@@ -395,7 +398,7 @@ class NextFlowConversationMixin:
             config = self.transformer.config
             eos = self.transformer.generation_config.eos_token_id
             eos = self.processor.tokenizer.eos_token_id if eos is None else eos
-            forcing = DrawBeforeEnding(
+            forcing = ImagesBeforeEnding(
                 input_ids,
                 num_images=min_images,
                 max_new_tokens=max_new_tokens,

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 
-class DrawBeforeEnding(LogitsProcessor):
+class ImagesBeforeEnding(LogitsProcessor):
     """
     Answers of at least `num_images` images: what would end one before begins the next image instead, and so does text
     that leaves no room for the images still to come, of which each counts as one token.
@@ -130,4 +130,4 @@ def iterate(work: Callable[[Callable[[Any], None]], None], stop: Callable[[], No
         thread.join()
 
 
-__all__ = ["DrawBeforeEnding", "PartStreamer", "StopWhen", "iterate"]
+__all__ = ["ImagesBeforeEnding", "PartStreamer", "StopWhen", "iterate"]

@@ -29,9 +29,9 @@ class NextFlowConversation:
     Examples:
         ```py
         >>> conversation = pipe.start_conversation()
-        >>> image = conversation.draw("a red circle left of a blue square")
+        >>> image = conversation.generate_image("a red circle left of a blue square")
         >>> conversation.chat("what color is the circle?")
-        >>> image = conversation.draw("make the circle yellow")
+        >>> image = conversation.generate_image("make the circle yellow")
         >>> conversation.ask(other_image, "is there a circle in this one, too?")
         ```
     """
@@ -79,7 +79,7 @@ class NextFlowConversation:
         """The answer to a question about an image, or several: `chat(text, image)`."""
         return self.chat(text, image, **settings)
 
-    def draw(
+    def generate_image(
         self,
         text: str | list[dict[str, Any]],
         image: Any = None,
@@ -113,7 +113,7 @@ class NextFlowConversation:
             min_images=1,
             max_images=1,
             **writing,
-            **pipe.get_drawing_settings(
+            **pipe.get_interleaved_settings(
                 guidance_scale=guidance_scale,
                 guidance_schedule=guidance_schedule,
                 temperature=temperature,
@@ -126,7 +126,7 @@ class NextFlowConversation:
     def interleave(
         self,
         text: str | list[dict[str, Any]],
-        max_images: int = 5,
+        max_images: int = 4,
         *,
         image: Any = None,
         min_images: int = 0,
@@ -161,7 +161,7 @@ class NextFlowConversation:
             min_images=min_images,
             max_images=max_images,
             **pipe.get_text_settings(max_new_tokens, do_sample, text_temperature, text_top_k, text_top_p, "text_"),
-            **pipe.get_drawing_settings(
+            **pipe.get_interleaved_settings(
                 guidance_scale=guidance_scale,
                 guidance_schedule=guidance_schedule,
                 temperature=temperature,

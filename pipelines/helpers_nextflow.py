@@ -22,6 +22,14 @@ from torch import nn
 
 
 logger = logging.get_logger(__name__)
+# Bounds of the numbers in a call that may be 0 or a fraction.
+LEAST_NUMBERS = {"keep_scales": {"least": 0, "is_whole": True}, "mask_coverage": {"least": 0}}
+
+
+@functools.lru_cache
+def warn_once(message: str) -> None:
+    """For what an engine does with every request."""
+    logger.warning(message)
 
 
 @apply_forward_hook
@@ -56,7 +64,8 @@ def exclusive(pipeline: Any) -> Iterator[None]:
     """
     Keeps other threads out of `pipeline`, on which a call leaves its guidance, its steps and whether to stop. They get
     an error rather than a place in a queue: who waits for whom is for the caller to decide. The same thread may enter
-    again. Not for use across a `yield`, after which a generator may go on in another thread.
+    again. Not for use across a `yield`, after which a generator may go on in another thread. What is the same for all
+    of a call is kept in `pipeline._call` meanwhile.
     """
     lock = _LOCKS.setdefault(pipeline, threading.RLock())
     if not lock.acquire(blocking=False):
@@ -66,9 +75,12 @@ def exclusive(pipeline: Any) -> Iterator[None]:
             f"a pipeline of its own on the same weights, `{name}(**pipe.components)` (not with offloading, which "
             "would move weights that another thread computes with)"
         )
+    outer = vars(pipeline).get("_call")
+    vars(pipeline)["_call"] = {} if outer is None else outer
     try:
         yield
     finally:
+        vars(pipeline)["_call"] = outer
         lock.release()
 
 
@@ -85,6 +97,16 @@ def exclusively(method: Callable) -> Callable:
 
 class SharedComponentsMixin:
     """For pipelines whose components are all that they are made of."""
+
+    @property
+    def _execution_device(self) -> torch.device:
+        # Overwritten: diffusers walks over all modules to find it, and a call needs it at every step.
+        call = vars(self).get("_call")
+        if call is None:
+            return super()._execution_device
+        if "device" not in call:
+            call["device"] = super()._execution_device
+        return call["device"]
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
@@ -142,10 +164,24 @@ def check_number(name: str, value: Any, *, least: float = 0, is_whole: bool = Fa
         raise ValueError(f"`{name}` is {value}, expected at least {least}")
 
 
-def check_per_scale(name: str, value: Any, *, is_whole: bool = False) -> None:
-    """[`check_number`] of a setting that may be a list with an entry for each scale."""
-    for entry in value if isinstance(value, (list, tuple)) else [value]:
-        check_number(name, entry, is_whole=is_whole)
+def check_numbers(**values: Any) -> None:
+    """[`check_number`] of arguments by their names; all but those of [`LEAST_NUMBERS`] are whole and at least 1."""
+    for name, value in values.items():
+        check_number(name, value, **LEAST_NUMBERS.get(name, {"least": 1, "is_whole": True}))
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def one_of(**values: Any) -> Any:
+    """The value of an argument that has two names, of which a caller may use one."""
+    found = given(**values)
+    if len(found) > 1:
+        own, other = found
+        raise ValueError(f"got `{own}` and `{other}`, which is another name for it: pass one")
+    return next(iter(found.values()), None)
 
 
 def one_per_prompt(name: str, value: Any, num_prompts: int) -> list:

@@ -1,12 +1,14 @@
-"""What is kept of an image that is drawn again: its first scales, and the cells outside of a mask.
+"""Inpainting: what is kept of an image that is sampled again, its first scales and the cells outside of a mask.
 
 The scales of an image add up, each enlarged to the last grid, so a coarse cell reaches far beyond itself. A cell is
-redrawn where enough of what it reaches lies in the mask. Knows only tensors and grids; the vision tokenizer says how
-far a cell reaches.
+sampled again where enough of what it reaches lies in the mask. How far a cell reaches is the vision tokenizer's to
+say.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,12 +16,68 @@ import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
-from .prompts_nextflow import NextFlowDrawingPrompt, num_cells, schedule_of
+from .helpers_nextflow import check_numbers, one_per_prompt
+from .prompts_nextflow import Image, NextFlowImagePrompt, NextFlowSteps, num_cells, schedule_of
 
 
 Grids = Sequence[tuple[int, int]]
 # Codes (cells, channels) of a grid, one channel a cell, enlarged to the last grid: (channels, height, width).
 Footprint = Callable[[tuple[int, int], tuple[int, int]], torch.Tensor]
+
+
+def keep_codes(
+    pipe: NextFlowSteps,
+    prompts: list[NextFlowImagePrompt],
+    repeats: int,
+    source: int,
+    size: dict[str, Any],
+    *,
+    mask_coverage: float,
+    image_codes: torch.Tensor | None = None,
+    image_grids: torch.Tensor | None = None,
+    keep_scales: int | None = None,
+    mask_image: Any = None,
+) -> None:
+    """Give each prompt the codes to keep: of the given images, else of the prompt's own image number `source`."""
+    check_numbers(keep_scales=keep_scales, mask_coverage=mask_coverage)
+    if not 0 < mask_coverage <= 1:
+        raise ValueError(f"`mask_coverage` is {mask_coverage}, expected more than 0 and at most 1")
+    count = len(prompts) // repeats
+    if image_codes is None:
+        images = [source_image(prompt, source) for prompt in prompts]
+    else:
+        codebook_size = pipe.transformer.config.codebook_size
+        images = given_images(image_codes, image_grids, count, repeats, codebook_size=codebook_size)
+    masks = [None] * len(prompts)
+    if mask_image is not None:
+        is_batch = isinstance(mask_image, (np.ndarray, torch.Tensor)) and mask_image.ndim == 4
+        masks = one_per_prompt("mask_image", list(mask_image) if is_batch else mask_image, count)
+        masks = [_load_mask(pipe, mask) for mask in masks for _ in range(repeats)]
+    footprint = functools.partial(cell_footprint, pipe.vision_tokenizer)
+    options = {"size_is_given": bool(size), "keep_scales": keep_scales, "coverage": mask_coverage}
+    for index, (prompt, kept, mask) in enumerate(zip(prompts, images, masks, strict=True)):
+        prompts[index] = with_prefix(prompt, kept, mask=mask, footprint=footprint, **options)
+        if mask is not None:
+            _check_mask(pipe.processor.image_processor.schedule, mask, prompts[index].grids)
+
+
+def _load_mask(pipe: NextFlowSteps, mask: Image) -> PIL.Image.Image:
+    pixels = pipe.processor.image_processor.process_image(mask, do_convert_rgb=True)  # (3, height, width), 8 bits
+    return PIL.Image.fromarray(np.asarray(pixels).transpose(1, 2, 0)).convert("L")
+
+
+def _check_mask(schedule: Any, mask: PIL.Image.Image, grids: list[tuple[int, int]]) -> None:
+    if schedule.grids(schedule.nearest_bucket(mask.height, mask.width), len(grids)) != grids:
+        raise ValueError(
+            f"`mask_image` is {mask.height} x {mask.width} pixels (height x width), expected the shape of the image, "
+            f"whose last grid is {grids[-1]}"
+        )
+
+
+def cell_footprint(vision_tokenizer: Any, grid: tuple[int, int], last_grid: tuple[int, int]) -> torch.Tensor:
+    """What each cell of a grid reaches on the last one: (cells, height, width), weights of the enlargement."""
+    cells = torch.eye(grid[0] * grid[1])[None]
+    return vision_tokenizer.quantizer.upsample(cells, grid, last_grid)[0]
 
 
 def given_images(
@@ -57,7 +115,7 @@ def given_images(
     return [image for image in images for _ in range(num_images_per_prompt)]
 
 
-def source_image(prompt: NextFlowDrawingPrompt, index: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+def source_image(prompt: NextFlowImagePrompt, index: int) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Codes and schedule of an image in the prompt; without its last grid, where that stands there a second time."""
     sources = prompt.image_grids[:-1]
     if not len(sources):
@@ -74,7 +132,7 @@ def source_image(prompt: NextFlowDrawingPrompt, index: int) -> tuple[torch.LongT
 
 
 def with_prefix(
-    prompt: NextFlowDrawingPrompt,
+    prompt: NextFlowImagePrompt,
     image: tuple[torch.LongTensor, torch.LongTensor],
     *,
     size_is_given: bool,
@@ -82,7 +140,7 @@ def with_prefix(
     mask: PIL.Image.Image | None,
     coverage: float,
     footprint: Footprint,
-) -> NextFlowDrawingPrompt:
+) -> NextFlowImagePrompt:
     """The prompt of an image that begins as `image` does: with its first scales, and its cells outside of `mask`."""
     codes, image_grids = image
     given, grids = schedule_of(image_grids), prompt.grids
@@ -102,14 +160,14 @@ def with_prefix(
         return replace(prompt, prefix_codes=codes[: num_cells(given[:kept])]) if kept else prompt
     if len(given) < len(grids):
         raise ValueError(f"`mask_image` needs a whole image, got {len(given)} of its {len(grids)} scales")
-    redrawn = redrawn_cells(mask_pixels(mask, grids), grids, coverage=coverage, footprint=footprint)
+    redrawn = inpainted_cells(mask_pixels(mask, grids), grids, coverage=coverage, footprint=footprint)
     for scale in range(keep_scales or 0):
         redrawn[scale][:] = False
     return replace(prompt, prefix_codes=codes, prefix_mask=~torch.cat(redrawn))
 
 
-def redrawn_cells(
-    mask: torch.BoolTensor, grids: Grids, *, coverage: float, footprint: Footprint
+def inpainted_cells(
+    mask: torch.Tensor, grids: Grids, *, coverage: float, footprint: Footprint
 ) -> list[torch.BoolTensor]:
     """
     Which cells (cells,) of each scale a mask (height, width) of the pixels redraws.
@@ -140,4 +198,4 @@ def mask_pixels(mask: PIL.Image.Image, grids: Grids) -> torch.BoolTensor:
     return pixels
 
 
-__all__ = ["given_images", "mask_pixels", "redrawn_cells", "source_image", "with_prefix"]
+__all__ = ["cell_footprint", "given_images", "inpainted_cells", "keep_codes"]

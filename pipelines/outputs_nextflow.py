@@ -1,13 +1,19 @@
-"""What [`NextFlowPipeline`] returns. Pictures come first, so that `pipe(...)[0]` is the pictures."""
+"""What [`NextFlowPipeline`] returns. Images come first, so that `pipe(...)[0]` is the images."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils import BaseOutput, export_to_gif, export_to_video, make_image_grid
+
+from .helpers_nextflow import stack_equal
+from .prompts_nextflow import NextFlowImagePrompt
 
 
 @dataclass
@@ -80,4 +86,78 @@ class NextFlowFramesOutput(BaseOutput):
         return make_image_grid([*self.frames, *fillers], rows=rows, cols=columns)
 
 
-__all__ = ["NextFlowFramesOutput", "NextFlowPipelineOutput"]
+@dataclass
+class NextFlowPreview:
+    """
+    Images after one more scale, as [`~NextFlowPipeline.preview`] yields them.
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            At full size, as in [`NextFlowPipelineOutput`]: those images of the call that are drawn together.
+        indices (`list[int]`): Which images of the call these are.
+        scale (`int`): Scales drawn so far, from 1.
+        num_scales (`int`): Scales of the whole images.
+        grid (`tuple[int, int]`): (height, width) of this scale.
+        image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes so far, scale-major.
+        image_grids (`torch.LongTensor` of shape `(images, max_scales, 2)`):
+            The scales drawn so far: with these as `image_grids` and the codes as `image_codes` another call goes on.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    indices: list[int]
+    scale: int
+    num_scales: int
+    grid: tuple[int, int]
+    image_codes: torch.LongTensor
+    image_grids: torch.LongTensor
+
+
+def save_strip(
+    previews: Sequence[NextFlowPreview | PIL.Image.Image], path: str | PathLike | None = None
+) -> PIL.Image.Image:
+    """
+    The previews side by side, coarse to fine, an image of the call in each row.
+
+    Args:
+        previews (`list[NextFlowPreview]` or `list[PIL.Image.Image]`): Of one schedule, or images of one size.
+        path (`str`, *optional*): Where to save the strip.
+    """
+    columns = [preview.images if isinstance(preview, NextFlowPreview) else [preview] for preview in previews]
+    if not columns or not all(isinstance(image, PIL.Image.Image) for column in columns for image in column):
+        raise ValueError("a strip needs at least one preview, of PIL images (`output_type='pil'`)")
+    sizes = {(len(column), image.size) for column in columns for image in column}
+    if len(sizes) > 1:
+        raise ValueError(f"a strip has images of one size, got (images, size) {sorted(sizes)}")
+    rows = [image for row in zip(*columns, strict=True) for image in row]
+    strip = make_image_grid(rows, rows=len(columns[0]), cols=len(columns))
+    if path is not None:
+        strip.save(path)
+    return strip
+
+
+def join_codes(prompts: list[NextFlowImagePrompt], codes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (total_codes,) of all images, and the schedules (images, max_scales, 2) of what is sampled of them."""
+    grids = torch.stack([prompt.image_grids[-1] for prompt in prompts])
+    for row, prompt, own in zip(grids, prompts, codes, strict=True):
+        row[prompt.count_scales(own) :] = 0
+    return torch.cat(codes), grids.to(codes[0].device)
+
+
+def make_preview(
+    prompts: list[NextFlowImagePrompt], codes: list[torch.Tensor], members: list[int], images: Any
+) -> NextFlowPreview:
+    group, own = [prompts[index] for index in members], [codes[index] for index in members]
+    image_codes, image_grids = join_codes(group, own)
+    scale, grids = group[0].count_scales(own[0]), group[0].grids
+    return NextFlowPreview(
+        images=stack_equal(list(images)),
+        indices=members,
+        scale=scale,
+        num_scales=len(grids),
+        grid=grids[scale - 1],
+        image_codes=image_codes,
+        image_grids=image_grids,
+    )
+
+
+__all__ = ["NextFlowFramesOutput", "NextFlowPipelineOutput", "NextFlowPreview", "save_strip"]

@@ -5,13 +5,11 @@ They are annotated with transformers' base classes, as an island imports no othe
 own models only (`from_pipe` drops others); transformers' it checks with `isinstance`, so nothing is lost.
 """
 
-import inspect
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -21,22 +19,36 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .chat_nextflow import NextFlowConversationMixin
 from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from .helpers_nextflow import (
-    SharedComponentsMixin,
     check_fingerprint,
+    check_numbers,
     exclusive,
     exclusively,
     generator_per_image,
+    given,
+    one_of,
     one_per_prompt,
     stack_equal,
+    warn_once,
 )
-from .inpainting_nextflow import given_images, source_image, with_prefix
+from .inpainting_nextflow import given_images, keep_codes
 from .lora_nextflow import NextFlowLoraLoaderMixin
-from .outputs_nextflow import NextFlowPipelineOutput
-from .pipeline_nextflow_call import Image, NextFlowCall, PerScale, build_messages, has_user_image
+from .outputs_nextflow import NextFlowPipelineOutput, NextFlowPreview, join_codes, make_preview
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .preview_nextflow import NextFlowPreview
-from .prompts_nextflow import DEFAULT_SETTINGS, NextFlowDrawing, NextFlowDrawingMixin, NextFlowDrawingPrompt, num_cells
+from .prompts_nextflow import (
+    Image,
+    NextFlowImagePrompt,
+    PerScale,
+    check_only_decodes,
+    check_prompts,
+    check_size,
+    group_prompts,
+    guides,
+    num_cells,
+)
 
+
+OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
+DECODERS = ("vq", "diffusion")
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -82,9 +94,7 @@ EXAMPLE_DOC_STRING = """
 
 class NextFlowPipeline(
     NextFlowConversationMixin,
-    NextFlowDrawingMixin,
     NextFlowLoraLoaderMixin,
-    SharedComponentsMixin,
     DiffusionPipeline,
 ):
     r"""
@@ -147,16 +157,11 @@ class NextFlowPipeline(
             decoder_text_encoder_3=decoder_text_encoder_3,
             decoder_tokenizer_3=decoder_tokenizer_3,
         )
-        self._guidance_scale: PerScale = DEFAULT_SETTINGS["guidance_scale"]
+        self._guidance_scale: PerScale = 1.0
         self._image_guidance_scale: PerScale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
         self._current = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in ("transformer", "vision_tokenizer", "processor", "diffusion_decoder"):
-            self._is_checked = False
 
     def register_modules(self, **components: Any) -> None:
         super().register_modules(**components)
@@ -168,7 +173,7 @@ class NextFlowPipeline(
             self.diffusion_decoder.check_codes(self.vision_tokenizer)
         if self.transformer is not None:
             self._check_transformer(self.transformer.config)
-        self._is_checked = True
+        self._checked = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
 
     def _check_transformer(self, config: PreTrainedConfig) -> None:
         if self.vision_tokenizer is not None:
@@ -237,7 +242,7 @@ class NextFlowPipeline(
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return _guides(self._guidance_scale) or _guides(self._image_guidance_scale)
+        return guides(self._guidance_scale) or guides(self._image_guidance_scale)
 
     @property
     def num_timesteps(self) -> int:
@@ -291,12 +296,13 @@ class NextFlowPipeline(
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("image_codes",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         think: bool = False,
         max_new_tokens: int | None = None,
-    ) -> NextFlowPipelineOutput | tuple:
+        stream: bool = False,
+    ) -> NextFlowPipelineOutput | tuple | Iterator[NextFlowPreview]:
         r"""
-        Draw images. Settings left out come from the transformer's generation config (`image_guidance_scale`,
+        Draw images. Settings left out come from the transformer's generation config (`guidance_scale`,
         `image_temperature`, ...).
 
         Args:
@@ -321,7 +327,7 @@ class NextFlowPipeline(
                 Strength of guidance, also per scale. 1 is none, and costs no unconditional pass. With
                 `image_guidance_scale` it is that of the text alone.
             guidance_schedule (`str`, *optional*): `"constant"`, or `"linear"`: from 1 at the first scale to the value.
-            image_guidance_scale (`float` or `list[float]`, *optional*, defaults to 1.0):
+            image_guidance_scale (`float` or `list[float]`, *optional*):
                 Strength of guidance towards the images that the user shows, also per scale: the more, the closer an
                 edit stays to them. Anything but 1 costs a second unconditional pass, without text and images
                 (InstructPix2Pix).
@@ -377,8 +383,8 @@ class NextFlowPipeline(
                 `pipe._image_guidance_scale` likewise. Codes that it returns are those that the next scale is drawn
                 from; what was drawn from the scales before stays. A preview is
                 `pipe.decode_codes(image_codes.flatten(), image_grids, num_scales=scale + 1)`.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["image_codes"]`):
-                `"image_codes"`: codes so far (images, codes), also as `"latents"`; `"image_grids"`: the schedules
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                `"latents"`: codes so far (images, codes), also as `"image_codes"`; `"image_grids"`: the schedules
                 (images, max_scales, 2), which are for reading.
             think (`bool`, *optional*, defaults to `False`):
                 Let the model write before each image, reasoning and then the prompt that it arrives at, and draw with
@@ -392,20 +398,61 @@ class NextFlowPipeline(
         Returns:
             [`NextFlowPipelineOutput`] or `tuple`: images, their codes and their schedules.
         """
-        call = NextFlowCall(**{name: value for name, value in locals().items() if name != "self"})
-        drawing = self._prepare(call)
-        for _ in self._draw(call, drawing):
+        # 1. Check inputs
+        image_codes = one_of(image_codes=image_codes, latents=latents)
+        num_scales = one_of(num_scales=num_scales, num_inference_steps=num_inference_steps)
+        resolution = resolution and self.known_resolution(resolution, height)
+        size = given(height=height, width=width, aspect_ratio=aspect_ratio, resolution=resolution)
+        inpainting = given(keep_scales=keep_scales, mask_image=mask_image)
+        decoding = given(num_inference_steps=decoder_num_inference_steps, guidance_scale=decoder_guidance_scale)
+        decoding |= given(strength=decoder_strength, tile_size=decoder_tile_size)
+        decoding |= given(prompt=decoder_prompt, generator=decoder_generator)
+        output_type = "codes" if output_type == "latent" else output_type
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        check_numbers(num_images_per_prompt=num_images_per_prompt, num_scales=num_scales)
+        check_prompts(prompt, image, messages, negative_prompt, image_codes, image_grids)
+        check_size(**size)
+        self.check_outputs(output_type, decoder, decoding, tensor_inputs, stream)
+        if max_new_tokens is not None:
+            self.check_thinking(think, max_new_tokens)
+
+        # 2. Settings of sampling, which callbacks see and may change
+        names = "guidance_scale", "guidance_schedule", "image_guidance_scale", "temperature", "top_k", "top_p"
+        values = guidance_scale, guidance_schedule, image_guidance_scale, temperature, top_k, top_p
+        settings = self.get_image_settings(**dict(zip(names, values, strict=True)))
+        self._guidance_scale, self._image_guidance_scale = settings["guidance_scale"], settings["image_guidance_scale"]
+
+        # 3. Encode prompts
+        if prompt is None and messages is None:
+            check_only_decodes(num_images_per_prompt, size | inpainting | given(image=image, think=think or None))
+            prompts = self.given_prompts(image_codes, image_grids)
+        else:
+            prompts = self.encode_prompts(prompt, image, messages, negative_prompt, image_guidance_scale, think, size)
+            prompts = [copy.copy(one) for one in prompts for _ in range(num_images_per_prompt)]
+            if image_codes is not None or inpainting:
+                inpainting |= given(image_codes=image_codes, image_grids=image_grids, mask_coverage=mask_coverage)
+                source = -1 if prompt is None else 0  # the image to keep codes of where none is given
+                keep_codes(self, prompts, num_images_per_prompt, source, size, **inpainting)
+        settings["image_guidance_scale"] = self._image_guidance_scale
+        generators = generator_per_image(generator, len(prompts))
+        thoughts = final_prompts = None
+        if think:
+            prompts, thoughts, final_prompts = self.think_first(prompts, max_new_tokens, generators)
+
+        # 4. Loop over scales
+        codes = self.prepare_codes(prompts, num_scales, is_limit=num_inference_steps is not None)
+        scales = self.sample_images(prompts, codes, settings, generators, callback_on_step_end, tensor_inputs)
+        if decoder == "diffusion":
+            decoding = self.prepare_decoding(decoding, None if image is not None else prompt, generators, len(prompts))
+        if stream:
+            return self._previews(prompts, codes, scales, decoder, decoding, output_type)
+        for _ in scales:
             pass
-        images = self._decode(call, drawing)
+
+        # 5. Decode
+        images = self.decode_images(prompts, codes, decoder, decoding, output_type)
         self.maybe_free_model_hooks()
-        whole = [drawing.image_grids([index], drawing.count_drawn(index)) for index in range(len(drawing.prompts))]
-        output = NextFlowPipelineOutput(
-            images=images,
-            image_codes=torch.cat(drawing.image_codes),
-            image_grids=torch.cat(whole).to(drawing.image_codes[0].device),
-            thoughts=drawing.thoughts,
-            final_prompts=drawing.final_prompts,
-        )
+        output = NextFlowPipelineOutput(images, *join_codes(prompts, codes), thoughts, final_prompts)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
@@ -429,296 +476,205 @@ class NextFlowPipeline(
             >>> path = export_to_gif([preview.images[0] for preview in previews], "growing.gif", fps=3)
             ```
         """
-        bound = inspect.signature(NextFlowPipeline.__call__).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        call = NextFlowCall(**{name: value for name, value in bound.arguments.items() if name != "self"})
-        if call.output_type == "codes":
-            raise ValueError("`output_type` is 'codes', expected 'pil', 'np' or 'pt': a preview is an image")
-        with exclusive(self):
-            return self._previews(call, self._prepare(call))
+        return self(*args, **kwargs, stream=True)
 
-    # ---- the steps of a call
+    # ---- 1. Check inputs
+
+    def check_outputs(
+        self, output_type: str, decoder: str, decoding: dict[str, Any], tensor_inputs: Sequence[str], stream: bool
+    ) -> None:
+        """Raises `ValueError` where what the call is to give does not fit together."""
+        if output_type not in OUTPUT_TYPES or (stream and output_type == "codes"):
+            expected = "'pil', 'np' or 'pt': a preview is an image" if stream else f"one of {list(OUTPUT_TYPES)}"
+            raise ValueError(f"`output_type` is {output_type!r}, expected {expected}")
+        if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}, expected some of {self._callback_tensor_inputs}"
+            )
+        if decoder not in DECODERS:
+            raise ValueError(f"`decoder` is {decoder!r}, expected one of {list(DECODERS)}")
+        if decoder == "vq" and decoding:
+            names = [f"decoder_{name}" for name in decoding]
+            raise ValueError(f"got {names} with `decoder='vq'`: they go with `decoder='diffusion'`")
+        if decoder == "diffusion":
+            if output_type == "codes":
+                raise ValueError("`decoder='diffusion'` and `output_type='codes'`: codes are not decoded")
+            self.diffusion_decoder_pipeline.check_settings(**decoding)
+
+    # ---- 3. Encode prompts
+
+    def given_prompts(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[NextFlowImagePrompt]:
+        """Images whose codes are all there is: they are only decoded."""
+        codebook_size = self.transformer.config.codebook_size
+        images = given_images(image_codes, image_grids, len(image_grids), 1, codebook_size=codebook_size)
+        nothing = image_grids.new_zeros(0)
+        return [NextFlowImagePrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
+
+    # ---- 4. Loop over scales
 
     def _begin(self, work: Any = None) -> None:
         """What the pipeline is at from now on: nobody has interrupted it, and what went on before cannot go on."""
-        if not self._is_checked:  # a component was replaced
+        components = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
+        if any(one is not other for one, other in zip(components, self._checked, strict=True)):
             self.check_components()
         self._interrupt = False
         self._current = work
 
-    def _prepare(self, call: NextFlowCall) -> NextFlowDrawing:
-        # 1. Check inputs
-        call.check(self._callback_tensor_inputs)
-        self.check_thinking(call.think, call.max_new_tokens)
-        if call.decoder == "diffusion":
-            self.diffusion_decoder_pipeline.check_settings(**call.decoder_settings)
-
-        # 2. How to draw
-        settings = {name: getattr(call, name) for name in DEFAULT_SETTINGS}
-        settings = self.get_image_settings(**settings)
-        self._guidance_scale = settings["guidance_scale"]
-        self._image_guidance_scale = 1.0 if call.image_guidance_scale is None else call.image_guidance_scale
-        settings["source_guidance_scale"] = self._image_guidance_scale
-
-        # 3. What to draw
-        prompts = self._given_codes(call) if call.only_decodes else self._encode(call)
-        generators = generator_per_image(call.generator, len(prompts))
-        thoughts = final_prompts = None
-        if call.think:
-            self._begin()
-            prompts, thoughts, final_prompts = self.think_before_drawing(
-                prompts, max_new_tokens=call.max_new_tokens, generators=generators
-            )
-        drawing = NextFlowDrawing(
-            prompts,
-            settings,
-            num_scales=call.num_scales,
-            generators=generators,
-            thoughts=thoughts,
-            final_prompts=final_prompts,
-        )
-        self._begin(drawing)
-        if call.decoder == "diffusion":
-            drawing.captions = self._captions(call, len(prompts))
-            drawing.noise_generators = drawing.generators
-            if call.decoder_generator is not None:
-                drawing.noise_generators = generator_per_image(call.decoder_generator, len(prompts))
-        self._num_timesteps = sum(
-            drawing.count_scales(members[0]) for members in drawing.groups if not drawing.are_given(members)
-        )
-        return drawing
-
-    def _captions(self, call: NextFlowCall, num_images: int) -> list[str] | None:
-        """What the diffusion decoder reads of each image. An instruction does not say what is to be seen."""
-        caption = call.decoder_prompt
-        if caption is None and call.image is None and self.diffusion_decoder_pipeline.has_text_encoder:
-            caption = call.prompt
-        if caption is None:
-            return None
-        captions = one_per_prompt("decoder_prompt", caption, num_images // call.num_images_per_prompt)
-        return [caption for caption in captions for _ in range(call.num_images_per_prompt)]
-
-    def _given_images(self, call: NextFlowCall, num_prompts: int, repeats: int) -> list[tuple]:
-        codebook_size = self.transformer.config.codebook_size
-        return given_images(call.image_codes, call.image_grids, num_prompts, repeats, codebook_size=codebook_size)
-
-    def _given_codes(self, call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
-        """Nothing to draw from: images that are only decoded."""
-        images = self._given_images(call, len(call.image_grids), 1)
-        nothing = call.image_grids.new_zeros(0)
-        return [NextFlowDrawingPrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
-
-    def _encode(self, call: NextFlowCall) -> list[NextFlowDrawingPrompt]:
-        """The prompt of every image: tokens of the conversations, codes of the images in them, what is kept."""
-        messages = build_messages(call.prompt, call.image) if call.messages is None else call.messages
-        conversations, _ = self.processor.as_conversations(messages)
-        if _guides(self._image_guidance_scale) and not all(map(has_user_image, conversations)):
-            raise ValueError(
-                f"`image_guidance_scale` is {self._image_guidance_scale}, which guides towards the user's images, but "
-                f"{sum(not has_user_image(one) for one in conversations)} of {len(conversations)} prompts have none"
-            )
-        texts = one_per_prompt("negative_prompt", call.negative_prompt or "", len(conversations))
-        unconditional = {}
-        if self.do_classifier_free_guidance:
-            unconditional["negative_conversations"] = [
-                self.processor.unconditional_messages(one, text)
-                for one, text in zip(conversations, texts, strict=True)
-            ]
-        if _guides(self._image_guidance_scale):
-            unconditional["imageless_conversations"] = [
-                self.processor.unconditional_messages(one, text, keep_images=False)
-                for one, text in zip(conversations, texts, strict=True)
-            ]
-        prompts = self.encode_messages(
-            conversations,
-            **unconditional,
-            keep_first_size=call.messages is None and not call.size,
-            **call.size,
-            **({} if call.resolution is None else {"resolution": call.resolution}),
-            **({"enable_thinking": True} if call.think else {}),
-        )
-        prompts = [one for one in prompts for _ in range(call.num_images_per_prompt)]
-        if call.image_codes is None and call.keep_scales is None and call.mask_image is None:
-            return prompts
-        return self._keep(call, prompts)
-
-    def _keep(self, call: NextFlowCall, prompts: list[NextFlowDrawingPrompt]) -> list[NextFlowDrawingPrompt]:
-        """The prompts, with what the call keeps of the images that it redraws."""
-        repeats = call.num_images_per_prompt
-        num_prompts = len(prompts) // repeats
-        if call.image_codes is not None:
-            images = self._given_images(call, num_prompts, repeats)
-        else:
-            index = 0 if call.messages is None else -1
-            images = [source_image(prompt, index) for prompt in prompts]
-        masks = [None] * len(prompts)
-        if call.mask_image is not None:
-            masks = one_per_prompt("mask_image", _unbatched(call.mask_image), num_prompts)
-            masks = [self._load_mask(mask) for mask in masks for _ in range(repeats)]
-        prompts = [
-            with_prefix(
-                prompt,
-                image,
-                size_is_given=bool(call.size) or call.resolution is not None,
-                keep_scales=call.keep_scales,
-                mask=mask,
-                coverage=call.mask_coverage,
-                footprint=self._footprint,
-            )
-            for prompt, image, mask in zip(prompts, images, masks, strict=True)
-        ]
-        schedule = self.processor.image_processor.schedule
-        for prompt, mask in zip(prompts, masks, strict=True):
-            if mask is not None:
-                bucket = schedule.nearest_bucket(mask.height, mask.width)
-                if schedule.grids(bucket, len(prompt.grids)) != prompt.grids:
-                    raise ValueError(
-                        f"`mask_image` is {mask.height} x {mask.width} pixels (height x width), expected the shape of "
-                        f"the image, whose last grid is {prompt.grids[-1]}"
-                    )
-        return prompts
-
-    def _load_mask(self, mask: Image) -> PIL.Image.Image:
-        pixels = self.processor.image_processor.process_image(mask, do_convert_rgb=True)  # (3, height, width), 8 bits
-        return PIL.Image.fromarray(np.asarray(pixels).transpose(1, 2, 0)).convert("L")
-
-    def _footprint(self, grid: tuple[int, int], last_grid: tuple[int, int]) -> torch.Tensor:
-        """What each cell of a grid reaches on the last one: (cells, height, width), weights of the enlargement."""
-        cells = torch.eye(grid[0] * grid[1])[None]
-        return self.vision_tokenizer.quantizer.upsample(cells, grid, last_grid)[0]
+    def prepare_codes(
+        self, prompts: list[NextFlowImagePrompt], num_scales: int | None, *, is_limit: bool
+    ) -> list[torch.Tensor]:
+        """
+        The codes of each image, none so far; the prompts then say how many scales are sampled. More than an image has
+        are an error or, where `is_limit`, all of them.
+        """
+        least = min(len(prompt.grids) for prompt in prompts)
+        if num_scales is not None and num_scales > least:
+            if not is_limit:
+                raise ValueError(f"`num_scales` is {num_scales}, expected at most {least}, those of the image")
+            warn_once(f"`num_inference_steps` is {num_scales}, more than the scales of an image: all are sampled")
+        for prompt in prompts:
+            prompt.num_scales = min(num_scales or len(prompt.grids), len(prompt.grids))
+        self._begin(prompts)
+        groups = [prompts[members[0]] for members in group_prompts(prompts)]
+        self._num_timesteps = sum(prompt.num_scales for prompt in groups if not prompt.is_given)
+        return [prompt.input_ids.new_zeros(0) for prompt in prompts]
 
     @torch.no_grad()
-    def _draw(self, call: NextFlowCall, drawing: NextFlowDrawing) -> Iterator[tuple[list[int], Any]]:
-        """Draw the images of one schedule together, and yield them with the transformer's scale after each."""
+    def sample_images(
+        self,
+        prompts: list[NextFlowImagePrompt],
+        codes: list[torch.Tensor],
+        settings: dict[str, Any],
+        generators: list[torch.Generator] | None,
+        callback: Callable | None,
+        tensor_inputs: Sequence[str],
+    ) -> Iterator[tuple[list[int], Any]]:
+        """
+        Sample images of one schedule together. Yields their indices and the transformer's scale after each one, and
+        puts what is sampled into `codes`.
+        """
         first_step = 0
         with self.progress_bar(total=self._num_timesteps) as progress:
-            for members in drawing.groups:
-                count = drawing.count_scales(members[0])
-                prompts = [drawing.prompts[index] for index in members]
-                if drawing.are_given(members):
-                    for index, prompt in zip(members, prompts, strict=True):
-                        cells = num_cells(prompt.grids[:count])
-                        drawing.image_codes[index] = prompt.prefix_codes[:cells].to(self._execution_device)
+            for members in group_prompts(prompts):
+                group = [prompts[index] for index in members]
+                if group[0].is_given:
+                    for index, prompt in zip(members, group, strict=True):
+                        cells = num_cells(prompt.grids[: prompt.num_scales])
+                        codes[index] = prompt.prefix_codes[:cells].to(self._execution_device)
                     continue
-                self._guidance_scale = drawing.settings["guidance_scale"]
-                self._image_guidance_scale = drawing.settings["source_guidance_scale"]
-                generators = drawing.generators
-                scales = self.stream_codes(
-                    prompts,
-                    generators=None if generators is None else [generators[index] for index in members],
-                    num_scales=count,
-                    **drawing.settings,
-                )
-                for scale in scales:
+                self._guidance_scale = settings["guidance_scale"]
+                self._image_guidance_scale = settings["image_guidance_scale"]
+                own = None if generators is None else [generators[index] for index in members]
+                options = {"num_scales": group[0].num_scales, **settings}
+                for scale in self.stream_codes(group, generators=own, **options):
                     progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
                     progress.update()
                     guidance = self._guidance_scale, self._image_guidance_scale
-                    if call.callback_on_step_end is not None:
-                        self._call_back(call, first_step + scale.index, scale, drawing.image_grids(members))
-                    for index, codes in zip(members, scale.image_codes, strict=True):
-                        drawing.image_codes[index] = codes
+                    if callback is not None:
+                        call_back(callback, self, first_step + scale.index, scale, group, tensor_inputs)
+                    for index, row in zip(members, scale.image_codes, strict=True):
+                        codes[index] = row
                     yield members, scale
-                    if self.interrupt:  # the transformer then checks what it has sampled, and ends
+                    if self._interrupt:  # the transformer then checks what it has sampled, and ends
                         del scale.plan[scale.index + 1 :]
-                        continue
-                    if guidance != (self._guidance_scale, self._image_guidance_scale):
-                        self._change_guidance(scale)
-                first_step += count
+                    elif guidance != (self._guidance_scale, self._image_guidance_scale):
+                        scale.change_guidance(self._guidance_scale, self._image_guidance_scale)
+                first_step += group[0].num_scales
 
-    def _call_back(self, call: NextFlowCall, step: int, scale: Any, image_grids: torch.LongTensor) -> None:
-        """Let the callback see the codes so far, and replace them by those that it returns."""
-        codes = scale.image_codes
-        tensors = {"latents": codes.clone(), "image_codes": codes.clone(), "image_grids": image_grids}
-        tensors = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs}
-        returned = call.callback_on_step_end(self, step, scale.index, tensors) or {}
-        for name in ("latents", "image_codes"):
-            changed = returned.get(name)
-            if changed is not None and not torch.equal(changed.to(codes.device), codes):
-                scale.image_codes = changed.to(codes.device)
+    # ---- 5. Decode
 
-    def _change_guidance(self, scale: Any) -> None:
-        """Draw the scales to come with the guidance that the pipeline now has."""
+    def prepare_decoding(
+        self, decoding: dict[str, Any], prompt: Any, generators: list[torch.Generator] | None, num_images: int
+    ) -> dict[str, Any]:
+        """Options of the diffusion decoder, with a caption and a generator for each image."""
+        caption, generator = decoding.get("prompt"), decoding.get("generator")
+        if caption is None and self.diffusion_decoder_pipeline.has_text_encoder:
+            caption = prompt  # an instruction, of an edit, does not say what is to be seen
+        if caption is not None:
+            count = len(caption) if isinstance(caption, (list, tuple)) else 1
+            caption = one_per_prompt("decoder_prompt", caption, count)
+            caption = [one for one in caption for _ in range(num_images // count)]
+        if generator is not None:
+            generators = generator_per_image(generator, num_images)
+        return {**decoding, "prompt": caption, "generator": generators}
 
-        def at(value: PerScale, index: int) -> float:
-            value = value[index] if isinstance(value, Sequence) else value
-            return 1.0 if value is None else value
-
-        for index in range(scale.index + 1, len(scale.plan)):
-            scale.plan[index] = replace(
-                scale.plan[index],
-                guidance_scale=at(self._guidance_scale, index),
-                source_guidance_scale=at(self._image_guidance_scale, index),
-            )
-
-    def _decode(self, call: NextFlowCall, drawing: NextFlowDrawing) -> list | np.ndarray | torch.Tensor | None:
-        """The images of the codes, by the decoder that the call names; `None` for `output_type="codes"`."""
-        if call.output_type == "codes":
+    def decode_images(
+        self,
+        prompts: list[NextFlowImagePrompt],
+        codes: list[torch.Tensor],
+        decoder: str,
+        decoding: dict[str, Any],
+        output_type: str,
+    ) -> list | np.ndarray | torch.Tensor | None:
+        """The images of the codes so far, by the decoder that is named; `None` for `output_type="codes"`."""
+        if output_type == "codes":
             return None
-        images = [None] * len(drawing.prompts)
-        was_interrupted = self.interrupt
+        images = [None] * len(prompts)
+        was_interrupted = self._interrupt
 
         def pass_on(decoder: NextFlowDiffusionDecoderPipeline, *_: Any) -> dict:
-            decoder._interrupt = self.interrupt and not was_interrupted
+            decoder._interrupt = self._interrupt and not was_interrupted
             return {}
 
-        for members in drawing.groups:
-            codes = torch.cat([drawing.image_codes[index] for index in members])
-            options = {"num_scales": drawing.count_drawn(members[0]), "output_type": call.output_type}
-            if call.decoder == "diffusion":
-                for name, each in (("prompt", drawing.captions), ("generator", drawing.noise_generators)):
-                    options[name] = None if each is None else [each[index] for index in members]
-                options = {**call.decoder_settings, **options, "callback_on_step_end": pass_on}
-                decoded = self.diffusion_decoder_pipeline(codes, drawing.image_grids(members), **options).images
+        for members in group_prompts(prompts):
+            first, own = members[0], torch.cat([codes[index] for index in members])
+            grids = torch.stack([prompts[index].image_grids[-1] for index in members])
+            options = {"num_scales": prompts[first].count_scales(codes[first]), "output_type": output_type}
+            if decoder == "diffusion":
+                for name in ("prompt", "generator"):
+                    options[name] = decoding[name] and [decoding[name][index] for index in members]
+                options = {**decoding, **options, "callback_on_step_end": pass_on}
+                decoded = self.diffusion_decoder_pipeline(own, grids, **options).images
             else:
-                decoded = self.decode_codes(codes, drawing.image_grids(members), **options)
+                decoded = self.decode_codes(own, grids, **options)
             for index, image in zip(members, decoded, strict=True):
                 images[index] = image
         return stack_equal(images)
 
     @torch.no_grad()
-    def _previews(self, call: NextFlowCall, drawing: NextFlowDrawing) -> Iterator[NextFlowPreview]:
-        def preview(members: list[int], count: int, images: Any) -> NextFlowPreview:
-            codes = [drawing.image_codes[index] for index in members]
-            return NextFlowPreview(
-                images=stack_equal(list(images)),
-                indices=members,
-                scale=count,
-                num_scales=len(drawing.prompts[members[0]].grids),
-                grid=drawing.prompts[members[0]].grids[count - 1],
-                image_codes=torch.cat(codes),
-                image_grids=drawing.image_grids(members, count).to(codes[0].device),
-            )
-
-        scales = self._draw(call, drawing)
+    def _previews(
+        self,
+        prompts: list[NextFlowImagePrompt],
+        codes: list[torch.Tensor],
+        scales: Iterator[tuple[list[int], Any]],
+        decoder: str,
+        decoding: dict[str, Any],
+        output_type: str,
+    ) -> Iterator[NextFlowPreview]:
+        """The images after every scale, sampled and decoded when they are asked for."""
         try:
             # Not locked from one preview to the next, which may be asked for from another thread.
             while True:
                 with exclusive(self):
-                    if self._current is not drawing:
+                    if self._current is not prompts:
                         raise RuntimeError("another call of this pipeline began before the last preview was asked for")
                     members, scale = next(scales, (None, None))
                     if scale is None:
                         break
-                    grids, count = drawing.image_grids(members), scale.index + 1
-                    codes = scale.image_codes.flatten()
-                    images = self.decode_codes(codes, grids, num_scales=count, output_type=call.output_type)
-                yield preview(members, count, images)
-            if call.decoder == "diffusion":
-                images = self._decode(call, drawing)
-                for members in drawing.groups:
-                    yield preview(members, drawing.count_drawn(members[0]), [images[index] for index in members])
+                    grids = torch.stack([prompts[index].image_grids[-1] for index in members])
+                    options = {"num_scales": scale.index + 1, "output_type": output_type}
+                    images = self.decode_codes(scale.image_codes.flatten(), grids, **options)
+                yield make_preview(prompts, codes, members, images)
+            if decoder == "diffusion":
+                images = self.decode_images(prompts, codes, decoder, decoding, output_type)
+                for members in group_prompts(prompts):
+                    yield make_preview(prompts, codes, members, [images[index] for index in members])
         finally:
             self.maybe_free_model_hooks()
 
 
-def _unbatched(images: Any) -> Any:
-    """A batch of arrays as a list."""
-    return list(images) if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4 else images
+def call_back(
+    callback: Callable, pipe: NextFlowPipeline, step: int, scale: Any, group: list[Any], tensor_inputs: Sequence[str]
+) -> None:
+    """Let the callback see the codes so far, and replace them by those that it returns."""
+    codes = scale.image_codes
+    grids = torch.stack([prompt.image_grids[-1] for prompt in group])
+    tensors = {"latents": codes.clone(), "image_codes": codes.clone(), "image_grids": grids}
+    returned = callback(pipe, step, scale.index, {name: tensors[name] for name in tensor_inputs}) or {}
+    for name in ("latents", "image_codes"):
+        changed = returned.get(name)
+        if changed is not None and not torch.equal(changed.to(codes.device), codes):
+            scale.image_codes = changed.to(codes.device)
 
 
-def _guides(scale: PerScale) -> bool:
-    """Whether a guidance scale asks for an unconditional pass anywhere."""
-    return any(value is not None and value != 1 for value in (scale if isinstance(scale, Sequence) else [scale]))
-
-
-__all__ = ["NextFlowDrawingPrompt", "NextFlowPipeline"]
+__all__ = ["NextFlowImagePrompt", "NextFlowPipeline"]

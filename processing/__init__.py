@@ -5,8 +5,8 @@ import transformers  # noqa: F401
 
 from .image_loading_nextflow import load_image
 from .image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil
+from .messages_nextflow import THINKING_PROMPT, join_reasoning, split_reasoning
 from .processing_nextflow import NextFlowProcessor
-from .reasoning_nextflow import THINKING_PROMPT, join_reasoning, split_reasoning
 from .scale_schedule_nextflow import ScaleSchedule
 from .tokenizer_extension_nextflow import extend_tokenizer
 

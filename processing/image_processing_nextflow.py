@@ -5,6 +5,7 @@ cover it, centre-cropped. Knows no tokens; the schedule is data to it. The crop 
 free of frameworks and shared by the PIL and the torchvision backend.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -43,6 +44,9 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     min_bucket_fill: float
     max_aspect_ratio: float
     max_pixels: int
+
+
+_schedule = functools.lru_cache(ScaleSchedule)  # which finds its buckets once
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -119,7 +123,8 @@ class _NextFlowImageProcessing:
 
     @staticmethod
     def _schedule_of(numbers: dict[str, Any]) -> ScaleSchedule:
-        return ScaleSchedule(**{name: numbers[name] for name in ScaleSchedule.__dataclass_fields__})
+        values = [numbers[name] for name in ScaleSchedule.__dataclass_fields__]
+        return _schedule(*(tuple(value) if isinstance(value, list) else value for value in values))
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
         # The base class wants a `size` and a `crop_size` for the flags we share with it: our sizes come from the
@@ -288,9 +293,9 @@ class NextFlowImageProcessorPil(_NextFlowImageProcessing, PilBackend):
         resample: PILImageResampling,
     ) -> np.ndarray:
         # PIL crops at fractions of a pixel and resizes in one filter pass.
-        picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-        picture = picture.resize(size[::-1], resample=resample, box=box)
-        return np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)
+        cropped = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+        cropped = cropped.resize(size[::-1], resample=resample, box=box)
+        return np.asarray(cropped, dtype=np.float32).transpose(2, 0, 1)
 
 
 if is_torchvision_available():

@@ -5,9 +5,9 @@ Owns the layout: an image is `<boi>`, one `<|image_pad|>` per cell of scales 2..
 text. Knows nothing of codes beyond their token names, and nothing of the model.
 """
 
-import functools
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -28,17 +28,17 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .control_tokens_nextflow import CUT, ControlTokens
 from .image_processing_nextflow import NextFlowImageProcessorKwargs, flatten_images
-from .message_checks_nextflow import as_conversations, check_text
-from .messages_nextflow import take_images
-from .reasoning_nextflow import (
+from .messages_nextflow import (
     THINKING_PROMPT,
+    as_conversations,
+    check_text,
     split_reasoning,
+    take_images,
     unconditional_messages,
     with_thinking_prompt,
     without_thinking_prompt,
 )
-from .scale_schedule_nextflow import num_cells
-from .target_grids_nextflow import wished_grids, wishes_of
+from .scale_schedule_nextflow import num_cells, requested_grids, size_options
 from .tokenizer_extension_nextflow import code_token
 
 
@@ -113,6 +113,7 @@ class NextFlowProcessor(ProcessorMixin):
     split_reasoning = staticmethod(split_reasoning)
     without_thinking_prompt = staticmethod(without_thinking_prompt)
     unconditional_messages = staticmethod(unconditional_messages)
+    with_thinking_prompt = staticmethod(with_thinking_prompt)
 
     def __init__(
         self,
@@ -256,74 +257,44 @@ class NextFlowProcessor(ProcessorMixin):
         kwargs = {**kwargs, **(processor_kwargs or {})}
         images = kwargs.pop("images", images)
         negative_prompt = kwargs.pop("negative_prompt", negative_prompt)
-        mode = kwargs.get("generation_mode")
+        given = dict(kwargs)
+        variables = {name: kwargs.pop(name) for name in [*kwargs] if name not in _OPTIONS}
+        if return_tensors != "auto":
+            kwargs["return_tensors"] = return_tensors
+        options = self._options(kwargs)
+        mode = options.get("generation_mode")
         draws = mode in ("image", "interleaved") and tokenize and return_dict
+        mark_responses = return_labels or return_assistant_tokens_mask
+        add_generation_prompt = add_generation_prompt or (mode is not None and not continue_final_message)
+        if variables or tools:
+            self._check_template(template, variables, tools)
         if negative_prompt and not draws:
             raise ValueError(
-                "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that draws, got "
+                "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that samples images, got "
                 f"generation_mode={mode!r}"
             )
-        if negative_prompt is not None and draws:
-            common = {
-                "chat_template": chat_template,
-                "tools": tools,
-                "documents": documents,
-                "continue_final_message": continue_final_message,
-                "tokenize": True,
-                "return_tensors": return_tensors,
-                "return_dict": True,
-                "sanitize_control_tokens": sanitize_control_tokens,
-                "images": images,
-                "negative_prompt": None,
-                **kwargs,
-            }
-            inputs = self.apply_chat_template(
-                conversation,
-                enable_thinking=enable_thinking,
-                return_labels=return_labels,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                **common,
-            )
-            unconditional = [self.unconditional_messages(row, negative_prompt) for row in conversations]
-            negative = self.apply_chat_template(unconditional, **common)
-            for name in ("input_ids", "attention_mask"):
-                inputs[f"negative_{name}"] = negative[name]
-            return inputs
-        options, variables = self._split_kwargs(template, kwargs)
-        if return_tensors != "auto":
-            options["return_tensors"] = return_tensors
-        options = self._options(options)
-        mark_responses = return_labels or return_assistant_tokens_mask
-        self._check_template_options(
-            template, options, train_on, mark_responses=mark_responses, as_features=tokenize and return_dict
-        )
-        if options.get("generation_mode") is not None and not continue_final_message:
-            add_generation_prompt = True
-        if mark_responses and (add_generation_prompt or continue_final_message):
-            raise ValueError("labels and masks need finished conversations: without generation prompt or open message")
+        if train_on not in ("responses", "all"):
+            raise ValueError(f'train_on is {train_on!r}, expected "responses" or "all"')
+        if mark_responses:
+            is_finished = not (add_generation_prompt or continue_final_message)
+            self._check_labels(template, mode, as_features=tokenize and return_dict, is_finished=is_finished)
 
         # 1. Take the images out, and mark the control tokens that the messages spell out
-        if tools and "tool" not in template:
-            raise ValueError(f"this chat template knows no tools, got {len(tools)}")
-        conversations, _ = self._normalize_conversations(conversations)
+        chats, _ = self._normalize_conversations(conversations)
         if enable_thinking:
-            conversations = list(map(with_thinking_prompt, conversations))
-        row_images, is_drawn = take_images(conversations, images)
+            chats = list(map(with_thinking_prompt, chats))
+        row_images, by_assistant = take_images(chats, images)
         tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
         tokens = {**self.tokenizer.special_tokens_map, **tokens}
         tokens |= {name: variables.pop(name) for name in tokens if name in variables}  # the caller's, and no message
         if sanitize_control_tokens:
-            control_tokens = self._control_tokens
-            conversations = [
-                [control_tokens.as_text(message, refuse=not tokenize) for message in row] for row in conversations
-            ]
-            tools, documents, variables = (
-                control_tokens.cut(given, refuse=not tokenize) for given in (tools, documents, variables)
-            )
+            refuse, cut = not tokenize, self._control_tokens.cut
+            chats = [[self._control_tokens.as_text(message, refuse=refuse) for message in row] for row in chats]
+            tools, documents, variables = (one and cut(one, refuse=refuse) for one in (tools, documents, variables))
 
         # 2. Render
         texts, responses = render_jinja_template(
-            conversations=conversations,
+            conversations=chats,
             tools=tools,
             documents=documents,
             chat_template=template,
@@ -333,8 +304,7 @@ class NextFlowProcessor(ProcessorMixin):
             **{**tokens, **variables},
         )
         if not tokenize:
-            if options.get("generation_mode") == "image":
-                texts = [text + self.boi_token for text in texts]
+            texts = [text + self.boi_token for text in texts] if mode == "image" else texts
             return texts if is_batched else texts[0]
 
         # 3. Tokenize
@@ -342,12 +312,22 @@ class NextFlowProcessor(ProcessorMixin):
             texts,
             row_images,
             options,
-            is_drawn=is_drawn,
+            by_assistant=by_assistant,
             responses=responses if mark_responses else None,
             train_on=train_on if return_labels else None,
             return_mask=return_assistant_tokens_mask,
         )
-        return inputs if return_dict else inputs["input_ids"]
+        if not return_dict:
+            return inputs["input_ids"]
+        if draws and negative_prompt is not None:
+            unconditional = [self.unconditional_messages(row, negative_prompt) for row in conversations]
+            common = {"tools": tools, "documents": documents, "continue_final_message": continue_final_message}
+            common |= {"return_tensors": return_tensors, "sanitize_control_tokens": sanitize_control_tokens}
+            common |= {"tokenize": True, "return_dict": True, "images": images, "negative_prompt": None, **given}
+            negative = self.apply_chat_template(unconditional, chat_template, **common)
+            for name in ("input_ids", "attention_mask"):
+                inputs[f"negative_{name}"] = negative[name]
+        return inputs
 
     def as_conversations(self, messages: Any) -> tuple[list[list[dict[str, Any]]], bool]:
         """One conversation or several as a list, and whether it was a list; `ValueError` where they are malformed."""
@@ -371,26 +351,23 @@ class NextFlowProcessor(ProcessorMixin):
             raise ValueError(f"generation_mode is {mode!r}, expected one of {list(_GENERATION_MODES)}")
         return options
 
-    def _split_kwargs(self, template: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Keyword arguments -> (options of `__call__`, variables of the template)."""
-        options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
-        variables = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
+    @staticmethod
+    def _check_template(template: str, variables: dict[str, Any], tools: list[dict] | None) -> None:
         if unknown := sorted(name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)):
             raise TypeError(f"got unexpected options {unknown}, which the chat template does not use either")
-        return options, variables
+        if tools and "tool" not in template:
+            raise ValueError(f"this chat template knows no tools, got {len(tools)}")
 
     @staticmethod
-    def _check_template_options(
-        template: str, options: dict[str, Any], train_on: str, *, mark_responses: bool, as_features: bool
-    ) -> None:
-        if train_on not in ("responses", "all"):
-            raise ValueError(f'train_on is {train_on!r}, expected "responses" or "all"')
-        if mark_responses and not as_features:
+    def _check_labels(template: str, mode: str | None, *, as_features: bool, is_finished: bool) -> None:
+        if not as_features:
             raise ValueError("labels and masks come with tokenize=True and return_dict=True")
-        if mark_responses and options.get("generation_mode") is not None:
-            raise ValueError(f"labels and masks exclude a generation_mode, got {options['generation_mode']!r}")
-        if mark_responses and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        if mode is not None:
+            raise ValueError(f"labels and masks exclude a generation_mode, got {mode!r}")
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError("labels and masks need a chat template with {% generation %} around assistant responses")
+        if not is_finished:
+            raise ValueError("labels and masks need finished conversations: without generation prompt or open message")
 
     # ---- messages
 
@@ -406,7 +383,7 @@ class NextFlowProcessor(ProcessorMixin):
         images: Any | None,
         options: dict[str, Any],
         *,
-        is_drawn: list[list[bool]] | None = None,
+        by_assistant: list[list[bool]] | None = None,
         responses: list[list[tuple[int, int]]] | None = None,
         train_on: str | None = None,
         return_mask: bool = False,
@@ -417,21 +394,9 @@ class NextFlowProcessor(ProcessorMixin):
             text_options.pop(name, None) or options.get(name)
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
         )
-        truncates = text_options.pop("truncation", None) not in (None, False, "do_not_truncate")
-        limit = self.tokenizer.model_max_length
-        if text_options.get("max_length") is not None:
-            limit = min(limit, text_options["max_length"])
 
         # 1. Tokens, with one placeholder per image
-        rows, in_response = [], []
-        for index, text in enumerate(texts):
-            ids, mask = self._frame(*self._encode(text, [] if responses is None else responses[index]))
-            if options.get("generation_mode") == "image" and ids[-1:] != [self.boi_token_id]:
-                ids.append(self.boi_token_id)
-                mask.append(False)
-            rows.append(ids)
-            in_response.append(mask)
-        self._check_layout(rows)
+        rows, in_response = self._tokenize(texts, responses, ends_in_boi=options.get("generation_mode") == "image")
         if train_on == "responses" and not all(map(any, in_response)):
             empty = [index for index, mask in enumerate(in_response) if not any(mask)]
             raise ValueError(f"conversations {empty} have no assistant response to train on")
@@ -439,120 +404,172 @@ class NextFlowProcessor(ProcessorMixin):
         # 2. Pixels and schedules
         flat_images = self._check_images(rows, images)
         data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
-        closed = iter(data["image_grids"].tolist() if flat_images else [])
-        image_grids, target_grids, replacements = [], [], []
-        wished = functools.cache(functools.partial(self._wished_grids, options))  # once a call: it may warn
+        image_grids, target_grids = self._schedules(rows, data, options, by_assistant, in_full=train_on == "all")
 
         # 3. Every placeholder becomes the cells of its image
-        for index, ids in enumerate(rows):
-            shown = [next(closed) for token in ids if token == self.image_token_id]
-            drawn = [False] * len(shown) if is_drawn is None else is_drawn[index]
-            schedules = [
-                grids if by_assistant or train_on == "all" else self._as_context(grids)
-                for by_assistant, grids in zip(drawn, shown, strict=True)
-            ]
-            repeats = iter([num_cells(grids) - 1 for grids in schedules])
-            repeats = [next(repeats) if token == self.image_token_id else 1 for token in ids]
-            to_draw = 0
-            if ids[-1:] == [self.boi_token_id]:
-                schedules.append(self._target_grids(options, shown, wished))
-                to_draw = num_cells(schedules[-1])
-            elif options.get("generation_mode") == "interleaved":
-                target_grids.append(self._padded(self._target_grids(options, shown, wished)))
-            kept = slice(None)
-            if schedules or not truncates:
-                self._check_length(index, sum(repeats), to_draw, limit)
-            elif sum(repeats) > limit:
-                kept = slice(limit) if self.tokenizer.truncation_side == "right" else slice(len(ids) - limit, None)
-            counts = [count for token, count in zip(ids, repeats, strict=True) if token == self.image_token_id]
-            replacements.append(self._replacements(texts[index], counts))
+        counts = []
+        for index, (ids, schedules) in enumerate(zip(rows, image_grids, strict=True)):
+            cells = [num_cells(grids) for grids in schedules]
+            to_sample = cells[-1] if ids[-1:] == [self.boi_token_id] else 0
+            repeats = iter(cells)
+            repeats = [next(repeats) - 1 if token == self.image_token_id else 1 for token in ids]
+            counts.append([count for token, count in zip(ids, repeats, strict=True) if token == self.image_token_id])
+            kept = self._kept_tokens(index, sum(repeats), to_sample, text_options, has_images=bool(schedules))
             rows[index], in_response[index] = (
                 [value for value, count in zip(values, repeats, strict=True) for _ in range(count)][kept]
                 for values in (ids, in_response[index])
             )
-            image_grids += map(self._padded, schedules)
-        if wishes_of(options) and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
-            raise ValueError(f"{wishes_of(options)} describe an image to draw, but no row ends in {self.boi_token}")
+        blank = [[0, 0]] * self.max_scales
+        schedules = {"image_grids": [grids for row in image_grids for grids in row], "target_grids": target_grids}
+        data |= {name: [(own + blank)[: len(blank)] for own in grids] for name, grids in schedules.items() if grids}
 
         # 4. Padding
-        if text_options.get("padding") != "max_length":
-            text_options.pop("max_length", None)
-        padded = self.tokenizer.pad({"input_ids": rows}, **text_options)
-        data = {"input_ids": padded["input_ids"], "attention_mask": padded.get("attention_mask"), **data}
-        if data["attention_mask"] is None:
-            del data["attention_mask"]
-        on_left = text_options.get("padding_side", self.tokenizer.padding_side) == "left"
-
-        def pad(values: list[list[int]], filler: int) -> list[list[int]]:
-            fill = [[filler] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], values, strict=True)]
-            return [extra + row if on_left else row + extra for extra, row in zip(fill, values, strict=True)]
-
+        columns = {}
         if train_on is not None:
-            silent = (self.image_token_id, self.eoi_token_id)  # never predicted: `<boi>` stands for the whole image
-            labels = [
-                [
-                    token if token not in silent and (inside or train_on == "all") else IGNORE_INDEX
-                    for token, inside in zip(ids, mask, strict=True)
-                ]
-                for ids, mask in zip(rows, in_response, strict=True)
-            ]
-            data["labels"] = pad(labels, IGNORE_INDEX)
+            columns["labels"] = self._labels(rows, in_response, in_full=train_on == "all"), IGNORE_INDEX
         if return_mask:
-            data["assistant_masks"] = pad([list(map(int, mask)) for mask in in_response], 0)
+            columns["assistant_masks"] = [list(map(int, mask)) for mask in in_response], 0
+        data |= self._pad(rows, columns, text_options)
         if return_types:
-            data["mm_token_type_ids"] = self.create_mm_token_type_ids(padded["input_ids"])
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if return_replacements:
-            data["text_replacement_offsets"] = replacements
-        if image_grids:
-            data["image_grids"] = image_grids
-        if target_grids:
-            data["target_grids"] = target_grids
+            data["text_replacement_offsets"] = list(map(self._replacements, texts, counts))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
-    def _encode(self, text: str, responses: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    def _tokenize(
+        self, texts: list[str], responses: list[list[tuple[int, int]]] | None, *, ends_in_boi: bool
+    ) -> tuple[list[list[int]], list[list[bool]]]:
         """
-        Token ids of a rendered chat, and which of them lie in `responses` (character spans). Text is tokenized in
+        Token ids of rendered chats, and which of them lie in `responses` (character spans). Text is tokenized in
         pieces that end at the spans and at the cuts, so that no token is half inside.
         """
-        ids, mask, position = [], [], 0
-        for start, end in [*responses, (len(text), len(text))]:
-            for piece, inside in ((text[position:start], False), (text[start:end], True)):
-                for part in piece.split(CUT):
-                    tokens = self.tokenizer.encode(part, add_special_tokens=False) if part else []
-                    ids += tokens
-                    mask += [inside] * len(tokens)
-            position = end
-        return ids, mask
+        rows, in_response = [], []
+        for index, text in enumerate(texts):
+            ids, mask, position = [], [], 0
+            for start, end in [*(responses[index] if responses else ()), (len(text), len(text))]:
+                for piece, inside in ((text[position:start], False), (text[start:end], True)):
+                    for part in filter(None, piece.split(CUT)):
+                        ids += self.tokenizer.encode(part, add_special_tokens=False)
+                        mask += [inside] * (len(ids) - len(mask))
+                position = end
+            ids, mask = self._framed(index, ids, mask)
+            if ends_in_boi and ids[-1:] != [self.boi_token_id]:
+                ids, mask = [*ids, self.boi_token_id], [*mask, False]
+            rows.append(ids)
+            in_response.append(mask)
+        return rows, in_response
 
-    def _frame(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
-        """With `<boi>` and `<eoi>` around every placeholder that stands without."""
-        frame = (self.boi_token_id, self.image_token_id, self.eoi_token_id)
-        framed, inside = [], []
-        for index, token in enumerate(ids):
-            alone = token == self.image_token_id and ids[index - 1 : index] != [self.boi_token_id]
-            framed += frame if alone else (token,)
-            inside += [mask[index]] * (len(framed) - len(inside))
-        return framed, inside
-
-    def _check_layout(self, rows: list[list[int]]) -> None:
-        """Every image is `<boi><|image_pad|><eoi>`, or the `<boi>` that ends its row; no code is written by name."""
-        code_ids = range(self._first_code_id, self.boi_token_id)
-        whole = [self.boi_token_id, self.image_token_id, self.eoi_token_id]
-        for index, ids in enumerate(rows):
-            position = 0
-            while position < len(ids):
-                token = ids[position]
-                if ids[position : position + 3] == whole:
-                    position += 3
-                    continue
-                to_draw = token == self.boi_token_id and position == len(ids) - 1
-                if token in code_ids or (token in whole and not to_draw):
+    def _framed(self, row: int, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+        """
+        With `<boi>` and `<eoi>` around every placeholder that stands without. Then every image is
+        `<boi><|image_pad|><eoi>`, or the `<boi>` that ends its row; no code is written by name.
+        """
+        frame = [self.boi_token_id, self.image_token_id, self.eoi_token_id]
+        framed, inside, position = [], [], 0
+        while position < len(ids):
+            token, length = ids[position], 1
+            if token == self.image_token_id:
+                framed += frame
+            elif ids[position : position + 3] == frame:
+                framed += frame
+                length = 3
+            elif token in (self.boi_token_id, self.eoi_token_id) or self._first_code_id <= token < self.boi_token_id:
+                if token != self.boi_token_id or position < len(ids) - 1:
+                    found = self.tokenizer.convert_ids_to_tokens(token)
                     raise ValueError(
-                        f"row {index} has {self.tokenizer.convert_ids_to_tokens(token)} at token {position}, expected "
+                        f"row {row} has {found} at token {len(framed)}, expected "
                         f"images as {self.boi_token}{self.image_token}{self.eoi_token}, or {self.boi_token} as the "
                         "last token"
                     )
-                position += 1
+                framed.append(token)
+            else:
+                framed.append(token)
+            inside += [mask[position]] * (len(framed) - len(inside))
+            position += length
+        return framed, inside
+
+    def _schedules(
+        self,
+        rows: list[list[int]],
+        data: dict[str, Any],
+        options: dict[str, Any],
+        by_assistant: list[list[bool]] | None,
+        *,
+        in_full: bool,
+    ) -> tuple[list[list[list[list[int]]]], list[list[list[int]]]]:
+        """
+        Of every row the schedules of its images, with that of the image to sample where it ends in `<boi>`; and
+        those of images that answers in interleaved mode may have. `in_full`: as they are sampled, none as it is given.
+        """
+        closed = iter(data["image_grids"].tolist() if data else [])
+        schedule, asked = self.image_processor.schedule, size_options(options)
+        resolution = options["images_kwargs"].get("resolution")
+        requested = None
+        image_grids, target_grids = [], []
+        for index, ids in enumerate(rows):
+            shown = [next(closed) for token in ids if token == self.image_token_id]
+            authors = [False] * len(shown) if by_assistant is None else by_assistant[index]
+            schedules = [
+                grids if is_own or in_full else self._as_context(grids)
+                for is_own, grids in zip(authors, shown, strict=True)
+            ]
+            image_grids.append(schedules)
+            samples = ids[-1:] == [self.boi_token_id]
+            if not samples and options.get("generation_mode") != "interleaved":
+                continue
+            if requested is None and (asked or not shown):  # once a call: it may warn
+                default = self.image_processor.resolution
+                requested = requested_grids(schedule, options, resolution=resolution, default=default)
+            # As asked for, else as the last image before it, else square
+            target = requested if asked or not shown else shown[-1]
+            (schedules if samples else target_grids).append(target)
+        if asked and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
+            raise ValueError(f"{asked} describe an image to sample, but no row ends in {self.boi_token}")
+        return image_grids, target_grids
+
+    def _kept_tokens(
+        self, row: int, length: int, to_sample: int, text_options: dict[str, Any], *, has_images: bool
+    ) -> slice:
+        """
+        What truncation leaves of a row of text. `ValueError` where a row that is not cut is too long. `to_sample`
+        counts the cells of scales 2..K and the `<eoi>` that will follow.
+        """
+        limit = min(self.tokenizer.model_max_length, text_options.get("max_length") or math.inf)
+        if length + to_sample <= limit:
+            return slice(None)
+        if not has_images and text_options.get("truncation") not in (None, False, "do_not_truncate"):
+            return slice(limit) if self.tokenizer.truncation_side == "right" else slice(length - limit, None)
+        more = f" and the image to sample {to_sample} more" if to_sample else ""
+        raise ValueError(
+            f"row {row} has {length} tokens, image cells included{more}, expected at most {limit}: shorten the "
+            "text or lower the resolution, as nothing is cut from a row with images"
+        )
+
+    def _labels(self, rows: list[list[int]], in_response: list[list[bool]], *, in_full: bool) -> list[list[int]]:
+        silent = (self.image_token_id, self.eoi_token_id)  # never predicted: `<boi>` stands for the whole image
+        return [
+            [
+                token if token not in silent and (inside or in_full) else IGNORE_INDEX
+                for token, inside in zip(ids, mask, strict=True)
+            ]
+            for ids, mask in zip(rows, in_response, strict=True)
+        ]
+
+    def _pad(
+        self, rows: list[list[int]], columns: dict[str, tuple[list[list[int]], int]], text_options: dict[str, Any]
+    ) -> dict[str, list[list[int]]]:
+        """The rows with their mask, and further columns with what fills them, padded as the tokenizer does."""
+        names = ["truncation"] if text_options.get("padding") == "max_length" else ["truncation", "max_length"]
+        text_options = {name: value for name, value in text_options.items() if name not in names}
+        padded = self.tokenizer.pad({"input_ids": rows}, **text_options)
+        data = {name: padded[name] for name in ("input_ids", "attention_mask") if name in padded}
+        on_left = text_options.get("padding_side", self.tokenizer.padding_side) == "left"
+        for name, (values, filler) in columns.items():
+            data[name] = []
+            for ids, row in zip(padded["input_ids"], values, strict=True):
+                fill = [filler] * (len(ids) - len(row))
+                data[name].append([*fill, *row] if on_left else [*row, *fill])
+        return data
 
     @cached_property
     def _first_code_id(self) -> int:
@@ -561,7 +578,7 @@ class NextFlowProcessor(ProcessorMixin):
     def _check_images(self, rows: list[list[int]], images: Any | None) -> list[Any]:
         """`images` as a flat list, as many as there are placeholders, per row where they are given per row."""
         expected = [ids.count(self.image_token_id) for ids in rows]
-        flat = [] if images is None else flatten_images(images)
+        flat = flatten_images(images) if images is not None else []
         if len(flat) != sum(expected):
             raise ValueError(
                 f"got {len(flat)} images for {sum(expected)} image placeholders (by row: {expected}): the number of "
@@ -578,25 +595,12 @@ class NextFlowProcessor(ProcessorMixin):
         grids = [[int(height), int(width)] for height, width in grids if height > 0]
         return [*grids, grids[-1]] if self.append_last_scale else grids
 
-    def _padded(self, grids: list[list[int]]) -> list[list[int]]:
-        return grids + [[0, 0]] * (self.max_scales - len(grids))
-
     def target_image_grids(self, image_grids: torch.LongTensor) -> torch.LongTensor:
         """Rows of `image_grids` (images, max_scales, 2) of given images, as those of images to draw at their size."""
         if not self.append_last_scale:
             return image_grids
         is_last = (image_grids[..., 0] > 0).sum(-1, keepdim=True) - 1 == torch.arange(image_grids.shape[1])
         return image_grids.masked_fill(is_last[..., None], 0)
-
-    @staticmethod
-    def _check_length(index: int, length: int, to_draw: int, limit: int) -> None:
-        """`to_draw` counts the cells of scales 2..K and the `<eoi>` that will follow."""
-        if length + to_draw > limit:
-            more = f" and the image to draw {to_draw} more" if to_draw else ""
-            raise ValueError(
-                f"row {index} has {length} tokens, image cells included{more}, expected at most {limit}: shorten the "
-                "text or lower the resolution, as nothing is cut from a row with images"
-            )
 
     def _replacements(self, text: str, counts: list[int]) -> list[dict[str, Any]]:
         """Where the placeholders of a text stand, and what becomes of them, as transformers describes it."""
@@ -617,20 +621,6 @@ class NextFlowProcessor(ProcessorMixin):
             )
             gained += len(replacement) - length
         return found
-
-    def _target_grids(
-        self, options: dict[str, Any], previous: list[list[list[int]]], wished: Callable[[], list[list[int]]]
-    ) -> list[list[int]]:
-        """Row of `image_grids` of the image to draw: as wished, else that of the last image before it, else square."""
-        return wished() if wishes_of(options) or not previous else previous[-1]
-
-    def _wished_grids(self, options: dict[str, Any]) -> list[list[int]]:
-        return wished_grids(
-            self.image_processor.schedule,
-            options,
-            resolution=options["images_kwargs"].get("resolution"),
-            default=self.image_processor.resolution,
-        )
 
     # ---- back again
 

@@ -5,19 +5,25 @@ its result as data (`image_grids`). Knows numbers only: no tensors, no images, n
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class ScaleSchedule:
     """
     Grids of every scale for every aspect ratio. A *bucket* `(a, b)` is an aspect ratio `a : b` (height : width), a
-    *grid* `(h, w)` counts the cells of one scale, a *resolution* names a level by the side of its square image in
-    pixels.
+    *grid* `(h, w)` counts the cells of one scale, a *resolution* is the side in pixels of a
+    square image.
 
     Args:
         scale_bases (`tuple[int, ...]`, *optional*, defaults to `(1, 2, ..., 48, 64)`): Side of each square grid.
@@ -48,7 +54,7 @@ class ScaleSchedule:
         if self.max_aspect_ratio < 1:
             raise ValueError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
 
-    @property
+    @cached_property
     def max_scales(self) -> int:
         """Length of the longest schedule: the number of rows of an image in `image_grids`."""
         return len(self.scale_bases)
@@ -69,14 +75,14 @@ class ScaleSchedule:
             )
         return tuple(sorted(found, key=lambda bucket: Fraction(*bucket)))
 
-    @property
+    @cached_property
     def resolutions(self) -> tuple[int, ...]:
         """Sides in pixels of the square images that end exactly on a scale."""
         return tuple(round(base * self.patch_size) for base in self.scale_bases)
 
     def num_scales(self, resolution: int) -> int:
         """
-        Number of scales of a level, e.g. 12, 16, 18 for 256, 512, 1024 pixels. `ValueError` if it is not a level.
+        Number of scales of a resolution, e.g. 12, 16, 18 for 256, 512, 1024 pixels. `ValueError` where there is none.
         """
         if resolution not in self.resolutions:
             raise ValueError(f"resolution is {resolution}, expected one of {list(self.resolutions)}")
@@ -98,6 +104,7 @@ class ScaleSchedule:
         height, width = self.grids(bucket, num_scales)[-1]
         return round(height * self.patch_size), round(width * self.patch_size)
 
+    @lru_cache(maxsize=1024)  # noqa: B019
     def nearest_bucket(self, height: float, width: float) -> tuple[int, int]:
         """
         The bucket whose ratio is nearest to `height : width` on a logarithmic scale. A ratio beyond `max_aspect_ratio`
@@ -157,4 +164,63 @@ def num_cells(grids: Sequence[Sequence[int]]) -> int:
     return sum(int(height) * int(width) for height, width in grids)
 
 
-__all__ = ["ScaleSchedule", "num_cells"]
+def size_options(options: Mapping[str, Any]) -> list[str]:
+    """Names of the options given that describe the image to draw."""
+    names = ("target_grids", "aspect_ratio", "height", "width")
+    return [name for name in names if options.get(name) is not None]
+
+
+def requested_grids(
+    schedule: ScaleSchedule, options: Mapping[str, Any], *, resolution: int | None, default: int
+) -> list[list[int]]:
+    """
+    Row of `image_grids` that the options describe, else a square's. Of the `resolution`, where one is given,
+    else of the `default` or, for a size in pixels, of one that fits.
+    """
+    given = size_options(options)
+    if len(given) > 1 and given != ["height", "width"]:
+        raise ValueError(f"got {given}, expected one of target_grids, aspect_ratio, or height and width")
+    num_scales = schedule.num_scales(resolution or default)
+    if "target_grids" in given:
+        grids = schedule.check_grids(options["target_grids"])
+    elif "aspect_ratio" in given:
+        grids = schedule.grids(schedule.bucket_from_aspect_ratio(options["aspect_ratio"]), num_scales)
+    elif len(given) == 1:
+        raise ValueError(f"got only {given[0]}, expected height and width")
+    elif given:
+        grids = grids_of_size(schedule, options["height"], options["width"], resolution=resolution, default=default)
+    else:
+        grids = schedule.grids(schedule.nearest_bucket(1, 1), num_scales)
+    return [list(grid) for grid in grids]
+
+
+def grids_of_size(
+    schedule: ScaleSchedule, height: int, width: int, *, resolution: int | None, default: int
+) -> list[tuple[int, int]]:
+    """
+    The schedule of a size in pixels: the nearest bucket, at `resolution` if given, else at the resolution that has
+    exactly this size, else at the `default` or the halving of it that is nearest in area.
+    """
+    bucket = schedule.nearest_bucket(height, width)
+    sizes = {side: schedule.pixel_size(bucket, schedule.num_scales(side)) for side in schedule.resolutions}
+    exact = [side for side, size in sizes.items() if size == (height, width)]
+    if resolution is None and exact:
+        resolution = exact[-1]
+    elif resolution is None:
+        halvings = range(default.bit_length())
+        sides = [side for side in schedule.resolutions if any(side << n == default for n in halvings)]
+
+        def distance(side: int) -> float:
+            area = sizes[side][0] * sizes[side][1]
+            return max(area / (height * width), height * width / area)
+
+        resolution = min(sides, key=distance)
+    if sizes[resolution] != (height, width):
+        logger.warning(
+            f"the image to draw is {sizes[resolution][0]} x {sizes[resolution][1]} pixels (height x width), the "
+            f"size of the bucket nearest to the {height} x {width} asked for"
+        )
+    return schedule.grids(bucket, schedule.num_scales(resolution))
+
+
+__all__ = ["ScaleSchedule", "num_cells", "requested_grids", "size_options"]

@@ -18,7 +18,7 @@ from nextflow_hf import NextFlowPipeline
 from nextflow_hf.app import command
 from nextflow_hf.app.interface import App, chat_of
 from nextflow_hf.app.server import is_loopback, serve, warnings_about
-from nextflow_hf.app.studio import Drawing, Studio
+from nextflow_hf.app.studio import ImageRequest, Studio
 from nextflow_hf.app.uploads import MAX_IMAGES, check_image, check_images
 from nextflow_hf.commands import edit, generate
 
@@ -79,14 +79,14 @@ def test_images_are_judged_by_their_header(tmp_path, monkeypatch):
 
 def test_a_drawing_is_that_of_the_pipeline(studio, pipe, tmp_path):
     reference = picture(tmp_path / "reference.png")
-    plain = Drawing(prompt="a", seed=3, guidance_scale=2.0, aspect_ratio="5:3", image_guidance_scale=2.0)
-    edit = Drawing(prompt="a", seed=3, references=(reference,), image_guidance_scale=2.0)
+    plain = ImageRequest(prompt="a", seed=3, guidance_scale=2.0, aspect_ratio="5:3", image_guidance_scale=2.0)
+    edit = ImageRequest(prompt="a", seed=3, references=(reference,), image_guidance_scale=2.0)
     for drawing, call in (
         (plain, {"guidance_scale": 2.0, "aspect_ratio": "5:3"}),  # there is no image to guide towards
         (edit, {"image": reference, "image_guidance_scale": 2.0}),
-        (Drawing(prompt="a", seed=4, resolution=8), {"resolution": 8}),
+        (ImageRequest(prompt="a", seed=4, resolution=8), {"resolution": 8}),
     ):
-        previews = list(studio.draw(drawing))
+        previews = list(studio.generate(drawing))
         expected = pipe("a", generator=torch.Generator().manual_seed(drawing.seed), **call).images[0]
         assert [preview.scale for preview in previews] == list(range(1, previews[-1].num_scales + 1))
         assert previews[-1].images[0].tobytes() == expected.tobytes()
@@ -111,33 +111,33 @@ def test_what_a_model_offers(studio, pipe, monkeypatch):
 
 
 def test_the_owner_stops_a_drawing(studio):
-    steps = studio.draw(Drawing(prompt="a"), owner="anna")
+    steps = studio.generate(ImageRequest(prompt="a"), owner="anna")
     assert not studio.stop("anna")
     next(steps)
     assert not studio.stop("bert") and studio.stop("anna")
     assert list(steps) == [] and not studio.stop("anna")
-    assert len(list(studio.draw(Drawing(prompt="a"), owner="anna"))) == 4
+    assert len(list(studio.generate(ImageRequest(prompt="a"), owner="anna"))) == 4
 
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 def test_what_a_browser_leaves_behind_is_closed_by_the_next(studio):
-    left = studio.draw(Drawing(prompt="a"), owner="anna")
+    left = studio.generate(ImageRequest(prompt="a"), owner="anna")
     next(left)
     parts = studio.answer(MESSAGES, max_images=1, seed=0, owner="bert")
     assert next(parts)["type"] == "text"
     with pytest.raises(RuntimeError, match="another request began"):
         next(left)
     del parts  # a thread of the pipeline is at it
-    assert [one.scale for one in studio.draw(Drawing(prompt="a"))] == [1, 2, 3, 4]
+    assert [one.scale for one in studio.generate(ImageRequest(prompt="a"))] == [1, 2, 3, 4]
 
 
 def test_an_error_ends_a_request_alone(studio):
     with pytest.raises(ValueError, match="aspect_ratio"):
-        list(studio.draw(Drawing(prompt="a", aspect_ratio="wide"), owner="anna"))
+        list(studio.generate(ImageRequest(prompt="a", aspect_ratio="wide"), owner="anna"))
     assert not studio.stop("anna")
-    assert len(list(studio.draw(Drawing(prompt="a")))) == 4
+    assert len(list(studio.generate(ImageRequest(prompt="a")))) == 4
 
 
 # ---- the buttons
@@ -159,7 +159,7 @@ def said(value) -> bool:
 
 
 def test_drawing_shows_every_scale_and_keeps_the_image(app):
-    steps = list(app.draw(**FIELDS, history=[], request=ANNA))
+    steps = list(app.generate(**FIELDS, history=[], request=ANNA))
     assert steps[0][3] == 5 and [step[1] for step in steps[1:-1]] == [
         f"Scale {scale} of 4: {scale} × {scale} cells" for scale in (1, 2, 3, 4)
     ]
@@ -167,23 +167,23 @@ def test_drawing_shows_every_scale_and_keeps_the_image(app):
     path, status, _, _, history, gallery = steps[-1]
     assert status.startswith("16 × 16 pixels, seed 5, ")
     assert Image.open(path).tobytes() == steps[-2][0].tobytes()
-    assert history == [(path, Drawing(prompt="a circle", seed=5, guidance_scale=2.0, image_guidance_scale=1.0))]
+    assert history == [(path, ImageRequest(prompt="a circle", seed=5, guidance_scale=2.0, image_guidance_scale=1.0))]
     assert gallery == [(path, "a circle")]
-    again = list(app.draw(**FIELDS, history=history, request=ANNA))[-1]
+    again = list(app.generate(**FIELDS, history=history, request=ANNA))[-1]
     assert Image.open(again[0]).tobytes() == Image.open(path).tobytes() and len(again[4]) == 2
 
 
 def test_a_random_seed_is_shown_and_draws_the_same_again(app):
-    first, second = (list(app.draw(**{**FIELDS, "is_random": True}, history=[], request=ANNA)) for _ in range(2))
+    first, second = (list(app.generate(**{**FIELDS, "is_random": True}, history=[], request=ANNA)) for _ in range(2))
     assert first[0][3] != second[0][3]
-    again = list(app.draw(**{**FIELDS, "seed": first[0][3]}, history=[], request=ANNA))
+    again = list(app.generate(**{**FIELDS, "seed": first[0][3]}, history=[], request=ANNA))
     assert Image.open(again[-1][0]).tobytes() == Image.open(first[-1][0]).tobytes()
 
 
 def test_the_settings_of_an_image_come_back(app, tmp_path):
     reference = picture(tmp_path / "reference.png")
     fields = {**FIELDS, "references": [(reference, None)], "image_guidance": 1.5, "aspect_ratio": "1:1"}
-    history = list(app.draw(**fields, history=[], request=ANNA))[-1][4]
+    history = list(app.generate(**fields, history=[], request=ANNA))[-1][4]
     recalled = app.recall(history, SimpleNamespace(index=0))
     assert dict(zip(FIELDS, recalled)) == {**fields, "prompt": "a circle"}
     assert recalled[len(FIELDS)] == history[0][0]
@@ -194,11 +194,11 @@ def test_the_settings_of_an_image_come_back(app, tmp_path):
 
 def test_mistakes_are_said_and_leave_the_history(app, tmp_path):
     with pytest.raises(gr.Error, match="Say what to draw"):
-        next(app.draw(**{**FIELDS, "prompt": " "}, history=[], request=ANNA))
+        next(app.generate(**{**FIELDS, "prompt": " "}, history=[], request=ANNA))
     long = [(picture(tmp_path / "long.png", 900, 10), None)]
     large = [(bomb(tmp_path / "bomb.png", 100_000, 100_000), None)]
     for references, message in ((long, "aspect ratio"), (large, "decompression bomb")):
-        steps = app.draw(**{**FIELDS, "references": references}, history=[], request=ANNA)
+        steps = app.generate(**{**FIELDS, "references": references}, history=[], request=ANNA)
         seen = []
         with pytest.raises(gr.Error, match=message):
             seen.extend(iter(steps.__next__, None))
@@ -218,7 +218,7 @@ def test_refused_uploads_are_left_out_and_named(app, tmp_path, monkeypatch):
 def test_a_stopped_drawing_says_so(app, monkeypatch):
     infos = []
     monkeypatch.setattr(gr, "Info", lambda message, title: infos.append(message))
-    steps = app.draw(**FIELDS, history=[], request=ANNA)
+    steps = app.generate(**FIELDS, history=[], request=ANNA)
     shown = [next(steps) for _ in range(3)]
     assert shown[-1][1].startswith("Scale 2 of 4")
     app.stop(BERT)
@@ -340,10 +340,10 @@ def test_the_command_serves_a_model_whose_images_say_how_they_were_made(tmp_path
     def visit(page):
         pages.append(httpx.get(page.local_url).text)
         fields = {**FIELDS, "aspect_ratio": "16:9"}
-        drawn.append(list(KeptApp.made[-1].draw(**fields, history=[], request=ANNA))[-1][0])
+        drawn.append(list(KeptApp.made[-1].generate(**fields, history=[], request=ANNA))[-1][0])
         reference = shutil.copy(drawn[0], tmp_path / "reference.png")
         fields = {**FIELDS, "references": [(reference, None)], "image_guidance": 1.5}
-        drawn.append(list(KeptApp.made[-1].draw(**fields, history=[], request=ANNA))[-1][0])
+        drawn.append(list(KeptApp.made[-1].generate(**fields, history=[], request=ANNA))[-1][0])
         for name, path in zip(("drawn.png", "edited.png"), drawn):
             shutil.copy(path, tmp_path / name)
         page.close(verbose=False)

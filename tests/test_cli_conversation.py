@@ -88,13 +88,15 @@ def test_a_question_at_the_end_of_a_conversation(command_line, pipe, toy, tmp_pa
 
 def test_a_conversation_line_by_line(command_line, pipe, toy, tmp_path, monkeypatch):
     image = save_picture(tmp_path / "image.png")
-    type_in(monkeypatch, "hi", "", "/image image.png", "and this", "/draw a circle", "what is it", "/quit", "never")
+    type_in(
+        monkeypatch, "hi", "", "/image image.png", "and this", "/generate a circle", "what is it", "/quit", "never"
+    )
     run = ["chat", "--system", "s", "--model", toy, "--max-new-tokens", 9, "--seed", 4, "--output", "drawn"]
     said = command_line.json(*run)
     talk, generator = pipe.start_conversation("s"), seeded(4)
     first = talk.chat("hi", max_new_tokens=9, generator=generator)
     second = talk.chat("and this", image, max_new_tokens=9, generator=generator)
-    drawn = talk.draw("a circle", generator=generator)
+    drawn = talk.generate_image("a circle", generator=generator)
     third = talk.chat("what is it", max_new_tokens=9, generator=generator)
     assert said["turns"] == [
         {"prompt": "hi", "answer": first, "images": []},
@@ -113,7 +115,7 @@ def test_a_mistake_does_not_end_a_conversation(command_line, toy, monkeypatch):
     type_in(monkeypatch, "/image none.png", "/dance", "/help", "hi")
     said = command_line.run("chat", "--model", toy, "--max-new-tokens", 9, status=1)
     assert len(said) == 10
-    assert "none.png does not exist" in command_line.errors and command_line.errors.count("/draw TEXT") == 2
+    assert "none.png does not exist" in command_line.errors and command_line.errors.count("/generate TEXT") == 2
 
 
 def test_mistakes_in_a_chat(command_line, toy):

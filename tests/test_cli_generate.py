@@ -13,7 +13,7 @@ from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.commands import edit, generate
-from nextflow_hf.commands.drawing import SETTINGS
+from nextflow_hf.commands.images import SETTINGS
 from nextflow_hf.commands.records import read_record
 
 

@@ -340,7 +340,7 @@ def test_guidance_is_the_pipelines(pipe, model, mode):
         inputs = {name: value[:, :-1] if value.ndim == 2 else value for name, value in inputs.items()}
         inputs["image_grids"] = inputs["image_grids"][:1]
     seed = int(torch.randint(2**63 - 1, (), generator=seeded(0)))  # the pipeline's way to a generator for each image
-    found = model.generate(**inputs, generation_mode="image", image_guidance_scale=3.0, generator=seeded(seed))
+    found = model.generate(**inputs, generation_mode="image", guidance_scale=3.0, generator=seeded(seed))
     assert torch.equal(found.image_codes, drawn)
     plain = model.generate(**prompts["plain"], generation_mode="image", generator=seeded(seed))
     assert not torch.equal(plain.image_codes, drawn)
@@ -353,10 +353,10 @@ def test_interleaved_guidance_sees_the_images_of_the_prompt(pipe, model):
         return scores
 
     inputs = inputs_of(pipe, messages("<image>", "ab"), generation_mode="interleaved", negative_prompt="x")
-    settings = {"image_guidance_scale": 3.0, "generation_mode": "interleaved", "max_new_tokens": 1}
+    settings = {"guidance_scale": 3.0, "generation_mode": "interleaved", "max_new_tokens": 1}
     out = model.generate(**inputs, **settings, logits_processor=[begin], generator=seeded(1))
     drawing = inputs_of(pipe, messages("<image>", "ab"), generation_mode="image", negative_prompt="x")
-    expected = model.generate(**drawing, image_guidance_scale=3.0, generation_mode="image", generator=seeded(1))
+    expected = model.generate(**drawing, guidance_scale=3.0, generation_mode="image", generator=seeded(1))
     assert torch.equal(out.answer().image_codes, expected.image_codes)
     blind = {**inputs, "negative_input_ids": inputs["negative_input_ids"][:, -3:]}
     del blind["negative_attention_mask"]

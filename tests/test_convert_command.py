@@ -12,7 +12,7 @@ from nextflow_hf import cli
 from nextflow_hf.conversion import from_tokenflow as tokenflow_module
 from nextflow_hf.conversion.from_qwen import from_qwen
 from nextflow_hf.conversion.from_tokenflow import from_tokenflow
-from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import IMAGE_DEFAULTS
+from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import PAPER_SAMPLING
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 
@@ -93,10 +93,7 @@ def test_qwen(qwen, vision_tokenizer, tmp_path):
     assert loaded.config.codebook_size == CODES and loaded.config.image_token_id == 90
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
     torch.testing.assert_close(loaded.model.image_codebook.weight, tokenizer.codebook)
-    settings = {name: getattr(loaded.generation_config, f"image_{name}") for name in IMAGE_DEFAULTS}
-    assert settings == {
-        "guidance_scale": 6.0, "guidance_schedule": "linear", "temperature": 1.0, "top_k": 2, "top_p": 0.9
-    }  # fmt: skip
+    assert {name: getattr(loaded.generation_config, name) for name in PAPER_SAMPLING} == PAPER_SAMPLING
     assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id
 
 

@@ -1,6 +1,7 @@
 """Drawing: the cached loop against one teacher-forced forward, guidance, sampling, and text generation."""
 
 import copy
+import json
 import logging
 
 import pytest
@@ -24,6 +25,7 @@ from toy import (
 from transformers import GenerationConfig
 
 from nextflow_hf import NextFlowGenerationConfig
+from nextflow_hf.hub_cards import shapes_model_path
 from nextflow_hf.modeling_nextflow import generation_image_nextflow, generation_nextflow
 from nextflow_hf.modeling_nextflow.generation_nextflow import guide
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
@@ -265,8 +267,8 @@ def test_image_mode_of_generate_reads_the_generation_config(model, monkeypatch):
 
 def test_image_settings_are_saved_and_loaded(model, monkeypatch, tmp_path):
     settings = {
-        "image_guidance_scale": [1.0, 2.0, 3.0, 4.5],
-        "image_guidance_schedule": "linear",
+        "guidance_scale": [1.0, 2.0, 3.0, 4.5],
+        "guidance_schedule": "linear",
         "image_temperature": 0.5,
         "image_top_k": [4, 3, 2, 1],
         "image_target_grids": [list(grid) for grid in SQUARE],
@@ -289,11 +291,57 @@ def test_image_settings_are_saved_and_loaded(model, monkeypatch, tmp_path):
     assert NextFlowForCausalLM.from_pretrained(tmp_path).generation_config.image_top_k == 3
 
 
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_saved_guidance_is_that_of_images_in_every_mode(model, monkeypatch, tmp_path, mode):
+    monkeypatch.setattr(model, "generation_config", NextFlowGenerationConfig(guidance_scale=2.0, eos_token_id=EOS))
+    model.save_pretrained(tmp_path)
+    loaded = NextFlowForCausalLM.from_pretrained(tmp_path).eval()
+    prompt, grids, negative = torch.tensor([[5, 6]]), grids_tensor(SQUARE), torch.tensor([[7]])
+    greedy = {"do_sample": False, "max_new_tokens": 4}
+
+    def call(**settings):
+        if mode == "text":
+            return loaded.generate(prompt, **greedy, **settings)
+        begin = {"logits_processor": [lambda ids, scores: scores.index_fill(1, torch.tensor([BOI]), 1e4)]}
+        own = {**greedy, "max_images": 1, "image_temperature": 0.0, **begin} if mode == "interleaved" else {}
+        settings = {"image_temperature": 0.0, **own, **settings}
+        inputs = {"negative_input_ids": negative, "target_grids": grids, "generation_mode": mode}
+        return loaded.generate(prompt, **inputs, **settings).image_codes
+
+    found = call()
+    assert torch.equal(call(guidance_scale=2.0), found) is (mode != "text")  # of a text only the call can ask for it
+    assert torch.equal(call(guidance_scale=1.0), found) is (mode == "text")
+    config = NextFlowGenerationConfig(guidance_scale=2.0, eos_token_id=EOS)
+    assert torch.equal(call(generation_config=config), found)
+
+
+def test_names_of_old_generation_configs_are_translated_by_their_format(tmp_path, caplog, monkeypatch):
+    old = {"image_guidance_scale": 2.0, "image_guidance_schedule": "linear", "image_top_k": 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(old))
+    config = NextFlowGenerationConfig.from_pretrained(tmp_path)
+    assert (config.guidance_scale, config.guidance_schedule, config.image_guidance_scale) == (2.0, "linear", None)
+    assert (config.image_top_k, config.nextflow_format) == (5, 2)
+    # What is written says its format, so the same name means the source images in it
+    config.image_guidance_scale = 1.5
+    config.save_pretrained(tmp_path)
+    again = NextFlowGenerationConfig.from_pretrained(tmp_path)
+    assert (again.guidance_scale, again.image_guidance_scale) == (2.0, 1.5)
+    shipped = NextFlowForCausalLM.from_pretrained(shapes_model_path()).generation_config
+    assert (shipped.guidance_scale, shipped.image_guidance_scale, shipped.image_temperature) == (2.0, None, 0.3)
+    (tmp_path / "generation_config.json").write_text(json.dumps({**old, "nextflow_format": 3}))
+    with pytest.raises(ValueError, match="nextflow_format is 3, expected 2"):
+        NextFlowGenerationConfig.from_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"guidance_scale": 3.0}))
+    assert NextFlowGenerationConfig.from_pretrained(tmp_path).guidance_scale is None
+    assert "left out guidance_scale=3.0 of an old generation config" in caplog.text
+
+
 BAD_SETTINGS = {
     "lengths": ({"image_top_k": [1, 2], "image_top_p": [0.5]}, "must have one length"),
     "range": ({"image_top_p": 2.0}, r"image_top_p is 2.0, expected a number in \[0, 1.0\]"),
     "type": ({"image_top_k": 2.5}, "image_top_k is 2.5, expected a whole number"),
-    "schedule": ({"image_guidance_schedule": "cosine"}, "'constant' or 'linear'"),
+    "schedule": ({"guidance_schedule": "cosine"}, "'constant' or 'linear'"),
     "images": ({"max_images": -1}, "max_images is -1"),
     "grids": ({"image_target_grids": [[2, 2]]}, r"must start with \[1, 1\]"),
 }
@@ -348,7 +396,7 @@ def test_configured_guidance_without_a_negative_prompt_is_left_out_with_a_warnin
     def draw(**settings):
         prompt, grids = torch.tensor([[5, BOI]]), grids_tensor(SQUARE)
         if mode is None:
-            names = {"image_guidance_scale": "guidance_scale", "image_temperature": "temperature"}
+            names = {"guidance_scale": "guidance_scale", "image_temperature": "temperature"}
             return model.generate_images(prompt, image_grids=grids, **{names[k]: v for k, v in settings.items()})
         if mode == "image":
             return model.generate(prompt, image_grids=grids, generation_mode="image", **settings)
@@ -358,11 +406,11 @@ def test_configured_guidance_without_a_negative_prompt_is_left_out_with_a_warnin
 
     expected = draw(image_temperature=0.0).image_codes
     assert "without guidance" not in caplog.text
-    monkeypatch.setattr(model, "generation_config", NextFlowGenerationConfig(image_guidance_scale=[3.0] * 4))
+    monkeypatch.setattr(model, "generation_config", NextFlowGenerationConfig(guidance_scale=[3.0] * 4))
     assert torch.equal(draw(image_temperature=0.0).image_codes, expected)
     assert caplog.text.count("the image is sampled without guidance: pass the unconditional prompt") == 1
     with pytest.raises(ValueError, match="needs negative_input_ids"):  # what the call itself asks for
-        draw(image_guidance_scale=3.0)
+        draw(guidance_scale=3.0)
 
 
 IMAGE_PROMPTS = torch.tensor([[5, *image_tokens(WIDE), 6, 7], [0] * 15 + [8, 9, 10]])

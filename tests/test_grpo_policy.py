@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from toy_pipeline import CODES, TEXT_VOCAB, toy_pipeline
 
-from nextflow_hf.training.grpo.policy import add_policy_forward, pad_rows, policy_inputs, policy_row, text_ids
+from nextflow_hf.training.grpo.policy import add_policy_forward, pad_rows, policy_inputs, policy_row
 from nextflow_hf.training.grpo.rollout import Rollout, conversation_of, draw, encode_rows, think
 
 
@@ -108,7 +108,7 @@ def test_text_before_the_picture_is_taught_with_the_prefix(pipeline):
             logits = model(**arguments).logits[0, start - 1]
     finally:
         del model.forward
-    ids = text_ids(model)
+    ids = model.get_text_ids()
     excluded = {model.config.image_token_id, model.config.pad_token_id, model.config.eos_token_id}
     assert set(ids.tolist()) == set(range(TEXT_VOCAB)) - excluded | {boi}
     expected = logits[ids].log_softmax(-1)[ids.tolist().index(65)]
@@ -118,7 +118,7 @@ def test_text_before_the_picture_is_taught_with_the_prefix(pipeline):
 def test_thinking_opens_the_picture(pipeline):
     prompts = encode_rows(pipeline, ROWS, guided=False)
     torch.manual_seed(0)
-    config, allowed = pipeline.transformer.config, set(text_ids(pipeline.transformer).tolist())
+    config, allowed = pipeline.transformer.config, set(pipeline.transformer.get_text_ids().tolist())
     with torch.no_grad():
         longer = think(pipeline, prompts, max_tokens=6, temperature=1.0)
     for prompt, (thought, places) in zip(prompts, longer):
@@ -131,7 +131,7 @@ def test_thinking_opens_the_picture(pipeline):
     # Cached and padded sampling is the model's own: the likeliest text is that of plain forwards, row by row.
     with torch.no_grad():
         greedy = think(pipeline, prompts, max_tokens=4, temperature=1e-4)
-    ids = text_ids(pipeline.transformer)
+    ids = pipeline.transformer.get_text_ids()
     for prompt, (thought, places) in zip(prompts, greedy):
         tokens = prompt.input_ids[:-1]
         for _ in places:

@@ -34,7 +34,7 @@ def offline(monkeypatch):
 @pytest.fixture(scope="module")
 def pipe() -> NextFlowPipeline:
     pipe = toy_pipeline()
-    pipe.transformer.generation_config.image_guidance_scale = 2.5
+    pipe.transformer.generation_config.guidance_scale = 2.5
     return pipe
 
 

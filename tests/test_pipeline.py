@@ -12,6 +12,8 @@ from toy_decoder import toy_whole_pipeline
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
+from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import CONFIG_NAMES
+from nextflow_hf.pipelines import helpers_nextflow
 
 
 GUIDED = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 8}
@@ -237,7 +239,7 @@ def test_negative_prompt_changes_the_image(pipe):
 def test_settings_come_from_the_generation_config(pipe, monkeypatch):
     expected = codes_of(pipe, "a", guidance_scale=4.0, temperature=0.7, top_k=3)
     for name, value in {"guidance_scale": 4.0, "temperature": 0.7, "top_k": 3}.items():
-        monkeypatch.setattr(pipe.transformer.generation_config, f"image_{name}", value, raising=False)
+        monkeypatch.setattr(pipe.transformer.generation_config, CONFIG_NAMES[name], value)
     settings = {"guidance_scale": None, "temperature": None, "top_k": None}
     assert codes_of(pipe, "a", **settings) == expected
     assert pipe.guidance_scale == 4.0
@@ -316,7 +318,6 @@ def test_progress_shows_the_grid(pipe, capfd):
         ({"prompt": "a", "output_type": "latents"}, ValueError, "'latents', expected one of \\['pil'"),
         ({"prompt": "a", "height": 16}, ValueError, "`height` is 16 and `width` is None"),
         ({"prompt": "a", "height": 16, "width": 16, "aspect_ratio": "1:1"}, ValueError, "one of the two"),
-        ({"prompt": "a", "resolution": 17}, ValueError, "resolution is 17, expected one of \\[4, 8, 12, 16\\]"),
         ({"prompt": "a", "num_images_per_prompt": 0}, ValueError, "is 0, expected at least 1"),
         ({"prompt": ["a", "b"], "generator": [seeded(0)]}, ValueError, "1 entries for 2 images"),
         ({"prompt": ["a", "b"], "image": [picture()]}, ValueError, "1 entries for 2 prompts"),
@@ -329,6 +330,41 @@ def test_progress_shows_the_grid(pipe, capfd):
 def test_errors(pipe, kwargs, error, message):
     with pytest.raises(error, match=message):
         pipe(**kwargs)
+
+
+def test_more_steps_than_scales_sample_all_with_one_warning(pipe, caplog):
+    helpers_nextflow.warn_once.cache_clear()
+    expected = codes_of(pipe, "a")
+    assert codes_of(pipe, "a", num_inference_steps=30) == codes_of(pipe, "a", num_inference_steps=30) == expected
+    assert caplog.text.count("`num_inference_steps` is 30, more than the scales of an image: all are sampled") == 1
+    assert codes_of(pipe, "a", num_inference_steps=2) == expected[:5]
+
+
+def test_an_unknown_resolution_is_the_nearest_with_one_warning(pipe, caplog):
+    helpers_nextflow.warn_once.cache_clear()
+    assert codes_of(pipe, "a", resolution=640) == codes_of(pipe, "a", resolution=640) == codes_of(pipe, "a")
+    assert caplog.text.count("the nearest is taken, 16") == 1
+    sized = {"height": 8, "width": 8}
+    assert codes_of(pipe, "a", resolution=640, **sized) == codes_of(pipe, "a", **sized)
+
+
+def test_callbacks_read_latents_by_default_as_in_diffusers(pipe):
+    seen = []
+    pipe("a", callback_on_step_end=lambda pipe, step, scale, tensors: seen.append(tensors["latents"].shape[1]))
+    assert seen == [1, 5, 14, 30]
+
+
+def test_a_call_asks_once_where_it_computes(pipe, monkeypatch):
+    asked = []
+    original = DiffusionPipeline._execution_device
+    monkeypatch.setattr(
+        DiffusionPipeline, "_execution_device", property(lambda self: asked.append(0) or original.fget(self))
+    )
+    pipe("a", image=picture())
+    assert len(asked) == 1
+    pipe.encode_images(picture())  # outside of a call nothing is kept: the components may move
+    pipe.encode_images(picture())
+    assert len(asked) == 3
 
 
 # --- diffusers' machinery

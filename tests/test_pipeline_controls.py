@@ -4,6 +4,7 @@ import copy
 import doctest
 import itertools
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from nextflow_hf import NextFlowPipeline
 from nextflow_hf.modeling_nextflow.generation_nextflow import guide
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from nextflow_hf.pipelines import pipeline_nextflow
-from nextflow_hf.pipelines.inpainting_nextflow import redrawn_cells
+from nextflow_hf.pipelines.inpainting_nextflow import cell_footprint, inpainted_cells
 from nextflow_hf.training.data.messages import drop_condition
 
 
@@ -100,7 +101,7 @@ def test_sampling_settings_a_scale(pipe):
 
 def test_guidance_of_text_and_images_by_hand():
     whole, imageless_text, nothing = torch.tensor([5.0, 2.0]), torch.tensor([3.0, 2.0]), torch.tensor([1.0, 4.0])
-    found = guide(whole, imageless_text, 2.0, imageless=nothing, source_scale=3.0)
+    found = guide(whole, imageless_text, 2.0, imageless=nothing, image_scale=3.0)
     assert found.tolist() == [1 + 3 * (3 - 1) + 2 * (5 - 3), 4 + 3 * (2 - 4) + 2 * (2 - 2)]
     assert guide(whole, imageless_text, 2.0, imageless=nothing).tolist() == guide(whole, imageless_text, 2.0).tolist()
 
@@ -357,7 +358,7 @@ def test_at_full_coverage_exactly_the_cells_that_reach_nothing_else_are_redrawn(
     grids = ((1, 1), (1, 3), (2, 6), (3, 11))
     mask = torch.zeros(48, 176, dtype=torch.bool)
     mask[:, : 16 * 7] = True
-    redrawn = redrawn_cells(mask, grids, coverage=1.0, footprint=pipe._footprint)
+    redrawn = inpainted_cells(mask, grids, coverage=1.0, footprint=partial(cell_footprint, pipe.vision_tokenizer))
     assert [int(cells.sum()) for cells in redrawn] == [0, 0, 4, 21]
     sizes = [height * width for height, width in grids]
     codes = torch.zeros(sum(sizes), dtype=torch.long)
@@ -367,7 +368,9 @@ def test_at_full_coverage_exactly_the_cells_that_reach_nothing_else_are_redrawn(
             other = codes.clone()
             other[cell] = 5
             assert torch.allclose(enlarged(pipe, other, grids)[..., 7:], before, atol=1e-6) == is_redrawn, cell
-    whole = redrawn_cells(torch.ones_like(mask), grids, coverage=1.0, footprint=pipe._footprint)
+    whole = inpainted_cells(
+        torch.ones_like(mask), grids, coverage=1.0, footprint=partial(cell_footprint, pipe.vision_tokenizer)
+    )
     assert all(cells.all() for cells in whole)
 
 
@@ -381,7 +384,7 @@ def test_coverage_is_a_share_of_the_weights(pipe):
     mask[:33, :1] = True  # 3 cells of the first column, one of them by a single row of pixels
     grids = [(1, 1), (2, 2), (4, 4)]
     for coverage, expected in ((1.0, [0, 0, 3]), (0.5, [0, 1, 3]), (0.25, [0, 2, 3]), (3 / 16, [1, 2, 3])):
-        cells = redrawn_cells(mask, grids, coverage=coverage, footprint=nearest)
+        cells = inpainted_cells(mask, grids, coverage=coverage, footprint=nearest)
         assert [int(scale.sum()) for scale in cells] == expected
     assert cells[2].nonzero()[:, 0].tolist() == [0, 4, 8]
 
@@ -485,10 +488,10 @@ WHITE = np.full((16, 16), 255, np.uint8)
         ({"prompt": "a", "num_images_per_prompt": True}, r"is True \(bool\), expected a whole number"),
         ({"prompt": "a", "height": "16", "width": 16}, r"`height` is '16' \(str\), expected a whole number"),
         ({**GIVEN, "mask_image": WHITE, "mask_coverage": np.nan}, "`mask_coverage` is nan"),
-        ({"prompt": "a", "image_guidance_scale": "2"}, r"`image_guidance_scale` is '2' \(str\), expected a number"),
-        ({"prompt": "a", "guidance_scale": np.ones(4)}, r"`guidance_scale` is array.*\(ndarray\), expected a number"),
-        ({"prompt": "a", "top_k": [2, 2.5, 2, 2]}, r"`top_k` is 2.5 \(float\), expected a whole number"),
-        ({"prompt": "a", "temperature": np.nan}, "`temperature` is nan, expected at least 0"),
+        ({"prompt": "a", "image_guidance_scale": "2"}, r"image_guidance_scale is '2' \(str\), expected a number"),
+        ({"prompt": "a", "guidance_scale": np.ones(4)}, r"guidance_scale is array.*\(ndarray\), expected a number"),
+        ({"prompt": "a", "top_k": [2, 2.5, 2, 2]}, r"top_k is 2.5, expected a whole number"),
+        ({"prompt": "a", "temperature": np.nan}, r"temperature is nan, expected a number in \[0, inf\]"),
         ({"prompt": "a", "generator": 5}, "`generator` is 5, expected a torch.Generator or a list of them"),
         ({**GIVEN, "prompt": None, "num_images_per_prompt": 2}, r"\['num_images_per_prompt'\] with `image_codes`"),
     ],
@@ -500,9 +503,9 @@ def test_mistakes_are_named(pipe, call, message):
 
 def test_mistakes_in_what_the_transformer_is_given(pipe):
     inputs = {"input_ids": torch.tensor([[5, pipe.processor.boi_token_id]]), "image_grids": GRIDS}
-    with pytest.raises(ValueError, match="source_guidance_scale is not 1, which needs imageless_input_ids"):
+    with pytest.raises(ValueError, match="image_guidance_scale is not 1, which needs imageless_input_ids"):
         pipe.transformer.generate_images(
-            **inputs, negative_input_ids=inputs["input_ids"], source_guidance_scale=2.0, guidance_scale=2.0
+            **inputs, negative_input_ids=inputs["input_ids"], image_guidance_scale=2.0, guidance_scale=2.0
         )
     with pytest.raises(ValueError, match="prefix_mask is given without prefix_codes"):
         pipe.transformer.generate_images(**inputs, prefix_mask=torch.ones(1, 5, dtype=torch.bool))

@@ -11,12 +11,13 @@ from toy_pipeline import spelling_pipeline, toy_processor
 from transformers import TextIteratorStreamer
 
 from nextflow_hf import NextFlowPipeline
+from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import CONFIG_NAMES
 from nextflow_hf.processing import THINKING_PROMPT, join_reasoning, split_reasoning
 
 
 SQUARE = [[1, 1], [2, 2], [3, 3], [4, 4]]
 DRAWING = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 8}
-BY_HAND = {f"image_{name}": value for name, value in DRAWING.items()}
+BY_HAND = {CONFIG_NAMES[name]: value for name, value in DRAWING.items()}
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +229,12 @@ def test_a_conversation_runs_every_token_once(pipe, monkeypatch, appended):
     generate = pipe.transformer.generate
     spy = Spy(pipe, monkeypatch)
     conversation = pipe.start_conversation("Be brief.")
-    drawn = conversation.draw("a", temperature=0)
+    drawn = conversation.generate_image("a", temperature=0)
     answers = [
         conversation.chat("what?", max_new_tokens=3),
         conversation.ask(picture(20, 12), "and?", max_new_tokens=3),
     ]
-    again = conversation.draw("b", temperature=0)
+    again = conversation.generate_image("b", temperature=0)
     parts = conversation.interleave("a story", 2, min_images=1, max_new_tokens=9, temperature=0)
     spy.hook.remove()
 
@@ -267,19 +268,19 @@ def test_the_first_drawing_of_a_conversation_is_the_pipelines(pipe):
     for think in (False, True):
         settings = {**DRAWING, "negative_prompt": "blurry", **({"max_new_tokens": 6} if think else {})}
         conversation = pipe.start_conversation(think=think)
-        image = conversation.draw("a circle", **settings, generator=seeded(3))
+        image = conversation.generate_image("a circle", **settings, generator=seeded(3))
         output = pipe("a circle", **settings, think=think, generator=seeded(3))
         assert image.tobytes() == output.images[0].tobytes()
         assert image.tobytes() != pipe("a circle", think=not think, **DRAWING, generator=seeded(3)).images[0].tobytes()
-        again = conversation.draw("a circle", **settings, generator=seeded(3))
+        again = conversation.generate_image("a circle", **settings, generator=seeded(3))
         assert again.tobytes() != image.tobytes()
 
 
 def test_guidance_in_a_conversation_leads_away_from_it_without_the_users_text(pipe, monkeypatch):
     spy = Spy(pipe, monkeypatch)
     conversation = pipe.start_conversation(think=True)
-    conversation.draw("a", max_new_tokens=3, temperature=0)
-    conversation.draw(
+    conversation.generate_image("a", max_new_tokens=3, temperature=0)
+    conversation.generate_image(
         [{"type": "image", "image": picture()}, {"type": "text", "text": "b"}], negative_prompt="no", **DRAWING
     )
     arguments, _ = spy.calls[-1]
@@ -291,13 +292,13 @@ def test_guidance_in_a_conversation_leads_away_from_it_without_the_users_text(pi
 
 def test_a_conversation_survives_an_error(pipe, monkeypatch):
     conversation = pipe.start_conversation()
-    conversation.draw("a", temperature=0)
+    conversation.generate_image("a", temperature=0)
     with monkeypatch.context() as patch:
         patch.setattr(pipe.transformer, "generate", lambda **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             conversation.chat("what?", max_new_tokens=4)
     other = pipe.start_conversation()
-    other.draw("a", temperature=0)
+    other.generate_image("a", temperature=0)
     assert conversation.chat("b", max_new_tokens=4) == other.chat("b", max_new_tokens=4)
 
 
@@ -442,7 +443,8 @@ def test_frames_of_prompts_see_those_before(pipe):
     conversation, generator = pipe.start_conversation(), seeded(0)
     for prompt, frame in zip(prompts, story.frames):
         assert (
-            conversation.draw(prompt, **DRAWING, aspect_ratio="5:3", generator=generator).tobytes() == frame.tobytes()
+            conversation.generate_image(prompt, **DRAWING, aspect_ratio="5:3", generator=generator).tobytes()
+            == frame.tobytes()
         )
     other = pipe.frames(["z", *prompts[1:]], **DRAWING, aspect_ratio="5:3", generator=seeded(0))
     assert other.frames[1].tobytes() != story.frames[1].tobytes()
@@ -519,7 +521,7 @@ BAD_CALLS = {
         "`max_new_tokens` is 0, expected at least 1",
     ),
     "thoughtless talk": (
-        lambda pipe: pipe.start_conversation().draw("a", max_new_tokens=4),
+        lambda pipe: pipe.start_conversation().generate_image("a", max_new_tokens=4),
         "`max_new_tokens` is 4 without `think=True`",
     ),
     "frames": (lambda pipe: pipe.frames("a story"), "`num_frames` is missing"),
@@ -569,7 +571,7 @@ def test_malformed_messages_are_named_by_every_method(pipe, case):
 def test_a_malformed_turn_leaves_the_conversation_as_it_was(pipe, text, message):
     conversation = pipe.start_conversation()
     conversation.chat("a", max_new_tokens=1)
-    for turn in (conversation.chat, conversation.draw, conversation.interleave):
+    for turn in (conversation.chat, conversation.generate_image, conversation.interleave):
         with pytest.raises(ValueError, match=message):
             turn(text)
     assert len(conversation.messages) == 2 and conversation.chat("b", max_new_tokens=1) is not None
@@ -640,7 +642,7 @@ def test_a_conversation_of_text_alone_goes_on(pipe):
         talk.append({"role": "user", "content": text})
         assert pipe.chat(talk, max_new_tokens=4) == answer
         talk.append({"role": "assistant", "content": answer})
-    image = conversation.draw("d", generator=seeded(0))
+    image = conversation.generate_image("d", generator=seeded(0))
     fresh = pipe(messages=[*talk, user("d")], generator=seeded(0)).images[0]
     assert image.size == fresh.size
 
@@ -663,7 +665,7 @@ def length(conversation) -> int:
 
 def test_a_conversation_ends_before_its_context_is_full(pipe, context):
     conversation = pipe.start_conversation()
-    conversation.draw("a", generator=seeded(0))
+    conversation.generate_image("a", generator=seeded(0))
     conversation.chat("b", max_new_tokens=4)
     there, said = length(conversation), list(conversation.messages)
     context(there + 60)
@@ -674,7 +676,7 @@ def test_a_conversation_ends_before_its_context_is_full(pipe, context):
     answer = conversation.chat("b", max_new_tokens=200)
     assert answer and length(conversation) <= there + 60 and len(conversation.messages) == len(said) + 2
     # Nothing fits any more.
-    for turn in (conversation.chat, conversation.draw):
+    for turn in (conversation.chat, conversation.generate_image):
         with pytest.raises(ValueError, match="begin a new conversation"):
             turn("b")
     assert len(conversation.messages) == len(said) + 2
@@ -686,13 +688,13 @@ def test_an_image_needs_room_for_all_its_cells(pipe, context, guidance_scale):
     conversation.chat("a", max_new_tokens=4)
     probe = pipe.start_conversation()
     probe.chat("a", max_new_tokens=4)
-    probe.draw("b", generator=seeded(0), guidance_scale=guidance_scale)
+    probe.generate_image("b", generator=seeded(0), guidance_scale=guidance_scale)
     context(length(probe) - 1)
     with pytest.raises(ValueError, match=rf"needs at least {CELLS + 1} more, but the model's context is"):
-        conversation.draw("b", generator=seeded(0), guidance_scale=guidance_scale)
+        conversation.generate_image("b", generator=seeded(0), guidance_scale=guidance_scale)
     assert len(conversation.messages) == 2
     context(length(probe))
-    image = conversation.draw("b", generator=seeded(0), guidance_scale=guidance_scale)
+    image = conversation.generate_image("b", generator=seeded(0), guidance_scale=guidance_scale)
     assert image.tobytes() == probe.messages[-1]["content"][-1]["image"].tobytes()
 
 

@@ -96,7 +96,7 @@ def test_negative_prompt_is_the_conversation_without_the_users_text(processor):
         inputs = tokenized(processor, messages, generation_mode=mode)
         expected = tokenized(processor, bare, generation_mode=mode)
         assert torch.equal(inputs["negative_input_ids"], expected["input_ids"])
-    with pytest.raises(ValueError, match="a generation_mode that draws, got generation_mode='text'"):
+    with pytest.raises(ValueError, match="a generation_mode that samples images, got generation_mode='text'"):
         tokenized(processor, messages, generation_mode="text", negative_prompt="no")
     with pytest.raises(ValueError, match="needs a user message"):
         tokenized(processor, [assistant(text("a"))], generation_mode="image", negative_prompt="no")
@@ -439,7 +439,7 @@ def test_too_long_is_an_error_not_a_cut(processor: NextFlowProcessor):
     processor.tokenizer.model_max_length = length - 1
     with pytest.raises(ValueError, match=f"row 0 has {length} tokens.*expected at most {length - 1}"):
         tokenized(processor, messages)
-    with pytest.raises(ValueError, match="the image to draw 30 more, expected at most 20"):
+    with pytest.raises(ValueError, match="the image to sample 30 more, expected at most 20"):
         tokenized(processor, [user(text("draw"))], generation_mode="image", max_length=20)
 
 
@@ -548,7 +548,8 @@ def test_impossible_sizes_are_refused(processor: NextFlowProcessor, wish: dict, 
 
 
 def test_a_size_without_an_image_to_draw_is_refused(processor: NextFlowProcessor):
-    with pytest.raises(ValueError, match=r"\['height', 'width'\] describe an image to draw, but no row ends in <boi>"):
+    message = r"\['height', 'width'\] describe an image to sample, but no row ends in <boi>"
+    with pytest.raises(ValueError, match=message):
         tokenized(processor, [user(text("draw"))], generation_mode="text", height=32, width=32)
 
 

@@ -10,7 +10,11 @@ from toy import BOI, CODES, SQUARE, grids_tensor, toy_model
 from nextflow_hf import NextFlowGenerationConfig
 from nextflow_hf.hub_cards import shapes_model_path
 from nextflow_hf.modeling_nextflow import generation_image_nextflow
-from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import IMAGE_DEFAULTS, PAPER_SAMPLING
+from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import (
+    CONFIG_NAMES,
+    IMAGE_DEFAULTS,
+    PAPER_SAMPLING,
+)
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.sampling_nextflow import (
     ScaleStep,
@@ -106,8 +110,8 @@ def test_the_papers_guidance_is_vars():
         t = 5 * index / (len(SQUARE) - 1)
         expected = (1 + t) * logits - t * unconditional
         torch.testing.assert_close(guide(logits, unconditional, step.guidance_scale), expected)
-    names = [f"image_{name}" for name in IMAGE_DEFAULTS]
-    assert PAPER_SAMPLING.keys() == set(names) and PAPER_SAMPLING["image_guidance_scale"] == 6
+    names = [CONFIG_NAMES[name] for name in IMAGE_DEFAULTS if name != "image_guidance_scale"]
+    assert PAPER_SAMPLING.keys() == set(names) and PAPER_SAMPLING["guidance_scale"] == 6
     shipped = NextFlowGenerationConfig.from_pretrained(shapes_model_path())
     assert all(getattr(shipped, name) is not None for name in names)
 

@@ -132,9 +132,9 @@ def test_every_option_of_a_record_has_a_type_and_bounds(name):
 
 
 def test_every_recorded_option_is_in_the_table():
-    from nextflow_hf.commands import chat, drawing, frames, interleave, reconstruct
+    from nextflow_hf.commands import chat, frames, images, interleave, reconstruct
 
-    recorded = {name for module in (chat, drawing, frames, interleave, reconstruct) for name in module.RECORDED}
+    recorded = {name for module in (chat, images, frames, interleave, reconstruct) for name in module.RECORDED}
     assert recorded == set(ARGUMENTS)
 
 
@@ -149,7 +149,7 @@ def test_every_recorded_option_is_in_the_table():
         (json.dumps({**PLAIN, "batch": {"seeds": [1], "index": -1}}), "batch is {"),
         (json.dumps({**PLAIN, "format": True}), "format is True"),
         (json.dumps(with_argument("guidance_scale", float("nan"))), "arguments.guidance_scale is nan"),
-        (json.dumps(with_argument("dtype", "load")), "arguments.dtype is 'load', expected one of float32"),
+        (json.dumps(with_argument("dtype", "load")), "arguments.dtype is 'load', expected one of auto, float32"),
     ],
 )
 def test_what_is_no_record_is_one_line(command_line, tmp_path, text, message):

@@ -6,8 +6,7 @@ from torch import nn
 from toy_pipeline import toy_pipeline, toy_vision_tokenizer
 
 from nextflow_hf import NextFlowVisionTokenizer, NextFlowVisionTokenizerConfig
-from nextflow_hf.modeling_nextflow.pixel_cnn_nextflow import NextFlowAttentionBlock
-from nextflow_hf.modeling_nextflow.tiling_nextflow import in_tiles, tile_starts
+from nextflow_hf.modeling_nextflow.pixel_cnn_nextflow import NextFlowAttentionBlock, in_tiles, tile_starts
 
 
 GRIDS = torch.tensor([[[1, 1], [3, 5], [13, 22]]])  # 52 x 88 pixels

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..atomic import write_text
-from ..processing.reasoning_nextflow import THINKING_PROMPT, join_reasoning
+from ..processing.messages_nextflow import THINKING_PROMPT, join_reasoning
 from .captions import caption
 from .edits import sample_edit, sample_subject
 from .questions import sample_questions

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from PIL import Image
 
-from ..processing.reasoning_nextflow import split_reasoning
+from ..processing.messages_nextflow import split_reasoning
 from ..training.data import tasks as row_formats
 from ..training.evaluation.suite import Answer, Part, Sample, Turn, images_of, text_of
 from .captions import read_caption

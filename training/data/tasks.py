@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...processing.message_checks_nextflow import as_conversations
+from ...processing.messages_nextflow import as_conversations
 from .messages import BadRowError, check_messages, is_missing, message, text_part
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...processing.reasoning_nextflow import join_reasoning
+from ...processing.messages_nextflow import join_reasoning
 from .suite import Answer, Part, Sample
 
 

@@ -10,24 +10,13 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX, call_with_weight, has_whole_weight_in_call
+from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ...processing.scale_schedule_nextflow import num_cells
 from .objective import chunked_log_probs, code_weights
-
-
-def text_ids(model: NextFlowForCausalLM) -> torch.LongTensor:
-    """The tokens that text before a picture is made of: text without the end of the turn, and `<boi>`, its end."""
-    config = model.config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    excluded = torch.tensor([config.image_token_id, config.pad_token_id, *ends], device=model.device)
-    ids = torch.arange(config.text_vocab_size + 1, device=model.device)
-    ids[-1] = config.boi_token_id
-    return ids[~torch.isin(ids, excluded)]
 
 
 def policy_row(
@@ -52,7 +41,7 @@ def policy_row(
 
     codes = slice(first + skipped, first + seen)
     weights = code_weights(grids[scales.start : scales.stop], alpha)
-    targets[codes] = rollout.codes[skipped:seen] + config.text_vocab_size
+    targets[codes] = rollout.codes[skipped:seen] + config.code_vocabulary.start
     cells = torch.tensor([num_cells([grid]) for grid in grids[scales.start : scales.stop]])
     scale_ids[codes] = (torch.arange(scales.start, scales.stop) + 1).repeat_interleave(cells)
     thoughts = rollout.thoughts if scales.start == 0 else range(0)
@@ -123,35 +112,8 @@ def add_policy_forward(model: NextFlowForCausalLM, *, temperature: float, chunk_
         if policy_targets is None:
             return type(self).forward(self, **inputs, **kwargs)
         hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
-        first, last = self.config.text_vocab_size, self.config.text_vocab_size + self.config.codebook_size
-        is_code = (policy_targets >= first) & (policy_targets < last)
-        is_text = (policy_targets != IGNORE_INDEX) & ~is_code
-        ids = text_ids(self)
-        targets = policy_targets[is_code] - first, torch.searchsorted(ids, policy_targets[is_text])
-        options = {"temperature": temperature, "chunk_size": chunk_size}
-
-        def log_probs(states, code_head, text_head) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            heads = code_head, lambda hidden: text_head(hidden)[..., ids]
-            return [chunked_log_probs(*part, **options) for part in zip(states, heads, targets)]
-
-        states = [hidden_states[is_code], hidden_states[is_text]]
-        if has_whole_weight_in_call(self.lm_head):  # one call, so that all processes gather the weight as often
-            parts = call_with_weight(
-                self.lm_head,
-                states,
-                lambda states, weight: log_probs(
-                    states,
-                    lambda hidden: F.linear(hidden, weight[first:last]),
-                    lambda hidden: F.linear(hidden, weight),
-                ),
-            )
-        else:
-            parts = log_probs(states, self.image_logits, self.lm_head)
-        logps = torch.zeros(policy_targets.shape, device=hidden_states.device)
-        entropies = torch.zeros_like(logps)
-        for mask, (logp, entropy) in zip((is_code, is_text), parts):
-            logps = logps.masked_scatter(mask, logp)
-            entropies = entropies.masked_scatter(mask, entropy)
+        score = functools.partial(chunked_log_probs, temperature=temperature, chunk_size=chunk_size)
+        logps, entropies = self.score_targets(hidden_states, policy_targets, score)
         return {"logps": logps, "entropies": entropies}
 
     model.forward = MethodType(forward, model)

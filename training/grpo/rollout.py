@@ -13,9 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ...modeling_nextflow.sampling_nextflow import sample
-from ...pipelines.pipeline_nextflow import NextFlowDrawingPrompt, NextFlowPipeline
+from ...pipelines.pipeline_nextflow import NextFlowImagePrompt, NextFlowPipeline
 from ..rewards.combination import one_line
-from .policy import text_ids
 
 
 @dataclass
@@ -24,13 +23,13 @@ class Rollout:
     One picture drawn.
 
     Args:
-        prompt ([`NextFlowDrawingPrompt`]): What it was drawn from, the text before it included.
+        prompt ([`NextFlowImagePrompt`]): What it was drawn from, the text before it included.
         codes (`torch.LongTensor` of shape `(codes,)`): Its codes, on the CPU.
         thoughts (`range`):
             Places in the prompt of the text before the picture, which was sampled; `<boi>` is among them if it was.
     """
 
-    prompt: NextFlowDrawingPrompt
+    prompt: NextFlowImagePrompt
     codes: torch.LongTensor
     thoughts: range = range(0)
 
@@ -83,7 +82,7 @@ def check_prompt(row: dict[str, Any], sample: int) -> None:
 
 def encode_rows(
     pipeline: NextFlowPipeline, rows: Sequence[dict[str, Any]], *, guided: bool, **size: Any
-) -> list[NextFlowDrawingPrompt]:
+) -> list[NextFlowImagePrompt]:
     """The rows' prompts as the pipeline's call encodes them; neighbours with one prompt (a group) once."""
     conversations, owners = [], []
     for index, row in enumerate(rows):
@@ -105,7 +104,7 @@ def _same_prompt(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def draw(
     pipeline: NextFlowPipeline,
-    prompts: Sequence[NextFlowDrawingPrompt],
+    prompts: Sequence[NextFlowImagePrompt],
     *,
     prefixes: Sequence[torch.LongTensor] | None = None,
     num_scales: int | None = None,
@@ -133,7 +132,9 @@ def draw(
                 )
             if generators is not None:
                 given["generators"] = [generators[index] for index in chunk]
-            codes = pipeline.draw_codes([prompts[index] for index in chunk], callback=stop, **given, **settings).cpu()
+            codes = pipeline.generate_codes(
+                [prompts[index] for index in chunk], callback=stop, **given, **settings
+            ).cpu()
             for index, row in zip(chunk, codes):
                 drawn[index] = row
     return drawn
@@ -151,12 +152,12 @@ def decode(pipeline: NextFlowPipeline, rollouts: Sequence[Rollout], batch_size: 
 
 def think(
     pipeline: NextFlowPipeline,
-    prompts: Sequence[NextFlowDrawingPrompt],
+    prompts: Sequence[NextFlowImagePrompt],
     *,
     max_tokens: int,
     temperature: float,
     generators: Sequence[torch.Generator] = (),
-) -> list[tuple[NextFlowDrawingPrompt, range]]:
+) -> list[tuple[NextFlowImagePrompt, range]]:
     """Sample text between each prompt and its picture, until the model opens the picture, or until `max_tokens` are
     written and it is opened for it. Returns the longer prompts and the places of what was sampled."""
     model = pipeline.transformer
@@ -169,7 +170,7 @@ def think(
     codes = torch.cat([prompt.image_codes for prompt in prompts]).to(device)
     images = {"image_grids": sources, "image_codes": codes} if len(sources) else {}
     positions = model.model.get_position_ids(ids, image_grids=images.get("image_grids"), attention_mask=mask)
-    allowed, cache = text_ids(model), DynamicCache(config=config)
+    allowed, cache = model.get_text_ids(), DynamicCache(config=config)
     inputs = {"input_ids": ids, **images}
     thoughts: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_tokens):

@@ -35,7 +35,7 @@ RECORDED = (*options.MODEL, "prompt", "messages", "image", "seed", *SETTINGS)
 BATCH_SIZE = 8
 
 
-def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Those that `generate` and `edit` have in common."""
     parser.add_argument("--seed", type=int, help="of the first image, the next ones count on; default: a random one")
     parser.add_argument("--num-images", type=int, metavar="N", help="how many, with seeds that count on; default: 1")
@@ -66,7 +66,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     options.add_console_options(parser)
 
 
-def draw(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def generate_images(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """All images that the options of `console.name` ask for, saved; what is said of each in JSON."""
     import torch
 
