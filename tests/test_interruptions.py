@@ -75,7 +75,7 @@ def test_a_kill_before_the_final_save_costs_no_step(name, commands, whole, tmp_p
 
 
 def test_augmentation_goes_on_in_a_later_epoch(commands, whole, tmp_path):
-    """Twelve pictures are six steps: the ninth is in the second epoch."""
+    """Twelve images are six steps: the ninth is in the second epoch."""
     commands["tokenizer"].run(tmp_path / "all", "save_total_limit=9")
     shutil.copytree(tmp_path / "all" / "checkpoint-8", tmp_path / "again" / "checkpoint-8")
     assert commands["tokenizer"].run(tmp_path / "again") == 0

@@ -145,7 +145,7 @@ class NextFlowImageDataset(Dataset):
         return self.images.first_good(index, self._pixels)
 
     def set_epoch(self, epoch: int) -> None:
-        """Other crops and flips; the loader calls it."""
+        """Other crops and flips."""
         self.images.set_epoch(epoch)
 
     def _pixels(self, item: dict[str, Any], index: int) -> dict[str, torch.Tensor | str]:

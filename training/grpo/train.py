@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
-from transformers import set_seed
 
 from ..common.checkpoints import train_to_the_end
 from ..common.import_path import import_object
@@ -91,7 +90,6 @@ def read_prompts(source: str) -> datasets.Dataset:
 
 def make_trainer(args: GRPOArguments, config: NextFlowGRPOConfig) -> NextFlowGRPOTrainer:
     """The trainer of a recipe."""
-    set_seed(config.seed)  # new adapters are random
     options = args.reward_options or {}
     return NextFlowGRPOTrainer(
         args.model,
