@@ -177,10 +177,20 @@ def decoder_of(
         raise ValueError(f"{run.folder} has no run.yaml, which names the denoiser and the scheduler of a decoder")
     names = {field.name for field in fields(DecoderArguments)}
     arguments = DecoderArguments(**{name: value for name, value in run.recipe.items() if name in names})
+    is_lora, earlier = _is_lora(run.result), arguments.decoder_name_or_path
+    if earlier is not None and (_is_lora(Path(earlier)) or not is_lora):  # what was saved holds all of it
+        arguments.decoder_name_or_path = None
     decoder = build_decoder_pipeline(arguments, vision_tokenizer, image_processor)
     load_decoder(decoder, str(run.result))
+    if is_lora:
+        decoder.fuse_lora(components=["diffusion_decoder"])
+        decoder.unload_lora_weights()
     decoder.diffusion_decoder.register_to_config(upscale_factor=arguments.upscale_factor)
     return decoder
+
+
+def _is_lora(folder: Path) -> bool:
+    return (folder / "pytorch_lora_weights.safetensors").is_file()
 
 
 if __name__ == "__main__":

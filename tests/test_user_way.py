@@ -13,13 +13,21 @@ from command_line import pixels, save_picture
 from huggingface_hub import constants, hf_api
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenflow_reference import tiny_checkpoint
+from toy_decoder import toy_base_model
 from toy_hub import ToyHub
 from toy_pipeline import NUMBERS
 from toy_qwen import CONTROL, QWENS, save_qwen, save_tokenizer
 
-from nextflow_hf import NextFlowForCausalLM, NextFlowPipeline, NextFlowVisionTokenizer
+from nextflow_hf import (
+    NextFlowDiffusionDecoderPipeline,
+    NextFlowForCausalLM,
+    NextFlowPipeline,
+    NextFlowVisionTokenizer,
+)
 from nextflow_hf.conversion import from_tokenflow
 from nextflow_hf.processing import NextFlowImageProcessorPil
+from nextflow_hf.training.diffusion_decoder.build import DecoderArguments, build_decoder_pipeline
+from nextflow_hf.training.diffusion_decoder.trainer import lora_state_dict
 from nextflow_hf.training.transformer.adapters import IMAGE_MODULES, image_token_rows
 
 
@@ -95,6 +103,11 @@ def test_a_tokenflow_tokenizer_encodes_and_decodes(tokenflow, command_line, tmp_
 
 
 # --- export
+
+
+def write_yaml(path: str, values: dict) -> str:
+    Path(path).write_text(yaml.safe_dump(values))
+    return path
 
 
 def save_run(folder: Path, kind: str, model: Path, **recipe) -> Path:
@@ -206,6 +219,43 @@ def test_export_of_a_vision_tokenizer(runs, converted, command_line, tmp_path):
         drawn.append(pixels(f"{index}.png"))
     assert drawn[0] == drawn[1] == drawn[2]
     assert command_line.json("info", "alone")["class"] == "NextFlowVisionTokenizer"
+
+
+@pytest.mark.parametrize("family", ["unet", "flux"])
+def test_export_of_a_diffusion_decoder(family, converted, command_line, tmp_path):
+    """All of it, or a LoRA on its base model, as its training saves them."""
+    toy_base_model(family).save_pretrained("base")
+    pipe = NextFlowPipeline.from_pretrained(converted)
+    arguments = DecoderArguments(base_model="base", denoiser="unet" if family == "unet" else "transformer")
+    made = build_decoder_pipeline(arguments, pipe.vision_tokenizer, pipe.processor.image_processor)
+    decoder, run = made.diffusion_decoder, tmp_path / "decoder"
+    if family == "flux":
+        decoder.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    for parameter in decoder.parameters():
+        parameter.data.add_(0.02) if parameter.requires_grad else None
+    if family == "flux":
+        metadata = decoder.peft_config["default"].to_dict()
+        NextFlowDiffusionDecoderPipeline.save_lora_weights(
+            run, transformer_lora_layers=lora_state_dict(decoder), transformer_lora_adapter_metadata=metadata
+        )
+    else:
+        decoder.save_pretrained(run)
+    recipe = {"base_model": "base", "denoiser": arguments.denoiser, "model": str(converted), "data": "data.yaml"}
+    notes = {"kind": "decoder", "model": None, "recipe": recipe, "command": ["nextflow-hf"]}
+    write_yaml(str(run / "run.yaml"), notes)
+    command_line.run("export", run, "--output", "whole")
+    loaded = NextFlowPipeline.from_pretrained("whole")
+    assert is_equal(loaded.transformer, pipe.transformer) and loaded.decoder_scheduler is not None
+    options = ("--decoder", "diffusion", "--decoder-num-inference-steps", "1", "--seed", "1")
+    command_line.run("generate", "a", "--model", "whole", *options, "--output", "drawn.png")
+    noise = {"num_inference_steps": 1, "output_type": "pt"}
+    codes, grids = pipe.encode_images(save_picture(tmp_path / "photo.png"))
+    images = [
+        one(codes, grids, generator=torch.Generator().manual_seed(0), **noise).images
+        for one in (made, loaded.diffusion_decoder_pipeline)
+    ]
+    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
+    assert "no run.yaml" in command_line.mistake("export", "whole/diffusion_decoder", "--model", converted, "-o", "x")
 
 
 def test_parts_in_the_place_of_the_models_own(runs, converted, command_line):
@@ -354,11 +404,6 @@ import numpy as np
 def redness(images, **columns):
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
 '''
-
-
-def write_yaml(path: str, values: dict) -> str:
-    Path(path).write_text(yaml.safe_dump(values))
-    return path
 
 
 def test_the_whole_way(command_line, tmp_path):
