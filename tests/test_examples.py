@@ -1,39 +1,46 @@
-"""The notebooks and scripts of examples/, as a reader runs them, in a fresh folder."""
+"""The Makefiles of examples/: one public command a stage, a mark when it has ended well, and nothing done twice."""
 
-import importlib.util
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
-from PIL import Image
+import yaml
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
-@pytest.mark.parametrize("notebook", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
-def test_a_notebook_runs(notebook, tmp_path):
-    cells = nbformat.read(notebook, as_version=4)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells.cells), "strip its outputs"
-    NotebookClient(cells, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
+def make(tmp_path: Path, *arguments: str, nextflow: str = "true") -> subprocess.CompletedProcess:
+    folders = [f"DATA={tmp_path / 'data'}", f"RUN={tmp_path / 'run'}", f"NEXTFLOW={nextflow}"]
+    return subprocess.run(["make", "-C", SHAPES, *folders, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    ("script", "argv", "outputs"),
-    [
-        ("scales.py", ["a red circle"], ["scales.png"]),
-        ("story.py", ["--num-frames", "2"], ["story.gif", "story.txt"]),
-        ("best_of_n.py", ["a red circle", "--num-images", "2"], ["best.png"]),
-    ],
-)
-def test_a_script_runs(script, argv, outputs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location(Path(script).stem, EXAMPLES / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(argv)
-    for name in outputs:
-        assert Path(name).stat().st_size
-        if name.endswith(".png"):
-            Image.open(name).verify()
+def commands(output: str) -> list[str]:
+    return re.findall(r"^STAGE (\S+ \S+)", output, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_every_stage_is_one_command_and_is_done_once(tmp_path, size):
+    planned = commands(make(tmp_path, "-n", f"SIZE={size}", "all", nextflow="STAGE").stdout)
+    assert planned[:3] == ["world shapes", "train text_tokenizer", "train teacher"]
+    assert planned.index("train tokenizer") < planned.index("train transformer") < planned.index("train grpo")
+    assert make(tmp_path, f"SIZE={size}", "all").returncode == 0
+    assert commands(make(tmp_path, "-n", f"SIZE={size}", "all", nextflow="STAGE").stdout) == []
+    (tmp_path / "run" / "done" / "transformer_mixture").unlink()
+    left = commands(make(tmp_path, "-n", "model", nextflow="STAGE").stdout)
+    assert [command.split()[0] for command in left] == ["train", "export", "evaluate"]
+
+
+def test_a_stage_that_fails_leaves_no_mark(tmp_path):
+    assert make(tmp_path, nextflow="false").returncode != 0
+    assert not list(tmp_path.rglob("done/*"))
+
+
+def test_recipes_are_those_that_the_makefile_names():
+    named = set(re.findall(r"\$\(RECIPES\)/(\w+)\.yaml", (SHAPES / "Makefile").read_text()))
+    assert named == {path.stem for path in (SHAPES / "recipes").glob("*.yaml")}
+    for path in (SHAPES / "recipes").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["output_dir"].startswith("runs/shapes/")
