@@ -49,6 +49,7 @@ def test_convert_writes_a_whole_pipeline(family, tmp_path, command_line):
     assert "images of 16 x 16 pixels" in said and "vision tokenizer -> model/vision_tokenizer" in said
     assert not Path("model").exists()
     command_line.run("convert", "qwen", "qwen", "model", "--vision-tokenizer", "tokenizer")
+    assert "MISSING" not in command_line.errors
     pipe = NextFlowPipeline.from_pretrained("model")
     config, processor = pipe.transformer.config, pipe.processor
     assert config.max_scales == processor.max_scales == 4
