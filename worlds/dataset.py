@@ -300,25 +300,18 @@ def write_dataset(
             _write_task(sprites, folder / split / name, name, canvases, split, seed, test_rows)
     for split, count in (("train", images), ("test", images // 20)):
         _write_images(sprites, folder / "images" / split, canvases, f"{seed}/images/{split}", count)
-    sources = [
-        {
-            "path": str(folder / "train" / name),
-            "format": "parquet",
-            "task": TASKS[name].format,
-            "label": name,
-            "weight": round(share, 3),
-        }
-        for name, share in chosen.items()
-    ]
-    prompts = {**sources[0], "inversion_rate": 0.0, "extra_columns": ["scenes"]}  # text to image alone, and GRPO
+    sources = []
+    for name, share in chosen.items():
+        task = TASKS[name].format
+        source = {"path": str(folder / "train" / name), "format": "parquet", "task": task, "label": name}
+        # Captions are rows of their own: a request to draw is none.
+        inversion = {"inversion_rate": 0.0} if task == "text_to_image" else {}
+        sources.append({**source, "weight": round(share, 3), **inversion})
+    mixture = {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}
+    command = f"# nextflow-hf extract {folder / 'data.yaml'} model=MODEL output_dir=CODES\n"
+    write_text(folder / "data.yaml", command + yaml.safe_dump(mixture, sort_keys=False))
+    prompts = {**sources[0], "extra_columns": ["scenes"]}  # images from words alone, and prompts of GRPO
     write_text(folder / "prompts.yaml", yaml.safe_dump({"sources": [prompts]}, sort_keys=False))
-    # A tenth of the drawn rows are read instead, as the paper inverts them (§3.3).
-    text = yaml.safe_dump(
-        {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}, sort_keys=False
-    )
-    write_text(
-        folder / "data.yaml", f"# nextflow-hf extract {folder / 'data.yaml'} model=MODEL output_dir=CODES\n{text}"
-    )
 
 
 def _check_manifest(folder: Path, options: dict) -> None:
@@ -329,7 +322,7 @@ def _check_manifest(folder: Path, options: dict) -> None:
     if changed := [name for name in options if options[name] != begun.get(name)]:
         was, now = ({name: values.get(name) for name in changed} for values in (begun, options))
         raise ValueError(f"{folder} was begun with {was}, got {now}: delete it, or name another --output-dir")
-    path.write_text(json.dumps(options))
+    write_text(path, json.dumps(options))
 
 
 def _write_task(
