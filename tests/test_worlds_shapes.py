@@ -1,7 +1,9 @@
 """Shapes, the second world on the one grammar: its words, its judge without training, its reward and its suite."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -169,3 +171,12 @@ def test_the_command_writes_this_world(tmp_path, capsys):
     assert cli.main(command) == 0
     assert {path.name for path in (tmp_path / "64" / "train").iterdir()} == {*shares(SPRITES)}
     assert not (tmp_path / "64" / "held_out").exists() and (tmp_path / "64" / "data.yaml").exists()
+
+
+def test_no_other_room_imports_a_world():
+    """Commands find a world by its name, recipes and suites by import path."""
+    root = Path(shapes.__file__).parents[1]
+    rooms = ("app", "commands", "conversion", "hub_cards", "modeling_nextflow", "pipelines", "processing", "training")
+    found = re.compile(r"^\s*(from|import)\s.*\b(worlds import (shapes|emoji)|worlds\.(shapes|emoji))", re.MULTILINE)
+    sources = [path for room in rooms for path in (root / room).rglob("*.py")]
+    assert len(sources) > 100 and not [path for path in sources if found.search(path.read_text())]

@@ -90,7 +90,8 @@ class WorldSuite:
                 pending.append({**message, "content": parts})
         scenes = [Scene.from_json(json.loads(scene)) for scene in values["scenes"]]
         height, width = context.canvas
-        settings = {"height": height, "width": width} | ({"max_images": _MAX_IMAGES} if task == "story" else {})
+        longest = {"max_images": _MAX_IMAGES, "max_new_tokens": 256} if task == "story" else {"max_new_tokens": 96}
+        settings = {"height": height, "width": width, **longest}
         group = f"{task}, {wording}"
         category = "conversation" if task == "conversation" else values["category"]
         return Sample(id, turns, group, category, settings, (task, scenes, expected))
