@@ -11,6 +11,7 @@ parts of the pipeline) is taken from there, or from the options.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,26 +158,39 @@ def decoder_parts(run: Run, pipeline: "NextFlowPipeline") -> dict[str, Any]:
     """The components of a pipeline that a diffusion decoder needs."""
     if run.kind != "decoder":
         raise ValueError(f"--decoder is {run.folder}, a run of kind {run.kind}, expected a diffusion decoder")
-    decoder = load_decoder(run, pipeline.vision_tokenizer, pipeline.processor.image_processor)
+    decoder = decoder_of(run, pipeline.vision_tokenizer, pipeline.processor.image_processor)
     parts = {f"decoder_{name}": part for name, part in decoder.components.items() if part is not None}
     parts["diffusion_decoder"] = decoder.diffusion_decoder
     return {name: part for name, part in parts.items() if name in type(pipeline)._optional_components}
 
 
-def load_decoder(
+def decoder_of(
     run: Run, vision_tokenizer: "NextFlowVisionTokenizer", image_processor: Any
 ) -> "NextFlowDiffusionDecoderPipeline":
-    """A saved pipeline, or what the recipe names around the weights that were saved."""
+    """The decoder of a saved pipeline, or of a run: what its recipe names around the weights that it saved."""
     from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-    from ..training.diffusion_decoder.build import build_decoder_pipeline, load_stage
+    from ..training.diffusion_decoder.build import DecoderArguments, build_decoder_pipeline, load_decoder
 
     if kind_of(run.result) == "NextFlowDiffusionDecoderPipeline":
         return NextFlowDiffusionDecoderPipeline.from_pretrained(run.result, vision_tokenizer=vision_tokenizer)
-    if "denoiser" not in run.recipe:
-        raise ValueError(f"{run.folder} has no run.yaml that names the decoder's denoiser and scheduler")
-    decoder = build_decoder_pipeline(run.recipe, vision_tokenizer, image_processor)
-    load_stage(decoder, run.result)
+    if not run.recipe:
+        raise ValueError(f"{run.folder} has no run.yaml, which names the denoiser and the scheduler of a decoder")
+    names = {field.name for field in fields(DecoderArguments)}
+    arguments = DecoderArguments(**{name: value for name, value in run.recipe.items() if name in names})
+    is_lora, earlier = _is_lora(run.result), arguments.decoder_name_or_path
+    if earlier is not None and (_is_lora(Path(earlier)) or not is_lora):  # what was saved holds all of it
+        arguments.decoder_name_or_path = None
+    decoder = build_decoder_pipeline(arguments, vision_tokenizer, image_processor)
+    load_decoder(decoder, str(run.result))
+    if is_lora:
+        decoder.fuse_lora(components=["diffusion_decoder"])
+        decoder.unload_lora_weights()
+    decoder.diffusion_decoder.register_to_config(upscale_factor=arguments.upscale_factor)
     return decoder
+
+
+def _is_lora(folder: Path) -> bool:
+    return (folder / "pytorch_lora_weights.safetensors").is_file()
 
 
 if __name__ == "__main__":

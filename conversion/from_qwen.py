@@ -5,9 +5,10 @@ where they are, in the checkpoint's memory-mapped files, until somebody reads th
 rows are made anew, so that a 72B takes the memory of these and no more.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -162,7 +163,7 @@ def from_qwen(
     if codebook is not None:
         state["model.image_codebook.weight"] = codebook.detach()
     dtype = state[GROWN_TABLES[0]].dtype if dtype == "auto" else dtype
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _without_load_report():
         torch.manual_seed(seed)  # of the modules that the checkpoint does not have
         model = NextFlowForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
         # Loading initialises only modules that have parameters of their own; this one's scale is known to its parent.
@@ -264,6 +265,17 @@ def read_shapes(
         for file in metadata.files_metadata.values()
         for name, info in file.tensors.items()
     }
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers warns of modules that the checkpoint lacks: here that is the point."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _grow(text_rows: torch.Tensor, num_rows: int, generator: torch.Generator) -> torch.Tensor:

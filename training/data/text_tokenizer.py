@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ...atomic import replaced_folder
+from ...conversion.assemble import make_processor
 from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ...processing.processing_nextflow import NextFlowProcessor
-from ...processing.tokenizer_extension_nextflow import extend_tokenizer
 from .description import load_texts, read_description
 
 
@@ -99,9 +99,13 @@ def build_processor(
         image_options: Fields of [`NextFlowImageProcessor`] that differ from that image processor.
     """
     config = NextFlowVisionTokenizerConfig.from_pretrained(vision_tokenizer)
-    extend_tokenizer(tokenizer, text_vocab_size=len(tokenizer), codebook_size=config.codebook_size)
-    image_processor = NextFlowImageProcessor.from_pretrained(vision_tokenizer, **image_options)
-    return NextFlowProcessor(image_processor, tokenizer, append_last_scale=append_last_scale)
+    return make_processor(
+        NextFlowImageProcessor.from_pretrained(vision_tokenizer, **image_options),
+        tokenizer,
+        text_vocab_size=len(tokenizer),
+        codebook_size=config.codebook_size,
+        append_last_scale=append_last_scale,
+    )
 
 
 def train_text_tokenizer(
