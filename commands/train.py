@@ -12,6 +12,7 @@ A recipe is a YAML file, or the name of a shipped one. The same command goes on 
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def list_recipes(kinds: Sequence[str]) -> int:
             recipe = load_recipe(kind, name)
             needs = [f"{key}={value}" for key, value in recipe.items() if str(value).startswith(("runs/", "['runs/"))]
             needs = [need for need in needs if not need.startswith("output_dir=")]
-            needs += [comment for comment in comments[1:] if comment.startswith("Memory:")]
+            needs += [comment for comment in comments[1:] if comment.startswith(("nextflow-hf train", "Memory:"))]
             print("".join(f"    {need}\n" for need in needs), end="")
     return 0
 
@@ -155,7 +156,11 @@ def silence_libraries() -> None:
 
     import datasets
     import diffusers.utils.logging
+    import torch
     import transformers.utils.logging
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, if installed, would look and report
 
     datasets.disable_progress_bars()
     diffusers.utils.logging.disable_progress_bar()

@@ -194,5 +194,5 @@ def test_overrides_and_formats_that_the_files_tell(tmp_path):
     data = read_description(tmp_path / "data.yaml", "purpose=evaluation", "model=folder")
     assert (data.settings.purpose, data.model.model) == ("evaluation", "folder")
     assert list(load_texts(data)) == ["saved"]
-    with pytest.raises(ValueError, match="unknown keys"):
+    with pytest.raises(ValueError, match="purposes is unknown"):
         read_description(tmp_path / "data.yaml", "purposes=evaluation")

@@ -96,7 +96,7 @@ def test_prompts_come_from_files(tmp_path):
     for name in ("rows.jsonl", "rows.parquet"):
         assert grpo.read_prompts(str(tmp_path / name)).to_list() == rows
     assert grpo.read_prompts(str(tmp_path / "rows.txt")).to_list() == [{"prompt": "a b"}, {"prompt": "c"}]
-    sources = [{"path": str(tmp_path / "rows.jsonl"), "task": "prompt", "extra_columns": ["text"]}]
+    sources = [{"path": str(tmp_path / "rows.jsonl"), "task": "prompt", "format": "json", "extra_columns": ["text"]}]
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"sources": sources}))
     described = grpo.read_prompts(str(tmp_path / "data.yaml"))
     assert [{name: row[name] for name in ("prompt", "text")} for row in described] == rows

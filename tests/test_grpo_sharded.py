@@ -11,7 +11,7 @@ import torch
 from accelerate.state import DistributedType, PartialState
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from processes import in_processes
 from test_grpo_trainer import Recording, history, make_trainer
@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule
 from toy_pipeline import CODES, toy_pipeline
 
 from nextflow_hf import NextFlowForCausalLM
-from nextflow_hf.training.common.sharding import gather_policy
 
 
 RED = Image.new("RGB", (16, 16), "red")
@@ -58,6 +57,15 @@ def mean_code(images, codes, report_masks=None, **columns) -> list[float]:
     return [row.float().mean().item() / CODES for row in codes]
 
 
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of what a training leaves: a model, or an adapter of the toy."""
+    if (folder / "adapter_config.json").is_file():
+        model = PeftModel.from_pretrained(toy_pipeline().transformer, folder).merge_and_unload()
+    else:
+        model = NextFlowForCausalLM.from_pretrained(folder)
+    return dict(model.named_parameters())
+
+
 def run(folder: Path, count: int, rows: Dataset = TEXTS, **numbers) -> dict:
     """One update on 8 samples of two prompts, of plain gradient descent: the weights move as the gradient says."""
     settings = {
@@ -70,13 +78,13 @@ def run(folder: Path, count: int, rows: Dataset = TEXTS, **numbers) -> dict:
     assert isinstance(trainer.model_wrapped, FSDPModule) == trainer.is_fsdp_enabled
     batch, inputs = trainer.generated[0]
     advantages = batch["advantages"].view(8 // count, -1).expand_as(batch["targets"])
-    model = gather_policy(trainer.accelerator, trainer.model_wrapped)
+    trainer.save_model(str(folder / "saved"))
     return {
         "prompts": [row["prompt"] for row in inputs],
         "codes": [codes.tolist() for codes in batch["image_codes"]],
         # Of the trained tokens: a process pads to its own longest row.
         "advantages": [row[is_code].tolist() for row, is_code in zip(advantages, batch["targets"] >= 0)],
-        "weights": None if model is None else {n: p.detach().clone().numpy() for n, p in model.named_parameters()},
+        "saved": folder / "saved",
         "memory": history(trainer, "peak_memory_gb/rollout"),
         "reward": history(trainer, "reward"),
     }
@@ -104,10 +112,10 @@ def check(one: dict, parts: list[dict]) -> None:
     for got, expected in zip(advantages, one["advantages"]):
         assert got == pytest.approx(expected, abs=1e-4)
     start = dict(toy_pipeline().transformer.named_parameters())
-    assert max((torch.from_numpy(weight) - start[name]).abs().max() for name, weight in one["weights"].items()) > 1e-3
-    for name, expected in one["weights"].items():
-        got = torch.from_numpy(parts[0]["weights"][name])
-        torch.testing.assert_close(got, torch.from_numpy(expected), atol=1e-5, rtol=1e-5, msg=name)
+    weights, together = saved_weights(one["saved"]), saved_weights(parts[0]["saved"])
+    assert max((weight - start[name]).abs().max() for name, weight in weights.items()) > 1e-3
+    for name, expected in weights.items():
+        torch.testing.assert_close(together[name], expected, atol=1e-5, rtol=1e-5, msg=name)
     assert parts[0]["memory"][0] > 0.01 and parts[0]["reward"] == pytest.approx(one["reward"])
 
 

@@ -742,5 +742,5 @@ def test_no_prompts_and_no_parts(tmp_path):
         callbacks.SampleImagesCallback(None, pipe.vision_tokenizer, pipe.processor, prompts=[])
     *_, args = parse({**BASE, "sample_prompts": ["a"]})
     model_args = parse(BASE)[0]
-    with pytest.raises(ValueError, match="codes are no pictures"):
+    with pytest.raises(ValueError, match="they make images of codes"):
         train.sampling_callback(None, model_args, args)

@@ -16,7 +16,7 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -146,13 +146,6 @@ def call_with(make: Callable, options: dict[str, Any], where: str) -> Any:
     return make(**options)
 
 
-class OneLineParser(HfArgumentParser):
-    """Without its usage before an error: that is hundreds of options."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def override(recipe: dict[str, Any], assignment: str) -> None:
     """Set a key as `key=value` says, in place; the value is YAML, and `a.b=value` sets `b` in the mapping `a`."""
     path, separator, value = assignment.partition("=")
@@ -185,48 +178,32 @@ def check_recipe(recipe: dict[str, Any], groups: Iterable[type]) -> Recipe:
     The recipe with its values as the types of the groups' fields. Raises one `ValueError` that names every key that is
     unknown, missing, or of another type.
     """
-    groups = tuple(groups)
-    parser = OneLineParser(groups)
-    values = set_defaults(parser, groups, recipe)
-    required = [
-        field for group in groups for field in fields(group) if field.default is field.default_factory is MISSING
-    ]
-    if missing := [field.name for field in required if values.get(field.name) is None]:
-        hint = " ".join(f"{name}=..." for name in missing)
-        raise ValueError(f"{source_of(recipe)}: {', '.join(missing)} must be set: write it there, or {hint} behind it")
-    return Recipe(values, source_of(recipe))
-
-
-def source_of(recipe: dict[str, Any]) -> str | Path:
-    """What errors call the place that a recipe is from."""
-    return getattr(recipe, "source", "the recipe")
-
-
-def set_defaults(parser: HfArgumentParser, groups: Iterable[type], recipe: dict[str, Any]) -> dict[str, Any]:
-    """
-    Make a recipe's values the defaults of `parser`, which is one of `groups`; returns them as the fields' types.
-    Raises a `ValueError` that names every key that is none of theirs, and every value of another type.
-    """
-    source = source_of(recipe)
+    groups, source = tuple(groups), source_of(recipe)
+    parser = HfArgumentParser(groups)
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first, where there is a --no_ too
     known = [name for name in actions if name != "help"]
     values, mistakes = {}, []
     for key, value in recipe.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            mistakes.append(f"{source}: {key} is unknown" + (f", near ones that exist: {near}" if near else ""))
-            continue
         try:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=3)
+                raise ValueError(f"{key} is unknown" + (f", near ones that exist: {near}" if near else ""))
             values[key] = _typed(parser, actions[key], value, hints[key])
         except ValueError as error:
             mistakes.append(f"{source}: {error}")
+    needed = [f.name for group in groups for f in fields(group) if f.default is f.default_factory is MISSING]
+    if missing := [name for name in needed if recipe.get(name) is None]:
+        hint = " ".join(f"{name}=..." for name in missing)
+        mistakes.append(f"{source}: {', '.join(missing)} must be set: write it there, or {hint} behind it")
     if mistakes:
         raise ValueError("; ".join(mistakes))
-    parser.set_defaults(**values)
-    for key in values:
-        actions[key].required = False
-    return values
+    return Recipe(values, source)
+
+
+def source_of(recipe: dict[str, Any]) -> str | Path:
+    """What errors call the place that a recipe is from."""
+    return getattr(recipe, "source", "the recipe")
 
 
 def _typed(parser: HfArgumentParser, action: Action, value: Any, hint: Any) -> Any:
@@ -261,7 +238,6 @@ def _with_whole_numbers(hint: Any) -> Any:
 
 __all__ = [
     "RECIPES",
-    "OneLineParser",
     "Recipe",
     "call_with",
     "check_fields",
@@ -271,7 +247,6 @@ __all__ = [
     "override",
     "parse_recipe",
     "read_recipe",
-    "set_defaults",
     "shipped_recipes",
     "source_of",
 ]

@@ -1,4 +1,4 @@
-"""Sharded policies (FSDP2, DeepSpeed ZeRO-3) outside of `forward`: sampling from one, and gathering one to save it.
+"""Sharded policies (FSDP2) outside of `forward`: sampling from one, and its class when it is saved.
 
 Knows modules and processes, nothing of images and rewards.
 """
@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
 
 from ...modeling_nextflow.modeling_nextflow import NextFlowModel
 
@@ -80,29 +77,6 @@ def _is_any_busy(device: torch.device, is_busy: bool) -> bool | None:
     return None if is_busy else bool(count)  # a busy process does not wait for the answer
 
 
-def gather_policy(accelerator: Accelerator, wrapped: torch.nn.Module) -> PreTrainedModel | None:
-    """
-    The policy with whole weights and adapters merged, to be saved. Every process must call this; where weights are
-    sharded, only the main process gets a model.
-    """
-    model = accelerator.unwrap_model(wrapped)
-    is_zero3 = accelerator.state.deepspeed_plugin is not None and accelerator.state.deepspeed_plugin.zero_stage == 3
-    if not (is_zero3 or isinstance(model, FSDPModule)):
-        return model.merge_and_unload() if is_peft_model(model) else model
-    weights = accelerator.get_state_dict(wrapped)
-    if not accelerator.is_main_process:
-        return None
-    base = model.get_base_model() if is_peft_model(model) else model
-    whole = unsharded_class(base)(base.config)
-    whole.generation_config = base.generation_config
-    if is_peft_model(model):
-        from peft import get_peft_model
-
-        whole = get_peft_model(whole, model.peft_config[model.active_adapter], adapter_name=model.active_adapter)
-    whole.load_state_dict(weights)
-    return whole.merge_and_unload() if is_peft_model(whole) else whole
-
-
 def unsharded_class(model: torch.nn.Module) -> type:
     """The class of a model before FSDP2 derived its own from it."""
     wrapped = type(model)
@@ -122,4 +96,4 @@ def class_of_user(model: torch.nn.Module) -> Iterator[None]:
         model.__class__ = wrapped
 
 
-__all__ = ["call_sharded", "class_of_user", "gather_policy", "unsharded_class"]
+__all__ = ["call_sharded", "class_of_user", "unsharded_class"]

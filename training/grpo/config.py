@@ -1,4 +1,4 @@
-"""`NextFlowGRPOConfig`: the numbers of [`NextFlowGRPOTrainer`], and what of TRL's has no meaning for pictures."""
+"""`NextFlowGRPOConfig`: the numbers of [`NextFlowGRPOTrainer`], and what of TRL's has no meaning for images."""
 
 from dataclasses import MISSING, dataclass, fields
 
@@ -10,8 +10,8 @@ from ..transformer.arguments import fsdp_recomputes
 
 
 # What TRL offers for text and cannot be done here -> why, or what there is instead.
-NO_TEXT_ROLLOUT = "pictures are drawn by the policy itself, scale by scale"
-OWN_SAMPLING = "it is an option of text generation; pictures have guidance_scale, temperature, top_k and top_p"
+NO_TEXT_ROLLOUT = "images are sampled by the policy itself, scale by scale"
+OWN_SAMPLING = "it is an option of text generation; images have guidance_scale, temperature, top_k and top_p"
 REFUSED = {
     "use_vllm": NO_TEXT_ROLLOUT,
     "use_transformers_continuous_batching": NO_TEXT_ROLLOUT,
@@ -21,8 +21,8 @@ REFUSED = {
     "generation_kwargs": OWN_SAMPLING,
     "cache_implementation": OWN_SAMPLING,
     "chat_template_kwargs": "the processor renders prompts as the pipeline does",
-    "max_completion_length": "a picture has as many codes as its schedule; text before it has max_thinking_tokens",
-    "mask_truncated_completions": "a picture never ends early: every sample would be masked",
+    "max_completion_length": "an image has as many codes as its schedule; text before it has max_thinking_tokens",
+    "mask_truncated_completions": "an image never ends early: every sample would be masked",
     "max_tool_calling_iterations": "there are no tools",
     "include_for_metrics": "there is no compute_metrics",
     "use_liger_kernel": "the loss needs log-probabilities over the code rows of the head, not a fused cross-entropy",
@@ -70,7 +70,7 @@ def refusal(name: str) -> str | None:
 @dataclass
 class NextFlowGRPOConfig(GRPOConfig):
     r"""
-    TRL's [`~trl.GRPOConfig`] with what pictures need. Defaults that differ from TRL's: `num_generations` 16,
+    TRL's [`~trl.GRPOConfig`] with what images need. Defaults that differ from TRL's: `num_generations` 16,
     `per_device_train_batch_size` and `gradient_accumulation_steps` 4, `learning_rate` 1e-5, `adam_beta2` 0.95,
     `weight_decay` 0.05, `top_k` 2, `top_p` 0.9, `loss_type` `"grpo"` (no other is possible).
 
@@ -78,15 +78,15 @@ class NextFlowGRPOConfig(GRPOConfig):
 
     Args:
         prefix_scales (`int`, *optional*, defaults to 8):
-            Scales m that are trained, from the coarsest on. Finer ones are drawn for the reward, and never in a
+            Scales m that are trained, from the coarsest on. Finer ones are sampled for the reward, and never in a
             training forward. `None` trains all.
         scale_loss_alpha (`float`, *optional*, defaults to 0.6):
-            Weight `(h * w) ** -alpha` of a code of an h x w scale (PANW), normalised per picture. 0 weighs all alike.
+            Weight `(h * w) ** -alpha` of a code of an h x w scale (PANW), normalised per image. 0 weighs all alike.
         vmr_num_suffixes (`int`, *optional*, defaults to 1):
-            Suffixes K drawn after each prefix, whose rewards make its value (VMR). 1 is off: one suffix, its reward.
+            Suffixes K sampled after each prefix, whose rewards make its value (VMR). 1 is off: one suffix, its reward.
         vmr_eta (`float`, *optional*, defaults to 1.0): Temperature of `eta * log mean exp(R / eta)`.
         prefix_updates_per_suffix (`int`, *optional*, defaults to 3):
-            With VMR, generations that train the prefix before one trains the finer scales, on pictures that share
+            With VMR, generations that train the prefix before one trains the finer scales, on images that share
             their prefix in each group. 0 never trains these.
         mask_propagation (`bool`, *optional*, defaults to `False`):
             Where rewards report masks, carry these to the codes behind the pixels. A code is trained only if a mask
@@ -94,12 +94,12 @@ class NextFlowGRPOConfig(GRPOConfig):
         guidance_scale (`float`, *optional*, defaults to 6.0):
             Guidance of the rollout. 1 is none, 6 is the cfg 5 of VAR, which the paper samples with.
         guidance_schedule (`str`, *optional*, defaults to `"linear"`): `"linear"`, from 1 on, or `"constant"`.
-        height, width (`int`, *optional*): Size of the pictures, as in the pipeline's call.
+        height, width (`int`, *optional*): Size of the images, as in the pipeline's call.
         aspect_ratio (`str`, *optional*): Instead of a size. With neither: an edit keeps its source's, else square.
-        resolution (`int`, *optional*): Level of the pictures, as in the pipeline's call.
+        resolution (`int`, *optional*): Resolution of the images, as in the pipeline's call.
         max_thinking_tokens (`int`, *optional*, defaults to 0):
-            Text tokens the policy may write before the picture; they are trained with the prefix.
-        rollout_batch_size (`int`, *optional*): Pictures drawn at the same time. Defaults to the generation batch.
+            Text tokens the policy may write before the image; they are trained with the prefix.
+        rollout_batch_size (`int`, *optional*): Images sampled at the same time. Defaults to the generation batch.
         log_probs_chunk_size (`int`, *optional*, defaults to 4096): Tokens whose logits exist at the same time.
     """
 

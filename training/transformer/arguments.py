@@ -1,4 +1,4 @@
-"""The three groups of arguments of `nextflow-hf train`: the keys of a recipe. Inert data.
+"""The groups of arguments of `nextflow-hf train transformer`: the keys of a recipe. Inert data.
 
 Names are those of transformers' `TrainingArguments` and of TRL's `ModelConfig`, where these have one.
 """
@@ -87,7 +87,7 @@ class DataArguments:
     Args:
         train_codes (`list[str]`): The folders.
         train_weights (`list[float]`, *optional*):
-            How often each is drawn from, relative to the others; rows repeat until every folder was seen whole. By
+            How often each is sampled from, relative to the others; rows repeat until every folder was seen whole. By
             default every row is seen once an epoch.
         eval_codes (`list[str]`, *optional*):
             Folders that are evaluated on, as `extract` writes them with `purpose: evaluation`.
@@ -106,7 +106,7 @@ class DataArguments:
             Read the shards as they come, in an order that is shuffled by files and within `shuffle_buffer` rows, and
             not by number from a copy in the cache of `datasets`: for more rows than that is for. Needs `max_steps`;
             every process reads all files.
-        shuffle_buffer (`int`, *optional*, defaults to 1000): Rows among which the next one of a stream is drawn.
+        shuffle_buffer (`int`, *optional*, defaults to 1000): Rows among which the next one of a stream is chosen.
     """
 
     train_codes: list[str] = field(default_factory=list)
@@ -155,8 +155,9 @@ class NextFlowTrainingArguments(TrainingArguments):
         use_muon (`bool`, *optional*, defaults to `False`):
             Muon for the matrices of the decoder's layers, with the same learning rate and weight decay, and the AdamW
             of the other arguments for the rest ([`MuonWithAdamW`]). For whole matrices: no FSDP, DeepSpeed or adapter.
-        sample_prompts (`list[str]`, *optional*): Drawn at every evaluation, each with the same seed every time.
-        sample_seed (`int`, *optional*, defaults to 0): Seed of the first prompt; the next has the next.
+        sample_prompts (`list[str]`, *optional*):
+            Prompts of which an image is sampled at every evaluation, with the same seed every time.
+        sample_seed (`int`, *optional*, defaults to 0): Prompt i uses `sample_seed + i`.
         sample_settings (`dict`, *optional*):
             Arguments of the pipeline's call (`guidance_scale`, `top_k`, `height`...), in the place of its defaults.
     """

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: pictures of what the model draws, beside the curves of its losses."""
+"""Callbacks of the trainer: images that the model samples, beside the curves of its losses."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 class SampleImagesCallback(TrainerCallback):
     """
-    Draws fixed prompts with fixed seeds at every evaluation, with the model as it is then.
+    Samples images of fixed prompts with fixed seeds at every evaluation, with the model as it is then.
 
     The images go to `output_dir/samples/step-N.png`, one grid a step, and to every tracker of `report_to` that shows
     images: tensorboard, wandb and trackio.
 
     Args:
-        trainer ([`NextFlowTrainer`]): Whose model draws.
+        trainer ([`NextFlowTrainer`]): Whose model samples.
         vision_tokenizer ([`NextFlowVisionTokenizer`]): Makes pixels of the codes.
         processor ([`NextFlowProcessor`]): Makes tokens of the prompts.
-        prompts (`list[str]`): What to draw.
-        seed (`int`, *optional*, defaults to 0): Of the first prompt; the next has the next.
+        prompts (`list[str]`): One image of each is sampled.
+        seed (`int`, *optional*, defaults to 0): Prompt i uses `seed + i`.
         settings (`dict`, *optional*): Other arguments of [`NextFlowPipeline.__call__`].
     """
 
@@ -48,7 +48,7 @@ class SampleImagesCallback(TrainerCallback):
         settings: dict | None = None,
     ):
         if not prompts:
-            raise ValueError("prompts is empty, expected at least one prompt to draw")
+            raise ValueError("prompts is empty, expected at least one prompt")
         self.trainer = trainer
         self.vision_tokenizer = vision_tokenizer
         self.processor = processor
@@ -57,7 +57,7 @@ class SampleImagesCallback(TrainerCallback):
         self.settings = settings or {}
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
-        # A process that has all weights draws alone; where they are sharded, a forward is everybody's.
+        # A process that has all weights samples alone; where they are sharded, a forward is everybody's.
         if not (state.is_world_process_zero or self._is_sharded):
             return
         images = self.draw()
@@ -81,7 +81,7 @@ class SampleImagesCallback(TrainerCallback):
         was_training = transformer.training
         pipeline = NextFlowPipeline(transformer.eval(), self.vision_tokenizer.to(accelerator.device), self.processor)
         pipeline.set_progress_bar_config(disable=True)
-        # Generators of our own: the training's randomness goes on as if nothing had been drawn.
+        # Generators of our own: the training's randomness goes on as if nothing had been sampled.
         generators = [torch.Generator(accelerator.device).manual_seed(self.seed + i) for i in range(len(self.prompts))]
         images = pipeline(self.prompts, generator=generators, **self.settings).images
         transformer.train(was_training)

@@ -212,7 +212,7 @@ def sampling_callback(
 ) -> SampleImagesCallback:
     if not (model_args.processor_name_or_path and model_args.vision_tokenizer_name_or_path):
         raise ValueError(
-            "sample_prompts need processor_name_or_path and vision_tokenizer_name_or_path: codes are no pictures yet"
+            "sample_prompts need processor_name_or_path and vision_tokenizer_name_or_path: they make images of codes"
         )
     return SampleImagesCallback(
         trainer,
