@@ -1,6 +1,10 @@
 """What packing is worth: table 3 of the paper, by counting floating-point operations.
 
     python benchmarks/packing.py
+    python benchmarks/packing.py --start-up 10_000_000
+
+The second writes so many rows of `length` and `image_grids`, as an extraction leaves them, to a temporary file and
+measures how long a training takes to plan its packs. The first is the table.
 
 The paper gives 620, 2109 and 2517 tokens/s/GPU for batches padded to their longest document, packs of a fixed length
 and packs of a fixed computation, at the 512 level: 1 : 3.4 : 4.1. It does not give the lengths. Assumed here, with the
@@ -16,15 +20,24 @@ Every token of padding costs what a token costs outside attention. The ranks of 
 """
 
 import argparse
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features
+from datasets.arrow_writer import ArrowWriter
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 from nextflow_hf.training.common.flops import training_flops
-from nextflow_hf.training.data.packing import make_packs
+from nextflow_hf.training.data.packing import PackedDataset, document_costs
+from nextflow_hf.training.data.packs import make_packs
+from nextflow_hf.training.data.shards import SHARD_FEATURES
 
 
+_ROWS_OF_A_TABLE = 100_000
 PAPER = (620, 2109, 2517)
 # Share, images, mean and sigma of the text, of each kind of document.
 MIX = {
@@ -53,15 +66,53 @@ def tokens_per_petaflop(tokens: np.ndarray, work: np.ndarray, num_ranks: int) ->
     return tokens[:whole].sum() / num_ranks / (work[:whole].reshape(-1, num_ranks).max(axis=1).sum() / 1e15)
 
 
+def measure_start_up(count: int, config: NextFlowConfig, arguments: argparse.Namespace) -> None:
+    """Seconds from a data set on the disk to its packs."""
+    grids = [*map(list, ScaleSchedule().grids((16, 16), 16))]
+    cells, rng = sum(height * width for height, width in grids) + 1, np.random.default_rng(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.arrow")
+        columns = Features({name: SHARD_FEATURES[name] for name in ("length", "image_grids")})
+        with ArrowWriter(path=str(path), features=columns) as writer:
+            for start in range(0, count, _ROWS_OF_A_TABLE):
+                rows = min(_ROWS_OF_A_TABLE, count - start)
+                images = rng.choice([0, 1, 2, 5], rows, p=[0.654, 0.322, 0.019, 0.005])
+                text = np.clip(rng.lognormal(5.3, 1.0, rows), 8, 8192).astype(int)
+                tables = {"length": text + images * cells, "image_grids": _nested(images, grids)}
+                writer.write_table(pa.table(tables, schema=columns.arrow_schema))
+        rows = Dataset.from_file(str(path))
+        begin = time.perf_counter()
+        packs = PackedDataset(rows, config, max_length=arguments.pack_length, on_long_row="skip")
+        seconds = time.perf_counter() - begin
+        size = path.stat().st_size / 1e9
+        print(f"{len(rows)} rows ({size:.2f} GB) in {len(packs)} packs after {seconds:.1f} s")
+        begin = time.perf_counter()
+        document_costs(rows, config)
+        print(f"of these, {time.perf_counter() - begin:.1f} s for the costs of the rows")
+
+
+def _nested(images: np.ndarray, grids: list[list[int]]) -> pa.ListArray:
+    """Rows with so many images of one schedule."""
+    num_images = int(images.sum())
+    sides = pa.array(np.tile(np.ravel(grids), num_images))
+    scales = pa.ListArray.from_arrays(np.arange(0, len(sides) + 1, 2, dtype=np.int32), sides)
+    each = pa.ListArray.from_arrays(np.arange(num_images + 1, dtype=np.int32) * len(grids), scales)
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(images)]).astype(np.int32), each)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--batch-size", type=int, default=16, help="documents of a padded batch")
     parser.add_argument("--pack-length", type=int, default=20480, help="tokens of a pack of fixed length")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-up", type=int, help="rows to plan the packs of, instead of the table")
     arguments = parser.parse_args()
 
     config = NextFlowConfig()
+    if arguments.start_up:
+        measure_start_up(arguments.start_up, config, arguments)
+        return
     lengths, flops = draw_documents(arguments.documents, config, np.random.default_rng(arguments.seed))
     padding_flops = training_flops(config, 1) - training_flops(config, 0)
 

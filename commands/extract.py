@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..modeling_nextflow.pixel_cnn_nextflow import convolution_layout
     from ..training.data.description import load_rows, read_description
     from ..training.data.extraction import extract_rows
+    from ..training.data.preview import NUMBERS, preview_reconstruction
     from ..training.data.shards import BAD_ROWS
 
     logger = logging.get_logger(__name__)
@@ -51,19 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     vision_tokenizer = data.model.load_vision_tokenizer()
     vision_tokenizer = vision_tokenizer.to(state.device, memory_format=convolution_layout(state.device))
     torch.backends.cudnn.allow_tf32 = False  # else the convolutions of "float32" would keep 10 bits of mantissa
+    rows, output_dir = load_rows(data, data.settings.purpose), Path(output_dir)
+    parts = {"processor": processor, "vision_tokenizer": vision_tokenizer, "settings": data.settings}
+    if state.is_main_process and not (output_dir / NUMBERS).exists():
+        preview_reconstruction(rows, output_dir, **parts)
     try:
-        num_rows = extract_rows(
-            load_rows(data, data.settings.purpose),
-            output_dir,
-            processor=processor,
-            vision_tokenizer=vision_tokenizer,
-            settings=data.settings,
-            data=data.mixture.to_dict(),
-        )
+        num_rows = extract_rows(rows, output_dir, **parts, data=data.mixture.to_dict())
     except KeyboardInterrupt:
         logger.warning(f"{output_dir} keeps the shards that are written, and the same command goes on from them")
         raise
     if num_rows == 0:
-        logger.error(f"{output_dir} has no rows: all were bad, see {Path(output_dir) / BAD_ROWS}")
+        logger.error(f"{output_dir} has no rows: all were bad, see {output_dir / BAD_ROWS}")
         return 1
     return 0

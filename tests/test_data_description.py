@@ -1,14 +1,17 @@
 """One description of data: each command gets what it needs from the same file."""
 
 import json
+import re
 from collections import Counter
+from dataclasses import fields
 
 import datasets
 import pytest
 import yaml
-from data_files import example_config, file, lines, picture, table, write_example
+from data_files import RECIPE, example_config, file, lines, picture, table, write_example
 
 from nextflow_hf.training.data.description import (
+    ModelArguments,
     load_captioned_images,
     load_images,
     load_prompts,
@@ -17,6 +20,9 @@ from nextflow_hf.training.data.description import (
     load_texts,
     read_description,
 )
+from nextflow_hf.training.data.encoding import ExtractionSettings
+from nextflow_hf.training.data.mixture import MixtureArguments
+from nextflow_hf.training.data.sources import DataSource
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +202,10 @@ def test_overrides_and_formats_that_the_files_tell(tmp_path):
     assert list(load_texts(data)) == ["saved"]
     with pytest.raises(ValueError, match="purposes is unknown"):
         read_description(tmp_path / "data.yaml", "purposes=evaluation")
+
+
+def test_the_example_names_every_key():
+    text = RECIPE.read_text()
+    for group in (ModelArguments, MixtureArguments, ExtractionSettings, DataSource):
+        for entry in fields(group):
+            assert re.search(rf"\b{entry.name}\b", text), entry.name

@@ -1,6 +1,7 @@
 """Shards survive: kills, full disks, several processes and bad rows leave the files of a run that met none of them."""
 
 import json
+import logging
 import os
 import random
 import resource
@@ -397,6 +398,28 @@ def test_the_example_through_the_command(example, monkeypatch):
     command = ["extract", "data.yaml", "num_rows=60", "dtype=float32", "text_drop_rate=0"]
     with pytest.raises(ValueError, match=r"other settings: .*data.data_seed.*self_correction_ratio"):
         cli.main([*command, "data_seed=1", "self_correction_ratio=0.5", "--debug"])
+
+
+def test_the_command_shows_what_the_tokenizer_makes_of_the_images(example, tmp_path, monkeypatch, caplog):
+    """PSNR as computed here, a sheet of originals beside reconstructions, and a warning below the threshold."""
+    monkeypatch.chdir(example)
+    monkeypatch.setattr(logging.getLogger("nextflow_hf"), "propagate", True)
+    source = {"path": "data/captioned_folder", "task": "text_to_image"}
+    (tmp_path / "data.yaml").write_text(json.dumps({"model": "model", "sources": [source]}))
+    command = ["extract", str(tmp_path / "data.yaml"), f"output_dir={tmp_path / 'codes'}"]
+    assert cli.main([*command, "warn_psnr=99", "preview_images=2"]) == 0
+    numbers = json.loads((tmp_path / "codes" / "reconstructions.json").read_text())
+    expected = []
+    for index in range(2):
+        inputs = PROCESSOR.image_processor(Pillow.open(f"data/captioned_folder/{index}.png"), return_tensors="pt")
+        codes = TOKENIZER.encode(inputs["pixel_values"], inputs["image_grids"]).image_codes
+        decoded = TOKENIZER.decode(codes, inputs["image_grids"])
+        expected.append(-10 * np.log10(((decoded - inputs["pixel_values"]) / 2).square().mean().item()))
+    assert numbers["psnr_of_images"] == pytest.approx(expected, abs=0.01)
+    assert numbers["psnr"] == pytest.approx(np.mean(expected), abs=0.01) and numbers["warn_psnr"] == 99
+    with Pillow.open(tmp_path / "codes" / "reconstructions.png") as sheet:
+        assert sheet.size == (4 * 256, 256)
+    assert "That is below warn_psnr=99" in caplog.text and "train tokenizer" in caplog.text
 
 
 @pytest.mark.parametrize(

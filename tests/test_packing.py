@@ -2,6 +2,7 @@
 
 import itertools
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,9 +19,9 @@ from nextflow_hf.training.data.packing import (
     PackedDataset,
     PackedIterableDataset,
     PackingCollator,
-    PackingReport,
-    make_packs,
+    document_costs,
 )
+from nextflow_hf.training.data.packs import PackingReport, Packs, make_packs
 from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
@@ -94,14 +95,40 @@ LENGTHS = np.random.default_rng(0).integers(5, 90, 500)
 FLOPS = LENGTHS * 10.0 + LENGTHS**2.0
 
 
+def lists(packs: Packs) -> list[list[int]]:
+    return [pack.tolist() for pack in packs]
+
+
+def first_fit_one_by_one(lengths, flops, *, max_length=np.inf, max_flops=np.inf, window, seed) -> list[list[int]]:
+    """The packs, document by document."""
+    rng = np.random.default_rng(seed)
+    order, packs = np.arange(len(lengths)) if seed is None else rng.permutation(len(lengths)), []
+    share = np.maximum(lengths / max_length, flops / max_flops)
+    for start in range(0, len(order), window):
+        own: list[list[int]] = []
+        for index in sorted(order[start : start + window].tolist(), key=lambda index: -share[index]):
+            fits = [
+                lengths[pack].sum() + lengths[index] <= max_length * (1 + 1e-9)
+                and flops[pack].sum() + flops[index] <= max_flops * (1 + 1e-9)
+                for pack in own
+            ]
+            if True in fits:
+                own[fits.index(True)].append(index)
+            else:
+                own.append([index])
+        packs += own
+    return packs if seed is None else [packs[index] for index in rng.permutation(len(packs))]
+
+
 @pytest.mark.parametrize("limits", [{"max_length": 100}, {"max_flops": 9500.0}, {"max_length": 120, "max_flops": 1e4}])
 @pytest.mark.parametrize("seed", [None, 3])
 def test_packs_hold_every_document_once_and_keep_to_the_limits(limits, seed):
-    packs = make_packs(LENGTHS, FLOPS, **limits, window=64, seed=seed)
+    packs = lists(make_packs(LENGTHS, FLOPS, **limits, window=64, seed=seed))
+    assert packs == first_fit_one_by_one(LENGTHS, FLOPS, **limits, window=64, seed=seed)
     assert sorted(itertools.chain.from_iterable(packs)) == list(range(500))
     assert all(LENGTHS[pack].sum() <= limits.get("max_length", np.inf) for pack in packs)
     assert all(FLOPS[pack].sum() <= limits.get("max_flops", np.inf) * (1 + 1e-6) for pack in packs)
-    assert packs == make_packs(LENGTHS, FLOPS, **limits, window=64, seed=seed)
+    assert packs == lists(make_packs(LENGTHS, FLOPS, **limits, window=64, seed=seed))
     # First fit decreasing is never worse than 11/9 of the best; each window may leave one pack open.
     size = max(LENGTHS.sum() / limits.get("max_length", np.inf), FLOPS.sum() / limits.get("max_flops", np.inf))
     assert len(packs) <= size * 11 / 9 + 500 / 64 + 1
@@ -113,7 +140,7 @@ def test_packs_of_a_window_hold_only_its_documents():
 
 
 def test_first_fit_by_hand():
-    assert make_packs([6, 3, 4, 7, 2], max_length=10) == [[3, 1], [0, 2], [4]]
+    assert lists(make_packs([6, 3, 4, 7, 2], max_length=10)) == [[3, 1], [0, 2], [4]]
 
 
 def test_documents_that_fit_nowhere_are_named():
@@ -194,6 +221,26 @@ def test_packing_collator_by_hand():
         PackingCollator(toy_config(), length=12)([row(text=12)])
     with pytest.raises(ValueError, match="begins with an image to be trained on"):
         PackingCollator(toy_config())([row(SQUARE, text=0)])
+
+
+def test_costs_are_read_from_the_columns():
+    """Of data sets, of parts of them, and of rows without images, as from the rows themselves."""
+    config, rows = toy_config(), [*ROWS, {**row(SQUARE, seed=9), "image_grids": grids_tensor(SQUARE, WIDE).tolist()}]
+    data = Dataset.from_list(rows)
+    cases = [
+        (data, rows),
+        (data.select([6, 0, 3]), [rows[6], rows[0], rows[3]]),
+        (data.select(range(2, 5)), rows[2:5]),
+    ]
+    texts = [row(seed=seed) for seed in range(3)]
+    cases += [
+        (Dataset.from_list(texts), texts),
+        (datasets.concatenate_datasets([data, data.select([1])]), [*rows, rows[1]]),
+    ]
+    for columns, expected in cases:
+        lengths, flops = document_costs(columns, config)
+        assert lengths.tolist() == [row["length"] for row in expected]
+        assert flops.tolist() == [training_flops(config, row["length"], row["image_grids"]) for row in expected]
 
 
 @pytest.mark.parametrize("kind", ["list", "datasets"])

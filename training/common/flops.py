@@ -6,9 +6,12 @@ norms, activations and softmax are left out.
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 
 
+_Count = int | np.ndarray
 Grids = Sequence[Sequence[int]]  # (height, width) of every scale of an image; zeros past the last
 
 
@@ -37,14 +40,23 @@ def training_flops(
     """
     image_grids = list(image_grids)
     codes = sum(int(height) * int(width) for grids in image_grids for height, width in grids)
-    linear = length * config.num_hidden_layers * _layer_parameters(config)
-    linear += (codes - len(image_grids)) * _connector_parameters(config)  # the 1x1 scale is no cell
+    pairs = attended_pairs(length, image_grids) - attended_pairs(length)
+    return flops_of_counts(config, length, len(image_grids), codes, pairs, frozen=frozen)
+
+
+def flops_of_counts(
+    config: NextFlowConfig, length: _Count, images: _Count, codes: _Count, pairs: _Count, *, frozen: bool = False
+) -> float | np.ndarray:
+    """[`training_flops`] of one document or, with arrays, of many: their tokens, images, codes, and the pairs that
+    they see within scales besides the causal ones."""
+    linear = length * (config.num_hidden_layers * _layer_parameters(config))
+    linear = linear + (codes - images) * _connector_parameters(config)  # the 1x1 scale is no cell
     code_rows = config.vocab_size if config.joint_image_loss else config.codebook_size
     # `<boi>` and the cells predict codes and nothing else.
-    linear += config.hidden_size * (codes * code_rows + (length - codes) * config.vocab_size)
+    linear = linear + config.hidden_size * (codes * code_rows + (length - codes) * config.vocab_size)
     # Scores and their sum of values, each a product of the width of all heads.
-    attention = attended_pairs(length, image_grids) * 2 * config.num_attention_heads * config.head_dim
-    attention *= config.num_hidden_layers
+    attention = (attended_pairs(length) + pairs) * (2 * config.num_attention_heads * config.head_dim)
+    attention = attention * config.num_hidden_layers
     backward = attention * 2 + linear * (1 if frozen else 2)
     return 2.0 * (linear + attention + backward)
 
@@ -58,4 +70,4 @@ def _connector_parameters(config: NextFlowConfig) -> int:
     return config.hidden_size * (config.semantic_code_dim + config.pixel_code_dim + config.hidden_size)
 
 
-__all__ = ["attended_pairs", "training_flops"]
+__all__ = ["attended_pairs", "flops_of_counts", "training_flops"]

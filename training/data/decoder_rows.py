@@ -1,4 +1,4 @@
-"""Rows for the diffusion decoder: the pictures themselves beside their codes, which are extracted once."""
+"""Rows for the diffusion decoder: the images themselves beside their codes, which are extracted once."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from .messages import caption_of, open_image
 
 class NextFlowDecoderDataset(Dataset):
     """
-    The last image of every row: what the transformer draws, with the codes that it is trained to draw.
+    The last image of every row: what the transformer samples, with the codes that it is trained on.
 
     Args:
         codes (`datasets.Dataset`): The shards of [`~training.data.extraction.extract_codes`]. Rows of text alone are
@@ -53,11 +53,11 @@ class NextFlowDecoderDataset(Dataset):
 class NextFlowDecoderCollator:
     """
     Rows to a batch: `pixel_values` float32 (n, 3, max_height, max_width), zero-padded, at the size that the decoder
-    draws; `image_codes` (total_codes,), `image_grids` (n, max_scales, 2), `captions`.
+    samples; `image_codes` (total_codes,), `image_grids` (n, max_scales, 2), `captions`.
 
     Args:
         image_processor ([`NextFlowImageProcessor`]): The one that the codes were extracted with.
-        upscale_factor (`int`, *optional*, defaults to 1): Side of the pictures in units of what the codes decode to.
+        upscale_factor (`int`, *optional*, defaults to 1): Side of the images in units of what the codes decode to.
     """
 
     def __init__(self, image_processor: Callable, upscale_factor: int = 1):
@@ -65,17 +65,17 @@ class NextFlowDecoderCollator:
         self.upscale_factor = upscale_factor
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor | list[str]]:
-        pictures, schedules, image_codes = [], [], []
+        images, schedules, image_codes = [], [], []
         for row in rows:
             pixels, grids = self._prepare(row)
-            pictures.append(pixels)
+            images.append(pixels)
             schedules.append(grids)
             image_codes.append(row["image_codes"][: int(grids.prod(-1).sum())])
-        size = [max(picture.shape[axis] for picture in pictures) for axis in (1, 2)]
+        size = [max(image.shape[axis] for image in images) for axis in (1, 2)]
         pixel_values = torch.zeros(len(rows), 3, *size)
         image_grids = torch.zeros(len(rows), max(map(len, schedules)), 2, dtype=torch.long)
-        for index, (picture, grids) in enumerate(zip(pictures, schedules, strict=True)):
-            pixel_values[index, :, : picture.shape[1], : picture.shape[2]] = picture
+        for index, (image, grids) in enumerate(zip(images, schedules, strict=True)):
+            pixel_values[index, :, : image.shape[1], : image.shape[2]] = image
             image_grids[index, : len(grids)] = grids
         return {
             "pixel_values": pixel_values,
@@ -85,12 +85,12 @@ class NextFlowDecoderCollator:
         }
 
     def _prepare(self, row: dict) -> tuple[torch.FloatTensor, torch.LongTensor]:
-        """The picture at the level that its codes have, of as many cells but more pixels, and its grids."""
+        """The image at the resolution of its codes, of as many cells but more pixels, and its grids."""
         stored = row["image_grids"][row["image_grids"].prod(-1) > 0]
         schedule = self.image_processor.schedule
         patch_size = schedule.patch_size * self.upscale_factor
         image = open_image(row["image"], self.image_processor.max_pixels)
-        # An image that was given, not drawn, may have its last grid again: the processor's `append_last_scale`.
+        # An image that was given, not sampled, may have its last grid again: the processor's `append_last_scale`.
         is_again = len(stored) > 1 and torch.equal(stored[-1], stored[-2])
         own = stored[:0]
         for count in [len(stored), len(stored) - 1] if is_again else [len(stored)]:

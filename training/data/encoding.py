@@ -49,6 +49,9 @@ class ExtractionSettings:
         allow_private_addresses (`bool`, *optional*, defaults to `False`):
             Whether rows may name images at addresses of this machine and its network. See [`load_image`].
         seed (`int`, *optional*, defaults to 0): Of sampling and dropping.
+        preview_images (`int`, *optional*, defaults to 16):
+            The first so many images are reconstructed before the extraction: see [`preview_reconstruction`].
+        warn_psnr (`float`, *optional*, defaults to 20.0): Mean PSNR of these, in dB, below which a warning is due.
     """
 
     purpose: str = "training"
@@ -64,6 +67,8 @@ class ExtractionSettings:
     on_bad_row: str = "raise"
     allow_private_addresses: bool = False
     seed: int = 0
+    preview_images: int = 16
+    warn_psnr: float = 20.0
 
     def __post_init__(self):
         check_on_bad_row(self.on_bad_row)
@@ -82,6 +87,7 @@ class ExtractionSettings:
         """What decides the shards."""
         # An extraction may go on with others of these.
         free = ("batch_size", "decoding_threads", "on_bad_row", "allow_private_addresses")
+        free += ("preview_images", "warn_psnr")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 

@@ -130,9 +130,9 @@ def _read_file(path: str, allow_private_addresses: bool) -> bytes:
 
 
 def caption_of(messages: list[dict]) -> str:
-    """The text that the one image was drawn for. With more images it is an instruction, to a given one a question."""
-    drawn_by = [message["role"] for message in messages for part in _parts(message) if part["type"] == "image"]
-    if drawn_by != ["assistant"]:
+    """The text that asks for the one image. With more images it is an instruction, to a given one a question."""
+    roles = [message["role"] for message in messages for part in _parts(message) if part["type"] == "image"]
+    if roles != ["assistant"]:
         return ""
     texts = [part["text"] for message in messages if message["role"] == "user" for part in _parts(message)]
     return " ".join(texts)

@@ -10,163 +10,52 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
-from ..common.flops import training_flops
+from ..common.flops import flops_of_counts, training_flops
+from .packs import PackingReport, _shares, make_packs
 
 
 logger = logging.get_logger(__name__)
 
 ON_LONG_ROW = ("raise", "skip")
+_ROWS_AT_ONCE = 65_536  # whose columns are read
 
 
-def row_flops(config: NextFlowConfig, row: dict) -> float:
-    """Training FLOPs of a row, by its `length` and `image_grids`."""
-    return training_flops(config, int(row["length"]), row["image_grids"])
-
-
-def make_packs(
-    lengths: Sequence[int],
-    flops: Sequence[float] | None = None,
-    *,
-    max_length: int | None = None,
-    max_flops: float | None = None,
-    window: int = 2048,
-    seed: int | None = None,
-) -> list[list[int]]:
+def document_costs(rows: Sequence[dict] | datasets.Dataset, config: NextFlowConfig) -> tuple[np.ndarray, np.ndarray]:
     """
-    Indices of documents, in packs that none of both limits is exceeded in: first fit, the costliest first.
-
-    Args:
-        lengths (`Sequence[int]`): Tokens of each document.
-        flops (`Sequence[float]`, *optional*): FLOPs of each document ([`training_flops`]); needed for `max_flops`.
-        max_length (`int`, *optional*): Tokens of a pack. Alone: packing to a fixed length.
-        max_flops (`float`, *optional*): FLOPs of a pack. Packing to a fixed computation.
-        window (`int`, *optional*, defaults to 2048):
-            Documents that are packed among themselves, so that packs are as mixed as the data are.
-        seed (`int`, *optional*): Shuffles the documents before, and the packs after. In the given order by default.
+    Tokens and training FLOPs of each row, from the columns `length` and `image_grids`. Those of a data set are read
+    as they lie in its memory-mapped files, without a Python object for a row.
     """
-    shares = _shares(lengths, flops, max_length=max_length, max_flops=max_flops)
-    too_large = np.flatnonzero((shares > 1).any(axis=1))
-    if len(too_large):
-        index = int(too_large[0])
-        cost = f"{int(lengths[index])} tokens" + (f" and {flops[index]:.3g} FLOPs" if max_flops is not None else "")
-        raise ValueError(
-            f"{len(too_large)} documents fit into no pack, the first is document {index} of {cost}; a pack has "
-            f"max_length={max_length}, max_flops={max_flops}. Raise the limit, or leave them out with "
-            'on_long_row="skip"'
-        )
-    rng = np.random.default_rng(seed)
-    order = np.arange(len(lengths)) if seed is None else rng.permutation(len(lengths))
-    packs = []
-    for start in range(0, len(order), window):
-        packs += _first_fit(order[start : start + window], shares)
-    return packs if seed is None else [packs[index] for index in rng.permutation(len(packs))]
+    if not isinstance(rows, datasets.Dataset):
+        flops = [training_flops(config, int(row["length"]), row["image_grids"]) for row in rows]
+        return np.array([row["length"] for row in rows], dtype=np.int64), np.array(flops, dtype=np.float64)
+    lengths, flops = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
+    for table in rows.select_columns(["length", "image_grids"]).with_format("arrow").iter(_ROWS_AT_ONCE):
+        lengths.append(table["length"].to_numpy())
+        flops.append(flops_of_counts(config, lengths[-1], *_count_cells(table["image_grids"].combine_chunks())))
+    return np.concatenate(lengths), np.concatenate(flops)
 
 
-def _shares(
-    lengths: Sequence[int], flops: Sequence[float] | None, *, max_length: int | None, max_flops: float | None
-) -> np.ndarray:
-    """(documents, limits): how much of each limit of a pack a document takes."""
-    lengths = np.asarray(lengths, dtype=np.float64)
-    if max_length is None and max_flops is None:
-        raise ValueError("pass max_length, max_flops or both: something must limit a pack")
-    if max_flops is not None and (flops is None or len(flops) != len(lengths)):
-        got = None if flops is None else len(flops)
-        raise ValueError(f"max_flops needs the flops of all {len(lengths)} documents, got {got}")
-    costs = [lengths / max_length] if max_length is not None else []
-    if max_flops is not None:
-        costs.append(np.asarray(flops, dtype=np.float64) / max_flops)
-    return np.stack(costs, axis=1)
-
-
-def _first_fit(documents: np.ndarray, shares: np.ndarray) -> list[list[int]]:
-    """Every document, the costliest first, into the first pack that has room for it."""
-    costliest = np.argsort(-shares[documents].max(axis=1), kind="stable")
-    packs: list[list[int]] = []
-    room = np.zeros((len(documents), shares.shape[1]))
-    for index in documents[costliest]:
-        fits = (room[: len(packs)] >= shares[index] - 1e-9).all(axis=1)
-        first = int(fits.argmax()) if fits.any() else len(packs)
-        if first == len(packs):
-            packs.append([])
-            room[first] = 1
-        packs[first].append(int(index))
-        room[first] -= shares[index]
-    return packs
-
-
-@dataclass(frozen=True)
-class PackingReport:
-    """
-    What packs are worth where `num_ranks` of them make a step, and every rank waits for the last.
-
-    Attributes:
-        num_documents, num_packs, num_tokens (`int`): Of all packs, padding not counted.
-        padding (`float`): Share of the tokens computed that are padding.
-        balance (`float`): Mean FLOPs of a rank over those of the busiest, of all steps; 1 is no waiting.
-    """
-
-    num_documents: int
-    num_packs: int
-    num_tokens: int
-    padding: float
-    balance: float
-
-    @classmethod
-    def of(
-        cls,
-        packs: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-        flops: Sequence[float],
-        *,
-        num_ranks: int = 1,
-        padded_length: int | None = None,
-    ) -> "PackingReport":
-        """`padded_length` is what every pack is padded to, if it is."""
-        lengths, flops = np.asarray(lengths), np.asarray(flops)
-        tokens = np.array([lengths[pack].sum() for pack in packs])
-        work = np.array([flops[pack].sum() for pack in packs])
-        work = work[: len(work) // num_ranks * num_ranks].reshape(-1, num_ranks)
-        if not len(work):
-            raise ValueError(f"{len(packs)} packs make no step of {num_ranks} ranks")
-        computed = tokens.sum() if padded_length is None else padded_length * len(packs)
-        return cls(
-            num_documents=sum(map(len, packs)),
-            num_packs=len(packs),
-            num_tokens=int(tokens.sum()),
-            padding=float(1 - tokens.sum() / computed),
-            balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
-        )
-
-    @classmethod
-    def of_padding(
-        cls,
-        lengths: Sequence[int],
-        flops: Sequence[float],
-        *,
-        batch_size: int,
-        padding_flops: float,
-        num_ranks: int = 1,
-    ) -> "PackingReport":
-        """Batches of documents in the given order, each padded to its longest, a token of it at `padding_flops`."""
-        whole = len(lengths) // (batch_size * num_ranks) * batch_size * num_ranks
-        if not whole:
-            raise ValueError(f"{len(lengths)} documents make no step of {num_ranks} ranks with {batch_size} each")
-        lengths, work = (np.asarray(values)[:whole].reshape(-1, batch_size) for values in (lengths, flops))
-        padding = lengths.max(axis=1) * batch_size - lengths.sum(axis=1)
-        work = (work.sum(axis=1) + padding * padding_flops).reshape(-1, num_ranks)
-        return cls(
-            num_documents=whole,
-            num_packs=len(padding),
-            num_tokens=int(lengths.sum()),
-            padding=float(padding.sum() / (padding.sum() + lengths.sum())),
-            balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
-        )
+def _count_cells(grids: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each row: images, codes, and pairs of a query and a later key in its scale but for the first (§2.2)."""
+    images = np.asarray(grids.offsets)
+    if pa.types.is_null(grids.type.value_type):  # no row has an image
+        return (np.zeros(len(grids), dtype=np.int64),) * 3
+    scales = np.asarray(grids.values.offsets)
+    sides = np.asarray(grids.values.values.offsets)[:-1]
+    numbers = grids.values.values.values.to_numpy()
+    cells = numbers[sides] * numbers[sides + 1]
+    pairs = cells * (cells - 1) // 2
+    pairs[scales[:-1][np.diff(scales) > 0]] = 0
+    of_row = scales[images]  # first scale of each row, and the end
+    codes, pairs = (np.diff(np.concatenate([[0], np.cumsum(values)])[of_row]) for values in (cells, pairs))
+    return np.diff(images), codes, pairs
 
 
 class PackedDataset(Dataset):
@@ -193,21 +82,11 @@ class PackedDataset(Dataset):
         on_long_row: str = "raise",
     ):
         self.dataset = dataset
-        sizes = dataset.select_columns(["length", "image_grids"]) if isinstance(dataset, datasets.Dataset) else dataset
-        self.lengths, self.flops = [], []
-        for row in sizes:
-            self.lengths.append(int(row["length"]))
-            self.flops.append(row_flops(config, row))
+        self.lengths, self.flops = document_costs(dataset, config)
         limits = {"max_length": max_length, "max_flops": max_flops}
         kept = _rows_to_pack(self.lengths, self.flops, on_long_row, lambda index: self.dataset[index], **limits)
-        packs = make_packs(
-            [self.lengths[index] for index in kept],
-            [self.flops[index] for index in kept],
-            **limits,
-            window=window,
-            seed=seed,
-        )
-        self.packs = [[kept[index] for index in pack] for pack in packs]
+        self.packs = make_packs(self.lengths[kept], self.flops[kept], **limits, window=window, seed=seed)
+        self.packs.documents = kept[self.packs.documents]
 
     def report(self, num_ranks: int = 1, *, padded_length: int | None = None) -> PackingReport:
         return PackingReport.of(self.packs, self.lengths, self.flops, num_ranks=num_ranks, padded_length=padded_length)
@@ -216,7 +95,7 @@ class PackedDataset(Dataset):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> list[dict]:
-        return [self.dataset[document] for document in self.packs[index]]
+        return [self.dataset[int(document)] for document in self.packs[index]]
 
 
 class PackedIterableDataset(IterableDataset):
@@ -253,11 +132,9 @@ class PackedIterableDataset(IterableDataset):
 
     def _packed(self, rows: list[dict]) -> Iterator[list[dict]]:
         if rows:
-            lengths = [int(row["length"]) for row in rows]
-            flops = [row_flops(self.config, row) for row in rows]
+            lengths, flops = document_costs(rows, self.config)
             kept = _rows_to_pack(lengths, flops, self.on_long_row, rows.__getitem__, **self.limits)
-            sizes = [lengths[index] for index in kept], [flops[index] for index in kept]
-            for documents in make_packs(*sizes, **self.limits, window=self.window):
+            for documents in make_packs(lengths[kept], flops[kept], **self.limits, window=self.window):
                 yield [rows[kept[index]] for index in documents]
 
 
@@ -269,18 +146,18 @@ def _rows_to_pack(
     *,
     max_length: int | None,
     max_flops: float | None,
-) -> list[int]:
+) -> np.ndarray:
     """Numbers of the rows that are to be packed: without those that fit into no pack, if these are to be skipped."""
     if on_long_row not in ON_LONG_ROW:
         raise ValueError(f"on_long_row is {on_long_row!r}, expected one of {ON_LONG_ROW}")
     if on_long_row == "raise":
-        return list(range(len(lengths)))
+        return np.arange(len(lengths))
     is_long = (_shares(lengths, flops, max_length=max_length, max_flops=max_flops) > 1).any(axis=1)
     if is_long.any():
         long = np.flatnonzero(is_long).tolist()
         names = [str(get_row(index).get("row_id", index)) for index in long[:20]]
         logger.warning(f"{len(long)} of {len(lengths)} rows fit into no pack and are left out: {names}")
-    return np.flatnonzero(~is_long).tolist()
+    return np.flatnonzero(~is_long)
 
 
 @dataclass
@@ -344,7 +221,5 @@ __all__ = [
     "PackedDataset",
     "PackedIterableDataset",
     "PackingCollator",
-    "PackingReport",
-    "make_packs",
-    "row_flops",
+    "document_costs",
 ]

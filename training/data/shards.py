@@ -137,6 +137,28 @@ def finish(folder: Path, num_shards: int) -> None:
     log_causes(row["reason"] for row in bad_rows)
 
 
+def index_shards(folder: str | os.PathLike) -> int:
+    """
+    Make parquet files of [`BatchEncoder`]'s columns a folder for [`load_codes`], and return the number of rows.
+
+    Raises:
+        `ValueError`: where the files hold codes of several vision tokenizers, or none.
+    """
+    folder, entries, fingerprints = Path(folder), [], set()
+    for path in sorted(folder.glob("*.parquet")):
+        fingerprints |= set(pq.read_table(path, columns=["fingerprint"])["fingerprint"].unique().to_pylist())
+        num_rows = pq.read_metadata(path).num_rows
+        entries.append({"file": path.name, "sha256": checksum(path), "num_rows": num_rows, "num_read": num_rows})
+    if len(fingerprints) != 1:
+        raise ValueError(
+            f"{folder} holds codes of the vision tokenizers {sorted(fingerprints)}, expected those of one"
+        )
+    num_rows = sum(entry["num_rows"] for entry in entries)
+    write_json(folder / MANIFEST, {"vision_tokenizer": {"fingerprint": fingerprints.pop()}})
+    write_json(folder / INDEX, {"num_rows": num_rows, "num_bad_rows": 0, "shards": entries})
+    return num_rows
+
+
 def num_rows_of(folder: Path) -> int | None:
     """Rows of a finished extraction, else None."""
     return json.loads((folder / INDEX).read_text())["num_rows"] if (folder / INDEX).exists() else None
@@ -166,7 +188,8 @@ def load_codes(
         `is_clean` (neither dropout nor self-correction), and for the reader `task`, `source` and `row_id`.
     """
     files = [str(path) for path in checked_files(folder, vision_tokenizer=vision_tokenizer, verify=verify)]
-    rows = Dataset.from_parquet(files) if not streaming else IterableDataset.from_parquet(files)
+    columns = [name for name in pq.read_schema(files[0]).names if name in SHARD_FEATURES]
+    rows = (IterableDataset if streaming else Dataset).from_parquet(files, columns=columns)
     return rows.with_format("numpy")
 
 

@@ -25,7 +25,7 @@ class RowStream(IterableDataset):
     """
     The rows of folders of codes, again and again.
 
-    Every source begins anew when it ends, its files in another order; rows are drawn from the sources by their
+    Every source begins anew when it ends, its files in another order; rows are sampled from the sources by their
     weights, and shuffled within a buffer. There is no end, so no place where processes could disagree on it: each
     reads all rows and, as accelerate splits any stream, takes its own of every step. The workers of a loader share the
     files among themselves, or the rows where there are fewer files than workers.
@@ -33,10 +33,10 @@ class RowStream(IterableDataset):
     Args:
         folders (`Sequence[str]`): Outputs of `nextflow-hf extract`.
         weights (`Sequence[float]`, *optional*):
-            How often each folder is drawn from, relative to the others. By default all their files are one source:
+            How often each folder is sampled from, relative to the others. By default all their files are one source:
             every row comes once before any comes twice.
         seed (`int`, *optional*, defaults to 0): Of all the orders.
-        shuffle_buffer (`int`, *optional*, defaults to 1000): Rows among which the next one is drawn.
+        shuffle_buffer (`int`, *optional*, defaults to 1000): Rows among which the next one is sampled.
         vision_tokenizer (`NextFlowVisionTokenizer` or `str`, *optional*): See [`load_codes`].
     """
 

@@ -17,7 +17,8 @@ from ..common.checkpoints import train_to_the_end
 from ..common.flops import training_flops
 from ..common.run import BatchArguments, world_size
 from ..data.extraction import load_codes
-from ..data.packing import PackedDataset, PackedIterableDataset, PackingCollator, PackingReport, row_flops
+from ..data.packing import PackedDataset, PackedIterableDataset, PackingCollator, document_costs
+from ..data.packs import PackingReport
 from ..data.streaming import RowStream
 from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from .callbacks import SampleImagesCallback
@@ -137,8 +138,7 @@ def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlo
     if not args.should_log or len(rows) < ranks * batch_size or ranks * batch_size == 1:
         return
     some = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
-    sizes = rows.select_columns(["length", "image_grids"]).select(some)
-    lengths, flops = zip(*((int(row["length"]), row_flops(config, row)) for row in sizes))
+    lengths, flops = document_costs(rows.select(some), config)
     padding_flops = training_flops(config, 1) - training_flops(config, 0)
     report = PackingReport.of_padding(
         lengths, flops, batch_size=batch_size, padding_flops=padding_flops, num_ranks=ranks

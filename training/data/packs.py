@@ -1,0 +1,212 @@
+"""Sizes of documents -> packs of equal cost, as arrays: a plan of many millions of rows is a matter of seconds.
+
+First fit, the costliest first, within windows of documents; all windows of a block take their next document at once.
+Knows numbers alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+_WINDOWS_AT_ONCE = 512
+
+
+class Packs(Sequence):
+    """
+    Packs of documents as three arrays; an item is the array of a pack's documents.
+
+    Args:
+        documents (`np.ndarray`): The documents of one pack after the other.
+        sizes (`np.ndarray`): How many each pack has.
+        order (`np.ndarray`, *optional*): Order of the packs. By default that of `sizes`.
+    """
+
+    def __init__(self, documents: np.ndarray, sizes: np.ndarray, order: np.ndarray | None = None):
+        self.documents, self.sizes = documents, sizes
+        self.starts = np.cumsum(sizes) - sizes
+        self.order = np.arange(len(sizes)) if order is None else order
+
+    @classmethod
+    def of(cls, packs: Sequence[Sequence[int]]) -> "Packs":
+        """Packs that are lists."""
+        if isinstance(packs, Packs):
+            return packs
+        documents = np.concatenate([np.asarray(pack, dtype=np.int64) for pack in packs])
+        return cls(documents, np.array([len(pack) for pack in packs]))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        pack = self.order[index]
+        return self.documents[self.starts[pack] : self.starts[pack] + self.sizes[pack]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    def sums(self, values: Sequence[float]) -> np.ndarray:
+        """The sum of a value of the documents, for each pack."""
+        return np.add.reduceat(np.asarray(values)[self.documents], self.starts)[self.order]
+
+
+def make_packs(
+    lengths: Sequence[int],
+    flops: Sequence[float] | None = None,
+    *,
+    max_length: int | None = None,
+    max_flops: float | None = None,
+    window: int = 2048,
+    seed: int | None = None,
+) -> Packs:
+    """
+    Indices of documents, in packs that none of both limits is exceeded in: first fit, the costliest first.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each document.
+        flops (`Sequence[float]`, *optional*): FLOPs of each document ([`training_flops`]); needed for `max_flops`.
+        max_length (`int`, *optional*): Tokens of a pack. Alone: packing to a fixed length.
+        max_flops (`float`, *optional*): FLOPs of a pack. Packing to a fixed computation.
+        window (`int`, *optional*, defaults to 2048):
+            Documents that are packed among themselves, so that packs are as mixed as the data are.
+        seed (`int`, *optional*): Shuffles the documents before, and the packs after. In the given order by default.
+    """
+    shares = _shares(lengths, flops, max_length=max_length, max_flops=max_flops)
+    too_large = np.flatnonzero((shares > 1).any(axis=1))
+    if len(too_large):
+        index = int(too_large[0])
+        cost = f"{int(lengths[index])} tokens" + (f" and {flops[index]:.3g} FLOPs" if max_flops is not None else "")
+        raise ValueError(
+            f"{len(too_large)} documents fit into no pack, the first is document {index} of {cost}; a pack has "
+            f"max_length={max_length}, max_flops={max_flops}. Raise the limit, or leave them out with "
+            'on_long_row="skip"'
+        )
+    rng = np.random.default_rng(seed)
+    order = np.arange(len(lengths)) if seed is None else rng.permutation(len(lengths))
+    whole = len(order) // window * window
+    rows = [*_blocks(order[:whole].reshape(-1, window)), *_blocks(order[whole:][None])]
+    packed = [_first_fit(block, shares) for block in rows]
+    sizes = np.concatenate([np.zeros(0, dtype=np.int64), *(sizes for _, sizes in packed)])
+    documents = np.concatenate([order[:0], *(documents for documents, _ in packed)])
+    return Packs(documents, sizes, None if seed is None else rng.permutation(len(sizes)))
+
+
+def _shares(
+    lengths: Sequence[int], flops: Sequence[float] | None, *, max_length: int | None, max_flops: float | None
+) -> np.ndarray:
+    """(documents, limits): how much of each limit of a pack a document takes."""
+    lengths = np.asarray(lengths, dtype=np.float64)
+    if max_length is None and max_flops is None:
+        raise ValueError("pass max_length, max_flops or both: something must limit a pack")
+    if max_flops is not None and (flops is None or len(flops) != len(lengths)):
+        got = None if flops is None else len(flops)
+        raise ValueError(f"max_flops needs the flops of all {len(lengths)} documents, got {got}")
+    costs = [lengths / max_length] if max_length is not None else []
+    if max_flops is not None:
+        costs.append(np.asarray(flops, dtype=np.float64) / max_flops)
+    return np.stack(costs, axis=1)
+
+
+def _blocks(windows: np.ndarray) -> Iterator[np.ndarray]:
+    if windows.size:
+        for start in range(0, len(windows), _WINDOWS_AT_ONCE):
+            yield windows[start : start + _WINDOWS_AT_ONCE]
+
+
+def _first_fit(windows: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Every document of (windows, documents), the costliest of its window first, into its window's first pack that has
+    room for it. Returns the documents of one pack after the other, and how many each pack has.
+    """
+    count, num_documents = windows.shape
+    costliest = np.argsort(-shares[windows].max(axis=2), axis=1, kind="stable")
+    windows = np.take_along_axis(windows, costliest, axis=1)
+    all_windows, pack_of = np.arange(count), np.empty_like(windows)
+    costs = shares[windows].transpose(2, 1, 0).copy()  # (limits, documents, windows)
+    room = np.ones((len(costs), count, 64))  # a pack that is not begun has room for every document
+    num_packs = np.zeros(count, dtype=np.int64)
+    for place in range(num_documents):
+        begun = int(num_packs.max())
+        if begun == room.shape[2]:
+            room = np.concatenate([room, np.ones_like(room)], axis=2)
+        needed = costs[:, place, :, None]
+        fits = (room[:, :, : begun + 1] >= needed - 1e-9).all(axis=0)
+        first = fits.argmax(axis=1)
+        room[:, all_windows, first] -= needed[:, :, 0]
+        pack_of[:, place] = first
+        np.maximum(num_packs, first + 1, out=num_packs)
+    by_pack = np.argsort(pack_of, axis=1, kind="stable")
+    numbers = pack_of + (np.cumsum(num_packs) - num_packs)[:, None]
+    return np.take_along_axis(windows, by_pack, axis=1).ravel(), np.bincount(numbers.ravel())
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """
+    What packs are worth where `num_ranks` of them make a step, and every rank waits for the last.
+
+    Attributes:
+        num_documents, num_packs, num_tokens (`int`): Of all packs, padding not counted.
+        padding (`float`): Share of the tokens computed that are padding.
+        balance (`float`): Mean FLOPs of a rank over those of the busiest, of all steps; 1 is no waiting.
+    """
+
+    num_documents: int
+    num_packs: int
+    num_tokens: int
+    padding: float
+    balance: float
+
+    @classmethod
+    def of(
+        cls,
+        packs: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        flops: Sequence[float],
+        *,
+        num_ranks: int = 1,
+        padded_length: int | None = None,
+    ) -> "PackingReport":
+        """`padded_length` is what every pack is padded to, if it is."""
+        packs = Packs.of(packs)
+        tokens, work = packs.sums(lengths), packs.sums(flops)
+        work = work[: len(work) // num_ranks * num_ranks].reshape(-1, num_ranks)
+        if not len(work):
+            raise ValueError(f"{len(packs)} packs make no step of {num_ranks} ranks")
+        computed = tokens.sum() if padded_length is None else padded_length * len(packs)
+        return cls(
+            num_documents=len(packs.documents),
+            num_packs=len(packs),
+            num_tokens=int(tokens.sum()),
+            padding=float(1 - tokens.sum() / computed),
+            balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
+        )
+
+    @classmethod
+    def of_padding(
+        cls,
+        lengths: Sequence[int],
+        flops: Sequence[float],
+        *,
+        batch_size: int,
+        padding_flops: float,
+        num_ranks: int = 1,
+    ) -> "PackingReport":
+        """Batches of documents in the given order, each padded to its longest, a token of it at `padding_flops`."""
+        whole = len(lengths) // (batch_size * num_ranks) * batch_size * num_ranks
+        if not whole:
+            raise ValueError(f"{len(lengths)} documents make no step of {num_ranks} ranks with {batch_size} each")
+        lengths, work = (np.asarray(values)[:whole].reshape(-1, batch_size) for values in (lengths, flops))
+        padding = lengths.max(axis=1) * batch_size - lengths.sum(axis=1)
+        work = (work.sum(axis=1) + padding * padding_flops).reshape(-1, num_ranks)
+        return cls(
+            num_documents=whole,
+            num_packs=len(padding),
+            num_tokens=int(lengths.sum()),
+            padding=float(padding.sum() / (padding.sum() + lengths.sum())),
+            balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
+        )
+
+
+__all__ = ["Packs", "PackingReport", "make_packs"]
