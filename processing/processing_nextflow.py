@@ -266,31 +266,21 @@ class NextFlowProcessor(ProcessorMixin):
         draws = mode in ("image", "interleaved") and tokenize and return_dict
         mark_responses = return_labels or return_assistant_tokens_mask
         add_generation_prompt = add_generation_prompt or (mode is not None and not continue_final_message)
-        if variables or tools:
-            self._check_template(template, variables, tools)
-        if negative_prompt and not draws:
-            raise ValueError(
-                "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that samples images, got "
-                f"generation_mode={mode!r}"
-            )
-        if train_on not in ("responses", "all"):
-            raise ValueError(f'train_on is {train_on!r}, expected "responses" or "all"')
+        self._check_template(template, variables, tools)
+        self._check_options(negative_prompt, train_on, mode, draws=draws)
         if mark_responses:
             is_finished = not (add_generation_prompt or continue_final_message)
             self._check_labels(template, mode, as_features=tokenize and return_dict, is_finished=is_finished)
 
         # 1. Take the images out, and mark the control tokens that the messages spell out
         chats, _ = self._normalize_conversations(conversations)
-        if enable_thinking:
-            chats = list(map(with_thinking_prompt, chats))
+        chats = list(map(with_thinking_prompt, chats)) if enable_thinking else chats
         row_images, by_assistant = take_images(chats, images)
-        tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
-        tokens = {**self.tokenizer.special_tokens_map, **tokens}
-        tokens |= {name: variables.pop(name) for name in tokens if name in variables}  # the caller's, and no message
+        tokens = self._template_tokens(variables)
         if sanitize_control_tokens:
-            refuse, cut = not tokenize, self._control_tokens.cut
-            chats = [[self._control_tokens.as_text(message, refuse=refuse) for message in row] for row in chats]
-            tools, documents, variables = (one and cut(one, refuse=refuse) for one in (tools, documents, variables))
+            chats, tools, documents, variables = self._without_control_tokens(
+                chats, tools, documents, variables, refuse=not tokenize
+            )
 
         # 2. Render
         texts, responses = render_jinja_template(
@@ -320,14 +310,16 @@ class NextFlowProcessor(ProcessorMixin):
         if not return_dict:
             return inputs["input_ids"]
         if draws and negative_prompt is not None:
-            unconditional = [self.unconditional_messages(row, negative_prompt) for row in conversations]
             common = {"tools": tools, "documents": documents, "continue_final_message": continue_final_message}
             common |= {"return_tensors": return_tensors, "sanitize_control_tokens": sanitize_control_tokens}
-            common |= {"tokenize": True, "return_dict": True, "images": images, "negative_prompt": None, **given}
-            negative = self.apply_chat_template(unconditional, chat_template, **common)
-            for name in ("input_ids", "attention_mask"):
-                inputs[f"negative_{name}"] = negative[name]
+            unconditional = [self.unconditional_messages(row, negative_prompt) for row in conversations]
+            inputs.update(self._negative_inputs(unconditional, chat_template, images=images, **common, **given))
         return inputs
+
+    def _negative_inputs(self, unconditional: list, chat_template: str | None, **options: Any) -> dict[str, Any]:
+        options |= {"tokenize": True, "return_dict": True, "negative_prompt": None}
+        negative = self.apply_chat_template(unconditional, chat_template, **options)
+        return {f"negative_{name}": negative[name] for name in ("input_ids", "attention_mask")}
 
     def as_conversations(self, messages: Any) -> tuple[list[list[dict[str, Any]]], bool]:
         """One conversation or several as a list, and whether it was a list; `ValueError` where they are malformed."""
@@ -357,6 +349,28 @@ class NextFlowProcessor(ProcessorMixin):
             raise TypeError(f"got unexpected options {unknown}, which the chat template does not use either")
         if tools and "tool" not in template:
             raise ValueError(f"this chat template knows no tools, got {len(tools)}")
+
+    @staticmethod
+    def _check_options(negative_prompt: str | None, train_on: str, mode: str | None, *, draws: bool) -> None:
+        if negative_prompt and not draws:
+            raise ValueError(
+                "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that samples images, got "
+                f"generation_mode={mode!r}"
+            )
+        if train_on not in ("responses", "all"):
+            raise ValueError(f'train_on is {train_on!r}, expected "responses" or "all"')
+
+    def _template_tokens(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """Tokens under the names that templates know; `variables` may replace them, as they are the caller's."""
+        tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
+        tokens = {**self.tokenizer.special_tokens_map, **tokens}
+        return tokens | {name: variables.pop(name) for name in tokens if name in variables}
+
+    def _without_control_tokens(self, chats: list, *others: Any, refuse: bool) -> tuple[Any, ...]:
+        """Everything that is rendered, with control tokens cut where messages spell them."""
+        control_tokens = self._control_tokens
+        chats = [[control_tokens.as_text(message, refuse=refuse) for message in row] for row in chats]
+        return chats, *(one and control_tokens.cut(one, refuse=refuse) for one in others)
 
     @staticmethod
     def _check_labels(template: str, mode: str | None, *, as_features: bool, is_finished: bool) -> None:
@@ -397,9 +411,8 @@ class NextFlowProcessor(ProcessorMixin):
 
         # 1. Tokens, with one placeholder per image
         rows, in_response = self._tokenize(texts, responses, ends_in_boi=options.get("generation_mode") == "image")
-        if train_on == "responses" and not all(map(any, in_response)):
-            empty = [index for index, mask in enumerate(in_response) if not any(mask)]
-            raise ValueError(f"conversations {empty} have no assistant response to train on")
+        if train_on is not None:
+            self._check_responses(in_response, train_on)
 
         # 2. Pixels and schedules
         flat_images = self._check_images(rows, images)
@@ -407,34 +420,39 @@ class NextFlowProcessor(ProcessorMixin):
         image_grids, target_grids = self._schedules(rows, data, options, by_assistant, in_full=train_on == "all")
 
         # 3. Every placeholder becomes the cells of its image
-        counts = []
-        for index, (ids, schedules) in enumerate(zip(rows, image_grids, strict=True)):
-            cells = [num_cells(grids) for grids in schedules]
-            to_sample = cells[-1] if ids[-1:] == [self.boi_token_id] else 0
-            repeats = iter(cells)
-            repeats = [next(repeats) - 1 if token == self.image_token_id else 1 for token in ids]
-            counts.append([count for token, count in zip(ids, repeats, strict=True) if token == self.image_token_id])
-            kept = self._kept_tokens(index, sum(repeats), to_sample, text_options, has_images=bool(schedules))
-            rows[index], in_response[index] = (
-                [value for value, count in zip(values, repeats, strict=True) for _ in range(count)][kept]
-                for values in (ids, in_response[index])
-            )
+        counts = self._expand(rows, in_response, image_grids, text_options)
         blank = [[0, 0]] * self.max_scales
         schedules = {"image_grids": [grids for row in image_grids for grids in row], "target_grids": target_grids}
         data |= {name: [(own + blank)[: len(blank)] for own in grids] for name, grids in schedules.items() if grids}
 
-        # 4. Padding
-        columns = {}
-        if train_on is not None:
-            columns["labels"] = self._labels(rows, in_response, in_full=train_on == "all"), IGNORE_INDEX
-        if return_mask:
-            columns["assistant_masks"] = [list(map(int, mask)) for mask in in_response], 0
+        # 4. Labels and padding
+        columns = self._columns(rows, in_response, train_on, return_mask)
         data |= self._pad(rows, columns, text_options)
         if return_types:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if return_replacements:
             data["text_replacement_offsets"] = list(map(self._replacements, texts, counts))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _expand(
+        self,
+        rows: list[list[int]],
+        in_response: list[list[bool]],
+        image_grids: list[list[list[list[int]]]],
+        text_options: dict[str, Any],
+    ) -> list[list[int]]:
+        """Repeat each placeholder, in place, for every cell of its image past the first; returns how often."""
+        counts = []
+        for index, (ids, schedules) in enumerate(zip(rows, image_grids, strict=True)):
+            cells = [num_cells(grids) for grids in schedules]
+            to_sample = cells[-1] if ids[-1:] == [self.boi_token_id] else 0
+            remaining = iter(cells)
+            repeats = [next(remaining) - 1 if token == self.image_token_id else 1 for token in ids]
+            kept = self._kept_tokens(index, sum(repeats), to_sample, text_options, has_images=bool(schedules))
+            counts.append([count for token, count in zip(ids, repeats) if token == self.image_token_id])
+            for values in (rows, in_response):
+                values[index] = [one for one, count in zip(values[index], repeats) for _ in range(count)][kept]
+        return counts
 
     def _tokenize(
         self, texts: list[str], responses: list[list[tuple[int, int]]] | None, *, ends_in_boi: bool
@@ -502,30 +520,32 @@ class NextFlowProcessor(ProcessorMixin):
         those of images that answers in interleaved mode may have. `in_full`: as they are sampled, none as it is given.
         """
         closed = iter(data["image_grids"].tolist() if data else [])
-        schedule, asked = self.image_processor.schedule, size_options(options)
-        resolution = options["images_kwargs"].get("resolution")
-        requested = None
+        is_interleaved = options.get("generation_mode") == "interleaved"
+        asked = size_options(options)
         image_grids, target_grids = [], []
         for index, ids in enumerate(rows):
             shown = [next(closed) for token in ids if token == self.image_token_id]
-            authors = [False] * len(shown) if by_assistant is None else by_assistant[index]
-            schedules = [
-                grids if is_own or in_full else self._as_context(grids)
-                for is_own, grids in zip(authors, shown, strict=True)
-            ]
-            image_grids.append(schedules)
+            schedules = shown
+            if not in_full:
+                authors = [False] * len(shown) if by_assistant is None else by_assistant[index]
+                schedules = [own if is_own else self._as_context(own) for is_own, own in zip(authors, shown)]
+            image_grids.append(list(schedules))
             samples = ids[-1:] == [self.boi_token_id]
-            if not samples and options.get("generation_mode") != "interleaved":
-                continue
-            if requested is None and (asked or not shown):  # once a call: it may warn
-                default = self.image_processor.resolution
-                requested = requested_grids(schedule, options, resolution=resolution, default=default)
-            # As asked for, else as the last image before it, else square
-            target = requested if asked or not shown else shown[-1]
-            (schedules if samples else target_grids).append(target)
+            if samples or is_interleaved:  # as asked for, else as the last image before it, else square
+                target = self._requested(options) if asked or not shown else shown[-1]
+                (image_grids[-1] if samples else target_grids).append(target)
         if asked and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
             raise ValueError(f"{asked} describe an image to sample, but no row ends in {self.boi_token}")
         return image_grids, target_grids
+
+    def _requested(self, options: dict[str, Any]) -> list[list[int]]:
+        """The schedule that the options of a call ask for, else a square's."""
+        if "requested_grids" not in options:  # once a call: it may warn
+            processor, resolution = self.image_processor, options["images_kwargs"].get("resolution")
+            options["requested_grids"] = requested_grids(
+                processor.schedule, options, resolution=resolution, default=processor.resolution
+            )
+        return options["requested_grids"]
 
     def _kept_tokens(
         self, row: int, length: int, to_sample: int, text_options: dict[str, Any], *, has_images: bool
@@ -545,15 +565,30 @@ class NextFlowProcessor(ProcessorMixin):
             "text or lower the resolution, as nothing is cut from a row with images"
         )
 
-    def _labels(self, rows: list[list[int]], in_response: list[list[bool]], *, in_full: bool) -> list[list[int]]:
-        silent = (self.image_token_id, self.eoi_token_id)  # never predicted: `<boi>` stands for the whole image
-        return [
-            [
-                token if token not in silent and (inside or in_full) else IGNORE_INDEX
-                for token, inside in zip(ids, mask, strict=True)
+    @staticmethod
+    def _check_responses(in_response: list[list[bool]], train_on: str) -> None:
+        empty = [index for index, mask in enumerate(in_response) if not any(mask)]
+        if empty and train_on == "responses":
+            raise ValueError(f"conversations {empty} have no assistant response to train on")
+
+    def _columns(
+        self, rows: list[list[int]], in_response: list[list[bool]], train_on: str | None, return_mask: bool
+    ) -> dict[str, tuple[list[list[int]], int]]:
+        """Labels and masks of the rows, as asked for, each with what fills it at padding."""
+        columns = {}
+        if train_on is not None:
+            silent = (self.image_token_id, self.eoi_token_id)  # never predicted: `<boi>` stands for the whole image
+            labels = [
+                [
+                    token if token not in silent and (inside or train_on == "all") else IGNORE_INDEX
+                    for token, inside in zip(ids, mask, strict=True)
+                ]
+                for ids, mask in zip(rows, in_response, strict=True)
             ]
-            for ids, mask in zip(rows, in_response, strict=True)
-        ]
+            columns["labels"] = labels, IGNORE_INDEX
+        if return_mask:
+            columns["assistant_masks"] = [list(map(int, mask)) for mask in in_response], 0
+        return columns
 
     def _pad(
         self, rows: list[list[int]], columns: dict[str, tuple[list[list[int]], int]], text_options: dict[str, Any]
