@@ -18,7 +18,6 @@ html_title = project
 html_static_path = ["_static"]
 html_css_files = ["figures.css"]
 myst_enable_extensions = ["colon_fence", "deflist"]
-suppress_warnings = ["toc.empty_glob"]  # a part of the guides may come with its own feature
 myst_heading_anchors = 3
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"

@@ -44,9 +44,11 @@ def command_line(capsys, tmp_path, monkeypatch):
 MARKS = {
     "test_app_browser.py": "browser",
     "test_atomic.py": "process",
+    "test_batch_encoder.py": "slow",
     "test_capabilities_benchmark.py": "slow",
     "test_cli_info.py": "process",
     "test_convert_command.py": "slow",
+    "test_data_description.py": "slow",
     "test_diffusers_citizenship.py": "process",
     "test_diffusion_decoder_base_models.py": "slow",
     "test_diffusion_decoder_metrics.py": "slow",
@@ -77,14 +79,12 @@ MARKS = {
     "test_serving_lmms_eval.py": "process",
     "test_serving_ray.py": "process",
     "test_sft_trainer.py": "slow",
-    "test_shapes_training.py": "slow",
     "test_sharded_training.py": "process",
     "test_start_up.py": "process",
     "test_tensor_parallel.py": "process",
     "test_tokenizer_trainer.py": "slow",
     "test_train_command.py": "process",
     "test_train_decoder.py": "slow",
-    "test_train_shapes.py": "process",
     "test_train_tokenizer.py": "process",
     "test_training_equivalence.py": "process",
     "test_training_failures.py": "process",
@@ -92,6 +92,7 @@ MARKS = {
     "test_user_way.py": "slow",
     "test_worlds.py": "slow",
     "test_worlds_judge.py": "slow",
+    "test_worlds_shapes.py": "slow",
 }
 
 
