@@ -7,6 +7,7 @@ text. Knows nothing of codes beyond their token names, and nothing of the model.
 
 import math
 import re
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 from os import PathLike
@@ -43,6 +44,8 @@ from .tokenizer_extension_nextflow import code_token
 
 
 IGNORE_INDEX = -100
+# Compiled templates are cached in transformers, and each has one tracker of the assistant's tokens.
+_RENDERING = threading.Lock()
 _GENERATION_MODES = (None, "text", "image", "interleaved")
 _TEXT_OPTIONS = {
     "padding",
@@ -285,16 +288,17 @@ class NextFlowProcessor(ProcessorMixin):
             )
 
         # 2. Render
-        texts, responses = render_jinja_template(
-            conversations=chats,
-            tools=tools,
-            documents=documents,
-            chat_template=template,
-            return_assistant_tokens_mask=mark_responses,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            **{**tokens, **variables},
-        )
+        with _RENDERING:
+            texts, responses = render_jinja_template(
+                conversations=chats,
+                tools=tools,
+                documents=documents,
+                chat_template=template,
+                return_assistant_tokens_mask=mark_responses,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+                **{**tokens, **variables},
+            )
         if not tokenize:
             texts = [text + self.boi_token for text in texts] if mode == "image" else texts
             return texts if is_batched else texts[0]

@@ -424,7 +424,7 @@ def test_the_command_shows_what_the_tokenizer_makes_of_the_images(example, tmp_p
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"output": "x"}, r"unknown keys.*'output': \['output_dir'"), ({"output_dir": None}, "got no output_dir")],
+    [({"output": "x"}, r"output is unknown.*\['output_dir'\]"), ({"output_dir": None}, "got no output_dir")],
 )
 def test_wrong_files_are_refused(example, tmp_path, options, message):
     (tmp_path / "bad.yaml").write_text(json.dumps({**example_config(), **options}))

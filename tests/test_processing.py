@@ -1,6 +1,9 @@
 """The sequence layout, the chat format and the way back, with a small tokenizer trained on the spot."""
 
+import functools
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -569,6 +572,17 @@ def test_full_size_levels():
 
 
 # ---- labels
+
+
+def test_threads_may_render_at_the_same_time(processor: NextFlowProcessor, request):
+    """transformers caches a compiled template, whose tracker of the assistant's tokens is one for all threads."""
+    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}] * 20
+    alone = tokenized(processor, messages, return_labels=True)["labels"]
+    request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(8) as pool:
+        labels = pool.map(lambda _: tokenized(processor, messages, return_labels=True)["labels"], range(64))
+        assert all(torch.equal(one, alone) for one in labels)
 
 
 def test_labels_by_hand(processor: NextFlowProcessor):
