@@ -304,10 +304,14 @@ def test_the_command_writes_what_extraction_and_the_tokenizer_read(tmp_path, mon
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     assert cli.main(command) == 0  # all is there already
     assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    with pytest.raises(ValueError, match="was begun with {'seed': 0}, got {'seed': 1}"):
+        cli.main([*command, "--seed", "1"])
 
     rows = list(load_rows(read_description(folder / "64" / "data.yaml")))
     assert len(rows) == 60 and not [row["error"] for row in rows if row["error"]]
     assert {row["source"] for row in rows} == set(TASKS)
+    drawn = [row for row in rows if row["source"] == "text_to_image"]
+    assert {row["task"] for row in drawn} == {"text_to_image"}
     story = next(row for row in rows if row["source"] == "story")
     assert [part["type"] for part in story["messages"][1]["content"]][:2] == ["text", "image"]
     for row in rows:

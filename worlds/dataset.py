@@ -290,6 +290,8 @@ def write_dataset(
     """
     datasets.disable_progress_bars()  # they count batches; ours count rows
     chosen = {name: share for name, share in shares(sprites).items() if tasks is None or name in tasks}
+    numbers = {"seed": seed, "rows": rows, "test_rows": test_rows, "images": images, "concepts": len(sprites.names)}
+    _check_manifest(folder, {**numbers, "tasks": list(chosen), "sizes": [list(canvas) for canvas in canvases]})
     whole = sum(chosen.values())
     for name, share in chosen.items():
         count = max(1, round(rows * share / whole))
@@ -298,25 +300,29 @@ def write_dataset(
             _write_task(sprites, folder / split / name, name, canvases, split, seed, test_rows)
     for split, count in (("train", images), ("test", images // 20)):
         _write_images(sprites, folder / "images" / split, canvases, f"{seed}/images/{split}", count)
-    sources = [
-        {
-            "path": str(folder / "train" / name),
-            "format": "parquet",
-            "task": TASKS[name].format,
-            "label": name,
-            "weight": round(share, 3),
-        }
-        for name, share in chosen.items()
-    ]
-    prompts = {**sources[0], "inversion_rate": 0.0, "extra_columns": ["scenes"]}  # text to image alone, and GRPO
+    sources = []
+    for name, share in chosen.items():
+        task = TASKS[name].format
+        source = {"path": str(folder / "train" / name), "format": "parquet", "task": task, "label": name}
+        # Captions are rows of their own: a request to draw is none.
+        inversion = {"inversion_rate": 0.0} if task == "text_to_image" else {}
+        sources.append({**source, "weight": round(share, 3), **inversion})
+    mixture = {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}
+    command = f"# nextflow-hf extract {folder / 'data.yaml'} model=MODEL output_dir=CODES\n"
+    write_text(folder / "data.yaml", command + yaml.safe_dump(mixture, sort_keys=False))
+    prompts = {**sources[0], "extra_columns": ["scenes"]}  # images from words alone, and prompts of GRPO
     write_text(folder / "prompts.yaml", yaml.safe_dump({"sources": [prompts]}, sort_keys=False))
-    # A tenth of the drawn rows are read instead, as the paper inverts them (§3.3).
-    text = yaml.safe_dump(
-        {"stopping_strategy": "all_exhausted_without_replacement", "sources": sources}, sort_keys=False
-    )
-    write_text(
-        folder / "data.yaml", f"# nextflow-hf extract {folder / 'data.yaml'} model=MODEL output_dir=CODES\n{text}"
-    )
+
+
+def _check_manifest(folder: Path, options: dict) -> None:
+    """What is written goes on with the options that it was begun with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "world.json"
+    begun = json.loads(path.read_text()) if path.exists() else options
+    if changed := [name for name in options if options[name] != begun.get(name)]:
+        was, now = ({name: values.get(name) for name in changed} for values in (begun, options))
+        raise ValueError(f"{folder} was begun with {was}, got {now}: delete it, or name another --output-dir")
+    write_text(path, json.dumps(options))
 
 
 def _write_task(

@@ -291,19 +291,28 @@ class _Crops:
 
     @staticmethod
     def _worsen(crops: torch.Tensor, uniform) -> torch.Tensor:
-        """As small sprites, and images that are not quite right, look."""
+        """As small sprites, and images that are not quite right, look: coarse, above all in color, and uneven."""
         parts = []
         for part in crops.chunk(8):
-            size = int(16 + (CROP + 16 - 16) * float(uniform(1)))
-            if size < CROP:
-                part = F.interpolate(part, size=size, mode="bilinear", antialias=True)
-                part = F.interpolate(part, size=CROP, mode="bilinear")
-            parts.append(part)
+            size, color_size = int(uniform(1, low=16, high=CROP + 16)), int(uniform(1, low=8, high=CROP + 16))
+            part = _coarser(part, size)
+            light = part.mean(1, keepdim=True)
+            parts.append(light + _coarser(part - light, min(size, color_size)))
         crops = torch.cat(parts)
         count = len(crops)
         crops = crops * uniform(count, 3, 1, 1, low=0.94, high=1.06) + uniform(count, 3, 1, 1, low=-0.03, high=0.03)
-        noise = uniform(*crops.shape, low=-1, high=1) * uniform(count, 1, 1, 1, high=0.06)
-        return (crops + noise).clamp(0, 1)
+        for side in (CROP // 4, CROP // 2, CROP):  # errors of several widths
+            noise = uniform(count, 3, side, side, low=-1) * uniform(count, 1, 1, 1, low=-0.04, high=0.06).relu()
+            crops = crops + F.interpolate(noise, size=CROP, mode="bilinear")
+        return crops.clamp(0, 1)
+
+
+def _coarser(images: torch.Tensor, size: int) -> torch.Tensor:
+    """With no more detail than `size` pixels have."""
+    if size >= images.shape[-1]:
+        return images
+    small = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+    return F.interpolate(small, size=images.shape[-1], mode="bilinear")
 
 
 def train_judge(
@@ -311,7 +320,7 @@ def train_judge(
     folder: Path,
     *,
     seed: int = 0,
-    steps: int = 9000,
+    steps: int = 8000,
     batch_size: int = 128,
     learning_rate: float = 3e-3,
     save_steps: int = 500,
