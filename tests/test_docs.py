@@ -166,7 +166,9 @@ def test_every_public_name_is_in_the_reference(site):
 
     with (site / "objects.inv").open("rb") as file:
         inventory = InventoryFile.load(file, "", lambda base, uri: uri)
-    names = {*inventory["py:class"], *inventory["py:function"]}
+    names = {
+        name for kind in ("py:class", "py:function", "py:attribute", "py:data") for name in inventory.get(kind, ())
+    }
     assert {f"nextflow_hf.{name}" for name in nextflow_hf._MODULE_OF_NAME} <= names
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from transformers import AutoConfig, Siglip2Model, Siglip2VisionModel
 
 from ...conversion.assemble import load_vision_tokenizer
@@ -76,7 +77,8 @@ def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionToken
     if args.vision_tokenizer_name_or_path is None:
         parts, given, config = [], None, {}
     else:
-        given = load_vision_tokenizer(args.vision_tokenizer_name_or_path)
+        # Parts saved in bfloat16 would be made in it, beside others in float32.
+        given = load_vision_tokenizer(args.vision_tokenizer_name_or_path, dtype=torch.float32)
         names = [name for name, _ in given.named_children()]
         parts = names if args.vision_tokenizer_parts is None else args.vision_tokenizer_parts
         if set(parts) - set(names):
