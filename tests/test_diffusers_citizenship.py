@@ -54,6 +54,7 @@ def hub(pipe, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, ToyHub() as hub:
         patch.setattr(constants, "ENDPOINT", hub.url)
         patch.setattr(hf_api.api, "endpoint", hub.url)
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made anew, with this address
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", home)

@@ -115,6 +115,7 @@ def hub(pipe):
     with pytest.MonkeyPatch.context() as patch, ToyHub() as hub:
         patch.setattr(constants, "ENDPOINT", hub.url)
         patch.setattr(hf_api.api, "endpoint", hub.url)
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made anew, with this address
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         push_pipeline(pipe, "toy/nextflow", token=TOKEN, max_shard_size="60KB")

@@ -313,6 +313,7 @@ def test_what_is_no_pipeline_is_refused_with_the_command_that_makes_it_one(runs,
 def hub(monkeypatch):
     with ToyHub() as hub:
         monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made anew, with this address
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
