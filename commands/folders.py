@@ -81,8 +81,8 @@ class Run:
     A training and one of its results.
 
     Args:
-        folder (`Path`): Of the run.
-        result (`Path`): Of the weights: the folder itself, or a checkpoint in it.
+        folder (`Path`): Folder of the run.
+        result (`Path`): Folder of the weights: that of the run, or a checkpoint in it.
         kind (`str`): `"transformer"`, `"tokenizer"`, `"decoder"`, `"grpo"`, ...: what `nextflow-hf train` was told.
         recipe (`dict`): Its keys.
         model (`str`, *optional*): What it started from.

@@ -81,7 +81,7 @@ def create_card(
         datasets (`Sequence[str]`, *optional*): The Hub's names of the training data.
         language (`str` or `Sequence[str]`, *optional*, defaults to `"en"`): Of the prompts.
         tags (`Sequence[str]`, *optional*): More than those of the kind.
-        standalone (`bool`, *optional*, defaults to `False`): Of a model that diffusers loads without the package.
+        standalone (`bool`, *optional*, defaults to `False`): Write that diffusers loads the model without the package.
 
     Raises:
         `ValueError`: where the kind is unknown, or lacks what its card says.
@@ -163,7 +163,7 @@ def run_card(
     The card of what a run of training made: what it started from, its data, steps, losses and command.
 
     Args:
-        name (`str`): Of the repository, without its owner.
+        name (`str`): Name of the repository, without its owner.
         options: Of [`create_card`].
     """
     ancestors = list(run.ancestors())

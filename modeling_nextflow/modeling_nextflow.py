@@ -80,7 +80,7 @@ class NextFlowTokenScores(ModelOutput):
         log_probs (`torch.FloatTensor` of shape `(batch, length)`):
             Log-probability of each target, times its weight in the loss. The negative sum is the loss before it is
             divided. It has a gradient as a sum only.
-        entropy (`torch.FloatTensor` of shape `(batch, length)`): Of the distribution that the target is one of.
+        entropy (`torch.FloatTensor` of shape `(batch, length)`): Entropy, in nats, of each token's distribution.
         is_top1 (`torch.FloatTensor` of shape `(batch, length)`): 1 where the target is the most likely one.
         label_mask (`torch.BoolTensor` of shape `(batch, length)`): The supervised positions; the rest is 0 everywhere.
     """

@@ -29,7 +29,7 @@ FILES_FROM = {"README.md": "how-to/fine-tune.md", "diffusion-decoder.md": "how-t
 
 # Commands that are not run -> why. Patterns match from the beginning.
 EXEMPT = {
-    r"make (demo|test)": "installs; .ci/run is `make test`, and tests/test_demo or the command `demo` is the first",
+    r"make (demo|test)": "installs; .ci/run runs `make test`",
     r"pip install": "installs",
     r"nextflow-hf push": "writes to the Hub; tests/test_user_way.py pushes to a toy hub",
     r"nextflow-hf app": "serves until it is stopped; tests/test_app.py and test_app_browser.py",
