@@ -25,7 +25,7 @@ PROMPTS = [
 BATCH_SIZES = (2, 4, 8)
 
 
-def codes_of(pipe: NextFlowPipeline, prompts: list[str], seeds: list[int], **settings) -> torch.LongTensor:
+def codes_of(pipe: NextFlowPipeline, prompts: list[str], seeds: list[int], **settings) -> torch.Tensor:
     """Codes (images, codes) of a batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     output = pipe(prompts, generator=generators, output_type="codes", **settings)

@@ -31,7 +31,7 @@ ATTENTION_BACKENDS = {
 
 def get_attention_mask(
     config: NextFlowConfig,
-    inputs_embeds: torch.FloatTensor,
+    inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     past_key_values: Cache | None,

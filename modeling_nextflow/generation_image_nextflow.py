@@ -17,7 +17,7 @@ from .grids_nextflow import check_codes
 from .sampling_nextflow import PerScale, ScaleStep, largest_score
 
 
-ScaleCallback = Callable[[int, ScaleStep, torch.LongTensor], Sequence[ScaleStep] | None]
+ScaleCallback = Callable[[int, ScaleStep, torch.Tensor], Sequence[ScaleStep] | None]
 
 # Tokens from which on a pass is bound by arithmetic, and no longer by starting its kernels: two such passes cost no
 # more than one of both, and save the mask.
@@ -38,10 +38,10 @@ def check_context(config: NextFlowConfig, tokens: int, needed: int) -> None:
 class PromptRows:
     """Prompts as rows of one batch, left-padded: (rows, length), with the images of all rows in reading order."""
 
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
-    image_codes: torch.LongTensor
-    image_grids: torch.LongTensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    image_codes: torch.Tensor
+    image_grids: torch.Tensor
 
 
 @dataclass
@@ -60,7 +60,7 @@ class SampledScale:
     """
 
     index: int
-    image_codes: torch.LongTensor
+    image_codes: torch.Tensor
     plan: list[ScaleStep]
 
     @property
@@ -93,14 +93,14 @@ class ImageRows:
     """
 
     cache: DynamicCache
-    mask: torch.LongTensor | None
-    boi_position: torch.FloatTensor
-    hidden_states: torch.FloatTensor | None = None
-    drawing: torch.LongTensor | None = None
+    mask: torch.Tensor | None
+    boi_position: torch.Tensor
+    hidden_states: torch.Tensor | None = None
+    drawing: torch.Tensor | None = None
     padding: list[int] | None = None
 
     @property
-    def image_states(self) -> torch.FloatTensor:
+    def image_states(self) -> torch.Tensor:
         return self.hidden_states if self.drawing is None else self.hidden_states[self.drawing]
 
     @property
@@ -131,7 +131,7 @@ class ImageRows:
             start += count
         return parts
 
-    def append(self, model: PreTrainedModel, embeds: torch.FloatTensor, position_ids: torch.FloatTensor) -> None:
+    def append(self, model: PreTrainedModel, embeds: torch.Tensor, position_ids: torch.Tensor) -> None:
         """Run one block (rows that draw, cells, hidden) on top of the cache. Its cells see all that is no padding."""
         rows, cells = len(self.boi_position), embeds.shape[1]
         real = torch.ones(rows, cells, dtype=torch.long, device=embeds.device)
@@ -170,7 +170,7 @@ def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> ImageRows:
     return ImageRows(cache, mask, position_ids[1, :, -1:], outputs.last_hidden_state[:, -1:], padding=padding)
 
 
-def begin_images(model: PreTrainedModel, rows: ImageRows, image_grids: torch.LongTensor) -> None:
+def begin_images(model: PreTrainedModel, rows: ImageRows, image_grids: torch.Tensor) -> None:
     """Run the `<boi>` of every image (images, max_scales, 2) on top of the rows that draw it."""
     tokens = torch.full((len(image_grids), 1), model.config.boi_token_id, device=image_grids.device)
     layout = model.model.get_image_layout(tokens, image_grids)
@@ -183,9 +183,9 @@ def sample_scales(
     model: PreTrainedModel,
     row_sets: list[ImageRows],
     plan: Sequence[ScaleStep],
-    image_grids: torch.LongTensor,
+    image_grids: torch.Tensor,
     generators: Sequence[torch.Generator | None],
-    prefix: Sequence[tuple[torch.LongTensor, torch.BoolTensor | None]] = (),
+    prefix: Sequence[tuple[torch.Tensor, torch.Tensor | None]] = (),
 ) -> Iterator[SampledScale]:
     """
     Draw images that share one schedule, `image_grids` (images, max_scales, 2), scale by scale.
@@ -247,7 +247,7 @@ def _is_synchronous(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _check_finite(scores: dict[int, torch.FloatTensor], plan: Sequence[ScaleStep]) -> None:
+def _check_finite(scores: dict[int, torch.Tensor], plan: Sequence[ScaleStep]) -> None:
     """Raise where the largest score of a scale is not finite; empties `scores`."""
     found = torch.stack(list(scores.values())).isfinite().tolist() if scores else []
     for (index, _), is_finite in zip(scores.items(), found, strict=True):
@@ -261,32 +261,32 @@ def _check_finite(scores: dict[int, torch.FloatTensor], plan: Sequence[ScaleStep
     scores.clear()
 
 
-def _replaced(codes: torch.LongTensor, others: torch.LongTensor, codebook_size: int) -> torch.LongTensor:
+def _replaced(codes: torch.Tensor, others: torch.Tensor, codebook_size: int) -> torch.Tensor:
     """`others` in the place of `codes`."""
     if others.shape != codes.shape:
         raise ValueError(f"image_codes were replaced by {tuple(others.shape)}, expected {tuple(codes.shape)}")
     return check_codes(others, codebook_size)
 
 
-def sample_images(*args, **kwargs) -> torch.LongTensor:
+def sample_images(*args, **kwargs) -> torch.Tensor:
     """Codes (images, codes) of whole images; arguments as [`sample_scales`]."""
     for scale in sample_scales(*args, **kwargs):
         codes = scale.image_codes
     return codes
 
 
-def schedule_of(image_grids: torch.LongTensor) -> list[tuple[int, int]]:
+def schedule_of(image_grids: torch.Tensor) -> list[tuple[int, int]]:
     """A row (max_scales, 2) of `image_grids` as a list, without the zero rows past its last scale."""
     return [(height, width) for height, width in image_grids.tolist() if height > 0]
 
 
 def split_prefix(
-    codes: torch.LongTensor | None,
-    mask: torch.BoolTensor | None,
+    codes: torch.Tensor | None,
+    mask: torch.Tensor | None,
     grids: Sequence[tuple[int, int]],
     batch: int,
     codebook_size: int,
-) -> list[tuple[torch.LongTensor, torch.BoolTensor | None]]:
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Codes (batch, codes) of the first scales, and which are taken as they are, scale by scale."""
     if codes is None:
         raise ValueError("prefix_mask is given without prefix_codes, expected both or prefix_codes alone")
@@ -304,7 +304,7 @@ def split_prefix(
     return list(zip(scales, masks))
 
 
-def target_schedule(image_grids: torch.LongTensor) -> torch.LongTensor:
+def target_schedule(image_grids: torch.Tensor) -> torch.Tensor:
     """The row (max_scales, 2) for an image to draw like a given one, whose last grid may stand there twice to show the
     codes of its last scale."""
     grids = schedule_of(image_grids)
@@ -340,12 +340,12 @@ def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int) -> PromptRows:
 
 
 def split_images(
-    input_ids: torch.LongTensor,
-    image_codes: torch.LongTensor | None,
-    image_grids: torch.LongTensor,
+    input_ids: torch.Tensor,
+    image_codes: torch.Tensor | None,
+    image_grids: torch.Tensor,
     *,
     boi_token_id: int,
-) -> tuple[list[torch.LongTensor], list[torch.LongTensor]]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Codes and grids row by row. A `<boi>` that ends its row has grids, but no codes yet."""
     is_boi = input_ids == boi_token_id
     counts = is_boi.sum(1).tolist()

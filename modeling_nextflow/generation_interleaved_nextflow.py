@@ -41,21 +41,21 @@ class NextFlowInterleavedGenerationOutput(ModelOutput):
     fields are `input_ids`, `attention_mask`, `image_codes`, `image_grids` and `past_key_values` of the next call.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(batch, length)`):
+        sequences (`torch.Tensor` of shape `(batch, length)`):
             The prompts as they were given, then what was generated, padded on the right.
-        attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 at padding.
-        image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes of all images in `sequences`.
-        image_grids (`torch.LongTensor` of shape `(images, max_scales, 2)`): Their schedules.
-        is_generated (`torch.BoolTensor` of shape `(images,)`): Which of the images are not the prompts'.
+        attention_mask (`torch.Tensor` of shape `(batch, length)`): 0 at padding.
+        image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes of all images in `sequences`.
+        image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`): Their schedules.
+        is_generated (`torch.Tensor` of shape `(images,)`): Which of the images are not the prompts'.
         prompt_length (`int`): Where in `sequences` the generated part begins.
         past_key_values (`Cache`, *optional*, returned with `return_dict_in_generate`): Keys and values of `sequences`.
     """
 
-    sequences: torch.LongTensor | None = None
-    attention_mask: torch.LongTensor | None = None
-    image_codes: torch.LongTensor | None = None
-    image_grids: torch.LongTensor | None = None
-    is_generated: torch.BoolTensor | None = None
+    sequences: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    image_codes: torch.Tensor | None = None
+    image_grids: torch.Tensor | None = None
+    is_generated: torch.Tensor | None = None
     prompt_length: int | None = None
     past_key_values: Cache | None = None
 
@@ -76,18 +76,18 @@ class NextFlowInterleavedGenerationOutput(ModelOutput):
 class TextStreamer(BaseStreamer):
     """Hands a streamer the text of a row, and to its `put_image(image_codes, image_grids)`, if it has one, images."""
 
-    def __init__(self, streamer: BaseStreamer, is_text: Callable[[torch.LongTensor], torch.BoolTensor]):
+    def __init__(self, streamer: BaseStreamer, is_text: Callable[[torch.Tensor], torch.Tensor]):
         self.streamer = streamer
         self.is_text = is_text
 
-    def put(self, value: torch.LongTensor) -> None:
+    def put(self, value: torch.Tensor) -> None:
         if value.ndim > 1 and len(value) > 1:
             raise ValueError(f"a streamer takes one row, got a batch of {len(value)}")
         text = value[self.is_text(value)]
         if value.ndim > 1 or len(text):  # the prompt is put even where it is empty: streamers count on it
             self.streamer.put(text.view(1, -1) if value.ndim > 1 else text)
 
-    def put_image(self, image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> None:
+    def put_image(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> None:
         put_image = getattr(self.streamer, "put_image", None)
         if put_image is not None:
             put_image(image_codes.cpu(), image_grids.cpu())
@@ -109,7 +109,7 @@ class ImagePlan:
         stop_at_image: a row ends with the `<boi>` of its first image, which is left to be drawn.
     """
 
-    target_grids: torch.LongTensor
+    target_grids: torch.Tensor
     plan_for: Callable[[list[tuple[int, int]]], list[ScaleStep]]
     generators: Sequence[torch.Generator | None]
     max_images: int
@@ -120,7 +120,7 @@ class ImagePlan:
 class _Answers:
     """The rows of one call: their tokens, and the cache that they share."""
 
-    def __init__(self, model: PreTrainedModel, input_ids: torch.LongTensor, cache: Cache, mask, position, pad: int):
+    def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, mask, position, pad: int):
         batch, self.prompt_length = input_ids.shape
         self.model = model
         self.pad = pad
@@ -132,9 +132,9 @@ class _Answers:
         self.length = input_ids.new_zeros(batch)  # of what was generated
         self.pending = input_ids.new_full((batch,), pad)  # a row's last token, where it has not run yet
         self.is_pending = torch.zeros_like(self.pending, dtype=torch.bool)
-        self.images: list[list[tuple[torch.LongTensor, torch.LongTensor]]] = [[] for _ in range(batch)]
+        self.images: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch)]
 
-    def write(self, tokens: torch.LongTensor, rows: torch.BoolTensor) -> None:
+    def write(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
         """`tokens` (batch, n) behind the `rows` (batch,); the others move one padding to the right."""
         count = tokens.shape[1]
         grown = torch.cat([self.ids, tokens], dim=1)
@@ -142,7 +142,7 @@ class _Answers:
         self.length = self.length + count * rows
         self.pending = torch.where(rows, tokens[:, -1], self.pending)
 
-    def run_pending(self) -> torch.FloatTensor:
+    def run_pending(self) -> torch.Tensor:
         """Logits (batch, vocabulary) behind every row's last token; those of rows without one mean nothing."""
         real = self.is_pending.long()
         if self.mask is not None:
@@ -159,7 +159,7 @@ class _Answers:
         self.is_pending = torch.zeros_like(self.is_pending)
         return outputs.logits[:, -1]
 
-    def draw(self, rows: torch.LongTensor, drawing: ImagePlan) -> list[torch.LongTensor]:
+    def draw(self, rows: torch.Tensor, drawing: ImagePlan) -> list[torch.Tensor]:
         """The images of `rows`, which share one schedule and end in a `<boi>` that has not run yet."""
         target_grids = drawing.target_grids[rows]
         grids = schedule_of(target_grids[0])
@@ -188,9 +188,9 @@ class _Answers:
 
     def finish(
         self,
-        attention_mask: torch.LongTensor | None,
-        image_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        image_codes: torch.Tensor | None,
+        image_grids: torch.Tensor | None,
         *,
         with_cache: bool,
     ) -> NextFlowInterleavedGenerationOutput:
@@ -236,7 +236,7 @@ class _Answers:
 
 def generate_interleaved(
     model: PreTrainedModel,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -334,7 +334,7 @@ def generate_interleaved(
     )
 
 
-def _keep_text(scores: torch.FloatTensor, may_draw: torch.BoolTensor, model: PreTrainedModel) -> torch.FloatTensor:
+def _keep_text(scores: torch.Tensor, may_draw: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     """Scores in which all is ruled out that is no text but, in rows that `may_draw`, `<boi>`."""
     config = model.config
     scores = scores.clone()
@@ -345,9 +345,7 @@ def _keep_text(scores: torch.FloatTensor, may_draw: torch.BoolTensor, model: Pre
     return scores
 
 
-def _choose(
-    scores: torch.FloatTensor, writing: torch.BoolTensor, generators: Sequence[torch.Generator | None]
-) -> torch.LongTensor:
+def _choose(scores: torch.Tensor, writing: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
     """A token for each row that writes; the generators of the others stay where they are."""
     rows = writing.nonzero()[:, 0]
     chosen = sample(scores[rows][:, None], [generators[row] for row in rows.tolist()])[:, 0]
@@ -355,7 +353,7 @@ def _choose(
 
 
 def _select_rows(
-    prompts: PromptRows, rows: torch.LongTensor, target_grids: torch.LongTensor, model: PreTrainedModel
+    prompts: PromptRows, rows: torch.Tensor, target_grids: torch.Tensor, model: PreTrainedModel
 ) -> PromptRows:
     """The unconditional prompts of `rows`, with the schedules of the images that are drawn now."""
     boi = model.config.boi_token_id
@@ -368,7 +366,7 @@ def _select_rows(
     )
 
 
-def _close_gaps(cache: DynamicCache, mask: torch.LongTensor, prompt_length: int, length: int) -> None:
+def _close_gaps(cache: DynamicCache, mask: torch.Tensor, prompt_length: int, length: int) -> None:
     """Move the generated columns of every row up to each other, behind its prompt, and cut at `length`."""
     column = torch.arange(mask.shape[1], device=mask.device)
     order = torch.where(column < prompt_length, 0, 1 - mask).argsort(dim=1, stable=True)[:, :length]

@@ -62,12 +62,12 @@ class NextFlowImageGenerationOutput:
     a plain one of it, and asks for `to`.
 
     Args:
-        image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes of all images, in order, scale-major.
-        image_grids (`torch.LongTensor` of shape `(batch, max_scales, 2)`): Their schedules.
+        image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes of all images, in order, scale-major.
+        image_grids (`torch.Tensor` of shape `(batch, max_scales, 2)`): Their schedules.
     """
 
-    image_codes: torch.LongTensor
-    image_grids: torch.LongTensor
+    image_codes: torch.Tensor
+    image_grids: torch.Tensor
 
     def to(self, device: torch.device | str) -> "NextFlowImageGenerationOutput":
         return NextFlowImageGenerationOutput(self.image_codes.to(device), self.image_grids.to(device))
@@ -80,7 +80,7 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         self.image_vocabulary = image_vocabulary
         self.image_token_id = image_token_id
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         scores[:, self.image_vocabulary] = -float("inf")
         scores[:, self.image_token_id] = -float("inf")
@@ -101,14 +101,14 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         generation_mode: str = "text",
         **kwargs,
-    ) -> torch.LongTensor | ModelOutput | NextFlowImageGenerationOutput:
+    ) -> torch.Tensor | ModelOutput | NextFlowImageGenerationOutput:
         r"""
         Write, draw, or both.
 
@@ -124,11 +124,11 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
                 - `"interleaved"`: text in which the model begins images itself, up to `max_images` a row. Lengths
                   (`max_new_tokens`) count text; an image is one token, its `<boi>`. `return_dict_in_generate` asks
                   for the cache. A `streamer` gets the text and, if it has a `put_image`, codes and grids of images.
-            image_codes, image_grids (`torch.LongTensor`, *optional*): The images in the prompts, as in `forward`.
-            target_grids (`torch.LongTensor` of shape `(batch or 1, max_scales, 2)`, *optional*):
+            image_codes, image_grids (`torch.Tensor`, *optional*): The images in the prompts, as in `forward`.
+            target_grids (`torch.Tensor` of shape `(batch or 1, max_scales, 2)`, *optional*):
                 Schedules of the images to draw, where no row of `image_grids` says so. Defaults to that of the last
                 image of the prompt, then to `image_target_grids` of the generation config.
-            negative_input_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
+            negative_input_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*):
                 Unconditional prompts, where `guidance_scale` is not 1. Without them, guidance of the generation
                 config is left out with a warning, and guidance of the call is an error.
             generator (`torch.Generator` or list of them, *optional*):
@@ -201,8 +201,8 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         self,
         config: GenerationConfig,
         given: dict[str, Any],
-        negative_input_ids: torch.LongTensor | None,
-        imageless_input_ids: torch.LongTensor | None,
+        negative_input_ids: torch.Tensor | None,
+        imageless_input_ids: torch.Tensor | None,
     ) -> dict[str, Any]:
         """
         [`get_image_settings`], where guidance that only the config asks for is left out without an unconditional
@@ -223,10 +223,10 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
     @torch.no_grad()
     def generate_images(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
-        image_grids: torch.LongTensor,
+        image_grids: torch.Tensor,
         callback: ScaleCallback | None = None,
         **kwargs,
     ) -> NextFlowImageGenerationOutput:
@@ -252,21 +252,21 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
     @torch.no_grad()
     def stream_images(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
-        image_grids: torch.LongTensor,
-        image_codes: torch.LongTensor | None = None,
-        negative_input_ids: torch.LongTensor | None = None,
+        image_grids: torch.Tensor,
+        image_codes: torch.Tensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
-        negative_image_codes: torch.LongTensor | None = None,
-        negative_image_grids: torch.LongTensor | None = None,
-        imageless_input_ids: torch.LongTensor | None = None,
+        negative_image_codes: torch.Tensor | None = None,
+        negative_image_grids: torch.Tensor | None = None,
+        imageless_input_ids: torch.Tensor | None = None,
         imageless_attention_mask: torch.Tensor | None = None,
-        imageless_image_codes: torch.LongTensor | None = None,
-        imageless_image_grids: torch.LongTensor | None = None,
-        prefix_codes: torch.LongTensor | None = None,
-        prefix_mask: torch.BoolTensor | None = None,
+        imageless_image_codes: torch.Tensor | None = None,
+        imageless_image_grids: torch.Tensor | None = None,
+        prefix_codes: torch.Tensor | None = None,
+        prefix_mask: torch.Tensor | None = None,
         num_scales: int | None = None,
         guidance_scale: PerScale = None,
         guidance_schedule: str | None = None,
@@ -281,19 +281,19 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         asked for. To stop, ask for no more.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): Prompts that end in `<boi>`, left-padded.
+            input_ids (`torch.Tensor` of shape `(batch, length)`): Prompts that end in `<boi>`, left-padded.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 at padding.
-            image_grids (`torch.LongTensor` of shape `(n_images, max_scales, 2)`):
+            image_grids (`torch.Tensor` of shape `(n_images, max_scales, 2)`):
                 One row per `<boi>`, in reading order, that of the image to draw included.
-            image_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*): Codes of the images in the prompts.
+            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*): Codes of the images in the prompts.
             negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids (*optional*):
                 The unconditional prompts, in the same form, one row or `batch` rows. Needed where guidance is not 1.
                 With as many images as the prompts, these are the prompts' unless said otherwise.
             imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids (*optional*):
                 The unconditional prompts without their source images. Needed where `image_guidance_scale` is not 1.
-            prefix_codes (`torch.LongTensor` of shape `(batch, codes)`, *optional*):
+            prefix_codes (`torch.Tensor` of shape `(batch, codes)`, *optional*):
                 Codes of the first scales, which are then taken as they are; the others are drawn after them.
-            prefix_mask (`torch.BoolTensor` of shape `(batch, codes)`, *optional*):
+            prefix_mask (`torch.Tensor` of shape `(batch, codes)`, *optional*):
                 Which of `prefix_codes` are taken, all by default. The other cells of these scales are drawn.
             num_scales (`int`, *optional*): Draw only so many scales of the schedule: a preview.
             guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
@@ -346,7 +346,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
         return sample_scales(self, [prefill_rows(self, rows)], plan, target_grids, generators, prefix)
 
-    def _generate_image(self, input_ids: torch.LongTensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
+    def _generate_image(self, input_ids: torch.Tensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
         names = ("logits_processor", "stopping_criteria", "streamer", "past_key_values", "inputs_embeds")
         refuse_options(options, "image", names)
@@ -369,7 +369,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         return self.generate_images(**settings, **arguments)
 
     def _end_in_boi(
-        self, input_ids: torch.LongTensor, arguments: dict[str, Any], config: GenerationConfig
+        self, input_ids: torch.Tensor, arguments: dict[str, Any], config: GenerationConfig
     ) -> dict[str, Any]:
         """The arguments of `generate_images`: with a `<boi>` and its grids at the end of prompts that lack them."""
         boi = self.config.boi_token_id
@@ -391,7 +391,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
                 prompts = self._append_boi(prompts, target_grids, prefix=prefix)
         return prompts
 
-    def _append_boi(self, prompts: dict[str, Any], target_grids: torch.LongTensor, prefix: str = "") -> dict[str, Any]:
+    def _append_boi(self, prompts: dict[str, Any], target_grids: torch.Tensor, prefix: str = "") -> dict[str, Any]:
         """Prompts with a `<boi>` at their end and, where they have images, its grids behind those of the row."""
         boi = self.config.boi_token_id
         input_ids, attention_mask, image_codes, image_grids = (
@@ -409,12 +409,12 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
 
     def _targets(
         self,
-        input_ids: torch.LongTensor,
-        image_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor | None,
-        target_grids: torch.LongTensor | None,
+        input_ids: torch.Tensor,
+        image_codes: torch.Tensor | None,
+        image_grids: torch.Tensor | None,
+        target_grids: torch.Tensor | None,
         config: GenerationConfig,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """Schedules (batch, max_scales, 2) of the images to draw: as given, as the row's last image, as configured."""
         batch = len(input_ids)
         if target_grids is not None:
@@ -438,8 +438,8 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         return torch.stack(rows)
 
     def _target_schedule(
-        self, input_ids: torch.LongTensor, image_grids: torch.LongTensor
-    ) -> tuple[list[tuple[int, int]], torch.LongTensor]:
+        self, input_ids: torch.Tensor, image_grids: torch.Tensor
+    ) -> tuple[list[tuple[int, int]], torch.Tensor]:
         """The schedule all rows share, as a list and as (batch, max_scales, 2)."""
         is_boi = input_ids == self.config.boi_token_id
         if not is_boi[:, -1].all():
@@ -454,10 +454,10 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
 
     def _prompt_rows(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        image_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor,
+        image_codes: torch.Tensor | None,
+        image_grids: torch.Tensor,
     ) -> PromptRows:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not mask[:, -1].all():
@@ -468,10 +468,10 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
     def _negative_rows(
         self,
         rows: PromptRows,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        image_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor | None,
+        image_codes: torch.Tensor | None,
+        image_grids: torch.Tensor | None,
     ) -> PromptRows:
         """The unconditional prompts of `rows`, one each, ending in `<boi>` as they do."""
         if input_ids is None:
@@ -488,7 +488,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
     # ---- text and images
 
     def _generate_interleaved(
-        self, input_ids: torch.LongTensor, options: dict[str, Any]
+        self, input_ids: torch.Tensor, options: dict[str, Any]
     ) -> NextFlowInterleavedGenerationOutput:
         options.pop("input_ids", None)
         refuse_options(options, "interleaved", ("inputs_embeds", "image_guidance_scale"))
@@ -567,10 +567,10 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
 
     def _negative_context(
         self,
-        input_ids: torch.LongTensor,
-        image_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor | None,
-        target_grids: torch.LongTensor,
+        input_ids: torch.Tensor,
+        image_codes: torch.Tensor | None,
+        image_grids: torch.Tensor | None,
+        target_grids: torch.Tensor,
         negative: dict[str, torch.Tensor | None],
     ) -> PromptRows:
         """The unconditional prompts with a `<boi>` at their end, one for each prompt."""
@@ -585,12 +585,12 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         rows = self._prompt_rows(prompts["input_ids"], None, image_codes, grids)
         return self._negative_rows(rows, **self._append_boi(negative, target_grids))
 
-    def _is_text(self, token_ids: torch.LongTensor) -> torch.BoolTensor:
+    def _is_text(self, token_ids: torch.Tensor) -> torch.Tensor:
         images = self.config.image_vocabulary
         is_image = (token_ids >= images.start) & (token_ids < images.stop) | (token_ids == self.config.image_token_id)
         return ~is_image
 
-    def _check_no_images(self, input_ids: torch.LongTensor | None, options: dict[str, Any]) -> None:
+    def _check_no_images(self, input_ids: torch.Tensor | None, options: dict[str, Any]) -> None:
         """Raise where tokens that are not in the cache yet are an image's, and nothing says whose."""
         if options.get("image_grids") is not None or options.get("inputs_embeds") is not None:
             return
@@ -601,7 +601,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         cached = 0 if cache is None or not is_whole else int(cache.get_seq_length())
         self.model.check_no_images(input_ids[:, cached:])
 
-    def _check_room(self, input_ids: torch.LongTensor | None, options: dict[str, Any]) -> None:
+    def _check_room(self, input_ids: torch.Tensor | None, options: dict[str, Any]) -> None:
         """Raise where a prompt leaves no room for a token. Of text that gets too long transformers warns."""
         prompts = options.get("attention_mask")
         prompts = next((one for one in (prompts, input_ids, options.get("inputs_embeds")) if one is not None), None)
@@ -633,9 +633,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             )
         return self.model.get_position_ids(input_ids, image_grids=model_kwargs["image_grids"], attention_mask=mask)
 
-    def _prompt_ids(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
-    ) -> torch.LongTensor:
+    def _prompt_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """The prompt's tokens or, where there are only embeddings, those of its images among zeros."""
         if inputs_embeds is not None and (input_ids is None or input_ids.shape[1] < inputs_embeds.shape[1]):
             return self.model.get_placeholder_ids(inputs_embeds)
@@ -690,11 +688,11 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
 
     def _images_after(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         length: int,
-        image_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor,
-    ) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
+        image_codes: torch.Tensor | None,
+        image_grids: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Codes and grids of the images in the last `length` tokens. The others are in the cache: their grids are needed,
         but their codes need not be given.

@@ -9,7 +9,7 @@ import torch
 Schedule = tuple[tuple[int, int], ...]  # (height, width) of every scale, coarse to fine
 
 
-def schedules_from_grids(image_grids: torch.LongTensor) -> list[Schedule]:
+def schedules_from_grids(image_grids: torch.Tensor) -> list[Schedule]:
     """Scale schedules, one tuple of (height, width) an image, from `image_grids` (n, max_scales, 2), zero-padded."""
     check_shape(image_grids)
     schedules = []
@@ -21,7 +21,7 @@ def schedules_from_grids(image_grids: torch.LongTensor) -> list[Schedule]:
     return schedules
 
 
-def check_shape(image_grids: torch.LongTensor) -> None:
+def check_shape(image_grids: torch.Tensor) -> None:
     """Without a look at the numbers, which may be on another device."""
     if image_grids.ndim != 3 or image_grids.shape[-1] != 2:
         raise ValueError(f"image_grids has shape {tuple(image_grids.shape)}, expected (n_images, max_scales, 2)")
@@ -34,7 +34,7 @@ def count_codes(schedule: Schedule) -> int:
     return sum(height * width for height, width in schedule)
 
 
-def check_codes(codes: torch.LongTensor, codebook_size: int, name: str = "image_codes") -> torch.LongTensor:
+def check_codes(codes: torch.Tensor, codebook_size: int, name: str = "image_codes") -> torch.Tensor:
     """`codes`, or `ValueError` where they are no codes of the codebook. Looks at the numbers: the host waits."""
     if codes.is_floating_point() or codes.dtype == torch.bool:
         raise ValueError(f"{name} are {codes.dtype}, expected integers")

@@ -102,7 +102,7 @@ class NextFlowSamplingInterface:
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): What the targets are predicted from.
-            targets (`torch.LongTensor` of shape `(batch, length)`): Token ids of text and codes, negative for none.
+            targets (`torch.Tensor` of shape `(batch, length)`): Token ids of text and codes, negative for none.
             score (`Callable`):
                 From states (tokens, hidden), a head that maps them to logits, and targets (tokens,) among these logits
                 to tensors (tokens,), such as log-probabilities and entropies.
@@ -144,7 +144,7 @@ def has_whole_weight_in_call(head: nn.Module) -> bool:
     return _is_plain(head) and bool(head._forward_pre_hooks)
 
 
-def call_with_weight(head: nn.Linear, hidden_states: torch.FloatTensor, function: Callable) -> Any:
+def call_with_weight(head: nn.Linear, hidden_states: torch.Tensor, function: Callable) -> Any:
     """`function(hidden_states, weight)` in the place of the head's product: in one call of it, so that all processes
     gather the weight as often, however many tokens each has."""
     head.forward = lambda hidden: function(hidden, head.weight)

@@ -17,7 +17,7 @@ from .rope_nextflow import ImageLayout
 IGNORE_INDEX = -100
 
 
-def scale_weights(image_grids: torch.LongTensor, alpha: float) -> torch.FloatTensor:
+def scale_weights(image_grids: torch.Tensor, alpha: float) -> torch.Tensor:
     """Weight of one code at every scale, (n_images, max_scales): `(h * w) ** -alpha`, normalised per image so that its
     codes weigh together what they would weigh unweighted (equation 2). Zero past the last scale."""
     cells = image_grids.prod(-1).float()
@@ -26,16 +26,16 @@ def scale_weights(image_grids: torch.LongTensor, alpha: float) -> torch.FloatTen
 
 
 def get_targets(
-    input_ids: torch.LongTensor,
-    labels: torch.LongTensor,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
     layout: ImageLayout | None = None,
-    image_codes: torch.LongTensor | None = None,
-    image_grids: torch.LongTensor | None = None,
+    image_codes: torch.Tensor | None = None,
+    image_grids: torch.Tensor | None = None,
     *,
     text_vocab_size: int,
     alpha: float,
     is_shifted: bool = False,
-) -> tuple[torch.LongTensor, torch.FloatTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Target token id (`-100` where none) and loss weight of every position, both (batch, length).
 
     Text predicts the next token's label. `<boi>` predicts the 1x1 scale and every cell its own code (no shift), if the
@@ -69,12 +69,12 @@ def get_targets(
 
 
 def linear_cross_entropy(
-    hidden_states: torch.FloatTensor,
+    hidden_states: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
-    targets: torch.LongTensor,
+    targets: torch.Tensor,
     *,
     chunk_size: int,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """Cross-entropy (tokens,) of `head(hidden_states)`, hidden_states (tokens, hidden), in fp32. For any head.
 
     Beyond `chunk_size` tokens the logits of a chunk are made, used and dropped, and made again for the gradient: the
@@ -91,14 +91,14 @@ def linear_cross_entropy(
 
 
 def weighted_cross_entropy(
-    hidden_states: torch.FloatTensor,
-    weight: torch.FloatTensor,
-    targets: torch.LongTensor,
-    token_weights: torch.FloatTensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
     *,
     parts: list[tuple[int, slice]],
     chunk_size: int,
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum of the tokens' cross-entropies, and each of them (tokens,), detached.
 
     The gradient is made with the logits, a chunk at a time, as the weights of the tokens are known by then: no logits
@@ -166,12 +166,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def token_scores(
-    hidden_states: torch.FloatTensor,
+    hidden_states: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
     *,
-    parts: list[tuple[torch.LongTensor, slice]],
+    parts: list[tuple[torch.Tensor, slice]],
     chunk_size: int,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """Cross-entropy, entropy, and 1 where the target is the most likely, of every token: (3, tokens).
 
     `parts` are the targets, one after the other, and the rows of the head among which they are predicted.
@@ -193,12 +193,12 @@ class TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, total: torch.FloatTensor, losses: torch.FloatTensor) -> torch.FloatTensor:
+    def forward(ctx, total: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
         return losses.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.FloatTensor) -> tuple[torch.FloatTensor, None]:
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         first = gradient.flatten()[0]
         if (gradient != first).any():
             raise ValueError(
@@ -208,9 +208,7 @@ class TokenLosses(torch.autograd.Function):
         return first, None
 
 
-def mean_by_scale(
-    losses: torch.FloatTensor, scale: torch.LongTensor, max_scales: int
-) -> tuple[torch.FloatTensor, torch.LongTensor]:
+def mean_by_scale(losses: torch.Tensor, scale: torch.Tensor, max_scales: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of `losses` (tokens,) at scale 0 (text) and at each image scale, (max_scales + 1,), and their counts."""
     count = torch.bincount(scale, minlength=max_scales + 1)
     total = torch.zeros(max_scales + 1, device=losses.device).index_add_(0, scale, losses.detach().float())

@@ -51,23 +51,23 @@ class NextFlowCausalLMOutputWithPast(ModelOutput):
     Output of [`NextFlowForCausalLM`].
 
     Args:
-        loss (`torch.FloatTensor`, *optional*): Weighted cross-entropy over the supervised tokens.
-        logits (`torch.FloatTensor` of shape `(batch, kept, vocab_size)`, *optional*):
+        loss (`torch.Tensor`, *optional*): Weighted cross-entropy over the supervised tokens.
+        logits (`torch.Tensor` of shape `(batch, kept, vocab_size)`, *optional*):
             Scores of the one head. `None` in training with labels, where nobody reads them.
         past_key_values (`Cache`, *optional*): Keys and values so far.
         hidden_states, attentions (`tuple`, *optional*): As everywhere in transformers.
-        scale_losses (`torch.FloatTensor` of shape `(max_scales + 1,)`, *optional*):
+        scale_losses (`torch.Tensor` of shape `(max_scales + 1,)`, *optional*):
             Unweighted mean cross-entropy of text (entry 0) and of each scale, detached.
-        scale_counts (`torch.LongTensor` of shape `(max_scales + 1,)`, *optional*): Supervised tokens behind each.
+        scale_counts (`torch.Tensor` of shape `(max_scales + 1,)`, *optional*): Supervised tokens behind each.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    scale_losses: torch.FloatTensor | None = None
-    scale_counts: torch.LongTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    scale_losses: torch.Tensor | None = None
+    scale_counts: torch.Tensor | None = None
 
 
 @dataclass
@@ -76,20 +76,20 @@ class NextFlowTokenScores(ModelOutput):
     Output of [`NextFlowForCausalLM`] with `fused_lm_head=True`, the fields of TRL's output of the same name.
 
     Args:
-        loss (`torch.FloatTensor`): Weighted cross-entropy over the supervised tokens.
-        log_probs (`torch.FloatTensor` of shape `(batch, length)`):
+        loss (`torch.Tensor`): Weighted cross-entropy over the supervised tokens.
+        log_probs (`torch.Tensor` of shape `(batch, length)`):
             Log-probability of each target, times its weight in the loss. The negative sum is the loss before it is
             divided. It has a gradient as a sum only.
-        entropy (`torch.FloatTensor` of shape `(batch, length)`): Entropy, in nats, of each token's distribution.
-        is_top1 (`torch.FloatTensor` of shape `(batch, length)`): 1 where the target is the most likely one.
-        label_mask (`torch.BoolTensor` of shape `(batch, length)`): The supervised positions; the rest is 0 everywhere.
+        entropy (`torch.Tensor` of shape `(batch, length)`): Entropy, in nats, of each token's distribution.
+        is_top1 (`torch.Tensor` of shape `(batch, length)`): 1 where the target is the most likely one.
+        label_mask (`torch.Tensor` of shape `(batch, length)`): The supervised positions; the rest is 0 everywhere.
     """
 
-    loss: torch.FloatTensor | None = None
-    log_probs: torch.FloatTensor | None = None
-    entropy: torch.FloatTensor | None = None
-    is_top1: torch.FloatTensor | None = None
-    label_mask: torch.BoolTensor | None = None
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
 
 
 class NextFlowConnector(nn.Module):
@@ -183,13 +183,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        image_codes: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -253,7 +253,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             past_key_values.nextflow_place = CachePlace.after(position_ids, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def get_image_layout(self, input_ids: torch.LongTensor, image_grids: torch.LongTensor) -> ImageLayout | None:
+    def get_image_layout(self, input_ids: torch.Tensor, image_grids: torch.Tensor) -> ImageLayout | None:
         if len(image_grids) == 0:
             return None
         check_shape(image_grids)
@@ -266,13 +266,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def get_position_ids(
         self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        token_positions: torch.LongTensor | None = None,
-    ) -> torch.FloatTensor:
+        token_positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Positions (4, batch, length) from the tokens alone; see [`rope_nextflow.get_position_ids`].
 
         On top of a cache the tokens go on where it ends, which is not its length: an image took a step a scale.
@@ -303,12 +303,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def embed_inputs(
         self,
-        input_ids: torch.LongTensor,
-        image_codes: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        image_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         layout: ImageLayout | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-    ) -> torch.FloatTensor:
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Text rows of the embedding, and at every cell of scale k the upsampled features of the codes of scale k - 1.
 
         `inputs_embeds` replaces the rows of the embedding. Returns (batch, length, hidden). Raises `ValueError` where
@@ -344,7 +344,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         the connector and the scale embedding once, in this order, whatever their batch is."""
         return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
 
-    def _with_gradients_of_images(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
+    def _with_gradients_of_images(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """`inputs_embeds`, with gradients (zeros) for what only images use."""
         if not self._trains_with_others:
             return inputs_embeds
@@ -352,7 +352,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         unused = self.connector(self.image_codebook(code)) + self.scale_embedding(code)
         return inputs_embeds + (0 * unused).to(inputs_embeds.dtype)
 
-    def _embed_cells(self, codes: torch.LongTensor, images: list[tuple[Schedule, int]]) -> torch.FloatTensor:
+    def _embed_cells(self, codes: torch.Tensor, images: list[tuple[Schedule, int]]) -> torch.Tensor:
         """Connector outputs (cells of scales 2..m of all images, hidden), images with one schedule in one go."""
         groups: dict[Schedule, list[int]] = {}
         for index, (grids, _) in enumerate(images):
@@ -377,8 +377,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return self.connector(torch.cat(embedded))
 
     def upsampled_features(
-        self, looked_up: torch.FloatTensor, grid: tuple[int, int], next_grid: tuple[int, int]
-    ) -> torch.FloatTensor:
+        self, looked_up: torch.Tensor, grid: tuple[int, int], next_grid: tuple[int, int]
+    ) -> torch.Tensor:
         """Codebook features of the codes of one scale (batch, h*w, code_dim), residual and not accumulated, at the
         next grid.
 
@@ -392,8 +392,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return features.flatten(2).transpose(1, 2).to(looked_up.dtype)
 
     def embed_scale(
-        self, codes: torch.LongTensor, image_grids: torch.LongTensor, *, scale: int, grids: list[tuple[int, int]]
-    ) -> torch.FloatTensor:
+        self, codes: torch.Tensor, image_grids: torch.Tensor, *, scale: int, grids: list[tuple[int, int]]
+    ) -> torch.Tensor:
         """Inputs (batch, h*w, hidden) of the block that predicts `scale` (2..K), from the codes of the scale before.
 
         `image_grids` (batch or 1, max_scales, 2) are the full schedules: the number of scales is part of the input.
@@ -403,7 +403,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         term = self.scale_embedding(codes.new_full((1,), scale - 1)) + self.scale_length_encoding(image_grids)
         return (embeds + term[:, None]).to(self.norm.weight.dtype)
 
-    def scale_length_encoding(self, image_grids: torch.LongTensor) -> torch.FloatTensor:
+    def scale_length_encoding(self, image_grids: torch.Tensor) -> torch.Tensor:
         """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale
         embedding (amplitude not specified by the paper). A grid that stands there twice shows the codes of one scale:
         an image has as many scales where it is given as where it is drawn."""
@@ -417,7 +417,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         encoding = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :hidden]
         return encoding * self.scale_embedding_std
 
-    def get_placeholder_ids(self, inputs_embeds: torch.FloatTensor) -> torch.LongTensor:
+    def get_placeholder_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """The tokens of images in `inputs_embeds`, recognised by their embeddings; every other token is 0."""
         input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         for token_id in (self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id):
@@ -425,7 +425,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             input_ids = torch.where((inputs_embeds == embedding).all(-1), token_id, input_ids)
         return input_ids
 
-    def check_no_images(self, input_ids: torch.LongTensor, *, strict: bool = True) -> None:
+    def check_no_images(self, input_ids: torch.Tensor, *, strict: bool = True) -> None:
         """Raise where tokens that came without `image_grids` are an image's; where not `strict`, warn."""
         if torch.compiler.is_compiling():  # looking at values would break the graph
             return
@@ -438,9 +438,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def _present_grids(
         self,
-        input_ids: torch.LongTensor,
-        codes: torch.LongTensor,
-        image_grids: torch.LongTensor,
+        input_ids: torch.Tensor,
+        codes: torch.Tensor,
+        image_grids: torch.Tensor,
         layout: ImageLayout,
     ) -> list[tuple[Schedule, int]]:
         """Per image: the grids of the scales that are present in `input_ids`, and how many codes it brings.
@@ -537,15 +537,15 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        image_codes: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        image_target_codes: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_target_codes: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -559,7 +559,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         [`NextFlowTrainer`] weighs every token of an optimisation step alike.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+            input_ids (`torch.Tensor` of shape `(batch, length)`):
                 Text tokens; an image is `<boi>`, one placeholder per cell of scales 2..K, `<eoi>`.
             attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*): 0 at padding.
             position_ids (`torch.Tensor` of shape `(batch, length)` or `(4, batch, length)`, *optional*):
@@ -567,14 +567,14 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
                 and the three rotary axes (scale, row, column). Derived from the tokens if absent. Where token
                 positions restart, a packed document begins; packed documents take no `attention_mask`. Sharded
                 training in half precision rounds inputs that are not integers: pass `(batch, length)` there.
-            image_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*):
+            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*):
                 Input codes of all images in reading order: scale-major, row-major.
-            image_grids (`torch.LongTensor` of shape `(n_images, max_scales, 2)`, *optional*):
+            image_grids (`torch.Tensor` of shape `(n_images, max_scales, 2)`, *optional*):
                 One row per `<boi>`: (height, width) of every scale, zero past the last.
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+            labels (`torch.Tensor` of shape `(batch, length)`, *optional*):
                 As for any causal model, shifted inside, -100 where there is no loss. An image is trained on when the
                 label at its `<boi>` is not -100; labels at its placeholders and `<eoi>` are not read.
-            image_target_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*):
+            image_target_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*):
                 Targets where self-correction makes them differ from `image_codes`.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Supervised tokens of the whole optimisation step, the loss's denominator. Defaults to this batch's.
@@ -656,12 +656,12 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
 
     def get_targets(
         self,
-        input_ids: torch.LongTensor | None,
-        labels: torch.LongTensor,
-        target_codes: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None,
+        labels: torch.Tensor,
+        target_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         is_shifted: bool = False,
-    ) -> tuple[torch.LongTensor, torch.FloatTensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Target id, loss weight and scale (0 for text) of every position, each (batch, length)."""
         layout = self.model.get_image_layout(input_ids, image_grids) if image_grids is not None else None
         targets, weights = get_targets(
@@ -678,11 +678,11 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
 
     def get_losses(
         self,
-        hidden_states: torch.FloatTensor,
-        targets: torch.LongTensor,
-        weights: torch.FloatTensor,
-        scale: torch.LongTensor,
-    ) -> tuple[torch.FloatTensor, torch.FloatTensor, torch.LongTensor]:
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The weighted sum of the supervised tokens' cross-entropies; each of them, detached, and its scale.
 
         Arguments are (batch, length), as [`get_targets`] gives them. The logits are those of a chunk at a time.
@@ -721,11 +721,11 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
 
     def score_tokens(
         self,
-        hidden_states: torch.FloatTensor,
-        targets: torch.LongTensor,
-        weights: torch.FloatTensor,
-        scale: torch.LongTensor,
-        total: torch.FloatTensor,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        scale: torch.Tensor,
+        total: torch.Tensor,
     ) -> NextFlowTokenScores:
         """The loss `total` of [`get_losses`] token by token, and what is reported of each. Arguments as there."""
         kinds = self._kinds(targets, scale)
@@ -749,7 +749,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         mask = targets != IGNORE_INDEX
         return NextFlowTokenScores(total / mask.sum(), log_probs, entropy, is_top1, mask)
 
-    def _kinds(self, targets: torch.LongTensor, scale: torch.LongTensor) -> list[tuple[torch.BoolTensor, slice]]:
+    def _kinds(self, targets: torch.Tensor, scale: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
         """The supervised positions of text, predicted among all rows of the head, and those of image codes, predicted
         among the codes, as they are drawn."""
         codes = self.config.code_vocabulary
@@ -758,7 +758,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         return [(supervised & ~is_code, slice(0, self.config.vocab_size)), (supervised & is_code, codes)]
 
     @staticmethod
-    def _check_loss_is_own(has_labels: bool, image_grids: torch.LongTensor | None, fused_lm_head: bool) -> None:
+    def _check_loss_is_own(has_labels: bool, image_grids: torch.Tensor | None, fused_lm_head: bool) -> None:
         """In training: raise or warn where a trainer makes its loss outside of the model, from the logits."""
         if not torch.is_grad_enabled():
             if fused_lm_head:

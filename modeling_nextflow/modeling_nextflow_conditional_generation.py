@@ -150,7 +150,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
     # ---- pixels and codes
 
     @torch.no_grad()
-    def get_image_tokens(self, pixel_values: torch.FloatTensor, image_grids: torch.LongTensor) -> torch.LongTensor:
+    def get_image_tokens(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
         """Codes (total_codes,) of images, `pixel_values` and `image_grids` as the image processor gives them."""
         device = _compute_device(self.vision_tokenizer)
         codes = self.vision_tokenizer.encode(pixel_values.to(device), image_grids.to(device)).image_codes
@@ -159,11 +159,11 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
     @torch.no_grad()
     def decode_image_tokens(
         self,
-        image_tokens: torch.LongTensor | NextFlowImageGenerationOutput | NextFlowInterleavedGenerationOutput,
-        image_grids: torch.LongTensor | None = None,
+        image_tokens: torch.Tensor | NextFlowImageGenerationOutput | NextFlowInterleavedGenerationOutput,
+        image_grids: torch.Tensor | None = None,
         *,
         num_scales: int | None = None,
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         """
         Pixels (images, 3, max_height, max_width) in [-1, 1] of codes and their grids, or of what `generate` returned,
         which has both. With `num_scales` a preview at full size.
@@ -177,14 +177,14 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
 
     def _codes_of_prompt(
         self,
-        input_ids: torch.LongTensor | None,
-        pixel_values: torch.FloatTensor,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor,
         *,
-        image_codes: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         cached: int = 0,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """
         Codes of the images in a prompt, or of those behind its first `cached` tokens. A `<boi>` that ends its row has
         a schedule, but no pixels and no codes.
@@ -211,16 +211,16 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_codes: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        image_target_codes: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_target_codes: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -229,7 +229,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
         As [`NextFlowForCausalLM.forward`].
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(images, 3, max_height, max_width)`, *optional*):
+            pixel_values (`torch.Tensor` of shape `(images, 3, max_height, max_width)`, *optional*):
                 The images of `input_ids` in reading order, instead of their `image_codes`.
         """
         if pixel_values is not None:
@@ -258,14 +258,14 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         **kwargs,
-    ) -> torch.LongTensor | ModelOutput | NextFlowImageGenerationOutput:
+    ) -> torch.Tensor | ModelOutput | NextFlowImageGenerationOutput:
         """
         [`NextFlowForCausalLM.generate`], where the images of the prompts may be `pixel_values`: of all or, with
         `past_key_values`, of those that are not in the cache yet.

@@ -41,13 +41,13 @@ class NextFlowVisionTokenizerEncoderOutput(ModelOutput):
     Codes of a batch of images, flat: images in order, scale-major and row-major inside an image.
 
     Args:
-        image_codes (`torch.LongTensor` of shape `(total_codes,)`): The codes an image is rebuilt from.
-        image_target_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*, returned with `self_correction`):
+        image_codes (`torch.Tensor` of shape `(total_codes,)`): The codes an image is rebuilt from.
+        image_target_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*, returned with `self_correction`):
             What a transformer should answer: the nearest code of the residual that the input codes left (§2.2).
     """
 
-    image_codes: torch.LongTensor | None = None
-    image_target_codes: torch.LongTensor | None = None
+    image_codes: torch.Tensor | None = None
+    image_target_codes: torch.Tensor | None = None
 
 
 @dataclass
@@ -57,15 +57,15 @@ class NextFlowVisionTokenizerFeatures(ModelOutput):
     condition of the diffusion decoder (§2.3).
 
     Args:
-        semantic_embeds (`torch.FloatTensor` of shape `(n, semantic_code_dim, max_height, max_width)`): Quantised map.
-        pixel_embeds (`torch.FloatTensor` of shape `(n, pixel_code_dim, max_height, max_width)`): Quantised map.
-        semantic_features (`torch.FloatTensor` of shape `(n, semantic_hidden_size, max_height, max_width)`):
+        semantic_embeds (`torch.Tensor` of shape `(n, semantic_code_dim, max_height, max_width)`): Quantised map.
+        pixel_embeds (`torch.Tensor` of shape `(n, pixel_code_dim, max_height, max_width)`): Quantised map.
+        semantic_features (`torch.Tensor` of shape `(n, semantic_hidden_size, max_height, max_width)`):
             The teacher's features as the semantic decoder predicts them.
     """
 
-    semantic_embeds: torch.FloatTensor | None = None
-    pixel_embeds: torch.FloatTensor | None = None
-    semantic_features: torch.FloatTensor | None = None
+    semantic_embeds: torch.Tensor | None = None
+    pixel_embeds: torch.Tensor | None = None
+    semantic_features: torch.Tensor | None = None
 
 
 @dataclass
@@ -74,27 +74,27 @@ class NextFlowVisionTokenizerOutput(ModelOutput):
     Output of a training forward.
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`): Weighted sum of the parts below.
-        reconstruction_loss (`torch.FloatTensor` of shape `()`): Mean squared error in pixels.
-        quantizer_loss (`torch.FloatTensor` of shape `()`): Codebook term, unweighted.
-        commitment_loss (`torch.FloatTensor` of shape `()`): Commitment term, unweighted.
-        semantic_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `semantic_targets`):
+        loss (`torch.Tensor` of shape `()`): Weighted sum of the parts below.
+        reconstruction_loss (`torch.Tensor` of shape `()`): Mean squared error in pixels.
+        quantizer_loss (`torch.Tensor` of shape `()`): Codebook term, unweighted.
+        commitment_loss (`torch.Tensor` of shape `()`): Commitment term, unweighted.
+        semantic_loss (`torch.Tensor` of shape `()`, *optional*, returned with `semantic_targets`):
             1 - cosine to the teacher's features, unweighted.
-        reconstruction (`torch.FloatTensor` of shape `(n, 3, max_height, max_width)`):
+        reconstruction (`torch.Tensor` of shape `(n, 3, max_height, max_width)`):
             Unclamped float32 pixels, zero outside of each image; further losses attach here.
-        image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes; -1 at the cells of dropped scales.
+        image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes; -1 at the cells of dropped scales.
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    quantizer_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
-    semantic_loss: torch.FloatTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    image_codes: torch.LongTensor | None = None
+    loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    quantizer_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    semantic_loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    image_codes: torch.Tensor | None = None
 
 
-def split_image_codes(image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> list[list[torch.LongTensor]]:
+def split_image_codes(image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[list[torch.Tensor]]:
     """Flat codes (total_codes,) as one list an image of (height, width) maps, coarse to fine (§2.1)."""
     schedules = schedules_from_grids(image_grids)
     code_maps = []
@@ -104,12 +104,12 @@ def split_image_codes(image_codes: torch.LongTensor, image_grids: torch.LongTens
     return code_maps
 
 
-def join_image_codes(code_maps: Sequence[Sequence[torch.LongTensor]]) -> torch.LongTensor:
+def join_image_codes(code_maps: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     """Inverse of [`split_image_codes`]."""
     return torch.cat([code_map.reshape(-1) for maps in code_maps for code_map in maps])
 
 
-def _split_images(image_codes: torch.LongTensor, schedules: Sequence[Schedule]) -> tuple[torch.LongTensor, ...]:
+def _split_images(image_codes: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[torch.Tensor, ...]:
     sizes = [count_codes(schedule) for schedule in schedules]
     if image_codes.ndim != 1 or image_codes.numel() != sum(sizes):
         raise ValueError(f"image_codes has shape {tuple(image_codes.shape)}, image_grids asks for ({sum(sizes)},)")
@@ -269,7 +269,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self.config.codes_fingerprint = saved or self._codes_fingerprint
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
-    def get_image_grids(self, num_images: int = 1) -> torch.LongTensor:
+    def get_image_grids(self, num_images: int = 1) -> torch.Tensor:
         """`image_grids` of that many images for a tokenizer of fixed size: the schedule it was trained with."""
         if self.config.scale_sides is None:
             raise ValueError("config.scale_sides is None: this tokenizer has no schedule of its own, pass image_grids")
@@ -277,7 +277,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         return torch.stack([sides, sides], -1).expand(num_images, -1, -1)
 
     @property
-    def codebook(self) -> torch.FloatTensor:
+    def codebook(self) -> torch.Tensor:
         """Unit semantic and unit pixel vectors of every code, float32 (codebook_size, semantic + pixel code_dim)."""
         return self.quantizer.codebook()
 
@@ -311,8 +311,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     def encode(
         self,
-        pixel_values: torch.FloatTensor,
-        image_grids: torch.LongTensor,
+        pixel_values: torch.Tensor,
+        image_grids: torch.Tensor,
         *,
         self_correction: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -321,8 +321,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         Codes of every image.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(n, 3, max_height, max_width)`): Padded pixels in [-1, 1].
-            image_grids (`torch.LongTensor` of shape `(n, max_scales, 2)`): Scale schedule of every image.
+            pixel_values (`torch.Tensor` of shape `(n, 3, max_height, max_width)`): Padded pixels in [-1, 1].
+            image_grids (`torch.Tensor` of shape `(n, max_scales, 2)`): Scale schedule of every image.
             self_correction (`bool`, *optional*, defaults to `False`):
                 Whether to sample `self_correction_ratio` of the codes of every scale but the last among their
                 `self_correction_top_k` nearest, and to return the targets that correct for it (§2.2).
@@ -346,15 +346,15 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         )
 
     def decode(
-        self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, *, num_scales: int | None = None
-    ) -> torch.FloatTensor:
+        self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
+    ) -> torch.Tensor:
         """
         Pixels of every image, float32 (n, 3, max_height, max_width) in [-1, 1], zero outside of each image.
 
         Args:
-            image_codes (`torch.LongTensor` of shape `(total_codes,)`):
+            image_codes (`torch.Tensor` of shape `(total_codes,)`):
                 All codes or, with `num_scales`, also only those of the first `num_scales` scales of every image.
-            image_grids (`torch.LongTensor` of shape `(n, max_scales, 2)`): Scale schedule of every image, in full.
+            image_grids (`torch.Tensor` of shape `(n, max_scales, 2)`): Scale schedule of every image, in full.
             num_scales (`int`, *optional*):
                 Decode only the first so many scales: a preview at full size.
 
@@ -372,7 +372,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         return _pad_maps(pixels, groups) if len(pixels) > 1 else pixels[0]
 
     def decode_features(
-        self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, *, num_scales: int | None = None
+        self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
     ) -> NextFlowVisionTokenizerFeatures:
         """
         The maps behind the codes, for a diffusion decoder (§2.3). Arguments and errors as in
@@ -390,8 +390,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         )
 
     def get_teacher_features(
-        self, teacher: Siglip2VisionModel, pixel_values: torch.FloatTensor, image_grids: torch.LongTensor
-    ) -> list[torch.FloatTensor]:
+        self, teacher: Siglip2VisionModel, pixel_values: torch.Tensor, image_grids: torch.Tensor
+    ) -> list[torch.Tensor]:
         """
         What [`~NextFlowVisionTokenizer.forward`] takes as `semantic_targets`: the last but one hidden state of a whole
         `Siglip2VisionModel`, one (height * width, hidden_size) tensor an image. Wrap it in `torch.no_grad()`.
@@ -409,22 +409,22 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
-        image_grids: torch.LongTensor,
-        semantic_targets: torch.FloatTensor | list[torch.FloatTensor] | None = None,
-        drop_scales: torch.BoolTensor | Sequence[bool] | None = None,
+        pixel_values: torch.Tensor,
+        image_grids: torch.Tensor,
+        semantic_targets: torch.Tensor | list[torch.Tensor] | None = None,
+        drop_scales: torch.Tensor | Sequence[bool] | None = None,
         quantize: bool = True,
     ) -> NextFlowVisionTokenizerOutput:
         r"""
         Reconstruction and losses.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(n, 3, max_height, max_width)`): Padded pixels in [-1, 1].
-            image_grids (`torch.LongTensor` of shape `(n, max_scales, 2)`): Scale schedule of every image.
-            semantic_targets (`torch.FloatTensor` or list of `torch.FloatTensor`, *optional*):
+            pixel_values (`torch.Tensor` of shape `(n, 3, max_height, max_width)`): Padded pixels in [-1, 1].
+            image_grids (`torch.Tensor` of shape `(n, max_scales, 2)`): Scale schedule of every image.
+            semantic_targets (`torch.Tensor` or list of `torch.Tensor`, *optional*):
                 Shape `(n, max_cells, hidden_size)`, or one of `(cells, hidden_size)` an image: the frozen teacher's
                 features of the cells of the last grid, row-major. Without them the semantic decoder does not run.
-            drop_scales (`torch.BoolTensor` of shape `(max_scales,)`, *optional*):
+            drop_scales (`torch.Tensor` of shape `(max_scales,)`, *optional*):
                 Scales that contribute nothing in this step; an image's first and last scale always stay. By default
                 each scale drops with probability `scale_dropout` in training and none in evaluation.
             quantize (`bool`, *optional*, defaults to `True`):
@@ -435,7 +435,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         schedules = self._check_pixels(pixel_values, image_grids)
         dropped = self._dropped_scales(drop_scales, image_grids.shape[1])
         groups = _group_by_schedule(schedules)
-        codes: list[torch.LongTensor | None] = [None] * len(schedules)
+        codes: list[torch.Tensor | None] = [None] * len(schedules)
         reconstructions, losses = [], []
         for schedule, indices in groups:
             pixels = self._crop(pixel_values, schedule, indices)
@@ -522,7 +522,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         return self.decode_task_layer(self.semantic_decoder.encode(cells, tuple(quantized.shape[2:])))
 
     def _decode_codes(
-        self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, num_scales: int | None
+        self, image_codes: torch.Tensor, image_grids: torch.Tensor, num_scales: int | None
     ) -> tuple[list[torch.Tensor], list[tuple[Schedule, list[int]]]]:
         """Quantised maps of every group of images with one schedule, and those groups."""
         schedules = schedules_from_grids(image_grids)
@@ -544,7 +544,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         ]
         return maps, groups
 
-    def _check_pixels(self, pixel_values: torch.Tensor, image_grids: torch.LongTensor) -> list[Schedule]:
+    def _check_pixels(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> list[Schedule]:
         schedules = schedules_from_grids(image_grids)
         sizes = [self.pixel_size(schedule[-1]) for schedule in schedules]
         expected = (len(schedules), 3, max(height for height, _ in sizes), max(width for _, width in sizes))
@@ -563,9 +563,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         stack = pixel_values if len(indices) == len(pixel_values) else pixel_values[indices]
         return stack[:, :, :height, :width]
 
-    def _dropped_scales(
-        self, drop_scales: torch.BoolTensor | Sequence[bool] | None, max_scales: int
-    ) -> list[bool] | None:
+    def _dropped_scales(self, drop_scales: torch.Tensor | Sequence[bool] | None, max_scales: int) -> list[bool] | None:
         if drop_scales is None:
             if not self.training or self.config.scale_dropout == 0:
                 return None

@@ -23,19 +23,19 @@ class NextFlowQuantizerOutput(ModelOutput):
     What [`NextFlowMultiScaleQuantizer`] returns for a stack of `n` images of one schedule.
 
     Args:
-        quantized (`torch.FloatTensor` of shape `(n, code_dim, height, width)`):
+        quantized (`torch.Tensor` of shape `(n, code_dim, height, width)`):
             Sum of the codes of all scales on the last grid, float32; its gradient goes straight to the features.
-        image_codes (`torch.LongTensor` of shape `(n, cells)`): Codes, scale-major; -1 at the cells of dropped scales.
-        image_target_codes (`torch.LongTensor` of shape `(n, cells)`): Nearest code of the residual actually reached.
-        quantizer_loss (`torch.FloatTensor` of shape `()`): Codebook term.
-        commitment_loss (`torch.FloatTensor` of shape `()`): Commitment term.
+        image_codes (`torch.Tensor` of shape `(n, cells)`): Codes, scale-major; -1 at the cells of dropped scales.
+        image_target_codes (`torch.Tensor` of shape `(n, cells)`): Nearest code of the residual actually reached.
+        quantizer_loss (`torch.Tensor` of shape `()`): Codebook term.
+        commitment_loss (`torch.Tensor` of shape `()`): Commitment term.
     """
 
-    quantized: torch.FloatTensor | None = None
-    image_codes: torch.LongTensor | None = None
-    image_target_codes: torch.LongTensor | None = None
-    quantizer_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
+    quantized: torch.Tensor | None = None
+    image_codes: torch.Tensor | None = None
+    image_target_codes: torch.Tensor | None = None
+    quantizer_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
 
 
 class NextFlowMultiScaleQuantizer(UnroundedModule):
@@ -128,9 +128,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
                 commitment_loss=commitment_loss,
             )
 
-    def decode(
-        self, image_codes: torch.LongTensor, schedule: Schedule, *, num_scales: int | None = None
-    ) -> torch.Tensor:
+    def decode(self, image_codes: torch.Tensor, schedule: Schedule, *, num_scales: int | None = None) -> torch.Tensor:
         """
         Codes (n, cells of the first `num_scales` scales) to their sum on the last grid, float32 (n, code_dim, height,
         width), bit for bit what quantising gave.
@@ -147,7 +145,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
         """Unit semantic and unit pixel vectors of every code, float32 (codebook_size, code_dim)."""
         return self.normalize(torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], -1))
 
-    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (...) to their rows of [`codebook`], float32 (..., code_dim)."""
         return self.normalize(torch.cat([self.semantic_codebook(codes), self.pixel_codebook(codes)], -1))
 
@@ -163,7 +161,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
 
     def search(
         self, query: torch.Tensor, codebook: torch.Tensor, *, noise: torch.Tensor | None = None
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Input and target codes (n, cells) of normalised vectors (n, cells, code_dim): the same nearest code, unless
         `noise` (n, cells, 2) makes a share of the input codes a draw among the nearest.
@@ -190,9 +188,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
             inputs.append(nearest)
         return torch.cat(inputs).view(query.shape[:2]), torch.cat(targets).view(query.shape[:2])
 
-    def _self_correct(
-        self, similarity: torch.Tensor, nearest: torch.LongTensor, noise: torch.Tensor
-    ) -> torch.LongTensor:
+    def _self_correct(self, similarity: torch.Tensor, nearest: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         top_k = min(self.config.self_correction_top_k, self.config.codebook_size)
         candidates = similarity.topk(top_k, -1)
         # p ~ softmax(-distance), drawn by inverting the cumulative sum: one uniform number a cell.

@@ -26,24 +26,24 @@ class ImageLayout:
         block_ids: one id for all cells of one scale of one image, increasing along the row; -1 for every other token.
     """
 
-    image_index: torch.LongTensor
-    scale: torch.LongTensor
-    row: torch.LongTensor
-    column: torch.LongTensor
-    block_ids: torch.LongTensor
+    image_index: torch.Tensor
+    scale: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    block_ids: torch.Tensor
 
     @property
-    def is_cell(self) -> torch.BoolTensor:
+    def is_cell(self) -> torch.Tensor:
         return self.block_ids >= 0
 
     @property
-    def is_slot(self) -> torch.BoolTensor:
+    def is_slot(self) -> torch.Tensor:
         """Tokens whose output predicts an image code."""
         return self.scale > 0
 
 
 def get_image_layout(
-    input_ids: torch.LongTensor, image_grids: torch.LongTensor, *, boi_token_id: int, image_token_id: int
+    input_ids: torch.Tensor, image_grids: torch.Tensor, *, boi_token_id: int, image_token_id: int
 ) -> ImageLayout:
     """Read the image layout off `input_ids` (batch, length) and `image_grids` (n_images, max_scales, 2).
 
@@ -80,24 +80,24 @@ def get_image_layout(
 
 def cell_coordinates(
     row: torch.Tensor, column: torch.Tensor, height: torch.Tensor, width: torch.Tensor, *, extent: float
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation 1: centre of a cell in a frame of constant area `extent ** 2`, whatever the grid."""
     unit = extent / (height * width).float().clamp(min=1).sqrt()
     return unit * (row + 0.5), unit * (column + 0.5)
 
 
 def get_position_ids(
-    input_ids: torch.LongTensor,
-    image_grids: torch.LongTensor | None = None,
+    input_ids: torch.Tensor,
+    image_grids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
-    token_positions: torch.LongTensor | None = None,
+    token_positions: torch.Tensor | None = None,
     *,
     boi_token_id: int,
     image_token_id: int,
     extent: float,
     past_tokens: torch.Tensor | int = 0,
     past_steps: torch.Tensor | int = 0,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """Positions (4, batch, length), float32: the plain token position, then the rotary axes (scale, row, column).
 
     Text at position t is (t, t, t). A whole block of cells takes ONE step of the first axis, counted on from its
@@ -137,7 +137,7 @@ def get_position_ids(
     )
 
 
-def _ahead(token_positions: torch.LongTensor, steps: torch.LongTensor) -> torch.LongTensor:
+def _ahead(token_positions: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """What the position of the first token of every token's document is ahead of its step, (batch, length)."""
     is_first = torch.ones_like(steps, dtype=torch.bool)
     is_first[:, 1:] = token_positions.diff(dim=1) != 1
@@ -153,13 +153,13 @@ class CachePlace:
     """
 
     length: int
-    position: torch.FloatTensor
+    position: torch.Tensor
 
     @classmethod
-    def after(cls, position_ids: torch.FloatTensor, cache: Cache) -> "CachePlace":
+    def after(cls, position_ids: torch.Tensor, cache: Cache) -> "CachePlace":
         return cls(cache.get_seq_length() + 0, position_ids[:, :, -1])  # + 0: a static cache's length is one tensor
 
-    def steps_ahead(self, cache: Cache, batch: int) -> torch.FloatTensor | int:
+    def steps_ahead(self, cache: Cache, batch: int) -> torch.Tensor | int:
         """Steps of the rotary text axis less tokens, (batch, 1)."""
         if len(self.position) == 4 and self.position.shape[1] == batch:
             ahead = (self.position[1] - self.position[0])[:, None]
@@ -193,7 +193,7 @@ class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
             raise ValueError(f"mrope_section {self.mrope_section} cannot be interleaved: its first entry is too small")
 
     @staticmethod
-    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.FloatTensor, float]:
+    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
         # Overwritten to count in integers: while DeepSpeed shards what is made, `torch.arange` rounds floats.
         exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0

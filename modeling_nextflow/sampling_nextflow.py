@@ -94,13 +94,13 @@ def guides(scale: PerScale) -> bool:
 
 
 def guide(
-    logits: torch.FloatTensor,
-    unconditional: torch.FloatTensor | None,
+    logits: torch.Tensor,
+    unconditional: torch.Tensor | None,
     scale: float,
     *,
-    imageless: torch.FloatTensor | None = None,
+    imageless: torch.Tensor | None = None,
     image_scale: float = 1.0,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """
     Classifier-free guidance: `unconditional + scale * (logits - unconditional)`. Where `unconditional` lacks the text
     alone, and `imageless` the source images as well, text and images are guided apart (InstructPix2Pix,
@@ -113,9 +113,7 @@ def guide(
     return guided if imageless is None else guided + (image_scale - 1) * (unconditional - imageless)
 
 
-def sample_codes(
-    logits: torch.FloatTensor, step: ScaleStep, generators: Sequence[torch.Generator | None]
-) -> torch.LongTensor:
+def sample_codes(logits: torch.Tensor, step: ScaleStep, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
     """Sample one code per cell from logits (batch, cells, codebook_size), in fp32; see [`sample`]."""
     if step.temperature == 0:
         return logits.argmax(-1)
@@ -131,18 +129,18 @@ def sample_codes(
     return sample(scores, generators, vocabulary)
 
 
-def largest_score(logits: torch.FloatTensor, step: ScaleStep) -> torch.FloatTensor:
+def largest_score(logits: torch.Tensor, step: ScaleStep) -> torch.Tensor:
     """The largest absolute score that [`sample_codes`] computes with: NaN or infinite where any score is."""
     return torch.linalg.vector_norm(logits, math.inf) / (step.temperature or 1)
 
 
 def fill_codes(
-    logits: torch.FloatTensor,
+    logits: torch.Tensor,
     step: ScaleStep,
     generators: Sequence[torch.Generator | None],
-    given: torch.LongTensor,
-    is_given: torch.BoolTensor,
-) -> torch.LongTensor:
+    given: torch.Tensor,
+    is_given: torch.Tensor,
+) -> torch.Tensor:
     """Codes (batch, cells): `given` where `is_given`, elsewhere drawn. No number is drawn for a row that has all."""
     rows = (~is_given.all(dim=1)).nonzero()[:, 0]
     drawn = sample_codes(logits[rows], step, [generators[row] for row in rows.tolist()])
@@ -150,8 +148,8 @@ def fill_codes(
 
 
 def sample(
-    scores: torch.FloatTensor, generators: Sequence[torch.Generator | None], ids: torch.LongTensor | None = None
-) -> torch.LongTensor:
+    scores: torch.Tensor, generators: Sequence[torch.Generator | None], ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     One sample (batch, cells) of each softmax of `scores` (batch, cells, choices), by the Gumbel-max trick. `ids` are
     those of the choices, by default their places.
@@ -175,7 +173,7 @@ def sample(
     return choice if ids is None else ids.gather(-1, choice[..., None])[..., 0]
 
 
-def _splitmix(seeds: torch.LongTensor, indices: torch.LongTensor) -> torch.LongTensor:
+def _splitmix(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Number `indices` of SplitMix64's sequence from `seeds`, in [0, 2**63): on any device, without a state."""
 
     bits = seeds + (indices + 1) * (0x9E3779B97F4A7C15 - 2**64)

@@ -25,7 +25,7 @@ class NextFlowViTEmbeddings(Siglip2VisionEmbeddings):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_layernorm else nn.Identity()
         )
 
-    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.LongTensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor) -> torch.Tensor:
         # Of the positions' type: a patch embedding that is quantised holds bytes.
         patches = self.patch_embedding(pixel_values.to(self.position_embedding.weight.dtype))
         # Through its call, unlike SigLIP2's: where weights are offloaded, an embedding has them in its call alone.

@@ -439,7 +439,7 @@ class NextFlowConversationMixin(NextFlowSteps):
     def _stream_parts(self, inputs: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         stop = threading.Event()
 
-        def decode_image(image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> Any:
+        def decode_image(image_codes: torch.Tensor, image_grids: torch.Tensor) -> Any:
             return self.decode_codes(image_codes, image_grids[None])[0]
 
         def work(emit: Any) -> None:

@@ -15,7 +15,7 @@ class ImagesBeforeEnding(LogitsProcessor):
     that leaves no room for the images still to come, of which each counts as one token.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(rows, length)`): The prompts.
+        input_ids (`torch.Tensor` of shape `(rows, length)`): The prompts.
         num_images (`int`): Images that a row must have.
         max_new_tokens (`int`): Tokens of text, with one for each image.
         boi_token_id, eoi_token_id, image_token_id, pad_token_id (`int`): What images are written with, and padding.
@@ -24,7 +24,7 @@ class ImagesBeforeEnding(LogitsProcessor):
 
     def __init__(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         *,
         num_images: int,
         max_new_tokens: int,
@@ -42,11 +42,11 @@ class ImagesBeforeEnding(LogitsProcessor):
         self.prompts = self._count(input_ids)
         self.was_forced = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def _count(self, ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def _count(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images begun, and tokens that count, of every row."""
         return (ids == self.boi_token_id).sum(1), (~torch.isin(ids, self.uncounted)).sum(1)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         drawn, tokens = (now - before for now, before in zip(self._count(input_ids), self.prompts))
         missing = self.num_images - drawn
         must_draw = missing > 0
@@ -66,7 +66,7 @@ class StopWhen(StoppingCriteria):
     def __init__(self, is_stopped: Callable[[], bool]):
         self.is_stopped = is_stopped
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         return torch.full((len(input_ids),), self.is_stopped(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -80,7 +80,7 @@ class PartStreamer(TextStreamer):
         self,
         tokenizer: PreTrainedTokenizerBase,
         emit: Callable[[dict[str, Any]], None],
-        decode_image: Callable[[torch.LongTensor, torch.LongTensor], Any],
+        decode_image: Callable[[torch.Tensor, torch.Tensor], Any],
     ):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.emit = emit
@@ -90,7 +90,7 @@ class PartStreamer(TextStreamer):
         if text:
             self.emit({"type": "text", "text": text})
 
-    def put_image(self, image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> None:
+    def put_image(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> None:
         self.end()  # the words before it
         self.next_tokens_are_prompt = False  # what `end` supposes
         self.emit({"type": "image", "image": self.decode_image(image_codes, image_grids)})

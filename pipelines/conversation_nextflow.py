@@ -42,8 +42,8 @@ class NextFlowConversation:
         self.messages: list[dict[str, Any]] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
-        self._sequence: dict[str, torch.LongTensor] = {}  # `input_ids`, `image_codes` and `image_grids` of all turns
-        self._negative_ids: torch.LongTensor | None = None  # the same without the user's text
+        self._sequence: dict[str, torch.Tensor] = {}  # `input_ids`, `image_codes` and `image_grids` of all turns
+        self._negative_ids: torch.Tensor | None = None  # the same without the user's text
         self._cache: Any = None
 
     def chat(
@@ -235,7 +235,7 @@ class NextFlowConversation:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return inputs
 
-    def _negative(self, message: dict[str, Any], text: str, **options: Any) -> torch.LongTensor:
+    def _negative(self, message: dict[str, Any], text: str, **options: Any) -> torch.Tensor:
         """The unconditional prompt: the conversation without the user's text, then `text`."""
         parts = [part for part in message["content"] if part["type"] != "text"]
         if text:

@@ -81,13 +81,13 @@ def cell_footprint(vision_tokenizer: Any, grid: tuple[int, int], last_grid: tupl
 
 
 def given_images(
-    image_codes: torch.LongTensor,
-    image_grids: torch.LongTensor,
+    image_codes: torch.Tensor,
+    image_grids: torch.Tensor,
     num_prompts: int,
     num_images_per_prompt: int,
     *,
     codebook_size: int,
-) -> list[tuple[torch.LongTensor, torch.LongTensor]]:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Codes (codes,) and schedule (max_scales, 2) for each image to draw, from one, one a prompt, or one each."""
     for name, tensor in (("image_codes", image_codes), ("image_grids", image_grids)):
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
@@ -115,7 +115,7 @@ def given_images(
     return [image for image in images for _ in range(num_images_per_prompt)]
 
 
-def source_image(prompt: NextFlowImagePrompt, index: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+def source_image(prompt: NextFlowImagePrompt, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and schedule of an image in the prompt; without its last grid, where that stands there a second time."""
     sources = prompt.image_grids[:-1]
     if not len(sources):
@@ -133,7 +133,7 @@ def source_image(prompt: NextFlowImagePrompt, index: int) -> tuple[torch.LongTen
 
 def with_prefix(
     prompt: NextFlowImagePrompt,
-    image: tuple[torch.LongTensor, torch.LongTensor],
+    image: tuple[torch.Tensor, torch.Tensor],
     *,
     size_is_given: bool,
     keep_scales: int | None,
@@ -166,9 +166,7 @@ def with_prefix(
     return replace(prompt, prefix_codes=codes, prefix_mask=~torch.cat(redrawn))
 
 
-def inpainted_cells(
-    mask: torch.Tensor, grids: Grids, *, coverage: float, footprint: Footprint
-) -> list[torch.BoolTensor]:
+def inpainted_cells(mask: torch.Tensor, grids: Grids, *, coverage: float, footprint: Footprint) -> list[torch.Tensor]:
     """
     Which cells (cells,) of each scale a mask (height, width) of the pixels redraws.
 
@@ -187,7 +185,7 @@ def inpainted_cells(
     return redrawn
 
 
-def mask_pixels(mask: PIL.Image.Image, grids: Grids) -> torch.BoolTensor:
+def mask_pixels(mask: PIL.Image.Image, grids: Grids) -> torch.Tensor:
     """What a mask redraws, where it is white, as (height, width): cropped to the image's shape, as the image was."""
     # Fine enough that no cell of the last grid loses a thin stroke.
     height, width = (16 * cells for cells in grids[-1])

@@ -26,17 +26,17 @@ class NextFlowPipelineOutput(BaseOutput):
             `"pil"`: a list; `"np"`: float32 (images, height, width, 3) in [0, 1]; `"pt"`: float32
             (images, 3, height, width) in [0, 1]. Arrays of images that differ in size come as a list. `None` for
             `output_type="codes"`, where `image_codes` then is entry 0.
-        image_codes (`torch.LongTensor` of shape `(total_codes,)`):
+        image_codes (`torch.Tensor` of shape `(total_codes,)`):
             Codes of all images, scale-major: what the vision tokenizer decodes.
-        image_grids (`torch.LongTensor` of shape `(images, max_scales, 2)`):
+        image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`):
             Their schedules; of an interrupted image those scales that were drawn.
         thoughts (`list[str]`, *optional*): With `think=True`, the reasoning before each image.
         final_prompts (`list[str]`, *optional*): With `think=True`, the prompt that the reasoning arrived at.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | list[np.ndarray] | list[torch.Tensor] | None = None
-    image_codes: torch.LongTensor | None = None
-    image_grids: torch.LongTensor | None = None
+    image_codes: torch.Tensor | None = None
+    image_grids: torch.Tensor | None = None
     thoughts: list[str] | None = None
     final_prompts: list[str] | None = None
 
@@ -98,8 +98,8 @@ class NextFlowPreview:
         scale (`int`): Scales drawn so far, from 1.
         num_scales (`int`): Scales of the whole images.
         grid (`tuple[int, int]`): (height, width) of this scale.
-        image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes so far, scale-major.
-        image_grids (`torch.LongTensor` of shape `(images, max_scales, 2)`):
+        image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes so far, scale-major.
+        image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`):
             The scales drawn so far: with these as `image_grids` and the codes as `image_codes` another call goes on.
     """
 
@@ -108,8 +108,8 @@ class NextFlowPreview:
     scale: int
     num_scales: int
     grid: tuple[int, int]
-    image_codes: torch.LongTensor
-    image_grids: torch.LongTensor
+    image_codes: torch.Tensor
+    image_grids: torch.Tensor
 
 
 def save_strip(

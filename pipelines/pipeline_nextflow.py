@@ -279,9 +279,9 @@ class NextFlowPipeline(
         top_p: PerScale | None = None,
         num_scales: int | None = None,
         num_inference_steps: int | None = None,
-        image_codes: torch.LongTensor | None = None,
-        latents: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         keep_scales: int | None = None,
         mask_image: Image | list[Image] | None = None,
         mask_coverage: float = 0.6,
@@ -339,7 +339,7 @@ class NextFlowPipeline(
                 have what was drawn.
             num_inference_steps, latents (*optional*):
                 diffusers' names for `num_scales` and `image_codes`: steps are scales, and what is decoded is codes.
-            image_codes, image_grids (`torch.LongTensor`, *optional*):
+            image_codes, image_grids (`torch.Tensor`, *optional*):
                 Codes and schedules of an earlier result or of [`~NextFlowPipeline.encode_images`], for all images, one
                 a prompt, or one an image; `keep_scales` and `mask_image` say what is kept of them. Without a size, a
                 whole image says its own; a preview needs the size of its call. With neither `prompt` nor `messages`

@@ -224,8 +224,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
 
     def check_inputs(
         self,
-        image_codes: torch.LongTensor | None,
-        image_grids: torch.LongTensor | None,
+        image_codes: torch.Tensor | None,
+        image_grids: torch.Tensor | None,
         image: Any,
         init_image: Any,
         strength: float,
@@ -252,7 +252,7 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
                 f"`callback_on_step_end_tensor_inputs` has {unknown}, expected some of {self._callback_tensor_inputs}"
             )
 
-    def encode_image(self, image: Any) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def encode_image(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (total_codes,) and schedules (images, max_scales, 2) of images."""
         inputs = self.image_processor(image, return_tensors="pt")
         device, dtype = self._execution_device, self.vision_tokenizer.dtype
@@ -261,7 +261,7 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         return call_component(self.vision_tokenizer, "encode", pixel_values, image_grids).image_codes, image_grids
 
     def encode_condition(
-        self, image_codes: torch.LongTensor, image_grids: torch.LongTensor, *, num_scales: int | None = None
+        self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
     ) -> torch.Tensor:
         """The condition (images, channels, rows, columns) of codes that share one schedule."""
         device = self._execution_device
@@ -341,8 +341,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
 
     def encode_start(
         self,
-        image_codes: torch.LongTensor,
-        image_grids: torch.LongTensor,
+        image_codes: torch.Tensor,
+        image_grids: torch.Tensor,
         *,
         num_scales: int | None = None,
         init_image: list | None = None,
@@ -467,8 +467,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        image_codes: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         image: Any = None,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -490,8 +490,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         Draw the images of codes, or of an image's codes.
 
         Args:
-            image_codes (`torch.LongTensor` of shape `(total_codes,)`, *optional*): Codes, as NextFlow draws them.
-            image_grids (`torch.LongTensor` of shape `(images, max_scales, 2)`, *optional*): Their schedules.
+            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*): Codes, as NextFlow draws them.
+            image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`, *optional*): Their schedules.
             image (image or `list` of images, *optional*): Instead of codes: what to encode and draw anew.
             prompt (`str` or `list[str]`, *optional*):
                 Caption for all images or for each. It describes the image; it is no instruction. By default empty.
@@ -609,8 +609,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
 
 
 def _split_codes(
-    image_codes: torch.LongTensor, image_grids: torch.LongTensor, num_scales: int | None
-) -> tuple[torch.LongTensor, ...]:
+    image_codes: torch.Tensor, image_grids: torch.Tensor, num_scales: int | None
+) -> tuple[torch.Tensor, ...]:
     """Flat codes as one tensor an image; of all its scales, or of the first `num_scales`."""
     if image_grids.ndim != 3 or image_codes.ndim != 1:
         raise ValueError(

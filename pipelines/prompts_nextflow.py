@@ -30,14 +30,14 @@ class NextFlowImagePrompt:
     One image to sample, ready for the transformer.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(length,)`): The prompt, ending in `<boi>`.
-        image_grids (`torch.LongTensor` of shape `(sources + 1, max_scales, 2)`):
+        input_ids (`torch.Tensor` of shape `(length,)`): The prompt, ending in `<boi>`.
+        image_grids (`torch.Tensor` of shape `(sources + 1, max_scales, 2)`):
             Schedules of the source images, then of the image to sample.
-        image_codes (`torch.LongTensor` of shape `(total_codes,)`): Codes of the source images.
-        negative_input_ids (`torch.LongTensor` of shape `(length,)`, *optional*): The unconditional prompt.
+        image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes of the source images.
+        negative_input_ids (`torch.Tensor` of shape `(length,)`, *optional*): The unconditional prompt.
         imageless ([`NextFlowImagePrompt`], *optional*): The unconditional prompt without the user's images.
-        prefix_codes (`torch.LongTensor` of shape `(codes,)`, *optional*): Given codes of the first scales.
-        prefix_mask (`torch.BoolTensor` of shape `(codes,)`, *optional*): Which of them are kept, all by default.
+        prefix_codes (`torch.Tensor` of shape `(codes,)`, *optional*): Given codes of the first scales.
+        prefix_mask (`torch.Tensor` of shape `(codes,)`, *optional*): Which of them are kept, all by default.
         num_scales (`int`, *optional*): Scales to sample, all by default.
     """
 

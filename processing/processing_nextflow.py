@@ -636,7 +636,7 @@ class NextFlowProcessor(ProcessorMixin):
         grids = [[int(height), int(width)] for height, width in grids if height > 0]
         return [*grids, grids[-1]] if self.append_last_scale else grids
 
-    def target_image_grids(self, image_grids: torch.LongTensor) -> torch.LongTensor:
+    def target_image_grids(self, image_grids: torch.Tensor) -> torch.Tensor:
         """Rows of `image_grids` (images, max_scales, 2) of given images, as those of images to draw at their size."""
         if not self.append_last_scale:
             return image_grids

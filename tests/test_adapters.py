@@ -52,11 +52,11 @@ def trained_adapter(kind: str, **overrides) -> PeftModel:
 
 
 @torch.no_grad()
-def logits(model) -> torch.FloatTensor:
+def logits(model) -> torch.Tensor:
     return model(**INPUTS).logits
 
 
-def draw(model: NextFlowForCausalLM) -> torch.LongTensor:
+def draw(model: NextFlowForCausalLM) -> torch.Tensor:
     prompt = torch.tensor([[5, 7, IDS["boi_token_id"]]])
     generator = torch.Generator().manual_seed(0)
     return model.generate_images(prompt, image_grids=grids_tensor(SQUARE), generator=generator).image_codes
@@ -238,7 +238,7 @@ def test_exported_adapter_on_the_exported_model(tmp_path):
     assert torch.equal(drawn_by(scope["pipe"]), drawn)
 
 
-def drawn_by(pipe: NextFlowPipeline) -> torch.LongTensor:
+def drawn_by(pipe: NextFlowPipeline) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     return pipe("a", generator=torch.Generator().manual_seed(0), output_type="codes").image_codes
 

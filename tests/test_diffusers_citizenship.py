@@ -31,7 +31,7 @@ from nextflow_hf.hub_cards.export import export_pipeline, push_pipeline
 IMAGE = Image.new("RGB", (20, 12), "red")
 
 
-def draw(pipe: NextFlowPipeline, **options) -> torch.LongTensor:
+def draw(pipe: NextFlowPipeline, **options) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     return pipe("a", generator=torch.Generator().manual_seed(0), output_type="codes", **options).image_codes
 

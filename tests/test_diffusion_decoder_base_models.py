@@ -32,7 +32,7 @@ def built(tmp_path_factory):
     return build
 
 
-def codes_of(pipe: NextFlowDiffusionDecoderPipeline) -> tuple[torch.LongTensor, torch.LongTensor]:
+def codes_of(pipe: NextFlowDiffusionDecoderPipeline) -> tuple[torch.Tensor, torch.Tensor]:
     schedule = pipe.image_processor.schedule
     grids = torch.tensor(schedule.image_grids([schedule.grids((2, 8), 4)] * 2))
     return torch.randint(24, (int(grids.prod(-1).sum()),), generator=torch.Generator().manual_seed(0)), grids

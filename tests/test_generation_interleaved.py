@@ -26,7 +26,7 @@ def model() -> NextFlowForCausalLM:
     return toy_model()
 
 
-def draw_after_some(ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+def draw_after_some(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """A row begins an image after multiples of three and of seven: a property of the row alone."""
     begins = (ids[:, -1] % 3 == 0) | (ids[:, -1] % 7 == 0)
     boost = torch.where(begins, 1e4, -1e4)

@@ -51,7 +51,7 @@ def assert_equal_weights(model: PreTrainedModel, expected: PreTrainedModel):
         assert tensor.dtype == weights[name].dtype and torch.equal(tensor, weights[name]), name
 
 
-def draw(pipe: NextFlowPipeline) -> torch.LongTensor:
+def draw(pipe: NextFlowPipeline) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     image = Image.new("RGB", (20, 12), "red")
     return pipe("a", image=image, generator=torch.Generator().manual_seed(0), output_type="codes").image_codes

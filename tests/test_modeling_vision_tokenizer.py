@@ -73,14 +73,14 @@ def model() -> NextFlowVisionTokenizer:
     return build()
 
 
-def grids(*schedules: list[tuple[int, int]]) -> torch.LongTensor:
+def grids(*schedules: list[tuple[int, int]]) -> torch.Tensor:
     rows = torch.zeros(len(schedules), max(map(len, schedules)) + 1, 2, dtype=torch.long)
     for index, schedule in enumerate(schedules):
         rows[index, : len(schedule)] = torch.tensor(schedule)
     return rows
 
 
-def pixels(*schedules: list[tuple[int, int]], seed: int = 0) -> torch.FloatTensor:
+def pixels(*schedules: list[tuple[int, int]], seed: int = 0) -> torch.Tensor:
     """Noise in each image's corner, and large numbers in the padding, which nothing may read."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [(PATCH * schedule[-1][0], PATCH * schedule[-1][1]) for schedule in schedules]
@@ -90,7 +90,7 @@ def pixels(*schedules: list[tuple[int, int]], seed: int = 0) -> torch.FloatTenso
     return values
 
 
-def random_codes(*schedules: list[tuple[int, int]]) -> torch.LongTensor:
+def random_codes(*schedules: list[tuple[int, int]]) -> torch.Tensor:
     return torch.randint(CODES, (sum(count_codes(schedule) for schedule in schedules),))
 
 
@@ -332,7 +332,7 @@ def test_self_correction_generators(model: NextFlowVisionTokenizer):
     schedules = [SQUARE, TALL, SQUARE]
     image_grids, pixel_values = grids(*schedules), pixels(*schedules)
 
-    def encode(generator: torch.Generator | list[torch.Generator]) -> torch.LongTensor:
+    def encode(generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
         return model.encode(pixel_values, image_grids, self_correction=True, generator=generator).image_codes
 
     state = torch.get_rng_state()

@@ -28,12 +28,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def draw(model: NextFlowForCausalLM) -> torch.LongTensor:
+def draw(model: NextFlowForCausalLM) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return model.generate_images(PROMPT, image_grids=grids_tensor(SQUARE), generator=generator).image_codes
 
 
-def logits(model: NextFlowForCausalLM) -> torch.FloatTensor:
+def logits(model: NextFlowForCausalLM) -> torch.Tensor:
     ids = torch.tensor([[5, *image_tokens(SQUARE), 7]])
     with torch.no_grad():
         output = model(input_ids=ids, image_codes=random_codes(SQUARE), image_grids=grids_tensor(SQUARE))

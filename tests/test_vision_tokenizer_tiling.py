@@ -23,12 +23,12 @@ def tokenizer(**overrides) -> NextFlowVisionTokenizer:
     return model
 
 
-def random_codes(grids: torch.LongTensor) -> torch.LongTensor:
+def random_codes(grids: torch.Tensor) -> torch.Tensor:
     return torch.randint(24, (int(grids.prod(-1).sum()),), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def decode(model: NextFlowVisionTokenizer, grids: torch.LongTensor = GRIDS, **options) -> torch.Tensor:
+def decode(model: NextFlowVisionTokenizer, grids: torch.Tensor = GRIDS, **options) -> torch.Tensor:
     return model.decode(random_codes(grids), grids, **options)
 
 
@@ -114,7 +114,7 @@ def test_attention_sees_the_whole_image():
     assert set(cells) == {(13, 22)}
 
 
-def largest_activation(model: NextFlowVisionTokenizer, grids: torch.LongTensor) -> int:
+def largest_activation(model: NextFlowVisionTokenizer, grids: torch.Tensor) -> int:
     sizes = []
     hooks = [
         module.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))

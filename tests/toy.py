@@ -37,7 +37,7 @@ def toy_config(**overrides) -> NextFlowConfig:
     return NextFlowConfig(**{**values, **overrides})
 
 
-def grids_tensor(*schedules) -> torch.LongTensor:
+def grids_tensor(*schedules) -> torch.Tensor:
     rows = torch.zeros(len(schedules), 5, 2, dtype=torch.long)
     for index, schedule in enumerate(schedules):
         rows[index, : len(schedule)] = torch.tensor(schedule)
@@ -48,7 +48,7 @@ def image_tokens(schedule) -> list[int]:
     return [BOI, *[IMAGE] * sum(h * w for h, w in schedule[1:]), EOI]
 
 
-def random_codes(*schedules, seed: int = 0) -> torch.LongTensor:
+def random_codes(*schedules, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(CODES, (sum(h * w for s in schedules for h, w in s),), generator=generator)
 

@@ -84,7 +84,7 @@ class NextFlowDecoderCollator:
             "captions": [row["caption"] for row in rows],
         }
 
-    def _prepare(self, row: dict) -> tuple[torch.FloatTensor, torch.LongTensor]:
+    def _prepare(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The image at the resolution of its codes, of as many cells but more pixels, and its grids."""
         stored = row["image_grids"][row["image_grids"].prod(-1) > 0]
         schedule = self.image_processor.schedule

@@ -262,7 +262,7 @@ class RowEncoder:
             for image, image_codes, image_targets in zip(members, codes, targets, strict=True):
                 image.update(codes=image_codes, targets=image_targets)
 
-    def _crop(self, pixels: torch.Tensor, grids: torch.LongTensor) -> torch.Tensor:
+    def _crop(self, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
         """An image (3, height, width) without the padding that it has beside the others of its row."""
         height, width = self.vision_tokenizer.pixel_size(grids[grids.prod(-1) > 0][-1].tolist())
         return pixels[:, :height, :width]

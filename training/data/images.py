@@ -169,7 +169,7 @@ class NextFlowImageDataset(Dataset):
 class NextFlowVisionTokenizerCollator:
     """
     Items to a batch: `pixel_values` float32 (n, 3, max_height, max_width), zero-padded, and `image_grids`
-    LongTensor (n, max_scales, 2); and the `row_ids` of items that have one.
+    int64 (n, max_scales, 2); and the `row_ids` of items that have one.
 
     Args:
         image_processor (`Callable`, *optional*):
@@ -197,7 +197,7 @@ class NextFlowVisionTokenizerCollator:
         return {"pixel_values": pixel_values, "image_grids": image_grids, **names}
 
 
-def pixels_from_uint8(image: np.ndarray) -> torch.FloatTensor:
+def pixels_from_uint8(image: np.ndarray) -> torch.Tensor:
     """uint8 (height, width, 3) to float32 (3, height, width) in [-1, 1], contiguous."""
     # The copy: an array that is mapped from a file is read-only, and torch warns about that.
     return torch.from_numpy(image.copy()).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()

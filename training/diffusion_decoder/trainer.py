@@ -367,7 +367,7 @@ def add_training_noise(
     return noisy, timesteps, targets[prediction_type](), torch.ones(count, device=latents.device)
 
 
-def _groups(image_grids: torch.LongTensor) -> list[list[int]]:
+def _groups(image_grids: torch.Tensor) -> list[list[int]]:
     """Indices of the images that share a schedule."""
     groups: dict[tuple, list[int]] = {}
     for index, rows in enumerate(image_grids.tolist()):

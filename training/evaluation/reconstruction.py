@@ -13,9 +13,7 @@ SSIM_CONSTANTS = (0.01**2, 0.03**2)
 GMSD_CONSTANT = 170 / 255**2  # of Xue et al., for pixels from 0 to 255
 
 
-def peak_signal_to_noise(
-    decoded: torch.FloatTensor, true: torch.FloatTensor, mask: torch.BoolTensor | None = None
-) -> torch.FloatTensor:
+def peak_signal_to_noise(decoded: torch.Tensor, true: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """PSNR in decibel, over all pixels or those of `mask` (n, height, width); a perfect copy is capped at 100."""
     squared = (decoded - true).square().mean(1)
     mask = torch.ones_like(squared, dtype=torch.bool) if mask is None else mask
@@ -25,7 +23,7 @@ def peak_signal_to_noise(
     return -10 * error.clamp(min=1e-10).log10()
 
 
-def structural_similarity(decoded: torch.FloatTensor, true: torch.FloatTensor) -> torch.FloatTensor:
+def structural_similarity(decoded: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """
     SSIM (Wang et al., 2004): Gaussian windows of 11 x 11 pixels, those that lie inside the picture, of each colour
     channel by itself; 1 is a perfect copy.
@@ -53,7 +51,7 @@ def structural_similarity(decoded: torch.FloatTensor, true: torch.FloatTensor) -
     return (luminance * structure).mean((1, 2, 3))
 
 
-def gradient_similarity_deviation(decoded: torch.FloatTensor, true: torch.FloatTensor) -> torch.FloatTensor:
+def gradient_similarity_deviation(decoded: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """
     GMSD (Xue et al., 2014): the deviation of the similarity of the two pictures' gradient magnitudes. It follows what
     people see of blur and of artefacts better than PSNR does; 0 is a perfect copy, and higher is worse.
@@ -69,7 +67,7 @@ def gradient_similarity_deviation(decoded: torch.FloatTensor, true: torch.FloatT
     return similarity.flatten(1).std(1, correction=0)
 
 
-def edge_steepness(pictures: torch.FloatTensor) -> torch.FloatTensor:
+def edge_steepness(pictures: torch.Tensor) -> torch.Tensor:
     """
     How steep the edges are: the mean step from pixel to pixel, weighted by the steps themselves. An edge that is
     spread over twice as many pixels counts half, wherever it lies; flat areas do not count.
@@ -79,7 +77,7 @@ def edge_steepness(pictures: torch.FloatTensor) -> torch.FloatTensor:
     return steps.square().sum(1) / steps.sum(1).clamp(min=1e-8)
 
 
-def _luminance(pictures: torch.FloatTensor) -> torch.FloatTensor:
+def _luminance(pictures: torch.Tensor) -> torch.Tensor:
     weights = torch.tensor(LUMA, device=pictures.device, dtype=pictures.dtype).view(1, 3, 1, 1)
     return (pictures * weights).sum(1, keepdim=True)
 

@@ -14,16 +14,16 @@ from .reconstruction import SSIM_WINDOW, gradient_similarity_deviation, peak_sig
 class BatchMeasurement:
     """Numbers of every picture of a batch, each (n,), with the codes and the pictures that they are of."""
 
-    values: dict[str, torch.FloatTensor]
-    image_codes: torch.LongTensor
-    decoded: torch.FloatTensor
+    values: dict[str, torch.Tensor]
+    image_codes: torch.Tensor
+    decoded: torch.Tensor
 
 
 @torch.no_grad()
 def measure_batch(
     tokenizer: NextFlowVisionTokenizer,
-    pixel_values: torch.FloatTensor,
-    image_grids: torch.LongTensor,
+    pixel_values: torch.Tensor,
+    image_grids: torch.Tensor,
     *,
     num_scales: int = 0,
 ) -> BatchMeasurement:
@@ -61,7 +61,7 @@ def _pictures(pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[to
     ]
 
 
-def _each(metric, decoded: Sequence[torch.Tensor], true: Sequence[torch.Tensor]) -> torch.FloatTensor:
+def _each(metric, decoded: Sequence[torch.Tensor], true: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([metric(fake, real) for fake, real in zip(decoded, true, strict=True)])
 
 

@@ -73,7 +73,7 @@ class ReconstructionSuite:
         return {"rfid": frechet_distance(*statistics)}
 
 
-def _pixels(image: Image.Image) -> torch.FloatTensor:
+def _pixels(image: Image.Image) -> torch.Tensor:
     """(1, 3, height, width) in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 

@@ -16,7 +16,7 @@ from ...modeling_nextflow.loss_nextflow import scale_weights
 from ...processing.scale_schedule_nextflow import num_cells
 
 
-def code_weights(grids: Sequence[tuple[int, int]], alpha: float) -> torch.FloatTensor:
+def code_weights(grids: Sequence[tuple[int, int]], alpha: float) -> torch.Tensor:
     """Loss weight of every code of the scales `grids`, (codes,): `(h * w) ** -alpha` (PANW), with mean 1.
 
     Summed over a grid, a weight `k_t` on every per-code ratio has on-policy the gradient of `k_t` times the paper's
@@ -27,7 +27,7 @@ def code_weights(grids: Sequence[tuple[int, int]], alpha: float) -> torch.FloatT
     return scale_weights(schedule, alpha)[0].repeat_interleave(cells)
 
 
-def mask_to_cells(mask: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> torch.BoolTensor:
+def mask_to_cells(mask: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Which codes of the scales `grids` a boolean pixel mask (height, width) concerns, (codes,).
 
     Carried from fine to coarse: a cell is active where it overlaps an active cell of the next finer scale, a cell of
@@ -44,8 +44,8 @@ def mask_to_cells(mask: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> 
 
 
 def combine_rewards(
-    rewards: torch.FloatTensor, weights: torch.FloatTensor, num_generations: int
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    rewards: torch.Tensor, weights: torch.Tensor, num_generations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards (samples, functions) -> the same without failures, and their weighted sum (samples,).
 
     NaN: the function does not apply to the sample. Infinite: it failed. A sample is left out (NaN) where a function
@@ -62,7 +62,7 @@ def combine_rewards(
     return rewards, total.masked_fill(unused.all(1), torch.nan)
 
 
-def middle_return(rewards: torch.FloatTensor, eta: float) -> torch.FloatTensor:
+def middle_return(rewards: torch.Tensor, eta: float) -> torch.Tensor:
     """Value of a prefix from the rewards (suffixes, samples) of its suffixes (VMR): `eta * log mean exp(R / eta)`.
 
     Suffixes whose reward is NaN are left out; a sample has NaN if all are. One suffix has its reward.
@@ -76,8 +76,8 @@ def middle_return(rewards: torch.FloatTensor, eta: float) -> torch.FloatTensor:
 
 
 def group_advantages(
-    rewards: torch.FloatTensor, num_generations: int, scale: str = "group"
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    rewards: torch.Tensor, num_generations: int, scale: str = "group"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages (samples,) of rewards (samples,), groups one after the other, and the deviation (groups,) of each.
 
     `(R - mean of the group) / (standard deviation + 1e-4)`, the deviation taken over the group or, with `scale`
@@ -99,8 +99,8 @@ def group_advantages(
 
 
 def group_advantages_by_function(
-    rewards: torch.FloatTensor, weights: torch.FloatTensor, num_generations: int
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    rewards: torch.Tensor, weights: torch.Tensor, num_generations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`group_advantages`], of rewards (samples, functions) that are each normalised in the group, then summed with
     their weights and normalised over all samples (TRL's `"normalize_then_sum"`)."""
     _, total = combine_rewards(rewards, weights, num_generations)
@@ -110,7 +110,7 @@ def group_advantages_by_function(
     return advantages.nan_to_num(0.0), _deviation(total.view(-1, num_generations), dim=1)
 
 
-def gated_advantages(advantages: Callable, rewards: torch.FloatTensor, gates: torch.BoolTensor) -> torch.FloatTensor:
+def gated_advantages(advantages: Callable, rewards: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """
     Advantages (samples, codes) where masks gate the rewards: a code gets a reward only if the mask of that reward
     covers the code.
@@ -121,16 +121,14 @@ def gated_advantages(advantages: Callable, rewards: torch.FloatTensor, gates: to
     Args:
         advantages (`Callable`):
             Makes advantages (samples,), and something else, of rewards (samples, suffixes or functions).
-        rewards (`torch.FloatTensor` of shape `(samples, suffixes or functions)`): Groups one after the other.
-        gates (`torch.BoolTensor` of shape `(samples, suffixes or 1, codes)`): Which codes the masks cover.
+        rewards (`torch.Tensor` of shape `(samples, suffixes or functions)`): Groups one after the other.
+        gates (`torch.Tensor` of shape `(samples, suffixes or 1, codes)`): Which codes the masks cover.
     """
     gated = torch.where(gates, rewards[..., None], torch.nan)
     return torch.vmap(lambda of_code: advantages(of_code)[0], in_dims=-1, out_dims=-1)(gated)
 
 
-def token_advantages(
-    advantages: torch.FloatTensor, of_codes: torch.FloatTensor | None, scale_ids: torch.LongTensor
-) -> torch.FloatTensor:
+def token_advantages(advantages: torch.Tensor, of_codes: torch.Tensor | None, scale_ids: torch.Tensor) -> torch.Tensor:
     """Advantages of tokens (samples, length): of codes (`scale_ids` above 0) in their order, of text those of the
     samples (samples,). Without `of_codes` the samples' own."""
     if of_codes is None:
@@ -140,7 +138,7 @@ def token_advantages(
     return torch.where(is_code, of_codes.gather(1, index), advantages[:, None])
 
 
-def _deviation(values: torch.FloatTensor, dim: int) -> torch.FloatTensor:
+def _deviation(values: torch.Tensor, dim: int) -> torch.Tensor:
     """Standard deviation with Bessel's correction over the values that are not NaN; 0 where fewer than two are."""
     count = (~torch.isnan(values)).sum(dim)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim)
@@ -148,19 +146,19 @@ def _deviation(values: torch.FloatTensor, dim: int) -> torch.FloatTensor:
 
 
 def clipped_loss(
-    ratio: torch.FloatTensor,
-    advantages: torch.FloatTensor,
+    ratio: torch.Tensor,
+    advantages: torch.Tensor,
     *,
     epsilon_low: float,
     epsilon_high: float,
     delta: float | None = None,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """`-min(r A, clip(r, 1 - low, 1 + high) A)` per token. `delta` also bounds r where A is negative."""
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(bounded * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)
 
 
-def kl_to_reference(logps: torch.FloatTensor, reference_logps: torch.FloatTensor) -> torch.FloatTensor:
+def kl_to_reference(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
     """The estimator `exp(d) - d - 1` of KL(policy || reference) per token, d = log reference - log policy; never
     negative."""
     difference = reference_logps - logps
@@ -168,13 +166,13 @@ def kl_to_reference(logps: torch.FloatTensor, reference_logps: torch.FloatTensor
 
 
 def chunked_log_probs(
-    hidden_states: torch.FloatTensor,
+    hidden_states: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
-    targets: torch.LongTensor,
+    targets: torch.Tensor,
     *,
     temperature: float,
     chunk_size: int,
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target under `softmax(head(hidden_states) / temperature)` and the entropy, (tokens,).
 
     Beyond `chunk_size` tokens the logits of a chunk are made, used and dropped, and made again for the gradient.

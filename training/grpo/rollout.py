@@ -24,13 +24,13 @@ class Rollout:
 
     Args:
         prompt ([`NextFlowImagePrompt`]): What it was drawn from, the text before it included.
-        codes (`torch.LongTensor` of shape `(codes,)`): Its codes, on the CPU.
+        codes (`torch.Tensor` of shape `(codes,)`): Its codes, on the CPU.
         thoughts (`range`):
             Places in the prompt of the text before the picture, which was sampled; `<boi>` is among them if it was.
     """
 
     prompt: NextFlowImagePrompt
-    codes: torch.LongTensor
+    codes: torch.Tensor
     thoughts: range = range(0)
 
 
@@ -106,20 +106,20 @@ def draw(
     pipeline: NextFlowPipeline,
     prompts: Sequence[NextFlowImagePrompt],
     *,
-    prefixes: Sequence[torch.LongTensor] | None = None,
+    prefixes: Sequence[torch.Tensor] | None = None,
     num_scales: int | None = None,
     batch_size: int | None = None,
     generators: Sequence[torch.Generator] | None = None,
     **settings: Any,
-) -> list[torch.LongTensor]:
+) -> list[torch.Tensor]:
     """Codes (codes,) of an image per prompt: after `prefixes`, the codes of its first scales, where given; stopping
     after `num_scales` scales. `generators` has one for each prompt."""
     groups: dict[tuple, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(tuple(prompt.grids), []).append(index)
-    drawn: list[torch.LongTensor | None] = [None] * len(prompts)
+    drawn: list[torch.Tensor | None] = [None] * len(prompts)
 
-    def stop(scale: int, step: Any, codes: torch.LongTensor) -> list | None:
+    def stop(scale: int, step: Any, codes: torch.Tensor) -> list | None:
         return [] if scale + 1 == num_scales else None
 
     for members in groups.values():

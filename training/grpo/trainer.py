@@ -316,7 +316,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         has_one = math.prod(self._window) >= self.args.gradient_accumulation_steps
         return (self._rollout_index if has_one else self.state.global_step) % (turns + 1) == turns
 
-    def _draw(self, prompts: list, generators: list[torch.Generator] | None, **options: Any) -> list[torch.LongTensor]:
+    def _draw(self, prompts: list, generators: list[torch.Generator] | None, **options: Any) -> list[torch.Tensor]:
         args = self.args
         settings = {
             "batch_size": args.rollout_batch_size, "guidance_scale": args.guidance_scale,
@@ -336,7 +336,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         seeds = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def _prefixes(self, rollouts: list[Rollout]) -> list[torch.LongTensor]:
+    def _prefixes(self, rollouts: list[Rollout]) -> list[torch.Tensor]:
         return [r.codes[: num_cells(r.prompt.grids[: self._num_prefix_scales(r.prompt.grids)])] for r in rollouts]
 
     @torch.no_grad()
@@ -450,7 +450,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         eta, scale = self.args.vmr_eta, self.scale_rewards
         return totals.T, lambda rewards: group_advantages(middle_return(rewards.T, eta), num_generations, scale)
 
-    def _gates(self, rollouts: list[Rollout], masks: list[list], scales: list[range]) -> torch.BoolTensor:
+    def _gates(self, rollouts: list[Rollout], masks: list[list], scales: list[range]) -> torch.Tensor:
         """Codes that the reward of each suffix looked at, (samples, suffixes, trained codes)."""
         rows = []
         for index, (rollout, trained) in enumerate(zip(rollouts, scales)):
@@ -460,7 +460,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         return pad_sequence(rows, batch_first=True).transpose(1, 2).to(self.accelerator.device)
 
     def _policy_batch(
-        self, rollouts: list[Rollout], scales: list[range], gates: torch.BoolTensor | None
+        self, rollouts: list[Rollout], scales: list[range], gates: torch.Tensor | None
     ) -> dict[str, Any]:
         config, alpha = self.pipeline.transformer.config, self.args.scale_loss_alpha
         masks = [None] * len(rollouts) if gates is None else gates.any(1)
@@ -491,7 +491,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
             with use_adapter(peft_model, adapter_name="ref" if "ref" in peft_model.peft_config else None):
                 batch["ref_per_token_logps"] = self._log_probs(self.model, batch)
 
-    def _log_probs(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.FloatTensor:
+    def _log_probs(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities (batch, length), some rows at a time."""
         size = self.args.per_device_train_batch_size
         logps = torch.zeros(batch["targets"].shape, device=batch["targets"].device)
@@ -502,7 +502,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
             logps[start : start + size, : rows.shape[1]] = rows
         return logps
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.FloatTensor:
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         mode = "train" if self.model.training else "eval"
         arguments = policy_inputs(inputs)
         outputs = model(**arguments)

@@ -95,14 +95,14 @@ def _forward_with_rotary(attention: nn.Module, rotary: Callable) -> MethodType:
 
 
 def liger_weighted_cross_entropy(
-    hidden_states: torch.FloatTensor,
-    weight: torch.FloatTensor,
-    targets: torch.LongTensor,
-    token_weights: torch.FloatTensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
     *,
     parts: list[tuple[int, slice]],
     chunk_size: int,
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[`loss_nextflow.weighted_cross_entropy`] by Liger, which finds its own `chunk_size`.
 
     Without a reduction, so that a token's weight reaches its gradient: Liger's own weights are those of classes, and

@@ -96,7 +96,7 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
         # It was divided by the processes that share a batch, which makes a float of it; FSDP would round that.
         return num_items.round().long() if torch.is_tensor(num_items) else num_items
 
-    def _targets(self, batch: dict) -> torch.LongTensor:
+    def _targets(self, batch: dict) -> torch.Tensor:
         """What is supervised, to be counted: which code it is does not matter, and pixels have none yet."""
         config = self.accelerator.unwrap_model(self.model).config
         layout = codes = None

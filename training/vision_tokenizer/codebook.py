@@ -35,7 +35,7 @@ class CodeUsage:
         self.scale_counts = torch.zeros(0, codebook_size, device=device)
         self.steps_unused = torch.zeros(codebook_size, dtype=torch.long, device=device)
 
-    def add(self, image_codes: torch.LongTensor, image_grids: torch.LongTensor) -> None:
+    def add(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> None:
         """Counts the codes of a batch of this process."""
         counts = count_codes_per_scale(image_codes, image_grids, len(self.steps_unused))
         self.step_counts += counts.sum(0)
@@ -72,9 +72,7 @@ class CodeUsage:
             self.scale_counts = F.pad(self.scale_counts, (0, 0, 0, missing))
 
 
-def count_codes_per_scale(
-    image_codes: torch.LongTensor, image_grids: torch.LongTensor, codebook_size: int
-) -> torch.FloatTensor:
+def count_codes_per_scale(image_codes: torch.Tensor, image_grids: torch.Tensor, codebook_size: int) -> torch.Tensor:
     """How often each code occurs in each scale, (max_scales, codebook_size). Codes of -1 (dropped) are not counted."""
     max_scales = image_grids.shape[1]
     cells = image_grids.prod(-1)  # (n, max_scales), zero after an image's last scale
@@ -93,11 +91,11 @@ def codebook_statistics(counts: torch.Tensor) -> tuple[float, float]:
 
 def scale_queries(
     quantizer: NextFlowMultiScaleQuantizer,
-    features: torch.FloatTensor,
+    features: torch.Tensor,
     schedule: tuple[tuple[int, int], ...],
     *,
     quantize: bool,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """
     The vectors that all scales look up, (n, cells of all scales, code_dim), both parts of length one. Without
     `quantize` each is its own code: what a perfect codebook would see, for a codebook that does not exist yet.
@@ -113,18 +111,18 @@ def scale_queries(
 
 
 def draw_queries(
-    batches: Sequence[Sequence[torch.FloatTensor]],
+    batches: Sequence[Sequence[torch.Tensor]],
     count: int,
     accelerator: Accelerator,
     *,
     seed: Sequence[int],
     replace: bool,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """
     `count` vectors, the same in all processes, from the images of all of them.
 
     Args:
-        batches (`Sequence[Sequence[torch.FloatTensor]]`):
+        batches (`Sequence[Sequence[torch.Tensor]]`):
             Of this process: the vectors (cells, code_dim) of every image of every batch. All processes have as many
             batches of as many images.
         count (`int`): How many.
@@ -156,12 +154,12 @@ def draw_queries(
 
 def spherical_kmeans(
     quantizer: NextFlowMultiScaleQuantizer,
-    centers: torch.FloatTensor,
-    features: torch.FloatTensor,
+    centers: torch.Tensor,
+    features: torch.Tensor,
     accelerator: Accelerator,
     *,
     iterations: int,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """
     k-means with the quantiser's own distance, over the features (n, code_dim) of all processes. Starts from and gives
     centres (codebook_size, code_dim), both parts of length one.
@@ -176,7 +174,7 @@ def spherical_kmeans(
 
 
 @torch.no_grad()
-def distinct_codes(quantizer: NextFlowMultiScaleQuantizer, counts: torch.Tensor, num_codes: int) -> torch.LongTensor:
+def distinct_codes(quantizer: NextFlowMultiScaleQuantizer, counts: torch.Tensor, num_codes: int) -> torch.Tensor:
     """
     The `num_codes` codes that are left, in order, when of the two nearest codes the less used one goes, again and
     again. Near is what is near in the search.
@@ -204,7 +202,7 @@ def distinct_codes(quantizer: NextFlowMultiScaleQuantizer, counts: torch.Tensor,
 
 
 @torch.no_grad()
-def with_codes(vision_tokenizer: NextFlowVisionTokenizer, codes: torch.LongTensor) -> NextFlowVisionTokenizer:
+def with_codes(vision_tokenizer: NextFlowVisionTokenizer, codes: torch.Tensor) -> NextFlowVisionTokenizer:
     """A copy of `vision_tokenizer` that has only the given codes, renumbered in their order."""
     config = copy.deepcopy(vision_tokenizer.config)
     config.codebook_size = len(codes)

@@ -16,7 +16,7 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisi
 LPIPS_NETWORKS = ("alex", "squeeze", "vgg")
 
 
-def picture_sizes(tokenizer: NextFlowVisionTokenizer, image_grids: torch.LongTensor) -> list[tuple[int, int]]:
+def picture_sizes(tokenizer: NextFlowVisionTokenizer, image_grids: torch.Tensor) -> list[tuple[int, int]]:
     """(height, width) in pixels of every picture of a batch."""
     return [tokenizer.pixel_size(schedule[-1]) for schedule in schedules_from_grids(image_grids)]
 

@@ -202,7 +202,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
     # ---- The codebook ----
 
     @contextmanager
-    def _capture_features(self, image_grids: torch.LongTensor) -> Iterator[None]:
+    def _capture_features(self, image_grids: torch.Tensor) -> Iterator[None]:
         """Keeps what the quantiser is given, as (features (1, code_dim, height, width), schedule) of every picture."""
         schedules = schedules_from_grids(image_grids)
         captured: dict[tuple, Iterator[torch.Tensor]] = {}
@@ -217,7 +217,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
             handle.remove()
         self.last_features = [(next(captured[schedule]), schedule) for schedule in schedules]
 
-    def _queries(self, *, quantize: bool) -> list[torch.FloatTensor]:
+    def _queries(self, *, quantize: bool) -> list[torch.Tensor]:
         """The vectors (cells, code_dim) that the pictures of the last batch look up."""
         quantizer = self.tokenizer.quantizer
         return [
@@ -239,7 +239,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
         self.initialize_codebook_from(batches)
 
     @torch.no_grad()
-    def initialize_codebook_from(self, batches: list[list[torch.FloatTensor]]) -> None:
+    def initialize_codebook_from(self, batches: list[list[torch.Tensor]]) -> None:
         """
         Initialises both codebooks together by `codebook_init_iterations` of k-means, from the features (cells,
         code_dim) of every picture of this process's batches, both parts of length one. Raises `ValueError` when all
@@ -268,7 +268,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
             self.usage.steps_unused[dead] = 0
         return len(dead)
 
-    def _write_codes(self, rows: torch.LongTensor, vectors: torch.FloatTensor) -> None:
+    def _write_codes(self, rows: torch.Tensor, vectors: torch.Tensor) -> None:
         """
         Writes unit vectors into rows of both codebooks, and into the average of the weights: the old code has nothing
         to say about the new one. Forgets the optimiser's moments of those rows.
