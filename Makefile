@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+# constraints-min.txt has the lowest versions that pyproject.toml declares.
+CONSTRAINTS ?= constraints.txt
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 
 .PHONY: demo test check docs kill-test lint clean
 
@@ -27,6 +29,7 @@ kill-test: $(VENV)/installed-test
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
 clean:
 	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache
@@ -35,10 +38,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Stamps: the second run installs nothing. The sources are not listed: the installation is editable.
-$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(INSTALL) -e .
 	touch $@
 
-$(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(INSTALL) -e ".[$*]"
 	touch $@

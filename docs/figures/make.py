@@ -115,7 +115,7 @@ def codebooks() -> str:
         label(405, 150, "one index a cell,", size=12), label(405, 166, "scale by scale, on residuals", size=12),
         box(540, 30, 150, 40, "semantic codebook", TEXT), box(540, 130, 150, 40, "pixel codebook", MARK),
         box(740, 30, 150, 40, "semantic decoder", TEXT), box(740, 130, 150, 40, "pixel decoder", MARK),
-        label(815, 22, "predicts the teacher's features", size=11), label(815, 188, "draws the pixels", size=11),
+        label(815, 22, "predicts the teacher's features", size=11), label(815, 188, "decodes to pixels", size=11),
         arrow(80, 95, 118, 52), arrow(80, 105, 118, 148), arrow(280, 52, 328, 90), arrow(280, 148, 328, 112),
         arrow(480, 90, 538, 52), arrow(480, 110, 538, 148), arrow(690, 50, 738, 50), arrow(690, 150, 738, 150),
         arrow(690, 55, 760, 128),
