@@ -4,19 +4,33 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import one_line_mistakes
 from .loading import load_pipeline
 from .options import add_model_options, new_parser
 
 
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_nextflow import NextFlowPipeline
+    from ..training.evaluation.runner import EvaluationRun
+
 EXAMPLES = """
   nextflow-hf evaluate nextflow_hf.worlds.shapes:suite nextflow-shapes count=20
   nextflow-hf evaluate my_module:suite runs/mine/pipeline --output-dir evaluations/mine --set guidance_scale=3
+  nextflow-hf evaluate geneval2 runs/mine/pipeline --prompts GenEval2 --judge Qwen/Qwen3-VL-8B-Instruct
+  nextflow-hf evaluate gedit runs/mine/pipeline --judge http://localhost:8000/v1 --judge-model Qwen2.5-VL-72B-Instruct
   nextflow-hf evaluate reconstruction runs/mine/pipeline data=path/to/images
+  nextflow-hf evaluate understanding runs/mine/pipeline tasks=[mme,mmmu_val]
+  nextflow-hf evaluate card runs/mine/pipeline
   torchrun --nproc_per_node 8 -m nextflow_hf.cli evaluate emoji runs/mine/pipeline --generate-only
 """
+# Arguments of the suites that are options of their own; the second decide the scores, and no answer.
+PROMPTS, SCORING = ("prompts",), ("judge", "judge_model", "judge_prompts", "results")
+ACTIONS = {
+    "understanding": "lmms-eval's tasks, with the model `nextflow`",
+    "card": "one page of all evaluations of MODEL, and its model-index",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -26,6 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("options", nargs="*", metavar="key=value", help="arguments of the suite")
     parser.add_argument("--output-dir", type=Path, help="default: evaluations/SUITE/MODEL")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="how to sample, in every call")
+    parser.add_argument("--prompts", metavar="FOLDER", help="of a benchmark: a folder, or a data set on the Hub")
+    parser.add_argument("--judge", metavar="URL|MODEL", help="an OpenAI-compatible server, or a vision language model")
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's name on its server")
+    parser.add_argument("--judge-prompts", metavar="FOLDER", help="the benchmark's own questions, instead of ours")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--generate-only", action="store_true", help="only the answers: they can be scored elsewhere")
@@ -53,51 +71,107 @@ def parse_values(assignments: Sequence[str]) -> dict[str, Any]:
 @one_line_mistakes("evaluate")
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
-    from ..training.evaluation.suite import SUITES, make_suite
+    args.command = ["nextflow-hf", "evaluate", *argv]
+    from ..training.evaluation.suite import SUITES
 
     if args.list:
-        print("\n".join(f"{name:16} {path}" for name, path in SUITES.items()))
+        print("\n".join(f"{name:16} {what}" for name, what in {**SUITES, **ACTIONS}.items()))
         return 0
     if args.suite is None or args.model is None:
         raise ValueError("SUITE and MODEL are missing, see --help and --list")
-    options, settings = parse_values(args.options), parse_values(args.set)
-    suite = make_suite(args.suite, options)
-    named = args.model
-    folder = args.output_dir or Path("evaluations", _file_name(args.suite), _file_name(named))
+    options = parse_values(args.options)
+    options |= {name: getattr(args, name) for name in (*PROMPTS, *SCORING[:3]) if getattr(args, name) is not None}
+    folder = args.output_dir or Path("evaluations", _file_name(args.suite), _file_name(args.model))
+    work = {"understanding": _understand, "card": _write_card}.get(args.suite, _evaluate)
+    for file in work(args, options, folder):
+        print(file)
+    return 0
 
+
+def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -> list[Path]:
+    from ..training.evaluation.benchmark import Benchmark
     from ..training.evaluation.report import write_report
     from ..training.evaluation.runner import EvaluationRun
+    from ..training.evaluation.suite import make_suite
 
-    weights = {
-        name: getattr(args, name)
-        for name in ("transformer", "vision_tokenizer", "lora", "dtype")
-        if getattr(args, name, None)
-    }
+    suite = make_suite(args.suite, options)
+    if isinstance(suite, Benchmark) and not args.generate_only:
+        suite.check_judge()
+    scoring = {name: options.pop(name) for name in SCORING if name in options}
+    weights = ("transformer", "vision_tokenizer", "lora", "dtype", "revision")
     description = {
         "suite": args.suite,
-        "model": named,
+        "model": args.model,
         "options": options,
-        "settings": settings,
+        "settings": parse_values(args.set),
         "seed": args.seed,
-        **weights,
+        **{name: getattr(args, name) for name in weights if getattr(args, name, None)},
     }
     run = EvaluationRun(suite, folder, description)
     if not args.score_only:
-        from ..training.evaluation.answering import answer_sample
-
-        if args.device is None and run.state.num_processes > 1:
-            args.device = str(run.state.device)
-        pipe = load_pipeline(args)
-        pipe.set_progress_bar_config(disable=True)
-        run.generate(lambda sample, seed: answer_sample(pipe, sample, seed, settings))
+        _generate(run, args)
+    files = [suite.lay_out(run)] if isinstance(suite, Benchmark) and run.state.is_main_process else []
     if not args.generate_only:
-        run.score()
+        run.score(scoring)
         if run.state.is_main_process:
-            summary, files = write_report(run, description)
-            print(files[1].read_text(encoding="utf-8"))
-            print("\n".join(map(str, files)))
-    return 0
+            _, written = write_report(run, description, args.command)
+            print(written[1].read_text(encoding="utf-8"))
+            files += written
+    return files
+
+
+def _generate(run: "EvaluationRun", args: argparse.Namespace) -> None:
+    from ..atomic import write_json
+    from ..training.evaluation.answering import answer_sample
+    from ..training.evaluation.report import ORIGIN
+    from .loading import environment
+    from .measuring import peak_memory, reset_peak_memory
+
+    if args.device is None and run.state.num_processes > 1:
+        args.device = str(run.state.device)
+    pipe = load_pipeline(args)
+    pipe.set_progress_bar_config(disable=True)
+    device = pipe._execution_device
+    reset_peak_memory(device)
+    if run.state.is_main_process:
+        write_json(run.folder / ORIGIN, {"command": args.command, **_origin(pipe), "environment": environment()})
+    run.generate(lambda sample, seed: answer_sample(pipe, sample, seed, run.settings), lambda: peak_memory(device)[0])
+
+
+def _origin(pipe: "NextFlowPipeline") -> dict[str, Any]:
+    """What the figures are of: the weights and the hardware."""
+    import torch
+
+    from .loading import drawing_modules, weights_fingerprint
+    from .measuring import peak_memory
+
+    device = pipe._execution_device
+    return {
+        "weights": {name: weights_fingerprint(module) for name, module in drawing_modules(pipe).items()},
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "memory_of": peak_memory(device)[1],
+    }
+
+
+def _understand(args: argparse.Namespace, options: dict[str, Any], folder: Path) -> list[Path]:
+    from ..training.evaluation.suite import bind
+    from ..training.evaluation.understanding import evaluate_understanding
+
+    return bind(
+        args.suite, evaluate_understanding, {"model": args.model, "folder": folder, "command": args.command, **options}
+    )
+
+
+def _write_card(args: argparse.Namespace, options: dict[str, Any], folder: Path) -> list[Path]:
+    from ..training.evaluation.card import write_card
+    from ..training.evaluation.suite import bind
+
+    folders = options.pop("folders", None)
+    found = folder.parent.parent.glob(f"*/{_file_name(args.model)}") if folders is None else map(Path, folders)
+    evaluated = sorted(path for path in found if (path / "report.json").is_file())
+    return bind(args.suite, write_card, {"model": args.model, "folders": evaluated, "output": folder, **options})
 
 
 def _file_name(name: str) -> str:

@@ -117,7 +117,7 @@ class WorldSuite:
             values["reasoning"] = split_reasoning(text_of(answer[0]))[1] == split_reasoning(text_of(expected[0]))[1]
         return values
 
-    def summarize(self, answers: Iterable[tuple[Sample, Answer]]) -> dict[str, float]:
+    def summarize(self, answers: Iterable[tuple[Sample, Answer]], results: Sequence[dict]) -> dict[str, float]:
         """Nothing beyond the means."""
         return {}
 

@@ -1,18 +1,20 @@
-"""What a vision tokenizer makes of images: PSNR, SSIM, GMSD and sharpness of each, and r-FID where features are named.
+"""What a vision tokenizer makes of images: PSNR, SSIM, GMSD and sharpness of each; LPIPS and r-FID where asked for.
 
     nextflow-hf evaluate reconstruction MODEL data=path/to/images [count=1000] [resolution=512] [features=inception]
+        [perceptual=lpips-alex]
 
 `data` is a description of data (a YAML file, as `nextflow-hf extract` reads it; its rows for evaluation), a folder of
 images, or a data set with a column `image`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..data.description import load_images, read_description
+from ..vision_tokenizer.losses import load_perceptual_loss
 from .frechet import FeatureStatistics, frechet_distance, load_feature_model
 from .reconstruction import (
     SSIM_WINDOW,
@@ -33,13 +35,24 @@ class ReconstructionSuite:
         count (`int`, *optional*): Only the first so many rows.
         resolution (`int`, *optional*): Side in pixels of a square image with as many scales.
         features (`str`, *optional*): For r-FID: "inception", or a vision model by folder or Hub id.
+        perceptual (`str`, *optional*): "lpips-alex", "lpips-vgg" (LPIPS, by the package lpips, which needs
+            torchvision), or a vision model by folder or Hub id: see [`load_perceptual_loss`].
     """
 
     name = "reconstruction"
 
-    def __init__(self, data: str, *, count: int | None, resolution: int | None, features: str | None):
+    def __init__(
+        self,
+        data: str,
+        *,
+        count: int | None = None,
+        resolution: int | None = None,
+        features: str | None = None,
+        perceptual: str | None = None,
+    ):
         self.rows = load_images(read_description(data), "evaluation")
         self.features = features
+        self.distance = None if perceptual is None else load_perceptual_loss(perceptual)
         self.settings = {} if resolution is None else {"resolution": resolution}
         total = len(self.rows)
         self.ids = [f"{index:08d}" for index in range(total if count is None else min(count, total))]
@@ -60,9 +73,11 @@ class ReconstructionSuite:
         }
         if min(true.shape[2:]) >= SSIM_WINDOW:
             values["ssim"] = structural_similarity(decoded, true)
+        if self.distance is not None:
+            values["perceptual"] = self.distance(decoded * 2 - 1, true * 2 - 1)
         return {name: value.item() for name, value in values.items()}
 
-    def summarize(self, answers: Iterable[tuple[Sample, Answer]]) -> dict[str, float]:
+    def summarize(self, answers: Iterable[tuple[Sample, Answer]], results: Sequence[dict]) -> dict[str, float]:
         """`rfid`: the Fréchet distance of the images and their reconstructions, with a feature model."""
         if self.features is None:
             return {}
@@ -78,14 +93,6 @@ def _pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 
 
-def suite(
-    data: str,
-    count: int | None = None,
-    resolution: int | None = None,
-    features: str | None = None,
-) -> ReconstructionSuite:
-    """`nextflow-hf evaluate reconstruction`; the arguments of [`ReconstructionSuite`]."""
-    return ReconstructionSuite(data, count=count, resolution=resolution, features=features)
-
+suite = ReconstructionSuite
 
 __all__ = ["ReconstructionSuite", "suite"]

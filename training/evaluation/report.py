@@ -1,18 +1,21 @@
 """The report of an evaluation: rates with their intervals and means, as data, as tables and as contact sheets."""
 
+import json
 import math
+import statistics
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
 from ...atomic import write_file, write_json, write_text
-from .runner import EvaluationRun
+from .runner import SCORING, EvaluationRun
 from .suite import images_of, text_of
 
 
 PASSED = "passed"
+ORIGIN = "origin.json"  # what the command writes of what answers: command, weights, hardware
 SHEET_SAMPLES, SHEET_COLUMNS = 36, 6
 TILE, FRAME, TEXT_HEIGHT = 128, 4, 54
 PASS_COLOR, FAIL_COLOR, GIVEN_COLOR = (40, 170, 70), (215, 40, 40), (200, 200, 200)
@@ -75,15 +78,18 @@ def to_markdown(title: str, summary: dict) -> str:
     return "\n".join(lines)
 
 
-def write_report(run: EvaluationRun, description: dict) -> tuple[dict, list[Path]]:
-    """Writes `report.json`, `report.md` and a contact sheet of each group with images; what it says, and the files."""
+def write_report(run: EvaluationRun, description: dict, command: Sequence[str]) -> tuple[dict, list[Path]]:
+    """
+    Writes `report.json`, `report.md` and a contact sheet of each group with images; what it says, and the files.
+    `command` is that of the scores.
+    """
     results = run.rows("results")
     ordered = [results[id] for id in run.suite.ids if id in results]
-    summary = {**description, "complete": len(ordered) == len(run.suite.ids), "groups": summarize(ordered)}
-    summary["values"] = run.suite.summarize(run.pairs())
+    summary = {**description, "complete": len(ordered) == len(run.suite.ids), "samples": len(ordered)}
+    summary |= {"groups": summarize(ordered), "values": run.suite.summarize(run.pairs(), ordered)}
+    summary["provenance"] = {**_provenance(run), "scored_by": list(command)}
     title = f"{description['suite']}: {len(ordered)} of {len(run.suite.ids)} samples, {description['model']}"
     files = [run.folder / "report.json", run.folder / "report.md"]
-    write_json(files[0], summary)
     write_text(files[1], to_markdown(title, summary))
     answers = run.rows("answers")
     for group in summary["groups"]:
@@ -92,7 +98,22 @@ def write_report(run: EvaluationRun, description: dict) -> tuple[dict, list[Path
         if any(tile.width > 1 for tile in tiles):
             files.append(run.folder / f"{group.replace(' ', '_').replace(',', '')}.png")
             write_file(files[-1], _sheet(tiles).save)
+    summary["sheets"] = [file.name for file in files[2:]]
+    write_json(files[0], summary)
     return summary, files
+
+
+def _provenance(run: EvaluationRun) -> dict:
+    """Where the figures come from: what the folder keeps, the median time of a sample, and the peak of the memory."""
+    found = {}
+    for name in (ORIGIN, SCORING):
+        if (run.folder / name).is_file():
+            found |= json.loads((run.folder / name).read_text(encoding="utf-8"))
+    timings = run.rows("timings").values()
+    if timings:
+        found["seconds_per_sample"] = statistics.median(row["seconds"] for row in timings)
+        found["peak_bytes"] = max(row["peak_bytes"] for row in timings)
+    return found
 
 
 def _draw_tile(run: EvaluationRun, answer: dict, result: dict) -> Image.Image:

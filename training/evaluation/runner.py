@@ -2,11 +2,14 @@
 
 The folder has `evaluation.json` (what is evaluated), `images/`, `answers-P.jsonl` and `results-P.jsonl` of process P.
 A line is appended and flushed to the disk when its images are; a line that a kill cut short is not counted. Processes
-share the samples that are left, so a run may go on with another number of them. Knows neither suites nor models.
+share the samples that are left, so a run may go on with another number of them. `timings-P.jsonl` has the seconds and
+the peak memory of each sample, `scoring.json` what decides the scores. Knows neither suites nor models.
 """
 
 import json
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,10 +21,12 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ...atomic import write_file, write_json
-from .suite import Answer, Sample, Suite, text_of
+from .suite import Answer, Sample, Suite, UnscoredError, text_of
 
 
-DESCRIPTION, IMAGES = "evaluation.json", "images"
+logger = logging.getLogger(__name__)
+
+DESCRIPTION, SCORING, IMAGES = "evaluation.json", "scoring.json", "images"
 SAMPLE_SEEDS = 1000  # between two samples: each turn has one
 
 
@@ -39,13 +44,17 @@ class EvaluationRun:
         self.suite, self.folder, self.seed = suite, folder, description["seed"]
         self.settings = description.get("settings", {})
         self.state = PartialState()
-        file = folder / DESCRIPTION
+        self.claim(DESCRIPTION, description)
+
+    def claim(self, name: str, description: dict[str, Any]) -> None:
+        """Writes what decides the answers or the scores; another description than the one that is there is refused."""
+        file = self.folder / name
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
             if there != json.loads(json.dumps(description)):
                 changed = sorted(key for key in {*there, *description} if there.get(key) != description.get(key))
                 raise ValueError(
-                    f"{folder} has an evaluation with other values of {', '.join(changed)}: name "
+                    f"{self.folder} has an evaluation with other values of {', '.join(changed)}: name "
                     "another --output-dir, or remove it"
                 )
         self.state.wait_for_everyone()
@@ -53,30 +62,35 @@ class EvaluationRun:
             write_json(file, description)
         self.state.wait_for_everyone()
 
-    def generate(self, answer: Callable[[Sample, int], Answer]) -> None:
-        """Answers to all samples that have none yet: `answer(sample, seed)`."""
+    def generate(self, answer: Callable[[Sample, int], Answer], memory: Callable[[], int] = lambda: 0) -> None:
+        """Answers to all samples that have none yet: `answer(sample, seed)`; `memory` is the peak so far, in bytes."""
 
         def work(index: int, sample: Sample) -> dict:
             seed = self.seed * 10_000_019 + index * SAMPLE_SEEDS
-            return {
-                "seed": seed,
-                "answer": [self._save(sample, seed, *turn) for turn in enumerate(answer(sample, seed))],
-            }
+            started = time.perf_counter()
+            turns = answer(sample, seed)
+            timing = {"id": sample.id, "seconds": time.perf_counter() - started, "peak_bytes": memory()}
+            with open(self.folder / f"timings-{self.state.process_index}.jsonl", "a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps(timing)}\n")  # the first ends a line that was cut short
+            return {"seed": seed, "answer": [self._save(sample, seed, *turn) for turn in enumerate(turns)]}
 
         self._fill("answers", work)
 
-    def score(self) -> None:
-        """Scores of all answers that have none yet."""
+    def score(self, scoring: dict[str, Any]) -> None:
+        """Scores of all answers that have none yet; `scoring` is what decides them, such as the judge."""
+        self.claim(SCORING, scoring)
         answers = self.rows("answers")
 
         def work(index: int, sample: Sample) -> dict:
             values = self.suite.score(sample, self.load(answers[sample.id]))
-            return {"scores": {name: float(value) for name, value in values.items()}}
+            kept = {name: value for name, value in values.items() if isinstance(value, (str, list, dict))}
+            scores = {name: float(value) for name, value in values.items() if name not in kept}
+            return {"scores": scores, **({"kept": kept} if kept else {})}
 
         self._fill("results", work, only=answers)
 
     def rows(self, kind: str) -> dict[str, dict]:
-        """The finished lines of "answers" or "results" by the id of their sample, in any order."""
+        """The finished lines of "answers", "timings" or "results" by the id of their sample, in any order."""
         found = {}
         for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
             for line in path.read_text(encoding="utf-8").split("\n"):
@@ -107,7 +121,12 @@ class EvaluationRun:
             for index in tqdm(mine, desc=kind, unit="sample", disable=not self.state.is_main_process):
                 sample = self.suite.sample(self.suite.ids[index])
                 row = {"id": sample.id, "group": sample.group, "category": sample.category}
-                file.write(json.dumps({**row, **work(index, sample)}) + "\n")
+                try:
+                    row |= work(index, sample)
+                except UnscoredError as error:
+                    logger.warning("no score for %s: %s", sample.id, error)
+                    continue
+                file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         self.state.wait_for_everyone()

@@ -14,12 +14,25 @@ from typing import Any, Protocol
 Part = dict[str, Any]  # {"type": "text", "text": ...} or {"type": "image", "image": PIL image}
 Answer = list[list[Part]]  # of every turn
 
+_BENCHMARKS = {
+    "generation": ("geneval", "geneval2", "dpg", "wise", "wise_verified", "prism"),
+    "editing": ("imgedit", "gedit", "omnicontext", "edit_canvas"),
+}
 # Short names of the suites of this package.
 SUITES = {
+    **{
+        name: f"nextflow_hf.training.evaluation.{module}:{name}"
+        for module, names in _BENCHMARKS.items()
+        for name in names
+    },
     "reconstruction": "nextflow_hf.training.evaluation.reconstruction_suite:suite",
     "shapes": "nextflow_hf.worlds.shapes:suite",
     "emoji": "nextflow_hf.worlds.emoji:suite",
 }
+
+
+class UnscoredError(ValueError):
+    """One answer got no score: the run reports it, goes on without it, and asks again when it is started again."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,14 @@ class Suite(Protocol):
     def sample(self, id: str) -> Sample:
         """The sample; images and sentences are made when it is asked for."""
 
-    def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
-        """Named values of one answer. "passed" is a rate with an interval in the report; the others are means."""
+    def score(self, sample: Sample, answer: Answer) -> dict[str, Any]:
+        """
+        Named values of one answer. "passed" is a rate with an interval in the report, the other numbers are means;
+        what is no number, such as a judge's words, is kept in the row under "kept". Raises [`UnscoredError`].
+        """
 
-    def summarize(self, answers: Iterable[tuple[Sample, Answer]]) -> dict[str, float]:
-        """Named values of all answers together, such as a Fréchet distance; often none."""
+    def summarize(self, answers: Iterable[tuple[Sample, Answer]], results: Sequence[dict]) -> dict[str, float]:
+        """Named values of all answers or all rows of results together, such as a Fréchet distance; often none."""
 
 
 def images_of(parts: list[Part]) -> list:
@@ -105,11 +121,15 @@ def find_suite(name: str) -> Callable[..., Suite]:
         raise ValueError(f"there is no suite {name!r}: {error}") from error
 
 
-def make_suite(name: str, options: dict[str, Any]) -> Suite:
-    """The suite with its options; unknown ones are refused by name."""
-    function = find_suite(name)
+def bind(name: str, function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """`function(**options)`; options that it does not take are refused by name."""
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
         raise ValueError(f"the suite {name}: {error}; it takes {inspect.signature(function)}") from error
     return function(**options)
+
+
+def make_suite(name: str, options: dict[str, Any]) -> Suite:
+    """The suite with its options."""
+    return bind(name, find_suite(name), options)

@@ -176,7 +176,7 @@ class VLMJudge:
         """Score of one picture, the sources of an edit shown before it; NaN where the judge did not give one."""
         low, high = self.score_range
         text = self.question.format(prompt=prompt_text(prompt), low=low, high=high)
-        content = [_image_part(picture) for picture in (*source_images, image)] + [{"type": "text", "text": text}]
+        content = [image_part(picture) for picture in (*source_images, image)] + [{"type": "text", "text": text}]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         try:
             score = parse_score(answer_text(self._request(body)))
@@ -212,7 +212,8 @@ class VLMJudge:
             self.num_requests += 1
 
 
-def _image_part(image: Image.Image) -> dict:
+def image_part(image: Image.Image) -> dict:
+    """A content part of a chat completion: the image as PNG in a data URL."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
