@@ -5,6 +5,7 @@ images and for every scale, a loss that is no number stops the training, and a c
 """
 
 import torch
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from ...modeling_nextflow.loss_nextflow import get_targets
@@ -15,6 +16,7 @@ from ..common.processes import ProcessesMixin
 from ..common.refusals import OWN_LOSS, check_arguments, check_trainer_options
 from ..common.sharding import class_of_user
 from ..data.collator import NextFlowDataCollator
+from ..data.packing import EndlessPackedDataset
 from .arguments import NextFlowTrainingArguments
 from .freezing import is_head_cut, join_head
 from .muon import MuonWithAdamW
@@ -53,6 +55,10 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return rows.sampler() if isinstance(rows, EndlessPackedDataset) else super()._get_train_sampler(rows)
 
     # --- optimiser
 
