@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ...atomic import write_json
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ..common.flops import flops_of_counts, training_flops
+from ..common.flops import attended_pairs, flops_of_counts, training_flops
 from .packs import WINDOWS_AT_ONCE, PackingReport, Packs, document_shares, endless_rows, make_packs
 
 
@@ -50,7 +50,8 @@ def document_costs(
         for part in np.split(run, range(_ROWS_AT_ONCE, len(run), _ROWS_AT_ONCE)) if len(run) else ():
             table = columns[int(part[0]) : int(part[-1]) + 1]
             lengths.append(table["length"].to_numpy())
-            flops.append(flops_of_counts(config, lengths[-1], *_count_cells(table["image_grids"].combine_chunks())))
+            images, codes, pairs = _count_cells(table["image_grids"].combine_chunks())
+            flops.append(flops_of_counts(config, lengths[-1], images, codes, attended_pairs(lengths[-1]) + pairs))
     return np.concatenate(lengths), np.concatenate(flops)
 
 
