@@ -18,7 +18,8 @@ from transformers.utils import is_liger_kernel_available
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
-from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
+from nextflow_hf.training.data.collator import PackingCollator
+from nextflow_hf.training.data.packing import PackedDataset
 from nextflow_hf.training.transformer.arguments import ModelArguments, NextFlowTrainingArguments
 from nextflow_hf.training.transformer.freezing import set_trainable
 from nextflow_hf.training.transformer.memory import OPTIMIZERS, TRAINABLE, table, training_memory

@@ -35,8 +35,8 @@ from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 from nextflow_hf.training.common.flops import training_flops
-from nextflow_hf.training.data.collator import NextFlowDataCollator
-from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
+from nextflow_hf.training.data.collator import NextFlowDataCollator, PackingCollator
+from nextflow_hf.training.data.packing import PackedDataset
 
 
 TOY = {

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from nextflow_hf.modeling_nextflow.attention_nextflow import get_attention_mask
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout
-from nextflow_hf.training.data.packing import PackingCollator
+from nextflow_hf.training.data.collator import PackingCollator
 
 
 FLASH = "kernels-community/flash-attn2"  # as transformers names a kernel of the Hub

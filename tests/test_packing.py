@@ -14,14 +14,15 @@ from transformers import TrainingArguments
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout
 from nextflow_hf.training.common.flops import attended_pairs, training_flops
-from nextflow_hf.training.data.collator import NextFlowDataCollator
+from nextflow_hf.training.data import packs as packs_module
+from nextflow_hf.training.data.collator import NextFlowDataCollator, PackingCollator
 from nextflow_hf.training.data.packing import (
+    EndlessPackedDataset,
     PackedDataset,
     PackedIterableDataset,
-    PackingCollator,
     document_costs,
 )
-from nextflow_hf.training.data.packs import PackingReport, Packs, make_packs
+from nextflow_hf.training.data.packs import PackingReport, Packs, endless_rows, make_packs
 from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
@@ -241,6 +242,77 @@ def test_costs_are_read_from_the_columns():
         lengths, flops = document_costs(columns, config)
         assert lengths.tolist() == [row["length"] for row in expected]
         assert flops.tolist() == [training_flops(config, row["length"], row["image_grids"]) for row in expected]
+
+
+# ---- more rows than are planned at once
+
+
+@pytest.mark.parametrize("size", [7, 64, 200])
+def test_an_endless_walk_has_every_row_once_an_epoch(size, monkeypatch):
+    monkeypatch.setattr(packs_module, "CHUNK", 16)
+    walk = endless_rows(0, 3 * size, size, (0,)).reshape(3, size)
+    assert (np.sort(walk, axis=1) == np.arange(size)).all()
+    assert not (walk[0] == walk[1]).all()
+    parts = [endless_rows(start, min(start + 11, 3 * size), size, (0,)) for start in range(0, 3 * size, 11)]
+    assert np.concatenate(parts).tolist() == walk.ravel().tolist()
+
+
+def many_rows(count: int, seed: int) -> Dataset:
+    lengths = np.random.default_rng(seed).integers(5, 90, count)
+    columns = {"length": lengths, "row_id": [f"{seed}-{index}" for index in range(count)]}
+    return Dataset.from_dict({**columns, "image_grids": [[[[1, 1], [2, 2]]]] * count}).with_format("numpy")
+
+
+@pytest.fixture
+def make_endless(tmp_path, monkeypatch):
+    monkeypatch.setattr(packs_module, "CHUNK", 16)
+    sources = [many_rows(900, 0), many_rows(300, 1)]
+
+    def make(**options) -> EndlessPackedDataset:
+        options = {"max_length": 100, "window": 2, "counts_file": tmp_path / "packs.json", **options}
+        return EndlessPackedDataset(sources, toy_config(), **options)
+
+    return make
+
+
+def packs_of(data: EndlessPackedDataset, count: int) -> list[list[str]]:
+    return [[str(row["row_id"]) for row in data[key]] for key in itertools.islice(data.sampler(), count)]
+
+
+def test_endless_packs_keep_limits_and_weights(make_endless):
+    data = make_endless(window=4)  # blocks of 2,048 rows
+    packs = packs_of(data, data.num_packs(0))
+    assert all(sum(int(row["length"]) for row in data[0, place]) <= 100 for place in range(data.num_packs(0)))
+    names = [name for pack in packs for name in pack]
+    counts = np.unique(names, return_counts=True)[1]
+    assert len(names) == 2048 and len(counts) == 1200 and set(counts) == {1, 2}  # an epoch and a part of the next
+    shares = [name[0] for pack in packs_of(make_endless(weights=[1, 3], window=4), 700) for name in pack]
+    assert shares.count("1") / len(shares) == pytest.approx(0.75, abs=0.05)
+    assert packs != packs_of(make_endless(seed=1, window=4), len(packs))
+    report = data.report(num_ranks=8)
+    assert report.num_documents == 2048 and report.num_packs == data.num_packs(0) and 0.5 < report.balance <= 1
+
+
+def test_a_run_that_goes_on_plans_nothing_behind_it(make_endless, monkeypatch):
+    first = make_endless()
+    keys = list(itertools.islice(first.sampler(), 1100))  # into the second block of 1,024 rows
+    expected = packs_of(first, 1100)
+    planned = []
+    again, plan = make_endless(), EndlessPackedDataset._plan
+    monkeypatch.setattr(EndlessPackedDataset, "_plan", lambda self, block: planned.append(block) or plan(self, block))
+    assert keys[-1][0] == 1
+    assert [str(row["row_id"]) for row in again[keys[-1]]] == expected[-1] and set(planned) == {1}
+    planned.clear()
+    assert list(itertools.islice(again.sampler(), 1100)) == keys and not planned
+    other = make_endless(max_length=120)  # of another plan, the counts say nothing
+    assert other.num_packs(0) == len(plan(other, 0)) != again.num_packs(0)
+
+
+def test_long_rows_of_a_block_are_named(make_endless, caplog):
+    with pytest.raises(ValueError, match='fit into no pack.*on_long_row="skip"'):
+        make_endless(max_length=80).num_packs(0)
+    data = make_endless(max_length=80, on_long_row="skip")
+    assert data.num_packs(0) and "of 1024 rows fit into no pack and are left out: ['" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["list", "datasets"])

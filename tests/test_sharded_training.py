@@ -25,7 +25,8 @@ from nextflow_hf.modeling_nextflow import modeling_nextflow
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.rope_nextflow import NextFlowRotaryEmbedding
 from nextflow_hf.training.common.processes import without_rounded_sums
-from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
+from nextflow_hf.training.data.collator import PackingCollator
+from nextflow_hf.training.data.packing import PackedDataset
 from nextflow_hf.training.diffusion_decoder.trainer import (
     NextFlowDiffusionDecoderTrainer,
     NextFlowDiffusionDecoderTrainingArguments,

@@ -33,6 +33,7 @@ from nextflow_hf.training.common import run
 from nextflow_hf.training.common.flops import training_flops
 from nextflow_hf.training.common.keys import document_keys
 from nextflow_hf.training.common.recipe import RECIPES, load_recipe, override, parse_recipe, shipped_recipes
+from nextflow_hf.training.data import packing
 from nextflow_hf.training.data.streaming import RowStream
 from nextflow_hf.training.transformer import callbacks, memory, train
 from nextflow_hf.training.transformer.arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
@@ -344,6 +345,27 @@ def test_packs_that_cannot_be(toy, tmp_path, caplog):
         cli.main(["train", *arguments, *grouped])
 
 
+def train_blocks(output_dir: Path, toy: Path, checkpoint: str | None = None, **changes) -> list[float]:
+    return train_stream(output_dir, toy, checkpoint, **{"streaming": False, "pack_window": 3, **changes})
+
+
+def test_packs_planned_block_by_block_go_on_and_are_the_same_for_two_processes(toy, tmp_path, monkeypatch):
+    for module in (train, packing):
+        monkeypatch.setattr(module, "WINDOWS_AT_ONCE", 1)  # blocks of three rows
+    losses = train_blocks(tmp_path / "whole", toy)
+    assert len(losses) == 4 and len(set(losses)) == 4 and (tmp_path / "whole" / "packs.json").is_file()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    for output_dir in (tmp_path / "whole", tmp_path / "on"):  # with the counts of the blocks behind it, and without
+        assert train_blocks(output_dir, toy, checkpoint) == losses
+    whole, resumed = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "on"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    options = {"max_steps": 3, "save_strategy": "no", "per_device_train_batch_size": 2}
+    one = train_blocks(tmp_path / "one", toy, **options)
+    options["per_device_train_batch_size"] = 1
+    two, other = in_processes(lambda: train_blocks(tmp_path / "two", toy, **options))
+    assert two == other == pytest.approx(one, rel=1e-5)
+
+
 # --- streams
 
 
@@ -431,15 +453,15 @@ def test_rows_to_evaluate_on_are_clean(toy, tmp_path, caplog):
     for row in rows:
         equal = row["image_codes"].tolist() == row["image_target_codes"].tolist()
         assert equal or not row["is_clean"]
-    training, evaluation = train.training_and_evaluation_rows(DataArguments(train_codes=[str(mixed)], eval_rows=4), 0)
+    (training,), evaluation = train.load_sources(DataArguments(train_codes=[str(mixed)], eval_rows=4), 0)
     first = np.flatnonzero(is_clean)[-4]
     assert list(training["row_id"]) == [str(number) for number in range(first)]
     assert list(evaluation["row_id"]) == [str(number) for number in np.flatnonzero(is_clean)[-4:]]
     with pytest.raises(ValueError, match="has 0 rows of 6 without dropout and self-correction, .* purpose=evaluation"):
-        train.training_and_evaluation_rows(DataArguments(train_codes=[str(corrected)], eval_rows=4), 0)
+        train.load_sources(DataArguments(train_codes=[str(corrected)], eval_rows=4), 0)
     for folder, warned in ((toy / "edit", False), (corrected, True)):
         caplog.clear()
-        train.training_and_evaluation_rows(DataArguments(train_codes=[str(mixed)], eval_codes=[str(folder)]), 0)
+        train.load_sources(DataArguments(train_codes=[str(mixed)], eval_codes=[str(folder)]), 0)
         assert ("6 of 6 rows of eval_codes were extracted with prompt dropout" in caplog.text) == warned
 
 

@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from toy import BOI, EOS, PAD, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_model
-from transformers import TrainingArguments
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from toy import BOI, EOS, PAD, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_config, toy_model
 
-from nextflow_hf.training.data.collator import NextFlowDataCollator
+from nextflow_hf.training.common.flops import training_flops
+from nextflow_hf.training.data.collator import NextFlowDataCollator, PackingCollator
 from nextflow_hf.training.data.messages import drop_condition
+from nextflow_hf.training.transformer import trainer as trainer_module
+from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
 from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
@@ -42,12 +46,12 @@ def text_row() -> dict:
 ROWS = [text_to_image_row(SQUARE, 0), text_to_image_row(WIDE, 1), text_row(), text_to_image_row(SQUARE, 2)]
 
 
-def train(rows, tmp_path, **arguments) -> NextFlowTrainer:
-    args = TrainingArguments(
+def train(rows, tmp_path, data_collator=None, **arguments) -> NextFlowTrainer:
+    args = NextFlowTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_steps=1,
-        learning_rate=1e-2, train_sampling_strategy="sequential", **{"max_steps": 2, **arguments},
+        train_sampling_strategy="sequential", **{"max_steps": 2, "learning_rate": 1e-2, **arguments},
     )  # fmt: skip
-    trainer = NextFlowTrainer(model=toy_model(), args=args, train_dataset=rows)
+    trainer = NextFlowTrainer(toy_model(), args, data_collator, train_dataset=rows)
     trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
     return trainer
 
@@ -76,7 +80,7 @@ def test_accumulating_gradients_equals_one_big_batch(tmp_path):
 
 def test_supervised_tokens_are_counted_as_the_loss_sees_them(tmp_path):
     trainer = NextFlowTrainer(
-        model=toy_model(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        model=toy_model(), args=NextFlowTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     )
     batch = trainer.data_collator(ROWS)
     # each image row: <boi> is a text target, all codes, and the end of turn after <eoi>; the text row: three tokens
@@ -130,3 +134,63 @@ def test_drop_condition_keeps_what_is_trained_on():
     assert set(outcomes) == {kept, no_text, nothing}
     assert outcomes[kept] / 2000 == pytest.approx(0.7, abs=0.04)
     assert outcomes[no_text] / 2000 == pytest.approx(0.2, abs=0.03)
+
+
+# ---- how layers compute
+
+
+def step_of(rows, tmp_path, **arguments) -> tuple[dict, dict, NextFlowTrainer]:
+    """The first log and the weights after a step of plain gradient descent."""
+    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": 4, **arguments}
+    trainer = train(rows, tmp_path, **options)
+    return trainer.state.log_history[0], dict(trainer.model.named_parameters()), trainer
+
+
+MIXED = [text_to_image_row(SQUARE, 0), text_row(), text_to_image_row(WIDE, 1), text_row()]
+
+
+def test_layers_are_compiled_whole_and_once(tmp_path):
+    """No branch on values and no wait for the device inside a layer: it would break the graph."""
+    logs, weights, _ = step_of(MIXED, tmp_path)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled_logs, compiled, trainer = step_of(MIXED, tmp_path, **options)
+    counts = torch._dynamo.utils.counters
+    assert counts["stats"]["unique_graphs"] == 1 and not counts["graph_break"]  # of all layers, and of nothing else
+    assert compiled_logs["loss"] == pytest.approx(logs["loss"], rel=1e-5)
+    torch.testing.assert_close(compiled, weights, atol=1e-6, rtol=1e-5)
+    trainer.save_model(tmp_path / "saved")
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(weights)
+
+
+def test_selective_recomputation_repeats_the_wide_products_alone(tmp_path, monkeypatch):
+    work, losses = {}, {}
+    choices = {"none": {}, "all": {"activation_checkpointing": True}}
+    choices["some"] = {**choices["all"], "selective_recomputation": True}
+    for name, options in choices.items():
+        with FlopCounterMode(display=False) as counter:
+            logs, weights, trainer = step_of(MIXED, tmp_path, **options)
+        work[name], losses[name] = counter.get_total_flops(), (logs["loss"], weights)
+    config = trainer.model.config
+    tokens = 4 * max(len(row["input_ids"]) for row in MIXED)
+    wide = 2 * tokens * config.num_hidden_layers * 2 * config.hidden_size * config.intermediate_size
+    assert work["some"] - work["none"] == wide and work["all"] - work["none"] > 1.5 * wide
+    for loss, weights in losses.values():
+        assert loss == losses["none"][0]
+        torch.testing.assert_close(weights, losses["none"][1], atol=0, rtol=0)
+    with pytest.raises(ValueError, match="selective_recomputation says what activation_checkpointing keeps"):
+        NextFlowTrainingArguments(str(tmp_path), use_cpu=True, selective_recomputation=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_work_and_its_speed_are_logged(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "peak_flops", lambda device: 1e9)
+    collator = PackingCollator(toy_config()) if packed else None
+    rows = [MIXED[:2], MIXED[2:]] if packed else MIXED
+    size = 1 if packed else 2
+    logs, _, trainer = step_of(rows, tmp_path, data_collator=collator, max_steps=2, per_device_train_batch_size=size)
+    expected = sum(training_flops(toy_config(), len(row["input_ids"]), row["image_grids"]) for row in MIXED)
+    assert trainer.state.total_flos == pytest.approx(expected, rel=1e-9)
+    assert logs["tflops"] > 0 and logs["mfu"] == pytest.approx(logs["tflops"] * 1e3, rel=0.01)

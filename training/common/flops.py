@@ -1,17 +1,20 @@
 """What a document costs: floating-point operations of the transformer by its length and its images.
 
-Arithmetic on a config and grids; no tensors, no weights. As usual a multiplication with its addition counts two, and
+Arithmetic on a config and grids; no weights. As usual a multiplication with its addition counts two, and
 norms, activations and softmax are left out.
 """
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 
 
-_Count = int | np.ndarray
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+_Count = int | float | np.ndarray | torch.Tensor
 Grids = Sequence[Sequence[int]]  # (height, width) of every scale of an image; zeros past the last
 
 
@@ -40,25 +43,50 @@ def training_flops(
     """
     image_grids = list(image_grids)
     codes = sum(int(height) * int(width) for grids in image_grids for height, width in grids)
-    pairs = attended_pairs(length, image_grids) - attended_pairs(length)
+    pairs = attended_pairs(length, image_grids)
     return flops_of_counts(config, length, len(image_grids), codes, pairs, frozen=frozen)
 
 
 def flops_of_counts(
     config: NextFlowConfig, length: _Count, images: _Count, codes: _Count, pairs: _Count, *, frozen: bool = False
-) -> float | np.ndarray:
-    """[`training_flops`] of one document or, with arrays, of many: their tokens, images, codes, and the pairs that
-    they see within scales besides the causal ones."""
+) -> _Count:
+    """[`training_flops`] from counts: numbers, or arrays or tensors of many documents; `pairs` as in
+    [`attended_pairs`]."""
     linear = length * (config.num_hidden_layers * _layer_parameters(config))
     linear = linear + (codes - images) * _connector_parameters(config)  # the 1x1 scale is no cell
     code_rows = config.vocab_size if config.joint_image_loss else config.codebook_size
     # `<boi>` and the cells predict codes and nothing else.
     linear = linear + config.hidden_size * (codes * code_rows + (length - codes) * config.vocab_size)
     # Scores and their sum of values, each a product of the width of all heads.
-    attention = (attended_pairs(length) + pairs) * (2 * config.num_attention_heads * config.head_dim)
-    attention = attention * config.num_hidden_layers
+    attention = pairs * (2 * config.num_attention_heads * config.head_dim) * config.num_hidden_layers
     backward = attention * 2 + linear * (1 if frozen else 2)
     return 2.0 * (linear + attention + backward)
+
+
+def batch_flops(config: NextFlowConfig, batch: dict[str, torch.Tensor], *, frozen: bool = False) -> torch.Tensor:
+    """
+    [`training_flops`] of the documents of a batch, as a float64 scalar on its device: nothing waits for it. Padding
+    counts only at the end of a pack, where it is a document.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): Of one of our collators, with codes: images in pixels are not counted.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if (positions := batch.get("position_ids")) is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    seen = (positions.double() + 1) * (1 if mask is None else mask)
+    length = ids.numel() if mask is None else mask.sum().double()
+    if (grids := batch.get("image_grids")) is None:
+        return flops_of_counts(config, length, 0, 0, seen.sum(), frozen=frozen)
+    cells = grids.prod(-1).double()
+    pairs = seen.sum() + (cells * (cells - 1) / 2)[:, 1:].sum()
+    return flops_of_counts(config, length, len(grids), cells.sum(), pairs, frozen=frozen)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU by its data sheet; None of one that is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def _layer_parameters(config: NextFlowConfig) -> int:
@@ -70,4 +98,4 @@ def _connector_parameters(config: NextFlowConfig) -> int:
     return config.hidden_size * (config.semantic_code_dim + config.pixel_code_dim + config.hidden_size)
 
 
-__all__ = ["attended_pairs", "flops_of_counts", "training_flops"]
+__all__ = ["attended_pairs", "batch_flops", "flops_of_counts", "peak_flops", "training_flops"]

@@ -2,23 +2,24 @@
 
 A pack is documents one after the other in a row; each sees only itself. Its size is limited by tokens (memory), by
 FLOPs (time), or by both: packs of as many tokens are not as long at work, since attention grows with the square of a
-document. Deterministic; either over a data set, from its lengths alone, or over a stream, a window at a time.
+document. Deterministic; over a data set at once, over a large one block by block, or over a stream window by window.
 """
 
+import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers.utils import logging
 
+from ...atomic import write_json
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
-from ..common.flops import flops_of_counts, training_flops
-from .packs import PackingReport, _shares, make_packs
+from ..common.flops import attended_pairs, flops_of_counts, training_flops
+from .packs import WINDOWS_AT_ONCE, PackingReport, Packs, document_shares, endless_rows, make_packs
 
 
 logger = logging.get_logger(__name__)
@@ -27,18 +28,30 @@ ON_LONG_ROW = ("raise", "skip")
 _ROWS_AT_ONCE = 65_536  # whose columns are read
 
 
-def document_costs(rows: Sequence[dict] | datasets.Dataset, config: NextFlowConfig) -> tuple[np.ndarray, np.ndarray]:
+def document_costs(
+    rows: Sequence[dict] | datasets.Dataset, config: NextFlowConfig, numbers: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """
     Tokens and training FLOPs of each row, from the columns `length` and `image_grids`. Those of a data set are read
     as they lie in its memory-mapped files, without a Python object for a row.
+
+    Args:
+        numbers (`np.ndarray`, *optional*): The rows, ascending. All by default.
     """
-    if not isinstance(rows, datasets.Dataset):
-        flops = [training_flops(config, int(row["length"]), row["image_grids"]) for row in rows]
-        return np.array([row["length"] for row in rows], dtype=np.int64), np.array(flops, dtype=np.float64)
+    numbers = np.arange(len(rows)) if numbers is None else numbers
     lengths, flops = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
-    for table in rows.select_columns(["length", "image_grids"]).with_format("arrow").iter(_ROWS_AT_ONCE):
-        lengths.append(table["length"].to_numpy())
-        flops.append(flops_of_counts(config, lengths[-1], *_count_cells(table["image_grids"].combine_chunks())))
+    if not isinstance(rows, datasets.Dataset):
+        lengths.append(np.array([rows[number]["length"] for number in numbers], dtype=np.int64))
+        grids = (rows[number]["image_grids"] for number in numbers)
+        flops.append(np.array([training_flops(config, int(n), grid) for n, grid in zip(lengths[-1], grids)]))
+        return np.concatenate(lengths), np.concatenate(flops)
+    columns = rows.select_columns(["length", "image_grids"]).with_format("arrow")
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+        for part in np.split(run, range(_ROWS_AT_ONCE, len(run), _ROWS_AT_ONCE)) if len(run) else ():
+            table = columns[int(part[0]) : int(part[-1]) + 1]
+            lengths.append(table["length"].to_numpy())
+            images, codes, pairs = _count_cells(table["image_grids"].combine_chunks())
+            flops.append(flops_of_counts(config, lengths[-1], images, codes, attended_pairs(lengths[-1]) + pairs))
     return np.concatenate(lengths), np.concatenate(flops)
 
 
@@ -88,14 +101,127 @@ class PackedDataset(Dataset):
         self.packs = make_packs(self.lengths[kept], self.flops[kept], **limits, window=window, seed=seed)
         self.packs.documents = kept[self.packs.documents]
 
-    def report(self, num_ranks: int = 1, *, padded_length: int | None = None) -> PackingReport:
-        return PackingReport.of(self.packs, self.lengths, self.flops, num_ranks=num_ranks, padded_length=padded_length)
+    def report(self, num_ranks: int = 1) -> PackingReport:
+        """For steps of `num_ranks` packs, or of as many as there are."""
+        return PackingReport.of(self.packs, self.lengths, self.flops, num_ranks=min(num_ranks, len(self)))
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> list[dict]:
         return [self.dataset[int(document)] for document in self.packs[index]]
+
+
+class EndlessPackedDataset(Dataset):
+    """
+    Packs of more rows than are planned at once, epoch after epoch without an end: a training starts after one block of
+    512 windows, however many rows there are. A function of the rows, the weights and the seed alone.
+
+    An item `(block, place)` is the list of rows of one pack; `sampler()` gives these numbers in the order of training.
+    Every source is walked through in shuffled chunks of consecutive rows, and a block's rows are shuffled among
+    themselves. There is no length: pass `max_steps`.
+
+    Args:
+        sources (`Sequence[Dataset]`): Rows of tokens and codes, as [`load_codes`] gives them.
+        config ([`NextFlowConfig`]): Of the model: it says what a row costs.
+        weights (`Sequence[float]`, *optional*):
+            How many rows come from each source, relative to the others. By default as many as it has.
+        max_length, max_flops, window, on_long_row: See [`PackedDataset`].
+        seed (`int`, *optional*, defaults to 0): Of all orders.
+        counts_file (`Path`, *optional*):
+            File that remembers how many packs each block has, so that a run that goes on need not plan again what it
+            has behind it.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[datasets.Dataset],
+        config: NextFlowConfig,
+        weights: Sequence[float] | None = None,
+        *,
+        max_length: int | None = None,
+        max_flops: float | None = None,
+        window: int = 2048,
+        seed: int = 0,
+        on_long_row: str = "raise",
+        counts_file: Path | None = None,
+    ):
+        self.rows = datasets.concatenate_datasets(list(sources)).with_format("numpy")
+        self.sizes, self.config, self.seed, self.on_long_row = [*map(len, sources)], config, seed, on_long_row
+        weights = np.array(self.sizes if weights is None else weights, dtype=np.float64)
+        self.shares = weights / weights.sum()
+        self.limits, self.window = {"max_length": max_length, "max_flops": max_flops}, window
+        self.block_size = WINDOWS_AT_ONCE * window
+        self._plans: dict[int, Packs] = {}  # of the last two blocks: a batch may reach from one to the next
+        self._key = json.dumps(
+            [self.rows._fingerprint, self.shares.tolist(), self.limits, window, seed, on_long_row, config.to_dict()],
+            default=str,
+        )
+        self._counts_file, self._counts = counts_file, []
+        if counts_file is not None and counts_file.is_file():
+            found = json.loads(counts_file.read_text())
+            self._counts = found["packs"] if found["key"] == self._key else []
+
+    def __getitem__(self, number: tuple[int, int]) -> list[dict]:
+        block, place = number
+        return [self.rows[int(row)] for row in self._plan(block)[place]]
+
+    def sampler(self) -> "PackSampler":
+        return PackSampler(self)
+
+    def num_packs(self, block: int) -> int:
+        """Packs of a block, which are counted in the order of the blocks."""
+        if block == len(self._counts):
+            self._counts.append(len(self._plan(block)))
+            if self._counts_file is not None:
+                write_json(self._counts_file, {"key": self._key, "packs": self._counts})
+        return self._counts[block]
+
+    def report(self, num_ranks: int = 1) -> PackingReport:
+        """Of the first block."""
+        first = self._plan(0)
+        rows, documents = np.unique(first.documents, return_inverse=True)
+        lengths, flops = document_costs(self.rows, self.config, rows)
+        packs = Packs(documents, first.sizes, first.order)
+        return PackingReport.of(packs, lengths, flops, num_ranks=min(num_ranks, len(packs)))
+
+    def _plan(self, block: int) -> Packs:
+        if block not in self._plans:
+            rows = np.sort(self._rows_of(block))
+            unique, places = np.unique(rows, return_inverse=True)  # a small source may be there several times
+            lengths, flops = (costs[places] for costs in document_costs(self.rows, self.config, unique))
+            kept = _rows_to_pack(
+                lengths, flops, self.on_long_row, lambda place: self.rows[int(rows[place])], **self.limits
+            )
+            packs = make_packs(
+                lengths[kept], flops[kept], **self.limits, window=self.window, seed=(self.seed, 1, block)
+            )
+            packs.documents = rows[kept[packs.documents]]
+            last = max(self._plans, default=None)
+            self._plans = {block: packs} if last is None else {last: self._plans[last], block: packs}
+        return self._plans[block]
+
+    def _rows_of(self, block: int) -> np.ndarray:
+        """The rows of a block: of each source those that follow its rows of the block before."""
+        edges = (self.shares[:, None] * [block * self.block_size, (block + 1) * self.block_size]).round().astype(int)
+        offsets = np.cumsum([0, *self.sizes])
+        return np.concatenate(
+            [
+                offsets[source] + endless_rows(*edges[source], size, (self.seed, 0, source))
+                for source, size in enumerate(self.sizes)
+            ]
+        )
+
+
+class PackSampler(Sampler[tuple[int, int]]):
+    """The packs of an [`EndlessPackedDataset`] in the order of training, without an end."""
+
+    def __init__(self, packs: EndlessPackedDataset):
+        self.packs = packs
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for block in itertools.count():
+            yield from ((block, place) for place in range(self.packs.num_packs(block)))
 
 
 class PackedIterableDataset(IterableDataset):
@@ -115,27 +241,15 @@ class PackedIterableDataset(IterableDataset):
         window: int = 2048,
         on_long_row: str = "raise",
     ):
-        self.dataset = dataset
-        self.config = config
-        self.limits = {"max_length": max_length, "max_flops": max_flops}
+        self.dataset, self.config = dataset, config
+        self.options = {"max_length": max_length, "max_flops": max_flops, "on_long_row": on_long_row, "seed": None}
         self.window = window
-        self.on_long_row = on_long_row
 
     def __iter__(self) -> Iterator[list[dict]]:
-        rows: list[dict] = []
-        for row in self.dataset:
-            rows.append(row)
-            if len(rows) == self.window:
-                yield from self._packed(rows)
-                rows = []
-        yield from self._packed(rows)
-
-    def _packed(self, rows: list[dict]) -> Iterator[list[dict]]:
-        if rows:
-            lengths, flops = document_costs(rows, self.config)
-            kept = _rows_to_pack(lengths, flops, self.on_long_row, rows.__getitem__, **self.limits)
-            for documents in make_packs(lengths[kept], flops[kept], **self.limits, window=self.window):
-                yield [rows[kept[index]] for index in documents]
+        rows = iter(self.dataset)
+        while window := list(itertools.islice(rows, self.window)):
+            packs = PackedDataset(window, self.config, window=self.window, **self.options)
+            yield from (packs[index] for index in range(len(packs)))
 
 
 def _rows_to_pack(
@@ -152,7 +266,7 @@ def _rows_to_pack(
         raise ValueError(f"on_long_row is {on_long_row!r}, expected one of {ON_LONG_ROW}")
     if on_long_row == "raise":
         return np.arange(len(lengths))
-    is_long = (_shares(lengths, flops, max_length=max_length, max_flops=max_flops) > 1).any(axis=1)
+    is_long = (document_shares(lengths, flops, max_length=max_length, max_flops=max_flops) > 1).any(axis=1)
     if is_long.any():
         long = np.flatnonzero(is_long).tolist()
         names = [str(get_row(index).get("row_id", index)) for index in long[:20]]
@@ -160,66 +274,10 @@ def _rows_to_pack(
     return np.flatnonzero(~is_long)
 
 
-@dataclass
-class PackingCollator:
-    """
-    Packs of rows -> a batch with a row for each, and integer `position_ids` (batch, length) that restart at every
-    document.
-
-    Takes lists of rows, as [`PackedDataset`] has them; a plain row is a pack of one. What fills a row up is a document
-    of its own, unsupervised, so there is no `attention_mask`. `row_ids` are as in [`NextFlowDataCollator`].
-
-    Args:
-        config ([`NextFlowConfig`]): Of the model: its token ids.
-        pad_to_multiple_of (`int`, *optional*, defaults to 1): Of the length of a row. 128 suits flex attention.
-        length (`int`, *optional*): Length of all rows of all batches, for compiled models. As needed by default.
-    """
-
-    config: NextFlowConfig
-    pad_to_multiple_of: int = 1
-    length: int | None = None
-
-    def __call__(self, packs: list[list[dict] | dict]) -> dict[str, torch.Tensor]:
-        packs = [[pack] if isinstance(pack, dict) else pack for pack in packs]
-        longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
-        if self.length is not None and longest > self.length:
-            raise ValueError(f"a pack has {longest} tokens, expected at most length={self.length}")
-        length = self.length or -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(packs), length)
-        input_ids = torch.full(shape, self.config.pad_token_id)
-        labels = torch.full(shape, IGNORE_INDEX)
-        position_ids = torch.zeros(shape, dtype=torch.long)  # not floats: sharded training rounds those
-        images: list[dict] = []
-        for index, pack in enumerate(packs):
-            start = 0
-            for row in pack:
-                stop = start + len(row["input_ids"])
-                self._place(row, input_ids[index, start:stop], labels[index, start:stop])
-                position_ids[index, start:stop] = torch.arange(stop - start)
-                images += [row] if len(row["image_grids"]) else []
-                start = stop
-            position_ids[index, start:] = torch.arange(length - start)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-        if images:
-            for name in ("image_codes", "image_target_codes", "image_grids"):
-                batch[name] = torch.cat([torch.tensor(row[name]) for row in images])
-        rows = [row for pack in packs for row in pack]
-        if "row_id" in rows[0]:
-            batch["row_ids"] = [str(row["row_id"]) for row in rows]
-        return batch
-
-    def _place(self, row: dict, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-        input_ids[:] = torch.tensor(row["input_ids"])
-        labels[:] = torch.tensor(row["labels"])
-        if input_ids[0] == self.config.boi_token_id and labels[0] != IGNORE_INDEX:
-            raise ValueError("a document begins with an image to be trained on: packed, a token must come before it")
-        labels[0] = IGNORE_INDEX  # else the document before it would be trained to predict it
-
-
 __all__ = [
     "ON_LONG_ROW",
+    "EndlessPackedDataset",
     "PackedDataset",
     "PackedIterableDataset",
-    "PackingCollator",
     "document_costs",
 ]

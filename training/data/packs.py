@@ -1,4 +1,4 @@
-"""Sizes of documents -> packs of equal cost, as arrays: a plan of many millions of rows is a matter of seconds.
+"""Sizes of documents -> packs of equal cost, as arrays: a million documents take about a second.
 
 First fit, the costliest first, within windows of documents; all windows of a block take their next document at once.
 Knows numbers alone.
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 
-_WINDOWS_AT_ONCE = 512
+WINDOWS_AT_ONCE = 512
+CHUNK = 2048  # consecutive rows that an endless walk reads together
 
 
 class Packs(Sequence):
@@ -43,9 +44,6 @@ class Packs(Sequence):
         pack = self.order[index]
         return self.documents[self.starts[pack] : self.starts[pack] + self.sizes[pack]]
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[index] for index in range(len(self)))
-
     def sums(self, values: Sequence[float]) -> np.ndarray:
         """The sum of a value of the documents, for each pack."""
         return np.add.reduceat(np.asarray(values)[self.documents], self.starts)[self.order]
@@ -58,7 +56,7 @@ def make_packs(
     max_length: int | None = None,
     max_flops: float | None = None,
     window: int = 2048,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
 ) -> Packs:
     """
     Indices of documents, in packs that none of both limits is exceeded in: first fit, the costliest first.
@@ -72,7 +70,7 @@ def make_packs(
             Documents that are packed among themselves, so that packs are as mixed as the data are.
         seed (`int`, *optional*): Shuffles the documents before, and the packs after. In the given order by default.
     """
-    shares = _shares(lengths, flops, max_length=max_length, max_flops=max_flops)
+    shares = document_shares(lengths, flops, max_length=max_length, max_flops=max_flops)
     too_large = np.flatnonzero((shares > 1).any(axis=1))
     if len(too_large):
         index = int(too_large[0])
@@ -92,7 +90,7 @@ def make_packs(
     return Packs(documents, sizes, None if seed is None else rng.permutation(len(sizes)))
 
 
-def _shares(
+def document_shares(
     lengths: Sequence[int], flops: Sequence[float] | None, *, max_length: int | None, max_flops: float | None
 ) -> np.ndarray:
     """(documents, limits): how much of each limit of a pack a document takes."""
@@ -110,8 +108,8 @@ def _shares(
 
 def _blocks(windows: np.ndarray) -> Iterator[np.ndarray]:
     if windows.size:
-        for start in range(0, len(windows), _WINDOWS_AT_ONCE):
-            yield windows[start : start + _WINDOWS_AT_ONCE]
+        for start in range(0, len(windows), WINDOWS_AT_ONCE):
+            yield windows[start : start + WINDOWS_AT_ONCE]
 
 
 def _first_fit(windows: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -139,6 +137,21 @@ def _first_fit(windows: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.
     by_pack = np.argsort(pack_of, axis=1, kind="stable")
     numbers = pack_of + (np.cumsum(num_packs) - num_packs)[:, None]
     return np.take_along_axis(windows, by_pack, axis=1).ravel(), np.bincount(numbers.ravel())
+
+
+def endless_rows(start: int, stop: int, size: int, seed: Sequence[int]) -> np.ndarray:
+    """
+    Rows at the positions `start` to `stop` of a walk through `size` rows without end: each epoch has every row once,
+    in chunks of [`CHUNK`] consecutive rows, whose order is shuffled anew.
+    """
+    epochs, places = np.divmod(np.arange(start, stop), size)
+    rows = np.empty_like(places)
+    for epoch in range(start // size, -(-stop // size)):
+        rng = np.random.default_rng((*seed, epoch))
+        chunks = np.append(rng.permutation(size // CHUNK), size // CHUNK)  # the last one may be short
+        number, place = np.divmod(places[epochs == epoch], CHUNK)
+        rows[epochs == epoch] = (chunks[number] * CHUNK + place + rng.integers(size)) % size
+    return rows
 
 
 @dataclass(frozen=True)
@@ -171,17 +184,8 @@ class PackingReport:
         """`padded_length` is what every pack is padded to, if it is."""
         packs = Packs.of(packs)
         tokens, work = packs.sums(lengths), packs.sums(flops)
-        work = work[: len(work) // num_ranks * num_ranks].reshape(-1, num_ranks)
-        if not len(work):
-            raise ValueError(f"{len(packs)} packs make no step of {num_ranks} ranks")
-        computed = tokens.sum() if padded_length is None else padded_length * len(packs)
-        return cls(
-            num_documents=len(packs.documents),
-            num_packs=len(packs),
-            num_tokens=int(tokens.sum()),
-            padding=float(1 - tokens.sum() / computed),
-            balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
-        )
+        padding = 0 * tokens if padded_length is None else padded_length - tokens
+        return cls._of_work(len(packs.documents), tokens, padding, work, num_ranks)
 
     @classmethod
     def of_padding(
@@ -199,14 +203,24 @@ class PackingReport:
             raise ValueError(f"{len(lengths)} documents make no step of {num_ranks} ranks with {batch_size} each")
         lengths, work = (np.asarray(values)[:whole].reshape(-1, batch_size) for values in (lengths, flops))
         padding = lengths.max(axis=1) * batch_size - lengths.sum(axis=1)
-        work = (work.sum(axis=1) + padding * padding_flops).reshape(-1, num_ranks)
+        work = work.sum(axis=1) + padding * padding_flops
+        return cls._of_work(whole, lengths.sum(axis=1), padding, work, num_ranks)
+
+    @classmethod
+    def _of_work(
+        cls, num_documents: int, tokens: np.ndarray, padding: np.ndarray, work: np.ndarray, num_ranks: int
+    ) -> "PackingReport":
+        """From the tokens, the padding and the FLOPs of each pack or batch."""
+        work = work[: len(work) // num_ranks * num_ranks].reshape(-1, num_ranks)
+        if not len(work):
+            raise ValueError(f"{len(tokens)} packs make no step of {num_ranks} ranks")
         return cls(
-            num_documents=whole,
-            num_packs=len(padding),
-            num_tokens=int(lengths.sum()),
-            padding=float(padding.sum() / (padding.sum() + lengths.sum())),
+            num_documents=num_documents,
+            num_packs=len(tokens),
+            num_tokens=int(tokens.sum()),
+            padding=float(padding.sum() / (padding.sum() + tokens.sum())),
             balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
         )
 
 
-__all__ = ["Packs", "PackingReport", "make_packs"]
+__all__ = ["WINDOWS_AT_ONCE", "Packs", "PackingReport", "document_shares", "endless_rows", "make_packs"]

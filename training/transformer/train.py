@@ -16,9 +16,10 @@ from ...processing.processing_nextflow import NextFlowProcessor
 from ..common.checkpoints import train_to_the_end
 from ..common.flops import training_flops
 from ..common.run import BatchArguments, world_size
+from ..data.collator import PackingCollator
 from ..data.extraction import load_codes
-from ..data.packing import PackedDataset, PackedIterableDataset, PackingCollator, document_costs
-from ..data.packs import PackingReport
+from ..data.packing import EndlessPackedDataset, PackedDataset, PackedIterableDataset, document_costs
+from ..data.packs import WINDOWS_AT_ONCE, PackingReport
 from ..data.streaming import RowStream
 from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from .callbacks import SampleImagesCallback
@@ -53,23 +54,23 @@ def mix_rows(
     ).with_format("numpy")
 
 
-def training_and_evaluation_rows(
+def load_sources(
     args: DataArguments, seed: int, vision_tokenizer: str | None = None
-) -> tuple[datasets.Dataset | RowStream, datasets.Dataset | None]:
-    """The rows to train and to evaluate on; all of one vision tokenizer: the model's, whose fingerprint this is."""
+) -> tuple[list[datasets.Dataset] | RowStream, datasets.Dataset | None]:
+    """
+    The rows to train on, of each folder or as one stream, and those to evaluate on; all of one vision tokenizer: the
+    model's, whose fingerprint this is.
+    """
     check_same_codes([*args.train_codes, *(args.eval_codes or [])])
+    evaluation = load_evaluation_rows(args.eval_codes)
     if args.streaming:
-        evaluation = load_evaluation_rows(args.eval_codes)
         options = {"seed": seed, "shuffle_buffer": args.shuffle_buffer, "vision_tokenizer": vision_tokenizer}
         return RowStream(args.train_codes, args.train_weights, **options), evaluation
     sources = [load_codes(folder, vision_tokenizer=vision_tokenizer) for folder in args.train_codes]
-    evaluation = load_evaluation_rows(args.eval_codes)
     if args.eval_rows:
-        sources, held_out = zip(
-            *(hold_out(rows, args.eval_rows, folder) for rows, folder in zip(sources, args.train_codes))
-        )
-        evaluation = mix_rows(held_out)
-    return mix_rows(sources, args.train_weights, seed=seed), evaluation
+        pairs = [hold_out(rows, args.eval_rows, folder) for rows, folder in zip(sources, args.train_codes)]
+        sources, evaluation = [rows for rows, _ in pairs], mix_rows([held_out for _, held_out in pairs])
+    return sources, evaluation
 
 
 def hold_out(rows: datasets.Dataset, count: int, folder: str) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -105,12 +106,12 @@ def load_evaluation_rows(folders: Sequence[str] | None) -> datasets.Dataset | No
 
 
 def pack_rows(
-    rows: datasets.Dataset | RowStream,
+    rows: list[datasets.Dataset] | RowStream,
     config: NextFlowConfig,
     data_args: DataArguments,
     args: NextFlowTrainingArguments,
-) -> PackedDataset | PackedIterableDataset:
-    """The rows in packs, with a word on what that is worth where they are all known."""
+) -> PackedDataset | EndlessPackedDataset | PackedIterableDataset:
+    """The rows in packs; logs the packing efficiency of those that are known."""
     if args.train_sampling_strategy == "group_by_length":
         raise ValueError("train_sampling_strategy is 'group_by_length', but packs have no length to be grouped by")
     options = {
@@ -121,8 +122,13 @@ def pack_rows(
     }
     if isinstance(rows, RowStream):
         return PackedIterableDataset(rows, config, **options)
-    packs = PackedDataset(rows, config, **options, seed=args.seed)
-    report = packs.report(min(args.world_size * args.per_device_train_batch_size, len(packs)))
+    options["seed"] = args.seed
+    if args.max_steps > 0 and sum(map(len, rows)) > WINDOWS_AT_ONCE * data_args.pack_window:
+        counts_file = Path(args.output_dir, "packs.json")
+        packs = EndlessPackedDataset(rows, config, data_args.train_weights, **options, counts_file=counts_file)
+    else:
+        packs = PackedDataset(mix_rows(rows, data_args.train_weights, seed=args.seed), config, **options)
+    report = packs.report(args.world_size * args.per_device_train_batch_size)
     if args.should_log:
         logger.warning(
             f"{report.num_documents} documents in {report.num_packs} packs of "
@@ -185,7 +191,7 @@ def train(
     set_seed(args.seed)
     model = load_model(model_args, in_bfloat16=args.bf16)
     set_trainable(model, args.trainable)
-    rows, evaluation = training_and_evaluation_rows(data_args, args.seed, model.config.vision_tokenizer_fingerprint)
+    rows, evaluation = load_sources(data_args, args.seed, model.config.vision_tokenizer_fingerprint)
     collator = None
     if data_args.is_packed:
         # Flex attention masks whole tiles of 128.
@@ -193,6 +199,7 @@ def train(
         collator = PackingCollator(model.config, pad_to_multiple_of=multiple)
         rows = pack_rows(rows, model.config, data_args, args)
     elif not data_args.streaming:
+        rows = mix_rows(rows, data_args.train_weights, seed=args.seed)
         report_padding(rows, model.config, args)
     trainer = NextFlowTrainer(model, args, collator, train_dataset=rows, eval_dataset=evaluation)
     if args.sample_prompts:

@@ -4,19 +4,28 @@ Only the difference is here: tokens are counted as the loss supervises them, the
 images and for every scale, a loss that is no number stops the training, and a checkpoint is there whole or not at all.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from accelerate.utils import TorchDynamoPlugin
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from ...modeling_nextflow.loss_nextflow import get_targets
 from ...modeling_nextflow.rope_nextflow import get_image_layout
 from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
+from ..common.flops import batch_flops, peak_flops
 from ..common.processes import ProcessesMixin
 from ..common.refusals import OWN_LOSS, check_arguments, check_trainer_options
 from ..common.sharding import class_of_user
 from ..data.collator import NextFlowDataCollator
+from ..data.packing import EndlessPackedDataset
 from .arguments import NextFlowTrainingArguments
 from .freezing import is_head_cut, join_head
+from .layers import LayersCallback, find_decoder
 from .muon import MuonWithAdamW
 
 
@@ -53,6 +62,17 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
+        self._flops, self._flops_logged, self._clock = 0.0, 0.0, time.perf_counter()
+        self.add_callback(LayersCallback(self))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return rows.sampler() if isinstance(rows, EndlessPackedDataset) else super()._get_train_sampler(rows)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.torch_compile:  # the layers alone are compiled: see `LayersCallback`
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     # --- optimiser
 
@@ -153,18 +173,55 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
         if "loss" in logs:
             _, parts = self._training_losses.pop(self.accelerator)
             logs.update(parts)
+            logs.update(self._speed())
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._evaluation_losses = _LossSums()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._untimed():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, parts = self._evaluation_losses.pop(self.accelerator)
         if loss is not None:  # transformers' mean of the batches' means would weigh the tokens of small batches more
             output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
 
+    # --- speed
+
+    def floating_point_ops(self, inputs: dict) -> float:
+        """Counted on the device, and read in [`~NextFlowTrainer.store_flos`]: a step does not wait for a number."""
+        config = self.accelerator.unwrap_model(self.model).config
+        if "pixel_values" not in inputs:
+            self._flops = self._flops + batch_flops(config, inputs, frozen=self._is_frozen)
+        return 0.0
+
+    @property
+    def _is_frozen(self) -> bool:
+        layers = find_decoder(self.model).layers
+        return not layers[0].mlp.down_proj.weight.requires_grad
+
+    def store_flos(self) -> None:
+        self.current_flos, self._flops = float(self._flops), 0.0
+        super().store_flos()
+
+    def _speed(self) -> dict[str, float]:
+        """TFLOP/s of a process since the last log, and the share of what its GPU can do, where that is known."""
+        done, self._flops_logged = self.state.total_flos - self._flops_logged, self.state.total_flos
+        begin, self._clock = self._clock, time.perf_counter()
+        rate, peak = done / (self._clock - begin) / self.args.world_size, peak_flops(self.args.device)
+        return {"tflops": float(f"{rate / 1e12:.4g}")} | ({} if peak is None else {"mfu": round(rate / peak, 4)})
+
+    @contextmanager
+    def _untimed(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - begin
+
     # --- checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with self._untimed():
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
