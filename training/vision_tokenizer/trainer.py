@@ -16,11 +16,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Siglip2VisionModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...modeling_nextflow.grids_nextflow import Schedule
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import (
     NextFlowVisionTokenizer,
     NextFlowVisionTokenizerOutput,
     schedules_from_grids,
 )
+from ...modeling_nextflow.pixel_cnn_nextflow import convolution_layout
 from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
 from ..common.processes import ProcessesMixin
@@ -98,8 +100,9 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
         self.usage = CodeUsage(model.config.codebook_size, self.accelerator)
         self.restarted_codes = 0
         self.logged_values: dict[str, list[torch.Tensor]] = {}
-        # Of the last batch, in the order of its pictures: where dead codes start anew.
-        self.last_features: list[tuple[torch.Tensor, tuple]] = []
+        # Of the last batch: the features of the images of each schedule, where dead codes start anew.
+        self.last_features: dict[Schedule, torch.Tensor] = {}
+        self.last_schedules: list[Schedule] = []
         self.add_callback(_StepCallback(self))
 
     @property
@@ -119,6 +122,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, NextFlowVisionTokenizerOutput]:
         pixel_values, image_grids = inputs["pixel_values"], inputs["image_grids"]
+        pixel_values = pixel_values.contiguous(memory_format=convolution_layout(pixel_values.device))
         targets = None
         if self.args.stage == "joint":
             with torch.no_grad():
@@ -203,27 +207,27 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
 
     @contextmanager
     def _capture_features(self, image_grids: torch.Tensor) -> Iterator[None]:
-        """Keeps what the quantiser is given, as (features (1, code_dim, height, width), schedule) of every picture."""
-        schedules = schedules_from_grids(image_grids)
-        captured: dict[tuple, Iterator[torch.Tensor]] = {}
+        """Keep what the quantiser is given: features (n, code_dim, height, width) of each schedule of the batch."""
+        self.last_schedules, self.last_features = schedules_from_grids(image_grids), {}
 
         def keep(module: nn.Module, arguments: tuple) -> None:
-            captured[arguments[1]] = iter(arguments[0].detach().float().split(1))
+            features, schedule = arguments
+            self.last_features[schedule] = features.detach().float()
 
         handle = self.tokenizer.quantizer.register_forward_pre_hook(keep)
         try:
             yield
         finally:
             handle.remove()
-        self.last_features = [(next(captured[schedule]), schedule) for schedule in schedules]
 
     def _queries(self, *, quantize: bool) -> list[torch.Tensor]:
-        """The vectors (cells, code_dim) that the pictures of the last batch look up."""
+        """The vectors (cells, code_dim) that each image of the last batch looks up."""
         quantizer = self.tokenizer.quantizer
-        return [
-            scale_queries(quantizer, features, schedule, quantize=quantize)[0]
-            for features, schedule in self.last_features
-        ]
+        rows = {
+            schedule: iter(scale_queries(quantizer, features, schedule, quantize=quantize))
+            for schedule, features in self.last_features.items()
+        }
+        return [next(rows[schedule]) for schedule in self.last_schedules]
 
     @torch.no_grad()
     def initialize_codebook(self) -> None:
