@@ -91,7 +91,8 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
             Share of the squared error between the features and the accumulated codes in the codebook and in the
             commitment term, as in VAR (not specified by the paper; TokenFlow's tokenizer is 0).
         semantic_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the distillation term (1 - cosine).
-        search_chunk_size (`int`, *optional*, defaults to 4096): Tokens whose distances exist at the same time.
+        search_chunk_size (`int`, *optional*, defaults to 512):
+            Tokens whose distances exist at the same time: few enough for a CPU's cache.
         codes_fingerprint (`str`, *optional*):
             Of the saved weights, as [`~NextFlowVisionTokenizer.get_codes_fingerprint`] gives it. Saving writes it.
     """
@@ -131,7 +132,7 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     commitment_loss_weight: float = 0.25
     accumulated_loss_weight: float = 1.0
     semantic_loss_weight: float = 1.0
-    search_chunk_size: int = 4096
+    search_chunk_size: int = 512
     codes_fingerprint: str | None = None
     initializer_range: float = 0.02
 

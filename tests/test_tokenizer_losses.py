@@ -10,6 +10,7 @@ from torch import nn
 from transformers import ConvNextConfig, ConvNextImageProcessorPil, ConvNextModel
 
 from nextflow_hf.training.vision_tokenizer.adversary import Adversary, PatchDiscriminator, adaptive_weight, hinge_loss
+from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
 from nextflow_hf.training.vision_tokenizer.losses import load_perceptual_loss, perceptual_loss, stack_by_size
 
 
@@ -107,15 +108,21 @@ def test_the_discriminator_sees_patches_of_one_picture():
     logits = discriminator(pictures)
     assert logits.shape == (2, 1, 4, 6)
     torch.testing.assert_close(discriminator(pictures[:1]), logits[:1])
-    with pytest.raises(ValueError, match=r"pictures are \(4, 32\) pixels, expected at least 8"):
+    with pytest.raises(ValueError, match=r"images are \(4, 32\) pixels, expected at least 8"):
         discriminator(torch.rand(1, 3, 4, 32))
+
+
+def make_adversary(learning_rate: float) -> Adversary:
+    args = NextFlowVisionTokenizerTrainingArguments(
+        use_cpu=True, adam_beta1=0.5, adam_beta2=0.9, discriminator_channels=8, discriminator_layers=2,
+        discriminator_learning_rate=learning_rate,
+    )  # fmt: skip
+    return Adversary(args, Accelerator(cpu=True))
 
 
 def test_the_adversary_learns_and_the_tokenizer_hears(backbone):
     torch.manual_seed(0)
-    adversary = Adversary(
-        PatchDiscriminator(8, 2), learning_rate=5e-3, betas=(0.5, 0.9), accelerator=Accelerator(cpu=True)
-    )
+    adversary = make_adversary(5e-3)
     real, fake = [torch.rand(4, 3, 8, 8)], [torch.zeros(4, 3, 8, 8, requires_grad=True)]
     adversary.generator_loss(fake).backward()
     assert fake[0].grad.abs().sum() > 0
@@ -137,9 +144,7 @@ def test_two_halves_of_a_batch_are_the_batch():
     gradients = []
     for parts in (1, 2):
         torch.manual_seed(0)
-        adversary = Adversary(
-            PatchDiscriminator(8, 2), learning_rate=1e-3, betas=(0.5, 0.9), accelerator=Accelerator(cpu=True)
-        )
+        adversary = make_adversary(1e-3)
         for fake, real in zip(pictures[0].chunk(parts), pictures[1].chunk(parts)):
             adversary.learn([fake], [real], share=1 / parts)
         gradients.append([parameter.grad for parameter in adversary.discriminator.parameters()])

@@ -185,7 +185,7 @@ def test_resumed_training_is_uninterrupted_training(make_trainer, continuous_ste
         torch.testing.assert_close(first, second)
 
 
-def test_saved_model_holds_the_averaged_weights(make_trainer, tmp_path):
+def test_saved_model_holds_theaveraged_weights(make_trainer, tmp_path):
     trainer = make_trainer(ema_decay=0.9)
     trainer.train()
     trainer.save_model(tmp_path / "saved")
@@ -200,7 +200,7 @@ def test_dead_codes_restart_from_the_batch_and_live_codes_stay(make_trainer):
     trainer = make_trainer(dead_code_steps=3, ema_decay=0.99)
     quantizer = trainer.model.quantizer
     features = torch.randn(2, 8, 4, 4)
-    trainer.last_features = [(picture, SQUARE) for picture in features.split(1)]
+    trainer.last_features, trainer.last_schedules = {SQUARE: features}, [SQUARE, SQUARE]
     trainer.usage.step_counts[:10] = 1
     trainer.usage.steps_unused[10:] = 2
     before = quantizer.codebook()
@@ -212,7 +212,7 @@ def test_dead_codes_restart_from_the_batch_and_live_codes_stay(make_trainer):
     # Both parts of a restarted code come from one and the same query.
     assert (after[10:, None] - queries).abs().amax(-1).amin(-1).max() < 1e-5
     assert trainer.usage.steps_unused.sum() == 0
-    with trainer._averaged_weights():  # which must not go on with the dead codes
+    with trainer.averaged_weights():  # which must not go on with the dead codes
         torch.testing.assert_close(quantizer.codebook(), after)
 
 
@@ -239,16 +239,17 @@ def test_queries_add_up_with_the_quantizer(make_tokenizer):
     assert torch.equal(model.quantizer.search(queries, model.codebook)[0], codes)
 
 
-def test_features_are_kept_in_the_order_of_the_pictures(make_trainer, items):
+def test_queries_are_in_the_order_of_the_images(make_trainer, items):
     trainer = make_trainer()
     batch = NextFlowVisionTokenizerCollator()(items[:4])
     with trainer._capture_features(batch["image_grids"]):
         trainer.model.encode(**batch)
-    for item, (features, schedule) in zip(items[:4], trainer.last_features, strict=True):
+    for item, queries in zip(items[:4], trainer._queries(quantize=True), strict=True):
         alone = NextFlowVisionTokenizerCollator()([item])
-        expected = trainer.model._encode_features(alone["pixel_values"])
-        torch.testing.assert_close(features, expected)
-        assert schedule == tuple(map(tuple, item["image_grids"].tolist()))
+        features = trainer.model._encode_features(alone["pixel_values"])
+        schedule = tuple(map(tuple, item["image_grids"].tolist()))
+        expected = scale_queries(trainer.model.quantizer, features, schedule, quantize=True)[0]
+        torch.testing.assert_close(queries, expected)
 
 
 def test_padding_changes_no_loss_and_no_metric(items, make_tokenizer):

@@ -1,7 +1,7 @@
 """The adversary of the vision tokenizer's training (VQGAN): a PatchGAN discriminator and all that makes it learn.
 
-It has its own optimiser beside `Trainer`'s, and learns from the same forward that the tokenizer learns from. Every
-loss is a mean over the pictures, and nothing in the network sees more than one picture (GroupNorm, not BatchNorm):
+It has its own optimizer beside `Trainer`'s, and learns from the same forward that the tokenizer learns from. Every
+loss is a mean over the images, and nothing in the network sees more than one image (GroupNorm, not BatchNorm):
 micro-batches and processes add up to one large batch.
 """
 
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from .arguments import NextFlowVisionTokenizerTrainingArguments
+
 
 class PatchDiscriminator(nn.Module):
     """
-    PatchGAN: pictures (n, 3, height, width) to one logit for each patch (n, 1, rows, columns), high where it looks
+    PatchGAN: images (n, 3, height, width) to one logit for each patch (n, 1, rows, columns), high where it looks
     real. Each of the `num_layers` first convolutions halves both axes.
 
     Args:
@@ -47,7 +49,7 @@ class PatchDiscriminator(nn.Module):
         smallest = 2**self.num_layers
         if min(pixels.shape[2:]) < smallest:
             raise ValueError(
-                f"pictures are {tuple(pixels.shape[2:])} pixels, expected at least {smallest} along each axis for "
+                f"images are {tuple(pixels.shape[2:])} pixels, expected at least {smallest} along each axis for "
                 f"discriminator_layers {self.num_layers}"
             )
         return self.layers(pixels)
@@ -55,32 +57,28 @@ class PatchDiscriminator(nn.Module):
 
 class Adversary:
     """
-    A discriminator with its optimiser.
+    A discriminator with its optimizer, the same in all processes.
 
     Args:
-        discriminator ([`PatchDiscriminator`]): The network, the same in all processes.
-        learning_rate (`float`): Before the schedule's factor.
-        betas (`tuple[float, float]`): Of its Adam.
+        args ([`NextFlowVisionTokenizerTrainingArguments`]): Sizes, learning rate and seed.
         accelerator (`Accelerator`): Of the trainer: averages gradients over the processes.
     """
 
-    def __init__(
-        self,
-        discriminator: PatchDiscriminator,
-        *,
-        learning_rate: float,
-        betas: tuple[float, float],
-        accelerator: Accelerator,
-    ):
-        self.discriminator = discriminator
-        self.learning_rate = learning_rate
+    def __init__(self, args: NextFlowVisionTokenizerTrainingArguments, accelerator: Accelerator):
+        with torch.random.fork_rng():  # the rest of the run stays what it is without a discriminator
+            torch.manual_seed(args.seed)
+            discriminator = PatchDiscriminator(args.discriminator_channels, args.discriminator_layers)
+        rate = args.discriminator_learning_rate
+        self.discriminator = discriminator.to(args.device)
+        self.learning_rate = args.learning_rate if rate is None else rate
         self.accelerator = accelerator
-        self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate, betas=betas)
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=self.learning_rate, betas=betas)
 
     def generator_loss(self, reconstruction: Sequence[torch.Tensor]) -> torch.Tensor:
         """Low where the reconstruction passes for real. Gives gradients to it, and none to the discriminator."""
         self.discriminator.requires_grad_(False)
-        loss = -picture_mean(self._logits(reconstruction))
+        loss = -image_mean(self._logits(reconstruction))
         self.discriminator.requires_grad_(True)
         return loss
 
@@ -118,17 +116,17 @@ class Adversary:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _logits(self, stacks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits (n, patches) of every stack of pictures."""
+        """Logits (n, patches) of every stack of images."""
         return [self.discriminator(stack).float().flatten(1) for stack in stacks]
 
 
 def hinge_loss(real: Sequence[torch.Tensor], fake: Sequence[torch.Tensor]) -> torch.Tensor:
     """Of the discriminator: zero where every real patch has more than 1 and every other less than -1."""
-    return (picture_mean([F.relu(1 - one) for one in real]) + picture_mean([F.relu(1 + one) for one in fake])) / 2
+    return (image_mean([F.relu(1 - one) for one in real]) + image_mean([F.relu(1 + one) for one in fake])) / 2
 
 
-def picture_mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean over the pictures of stacks (n, patches), however many patches each has."""
+def image_mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean over the images of stacks (n, patches), however many patches each has."""
     return torch.cat([stack.mean(1) for stack in values]).mean()
 
 

@@ -1,33 +1,31 @@
 """Training of the dual-codebook vision tokenizer (§2.1, §3.1) in its three stages.
 
-A `transformers.Trainer`: data, optimiser, checkpoints and logging are the usual ones. What is added is what a vector
-quantiser needs (a codebook that starts from data, codes that come back to life, usage in the logs: codebook.py), the
-losses that attach to the pixels (losses.py, adversary.py), an average of the weights, and an evaluation in
-decibel. It knows images and their grids; where they come from it does not.
+A `transformers.Trainer` with what a vector quantiser needs (a codebook initialised from data, dead codes that restart,
+usage in the logs: codebook.py), losses on the pixels (losses.py, adversary.py) and an evaluation in decibel.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import Siglip2VisionModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Siglip2VisionModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
+from ...modeling_nextflow.grids_nextflow import Schedule, schedules_from_grids
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import (
     NextFlowVisionTokenizer,
     NextFlowVisionTokenizerOutput,
-    schedules_from_grids,
 )
-from ..common.checkpoints import StagedCheckpointsMixin
-from ..common.finite_steps import FiniteStepsMixin
+from ...modeling_nextflow.pixel_cnn_nextflow import convolution_layout
+from ..common.ema import AveragedWeightsMixin
 from ..common.processes import ProcessesMixin
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_trainer_options
 from ..data.images import NextFlowImageDataset, NextFlowVisionTokenizerCollator
 from ..evaluation.reconstruction_report import measure_batch
-from .adversary import Adversary, PatchDiscriminator, adaptive_weight
+from .adversary import Adversary, adaptive_weight
 from .arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
 from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
 from .losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
@@ -35,10 +33,10 @@ from .losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_
 
 SEMANTIC_PARTS = ("semantic_encoder", "encode_task_layer", "semantic_decoder", "decode_task_layer")
 SEMANTIC_CODEBOOK = "quantizer.semantic_codebook"
-STATE_NAME = "vision_tokenizer_trainer.pt"
+LOGGED = ("reconstruction_loss", "quantizer_loss", "commitment_loss", "semantic_loss")
 
 
-class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
+class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Trainer):
     """
     Trains a [`NextFlowVisionTokenizer`].
 
@@ -55,6 +53,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
         kwargs: Everything else of [`~transformers.Trainer`].
     """
 
+    state_name = "vision_tokenizer_trainer.pt"
     loss_is_scaled_for_ga = False
     can_shard_weights = False
 
@@ -76,35 +75,28 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
                 f"DeepSpeed in {self.accelerator.mixed_precision} rounds the codebooks, and rounded ones have other "
                 "nearest codes (§2.1): use DDP, or leave bf16 and fp16 out"
             )
-        self.semantic_teacher = self.perceptual_distance = self.adversary = self.ema = None
+        self.semantic_teacher = self.perceptual_distance = self.adversary = None
         if semantic_teacher is not None:
             self.semantic_teacher = semantic_teacher.requires_grad_(False).eval().to(args.device)
         if args.perceptual_model is not None:
             distance = load_perceptual_loss(args.perceptual_model, layers=args.perceptual_layers)
             self.perceptual_distance = distance.to(args.device)
         if args.adversarial_loss_weight:
-            with torch.random.fork_rng():  # the same network in all processes, and the same run without it
-                torch.manual_seed(args.seed)
-                discriminator = PatchDiscriminator(args.discriminator_channels, args.discriminator_layers)
-            rate = args.discriminator_learning_rate
-            self.adversary = Adversary(
-                discriminator.to(args.device),
-                learning_rate=args.learning_rate if rate is None else rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                accelerator=self.accelerator,
-            )
-        if args.ema_decay is not None:
-            self.ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+            self.adversary = Adversary(args, self.accelerator)
         self.usage = CodeUsage(model.config.codebook_size, self.accelerator)
         self.restarted_codes = 0
         self.logged_values: dict[str, list[torch.Tensor]] = {}
-        # Of the last batch, in the order of its pictures: where dead codes start anew.
-        self.last_features: list[tuple[torch.Tensor, tuple]] = []
-        self.add_callback(_StepCallback(self))
+        # Of the last batch, where dead codes restart: features of the images of each schedule, and their schedules.
+        self.last_features: dict[Schedule, torch.Tensor] = {}
+        self.last_schedules: list[Schedule] = []
 
     @property
     def tokenizer(self) -> NextFlowVisionTokenizer:
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def trains_codebook(self) -> bool:
+        return self.args.stage != "decoder"
 
     @property
     def quantizes(self) -> bool:
@@ -119,6 +111,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, NextFlowVisionTokenizerOutput]:
         pixel_values, image_grids = inputs["pixel_values"], inputs["image_grids"]
+        pixel_values = pixel_values.contiguous(memory_format=convolution_layout(pixel_values.device))
         targets = None
         if self.args.stage == "joint":
             with torch.no_grad():
@@ -128,7 +121,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
                 pixel_values,
                 image_grids,
                 semantic_targets=targets,
-                drop_scales=self._draw_dropped_scales(image_grids.shape[1]) if model.training else None,
+                drop_scales=self._dropped_scales(image_grids.shape[1]) if model.training else None,
                 quantize=self.quantizes,
             )
         sizes = picture_sizes(self.tokenizer, image_grids)
@@ -147,7 +140,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
             loss = loss + adversarial["adversarial_weight"] * adversarial["adversarial_loss"]
             parts |= adversarial
         if model.training:
-            # Neither may the discriminator's be a bad number: it learns from the same pictures.
+            # The discriminator's loss has to be finite, too: it learns from the same images.
             self.watch(inputs, loss + 0 * parts.get("discriminator_loss", 0))
             self._keep_for_logs(outputs, parts)
             if self.quantizes:
@@ -157,7 +150,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
     def _adversarial_parts(
         self, fake: list[torch.Tensor], real: list[torch.Tensor], pixel_loss: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """What the tokenizer hears from the discriminator, which then learns from the same pictures."""
+        """The tokenizer's loss from the discriminator, which then learns from the same images."""
         adversarial_loss = self.adversary.generator_loss(fake)
         weight = torch.tensor(self.args.adversarial_loss_weight, device=pixel_loss.device)
         if self.args.adversarial_adaptive:
@@ -172,18 +165,16 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
             "discriminator_loss": discriminator_loss,
         }
 
-    def _draw_dropped_scales(self, max_scales: int) -> list[bool]:
+    def _dropped_scales(self, max_scales: int) -> list[bool]:
         """Per step, the same for all its micro-batches and processes, so that they add up to one large batch."""
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        # The schedules of two processes' pictures may differ in length: always as many draws.
-        drawn = torch.rand(64, generator=generator)[:max_scales]
-        return (drawn < self.tokenizer.config.scale_dropout).tolist()
+        # Always as many numbers: two processes may have schedules of different lengths.
+        return (torch.rand(64, generator=generator)[:max_scales] < self.tokenizer.config.scale_dropout).tolist()
 
     # ---- Logs ----
 
     def _keep_for_logs(self, outputs: NextFlowVisionTokenizerOutput, parts: dict[str, torch.Tensor]) -> None:
-        names = ("reconstruction_loss", "quantizer_loss", "commitment_loss", "semantic_loss")
-        parts = {name: outputs[name] for name in names if outputs.get(name) is not None} | parts
+        parts = {name: outputs[name] for name in LOGGED if outputs.get(name) is not None} | parts
         for name, value in parts.items():
             self.logged_values.setdefault(name, []).append(value.detach())
 
@@ -193,7 +184,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
             means = self.accelerator.reduce(means, "mean").tolist()
             logs |= {name: round(mean, 5) for name, mean in zip(self.logged_values, means, strict=True)}
             logs |= self.usage.metrics()
-            if self.args.dead_code_steps and self.args.stage != "decoder":
+            if self.args.dead_code_steps and self.trains_codebook:
                 logs["dead_codes"] = int((self.usage.steps_unused >= self.args.dead_code_steps).sum())
                 logs["restarted_codes"] = self.restarted_codes
             self.logged_values, self.restarted_codes = {}, 0
@@ -203,31 +194,31 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
 
     @contextmanager
     def _capture_features(self, image_grids: torch.Tensor) -> Iterator[None]:
-        """Keeps what the quantiser is given, as (features (1, code_dim, height, width), schedule) of every picture."""
-        schedules = schedules_from_grids(image_grids)
-        captured: dict[tuple, Iterator[torch.Tensor]] = {}
+        """Keep the quantiser's input (n, code_dim, height, width) for each schedule of the batch."""
+        self.last_schedules, self.last_features = schedules_from_grids(image_grids), {}
 
         def keep(module: nn.Module, arguments: tuple) -> None:
-            captured[arguments[1]] = iter(arguments[0].detach().float().split(1))
+            features, schedule = arguments
+            self.last_features[schedule] = features.detach().float()
 
         handle = self.tokenizer.quantizer.register_forward_pre_hook(keep)
         try:
             yield
         finally:
             handle.remove()
-        self.last_features = [(next(captured[schedule]), schedule) for schedule in schedules]
 
     def _queries(self, *, quantize: bool) -> list[torch.Tensor]:
-        """The vectors (cells, code_dim) that the pictures of the last batch look up."""
+        """The vectors (cells, code_dim) that each image of the last batch looks up."""
         quantizer = self.tokenizer.quantizer
-        return [
-            scale_queries(quantizer, features, schedule, quantize=quantize)[0]
-            for features, schedule in self.last_features
-        ]
+        rows = {
+            schedule: iter(scale_queries(quantizer, features, schedule, quantize=quantize))
+            for schedule, features in self.last_features.items()
+        }
+        return [next(rows[schedule]) for schedule in self.last_schedules]
 
     @torch.no_grad()
     def initialize_codebook(self) -> None:
-        """Initialises the codebook from the features of the first `codebook_init_batches` batches of the data."""
+        """Initialise the codebook from the features of the first `codebook_init_batches` batches of the data."""
         batches = []
         for index, batch in enumerate(self.get_train_dataloader()):
             if index == self.args.codebook_init_batches:
@@ -241,25 +232,24 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
     @torch.no_grad()
     def initialize_codebook_from(self, batches: list[list[torch.Tensor]]) -> None:
         """
-        Initialises both codebooks together by `codebook_init_iterations` of k-means, from the features (cells,
-        code_dim) of every picture of this process's batches, both parts of length one. Raises `ValueError` when all
-        are fewer than the codes.
+        Initialise both codebooks together by `codebook_init_iterations` of k-means, from the features (cells,
+        code_dim) of every image of this process's batches, both parts of length one.
+
+        Raises:
+            `ValueError`: where all processes have fewer features than codes.
         """
         quantizer = self.tokenizer.quantizer
         codebook_size = quantizer.config.codebook_size
         centers = draw_queries(batches, codebook_size, self.accelerator, seed=(self.args.seed,), replace=False)
+        features = torch.cat([image for batch in batches for image in batch])
         codebook = spherical_kmeans(
-            quantizer,
-            centers,
-            torch.cat([picture for batch in batches for picture in batch]),
-            self.accelerator,
-            iterations=self.args.codebook_init_iterations,
+            quantizer, centers, features, self.accelerator, iterations=self.args.codebook_init_iterations
         )
         self._write_codes(torch.arange(codebook_size, device=codebook.device), codebook)
 
     @torch.no_grad()
     def restart_dead_codes(self) -> int:
-        """Gives the codes that were not used for `dead_code_steps` steps a query of the current batch."""
+        """Give codes that were not used for `dead_code_steps` steps a query of the last batch; returns how many."""
         dead = (self.usage.steps_unused >= self.args.dead_code_steps).nonzero().flatten()
         if len(dead):
             seed = (self.args.seed, self.state.global_step)
@@ -270,56 +260,44 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
 
     def _write_codes(self, rows: torch.Tensor, vectors: torch.Tensor) -> None:
         """
-        Writes unit vectors into rows of both codebooks, and into the average of the weights: the old code has nothing
-        to say about the new one. Forgets the optimiser's moments of those rows.
+        Write unit vectors into rows of both codebooks and of their averages, in which old codes mean nothing for new
+        ones, and forget the optimizer's moments of those rows.
         """
         quantizer = self.tokenizer.quantizer
         dims = [quantizer.config.semantic_code_dim, quantizer.config.pixel_code_dim]
         tables = (quantizer.semantic_codebook.weight, quantizer.pixel_codebook.weight)
         averages = {}
         if self.ema is not None:
-            averages = dict(zip(map(id, self.tokenizer.parameters()), self.ema.shadow_params, strict=True))
+            averages = dict(zip(map(id, self.averaged_parameters), self.ema.shadow_params, strict=True))
         for table, part in zip(tables, vectors.split(dims, -1), strict=True):
+            # Under accelerate the state belongs to the wrapped optimizer; both share the dictionary.
+            state = {} if self.optimizer is None else self.optimizer.state.get(table, {})
             table.data[rows] = part.to(table)
-            if self.ema is not None:
-                average = averages[id(table)]
-                average[rows.to(average.device)] = part.to(average)
-            if self.optimizer is not None:
-                # Under accelerate the state belongs to the wrapped optimiser; both share the dictionary.
-                for name, value in self.optimizer.state.get(table, {}).items():
-                    if name in ("exp_avg", "exp_avg_sq"):
-                        value[rows] = 0
+            if id(table) in averages:
+                averages[id(table)][rows] = part.to(table)
+            for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
+                state[name][rows] = 0
 
     # ---- Evaluation ----
 
     @torch.no_grad()
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         """
         Means over the images, of pixels in [0, 1]: `psnr` in decibel, `ssim` and `gmsd` of all scales, `psnr_scale_k`
         of the first k (§2.1); and the use of the codebook. Uses the averaged weights when there are some.
         """
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(data, dict):
-            return {
-                name: value
-                for key, part in data.items()
-                for name, value in self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{key}").items()
-            }
         tokenizer = self.tokenizer
         was_training = tokenizer.training
         tokenizer.eval()
         usage = CodeUsage(tokenizer.config.codebook_size, self.accelerator)
         gathered: dict[str, list[torch.Tensor]] = {}
-        with self._averaged_weights():
-            for batch in self.get_eval_dataloader(eval_dataset):
+        with self.averaged_weights():
+            for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 pixel_values, image_grids = batch["pixel_values"], batch["image_grids"]
-                # The processes see different schedules, and must all take part in every gathering.
+                # Processes see different schedules, and must all take part in every gathering.
                 longest = (image_grids.prod(-1) > 0).sum(-1).max()
                 num_scales = int(self.accelerator.gather(longest[None]).max())
                 measured = measure_batch(tokenizer, pixel_values, image_grids, num_scales=num_scales)
@@ -328,106 +306,57 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, FiniteStepsMixin, StagedChe
                     gathered.setdefault(name, []).append(values)
         tokenizer.train(was_training)
 
-        means = {name: torch.cat(values).nanmean().item() for name, values in gathered.items()}
-        # Not a number: SSIM where no picture is as large as its window.
-        metrics = {f"{metric_key_prefix}_{name}": round(mean, 4) for name, mean in means.items() if mean == mean}
-        codebook = {name: value for name, value in usage.metrics().items() if name.startswith("codebook_")}
-        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in codebook.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        values = {name: torch.cat(parts) for name, parts in gathered.items()}
+        means = {name: value.nanmean().item() for name, value in values.items()}
+        # NaN: SSIM where no image is as large as its window.
+        metrics = {name: round(mean, 4) for name, mean in means.items() if mean == mean}
+        metrics |= {name: value for name, value in usage.metrics().items() if name.startswith("codebook_")}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(values["psnr"]))
 
-    # ---- Averaged weights and checkpoints ----
+    # ---- Around a step ----
 
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        if self.ema is None:
-            yield
-            return
-        parameters = list(self.tokenizer.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(parameters)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the averaged weights when there are some; a checkpoint (an internal call) holds the raw ones."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        with self._averaged_weights():
-            super().save_model(output_dir)
-
-    def save_own_state(self, folder: str) -> None:
-        if self.args.should_save:
-            parts = {"ema": self.ema, "adversary": self.adversary}
-            state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
-            torch.save({**state, "steps_unused": self.usage.steps_unused}, os.path.join(folder, STATE_NAME))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = os.path.join(resume_from_checkpoint, STATE_NAME)
-        state = torch.load(path, weights_only=True, map_location=self.args.device)
-        self.usage.steps_unused = state["steps_unused"]
-        reasons = {
-            "ema": f"ema_decay is {self.args.ema_decay}",
-            "adversary": f"adversarial_loss_weight is {self.args.adversarial_loss_weight}",
-        }
-        for name, reason in reasons.items():
-            part, saved = getattr(self, name), state[name]
-            if (saved is None) != (part is None):
-                raise ValueError(f"{path} has {'no' if saved is None else 'an'} {name}, but {reason}")
-            if part is not None:
-                part.load_state_dict(saved)
-
-
-class _StepCallback(TrainerCallback):
-    """Calls the trainer where `Trainer` has no method to override: around each step."""
-
-    def __init__(self, trainer: NextFlowVisionTokenizerTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.to(args.device)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_begin(self) -> None:
         # accelerate's loader tells the data set no epoch where its sampler has one: in the epoch in which a run goes
         # on, and always with several processes.
-        if isinstance(self.trainer.train_dataset, NextFlowImageDataset):
-            self.trainer.train_dataset.set_epoch(int(state.epoch))
+        if isinstance(self.train_dataset, NextFlowImageDataset):
+            self.train_dataset.set_epoch(int(self.state.epoch))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if state.global_step == args.continuous_steps and args.codebook_init_batches and args.stage != "decoder":
-            self.trainer.initialize_codebook()
+    def on_step_begin(self) -> None:
+        is_time = self.state.global_step == self.args.continuous_steps
+        if is_time and self.args.codebook_init_batches and self.trains_codebook:
+            self.initialize_codebook()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        trainer = self.trainer
-        if trainer.adversary is not None:
+    def on_optimizer_step(self) -> None:
+        if self.adversary is not None:
             # The factor of the schedule alone, whatever the tokenizer's own rate.
-            factor = trainer.lr_scheduler.get_last_lr()[0] / args.learning_rate
-            trainer.adversary.step(learning_rate_factor=factor, max_grad_norm=args.max_grad_norm)
+            factor = self.lr_scheduler.get_last_lr()[0] / self.args.learning_rate
+            self.adversary.step(learning_rate_factor=factor, max_grad_norm=self.args.max_grad_norm)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        trainer = self.trainer
-        if args.dead_code_steps and args.stage != "decoder" and state.global_step > args.continuous_steps:
-            trainer.usage.end_step()
-            if state.global_step < args.dead_code_until * state.max_steps:
-                trainer.restarted_codes += trainer.restart_dead_codes()
-        if trainer.ema is not None:
-            trainer.ema.step(trainer.tokenizer.parameters())
+    def on_step_end(self) -> None:
+        args, step = self.args, self.state.global_step
+        if args.dead_code_steps and self.trains_codebook and step > args.continuous_steps:
+            self.usage.end_step()
+            if step < args.dead_code_until * self.state.max_steps:
+                self.restarted_codes += self.restart_dead_codes()
+        super().on_step_end()
+
+    # ---- Checkpoints ----
+
+    def own_state(self) -> dict[str, Any]:
+        adversary = None if self.adversary is None else self.adversary.state_dict()
+        return {**super().own_state(), "adversary": adversary, "steps_unused": self.usage.steps_unused}
+
+    def load_own_state(self, state: dict[str, Any], path: str) -> None:
+        super().load_own_state(state, path)
+        self.usage.steps_unused = state["steps_unused"]
+        if (state["adversary"] is None) != (self.adversary is None):
+            raise ValueError(
+                f"{path} has {'no' if state['adversary'] is None else 'an'} adversary, but adversarial_loss_weight is "
+                f"{self.args.adversarial_loss_weight}"
+            )
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
 
 
 def check_trainable(
