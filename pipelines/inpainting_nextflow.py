@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .helpers_nextflow import check_numbers, one_per_prompt
-from .prompts_nextflow import Image, NextFlowImagePrompt, NextFlowSteps, num_cells, schedule_of
+from .prompts_nextflow import Image, NextFlowImagePrompt, NextFlowImageSteps, num_cells, schedule_of
 
 
 Grids = Sequence[tuple[int, int]]
@@ -26,7 +26,7 @@ Footprint = Callable[[tuple[int, int], tuple[int, int]], torch.Tensor]
 
 
 def keep_codes(
-    pipe: NextFlowSteps,
+    pipe: NextFlowImageSteps,
     prompts: list[NextFlowImagePrompt],
     repeats: int,
     source: int,
@@ -39,7 +39,8 @@ def keep_codes(
     mask_image: Any = None,
 ) -> None:
     """Give each prompt the codes to keep: of the given images, else of the prompt's own image number `source`."""
-    check_numbers(keep_scales=keep_scales, mask_coverage=mask_coverage)
+    check_numbers(0, keep_scales=keep_scales)
+    check_numbers(0, is_whole=False, mask_coverage=mask_coverage)
     if not 0 < mask_coverage <= 1:
         raise ValueError(f"`mask_coverage` is {mask_coverage}, expected more than 0 and at most 1")
     count = len(prompts) // repeats
@@ -61,7 +62,7 @@ def keep_codes(
             _check_mask(pipe.processor.image_processor.schedule, mask, prompts[index].grids)
 
 
-def _load_mask(pipe: NextFlowSteps, mask: Image) -> PIL.Image.Image:
+def _load_mask(pipe: NextFlowImageSteps, mask: Image) -> PIL.Image.Image:
     pixels = pipe.processor.image_processor.process_image(mask, do_convert_rgb=True)  # (3, height, width), 8 bits
     return PIL.Image.fromarray(np.asarray(pixels).transpose(1, 2, 0)).convert("L")
 

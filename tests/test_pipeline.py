@@ -354,17 +354,18 @@ def test_callbacks_read_latents_by_default_as_in_diffusers(pipe):
     assert seen == [1, 5, 14, 30]
 
 
-def test_a_call_asks_once_where_it_computes(pipe, monkeypatch):
+def test_a_call_does_not_walk_over_modules_to_find_where_it_computes(pipe, monkeypatch):
     asked = []
     original = DiffusionPipeline._execution_device
     monkeypatch.setattr(
         DiffusionPipeline, "_execution_device", property(lambda self: asked.append(0) or original.fget(self))
     )
     pipe("a", image=picture())
-    assert len(asked) == 1
-    pipe.encode_images(picture())  # outside of a call nothing is kept: the components may move
+    assert not asked
+    # Where there is an accelerator, what lies on the CPU may be offloaded: diffusers looks for its hooks.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     pipe.encode_images(picture())
-    assert len(asked) == 3
+    assert asked
 
 
 # --- diffusers' machinery
