@@ -42,7 +42,6 @@ from .prompts_nextflow import (
     build_messages,
     check_only_decodes,
     check_prompts,
-    check_size,
     collate_prompts,
     group_prompts,
     guides,
@@ -52,7 +51,8 @@ from .prompts_nextflow import (
 )
 
 
-OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
+CODES = ("codes", "latent")  # output without decoding
+OUTPUT_TYPES = ("pil", "np", "pt", *CODES)
 DECODERS = ("vq", "diffusion")
 
 EXAMPLE_DOC_STRING = """
@@ -335,19 +335,18 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         # 1. Check inputs
         image_codes = one_of(image_codes=image_codes, latents=latents)
         num_steps = one_of(num_scales=num_scales, num_inference_steps=num_inference_steps)
-        resolution = resolution and self.known_resolution(resolution, height)
-        size = given(height=height, width=width, aspect_ratio=aspect_ratio, resolution=resolution)
-        kept = given(keep_scales=keep_scales, mask_image=mask_image)
+        size = given(height=height, width=width, aspect_ratio=aspect_ratio)
+        size |= given(resolution=resolution and self.known_resolution(resolution, height))
+        kept = given(image_codes=image_codes, image_grids=image_grids, keep_scales=keep_scales, mask_image=mask_image)
         decoding = given(num_inference_steps=decoder_num_inference_steps, guidance_scale=decoder_guidance_scale)
         decoding |= given(strength=decoder_strength, tile_size=decoder_tile_size)
         decoding |= given(prompt=decoder_prompt, generator=decoder_generator)
-        output_type = "codes" if output_type == "latent" else output_type
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        check_numbers(num_images_per_prompt=num_images_per_prompt, num_scales=num_steps)
         check_prompts(prompt, image, messages, negative_prompt, image_codes, image_grids)
-        check_size(height, width, aspect_ratio)
+        check_numbers(num_images_per_prompt=num_images_per_prompt, num_scales=num_steps, height=height, width=width)
         self.check_outputs(output_type, decoder, decoding, tensor_inputs, stream)
-        self.check_thinking(think, max_new_tokens)
+        if max_new_tokens is not None:
+            self.check_thinking(think, max_new_tokens)
 
         # 2. Settings of sampling, which callbacks see and may change
         conversations = build_messages([] if prompt is None else prompt, image)
@@ -355,39 +354,34 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             conversations, _ = self.processor.as_conversations(messages)
         names = "guidance_scale", "guidance_schedule", "image_guidance_scale", "temperature", "top_k", "top_p"
         values = guidance_scale, guidance_schedule, image_guidance_scale, temperature, top_k, top_p
-        settings = self.prepare_settings(conversations, **dict(zip(names, values, strict=True)))
+        settings = self.prepare_settings(conversations, dict(zip(names, values, strict=True)))
 
-        # 3. Encode prompts; without any, the codes are only decoded
+        # 3. Encode prompts; without any, codes are only decoded
         if not conversations:
             check_only_decodes(num_images_per_prompt, size | kept | given(image=image, think=think or None))
-            prompts = self.given_prompts(image_codes, image_grids)
+            prompts = self.given_prompts(**kept)
         else:
-            keep_first_size = messages is None and not size.keys() - {"resolution"}
-            options = {"think": think, "keep_first_size": keep_first_size, **size}
+            options = {"think": think, "keep_first_size": messages is None, **size}
             prompts = self.encode_prompts(conversations, negative_prompt, settings, **options)
             prompts = [copy.copy(one) for one in prompts for _ in range(num_images_per_prompt)]
-            if image_codes is not None or kept:
-                kept |= given(image_codes=image_codes, image_grids=image_grids, mask_coverage=mask_coverage)
-                source = -1 if prompt is None else 0  # the image to keep codes of where none is given
-                keep_codes(self, prompts, num_images_per_prompt, source, size, **kept)
-
-        # 4. Prepare the images and their generators
-        generators = generator_per_image(generator, len(prompts))
-        thoughts = final_prompts = None
+        if conversations and kept:
+            source = 0 if messages is None else -1  # the image to keep codes of where none is given
+            keep_codes(self, prompts, len(conversations), source, mask_coverage, size_is_given=bool(size), **kept)
+        generators, thoughts, final_prompts = generator_per_image(generator, len(prompts)), None, None
         if think:
             prompts, thoughts, final_prompts = self.think_first(prompts, max_new_tokens, generators)
-        groups = self.prepare_images(prompts, num_steps, is_limit=num_inference_steps is not None)
-        if decoder == "diffusion":
-            decoding = self.prepare_decoding(decoding, None if image is not None else prompt, generators, len(prompts))
 
-        # 5. Loop over scales
+        # 4. Loop over scales, the images of one schedule together
+        groups = self.prepare_images(prompts, num_steps, is_limit=num_inference_steps is not None)
         scales = self.sample_images(prompts, groups, settings, generators, callback_on_step_end, tensor_inputs)
+        if decoder == "diffusion":
+            decoding = self.prepare_decoding(decoding, prompt if image is None else None, generators, len(prompts))
         if stream:
             return self._previews(prompts, groups, scales, decoder, decoding, output_type)
         for _ in scales:
             pass
 
-        # 6. Decode
+        # 5. Decode
         images = self.decode_images(prompts, groups, decoder, decoding, output_type)
         self.maybe_free_model_hooks()
         output = NextFlowPipelineOutput(images, *join_codes(prompts), thoughts, final_prompts)
@@ -422,7 +416,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         self, output_type: str, decoder: str, decoding: dict[str, Any], tensor_inputs: Sequence[str], stream: bool
     ) -> None:
         """Raises `ValueError` where what the call is to give does not fit together."""
-        if output_type not in OUTPUT_TYPES or (stream and output_type == "codes"):
+        if output_type not in OUTPUT_TYPES or (stream and output_type in CODES):
             expected = "'pil', 'np' or 'pt': a preview is an image" if stream else f"one of {list(OUTPUT_TYPES)}"
             raise ValueError(f"`output_type` is {output_type!r}, expected {expected}")
         if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
@@ -435,19 +429,19 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             names = [f"decoder_{name}" for name in decoding]
             raise ValueError(f"got {names} with `decoder='vq'`: they go with `decoder='diffusion'`")
         if decoder == "diffusion":
-            if output_type == "codes":
-                raise ValueError("`decoder='diffusion'` and `output_type='codes'`: codes are not decoded")
+            if output_type in CODES:
+                raise ValueError(f"`decoder='diffusion'` and `output_type={output_type!r}`: codes are not decoded")
             self.diffusion_decoder_pipeline.check_settings(**decoding)
 
     # ---- 2. Settings
 
-    def prepare_settings(self, conversations: list[Conversation], **settings: Any) -> dict[str, Any]:
+    def prepare_settings(self, conversations: list[Conversation], settings: dict[str, Any]) -> dict[str, Any]:
         """
         Settings of sampling, as in [`~NextFlowPipeline.get_image_settings`]. Guidance towards images that a prompt
         does not have is a `ValueError` where the call asks for it, and left out where only the model does.
         """
-        asked = settings.get("image_guidance_scale")
-        settings = self.get_image_settings(**settings)
+        asked = settings["image_guidance_scale"]
+        settings = self.transformer.get_image_settings(**settings)
         missing = 0
         if guides(settings["image_guidance_scale"]):
             missing = sum(not has_user_image(conversation) for conversation in conversations)
@@ -465,8 +459,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
 
     def given_prompts(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[NextFlowImagePrompt]:
         """Images whose codes are all there is: they are only decoded."""
-        codebook_size = self.transformer.config.codebook_size
-        images = given_images(image_codes, image_grids, len(image_grids), 1, codebook_size=codebook_size)
+        images = given_images(image_codes, image_grids, len(image_grids), 1, self.transformer.config.codebook_size)
         nothing = image_grids.new_zeros(0)
         return [NextFlowImagePrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
 
@@ -570,7 +563,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         output_type: str,
     ) -> list | np.ndarray | torch.Tensor | None:
         """The images of the codes so far, by the decoder that is named; `None` for `output_type="codes"`."""
-        if output_type == "codes":
+        if output_type in CODES:
             return None
         images: list[Any] = [None] * len(prompts)
         was_interrupted = self._interrupt

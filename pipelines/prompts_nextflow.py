@@ -73,7 +73,7 @@ def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for index, prompt in enumerate(prompts):
         num_given = 0 if prompt.prefix_codes is None else len(prompt.prefix_codes)
-        groups.setdefault((num_given, *prompt.grids), []).append(index)
+        groups.setdefault((num_given, *prompt.image_grids[-1].flatten().tolist()), []).append(index)
     return list(groups.values())
 
 
@@ -136,18 +136,10 @@ def check_prompts(
         raise ValueError(f"`image_codes` and `image_grids` go together, got no `{missing}`")
 
 
-def check_size(height: int | None, width: int | None, aspect_ratio: str | None) -> None:
-    """Raises `ValueError` where a size is half given or given twice."""
-    check_numbers(height=height, width=width)
-    if (height is None) != (width is None):
-        raise ValueError(f"`height` is {height} and `width` is {width}, expected both or neither")
-    if height is not None and aspect_ratio is not None:
-        raise ValueError(f"got `height`, `width` and `aspect_ratio` ({aspect_ratio!r}): pass one of the two forms")
-
-
 def check_only_decodes(num_images_per_prompt: int, others: dict[str, Any]) -> None:
     """Raises `ValueError` where a call without a prompt says more than which codes to decode."""
-    names = [*others, *(["num_images_per_prompt"] if num_images_per_prompt != 1 else [])]
+    names = [name for name in others if name not in ("image_codes", "image_grids")]
+    names += ["num_images_per_prompt"] if num_images_per_prompt != 1 else []
     if names:
         raise ValueError(
             f"got {names} with `image_codes` and neither `prompt` nor `messages`: without them codes are only decoded"
@@ -161,25 +153,21 @@ def guides(scale: PerScale) -> bool:
 
 def build_messages(prompt: str | list[str], image: Any = None) -> list[Conversation]:
     """One conversation for every prompt: a user's message with the prompt's source images, then its text."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     images = list(image) if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4 else image
-    if isinstance(prompt, str) and not any(isinstance(entry, (list, tuple)) for entry in as_list(images)):
-        images = [as_list(images)]  # all are the sources of a single prompt; a list of prompts has one entry for each
-    return [
-        [user_message(text, sources)]
-        for text, sources in zip(prompts, one_per_prompt("image", images, len(prompts)), strict=True)
-    ]
+    prompts = list(prompt)
+    if isinstance(prompt, str):
+        prompts = [prompt]
+        is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
+        images = images if is_nested else [images]  # all are the sources of the one prompt
+    sources = one_per_prompt("image", images, len(prompts))
+    return [[user_message(text, own)] for text, own in zip(prompts, sources, strict=True)]
 
 
 def user_message(text: str | list[dict[str, Any]], image: Any = None) -> dict[str, Any]:
     """A user's message: the image or images, then the text or the list of parts."""
+    images = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
     parts = list(text) if isinstance(text, (list, tuple)) else [{"type": "text", "text": text}]
-    return {"role": "user", "content": [*({"type": "image", "image": one} for one in as_list(image)), *parts]}
-
-
-def as_list(value: Any) -> list:
-    """A list or tuple as a list; `None` as an empty one; anything else as its only entry."""
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return {"role": "user", "content": [*({"type": "image", "image": one} for one in images), *parts]}
 
 
 def has_user_image(conversation: Conversation) -> bool:
@@ -302,7 +290,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
             negative_conversations (`list[list[dict]]`, *optional*): The unconditional ones, with the same images.
             imageless_conversations (`list[list[dict]]`, *optional*): Those without the user's images, too.
             keep_first_size (`bool`, *optional*, defaults to `False`):
-                Sample at the size of a conversation's first image. Else the processor decides: `size`, the
+                Without a size sample at that of a conversation's first image. Else the processor decides: `size`, the
                 conversation's last image, or a square.
             size: `height` and `width`, or `aspect_ratio`, and `resolution` of the image to sample.
         """
@@ -331,7 +319,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         for index, prompt in enumerate(prompts):
             prompt.negative_input_ids = ids[count + index] if negative else None
             prompt.imageless = imageless[index] if imageless else None
-            if keep_first_size and len(prompt.image_grids) > 1:
+            if keep_first_size and len(prompt.image_grids) > 1 and not size.keys() - {"resolution"}:
                 first = self.processor.target_image_grids(prompt.image_grids[:1])
                 prompt.image_grids = torch.cat([prompt.image_grids[:-1], first])
         return prompts
@@ -419,7 +407,6 @@ __all__ = [
     "build_messages",
     "check_only_decodes",
     "check_prompts",
-    "check_size",
     "collate_prompts",
     "group_prompts",
     "guides",
