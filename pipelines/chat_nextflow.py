@@ -1,6 +1,6 @@
-"""What [`NextFlowPipeline`] does beside drawing one image a prompt: it talks, tells in text and images, thinks.
+"""What [`NextFlowPipeline`] does beside one image a prompt: it chats, answers in text and images, and thinks.
 
-All of it is one call of the transformer's `generate(generation_mode="interleaved")`; `max_images=0` is a talk.
+All of it is one call of the transformer's `generate(generation_mode="interleaved")`; a chat has `max_images=0`.
 """
 
 import threading
@@ -14,26 +14,27 @@ from transformers.generation.streamers import BaseStreamer
 
 from .conversation_generation_nextflow import ImagesBeforeEnding, PartStreamer, StopWhen, iterate
 from .conversation_nextflow import NextFlowConversation
-from .helpers_nextflow import call_component, check_number, exclusive, exclusively, generator_per_image
+from .helpers_nextflow import check_numbers, exclusive, exclusively, generator_per_image, given, loaded
 from .outputs_nextflow import NextFlowFramesOutput
-from .prompts_nextflow import NextFlowImagePrompt, NextFlowSteps, PerScale
+from .prompts_nextflow import Conversation, NextFlowImagePrompt, NextFlowImageSteps, PerScale
 
 
 logger = logging.get_logger(__name__)
 
-Messages = list[dict[str, Any]] | list[list[dict[str, Any]]]
+Messages = Conversation | list[Conversation]
 Generators = torch.Generator | list[torch.Generator]
 
 DEFAULT_MAX_IMAGES = 4
 DEFAULT_MAX_NEW_TOKENS = 512  # where neither the call nor the generation config says anything
-TEXT_SETTINGS = ("temperature", "top_k", "top_p")
+SAMPLING = ("temperature", "top_k", "top_p")
+SIZE = ("height", "width", "aspect_ratio", "resolution")
 
 
-class NextFlowConversationMixin(NextFlowSteps):
+class NextFlowConversationMixin(NextFlowImageSteps):
     """
-    `chat`, `interleave`, `frames` and `start_conversation`. Where a method draws, `temperature`, `top_k` and `top_p`
-    are the images', as in `__call__`, and those of the text have `text_` in front. What is left out comes from the
-    transformer's generation config.
+    `chat`, `interleave`, `frames` and `start_conversation`. Where a method samples images, `temperature`, `top_k` and
+    `top_p` are the images', as in `__call__`, and those of the text have `text_` in front. What is left out comes from
+    the transformer's generation config.
     """
 
     @torch.no_grad()
@@ -78,16 +79,12 @@ class NextFlowConversationMixin(NextFlowSteps):
             `str`, or `list[str]` for a list of conversations.
         """
         conversations, is_batched = self.processor.as_conversations(messages)
-        text = self.get_text_settings(max_new_tokens, do_sample, temperature, top_k, top_p)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        text = self.get_text_settings(max_new_tokens, do_sample, **sampling)
         self._begin()
         inputs = self.encode_conversations(conversations, generation_mode="text", resolution=resolution)
-        output = self.generate_answers(
-            inputs,
-            max_images=0,
-            generators=generator_per_image(generator, len(conversations)),
-            streamer=streamer,
-            **text,
-        )
+        generators = generator_per_image(generator, len(conversations))
+        output = self.generate_answers(inputs, max_images=0, generators=generators, streamer=streamer, **text)
         answers = self.processor.post_process_multimodal_output(output.answer().sequences, generation_mode="text")
         self.maybe_free_model_hooks()
         return answers if is_batched else answers[0]
@@ -158,36 +155,24 @@ class NextFlowConversationMixin(NextFlowSteps):
             an assistant's message. A list of those for a list of conversations, an iterator with `stream=True`.
         """
         conversations, is_batched = self.processor.as_conversations(messages)
-        check_number("max_images", max_images, is_whole=True)
+        check_numbers(0, max_images=max_images)
         if stream and is_batched:
             raise ValueError(f"`stream=True` takes a single conversation, got a list of {len(conversations)}")
-        text = self.get_text_settings(max_new_tokens, do_sample, text_temperature, text_top_k, text_top_p, "text_")
-        drawing = self.get_interleaved_settings(
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+        text = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "text_temperature": text_temperature}
+        text |= {"text_top_k": text_top_k, "text_top_p": text_top_p}
+        size = {"height": height, "width": width, "aspect_ratio": aspect_ratio, "resolution": resolution}
+        images = {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule}
+        images |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        size, sampling = self.get_interleaved_settings(**text, **size, **images)
         self._begin()
+        negative = negative_prompt if max_images and self.do_classifier_free_guidance else None
         inputs = self.encode_conversations(
-            conversations,
-            generation_mode="interleaved",
-            negative_prompt=negative_prompt if max_images and self.do_classifier_free_guidance else None,
-            height=height,
-            width=width,
-            aspect_ratio=aspect_ratio,
-            resolution=resolution,
+            conversations, generation_mode="interleaved", negative_prompt=negative, **size
         )
-        settings = {
-            "max_images": max_images,
-            "generators": generator_per_image(generator, len(conversations)),
-            **text,
-            **drawing,
-        }
+        sampling |= {"max_images": max_images, "generators": generator_per_image(generator, len(conversations))}
         if stream:
-            return self._stream_parts(inputs, settings)
-        answers = self.decode_answers(self.generate_answers(inputs, **settings))
+            return self._stream_parts(inputs, sampling)
+        answers = self.decode_answers(self.generate_answers(inputs, **sampling))
         self.maybe_free_model_hooks()
         return answers if is_batched else answers[0]
 
@@ -197,18 +182,10 @@ class NextFlowConversationMixin(NextFlowSteps):
         self,
         storyline: str | list[str],
         num_frames: int | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        do_sample: bool | None = None,
-        text_temperature: float | None = None,
-        text_top_k: int | None = None,
-        text_top_p: float | None = None,
-        negative_prompt: str = "",
-        generator: torch.Generator | None = None,
-        **drawing: Any,
+        **settings: Any,
     ) -> NextFlowFramesOutput:
         r"""
-        A short sequence of images, each drawn with those before it in view.
+        A short sequence of images, each sampled with those before it in view.
 
         Args:
             storyline (`str` or `list[str]`):
@@ -216,12 +193,8 @@ class NextFlowConversationMixin(NextFlowSteps):
                 conversation each.
             num_frames (`int`, *optional*):
                 How many frames. Needed with a `str`: where the model would end before, it begins the next image.
-            max_new_tokens, do_sample, text_temperature, text_top_k, text_top_p (*optional*):
-                For the text between the frames of a `str`, as in [`interleave`].
-            negative_prompt (`str`, *optional*, defaults to `""`): As in [`interleave`].
-            generator (`torch.Generator`, *optional*): For all frames.
-            drawing: `height`, `width`, `aspect_ratio`, `resolution`, `guidance_scale`, `guidance_schedule`,
-                `temperature`, `top_k`, `top_p`, as in [`~NextFlowPipeline.__call__`].
+            settings: As in [`~NextFlowPipeline.interleave`], with one `generator` for all frames. Those of the text
+                (`max_new_tokens`, `do_sample`, `text_temperature`, ...) go with a storyline in one `str`.
 
         Examples:
             ```py
@@ -241,22 +214,16 @@ class NextFlowConversationMixin(NextFlowSteps):
             raise ValueError("`num_frames` is missing: a storyline in one string does not say how many there are")
         if not is_told and num_frames not in (None, len(storyline)):
             raise ValueError(f"`num_frames` is {num_frames} for a storyline of {len(storyline)}: leave it out")
-        check_number("num_frames", num_frames, least=1, is_whole=True)
-        writing = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": do_sample,
-            "text_temperature": text_temperature,
-            "text_top_k": text_top_k,
-            "text_top_p": text_top_p,
-        }
+        check_numbers(num_frames=num_frames)
         conversation = self.start_conversation()
-        common = {"negative_prompt": negative_prompt, "generator": generator, **drawing}
-        if is_told:
-            parts = conversation.interleave(storyline, num_frames, min_images=num_frames, **writing, **common)
+        if isinstance(storyline, str):
+            assert num_frames is not None
+            parts = conversation.interleave(storyline, num_frames, min_images=num_frames, **settings)
             return NextFlowFramesOutput(*_frames_of(parts))
-        if given := sorted(name for name, value in writing.items() if value is not None):
-            raise ValueError(f"got {given} with a storyline in parts: nothing is written between its frames")
-        images = [conversation.generate_image(text, **common) for text in storyline]
+        written = ("max_new_tokens", "do_sample", *(f"text_{name}" for name in SAMPLING))
+        if found := sorted(name for name in written if settings.pop(name, None) is not None):
+            raise ValueError(f"got {found} with a storyline in parts: nothing is written between its frames")
+        images = [conversation.generate_image(text, **settings) for text in storyline]
         return NextFlowFramesOutput(images, list(storyline))
 
     def start_conversation(self, system: str | None = None, *, think: bool = False) -> NextFlowConversation:
@@ -266,9 +233,10 @@ class NextFlowConversationMixin(NextFlowSteps):
     # ---- thinking
 
     def check_thinking(self, think: bool, max_new_tokens: int | None) -> None:
+        """Raises `ValueError` where `max_new_tokens` is no length, or where nothing is written."""
         if max_new_tokens is not None and not think:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens} without `think=True`: nothing is written")
-        check_number("max_new_tokens", max_new_tokens, least=1, is_whole=True)
+        check_numbers(max_new_tokens=max_new_tokens)
 
     def think_first(
         self,
@@ -277,8 +245,8 @@ class NextFlowConversationMixin(NextFlowSteps):
         generators: list[torch.Generator] | None = None,
     ) -> tuple[list, list[str], list[str]]:
         """
-        The prompts of images to draw, with what the model writes before each; the reasoning and the final prompt that
-        this says. It is for the model to begin the image; after `max_new_tokens` it is begun for it.
+        The prompts of images to sample, each with what the model writes before it; the reasoning and the final prompt
+        in that text. The model begins the image itself; after `max_new_tokens` it is begun for it.
         """
         self._begin()
         text = self.get_text_settings(max_new_tokens)
@@ -307,47 +275,47 @@ class NextFlowConversationMixin(NextFlowSteps):
     # ---- steps
 
     def get_text_settings(
-        self,
-        max_new_tokens: int | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        prefix: str = "",
+        self, max_new_tokens: int | None = None, do_sample: bool | None = None, *, prefix: str = "", **sampling: Any
     ) -> dict[str, Any]:
-        """How to write, in `generate`'s words; `prefix` stands before the names of the call."""
+        """
+        How text is sampled, in `generate`'s words. `sampling` has `temperature`, `top_k` and `top_p`; `prefix` stands
+        before their names in the call.
+        """
         if max_new_tokens is None:
             max_new_tokens = self.transformer.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        check_number("max_new_tokens", max_new_tokens, least=1, is_whole=True)
-        given = dict(zip(TEXT_SETTINGS, (temperature, top_k, top_p)))
-        for name, value in given.items():
-            check_number(prefix + name, value, is_whole=name == "top_k")
-        given = {
-            name: int(value) if name == "top_k" else float(value) for name, value in given.items() if value is not None
-        }
-        if do_sample is None and given:
-            do_sample = given.get("temperature") != 0
-        if do_sample and given.get("temperature") == 0:
+        check_numbers(max_new_tokens=max_new_tokens)
+        found = given(**sampling)
+        for name, value in found.items():
+            check_numbers(0, is_whole=name == "top_k", **{prefix + name: value})
+            found[name] = int(value) if name == "top_k" else float(value)
+        if do_sample is None and found:
+            do_sample = found.get("temperature") != 0
+        if do_sample and found.get("temperature") == 0:
             raise ValueError(
                 f"`do_sample=True` with `{prefix}temperature=0`, which takes the best token: pass one of the two"
             )
-        if do_sample is False and (unused := [prefix + name for name, value in given.items() if value != 0]):
+        if do_sample is False and (unused := [prefix + name for name, value in found.items() if value != 0]):
             raise ValueError(f"got {unused} without sampling: leave them out, or pass `do_sample=True`")
-        if not do_sample:
-            given = {}
-        return {"max_new_tokens": max_new_tokens, **({} if do_sample is None else {"do_sample": do_sample}), **given}
+        return {"max_new_tokens": max_new_tokens, **given(do_sample=do_sample), **(found if do_sample else {})}
 
-    def get_interleaved_settings(self, **settings: Any) -> dict[str, Any]:
-        """How to draw, in `generate`'s words; sets the guidance that `do_classifier_free_guidance` is about."""
-        resolved = self.get_image_settings(**settings)
-        self._guidance_scale, self._image_guidance_scale = resolved["guidance_scale"], 1.0
+    def get_interleaved_settings(self, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        Settings of [`~NextFlowPipeline.interleave`] as the size of images, and as `generate` takes the others. Sets
+        the guidance that `do_classifier_free_guidance` is about.
+        """
+        size = {name: settings.pop(name, None) for name in SIZE}
+        text = {name: settings.pop(name, None) for name in ("max_new_tokens", "do_sample")}
+        sampling = {name: settings.pop(f"text_{name}", None) for name in SAMPLING}
+        text = self.get_text_settings(**text, prefix="text_", **sampling)
+        images = self.get_image_settings(**settings)
+        self._guidance_scale, self._image_guidance_scale = images["guidance_scale"], 1.0
         # `generate` guides towards source images in "image" mode alone.
-        resolved.pop("image_guidance_scale")
-        return {f"image_{name}" if name in TEXT_SETTINGS else name: value for name, value in resolved.items()}
+        images.pop("image_guidance_scale")
+        return size, text | {f"image_{name}" if name in SAMPLING else name: value for name, value in images.items()}
 
     def encode_conversations(
         self,
-        conversations: list[list[dict[str, Any]]],
+        conversations: list[Conversation],
         *,
         generation_mode: str,
         encode_images: bool = True,
@@ -357,22 +325,13 @@ class NextFlowConversationMixin(NextFlowSteps):
         Inputs of `generate`: tokens, and schedules and codes of the images. `options` of
         [`~NextFlowProcessor.apply_chat_template`]; `None` is left out.
         """
-        device = self._execution_device
+        options = {"negative_prompt": None, **given(**options), "return_dict": True, "return_tensors": "pt"}
         inputs = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            generation_mode=generation_mode,
-            **{"negative_prompt": None, **{name: value for name, value in options.items() if value is not None}},
+            conversations, tokenize=True, generation_mode=generation_mode, **options
         )
-        encoded = {name: tensor.to(device) for name, tensor in inputs.items() if name != "pixel_values"}
+        encoded = {name: value.to(self._execution_device) for name, value in inputs.items() if name != "pixel_values"}
         if "pixel_values" in inputs and encode_images:
-            pixel_values = inputs["pixel_values"].to(device, self.vision_tokenizer.dtype)
-            image_grids = encoded["image_grids"]
-            encoded["image_codes"] = call_component(
-                self.vision_tokenizer, "encode", pixel_values, image_grids
-            ).image_codes
+            encoded["image_codes"] = self._encode_pixels(inputs["pixel_values"], encoded["image_grids"])
         return encoded
 
     def generate_answers(
@@ -408,15 +367,13 @@ class NextFlowConversationMixin(NextFlowSteps):
                 pad_token_id=self.processor.tokenizer.pad_token_id,
                 eos_token_ids=[eos] if isinstance(eos, int) else eos,
             )
-        output = call_component(
-            self.transformer,
-            "generate",
+        output = loaded(self.transformer).generate(
             **inputs,
             generation_mode="interleaved",
             generator=generators,
             max_images=max_images,
             max_new_tokens=max_new_tokens,
-            stopping_criteria=[StopWhen(lambda: self.interrupt or (stop is not None and stop.is_set()))],
+            stopping_criteria=[StopWhen(lambda: self._interrupt or (stop is not None and stop.is_set()))],
             logits_processor=None if forcing is None else [forcing],
             **options,
         )
@@ -432,7 +389,7 @@ class NextFlowConversationMixin(NextFlowSteps):
         answer = output.answer()
         images = {}
         if len(answer.image_grids):
-            pixel_values = call_component(self.vision_tokenizer, "decode", answer.image_codes, answer.image_grids)
+            pixel_values = loaded(self.vision_tokenizer).decode(answer.image_codes, answer.image_grids)
             images = {"pixel_values": pixel_values.float().cpu(), "image_grids": answer.image_grids.cpu()}
         return self.processor.post_process_multimodal_output(answer.sequences, generation_mode="interleaved", **images)
 

@@ -1,27 +1,28 @@
-"""A conversation that keeps its cache: every turn runs what is new, whether it is talk or a picture."""
+"""A conversation that keeps its cache: every turn runs only what is new, be it text or an image."""
 
 from typing import Any
 
 import torch
 
-from .helpers_nextflow import check_number, exclusive, generator_per_image
+from .helpers_nextflow import check_numbers, exclusive, generator_per_image, given
+from .prompts_nextflow import user_message
 
 
 class NextFlowConversation:
     r"""
-    Talk and drawing in turn, on one cache: no token of the conversation goes through the transformer twice, and no
-    image is encoded again, those that were drawn included. Only the unconditional prompt of guidance, a sequence of
-    its own, is run anew for every guided image.
+    Text and images in turn, on one cache: no token of the conversation goes through the transformer twice, and no
+    image is encoded again, sampled ones included. Only the unconditional prompt of guidance, a sequence of its own, is
+    run again for every guided image.
 
-    Images that the model draws stay in the sequence as they were drawn; those that are given may have their last grid
-    once more (the processor's `append_last_scale`). Conversations are trained in the same layout.
+    Images of the model stay in the sequence as they were sampled; those that are given may have their last grid once
+    more (the processor's `append_last_scale`). Conversations are trained in the same layout.
 
     Args:
         pipe ([`NextFlowPipeline`]): Used, not copied: its settings and adapters are those of the moment. Changing its
             weights in between makes the cache wrong.
         system (`str`, *optional*): A system message.
         think (`bool`, *optional*, defaults to `False`):
-            Ask for thinking: `draw` then lets the model write before it draws.
+            Ask for thinking: in `generate_image` the model then writes before it samples the image.
 
     Attributes:
         messages (`list[dict]`): What was said so far, as [`~NextFlowPipeline.__call__`] and `chat` take it.
@@ -53,26 +54,18 @@ class NextFlowConversation:
         *,
         max_new_tokens: int | None = None,
         do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
         resolution: int | None = None,
         generator: torch.Generator | None = None,
         streamer: Any = None,
+        **sampling: float | None,
     ) -> str:
         """
         The answer to `text`, or to a list of parts, with `image` (one or a list) in front. Settings as in
-        [`~NextFlowPipeline.chat`].
+        [`~NextFlowPipeline.chat`], which says what `sampling` (`temperature`, `top_k`, `top_p`) means.
         """
-        settings = self.pipe.get_text_settings(max_new_tokens, do_sample, temperature, top_k, top_p)
-        parts = self._answer(
-            _message(text, image),
-            {"resolution": resolution},
-            generator=generator,
-            max_images=0,
-            streamer=streamer,
-            **settings,
-        )
+        settings = self.pipe.get_text_settings(max_new_tokens, do_sample, **sampling)
+        settings |= {"max_images": 0, "streamer": streamer}
+        parts = self._answer(user_message(text, image), {"resolution": resolution}, "", generator, settings)
         return "".join(part["text"] for part in parts)
 
     def ask(self, image: Any, text: str, **settings: Any) -> str:
@@ -86,41 +79,21 @@ class NextFlowConversation:
         *,
         max_new_tokens: int | None = None,
         negative_prompt: str = "",
-        height: int | None = None,
-        width: int | None = None,
-        aspect_ratio: str | None = None,
-        resolution: int | None = None,
-        guidance_scale: Any = None,
-        guidance_schedule: str | None = None,
-        temperature: Any = None,
-        top_k: Any = None,
-        top_p: Any = None,
         generator: torch.Generator | None = None,
+        **settings: Any,
     ) -> Any:
         """
-        The image that `text` asks for, at the size of the conversation's last image unless told otherwise. Settings as
-        in [`~NextFlowPipeline.__call__`]; `max_new_tokens` is for a conversation that thinks, whose thoughts are in
-        `messages[-1]`. `None` where `pipe._interrupt` ended the thinking.
+        The image that `text` asks for, at the size of the conversation's last image unless `height` and `width`,
+        `aspect_ratio` or `resolution` say otherwise. `settings` as in [`~NextFlowPipeline.interleave`];
+        `max_new_tokens` is for a conversation that thinks, whose thoughts are in `messages[-1]`. `None` where
+        `pipe._interrupt` ended the thinking.
         """
-        pipe = self.pipe
-        pipe.check_thinking(self.think, max_new_tokens)
-        writing = pipe.get_text_settings(max_new_tokens) if self.think else {"max_new_tokens": 1, "do_sample": False}
-        parts = self._answer(
-            _message(text, image),
-            {"height": height, "width": width, "aspect_ratio": aspect_ratio, "resolution": resolution},
-            negative_prompt=negative_prompt,
-            generator=generator,
-            min_images=1,
-            max_images=1,
-            **writing,
-            **pipe.get_interleaved_settings(
-                guidance_scale=guidance_scale,
-                guidance_schedule=guidance_schedule,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-            ),
-        )
+        self.pipe.check_thinking(self.think, max_new_tokens)
+        size, settings = self.pipe.get_interleaved_settings(max_new_tokens=max_new_tokens, **settings)
+        settings |= {"min_images": 1, "max_images": 1}
+        if not self.think:  # the image is the only token
+            settings |= {"max_new_tokens": 1, "do_sample": False}
+        parts = self._answer(user_message(text, image), size, negative_prompt, generator, settings)
         return next((part["image"] for part in parts if part["type"] == "image"), None)
 
     def interleave(
@@ -130,88 +103,59 @@ class NextFlowConversation:
         *,
         image: Any = None,
         min_images: int = 0,
-        max_new_tokens: int | None = None,
-        do_sample: bool | None = None,
-        text_temperature: float | None = None,
-        text_top_k: int | None = None,
-        text_top_p: float | None = None,
         negative_prompt: str = "",
-        height: int | None = None,
-        width: int | None = None,
-        aspect_ratio: str | None = None,
-        resolution: int | None = None,
-        guidance_scale: Any = None,
-        guidance_schedule: str | None = None,
-        temperature: Any = None,
-        top_k: Any = None,
-        top_p: Any = None,
         generator: torch.Generator | None = None,
+        **settings: Any,
     ) -> list[dict[str, Any]]:
-        """An answer of text and `min_images` to `max_images` images, as in [`~NextFlowPipeline.interleave`]."""
-        for name, count in (("min_images", min_images), ("max_images", max_images)):
-            check_number(name, count, is_whole=True)
+        """
+        An answer of text and `min_images` to `max_images` images. `settings` as in [`~NextFlowPipeline.interleave`].
+        """
+        check_numbers(0, min_images=min_images, max_images=max_images)
         if not min_images <= max_images:
             raise ValueError(f"`min_images` is {min_images} and `max_images` {max_images}, expected 0 <= min <= max")
-        pipe = self.pipe
-        return self._answer(
-            _message(text, image),
-            {"height": height, "width": width, "aspect_ratio": aspect_ratio, "resolution": resolution},
-            negative_prompt=negative_prompt,
-            generator=generator,
-            min_images=min_images,
-            max_images=max_images,
-            **pipe.get_text_settings(max_new_tokens, do_sample, text_temperature, text_top_k, text_top_p, "text_"),
-            **pipe.get_interleaved_settings(
-                guidance_scale=guidance_scale,
-                guidance_schedule=guidance_schedule,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-            ),
-        )
+        size, settings = self.pipe.get_interleaved_settings(**settings)
+        settings |= {"min_images": min_images, "max_images": max_images}
+        return self._answer(user_message(text, image), size, negative_prompt, generator, settings)
 
     # ---- a turn
 
     @torch.no_grad()
-    def _answer(self, message: dict[str, Any], size: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    def _answer(
+        self,
+        message: dict[str, Any],
+        size: dict[str, Any],
+        negative_prompt: str,
+        generator: torch.Generator | None,
+        settings: dict[str, Any],
+    ) -> list[dict[str, Any]]:
         """The content of the next assistant's message; it and `message` are then part of the conversation."""
         with exclusive(self.pipe):
-            return self._generate(message, size, **options)
+            return self._generate(message, size, negative_prompt, generator, settings)
 
     def _generate(
         self,
         message: dict[str, Any],
         size: dict[str, Any],
-        *,
-        max_images: int,
-        negative_prompt: str = "",
-        generator: torch.Generator | None = None,
-        **settings: Any,
+        negative_prompt: str,
+        generator: torch.Generator | None,
+        settings: dict[str, Any],
     ) -> list[dict[str, Any]]:
-        pipe = self.pipe
+        pipe, max_images = self.pipe, settings["max_images"]
         pipe.processor.as_conversations([message])
         pipe._begin()
         # 1. The turn, and what is known from those before
-        mode = "interleaved" if max_images else "text"
-        turn = self._encode_turn(message, mode, **size)
+        turn = self._encode_turn(message, "interleaved" if max_images else "text", **size)
         inputs = self._joined(turn)
         options = {"resolution": size.get("resolution")}  # of the given images
-        wishes = any(size.get(name) is not None for name in ("height", "width", "aspect_ratio"))
-        if max_images and (wishes or "image_grids" not in inputs):
-            inputs["target_grids"] = turn["target_grids"]  # else the transformer draws at the size of the last image
+        if max_images and (given(**size).keys() - {"resolution"} or "image_grids" not in inputs):
+            inputs["target_grids"] = turn["target_grids"]  # else the image gets the size of the last one
         if max_images and pipe.do_classifier_free_guidance:
             inputs["negative_input_ids"] = self._negative(message, negative_prompt, **options)
 
         # 2. The answer. A cache that an error leaves half written is of no use
         cache, self._cache = self._cache, None
-        output = pipe.generate_answers(
-            inputs,
-            max_images=max_images,
-            generators=generator_per_image(generator, 1),
-            past_key_values=cache,
-            return_dict_in_generate=True,
-            **settings,
-        )
+        settings |= {"past_key_values": cache, "return_dict_in_generate": True}
+        output = pipe.generate_answers(inputs, generators=generator_per_image(generator, 1), **settings)
         (parts,) = pipe.decode_answers(output)
         pipe.maybe_free_model_hooks()
 
@@ -266,13 +210,6 @@ class NextFlowConversation:
         # The answer before ends in it, unless it was cut off or ends in an image.
         start += int(self._sequence["input_ids"][0, -1] == eos)
         return {**turn, "input_ids": turn["input_ids"][:, start:]}
-
-
-def _message(text: str | list[dict[str, Any]], image: Any) -> dict[str, Any]:
-    """A user's message: the images, then the text."""
-    images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    parts = list(text) if isinstance(text, (list, tuple)) else [{"type": "text", "text": text}]
-    return {"role": "user", "content": [*({"type": "image", "image": one} for one in images), *parts]}
 
 
 __all__ = ["NextFlowConversation"]

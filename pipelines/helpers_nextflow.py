@@ -1,5 +1,4 @@
-"""What the pipelines share: calls that offloading sees, one thread at a time, a generator for every image, arrays of
-one shape as one."""
+"""What both pipelines share: components and where they compute, one thread at a time, checks, generators."""
 
 import functools
 import inspect
@@ -9,33 +8,83 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import nn
 
 
+Component = TypeVar("Component")
 logger = logging.get_logger(__name__)
-# Bounds of the numbers in a call that may be 0 or a fraction.
-LEAST_NUMBERS = {"keep_scales": {"least": 0, "is_whole": True}, "mask_coverage": {"least": 0}}
+
+
+class NextFlowBasePipeline(DiffusionPipeline):
+    """
+    A pipeline whose components are all that it is made of. They meet here through data alone, so they are `Any`: this
+    package imports none of their classes (the constructors say which ones are meant).
+    """
+
+    vision_tokenizer: Any
+
+    @property
+    def _execution_device(self) -> torch.device:
+        # Overwritten: diffusers walks over all modules in search of offloading. That is needed only where a component
+        # waits on the CPU, or without data, while there is an accelerator to compute on.
+        parts = (getattr(self, "transformer", None), self.vision_tokenizer)
+        devices = [part.device for part in parts if part is not None]
+        for device in devices:
+            if device.type not in ("cpu", "meta"):
+                return device
+        if torch.accelerator.is_available() or torch.device("meta") in devices:
+            return super()._execution_device
+        return torch.device("cpu")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
+        """
+        The index of a repository. One that brings its code names that, for `DiffusionPipeline`, which asks for trust
+        before it runs any: this class is the same code, and so are those of its components.
+        """
+        index = super()._dict_from_json_file(json_file)
+        package = cls.__module__.split(".")[0]
+        if isinstance(index.get("_class_name"), list) and package in LOADABLE_CLASSES:
+            index["_class_name"] = index["_class_name"][1]
+            for name, entry in index.items():
+                if isinstance(entry, list) and hasattr(sys.modules[package], entry[1] or ""):
+                    index[name] = [package, entry[1]]
+        return index
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """
+        A pipeline on the components of another one, of which `kwargs` replace some. Overwritten: without a `dtype`
+        diffusers casts them to float32, and with them those of the pipeline that it was given.
+        """
+        if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
+            return super().from_pipe(pipeline, **kwargs)
+        names = inspect.signature(cls.__init__).parameters
+        shared = {name: part for name, part in pipeline.components.items() if name in names}
+        made = cls(**{**shared, **kwargs})
+        made.register_to_config(**{name: value for name, value in pipeline.config.items() if name.startswith("_")})
+        return made
+
+
+@apply_forward_hook
+def loaded(model: Component) -> Component:
+    """`model`, moved to where it computes: diffusers' offloading does that before `forward` alone."""
+    return model
 
 
 @functools.lru_cache
 def warn_once(message: str) -> None:
-    """For what an engine does with every request."""
+    """Warn about what an engine does with every request."""
     logger.warning(message)
-
-
-@apply_forward_hook
-def call_component(model: nn.Module, method: str, *args, **kwargs) -> Any:
-    """A method of `model` that is not `forward`, the one that diffusers' offloading hooks into."""
-    return getattr(model, method)(*args, **kwargs)
 
 
 def check_fingerprint(name: str, expected: str | None, vision_tokenizer: Any) -> None:
@@ -55,17 +104,47 @@ def check_fingerprint(name: str, expected: str | None, vision_tokenizer: Any) ->
         )
 
 
+def check_components(transformer: Any, vision_tokenizer: Any, processor: Any, diffusion_decoder: Any) -> None:
+    """Raises `ValueError` where components do not know the same codes and tokens. What is None is left out."""
+    if diffusion_decoder is not None and vision_tokenizer is not None:
+        diffusion_decoder.check_codes(vision_tokenizer)
+    if transformer is not None and vision_tokenizer is not None:
+        codes, config = vision_tokenizer.config.codebook_size, transformer.config
+        if codes != config.codebook_size:
+            raise ValueError(f"the vision tokenizer has {codes} codes, the transformer {config.codebook_size}")
+        check_fingerprint("transformer", config.vision_tokenizer_fingerprint, vision_tokenizer)
+    if transformer is not None and processor is not None:
+        check_vocabulary(processor, transformer.config)
+
+
+def check_vocabulary(processor: Any, config: Any) -> None:
+    """Raises `ValueError` where the processor writes tokens or scales that a transformer of `config` does not have."""
+    names = ("boi_token_id", "eoi_token_id", "image_token_id")
+    found, expected = ({name: getattr(one, name) for name in names} for one in (processor, config))
+    if found != expected:
+        raise ValueError(f"the processor's tokens are {found}, the transformer's {expected}")
+    if len(processor.tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(processor.tokenizer)} tokens, the transformer {config.vocab_size}: "
+            "resize its embeddings"
+        )
+    if processor.max_scales > config.max_scales:
+        raise ValueError(
+            f"the processor's images have up to {processor.max_scales} scales, the transformer's "
+            f"{config.max_scales} (`max_scales`)"
+        )
+
+
 # Beside the pipelines, not on them: a lock can be neither copied nor pickled.
 _LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
 @contextmanager
-def exclusive(pipeline: Any) -> Iterator[None]:
+def exclusive(pipeline: DiffusionPipeline) -> Iterator[None]:
     """
-    Keeps other threads out of `pipeline`, on which a call leaves its guidance, its steps and whether to stop. They get
-    an error rather than a place in a queue: who waits for whom is for the caller to decide. The same thread may enter
-    again. Not for use across a `yield`, after which a generator may go on in another thread. What is the same for all
-    of a call is kept in `pipeline._call` meanwhile.
+    Keeps other threads out of `pipeline`, which holds the guidance, the steps and the interruption of one call. They
+    get an error rather than a place in a queue: who waits for whom is for the caller to decide. The same thread may
+    enter again. Not for use across a `yield`, after which a generator may go on in another thread.
     """
     lock = _LOCKS.setdefault(pipeline, threading.RLock())
     if not lock.acquire(blocking=False):
@@ -75,12 +154,9 @@ def exclusive(pipeline: Any) -> Iterator[None]:
             f"a pipeline of its own on the same weights, `{name}(**pipe.components)` (not with offloading, which "
             "would move weights that another thread computes with)"
         )
-    outer = vars(pipeline).get("_call")
-    vars(pipeline)["_call"] = {} if outer is None else outer
     try:
         yield
     finally:
-        vars(pipeline)["_call"] = outer
         lock.release()
 
 
@@ -88,54 +164,11 @@ def exclusively(method: Callable) -> Callable:
     """A method of a pipeline, [`exclusive`]."""
 
     @functools.wraps(method)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         with exclusive(self):
             return method(self, *args, **kwargs)
 
     return guarded
-
-
-class SharedComponentsMixin:
-    """For pipelines whose components are all that they are made of."""
-
-    @property
-    def _execution_device(self) -> torch.device:
-        # Overwritten: diffusers walks over all modules to find it, and a call needs it at every step.
-        call = vars(self).get("_call")
-        if call is None:
-            return super()._execution_device
-        if "device" not in call:
-            call["device"] = super()._execution_device
-        return call["device"]
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
-        """
-        The index of a repository. One that brings its code names that, for `DiffusionPipeline`, which asks for trust
-        before it runs any: this class is the same code, and so are those of its components.
-        """
-        index = super()._dict_from_json_file(json_file)
-        package = cls.__module__.split(".")[0]
-        if isinstance(index.get("_class_name"), list) and package in LOADABLE_CLASSES:
-            index["_class_name"] = index["_class_name"][1]
-            for name, entry in index.items():
-                if isinstance(entry, list) and hasattr(sys.modules[package], entry[1] or ""):
-                    index[name] = [package, entry[1]]
-        return index
-
-    @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """
-        A pipeline on the components of another one, of which `kwargs` replace some. Overwritten: without a `dtype`
-        diffusers casts them to float32, and with them those of the pipeline that it was given.
-        """
-        if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
-            return super().from_pipe(pipeline, **kwargs)
-        names = inspect.signature(cls.__init__).parameters
-        shared = {name: part for name, part in pipeline.components.items() if name in names}
-        made = cls(**{**shared, **kwargs})
-        made.register_to_config(**{name: value for name, value in pipeline.config.items() if name.startswith("_")})
-        return made
 
 
 def generator_per_image(
@@ -153,21 +186,16 @@ def generator_per_image(
     return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds, strict=True)]
 
 
-def check_number(name: str, value: Any, *, least: float = 0, is_whole: bool = False) -> None:
-    """Raise where a setting is given and is no number of at least `least`. NumPy's scalars are numbers, too."""
-    if value is None:
-        return
-    kind = "whole number" if is_whole else "number"
-    if isinstance(value, bool) or not isinstance(value, Integral if is_whole else Real):
-        raise ValueError(f"`{name}` is {value!r} ({type(value).__name__}), expected a {kind}")
-    if not least <= value < float("inf"):
-        raise ValueError(f"`{name}` is {value}, expected at least {least}")
-
-
-def check_numbers(**values: Any) -> None:
-    """[`check_number`] of arguments by their names; all but those of [`LEAST_NUMBERS`] are whole and at least 1."""
+def check_numbers(least: int = 1, *, is_whole: bool = True, **values: Any) -> None:
+    """Raises `ValueError` where an argument is given and is no number of at least `least`. NumPy's scalars are."""
     for name, value in values.items():
-        check_number(name, value, **LEAST_NUMBERS.get(name, {"least": 1, "is_whole": True}))
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral if is_whole else Real):
+            kind = "whole number" if is_whole else "number"
+            raise ValueError(f"`{name}` is {value!r} ({type(value).__name__}), expected a {kind}")
+        if not least <= float(value) < float("inf"):
+            raise ValueError(f"`{name}` is {value}, expected at least {least}")
 
 
 def given(**values: Any) -> dict[str, Any]:
@@ -177,15 +205,14 @@ def given(**values: Any) -> dict[str, Any]:
 
 def one_of(**values: Any) -> Any:
     """The value of an argument that has two names, of which a caller may use one."""
-    found = given(**values)
-    if len(found) > 1:
-        own, other = found
+    own, other = values
+    if None not in values.values():
         raise ValueError(f"got `{own}` and `{other}`, which is another name for it: pass one")
-    return next(iter(found.values()), None)
+    return values[other] if values[own] is None else values[own]
 
 
 def one_per_prompt(name: str, value: Any, num_prompts: int) -> list:
-    """A list with an entry for each prompt; anything else is that of them all."""
+    """A list with an entry for each prompt; anything but a list is that of them all."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * num_prompts
     if len(values) != num_prompts:
         raise ValueError(f"`{name}` has {len(values)} entries for {num_prompts} prompts, expected one for each")

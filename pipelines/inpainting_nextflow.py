@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .helpers_nextflow import check_numbers, one_per_prompt
-from .prompts_nextflow import Image, NextFlowImagePrompt, NextFlowSteps, num_cells, schedule_of
+from .prompts_nextflow import Image, NextFlowImagePrompt, NextFlowImageSteps, num_cells, schedule_of
 
 
 Grids = Sequence[tuple[int, int]]
@@ -26,42 +26,45 @@ Footprint = Callable[[tuple[int, int], tuple[int, int]], torch.Tensor]
 
 
 def keep_codes(
-    pipe: NextFlowSteps,
+    pipe: NextFlowImageSteps,
     prompts: list[NextFlowImagePrompt],
-    repeats: int,
+    num_prompts: int,
     source: int,
-    size: dict[str, Any],
-    *,
     mask_coverage: float,
+    *,
+    size_is_given: bool,
     image_codes: torch.Tensor | None = None,
     image_grids: torch.Tensor | None = None,
     keep_scales: int | None = None,
     mask_image: Any = None,
 ) -> None:
-    """Give each prompt the codes to keep: of the given images, else of the prompt's own image number `source`."""
-    check_numbers(keep_scales=keep_scales, mask_coverage=mask_coverage)
+    """
+    Give the prompts of each image, of which there are as many for each of `num_prompts`, the codes to keep: those of
+    the given images, else of the prompt's own image number `source`.
+    """
+    check_numbers(0, keep_scales=keep_scales)
+    check_numbers(0, is_whole=False, mask_coverage=mask_coverage)
     if not 0 < mask_coverage <= 1:
         raise ValueError(f"`mask_coverage` is {mask_coverage}, expected more than 0 and at most 1")
-    count = len(prompts) // repeats
-    if image_codes is None:
+    repeats = len(prompts) // num_prompts
+    if image_codes is None or image_grids is None:
         images = [source_image(prompt, source) for prompt in prompts]
     else:
-        codebook_size = pipe.transformer.config.codebook_size
-        images = given_images(image_codes, image_grids, count, repeats, codebook_size=codebook_size)
-    masks = [None] * len(prompts)
+        images = given_images(image_codes, image_grids, num_prompts, repeats, pipe.transformer.config.codebook_size)
+    masks: list[Any] = [None] * len(prompts)
     if mask_image is not None:
         is_batch = isinstance(mask_image, (np.ndarray, torch.Tensor)) and mask_image.ndim == 4
-        masks = one_per_prompt("mask_image", list(mask_image) if is_batch else mask_image, count)
+        masks = one_per_prompt("mask_image", list(mask_image) if is_batch else mask_image, num_prompts)
         masks = [_load_mask(pipe, mask) for mask in masks for _ in range(repeats)]
     footprint = functools.partial(cell_footprint, pipe.vision_tokenizer)
-    options = {"size_is_given": bool(size), "keep_scales": keep_scales, "coverage": mask_coverage}
+    options = {"size_is_given": size_is_given, "keep_scales": keep_scales, "coverage": mask_coverage}
     for index, (prompt, kept, mask) in enumerate(zip(prompts, images, masks, strict=True)):
         prompts[index] = with_prefix(prompt, kept, mask=mask, footprint=footprint, **options)
         if mask is not None:
             _check_mask(pipe.processor.image_processor.schedule, mask, prompts[index].grids)
 
 
-def _load_mask(pipe: NextFlowSteps, mask: Image) -> PIL.Image.Image:
+def _load_mask(pipe: NextFlowImageSteps, mask: Image) -> PIL.Image.Image:
     pixels = pipe.processor.image_processor.process_image(mask, do_convert_rgb=True)  # (3, height, width), 8 bits
     return PIL.Image.fromarray(np.asarray(pixels).transpose(1, 2, 0)).convert("L")
 
@@ -85,7 +88,6 @@ def given_images(
     image_grids: torch.Tensor,
     num_prompts: int,
     num_images_per_prompt: int,
-    *,
     codebook_size: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Codes (codes,) and schedule (max_scales, 2) for each image to draw, from one, one a prompt, or one each."""

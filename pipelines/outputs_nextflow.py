@@ -13,7 +13,7 @@ import torch
 from diffusers.utils import BaseOutput, export_to_gif, export_to_video, make_image_grid
 
 from .helpers_nextflow import stack_equal
-from .prompts_nextflow import NextFlowImagePrompt
+from .prompts_nextflow import NextFlowImagePrompt, join_codes
 
 
 @dataclass
@@ -135,20 +135,11 @@ def save_strip(
     return strip
 
 
-def join_codes(prompts: list[NextFlowImagePrompt], codes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (total_codes,) of all images, and the schedules (images, max_scales, 2) of what is sampled of them."""
-    grids = torch.stack([prompt.image_grids[-1] for prompt in prompts])
-    for row, prompt, own in zip(grids, prompts, codes, strict=True):
-        row[prompt.count_scales(own) :] = 0
-    return torch.cat(codes), grids.to(codes[0].device)
-
-
-def make_preview(
-    prompts: list[NextFlowImagePrompt], codes: list[torch.Tensor], members: list[int], images: Any
-) -> NextFlowPreview:
-    group, own = [prompts[index] for index in members], [codes[index] for index in members]
-    image_codes, image_grids = join_codes(group, own)
-    scale, grids = group[0].count_scales(own[0]), group[0].grids
+def make_preview(prompts: Sequence[NextFlowImagePrompt], members: list[int], images: Any) -> NextFlowPreview:
+    """The preview of the images `members` of a call, which share a schedule and are sampled equally far."""
+    group = [prompts[index] for index in members]
+    image_codes, image_grids = join_codes(group)
+    scale, grids = group[0].num_sampled, group[0].grids
     return NextFlowPreview(
         images=stack_equal(list(images)),
         indices=members,

@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .chat_nextflow import NextFlowConversationMixin
 from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from .helpers_nextflow import (
-    check_fingerprint,
     check_numbers,
     exclusive,
     exclusively,
     generator_per_image,
     given,
+    loaded,
     one_of,
     one_per_prompt,
     stack_equal,
@@ -32,22 +32,27 @@ from .helpers_nextflow import (
 )
 from .inpainting_nextflow import given_images, keep_codes
 from .lora_nextflow import NextFlowLoraLoaderMixin
-from .outputs_nextflow import NextFlowPipelineOutput, NextFlowPreview, join_codes, make_preview
+from .outputs_nextflow import NextFlowPipelineOutput, NextFlowPreview, make_preview
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .prompts_nextflow import (
+    Conversation,
     Image,
     NextFlowImagePrompt,
     PerScale,
+    build_messages,
     check_only_decodes,
     check_prompts,
-    check_size,
+    collate_prompts,
     group_prompts,
     guides,
+    has_user_image,
+    join_codes,
     num_cells,
 )
 
 
-OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
+CODES = ("codes", "latent")  # output without decoding
+OUTPUT_TYPES = ("pil", "np", "pt", *CODES)
 DECODERS = ("vq", "diffusion")
 
 EXAMPLE_DOC_STRING = """
@@ -92,11 +97,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class NextFlowPipeline(
-    NextFlowConversationMixin,
-    NextFlowLoraLoaderMixin,
-    DiffusionPipeline,
-):
+class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
     r"""
     Text-to-image, editing of one or several images, thinking before drawing, and conversations of text and images.
 
@@ -157,48 +158,6 @@ class NextFlowPipeline(
             decoder_text_encoder_3=decoder_text_encoder_3,
             decoder_tokenizer_3=decoder_tokenizer_3,
         )
-        self._guidance_scale: PerScale = 1.0
-        self._image_guidance_scale: PerScale = 1.0
-        self._num_timesteps = 0
-        self._interrupt = False
-        self._current = None
-
-    def register_modules(self, **components: Any) -> None:
-        super().register_modules(**components)
-        self.check_components()
-
-    def check_components(self) -> None:
-        """Raises `ValueError` where the components do not know the same codes and tokens. What is None is left out."""
-        if self.diffusion_decoder is not None and self.vision_tokenizer is not None:
-            self.diffusion_decoder.check_codes(self.vision_tokenizer)
-        if self.transformer is not None:
-            self._check_transformer(self.transformer.config)
-        self._checked = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
-
-    def _check_transformer(self, config: PreTrainedConfig) -> None:
-        if self.vision_tokenizer is not None:
-            codes = self.vision_tokenizer.config.codebook_size
-            if codes != config.codebook_size:
-                raise ValueError(f"the vision tokenizer has {codes} codes, the transformer {config.codebook_size}")
-            check_fingerprint("transformer", config.vision_tokenizer_fingerprint, self.vision_tokenizer)
-        if self.processor is not None:
-            self._check_vocabulary(config)
-
-    def _check_vocabulary(self, config: PreTrainedConfig) -> None:
-        names = ("boi_token_id", "eoi_token_id", "image_token_id")
-        found, expected = ({name: getattr(one, name) for name in names} for one in (self.processor, config))
-        if found != expected:
-            raise ValueError(f"the processor's tokens are {found}, the transformer's {expected}")
-        if len(self.processor.tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(self.processor.tokenizer)} tokens, the transformer {config.vocab_size}: "
-                "resize its embeddings"
-            )
-        if self.processor.max_scales > config.max_scales:
-            raise ValueError(
-                f"the processor's images have up to {self.processor.max_scales} scales, the transformer's "
-                f"{config.max_scales} (`max_scales`)"
-            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -231,31 +190,6 @@ class NextFlowPipeline(
         )
         pipeline.set_progress_bar_config(**{**vars(self).get("_progress_bar_config", {}), "desc": "diffusion decoder"})
         return pipeline
-
-    @property
-    def guidance_scale(self) -> PerScale:
-        return self._guidance_scale
-
-    @property
-    def image_guidance_scale(self) -> PerScale:
-        return self._image_guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return guides(self._guidance_scale) or guides(self._image_guidance_scale)
-
-    @property
-    def num_timesteps(self) -> int:
-        """Scales that the call draws; images that differ in schedule are drawn one after the other."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """
-        Set `pipe._interrupt = True` in a callback to stop there: the images are previews of what was drawn. Set while
-        the diffusion decoder draws, it ends that: the images are as far as they have come.
-        """
-        return self._interrupt
 
     @torch.no_grad()
     @exclusively
@@ -400,59 +334,57 @@ class NextFlowPipeline(
         """
         # 1. Check inputs
         image_codes = one_of(image_codes=image_codes, latents=latents)
-        num_scales = one_of(num_scales=num_scales, num_inference_steps=num_inference_steps)
-        resolution = resolution and self.known_resolution(resolution, height)
-        size = given(height=height, width=width, aspect_ratio=aspect_ratio, resolution=resolution)
-        inpainting = given(keep_scales=keep_scales, mask_image=mask_image)
+        num_steps = one_of(num_scales=num_scales, num_inference_steps=num_inference_steps)
+        size = given(height=height, width=width, aspect_ratio=aspect_ratio)
+        size |= given(resolution=resolution and self.known_resolution(resolution, height))
+        kept = given(image_codes=image_codes, image_grids=image_grids, keep_scales=keep_scales, mask_image=mask_image)
         decoding = given(num_inference_steps=decoder_num_inference_steps, guidance_scale=decoder_guidance_scale)
         decoding |= given(strength=decoder_strength, tile_size=decoder_tile_size)
         decoding |= given(prompt=decoder_prompt, generator=decoder_generator)
-        output_type = "codes" if output_type == "latent" else output_type
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        check_numbers(num_images_per_prompt=num_images_per_prompt, num_scales=num_scales)
         check_prompts(prompt, image, messages, negative_prompt, image_codes, image_grids)
-        check_size(**size)
+        check_numbers(num_images_per_prompt=num_images_per_prompt, num_scales=num_steps, height=height, width=width)
         self.check_outputs(output_type, decoder, decoding, tensor_inputs, stream)
         if max_new_tokens is not None:
             self.check_thinking(think, max_new_tokens)
 
         # 2. Settings of sampling, which callbacks see and may change
+        conversations = build_messages([] if prompt is None else prompt, image)
+        if messages is not None:
+            conversations, _ = self.processor.as_conversations(messages)
         names = "guidance_scale", "guidance_schedule", "image_guidance_scale", "temperature", "top_k", "top_p"
         values = guidance_scale, guidance_schedule, image_guidance_scale, temperature, top_k, top_p
-        settings = self.get_image_settings(**dict(zip(names, values, strict=True)))
-        self._guidance_scale, self._image_guidance_scale = settings["guidance_scale"], settings["image_guidance_scale"]
+        settings = self.prepare_settings(conversations, dict(zip(names, values, strict=True)))
 
-        # 3. Encode prompts
-        if prompt is None and messages is None:
-            check_only_decodes(num_images_per_prompt, size | inpainting | given(image=image, think=think or None))
-            prompts = self.given_prompts(image_codes, image_grids)
+        # 3. Encode prompts; without any, codes are only decoded
+        if not conversations:
+            check_only_decodes(num_images_per_prompt, size | kept | given(image=image, think=think or None))
+            prompts = self.given_prompts(**kept)
         else:
-            prompts = self.encode_prompts(prompt, image, messages, negative_prompt, image_guidance_scale, think, size)
+            options = {"think": think, "keep_first_size": messages is None, **size}
+            prompts = self.encode_prompts(conversations, negative_prompt, settings, **options)
             prompts = [copy.copy(one) for one in prompts for _ in range(num_images_per_prompt)]
-            if image_codes is not None or inpainting:
-                inpainting |= given(image_codes=image_codes, image_grids=image_grids, mask_coverage=mask_coverage)
-                source = -1 if prompt is None else 0  # the image to keep codes of where none is given
-                keep_codes(self, prompts, num_images_per_prompt, source, size, **inpainting)
-        settings["image_guidance_scale"] = self._image_guidance_scale
-        generators = generator_per_image(generator, len(prompts))
-        thoughts = final_prompts = None
+        if conversations and kept:
+            source = 0 if messages is None else -1  # the image to keep codes of where none is given
+            keep_codes(self, prompts, len(conversations), source, mask_coverage, size_is_given=bool(size), **kept)
+        generators, thoughts, final_prompts = generator_per_image(generator, len(prompts)), None, None
         if think:
             prompts, thoughts, final_prompts = self.think_first(prompts, max_new_tokens, generators)
 
-        # 4. Loop over scales
-        codes = self.prepare_codes(prompts, num_scales, is_limit=num_inference_steps is not None)
-        scales = self.sample_images(prompts, codes, settings, generators, callback_on_step_end, tensor_inputs)
+        # 4. Loop over scales, the images of one schedule together
+        groups = self.prepare_images(prompts, num_steps, is_limit=num_inference_steps is not None)
+        scales = self.sample_images(prompts, groups, settings, generators, callback_on_step_end, tensor_inputs)
         if decoder == "diffusion":
-            decoding = self.prepare_decoding(decoding, None if image is not None else prompt, generators, len(prompts))
+            decoding = self.prepare_decoding(decoding, prompt if image is None else None, generators, len(prompts))
         if stream:
-            return self._previews(prompts, codes, scales, decoder, decoding, output_type)
+            return self._previews(prompts, groups, scales, decoder, decoding, output_type)
         for _ in scales:
             pass
 
         # 5. Decode
-        images = self.decode_images(prompts, codes, decoder, decoding, output_type)
+        images = self.decode_images(prompts, groups, decoder, decoding, output_type)
         self.maybe_free_model_hooks()
-        output = NextFlowPipelineOutput(images, *join_codes(prompts, codes), thoughts, final_prompts)
+        output = NextFlowPipelineOutput(images, *join_codes(prompts), thoughts, final_prompts)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
@@ -484,7 +416,7 @@ class NextFlowPipeline(
         self, output_type: str, decoder: str, decoding: dict[str, Any], tensor_inputs: Sequence[str], stream: bool
     ) -> None:
         """Raises `ValueError` where what the call is to give does not fit together."""
-        if output_type not in OUTPUT_TYPES or (stream and output_type == "codes"):
+        if output_type not in OUTPUT_TYPES or (stream and output_type in CODES):
             expected = "'pil', 'np' or 'pt': a preview is an image" if stream else f"one of {list(OUTPUT_TYPES)}"
             raise ValueError(f"`output_type` is {output_type!r}, expected {expected}")
         if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
@@ -497,83 +429,107 @@ class NextFlowPipeline(
             names = [f"decoder_{name}" for name in decoding]
             raise ValueError(f"got {names} with `decoder='vq'`: they go with `decoder='diffusion'`")
         if decoder == "diffusion":
-            if output_type == "codes":
-                raise ValueError("`decoder='diffusion'` and `output_type='codes'`: codes are not decoded")
+            if output_type in CODES:
+                raise ValueError(f"`decoder='diffusion'` and `output_type={output_type!r}`: codes are not decoded")
             self.diffusion_decoder_pipeline.check_settings(**decoding)
+
+    # ---- 2. Settings
+
+    def prepare_settings(self, conversations: list[Conversation], settings: dict[str, Any]) -> dict[str, Any]:
+        """
+        Settings of sampling, as in [`~NextFlowPipeline.get_image_settings`]. Guidance towards images that a prompt
+        does not have is a `ValueError` where the call asks for it, and left out where only the model does.
+        """
+        asked = settings["image_guidance_scale"]
+        settings = self.transformer.get_image_settings(**settings)
+        missing = 0
+        if guides(settings["image_guidance_scale"]):
+            missing = sum(not has_user_image(conversation) for conversation in conversations)
+        if missing and asked is not None:
+            raise ValueError(
+                f"`image_guidance_scale` is {asked}, which guides towards the user's images, but {missing} of "
+                f"{len(conversations)} prompts have none"
+            )
+        if missing:
+            settings["image_guidance_scale"] = 1.0
+        self._guidance_scale, self._image_guidance_scale = settings["guidance_scale"], settings["image_guidance_scale"]
+        return settings
 
     # ---- 3. Encode prompts
 
     def given_prompts(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[NextFlowImagePrompt]:
         """Images whose codes are all there is: they are only decoded."""
-        codebook_size = self.transformer.config.codebook_size
-        images = given_images(image_codes, image_grids, len(image_grids), 1, codebook_size=codebook_size)
+        images = given_images(image_codes, image_grids, len(image_grids), 1, self.transformer.config.codebook_size)
         nothing = image_grids.new_zeros(0)
         return [NextFlowImagePrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
 
-    # ---- 4. Loop over scales
+    # ---- 4. Prepare the images
 
-    def _begin(self, work: Any = None) -> None:
-        """What the pipeline is at from now on: nobody has interrupted it, and what went on before cannot go on."""
-        components = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
-        if any(one is not other for one, other in zip(components, self._checked, strict=True)):
-            self.check_components()
-        self._interrupt = False
-        self._current = work
-
-    def prepare_codes(
+    def prepare_images(
         self, prompts: list[NextFlowImagePrompt], num_scales: int | None, *, is_limit: bool
-    ) -> list[torch.Tensor]:
+    ) -> list[list[int]]:
         """
-        The codes of each image, none so far; the prompts then say how many scales are sampled. More than an image has
-        are an error or, where `is_limit`, all of them.
+        Say of each prompt how many scales are sampled, and which codes are given in full. More scales than an image
+        has are an error or, where `is_limit`, all of them. Returns the indices of images that are sampled together.
         """
-        least = min(len(prompt.grids) for prompt in prompts)
-        if num_scales is not None and num_scales > least:
-            if not is_limit:
-                raise ValueError(f"`num_scales` is {num_scales}, expected at most {least}, those of the image")
-            warn_once(f"`num_inference_steps` is {num_scales}, more than the scales of an image: all are sampled")
-        for prompt in prompts:
-            prompt.num_scales = min(num_scales or len(prompt.grids), len(prompt.grids))
         self._begin(prompts)
-        groups = [prompts[members[0]] for members in group_prompts(prompts)]
-        self._num_timesteps = sum(prompt.num_scales for prompt in groups if not prompt.is_given)
-        return [prompt.input_ids.new_zeros(0) for prompt in prompts]
+        groups, self._num_timesteps = group_prompts(prompts), 0
+        for members in groups:
+            first = prompts[members[0]]
+            grids = first.grids
+            if num_scales is not None and num_scales > len(grids):
+                if not is_limit:
+                    raise ValueError(
+                        f"`num_scales` is {num_scales}, expected at most {len(grids)}, those of the image"
+                    )
+                warn_once(f"`num_inference_steps` is {num_scales}, more than the scales of an image: all are sampled")
+            grids = grids[:num_scales]
+            is_given = first.prefix_codes is not None and first.prefix_mask is None
+            is_given = is_given and len(first.prefix_codes) >= num_cells(grids)
+            self._num_timesteps += 0 if is_given else len(grids)
+            for prompt in (prompts[index] for index in members):
+                prompt.num_scales = len(grids)
+                if is_given:  # nothing is left to sample
+                    codes = prompt.prefix_codes[: num_cells(grids)]
+                    prompt.codes, prompt.num_sampled = codes.to(self._execution_device), len(grids)
+        return groups
+
+    # ---- 5. Loop over scales
 
     @torch.no_grad()
     def sample_images(
         self,
         prompts: list[NextFlowImagePrompt],
-        codes: list[torch.Tensor],
+        groups: list[list[int]],
         settings: dict[str, Any],
         generators: list[torch.Generator] | None,
         callback: Callable | None,
         tensor_inputs: Sequence[str],
     ) -> Iterator[tuple[list[int], Any]]:
         """
-        Sample images of one schedule together. Yields their indices and the transformer's scale after each one, and
-        puts what is sampled into `codes`.
+        Sample the images of each group together. Yields their indices and the transformer's scale after each one, and
+        leaves the codes so far with the prompts.
         """
-        first_step = 0
+        first_step, pad_token_id = 0, self.processor.tokenizer.pad_token_id
         with self.progress_bar(total=self._num_timesteps) as progress:
-            for members in group_prompts(prompts):
+            for members in groups:
                 group = [prompts[index] for index in members]
-                if group[0].is_given:
-                    for index, prompt in zip(members, group, strict=True):
-                        cells = num_cells(prompt.grids[: prompt.num_scales])
-                        codes[index] = prompt.prefix_codes[:cells].to(self._execution_device)
+                if group[0].codes is not None:
                     continue
+                # A callback changes the guidance of one group; the next begins with that of the call.
                 self._guidance_scale = settings["guidance_scale"]
                 self._image_guidance_scale = settings["image_guidance_scale"]
-                own = None if generators is None else [generators[index] for index in members]
-                options = {"num_scales": group[0].num_scales, **settings}
-                for scale in self.stream_codes(group, generators=own, **options):
+                inputs = collate_prompts(group, pad_token_id, self._execution_device)
+                inputs["generator"] = None if generators is None else [generators[index] for index in members]
+                inputs |= {"num_scales": group[0].num_scales, **settings}
+                for scale in loaded(self.transformer).stream_images(**inputs):
                     progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
                     progress.update()
                     guidance = self._guidance_scale, self._image_guidance_scale
                     if callback is not None:
                         call_back(callback, self, first_step + scale.index, scale, group, tensor_inputs)
-                    for index, row in zip(members, scale.image_codes, strict=True):
-                        codes[index] = row
+                    for prompt, row in zip(group, scale.image_codes, strict=True):
+                        prompt.codes, prompt.num_sampled = row, scale.index + 1
                     yield members, scale
                     if self._interrupt:  # the transformer then checks what it has sampled, and ends
                         del scale.plan[scale.index + 1 :]
@@ -581,7 +537,7 @@ class NextFlowPipeline(
                         scale.change_guidance(self._guidance_scale, self._image_guidance_scale)
                 first_step += group[0].num_scales
 
-    # ---- 5. Decode
+    # ---- 6. Decode
 
     def prepare_decoding(
         self, decoding: dict[str, Any], prompt: Any, generators: list[torch.Generator] | None, num_images: int
@@ -601,32 +557,32 @@ class NextFlowPipeline(
     def decode_images(
         self,
         prompts: list[NextFlowImagePrompt],
-        codes: list[torch.Tensor],
+        groups: list[list[int]],
         decoder: str,
         decoding: dict[str, Any],
         output_type: str,
     ) -> list | np.ndarray | torch.Tensor | None:
         """The images of the codes so far, by the decoder that is named; `None` for `output_type="codes"`."""
-        if output_type == "codes":
+        if output_type in CODES:
             return None
-        images = [None] * len(prompts)
+        images: list[Any] = [None] * len(prompts)
         was_interrupted = self._interrupt
 
         def pass_on(decoder: NextFlowDiffusionDecoderPipeline, *_: Any) -> dict:
             decoder._interrupt = self._interrupt and not was_interrupted
             return {}
 
-        for members in group_prompts(prompts):
-            first, own = members[0], torch.cat([codes[index] for index in members])
-            grids = torch.stack([prompts[index].image_grids[-1] for index in members])
-            options = {"num_scales": prompts[first].count_scales(codes[first]), "output_type": output_type}
+        for members in groups:
+            group = [prompts[index] for index in members]
+            codes, grids = torch.cat([one.codes for one in group]), torch.stack([one.image_grids[-1] for one in group])
+            options = {"num_scales": group[0].num_sampled, "output_type": output_type}
             if decoder == "diffusion":
                 for name in ("prompt", "generator"):
                     options[name] = decoding[name] and [decoding[name][index] for index in members]
                 options = {**decoding, **options, "callback_on_step_end": pass_on}
-                decoded = self.diffusion_decoder_pipeline(own, grids, **options).images
+                decoded = self.diffusion_decoder_pipeline(codes, grids, **options).images
             else:
-                decoded = self.decode_codes(own, grids, **options)
+                decoded = self.decode_codes(codes, grids, **options)
             for index, image in zip(members, decoded, strict=True):
                 images[index] = image
         return stack_equal(images)
@@ -635,7 +591,7 @@ class NextFlowPipeline(
     def _previews(
         self,
         prompts: list[NextFlowImagePrompt],
-        codes: list[torch.Tensor],
+        groups: list[list[int]],
         scales: Iterator[tuple[list[int], Any]],
         decoder: str,
         decoding: dict[str, Any],
@@ -654,11 +610,11 @@ class NextFlowPipeline(
                     grids = torch.stack([prompts[index].image_grids[-1] for index in members])
                     options = {"num_scales": scale.index + 1, "output_type": output_type}
                     images = self.decode_codes(scale.image_codes.flatten(), grids, **options)
-                yield make_preview(prompts, codes, members, images)
+                yield make_preview(prompts, members, images)
             if decoder == "diffusion":
-                images = self.decode_images(prompts, codes, decoder, decoding, output_type)
-                for members in group_prompts(prompts):
-                    yield make_preview(prompts, codes, members, [images[index] for index in members])
+                images = self.decode_images(prompts, groups, decoder, decoding, output_type)
+                for members in groups:
+                    yield make_preview(prompts, members, [images[index] for index in members])
         finally:
             self.maybe_free_model_hooks()
 

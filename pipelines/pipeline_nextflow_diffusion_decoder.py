@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
     SchedulerMixin,
@@ -30,10 +29,10 @@ from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokeni
 
 from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder, decoder_condition
 from .helpers_nextflow import (
-    SharedComponentsMixin,
-    call_component,
+    NextFlowBasePipeline,
     exclusively,
     generator_per_image,
+    loaded,
     one_per_prompt,
     stack_equal,
 )
@@ -64,7 +63,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline, CogVideoXLoraLoaderMixin):
+class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoaderMixin):
     r"""
     Draws the image of given codes with a diffusion model.
 
@@ -258,19 +257,15 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
         device, dtype = self._execution_device, self.vision_tokenizer.dtype
         image_grids = inputs["image_grids"].to(device)
         pixel_values = inputs["pixel_values"].to(device, dtype)
-        return call_component(self.vision_tokenizer, "encode", pixel_values, image_grids).image_codes, image_grids
+        return loaded(self.vision_tokenizer).encode(pixel_values, image_grids).image_codes, image_grids
 
     def encode_condition(
         self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
     ) -> torch.Tensor:
         """The condition (images, channels, rows, columns) of codes that share one schedule."""
         device = self._execution_device
-        features = call_component(
-            self.vision_tokenizer,
-            "decode_features",
-            image_codes.to(device),
-            image_grids.to(device),
-            num_scales=num_scales,
+        features = loaded(self.vision_tokenizer).decode_features(
+            image_codes.to(device), image_grids.to(device), num_scales=num_scales
         )
         return decoder_condition(features.semantic_embeds, features.pixel_embeds, features.semantic_features)
 
@@ -355,8 +350,8 @@ class NextFlowDiffusionDecoderPipeline(SharedComponentsMixin, DiffusionPipeline,
             pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in init_image])
         else:
             device = self._execution_device
-            pixels = call_component(
-                self.vision_tokenizer, "decode", image_codes.to(device), image_grids.to(device), num_scales=num_scales
+            pixels = loaded(self.vision_tokenizer).decode(
+                image_codes.to(device), image_grids.to(device), num_scales=num_scales
             )
             if pixels.shape[2:] != (height, width):
                 pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)

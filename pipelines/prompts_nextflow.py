@@ -1,12 +1,11 @@
 """Prompts of images: from messages to the rows that the transformer samples from, and from its codes to pixels.
 
-The components meet here through data alone: tokens, `image_grids`, `image_codes`, pixels. Knows nothing of the
-lifecycle of a call.
+The components meet here through data alone: tokens, `image_grids`, `image_codes`, pixels. Knows nothing of how a call
+goes on.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,28 @@ import numpy as np
 import PIL.Image
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, ProcessorMixin
 
-from .helpers_nextflow import SharedComponentsMixin, call_component, check_numbers, given, one_per_prompt, warn_once
+from .helpers_nextflow import (
+    NextFlowBasePipeline,
+    check_components,
+    check_numbers,
+    given,
+    loaded,
+    one_per_prompt,
+    warn_once,
+)
 
 
 Image = PIL.Image.Image | str | Path | np.ndarray | torch.Tensor
 PerScale = float | int | Sequence[float | int | None]
+Grids = list[tuple[int, int]]
+Conversation = list[dict[str, Any]]
 
 
 @dataclass
 class NextFlowImagePrompt:
     """
-    One image to sample, ready for the transformer.
+    One image to sample, ready for the transformer, and what is sampled of it.
 
     Args:
         input_ids (`torch.Tensor` of shape `(length,)`): The prompt, ending in `<boi>`.
@@ -39,6 +47,8 @@ class NextFlowImagePrompt:
         prefix_codes (`torch.Tensor` of shape `(codes,)`, *optional*): Given codes of the first scales.
         prefix_mask (`torch.Tensor` of shape `(codes,)`, *optional*): Which of them are kept, all by default.
         num_scales (`int`, *optional*): Scales to sample, all by default.
+        codes (`torch.Tensor` of shape `(codes,)`, *optional*): Codes of the image so far.
+        num_sampled (`int`, *optional*, defaults to 0): Scales that these are.
     """
 
     input_ids: torch.Tensor
@@ -49,31 +59,21 @@ class NextFlowImagePrompt:
     prefix_codes: torch.Tensor | None = None
     prefix_mask: torch.Tensor | None = None
     num_scales: int | None = None
+    codes: torch.Tensor | None = None
+    num_sampled: int = 0
 
     @property
-    def grids(self) -> list[tuple[int, int]]:
+    def grids(self) -> Grids:
         """The schedule of the image to sample."""
         return schedule_of(self.image_grids[-1])
-
-    @property
-    def is_given(self) -> bool:
-        """Whether all codes are given, so that nothing is left to sample."""
-        if self.prefix_codes is None or self.prefix_mask is not None:
-            return False
-        return len(self.prefix_codes) >= num_cells(self.grids[: self.num_scales])
-
-    def count_scales(self, codes: torch.Tensor) -> int:
-        """Scales that `codes` (codes,) of the image make up."""
-        cells = np.cumsum([height * width for height, width in self.grids])
-        return int(np.searchsorted(cells, len(codes))) + 1
 
 
 def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     """Indices of the images that are sampled together: those of one schedule, and with as much given."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        given = 0 if prompt.prefix_codes is None else len(prompt.prefix_codes)
-        groups.setdefault((tuple(prompt.grids), given), []).append(index)
+        num_given = 0 if prompt.prefix_codes is None else len(prompt.prefix_codes)
+        groups.setdefault((num_given, *prompt.image_grids[-1].flatten().tolist()), []).append(index)
     return list(groups.values())
 
 
@@ -81,28 +81,37 @@ def collate_prompts(
     prompts: Sequence[NextFlowImagePrompt], pad_token_id: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Inputs of the transformer for images of one schedule: the prompts and what guides them, padded on the left."""
-    rows = {"": prompts}
-    if prompts[0].negative_input_ids is not None:  # the same images; only the tokens differ
-        rows["negative_"] = prompts
-    if prompts[0].imageless is not None:
-        rows["imageless_"] = [prompt.imageless for prompt in prompts]
-    ids = [one.negative_input_ids if name == "negative_" else one.input_ids for name in rows for one in rows[name]]
-    # All prompts at once, so that they have one length.
-    padded, mask = (
-        pad_sequence(values, batch_first=True, padding_value=filler, padding_side="left").split(len(prompts))
-        for values, filler in ((ids, pad_token_id), ([torch.ones_like(row) for row in ids], 0))
-    )
+    conditions = {"": [(prompt, prompt.input_ids) for prompt in prompts]}
+    # The unconditional prompts have the images of the prompts; only the tokens differ.
+    negative = [(one, one.negative_input_ids) for one in prompts if one.negative_input_ids is not None]
+    imageless = [(one.imageless, one.imageless.input_ids) for one in prompts if one.imageless is not None]
+    conditions |= {name: rows for name, rows in (("negative_", negative), ("imageless_", imageless)) if rows}
+    # Padded together, so that the cache has one length and no mask where the prompts are equally long.
+    ids = [row for rows in conditions.values() for _, row in rows]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    masks = [torch.ones_like(row) for row in ids]
+    mask = pad_sequence(masks, batch_first=True, padding_side="left")
     inputs = {}
-    for index, (name, members) in enumerate(rows.items()):
-        target_grids = [prompt.image_grids[-1:] for prompt in prompts]
-        grids = [part for one, own in zip(members, target_grids) for part in (one.image_grids[:-1], own)]
-        inputs[f"{name}input_ids"], inputs[f"{name}attention_mask"] = padded[index], mask[index]
+    for index, (name, rows) in enumerate(conditions.items()):
+        members = slice(index * len(prompts), (index + 1) * len(prompts))
+        targets = [prompt.image_grids[-1:] for prompt in prompts]
+        grids = [part for (one, _), target in zip(rows, targets) for part in (one.image_grids[:-1], target)]
+        inputs[f"{name}input_ids"], inputs[f"{name}attention_mask"] = padded[members], mask[members]
         inputs[f"{name}image_grids"] = torch.cat(grids)
-        inputs[f"{name}image_codes"] = torch.cat([one.image_codes for one in members])
+        inputs[f"{name}image_codes"] = torch.cat([one.image_codes for one, _ in rows])
     for name in ("prefix_codes", "prefix_mask"):
         if getattr(prompts[0], name) is not None:
             inputs[name] = torch.stack([getattr(prompt, name) for prompt in prompts])
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def join_codes(prompts: Sequence[NextFlowImagePrompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (total_codes,) so far of all images, and the schedules (images, max_scales, 2) of the scales they are."""
+    codes = torch.cat([prompt.codes for prompt in prompts if prompt.codes is not None])
+    grids = torch.stack([prompt.image_grids[-1] for prompt in prompts])
+    for row, prompt in zip(grids, prompts, strict=True):
+        row[prompt.num_sampled :] = 0
+    return codes, grids.to(codes.device)
 
 
 def check_prompts(
@@ -117,29 +126,20 @@ def check_prompts(
         )
     if messages is not None and image is not None:
         raise ValueError('`image` goes with `prompt`: in `messages` an image is {"type": "image", "image": ...}')
-    for name, value in given(prompt=prompt, negative_prompt=negative_prompt).items():
+    for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         texts = [value] if isinstance(value, str) else value
-        if not (isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)):
+        is_text = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
+        if not (value is None or is_text):
             raise TypeError(f"`{name}` is {value!r}, expected a string or a non-empty list of strings")
     if (image_codes is None) != (image_grids is None):
         missing = "image_codes" if image_codes is None else "image_grids"
         raise ValueError(f"`image_codes` and `image_grids` go together, got no `{missing}`")
 
 
-def check_size(
-    height: int | None = None, width: int | None = None, aspect_ratio: str | None = None, resolution: int | None = None
-) -> None:
-    """Raises `ValueError` where a size is half given or given twice."""
-    check_numbers(height=height, width=width, resolution=resolution)
-    if (height is None) != (width is None):
-        raise ValueError(f"`height` is {height} and `width` is {width}, expected both or neither")
-    if height is not None and aspect_ratio is not None:
-        raise ValueError(f"got `height`, `width` and `aspect_ratio` ({aspect_ratio!r}): pass one of the two forms")
-
-
 def check_only_decodes(num_images_per_prompt: int, others: dict[str, Any]) -> None:
     """Raises `ValueError` where a call without a prompt says more than which codes to decode."""
-    names = [*others, *(["num_images_per_prompt"] if num_images_per_prompt != 1 else [])]
+    names = [name for name in others if name not in ("image_codes", "image_grids")]
+    names += ["num_images_per_prompt"] if num_images_per_prompt != 1 else []
     if names:
         raise ValueError(
             f"got {names} with `image_codes` and neither `prompt` nor `messages`: without them codes are only decoded"
@@ -151,23 +151,27 @@ def guides(scale: PerScale) -> bool:
     return any(value not in (None, 1) for value in (scale if isinstance(scale, (list, tuple)) else [scale]))
 
 
-def build_messages(prompt: str | list[str], image: Any = None) -> list[list[dict[str, Any]]]:
+def build_messages(prompt: str | list[str], image: Any = None) -> list[Conversation]:
     """One conversation for every prompt: a user's message with the prompt's source images, then its text."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     images = list(image) if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4 else image
-    if not isinstance(images, (list, tuple)):
-        images = [images] * len(prompts)
-    elif isinstance(prompt, str) and not any(isinstance(entry, (list, tuple)) for entry in images):
-        images = [images]  # all are the sources of a single prompt; a list of prompts has one entry for each
-    conversations = []
-    for text, sources in zip(prompts, one_per_prompt("image", list(images), len(prompts)), strict=True):
-        sources = [] if sources is None else sources if isinstance(sources, (list, tuple)) else [sources]
-        parts = [{"type": "image", "image": source} for source in sources]
-        conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
-    return conversations
+    prompts = list(prompt)
+    if isinstance(prompt, str):
+        prompts = [prompt]
+        is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
+        images = images if is_nested else [images]  # all are the sources of the one prompt
+    sources = one_per_prompt("image", images, len(prompts))
+    return [[user_message(text, own)] for text, own in zip(prompts, sources, strict=True)]
 
 
-def has_user_image(conversation: list[dict[str, Any]]) -> bool:
+def user_message(text: str | list[dict[str, Any]], image: Any = None) -> dict[str, Any]:
+    """A user's message: the image or images, then the text or the list of parts."""
+    images = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
+    parts = list(text) if isinstance(text, (list, tuple)) else [{"type": "text", "text": text}]
+    return {"role": "user", "content": [*({"type": "image", "image": one} for one in images), *parts]}
+
+
+def has_user_image(conversation: Conversation) -> bool:
+    """Whether the user shows an image in the conversation."""
     return any(
         part["type"] == "image"
         for message in conversation
@@ -176,30 +180,83 @@ def has_user_image(conversation: list[dict[str, Any]]) -> bool:
     )
 
 
-def schedule_of(image_grids: torch.Tensor) -> list[tuple[int, int]]:
+def schedule_of(image_grids: torch.Tensor) -> Grids:
     """A row (max_scales, 2) of `image_grids` as a list, without the zero rows past its last scale."""
     return [(height, width) for height, width in image_grids.tolist() if height > 0]
 
 
 def num_cells(grids: Sequence[tuple[int, int]]) -> int:
+    """Codes of an image of this schedule."""
     return sum(height * width for height, width in grids)
 
 
-class NextFlowSteps(SharedComponentsMixin):
-    """The steps of sampling images, each a method of the pipeline that users may call on their own."""
+class NextFlowImageSteps(NextFlowBasePipeline):
+    """
+    The steps of sampling images, each a method of the pipeline that users may call on their own, and what callbacks
+    see and may change meanwhile.
+    """
 
-    transformer: PreTrainedModel
-    vision_tokenizer: PreTrainedModel
-    processor: ProcessorMixin
-    do_classifier_free_guidance: bool
-    _image_guidance_scale: PerScale
+    transformer: Any
+    processor: Any
+    diffusion_decoder: Any
+
+    _guidance_scale: PerScale = 1.0
+    _image_guidance_scale: PerScale = 1.0
+    _num_timesteps = 0
+    _interrupt = False
+    _current: Any = None  # the work that the pipeline is at, by which a preview knows that it may go on
+
+    @property
+    def guidance_scale(self) -> PerScale:
+        """Guidance towards the text, in the call that goes on or the last one."""
+        return self._guidance_scale
+
+    @property
+    def image_guidance_scale(self) -> PerScale:
+        """Guidance towards the source images, likewise."""
+        return self._image_guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether there is guidance at any scale."""
+        return guides(self._guidance_scale) or guides(self._image_guidance_scale)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Scales that the call samples; images that differ in schedule are sampled one after the other."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """
+        Set `pipe._interrupt = True` in a callback to stop there: the images are previews of what was sampled. Set
+        while the diffusion decoder samples, it ends that: the images are as far as they have come.
+        """
+        return self._interrupt
+
+    def register_modules(self, **components: Any) -> None:
+        super().register_modules(**components)
+        self.check_components()
+
+    def check_components(self) -> None:
+        """Raises `ValueError` where the components do not know the same codes and tokens. What is None is left out."""
+        self._checked = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
+        check_components(*self._checked)
+
+    def _begin(self, work: Any = None) -> None:
+        """From now on nobody has interrupted the pipeline, and what went on before cannot go on."""
+        components = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
+        if any(one is not other for one, other in zip(components, self._checked, strict=True)):
+            self.check_components()
+        self._interrupt = False
+        self._current = work
 
     def get_image_settings(self, **settings: Any) -> dict[str, Any]:
         """How images are sampled: as `settings` say, else as the transformer's generation config and defaults do."""
         return self.transformer.get_image_settings(**settings)
 
     @staticmethod
-    def build_messages(prompt: str | list[str], image: Any = None) -> list[list[dict[str, Any]]]:
+    def build_messages(prompt: str | list[str], image: Any = None) -> list[Conversation]:
         """One conversation for every prompt: a user's message with the prompt's source images, then its text."""
         return build_messages(prompt, image)
 
@@ -208,21 +265,20 @@ class NextFlowSteps(SharedComponentsMixin):
         Codes (total_codes,) and schedules (images, max_scales, 2) of one or several images, each of its own shape:
         what the call takes as `image_codes` and `image_grids`.
         """
-        options = {} if resolution is None else {"resolution": resolution}
-        inputs = self.processor.image_processor(images, return_tensors="pt", **options)
+        inputs = self.processor.image_processor(images, return_tensors="pt", **given(resolution=resolution))
         return self._encode_pixels(inputs["pixel_values"], inputs["image_grids"]), inputs["image_grids"]
 
     def _encode_pixels(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
         device = self._execution_device
         pixel_values = pixel_values.to(device, self.vision_tokenizer.dtype)
-        return call_component(self.vision_tokenizer, "encode", pixel_values, image_grids.to(device)).image_codes
+        return loaded(self.vision_tokenizer).encode(pixel_values, image_grids.to(device)).image_codes
 
     def encode_messages(
         self,
-        conversations: list[list[dict[str, Any]]],
-        negative_conversations: list[list[dict[str, Any]]] | None = None,
+        conversations: list[Conversation],
+        negative_conversations: list[Conversation] | None = None,
         *,
-        imageless_conversations: list[list[dict[str, Any]]] | None = None,
+        imageless_conversations: list[Conversation] | None = None,
         keep_first_size: bool = False,
         **size: Any,
     ) -> list[NextFlowImagePrompt]:
@@ -234,7 +290,7 @@ class NextFlowSteps(SharedComponentsMixin):
             negative_conversations (`list[list[dict]]`, *optional*): The unconditional ones, with the same images.
             imageless_conversations (`list[list[dict]]`, *optional*): Those without the user's images, too.
             keep_first_size (`bool`, *optional*, defaults to `False`):
-                Sample at the size of a conversation's first image. Else the processor decides: `size`, the
+                Without a size sample at that of a conversation's first image. Else the processor decides: `size`, the
                 conversation's last image, or a square.
             size: `height` and `width`, or `aspect_ratio`, and `resolution` of the image to sample.
         """
@@ -263,48 +319,34 @@ class NextFlowSteps(SharedComponentsMixin):
         for index, prompt in enumerate(prompts):
             prompt.negative_input_ids = ids[count + index] if negative else None
             prompt.imageless = imageless[index] if imageless else None
-            if keep_first_size and len(prompt.image_grids) > 1:
+            if keep_first_size and len(prompt.image_grids) > 1 and not size.keys() - {"resolution"}:
                 first = self.processor.target_image_grids(prompt.image_grids[:1])
                 prompt.image_grids = torch.cat([prompt.image_grids[:-1], first])
         return prompts
 
     def encode_prompts(
         self,
-        prompt: str | list[str] | None,
-        image: Any,
-        messages: list | None,
+        conversations: list[Conversation],
         negative_prompt: str | list[str] | None,
-        image_guidance_scale: PerScale | None,
+        settings: dict[str, Any],
+        *,
         think: bool,
-        size: dict[str, Any],
+        keep_first_size: bool,
+        **size: Any,
     ) -> list[NextFlowImagePrompt]:
-        """Each prompt's tokens, the codes of its images, and the unconditional prompts that guidance needs."""
-        processor = self.processor
-        conversations = build_messages(prompt, image) if messages is None else processor.as_conversations(messages)[0]
-        texts = one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))
-        if guides(self._image_guidance_scale):
-            self._check_user_images(conversations, image_guidance_scale)
+        """Each prompt's tokens, the codes of its images, and the unconditional prompts that `settings` need."""
+        processor, scales = self.processor, (settings["guidance_scale"], settings["image_guidance_scale"])
+        rows = list(zip(conversations, one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))))
         unconditional = {}
-        if self.do_classifier_free_guidance:
-            unconditional["negative_conversations"] = list(map(processor.unconditional_messages, conversations, texts))
-        if guides(self._image_guidance_scale):
-            imageless = functools.partial(processor.unconditional_messages, keep_images=False)
-            unconditional["imageless_conversations"] = list(map(imageless, conversations, texts))
+        if any(map(guides, scales)):
+            negative = [processor.unconditional_messages(row, text) for row, text in rows]
+            unconditional["negative_conversations"] = negative
+        if guides(settings["image_guidance_scale"]):
+            imageless = [processor.unconditional_messages(row, text, keep_images=False) for row, text in rows]
+            unconditional["imageless_conversations"] = imageless
         if think:
             conversations = list(map(processor.with_thinking_prompt, conversations))
-        keep_first_size = messages is None and not size.keys() - {"resolution"}
         return self.encode_messages(conversations, **unconditional, keep_first_size=keep_first_size, **size)
-
-    def _check_user_images(self, conversations: list[list[dict[str, Any]]], image_guidance_scale: Any) -> None:
-        """Guidance towards images that a prompt does not have: an error, or left out where the model's own says it."""
-        missing = sum(not has_user_image(one) for one in conversations)
-        if missing and image_guidance_scale is None:
-            self._image_guidance_scale = 1.0
-        elif missing:
-            raise ValueError(
-                f"`image_guidance_scale` is {self._image_guidance_scale}, which guides towards the user's images, but "
-                f"{missing} of {len(conversations)} prompts have none"
-            )
 
     def known_resolution(self, resolution: int, height: int | None) -> int | None:
         """`resolution`, or the nearest that the model has: engines send a default of their own."""
@@ -333,20 +375,7 @@ class NextFlowSteps(SharedComponentsMixin):
         """
         inputs = collate_prompts(prompts, self.processor.tokenizer.pad_token_id, self._execution_device)
         inputs |= {**settings, "generator": generators, "callback": callback}
-        output = call_component(self.transformer, "generate_images", **inputs)
-        return output.image_codes.view(len(prompts), -1)
-
-    def stream_codes(
-        self,
-        prompts: list[NextFlowImagePrompt],
-        *,
-        generators: list[torch.Generator] | None = None,
-        **settings: Any,
-    ) -> Iterator[Any]:
-        """[`~NextFlowPipeline.generate_codes`] step by step: the transformer's iterator over the scales."""
-        inputs = collate_prompts(prompts, self.processor.tokenizer.pad_token_id, self._execution_device)
-        inputs |= {**settings, "generator": generators}
-        return call_component(self.transformer, "stream_images", **inputs)
+        return loaded(self.transformer).generate_images(**inputs).image_codes.view(len(prompts), -1)
 
     def decode_codes(
         self,
@@ -362,24 +391,28 @@ class NextFlowSteps(SharedComponentsMixin):
         """
         device = self._execution_device
         image_codes, image_grids = image_codes.to(device), image_grids.to(device)
-        pixel_values = call_component(self.vision_tokenizer, "decode", image_codes, image_grids, num_scales=num_scales)
+        pixel_values = loaded(self.vision_tokenizer).decode(image_codes, image_grids, num_scales=num_scales)
         return self.processor.image_processor.post_process_images(
             pixel_values.float().cpu(), image_grids.cpu(), output_type=output_type
         )
 
 
 __all__ = [
+    "Conversation",
+    "Grids",
     "Image",
     "NextFlowImagePrompt",
-    "NextFlowSteps",
+    "NextFlowImageSteps",
     "PerScale",
     "build_messages",
     "check_only_decodes",
     "check_prompts",
-    "check_size",
+    "collate_prompts",
     "group_prompts",
     "guides",
     "has_user_image",
+    "join_codes",
     "num_cells",
     "schedule_of",
+    "user_message",
 ]
