@@ -5,6 +5,7 @@ nextflow-hf serve path/to/pipeline --host 0.0.0.0 --port 8000    # with NEXTFLOW
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,10 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--api-key", help=f"what clients have to send; default: {API_KEY} of the environment")
     group.add_argument("--served-name", help="what clients call the model; default: the folder's name or the Hub id")
     group.add_argument("--max-queue", type=int, default=64, metavar="N", help="that wait; default: %(default)s")
-    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="images at once; default: %(default)s")
+    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="images of one; default: %(default)s")
+    group.add_argument(
+        "--batches", type=int, default=1, metavar="N", help="at once, on a CPU one a core; default: %(default)s"
+    )
     group.add_argument(
         "--max-wait-ms", type=float, default=10, metavar="MS", help="for others in a batch; default: %(default)s"
     )
@@ -53,45 +57,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    try:
-        import uvicorn
-
-        from ..serving.app import make_app
-    except ModuleNotFoundError as error:
-        raise ImportError(f'the server needs {error.name}: pip install "nextflow-hf[serve]"') from error
-
-    from ..serving.protocol import Limits
-
     args.api_key = args.api_key or os.environ.get(API_KEY)
     if args.api_key is None and not is_loopback(args.host):
         raise ValueError(
             f"--host {args.host} lets in everyone who reaches this machine: pass --api-key, or set {API_KEY}"
         )
-    for name in ("max_queue", "max_batch", "max_images", "timeout"):
+    app = load_app(args)
+    console.show(f"{app.state.name} on {args.device} is at http://{args.host}:{args.port}/v1  (Ctrl-C stops it)")
+    app.state.run(host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS)
+    console.say("stopped, with all requests answered")
+    return {}
+
+
+def load_app(args: argparse.Namespace) -> Any:
+    """The application of `args`, with its model loaded; `app.state.run` serves it."""
+    try:
+        import uvicorn
+
+        from ..serving.app import make_app
+        from ..serving.protocol import Limits
+    except ModuleNotFoundError as error:
+        raise ImportError(f'the server needs {error.name}: pip install "nextflow-hf[serve]"') from error
+    for name in ("max_queue", "max_batch", "batches", "max_images", "timeout"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    pipe = loading.load_pipeline(args)
-    pipe.set_progress_bar_config(disable=True)
-    name = args.served_name or served_name(args.model)
+    if args.batches > 1 and args.offload:
+        raise ValueError(f"--batches is {args.batches}, expected 1 with --offload, which moves weights during a batch")
     app = make_app(
-        pipe,
-        name=name,
+        loading.load_pipeline(args),
+        name=args.served_name or served_name(args.model),
         api_key=args.api_key,
         limits=Limits(images=args.max_images),
         seconds=args.timeout,
         max_queue=args.max_queue,
         max_batch=args.max_batch,
         max_wait=max(args.max_wait_ms, 0) / 1000,
+        num_threads=args.batches,
     )
-    config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS
-    )
-    console.show(f"{name} on {args.device} is at http://{args.host}:{args.port}/v1  (Ctrl-C stops it)")
-    try:
-        uvicorn.Server(config).run()
-    except KeyboardInterrupt:  # raised again by uvicorn, once all requests are answered
-        console.say("stopped, with all requests answered")
-    return {}
+    app.state.run = functools.partial(uvicorn.run, app)
+    return app
 
 
 def served_name(model: str) -> str:

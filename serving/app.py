@@ -43,24 +43,21 @@ def make_app(
     api_key: str | None = None,
     limits: Limits | None = None,
     seconds: float = 600.0,
-    max_queue: int = 64,
-    max_batch: int = 8,
-    max_wait: float = 0.01,
+    **queue: Any,
 ) -> FastAPI:
     """
     The server's application.
 
     Args:
-        pipe ([`NextFlowPipeline`]): Nobody else may use it meanwhile.
+        pipe, queue: As in [`~serving.worker.Worker`].
         name (`str`): What clients call the model.
         api_key (`str`, *optional*): What clients have to send as `Authorization: Bearer`. Without one, requests of
             web pages from elsewhere are refused.
         limits ([`~serving.protocol.Limits`], *optional*): What one request may ask for.
         seconds (`float`, *optional*, defaults to 600): In which a request has to be sent, and answered.
-        max_queue, max_batch, max_wait (*optional*): As in [`~serving.worker.Worker`].
     """
     metrics = Metrics()
-    own = Worker(pipe, max_queue=max_queue, max_batch=max_batch, max_wait=max_wait, on_batch=metrics.on_batch)
+    own = Worker(pipe, on_batch=metrics.on_batch, **queue)
     metrics.watch(own)
 
     @contextlib.asynccontextmanager
@@ -70,7 +67,7 @@ def make_app(
 
     app = FastAPI(title="NextFlow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     api = Api(own, metrics, name=name, limits=limits or Limits(), seconds=seconds)
-    app.state.worker = own
+    app.state.worker, app.state.name = own, name
     app.add_api_route("/v1/images/generations", api.generate, methods=["POST"])
     app.add_api_route("/v1/images/edits", api.edit, methods=["POST"])
     app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])

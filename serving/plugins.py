@@ -17,9 +17,11 @@ def register_with_vllm_omni() -> None:
 
     class NextFlowPipelineUtils(pipeline_utils.BasePipelineUtils):
         def update_call_kwargs(self, req: Any, sampling: Any, accepted_call_kwargs: Any, call_kwargs: dict) -> None:
-            # The default of its requests, 640, is no wish of the client's: the model's own resolution is better.
+            # What the client did not ask for is the model's own: vLLM-Omni fills in 640 pixels and no guidance.
             if call_kwargs.get("resolution") == type(sampling).resolution:
                 del call_kwargs["resolution"]
+            if not sampling.guidance_scale_provided:
+                call_kwargs.pop("guidance_scale", None)
 
     pipeline_utils.PIPELINE_UTILS_REGISTRY[PIPELINE] = NextFlowPipelineUtils
 

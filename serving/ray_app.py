@@ -46,22 +46,12 @@ def build(options: Options) -> serve.Application:
     api_key = os.environ.get("NEXTFLOW_API_KEY")
 
     def load() -> Any:  # in each replica
-        from nextflow_hf.commands import loading
         from nextflow_hf.commands import serve as command
-        from nextflow_hf.serving.app import make_app
 
         args = command.make_parser().parse_args([])
-        args.model, args.dtype, args.device, args.quiet = options.model, options.dtype, options.device, True
-        pipe = loading.load_pipeline(args)
-        return make_app(
-            pipe,
-            name=options.name or command.served_name(args.model),
-            api_key=api_key,
-            seconds=options.timeout,
-            max_queue=options.max_queue,
-            max_batch=options.max_batch,
-            max_wait=options.max_wait_ms / 1000,
-        )
+        own = options.model_dump(include=vars(args).keys(), exclude_none=True)
+        vars(args).update(own, served_name=options.name, api_key=api_key, quiet=True)
+        return command.load_app(args)
 
     deployment = serve.deployment(
         serve.ingress(load)(),

@@ -1,4 +1,4 @@
-"""One thread that owns a pipeline: it takes requests from a bounded queue in batches, and stops what nobody needs.
+"""Threads that own a pipeline: they take requests from a bounded queue in batches, and stop what nobody needs.
 
 Requests whose images share a schedule and settings are sampled as one batch. Each image has a generator of its own:
 in float32 it equals the one sampled alone. Knows no HTTP.
@@ -71,7 +71,7 @@ class Request:
     Args:
         seed (`int`): Of what is sampled.
         settings (`dict`): Arguments of the pipeline, with one value for the whole batch.
-        emit (`Callable`): Gets what happens, in the worker's thread: [`Partial`], [`Images`], parts of an answer
+        emit (`Callable`): Gets what happens, in a thread of the worker: [`Partial`], [`Images`], parts of an answer
             (`dict`), [`Done`], or an exception. Must not block.
         seconds (`float`): How long the client waits.
     """
@@ -226,6 +226,7 @@ class Worker:
         max_queue (`int`): Requests that may wait.
         max_batch (`int`): Images that are sampled together.
         max_wait (`float`): Seconds that a request waits for others to share its batch.
+        num_threads (`int`): Batches that are sampled at once, with the same weights, which must not be offloaded.
         on_batch (`Callable`, *optional*): Called with the requests of each batch before it starts.
     """
 
@@ -236,7 +237,8 @@ class Worker:
         max_queue: int = 64,
         max_batch: int = 8,
         max_wait: float = 0.01,
-        on_batch: Callable[[list[Request]], None] | None = None,
+        num_threads: int = 1,
+        on_batch: Callable[[list[Request]], None] = lambda batch: None,
     ):
         self.pipe = pipe
         self.max_queue = max_queue
@@ -245,10 +247,15 @@ class Worker:
         self._on_batch = on_batch
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
+        self._num_idle = 0
         self._is_stopped = False
         self._seconds = 1.0  # of a batch, as it lately was
-        self._thread = threading.Thread(target=self._work, name="nextflow-worker", daemon=True)
-        self._thread.start()
+        # A pipeline takes one call at a time; its components, which are only read, take several.
+        pipes = [pipe, *(type(pipe)(**pipe.components) for _ in range(num_threads - 1))]
+        self._threads = [threading.Thread(target=self._work, args=(one,), daemon=True) for one in pipes]
+        for one, thread in zip(pipes, self._threads, strict=True):
+            one.set_progress_bar_config(disable=True)
+            thread.start()
 
     @property
     def num_waiting(self) -> int:
@@ -256,79 +263,85 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
 
     def submit(self, request: Request) -> None:
         """Puts `request` into the queue, or raises [`QueueFull`] or [`Stopped`]."""
         with self._changed:
             if self._is_stopped or not self.is_alive:
                 raise Stopped("the server is shutting down")
-            self._waiting = [waiting for waiting in self._waiting if not self._drop_if_over(waiting)]
+            self._drop_what_is_over()
             if len(self._waiting) >= self.max_queue:
-                batches = sum(waiting.count for waiting in self._waiting) / self.max_batch
+                batches = sum(waiting.count for waiting in self._waiting) / (self.max_batch * len(self._threads))
                 raise QueueFull(max(1, round(batches * self._seconds)))
             self._waiting.append(request)
-            self._changed.notify()
+            self._changed.notify_all()
 
-    def stop(self, *, timeout: float | None = None) -> None:
+    def stop(self) -> None:
         """Takes no more requests, answers those that are here, and ends."""
         with self._changed:
             self._is_stopped = True
-            self._changed.notify()
-        self._thread.join(timeout)
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
+    def _work(self, pipe: Any) -> None:
         while batch := self._next_batch():
-            if self._on_batch is not None:
-                self._on_batch(batch)
+            self._on_batch(batch)
             started = time.monotonic()
-            self._answer(batch)
+            self._answer(pipe, batch)
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
 
     def _next_batch(self) -> list[Request]:
         """Waits for a request, and for others of its key; none once the worker is stopped."""
         with self._changed:
+            self._num_idle += 1
             while True:
-                self._waiting = [request for request in self._waiting if not self._drop_if_over(request)]
-                if not self._waiting:
-                    if self._is_stopped:
-                        return []
-                    self._changed.wait()
-                    continue
-                first = self._waiting[0]
-                batch, images = [], 0
-                for request in self._waiting:
-                    if request.key == first.key and (not batch or images + request.count <= self.max_batch):
-                        batch.append(request)
-                        images += request.count
-                remaining = first.submitted + self.max_wait - time.monotonic()
-                is_full = images + first.count > self.max_batch or isinstance(first, ChatRequest)
-                if is_full or self._is_stopped or remaining <= 0:
-                    self._waiting = [request for request in self._waiting if request not in batch]
-                    return batch
-                self._changed.wait(remaining)
+                self._drop_what_is_over()
+                batch, seconds = self._find_batch()
+                if seconds == 0:
+                    break
+                self._changed.wait(seconds)
+            self._waiting = [request for request in self._waiting if request not in batch]
+            self._num_idle -= 1
+            return batch
 
-    def _drop_if_over(self, request: Request) -> bool:
-        if request.is_over:
-            request.emit(OutOfTime(f"the request was not answered within {request.seconds:g} s"))
-        return request.is_over
+    def _find_batch(self) -> tuple[list[Request], float | None]:
+        """The requests that start next, and in how many seconds they do; `None` where nobody waits."""
+        if not self._waiting:
+            return [], 0 if self._is_stopped else None
+        first = self._waiting[0]
+        alike = [request for request in self._waiting if request.key == first.key]
+        most = self.max_batch // first.count
+        share = -(-len(alike) // self._num_idle)  # threads that idle divide them
+        batch = alike[: max(1, min(most, share))]
+        if self._is_stopped or len(alike) >= most or isinstance(first, ChatRequest):
+            return batch, 0
+        return batch, max(0, first.submitted + self.max_wait - time.monotonic())
 
-    def _answer(self, batch: list[Request]) -> None:
+    def _drop_what_is_over(self) -> None:
+        self._waiting = [request for request in self._waiting if not _ends(request)]
+
+    def _answer(self, pipe: Any, batch: list[Request]) -> None:
         """Runs a batch. What fails together is tried alone: one request must not fail the others."""
+        failure: Exception | None = None
         try:
-            type(batch[0]).run(self.pipe, batch)
+            type(batch[0]).run(pipe, batch)
         except REFUSALS as error:
-            failure: Exception = error
+            failure = error
         except Exception as error:  # a defect, or an accelerator without memory; the server goes on
             logger.exception("a batch of %d requests failed", len(batch))
             failure = error
-        else:
-            for request in batch:
-                self._drop_if_over(request)  # interrupted
-            return
-        if len(batch) == 1:
+        if failure is not None and len(batch) == 1:
             batch[0].emit(failure)
             return
         for request in batch:
-            if not self._drop_if_over(request):
-                self._answer([request])
+            if not _ends(request) and failure is not None:
+                self._answer(pipe, [request])
+
+
+def _ends(request: Request) -> bool:
+    """Whether a request is over, of which it is told."""
+    if request.is_over:
+        request.emit(OutOfTime(f"the request was not answered within {request.seconds:g} s"))
+    return request.is_over

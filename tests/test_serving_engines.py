@@ -156,12 +156,13 @@ def test_entry_points_name_functions_of_ours():
         assert callable(getattr(plugins, group["nextflow"].partition(":")[2]))
 
 
-def test_vllm_omni_leaves_the_resolution_to_the_model(monkeypatch):
+def test_vllm_omni_leaves_resolution_and_guidance_to_the_model(monkeypatch):
     class Utils:
         pass
 
     class Sampling:
         resolution = 640
+        guidance_scale_provided = False
 
     registry = {}
     content = {"BasePipelineUtils": Utils, "PIPELINE_UTILS_REGISTRY": registry}
@@ -171,9 +172,12 @@ def test_vllm_omni_leaves_the_resolution_to_the_model(monkeypatch):
     own = registry["NextFlowPipeline"]()
     assert isinstance(own, Utils)
     for resolution, left in ((640, {}), (8, {"resolution": 8})):
-        arguments = {"resolution": resolution}
+        arguments = {"resolution": resolution, "guidance_scale": 1.0}  # which stands for "not given"
         own.update_call_kwargs(None, Sampling(), None, arguments)
         assert arguments == left
+    Sampling.guidance_scale_provided = True
+    own.update_call_kwargs(None, Sampling(), None, arguments := {"guidance_scale": 1.0})
+    assert arguments == {"guidance_scale": 1.0}
 
 
 def test_sglang_learns_that_the_model_takes_images(monkeypatch):
@@ -189,6 +193,55 @@ def test_sglang_learns_that_the_model_takes_images(monkeypatch):
     (detects,) = registered.pop("model_detectors")
     assert registered == {"sampling_param_cls": "defaults", "pipeline_config_cls": "images"}
     assert detects("nextflowpipeline") and not detects("fluxpipeline")
+
+
+# ---- the engines' own adapters, where they are installed: docs/serving says how on a CPU
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    pipe = NextFlowPipeline.from_pretrained(shapes_model_path(), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.engine
+def test_vllm_omni_adapter(shapes):
+    pytest.importorskip("vllm_omni")
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.models.diffusers_adapter.pipeline_diffusers_adapter import DiffusersAdapterPipeline
+    from vllm_omni.diffusion.request import OmniDiffusionRequest
+    from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+    plugins.register_with_vllm_omni()
+    config = OmniDiffusionConfig(
+        model=str(shapes_model_path()),
+        dtype=torch.float32,
+        diffusion_load_format="diffusers",
+        model_class_name=plugins.PIPELINE,
+    )
+    adapter = DiffusersAdapterPipeline(od_config=config, device=torch.device("cpu"))
+    adapter.load_weights()
+
+    def ask(prompt, **sampling):
+        params = OmniDiffusionSamplingParams(seed=1, generator_device="cpu", **sampling)
+        request = OmniDiffusionRequest(prompt=prompt, sampling_params=params, request_id="1")
+        (image,) = adapter.forward(DiffusionRequestBatch([request])).output
+        return image.tobytes()
+
+    def own(*args, **options):
+        return shapes(*args, **options, generator=torch.Generator().manual_seed(1)).images[0].tobytes()
+
+    prompt = "a blue square left of a green circle"
+    assert ask(prompt) == own(prompt)
+    options = {"guidance_scale": 4.0, "height": 64, "width": 64}
+    assert ask({"prompt": prompt, "negative_prompt": "red"}, **options) == own(
+        prompt, negative_prompt="red", **options
+    )
+    edit = {"prompt": "make the circle blue", "multi_modal_data": {"image": SOURCE.resize((64, 64))}}
+    assert ask(edit) == own("make the circle blue", image=SOURCE.resize((64, 64)))
+    ask({"prompt": "dummy", "multi_modal_data": {"image": SOURCE}}, num_inference_steps=1, height=512, width=512)
 
 
 # ---- transformers serve
