@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput, logging
 
 from .attention_nextflow import get_attention_mask
+from .cache_nextflow import reserve
 from .generation_configuration_nextflow import (
     CONFIG_NAMES,
     DEFAULT_MAX_IMAGES,
@@ -32,6 +34,7 @@ from .generation_image_nextflow import (
     ScaleCallback,
     check_context,
     prefill_rows,
+    prepare_scales,
     repeat_rows,
     sample_scales,
     schedule_of,
@@ -344,7 +347,8 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0)
         cells = sum(height * width for height, width in grids[1 : len(plan)])
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
-        return sample_scales(self, [prefill_rows(self, rows)], plan, target_grids, generators, prefix)
+        inputs = prepare_scales(plan, generators, prefix, input_ids.device)
+        return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)
 
     def _generate_image(self, input_ids: torch.Tensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
@@ -632,6 +636,14 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
                 "with images, a call that goes on from past_key_values takes the whole input_ids"
             )
         return self.model.get_position_ids(input_ids, image_grids=model_kwargs["image_grids"], attention_mask=mask)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        # Overwritten: a dynamic cache grows in place, not by a copy of itself at every token.
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if type(cache) is DynamicCache and not is_given:
+            reserve(cache)
 
     def _prompt_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """The prompt's tokens or, where there are only embeddings, those of its images among zeros."""

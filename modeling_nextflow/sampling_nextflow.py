@@ -113,9 +113,10 @@ def guide(
     return guided if imageless is None else guided + (image_scale - 1) * (unconditional - imageless)
 
 
-def sample_codes(logits: torch.Tensor, step: ScaleStep, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
-    """Sample one code per cell from logits (batch, cells, codebook_size), in fp32; see [`sample`]."""
-    if step.temperature == 0:
+def sample_codes(logits: torch.Tensor, step: ScaleStep, numbers: torch.Tensor | None) -> torch.Tensor:
+    """Sample one code per cell from logits (batch, cells, codebook_size), in fp32. `numbers` as in [`pick`]; without
+    them, and at temperature 0, the best code."""
+    if step.temperature == 0 or numbers is None:
         return logits.argmax(-1)
     scores = logits.float() / step.temperature
     vocabulary = None
@@ -126,7 +127,7 @@ def sample_codes(logits: torch.Tensor, step: ScaleStep, generators: Sequence[tor
     if step.top_p < 1:  # keep the codes before which less than top_p of the mass lies, always the first
         probabilities = scores.softmax(-1)
         scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities > step.top_p, -math.inf)
-    return sample(scores, generators, vocabulary)
+    return pick(scores, numbers, vocabulary)
 
 
 def largest_score(logits: torch.Tensor, step: ScaleStep) -> torch.Tensor:
@@ -134,40 +135,34 @@ def largest_score(logits: torch.Tensor, step: ScaleStep) -> torch.Tensor:
     return torch.linalg.vector_norm(logits, math.inf) / (step.temperature or 1)
 
 
-def fill_codes(
-    logits: torch.Tensor,
-    step: ScaleStep,
-    generators: Sequence[torch.Generator | None],
-    given: torch.Tensor,
-    is_given: torch.Tensor,
+def random_numbers(
+    generators: Sequence[torch.Generator | None], batch: int, cells: int, device: torch.device
 ) -> torch.Tensor:
-    """Codes (batch, cells): `given` where `is_given`, elsewhere drawn. No number is drawn for a row that has all."""
-    rows = (~is_given.all(dim=1)).nonzero()[:, 0]
-    drawn = sample_codes(logits[rows], step, [generators[row] for row in rows.tolist()])
-    return given.where(is_given, given.index_copy(0, rows, drawn))
-
-
-def sample(
-    scores: torch.Tensor, generators: Sequence[torch.Generator | None], ids: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    One sample (batch, cells) of each softmax of `scores` (batch, cells, choices), by the Gumbel-max trick. `ids` are
-    those of the choices, by default their places.
-
-    A row's own generator gives one number a cell, and this number and a choice's id its noise: a sample depends
-    neither on the other rows of its batch nor on the order of the choices. Where rounding changes the scores, it
-    changes only if the two best are as close as that, noise included. (By inverse transform, every change of order or
-    mass among the choices before it would move a sample.) A CPU generator works for any device.
-    """
-    batch, cells, num_choices = scores.shape
-    device = scores.device
-    numbers = torch.stack(
+    """Numbers (batch, cells, 1) for [`pick`], of each row's own generator. A CPU generator works for any device."""
+    return torch.stack(
         [
             torch.randint(2**63 - 1, (cells, 1), generator=one, device=one.device if one else device).to(device)
             for one in (generators if len(generators) else [None] * batch)
         ]
     )
-    choices = torch.arange(num_choices, device=device) if ids is None else ids
+
+
+def sample(scores: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+    """One sample (batch, cells) of each softmax of `scores` (batch, cells, choices); see [`pick`]."""
+    return pick(scores, random_numbers(generators, *scores.shape[:2], scores.device))
+
+
+def pick(scores: torch.Tensor, numbers: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    One sample (batch, cells) of each softmax of `scores` (batch, cells, choices), by the Gumbel-max trick. `ids` are
+    those of the choices, by default their places.
+
+    The noise of a choice comes from its cell's number (batch, cells, 1) and its id: a sample depends neither on the
+    other rows of its batch nor on the order of the choices. Where rounding changes the scores, it changes only if the
+    two best are as close as that, noise included. (By inverse transform, every change of order or mass among the
+    choices before it would move a sample.)
+    """
+    choices = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
     uniform = _splitmix(numbers, choices).float() * 2.0**-63
     choice = (scores - (-torch.log1p(-uniform)).log()).argmax(-1)
     return choice if ids is None else ids.gather(-1, choice[..., None])[..., 0]
@@ -186,10 +181,11 @@ def _splitmix(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "PerScale",
     "ScaleStep",
-    "fill_codes",
     "guide",
     "guides",
     "largest_score",
+    "pick",
+    "random_numbers",
     "sample",
     "sample_codes",
     "scale_plan",
