@@ -22,7 +22,7 @@ class NextFlowCacheLayer(DynamicLayer):
     room = 256  # tokens that are added to what is needed, where nothing was reserved
 
     def __init__(self) -> None:
-        self.length = self._num_values = self.reserved = 0
+        self.length = self.num_values = self.reserved = 0
         super().__init__()
 
     @classmethod
@@ -44,11 +44,11 @@ class NextFlowCacheLayer(DynamicLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        return None if self._values is None else self._values[:, :, : self._num_values]
+        return None if self._values is None else self._values[:, :, : self.num_values]
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
-        self._values, self._num_values = values, 0 if values is None else values.shape[-2]
+        self._values, self.num_values = values, 0 if values is None else values.shape[-2]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -69,7 +69,7 @@ class NextFlowCacheLayer(DynamicLayer):
         if end > self._keys.shape[2]:
             self._move(self.reserved if self.reserved >= end else end + self.room)
         self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
-        self.length = self._num_values = end
+        self.length = self.num_values = end
         return self.keys, self.values
 
     def _move(self, capacity: int) -> None:
@@ -91,7 +91,7 @@ class NextFlowCacheLayer(DynamicLayer):
         """Some rows without their first `padding` tokens, in the same memory."""
         part = copy.copy(self)
         part._keys, part._values = self._keys[rows, :, padding:], self._values[rows, :, padding:]
-        part.length = part._num_values = self.length - padding
+        part.length = part.num_values = self.length - padding
         part.reserved = self.reserved - padding
         return part
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from .attention_nextflow import RowRuns
 from .cache_nextflow import part_of, reserve
 from .configuration_nextflow import NextFlowConfig
+from .graphs_nextflow import Workspace
 from .grids_nextflow import check_codes
 from .sampling_nextflow import PerScale, ScaleStep, largest_score, random_numbers
 
@@ -139,6 +140,7 @@ class ImageRows:
         sampling: Indices of the rows that have an image, `None` for all. The others get padding.
         padding: Tokens of padding before each row; `None` where other tokens follow in the cache.
         embeddings: Cosine and sine (rows, cells, head_dim) of the blocks to come.
+        workspace: Whose memory the cache is, where passes are recorded.
     """
 
     cache: DynamicCache
@@ -148,6 +150,7 @@ class ImageRows:
     sampling: torch.Tensor | None = None
     padding: list[int] | None = None
     embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    workspace: Workspace | None = None
 
     @property
     def image_states(self) -> torch.Tensor:
@@ -173,6 +176,7 @@ class ImageRows:
             self.hidden_states[rows],
             padding=None if self.padding is None else [count - padding for count in self.padding[rows]],
             embeddings=tuple(part[rows] for part in self.embeddings),
+            workspace=self.workspace,
         )
 
     def runs(self) -> list[tuple[int, int, int]]:
@@ -183,6 +187,10 @@ class ImageRows:
             runs.append((start, end, padding))
             start = end
         return runs
+
+    def mask_with(self, cells: int) -> torch.Tensor:
+        """(rows, cached + cells), 0 at padding, where another block of `cells` follows."""
+        return F.pad(self.mask, (0, self.cache.get_seq_length() + cells - self.mask.shape[1]), value=1)
 
     def attends_by_runs(self, model: PreTrainedModel) -> bool:
         """Whether the layers attend without a mask: fused ones can, where there are not many runs."""
@@ -201,16 +209,15 @@ class ImageRows:
         self, model: PreTrainedModel, embeds: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
         """Run one block (rows with an image, cells, hidden) on top of the cache. Its cells see all but padding."""
-        rows, cells = len(self.boi_position), embeds.shape[1]
         mask = None
         if self.mask is not None and self.attends_by_runs(model):
             mask = {"full_attention": RowRuns(tuple(self.runs()))}
         elif self.mask is not None:
-            real = torch.ones(rows, cells, dtype=torch.long, device=embeds.device)
+            mask = self.mask = self.mask_with(embeds.shape[1])
             if self.sampling is not None:
-                embeds = embeds.new_zeros(rows, *embeds.shape[1:]).index_copy(0, self.sampling, embeds)
-                real = torch.zeros_like(real).index_fill(0, self.sampling, 1)
-            mask = self.mask = torch.cat([self.mask, real], dim=1)
+                embeds = embeds.new_zeros(len(mask), *embeds.shape[1:]).index_copy(0, self.sampling, embeds)
+                is_real = torch.zeros_like(mask[:, :1]).index_fill(0, self.sampling, 1)
+                mask[:, -embeds.shape[1] :] *= is_real
         self.hidden_states = model.model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -225,19 +232,42 @@ class ImageRows:
         cells = embeds.shape[1]
         embeddings = tuple(part[:, :cells] for part in self.embeddings)
         self.embeddings = tuple(part[:, cells:] for part in self.embeddings)
-        self.append(model, embeds, embeddings)
+        if self.workspace is None or cells > model.graphs.max_cells:
+            return self.append(model, embeds, embeddings)
+
+        def run(embeds: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return model.model(
+                inputs_embeds=embeds,
+                attention_mask={"full_attention": mask},
+                position_embeddings=(cos, sin),
+                past_key_values=self.cache,
+                use_cache=True,
+                is_causal=False,
+            ).last_hidden_state
+
+        mask = self.mask_with(cells)[:, None, None].bool()
+        self.hidden_states = model.graphs.run(self.workspace, self.cache, run, embeds, *embeddings, mask)
 
 
 def prefill_rows(model: PreTrainedModel, rows: PromptRows, cells: int) -> ImageRows:
     """Prompts that end in `<boi>`, in a cache of their own with room for `cells` of each image."""
+    length = rows.input_ids.shape[1] + cells
+    workspace = None
+
+    def make_cache() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        reserve(cache, length)
+        return cache
+
+    if model.graphs is not None and model.is_fused and model.config._attn_implementation == "sdpa":
+        workspace = model.graphs.take((len(rows.input_ids), length), make_cache)
+    cache = make_cache() if workspace is None else workspace.cache
     padding = (rows.attention_mask == 0).sum(1).tolist()
-    mask = rows.attention_mask if any(padding) else None
+    mask = rows.attention_mask if any(padding) or workspace is not None else None
     position_ids = model.model.get_position_ids(
         rows.input_ids, image_grids=rows.image_grids, attention_mask=rows.attention_mask
     )
-    cache = DynamicCache(config=model.config)
-    reserve(cache, rows.input_ids.shape[1] + cells)
-    outputs = model.model(
+    states = model.model(
         input_ids=rows.input_ids,
         attention_mask=mask,
         position_ids=position_ids,
@@ -245,8 +275,8 @@ def prefill_rows(model: PreTrainedModel, rows: PromptRows, cells: int) -> ImageR
         image_grids=rows.image_grids,
         past_key_values=cache,
         use_cache=True,
-    )
-    return ImageRows(cache, mask, position_ids[1, :, -1:], outputs.last_hidden_state[:, -1:], padding=padding)
+    ).last_hidden_state
+    return ImageRows(cache, mask, position_ids[1, :, -1:], states[:, -1:], padding=padding, workspace=workspace)
 
 
 def begin_images(model: PreTrainedModel, rows: ImageRows, image_grids: torch.Tensor) -> None:
@@ -312,6 +342,15 @@ def sample_scales(
         embeds = embeds.repeat(conditions, 1, 1).split([rows.num_images for rows in row_sets])
         for rows, own_embeds in zip(row_sets, embeds):
             rows.append_scale(model, own_embeds)
+
+
+def sample_and_give_back(model: PreTrainedModel, rows: ImageRows, *args) -> Iterator[SampledScale]:
+    """[`sample_scales`] on rows that may be in a workspace, which is free again afterwards."""
+    try:
+        yield from sample_scales(model, [rows], *args)
+    finally:
+        if rows.workspace is not None:
+            model.graphs.give_back(rows.workspace)
 
 
 def first_rows(row_sets: list[ImageRows], count: int) -> list[ImageRows]:
@@ -410,9 +449,10 @@ def repeat_rows(rows: PromptRows, batch: int) -> PromptRows:
     )
 
 
-def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int) -> PromptRows:
-    """The rows of all parts, one part after the other, left-padded to one length."""
-    missing = [max(rows.input_ids.shape[1] for rows in parts) - rows.input_ids.shape[1] for rows in parts]
+def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int, multiple: int = 1) -> PromptRows:
+    """The rows of all parts, one part after the other, left-padded to one length, a `multiple` of this."""
+    lengths = [rows.input_ids.shape[1] for rows in parts]
+    missing = [math.ceil(max(lengths) / multiple) * multiple - length for length in lengths]
     return PromptRows(
         torch.cat([F.pad(rows.input_ids, (more, 0), value=pad_token_id) for rows, more in zip(parts, missing)]),
         torch.cat([F.pad(rows.attention_mask, (more, 0)) for rows, more in zip(parts, missing)]),

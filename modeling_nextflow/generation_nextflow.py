@@ -36,7 +36,7 @@ from .generation_image_nextflow import (
     prefill_rows,
     prepare_scales,
     repeat_rows,
-    sample_scales,
+    sample_and_give_back,
     schedule_of,
     split_images,
     split_prefix,
@@ -49,6 +49,7 @@ from .generation_interleaved_nextflow import (
     TextStreamer,
     generate_interleaved,
 )
+from .graphs_nextflow import PROMPT_LENGTHS
 from .interface_nextflow import NextFlowSamplingInterface
 from .sampling_nextflow import PerScale, ScaleStep, guide, guides, sample_codes, scale_plan
 
@@ -301,7 +302,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             num_scales (`int`, *optional*): Draw only so many scales of the schedule: a preview.
             guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
                 See [`ScaleStep`]. Default to the generation config's `guidance_scale`, `image_temperature`, ...
-            guidance_schedule (`str`, *optional*): `"constant"` or `"linear"`; see [`scale_plan`].
+            guidance_schedule (`str`, *optional*): `"constant"`, `"linear"` or `"early"`; see [`scale_plan`].
             image_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
                 Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
             generator (`torch.Generator` or list of them, *optional*):
@@ -344,11 +345,12 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
                 )
             imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
             parts.append(self._negative_rows(rows, *imageless))
-        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0)
+        multiple = 1 if self.graphs is None else PROMPT_LENGTHS
+        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
         cells = sum(height * width for height, width in grids[1 : len(plan)])
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
         inputs = prepare_scales(plan, generators, prefix, input_ids.device)
-        return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)
+        return sample_and_give_back(self, prefill_rows(self, rows, cells), plan, target_grids, inputs)
 
     def _generate_image(self, input_ids: torch.Tensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)

@@ -30,6 +30,7 @@ from .cache_nextflow import CachePlace, caches_of_layers
 from .configuration_nextflow import NextFlowConfig
 from .fused_nextflow import FusedDecoderLayer, can_be_fused, fuse, separate_weights, unfuse
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
+from .graphs_nextflow import PassGraphs
 from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
 from .interface_nextflow import call_with_weight, has_whole_weight_in_call, plain_weight
 from .loss_nextflow import (
@@ -122,6 +123,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    graphs: PassGraphs | None = None  # of `compile_sampling`
     _can_record_outputs = {
         "hidden_states": GradientCheckpointingLayer,  # what both kinds of layer are, and nothing else in here is
         "attentions": [Qwen2Attention, Qwen3Attention],
@@ -155,6 +157,36 @@ class NextFlowPreTrainedModel(PreTrainedModel):
             )
         self.set_attn_implementation(ATTENTION_BACKENDS[backend])
 
+    def compile_sampling(self, max_cells: int = 1024, **compile_options) -> None:
+        """
+        Make sampling images cheap to launch, on a CUDA device: fuse the layers, and record the passes of the scales as
+        CUDA graphs. The first image of each shape (size, batch, guidance, prompt length up to the next multiple of 64)
+        records, which takes about twice its time; those after it replay. What was recorded is dropped when the model
+        moves or its layers change. Text decodes compiled with `cache_implementation="static"`, as in transformers.
+
+        Args:
+            max_cells (`int`, *optional*, defaults to 1024):
+                Cells of the largest scale that is recorded. Larger ones are compute-bound and launched one by one.
+            compile_options: With any, such as `mode="max-autotune-no-cudagraphs"`, layers are also compiled, see
+                [`~NextFlowPreTrainedModel.compile_repeated_blocks`].
+
+        Raises:
+            `ValueError`: on another device than CUDA, and where the layers cannot be fused.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(f"the model is on {self.device}, expected a CUDA device: CUDA graphs need one")
+        self.fuse_qkv_projections()
+        if not self.is_fused:
+            raise ValueError("the layers cannot be fused, and what is quantised or adapted is not recorded")
+        if compile_options:
+            self.compile_repeated_blocks(**compile_options)
+        self.graphs = PassGraphs(max_cells)
+
+    def _apply(self, *args, **kwargs):
+        if self.graphs is not None:  # the recorded passes read the weights where they were
+            self.graphs = PassGraphs(self.graphs.max_cells)
+        return super()._apply(*args, **kwargs)
+
     def fuse_qkv_projections(self) -> None:
         """
         Fuse the decoder's layers: queries, keys and values become one product, gate and up another, for less than half
@@ -173,6 +205,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
 
     def unfuse_qkv_projections(self) -> None:
         """Undo [`~NextFlowPreTrainedModel.fuse_qkv_projections`]."""
+        self.graphs = None
         if self.is_fused:
             unfuse(self.base_model, qk_norm=self.config.qk_norm)
 

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 
 
+GUIDANCE_SCHEDULES = ("constant", "linear", "early")
 PerScale = float | int | None | Sequence[float | int | None]
 
 
@@ -45,7 +46,8 @@ def scale_plan(
     """Fan scalars or per-scale lists out to one [`ScaleStep`] a scale.
 
     `guidance_schedule="linear"` is VAR's ramp: a scalar guidance grows from 1 at the first scale to its value at the
-    last (VAR's own `cfg` is this value minus 1). `names` are what errors call the settings.
+    last (VAR's own `cfg` is this value minus 1). `"early"` leaves scalar guidance out on the last two scales, where
+    most of the time goes (Switti, arXiv:2412.01819). `names` are what errors call the settings.
 
     Raises:
         `ValueError`: on lists of another length, and on entries that are no numbers of the setting's range.
@@ -61,18 +63,24 @@ def scale_plan(
         shown = names.get(name, name)
         return [_checked_number(shown, default if entry is None else entry, default, high) for entry in values]
 
-    guidance = per_scale("guidance_scale", guidance_scale, 1.0)
-    if guidance_schedule == "linear":
-        if not isinstance(guidance_scale, (list, tuple)):
-            guidance = [1 + (g - 1) * k / max(num_scales - 1, 1) for k, g in enumerate(guidance)]
-    elif guidance_schedule != "constant":
-        raise ValueError(f"guidance_schedule must be 'constant' or 'linear', got {guidance_schedule!r}")
+    def guidance(name: str, value: PerScale) -> list[float]:
+        scales = per_scale(name, value, 1.0)
+        if isinstance(value, (list, tuple)):
+            return scales
+        if guidance_schedule == "early":
+            return [1.0 if index >= max(1, num_scales - 2) else scale for index, scale in enumerate(scales)]
+        if guidance_schedule == "linear" and name == "guidance_scale":
+            return [1 + (scale - 1) * index / max(num_scales - 1, 1) for index, scale in enumerate(scales)]
+        return scales
+
+    if guidance_schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance_schedule is {guidance_schedule!r}, expected one of {list(GUIDANCE_SCHEDULES)}")
     columns = (
-        guidance,
+        guidance("guidance_scale", guidance_scale),
         per_scale("temperature", temperature, 1.0),
         per_scale("top_k", top_k, 0),
         per_scale("top_p", top_p, 1.0, high=1.0),
-        per_scale("image_guidance_scale", image_guidance_scale, 1.0),
+        guidance("image_guidance_scale", image_guidance_scale),
     )
     return [ScaleStep(tuple(grid), *settings) for grid, *settings in zip(grids, *columns)]
 

@@ -10,10 +10,13 @@ import torch
 from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
+from torch.fx.experimental.proxy_tensor import make_fx
 from toy import BOI, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_model
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
+from nextflow_hf.modeling_nextflow import graphs_nextflow
+from nextflow_hf.modeling_nextflow.graphs_nextflow import PassGraphs
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
 
@@ -253,3 +256,39 @@ def test_operators_waits_and_memory_of_a_pass():
         assert max(few.passes[1:]) + 26 * a_layer <= 480
         assert not more.waits and not more.moves
         assert max(more.scales[1:-1]) - max(more.passes[1:]) <= 60  # embedding, head, guidance, sampling
+
+
+# ---- recorded passes
+
+
+def capture_by_tracing(run):
+    """What CUDA graphs do, on a CPU: the operators of `run` on the very tensors that it reads and writes."""
+    graph = make_fx(run)()
+    return lambda: graph()
+
+
+@pytest.mark.parametrize("guidance", [3.0, [3.0, 3.0, 1.0, 1.0]], ids=["constant", "early"])
+def test_recorded_passes_serve_other_prompts(monkeypatch, guidance):
+    """Nothing in a pass depends on a value: what one prompt recorded is right for another, in the same memory."""
+    monkeypatch.setattr(graphs_nextflow, "capture", capture_by_tracing)
+    plain, recorded = toy_model(), fused_model()
+    recorded.graphs = PassGraphs(max_cells=9)  # the last scale, of 16, is launched
+    memory = set()
+    for prompt in ([5, 6, BOI], [7, BOI], [8, 9, 10, 11, BOI]):
+        arguments = {**ONE, **NEGATIVE, "input_ids": torch.tensor([prompt]), "guidance_scale": guidance}
+        expected, logits = sample(plain, arguments)
+        codes, own_logits = sample(recorded, arguments)
+        torch.testing.assert_close(own_logits, logits, atol=1e-4, rtol=1e-4)
+        assert torch.equal(codes, expected)
+        ((workspace,),) = recorded.graphs.free.values()
+        memory.add(tuple(layer.keys.data_ptr() for layer in workspace.cache.layers))
+    assert len(memory) == 1 and len(workspace.passes) == 2
+    side_by_side = zip(*(recorded.stream_images(**ONE, guidance_scale=1.0, temperature=0.0) for _ in range(2)))
+    assert torch.equal(*(scale.image_codes for scale in list(side_by_side)[-1]))
+    recorded.to(torch.float64)
+    assert not recorded.graphs.free
+
+
+def test_graphs_need_a_device_that_has_them():
+    with pytest.raises(ValueError, match="the model is on cpu, expected a CUDA device"):
+        toy_model().compile_sampling()

@@ -102,9 +102,12 @@ def test_scale_plan_fans_out():
     assert [step.guidance_scale for step in plan] == pytest.approx([1, 1 + 4 / 3, 1 + 8 / 3, 5])
     assert [step.top_k for step in plan] == [4, 3, 2, 1]
     assert [step.grid for step in plan] == SQUARE and {step.temperature for step in plan} == {0.5}
+    early = scale_plan(SQUARE, guidance_scale=5.0, guidance_schedule="early", image_guidance_scale=[2, 2, 2, 1])
+    assert [step.guidance_scale for step in early] == [5, 5, 1, 1]
+    assert [step.num_conditions for step in early] == [3, 3, 3, 1]  # a list is taken as it is
     with pytest.raises(ValueError, match="top_p has 2 entries, expected one for each of the 4 scales"):
         scale_plan(SQUARE, top_p=[0.5, 0.6])
-    with pytest.raises(ValueError, match="'constant' or 'linear'"):
+    with pytest.raises(ValueError, match=r"guidance_schedule is 'cosine', expected one of \['constant'"):
         scale_plan(SQUARE, guidance_schedule="cosine")
 
 
