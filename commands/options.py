@@ -121,7 +121,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     group.add_argument("--guidance-scale", type=per_scale(float), metavar="X", help="1 is none, and costs nothing")
     group.add_argument(
-        "--guidance-schedule", choices=("constant", "linear"), help="linear: from 1 at the first scale to the value"
+        "--guidance-schedule",
+        choices=("constant", "linear", "early"),
+        help="linear: from 1 at the first scale to the value; early: none at the last two scales",
     )
     group.add_argument("--temperature", type=per_scale(float), metavar="X", help="0 takes the best code")
     group.add_argument("--top-k", type=per_scale(int), metavar="N", help="codes to sample from; 0 is all")

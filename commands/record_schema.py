@@ -117,7 +117,7 @@ ARGUMENTS = {
     "aspect_ratio": _text(32, r"\d+(\.\d+)?:\d+(\.\d+)?"),
     "guidance_scale": _per_scale(STRENGTH),
     "image_guidance_scale": _per_scale(STRENGTH),
-    "guidance_schedule": _one_of("constant", "linear"),
+    "guidance_schedule": _one_of("constant", "linear", "early"),
     "temperature": _per_scale(_number(0, 1e6)),
     "top_k": _per_scale(TOP_K),
     "top_p": _per_scale(SHARE),

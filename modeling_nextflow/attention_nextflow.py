@@ -4,6 +4,9 @@ A query sees a key of its own document iff `block_id[key] <= block_id[query]`: t
 each other. Knows shapes, positions and the layout of images; no weights.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
@@ -27,6 +30,20 @@ ATTENTION_BACKENDS = {
     "flex": "flex_attention",
     **{name: name for name in ("sdpa", "flex_attention", "eager")},
 }
+
+
+@dataclass(frozen=True)
+class RowRuns:
+    """
+    In the place of a mask, for a block on top of a cache: runs of rows (first, end, padding) with equal padding before
+    them. A run attends without a mask, in one call.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+
+    def split(self, query: torch.Tensor, *keys_and_values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        for first, end, padding in self.runs:
+            yield query[first:end], *(states[first:end, :, padding:] for states in keys_and_values)
 
 
 def get_attention_mask(

@@ -63,7 +63,8 @@ class NextFlowGenerationConfig(GenerationConfig):
             Classifier-free guidance of images towards the text, per scale. 1 is none; anything else needs an
             unconditional prompt. Text is sampled without it.
         guidance_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"linear"` lets a single guidance grow from 1 at the first scale to its value at the last.
+            `"linear"` lets a single guidance grow from 1 at the first scale to its value at the last; `"early"` leaves
+            it out at the last two scales, which take most of the time.
         image_guidance_scale (`float` or `list[float]`, *optional*, defaults to 1.0):
             Guidance of images towards the source images, per scale. It applies where the prompt has any, and needs an
             unconditional prompt without them.

@@ -3,6 +3,7 @@
 Reads a list of [`ScaleStep`] and rows whose `<boi>` the cache holds; knows neither prompts nor `generate`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -12,16 +13,20 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from .attention_nextflow import RowRuns
+from .cache_nextflow import part_of, reserve
 from .configuration_nextflow import NextFlowConfig
+from .graphs_nextflow import Workspace
 from .grids_nextflow import check_codes
-from .sampling_nextflow import PerScale, ScaleStep, largest_score
+from .sampling_nextflow import PerScale, ScaleStep, largest_score, random_numbers
 
 
 ScaleCallback = Callable[[int, ScaleStep, torch.Tensor], Sequence[ScaleStep] | None]
 
-# Tokens from which on a pass is bound by arithmetic, and no longer by starting its kernels: two such passes cost no
-# more than one of both, and save the mask.
+# Block size from which on a pass is compute-bound: splitting the batch then costs nothing and avoids a mask.
 ARITHMETIC_BOUND = 1024
+# Runs of rows that attend one after the other, without a mask: each costs an operator more a layer.
+MAX_RUNS = 8
 
 
 def check_context(config: NextFlowConfig, tokens: int, needed: int) -> None:
@@ -79,86 +84,190 @@ class SampledScale:
 
 
 @dataclass
+class ScaleInput:
+    """
+    What is known of a scale before the first is sampled.
+
+    Attributes:
+        generators: One an image.
+        given: Codes (images, cells) that are taken as they are; `None` where there are none.
+        is_given: (images, cells), which of them are; `None` for all.
+        numbers: The randomness (images, cells, 1) of the others, see [`pick`]; `None` until it is drawn.
+    """
+
+    generators: Sequence[torch.Generator | None]
+    given: torch.Tensor | None = None
+    is_given: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
+
+    def draw(self, step: ScaleStep, device: torch.device) -> None:
+        """Draw `numbers` where they are needed: none for the best code, nor for a row that has all codes."""
+        rows = list(range(len(self.generators)))
+        if self.given is not None:
+            rows = [] if self.is_given is None else (~self.is_given.all(dim=1)).nonzero()[:, 0].tolist()
+        if self.numbers is None and step.temperature and rows:
+            cells = math.prod(step.grid)
+            numbers = random_numbers([self.generators[row] for row in rows], len(rows), cells, device)
+            self.numbers = numbers
+            if len(rows) < len(self.generators):
+                self.numbers = numbers.new_zeros(len(self.generators), cells, 1)
+                self.numbers[rows] = numbers
+
+
+def prepare_scales(
+    plan: Sequence[ScaleStep],
+    generators: Sequence[torch.Generator | None],
+    prefix: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    device: torch.device,
+) -> list[ScaleInput]:
+    """The inputs of all scales. `prefix` has codes (images, cells) of the first, and which of them are taken."""
+    inputs = [ScaleInput(generators, *given) for given in [*prefix, *[()] * len(plan)][: len(plan)]]
+    for own, step in zip(inputs, plan):
+        own.draw(step, device)
+    return inputs
+
+
+@dataclass
 class ImageRows:
     """
-    Rows of one cache while images are drawn on them.
+    Rows of one cache while images are sampled on them.
 
     Attributes:
         cache: What the rows hold so far, their `<boi>` included once `hidden_states` are there.
         mask: (rows, cached), 0 at padding; `None` where no row has any.
         boi_position: (rows, 1), place of `<boi>` on the first rotary axis.
         hidden_states: (rows, cells, hidden) of the last block; its scale's codes are read off them.
-        drawing: Indices of the rows that have an image, `None` for all. The others get padding.
-        padding: Tokens of padding before each row; `None` where the cache is not for the drawing alone.
+        sampling: Indices of the rows that have an image, `None` for all. The others get padding.
+        padding: Tokens of padding before each row; `None` where other tokens follow in the cache.
+        embeddings: Cosine and sine (rows, cells, head_dim) of the blocks to come.
+        workspace: Whose memory the cache is, where passes are recorded.
     """
 
     cache: DynamicCache
     mask: torch.Tensor | None
     boi_position: torch.Tensor
     hidden_states: torch.Tensor | None = None
-    drawing: torch.Tensor | None = None
+    sampling: torch.Tensor | None = None
     padding: list[int] | None = None
+    embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    workspace: Workspace | None = None
 
     @property
     def image_states(self) -> torch.Tensor:
-        return self.hidden_states if self.drawing is None else self.hidden_states[self.drawing]
+        return self.hidden_states if self.sampling is None else self.hidden_states[self.sampling]
 
     @property
     def num_images(self) -> int:
-        return len(self.boi_position if self.drawing is None else self.drawing)
+        return len(self.boi_position if self.sampling is None else self.sampling)
 
-    def first(self, count: int) -> "ImageRows":
-        """Only the first `count` rows that draw; the cache is cut in place."""
-        if self.num_images <= count:
-            return self
-        self.cache.batch_select_indices(torch.arange(count, device=self.boi_position.device))
-        mask = None if self.mask is None else self.mask[:count]
-        padding = None if self.padding is None else self.padding[:count]
-        return ImageRows(self.cache, mask, self.boi_position[:count], self.hidden_states[:count], padding=padding)
+    def prepare(self, model: PreTrainedModel, grids: Sequence[tuple[int, int]]) -> None:
+        """Room for the keys and values of blocks of `grids`, and the rotary embeddings of their cells."""
+        if grids:
+            reserve(self.cache, sum(map(math.prod, grids)))
+            positions = model.get_block_positions(self.boi_position + 1, grids)
+            self.embeddings = model.model.get_position_embeddings(self.hidden_states, positions)
+
+    def part(self, rows: slice, padding: int = 0) -> "ImageRows":
+        """Some of the rows, without their first `padding` tokens, in the same memory."""
+        return ImageRows(
+            part_of(self.cache, rows, padding),
+            None if self.mask is None or padding else self.mask[rows],
+            self.boi_position[rows],
+            self.hidden_states[rows],
+            padding=None if self.padding is None else [count - padding for count in self.padding[rows]],
+            embeddings=tuple(part[rows] for part in self.embeddings),
+            workspace=self.workspace,
+        )
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Neighbours with as much padding: (first row, end, padding)."""
+        runs, start = [], 0
+        for padding, rows in groupby(self.padding):
+            end = start + len(list(rows))
+            runs.append((start, end, padding))
+            start = end
+        return runs
+
+    def mask_with(self, cells: int) -> torch.Tensor:
+        """(rows, cached + cells), 0 at padding, where another block of `cells` follows."""
+        return F.pad(self.mask, (0, self.cache.get_seq_length() + cells - self.mask.shape[1]), value=1)
+
+    def attends_by_runs(self, model: PreTrainedModel) -> bool:
+        """Whether the layers attend without a mask: fused ones can, where there are not many runs."""
+        return model.is_fused and self.padding is not None and len(self.runs()) <= MAX_RUNS
 
     def split(self, cells: int) -> list["ImageRows"]:
-        """The same rows in caches without padding, which need no mask, where blocks of `cells` are worth it."""
+        """The same rows by runs, which need no mask, where blocks of `cells` are worth a pass of each."""
         if self.mask is None or self.padding is None:
             return [self]
-        runs = [(padding, len(list(rows))) for padding, rows in groupby(self.padding)]
-        if cells * min(count for _, count in runs) < ARITHMETIC_BOUND:
+        runs = self.runs()
+        if cells * min(end - start for start, end, _ in runs) < ARITHMETIC_BOUND:
             return [self]
-        parts, start = [], 0
-        for padding, count in runs:
-            rows = slice(start, start + count)
-            data = [(layer.keys[rows, :, padding:], layer.values[rows, :, padding:]) for layer in self.cache.layers]
-            parts.append(ImageRows(DynamicCache(data), None, self.boi_position[rows]))
-            start += count
-        return parts
+        return [replace(self.part(slice(start, end), padding), mask=None) for start, end, padding in runs]
 
-    def append(self, model: PreTrainedModel, embeds: torch.Tensor, position_ids: torch.Tensor) -> None:
-        """Run one block (rows that draw, cells, hidden) on top of the cache. Its cells see all that is no padding."""
-        rows, cells = len(self.boi_position), embeds.shape[1]
-        real = torch.ones(rows, cells, dtype=torch.long, device=embeds.device)
-        if self.drawing is not None:
-            embeds = embeds.new_zeros(rows, *embeds.shape[1:]).index_copy(0, self.drawing, embeds)
-            real = torch.zeros_like(real).index_fill(0, self.drawing, 1)
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, real], dim=1)
+    def append(
+        self, model: PreTrainedModel, embeds: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Run one block (rows with an image, cells, hidden) on top of the cache. Its cells see all but padding."""
+        mask = None
+        if self.mask is not None and self.attends_by_runs(model):
+            mask = {"full_attention": RowRuns(tuple(self.runs()))}
+        elif self.mask is not None:
+            mask = self.mask = self.mask_with(embeds.shape[1])
+            if self.sampling is not None:
+                embeds = embeds.new_zeros(len(mask), *embeds.shape[1:]).index_copy(0, self.sampling, embeds)
+                is_real = torch.zeros_like(mask[:, :1]).index_fill(0, self.sampling, 1)
+                mask[:, -embeds.shape[1] :] *= is_real
         self.hidden_states = model.model(
             inputs_embeds=embeds,
-            attention_mask=self.mask,
-            position_ids=position_ids,
+            attention_mask=mask,
+            position_embeddings=embeddings,
             past_key_values=self.cache,
             use_cache=True,
             is_causal=False,
         ).last_hidden_state
 
+    def append_scale(self, model: PreTrainedModel, embeds: torch.Tensor) -> None:
+        """[`ImageRows.append`] of the next block that was prepared for."""
+        cells = embeds.shape[1]
+        embeddings = tuple(part[:, :cells] for part in self.embeddings)
+        self.embeddings = tuple(part[:, cells:] for part in self.embeddings)
+        if self.workspace is None or cells > model.graphs.max_cells:
+            return self.append(model, embeds, embeddings)
 
-def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> ImageRows:
-    """Prompts that end in `<boi>`, in a cache of their own."""
+        def run(embeds: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return model.model(
+                inputs_embeds=embeds,
+                attention_mask={"full_attention": mask},
+                position_embeddings=(cos, sin),
+                past_key_values=self.cache,
+                use_cache=True,
+                is_causal=False,
+            ).last_hidden_state
+
+        mask = self.mask_with(cells)[:, None, None].bool()
+        self.hidden_states = model.graphs.run(self.workspace, self.cache, run, embeds, *embeddings, mask)
+
+
+def prefill_rows(model: PreTrainedModel, rows: PromptRows, cells: int) -> ImageRows:
+    """Prompts that end in `<boi>`, in a cache of their own with room for `cells` of each image."""
+    length = rows.input_ids.shape[1] + cells
+    workspace = None
+
+    def make_cache() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        reserve(cache, length)
+        return cache
+
+    if model.graphs is not None and model.is_fused and model.config._attn_implementation == "sdpa":
+        workspace = model.graphs.take((len(rows.input_ids), length), make_cache)
+    cache = make_cache() if workspace is None else workspace.cache
     padding = (rows.attention_mask == 0).sum(1).tolist()
-    mask = rows.attention_mask if any(padding) else None
+    mask = rows.attention_mask if any(padding) or workspace is not None else None
     position_ids = model.model.get_position_ids(
         rows.input_ids, image_grids=rows.image_grids, attention_mask=rows.attention_mask
     )
-    cache = DynamicCache(config=model.config)
-    outputs = model.model(
+    states = model.model(
         input_ids=rows.input_ids,
         attention_mask=mask,
         position_ids=position_ids,
@@ -166,16 +275,17 @@ def prefill_rows(model: PreTrainedModel, rows: PromptRows) -> ImageRows:
         image_grids=rows.image_grids,
         past_key_values=cache,
         use_cache=True,
-    )
-    return ImageRows(cache, mask, position_ids[1, :, -1:], outputs.last_hidden_state[:, -1:], padding=padding)
+    ).last_hidden_state
+    return ImageRows(cache, mask, position_ids[1, :, -1:], states[:, -1:], padding=padding, workspace=workspace)
 
 
 def begin_images(model: PreTrainedModel, rows: ImageRows, image_grids: torch.Tensor) -> None:
-    """Run the `<boi>` of every image (images, max_scales, 2) on top of the rows that draw it."""
+    """Run the `<boi>` of every image (images, max_scales, 2) on top of the rows that have it."""
     tokens = torch.full((len(image_grids), 1), model.config.boi_token_id, device=image_grids.device)
     layout = model.model.get_image_layout(tokens, image_grids)
     embeds = model.model.embed_inputs(tokens, image_grids=image_grids, layout=layout)
-    rows.append(model, embeds, rows.boi_position.expand(3, -1, -1))
+    positions = rows.boi_position.expand(3, -1, -1)
+    rows.append(model, embeds, model.model.get_position_embeddings(embeds, positions))
 
 
 @torch.no_grad()
@@ -184,35 +294,36 @@ def sample_scales(
     row_sets: list[ImageRows],
     plan: Sequence[ScaleStep],
     image_grids: torch.Tensor,
-    generators: Sequence[torch.Generator | None],
-    prefix: Sequence[tuple[torch.Tensor, torch.Tensor | None]] = (),
+    inputs: Sequence[ScaleInput],
 ) -> Iterator[SampledScale]:
     """
-    Draw images that share one schedule, `image_grids` (images, max_scales, 2), scale by scale.
+    Sample images that share one schedule, `image_grids` (images, max_scales, 2), scale by scale, from `inputs` of all
+    scales. `row_sets` hold the rows that have an image, one an image in order, then those of the same prompts without
+    their text and those without text and source images, if any: in the same cache or in another.
 
-    `row_sets` hold the rows that draw, one an image in order, then those of the same prompts without their text and
-    those without text and source images, if any: in the same cache or in another. `prefix` has codes (images, cells)
-    of the first scales, and which of them are taken as they are (`None`: all, and no number is drawn for them).
+    All that does not depend on codes is prepared before the first scale: from there to the last one the host does not
+    wait for an accelerator.
 
     Raises:
         `ValueError`: on logits that are not finite. On a CPU at their scale, elsewhere before the last one is yielded:
         looking at them earlier would make the host wait at every scale.
     """
-    batch = len(image_grids)
-    grids = schedule_of(image_grids[0])
-    plan = list(plan)
+    batch, plan = len(image_grids), list(plan)
+    grids = [step.grid for step in plan]
+    terms = model.get_scale_terms(image_grids)
+    for rows in row_sets:
+        rows.prepare(model, grids[1:])
     codes = image_grids.new_zeros(batch, 0)
     unchecked = {}
-    for index in range(len(grids)):
+    for index, own in enumerate(inputs):
         step = plan[index]
-        states = [rows.image_states for rows in row_sets]
-        given, is_given = prefix[index] if index < len(prefix) else (None, None)
-        if given is not None and is_given is None:
-            sampled = given
+        if own.given is not None and own.is_given is None:
+            sampled = own.given
         else:
-            logits = model.guided_logits(states, step, batch)
+            logits = model.guided_logits([rows.image_states for rows in row_sets], step, batch)
             unchecked[index] = largest_score(logits, step)
-            sampled = model.sample_scale(logits, step, generators, given, is_given)
+            own.draw(step, logits.device)  # where a callback has changed the step
+            sampled = model.sample_scale(logits, step, own.numbers, own.given, own.is_given)
         codes = torch.cat([codes, sampled], dim=1)
         if _is_synchronous(codes.device) or index + 1 == len(plan):
             _check_finite(unchecked, plan)
@@ -223,21 +334,31 @@ def sample_scales(
         if index + 1 == len(plan):
             _check_finite(unchecked, plan)  # where the plan was cut short
             return
-        needed = batch * max(later.num_conditions for later in plan[index + 1 :])
-        embeds = model.embed_next_scale(codes, image_grids, grids)
-        row_sets = [part for rows in first_rows(row_sets, needed) for part in rows.split(embeds.shape[1])]
-        image_of_row = torch.arange(needed, device=codes.device) % batch
-        for rows, images in zip(row_sets, image_of_row.split([rows.num_images for rows in row_sets])):
-            position_ids = model.get_block_position_ids(rows.boi_position + index + 1, grids[index + 1])
-            rows.append(model, embeds[images], position_ids)
+        conditions = max(later.num_conditions for later in plan[index + 1 :])
+        embeds = model.embed_next_scale(codes, grids[index], grids[index + 1], terms[:, index + 1])
+        row_sets = first_rows(row_sets, batch * conditions)
+        if not model.is_fused:
+            row_sets = [part for rows in row_sets for part in rows.split(embeds.shape[1])]
+        embeds = embeds.repeat(conditions, 1, 1).split([rows.num_images for rows in row_sets])
+        for rows, own_embeds in zip(row_sets, embeds):
+            rows.append_scale(model, own_embeds)
+
+
+def sample_and_give_back(model: PreTrainedModel, rows: ImageRows, *args) -> Iterator[SampledScale]:
+    """[`sample_scales`] on rows that may be in a workspace, which is free again afterwards."""
+    try:
+        yield from sample_scales(model, [rows], *args)
+    finally:
+        if rows.workspace is not None:
+            model.graphs.give_back(rows.workspace)
 
 
 def first_rows(row_sets: list[ImageRows], count: int) -> list[ImageRows]:
-    """Those of `row_sets` that hold the first `count` rows that draw."""
+    """Those of `row_sets` that hold the first `count` rows that have an image."""
     kept = []
     for rows in row_sets:
         if count > 0:
-            kept.append(rows.first(count))
+            kept.append(rows if rows.num_images <= count else rows.part(slice(count)))
             count -= kept[-1].num_images
     return kept
 
@@ -328,9 +449,10 @@ def repeat_rows(rows: PromptRows, batch: int) -> PromptRows:
     )
 
 
-def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int) -> PromptRows:
-    """The rows of all parts, one part after the other, left-padded to one length."""
-    missing = [max(rows.input_ids.shape[1] for rows in parts) - rows.input_ids.shape[1] for rows in parts]
+def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int, multiple: int = 1) -> PromptRows:
+    """The rows of all parts, one part after the other, left-padded to one length, a `multiple` of this."""
+    lengths = [rows.input_ids.shape[1] for rows in parts]
+    missing = [math.ceil(max(lengths) / multiple) * multiple - length for length in lengths]
     return PromptRows(
         torch.cat([F.pad(rows.input_ids, (more, 0), value=pad_token_id) for rows, more in zip(parts, missing)]),
         torch.cat([F.pad(rows.attention_mask, (more, 0)) for rows, more in zip(parts, missing)]),

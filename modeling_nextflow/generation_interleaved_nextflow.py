@@ -17,17 +17,18 @@ from transformers.generation import LogitsProcessorList, MaxLengthCriteria, Stop
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
+from .cache_nextflow import CachePlace
 from .generation_image_nextflow import (
     ImageRows,
     PromptRows,
     begin_images,
     check_context,
     prefill_rows,
+    prepare_scales,
     sample_images,
     schedule_of,
     split_images,
 )
-from .rope_nextflow import CachePlace
 from .sampling_nextflow import ScaleStep, sample
 
 
@@ -164,15 +165,16 @@ class _Answers:
         target_grids = drawing.target_grids[rows]
         grids = schedule_of(target_grids[0])
         plan = drawing.plan_for(grids)
-        own = ImageRows(self.cache, self.mask, self.position, drawing=None if len(rows) == len(self.length) else rows)
+        own = ImageRows(self.cache, self.mask, self.position, sampling=None if len(rows) == len(self.length) else rows)
         begin_images(self.model, own, target_grids)
         row_sets = [own]
         if any(step.guidance_scale != 1 for step in plan):
             negative = _select_rows(drawing.negative, rows, target_grids, self.model)
             cells = sum(height * width for height, width in grids[1:])
             check_context(self.model.config, int(negative.attention_mask.sum(1).max()), cells)
-            row_sets.append(prefill_rows(self.model, negative))
-        codes = sample_images(self.model, row_sets, plan, target_grids, [drawing.generators[row] for row in rows])
+            row_sets.append(prefill_rows(self.model, negative, cells))
+        inputs = prepare_scales(plan, [drawing.generators[row] for row in rows], [], target_grids.device)
+        codes = sample_images(self.model, row_sets, plan, target_grids, inputs)
         self.mask = own.mask
         for row, image_codes, image_grids in zip(rows.tolist(), codes, target_grids):
             self.images[row].append((image_codes, image_grids))

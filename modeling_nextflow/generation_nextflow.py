@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput, logging
 
 from .attention_nextflow import get_attention_mask
+from .cache_nextflow import reserve
 from .generation_configuration_nextflow import (
     CONFIG_NAMES,
     DEFAULT_MAX_IMAGES,
@@ -32,8 +34,9 @@ from .generation_image_nextflow import (
     ScaleCallback,
     check_context,
     prefill_rows,
+    prepare_scales,
     repeat_rows,
-    sample_scales,
+    sample_and_give_back,
     schedule_of,
     split_images,
     split_prefix,
@@ -46,6 +49,7 @@ from .generation_interleaved_nextflow import (
     TextStreamer,
     generate_interleaved,
 )
+from .graphs_nextflow import PROMPT_LENGTHS
 from .interface_nextflow import NextFlowSamplingInterface
 from .sampling_nextflow import PerScale, ScaleStep, guide, guides, sample_codes, scale_plan
 
@@ -298,7 +302,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             num_scales (`int`, *optional*): Draw only so many scales of the schedule: a preview.
             guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
                 See [`ScaleStep`]. Default to the generation config's `guidance_scale`, `image_temperature`, ...
-            guidance_schedule (`str`, *optional*): `"constant"` or `"linear"`; see [`scale_plan`].
+            guidance_schedule (`str`, *optional*): `"constant"`, `"linear"` or `"early"`; see [`scale_plan`].
             image_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
                 Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
             generator (`torch.Generator` or list of them, *optional*):
@@ -341,10 +345,12 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
                 )
             imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
             parts.append(self._negative_rows(rows, *imageless))
-        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0)
+        multiple = 1 if self.graphs is None else PROMPT_LENGTHS
+        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
         cells = sum(height * width for height, width in grids[1 : len(plan)])
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
-        return sample_scales(self, [prefill_rows(self, rows)], plan, target_grids, generators, prefix)
+        inputs = prepare_scales(plan, generators, prefix, input_ids.device)
+        return sample_and_give_back(self, prefill_rows(self, rows, cells), plan, target_grids, inputs)
 
     def _generate_image(self, input_ids: torch.Tensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
@@ -632,6 +638,14 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
                 "with images, a call that goes on from past_key_values takes the whole input_ids"
             )
         return self.model.get_position_ids(input_ids, image_grids=model_kwargs["image_grids"], attention_mask=mask)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        # Overwritten: a dynamic cache grows in place, not by a copy of itself at every token.
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if type(cache) is DynamicCache and not is_given:
+            reserve(cache)
 
     def _prompt_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """The prompt's tokens or, where there are only embeddings, those of its images among zeros."""

@@ -14,8 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from .configuration_nextflow import NextFlowConfig
-from .rope_nextflow import cell_coordinates
-from .sampling_nextflow import ScaleStep, fill_codes, guide, sample_codes
+from .rope_nextflow import block_coordinates
+from .sampling_nextflow import ScaleStep, guide, sample_codes
 
 
 class NextFlowSamplingInterface:
@@ -25,27 +25,32 @@ class NextFlowSamplingInterface:
     model: PreTrainedModel
     lm_head: nn.Module
 
+    def get_scale_terms(self, image_grids: torch.Tensor) -> torch.Tensor:
+        """
+        What the inputs of each scale of images (images, max_scales, 2) have in common, (images, max_scales, hidden):
+        the embedding of the scale and the encoding of their number, which is part of the input.
+        """
+        scales = torch.arange(self.config.max_scales, device=image_grids.device)
+        return self.model.scale_embedding(scales) + self.model.scale_length_encoding(image_grids)[:, None]
+
     def embed_next_scale(
-        self, codes: torch.Tensor, image_grids: torch.Tensor, grids: Sequence[tuple[int, int]]
+        self, codes: torch.Tensor, grid: tuple[int, int], next_grid: tuple[int, int], terms: torch.Tensor
     ) -> torch.Tensor:
         """
-        Inputs (images, cells, hidden) of the scale after `codes` (images, codes of all scales so far), of images that
-        share the schedule `grids`; `image_grids` (images, max_scales, 2) is the same as a tensor.
+        Inputs (images, cells, hidden) of the scale of `next_grid`, from `codes` (images, codes of all scales so far),
+        the last of which are those of `grid`, and the scale's own `terms` (images, hidden), see [`get_scale_terms`].
         """
-        scale, count = 0, 0
-        while count < codes.shape[1]:
-            count += grids[scale][0] * grids[scale][1]
-            scale += 1
-        cells = grids[scale - 1][0] * grids[scale - 1][1]
-        return self.model.embed_scale(codes[:, -cells:], image_grids, scale=scale + 1, grids=grids)
+        features = self.model.image_codebook(codes[:, -grid[0] * grid[1] :])
+        embeds = self.model.connector(self.model.upsampled_features(features, grid, next_grid))
+        return (embeds + terms[:, None]).to(self.model.norm.weight.dtype)
 
-    def get_block_position_ids(self, step: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Rotary positions (3, rows, cells) of the block of `grid` that takes `step` (rows, 1) of the text axis."""
-        cell = torch.arange(grid[0] * grid[1], device=step.device)
-        height, width = (torch.tensor(side, device=step.device) for side in grid)
+    def get_block_positions(self, step: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Rotary positions (3, rows, cells) of consecutive blocks, the first of which takes `step` (rows, 1) of the
+        text axis. Made without waiting for the device."""
         extent = self.config.spatial_rope_extent
-        row, column = cell_coordinates(cell // width, cell % width, height, width, extent=extent)
-        step = step.expand(-1, len(cell))
+        places = [block_coordinates(grid, index, extent=extent) for index, grid in enumerate(grids)]
+        ahead, row, column = torch.cat(places, dim=1).to(step.device, non_blocking=True)
+        step = step + ahead
         return torch.stack([step, row.expand_as(step), column.expand_as(step)])
 
     def image_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -65,7 +70,8 @@ class NextFlowSamplingInterface:
         Scores (images, cells, codebook_size) of one scale in fp32, from the hidden states of the prompts and of those
         that guide them, `num_images` each, one after the other.
         """
-        logits = torch.cat([self.image_logits(states) for states in hidden_states]).float()
+        logits = [self.image_logits(states) for states in hidden_states]
+        logits = (torch.cat(logits) if len(logits) > 1 else logits[0]).float()
         logits, unconditional, imageless, *_ = [*logits.split(num_images), None, None]
         return guide(
             logits, unconditional, step.guidance_scale, imageless=imageless, image_scale=step.image_guidance_scale
@@ -75,14 +81,14 @@ class NextFlowSamplingInterface:
     def sample_scale(
         logits: torch.Tensor,
         step: ScaleStep,
-        generators: Sequence[torch.Generator | None],
+        numbers: torch.Tensor | None,
         given: torch.Tensor | None = None,
         is_given: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Codes (images, cells) of one scale; `given` (images, cells) stay where `is_given`."""
-        if given is None:
-            return sample_codes(logits, step, generators)
-        return fill_codes(logits, step, generators, given, is_given)
+        """Codes (images, cells) of one scale; `given` (images, cells) stay where `is_given`. `numbers` as in
+        [`sample_codes`]."""
+        codes = sample_codes(logits, step, numbers)
+        return codes if given is None else given.where(is_given, codes)
 
     def get_text_ids(self) -> torch.Tensor:
         """The tokens that text before an image is made of: text without the end of the turn, and `<boi>`, its end."""

@@ -26,8 +26,11 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nextflow import ATTENTION_BACKENDS, get_attention_mask
+from .cache_nextflow import CachePlace, caches_of_layers
 from .configuration_nextflow import NextFlowConfig
+from .fused_nextflow import FusedDecoderLayer, can_be_fused, fuse, separate_weights, unfuse
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
+from .graphs_nextflow import PassGraphs
 from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
 from .interface_nextflow import call_with_weight, has_whole_weight_in_call, plain_weight
 from .loss_nextflow import (
@@ -39,7 +42,7 @@ from .loss_nextflow import (
     token_scores,
     weighted_cross_entropy,
 )
-from .rope_nextflow import CachePlace, ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
+from .rope_nextflow import ImageLayout, NextFlowRotaryEmbedding, get_image_layout, get_position_ids
 
 
 logger = logging.get_logger(__name__)
@@ -120,6 +123,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    graphs: PassGraphs | None = None  # of `compile_sampling`
     _can_record_outputs = {
         "hidden_states": GradientCheckpointingLayer,  # what both kinds of layer are, and nothing else in here is
         "attentions": [Qwen2Attention, Qwen3Attention],
@@ -135,9 +139,8 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         Compile the decoder's layers in place, for drawing and writing: they share their code, so it takes a layer's
         time. As in diffusers, arguments are `torch.compile`'s; `dynamic` is on, as every scale has a shape of its own.
         """
-        for module in self.modules():
-            if isinstance(module, (Qwen2DecoderLayer, Qwen3DecoderLayer)):
-                module.compile(*args, dynamic=dynamic, **kwargs)
+        for layer in self.base_model.layers:
+            layer.compile(*args, dynamic=dynamic, **kwargs)
 
     def set_attention_backend(self, backend: str) -> None:
         """
@@ -153,6 +156,76 @@ class NextFlowPreTrainedModel(PreTrainedModel):
                 "mask, which prompts with images need"
             )
         self.set_attn_implementation(ATTENTION_BACKENDS[backend])
+
+    def compile_sampling(self, max_cells: int = 1024, **compile_options) -> None:
+        """
+        Make sampling images cheap to launch, on a CUDA device: fuse the layers, and record the passes of the scales as
+        CUDA graphs. The first image of each shape (size, batch, guidance, prompt length up to the next multiple of 64)
+        records, which takes about twice its time; those after it replay. What was recorded is dropped when the model
+        moves or its layers change. Text decodes compiled with `cache_implementation="static"`, as in transformers.
+
+        Args:
+            max_cells (`int`, *optional*, defaults to 1024):
+                Cells of the largest scale that is recorded. Larger ones are compute-bound and launched one by one.
+            compile_options: With any, such as `mode="max-autotune-no-cudagraphs"`, layers are also compiled, see
+                [`~NextFlowPreTrainedModel.compile_repeated_blocks`].
+
+        Raises:
+            `ValueError`: on another device than CUDA, and where the layers cannot be fused.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(f"the model is on {self.device}, expected a CUDA device: CUDA graphs need one")
+        self.fuse_qkv_projections()
+        if not self.is_fused:
+            raise ValueError("the layers cannot be fused, and what is quantised or adapted is not recorded")
+        if compile_options:
+            self.compile_repeated_blocks(**compile_options)
+        self.graphs = PassGraphs(max_cells)
+
+    def _apply(self, *args, **kwargs):
+        if self.graphs is not None:  # the recorded passes read the weights where they were
+            self.graphs = PassGraphs(self.graphs.max_cells)
+        return super()._apply(*args, **kwargs)
+
+    def fuse_qkv_projections(self) -> None:
+        """
+        Fuse the decoder's layers: queries, keys and values become one product, gate and up another, for less than half
+        of the operators and the same results. Weights exist once, also meanwhile (but for those of one layer), and are
+        saved under Qwen's names. Under the name of diffusers' models; see `fused_nextflow.py`.
+
+        Where layers are quantised, adapted, sharded or offloaded, all stay as they are, with a warning: fuse before
+        offloading. Loading an adapter unfuses the layers; PEFT's own `get_peft_model` does not.
+        """
+        if self.is_fused:
+            return
+        if can_be_fused(self.base_model):
+            fuse(self.base_model, qk_norm=self.config.qk_norm)
+        else:
+            logger.warning("the layers are quantised, adapted, sharded, offloaded or hooked: they are not fused")
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo [`~NextFlowPreTrainedModel.fuse_qkv_projections`]."""
+        self.graphs = None
+        if self.is_fused:
+            unfuse(self.base_model, qk_norm=self.config.qk_norm)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether [`~NextFlowPreTrainedModel.fuse_qkv_projections`] has fused the layers."""
+        return isinstance(self.base_model.layers[0], FusedDecoderLayer)
+
+    def load_adapter(self, *args, **kwargs):
+        self.unfuse_qkv_projections()  # an adapter knows Qwen's names
+        return super().load_adapter(*args, **kwargs)
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        self.unfuse_qkv_projections()
+        super().add_adapter(*args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, state_dict: dict[str, torch.Tensor] | None = None, **kwargs):
+        if self.is_fused:
+            state_dict = separate_weights(self, self.state_dict() if state_dict is None else state_dict)
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -191,6 +264,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         image_codes: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -210,8 +284,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
             layout = self.get_image_layout(input_ids, image_grids)
         if inputs_embeds is None or layout is not None:
             inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
-        is_plain = layout is None and (position_ids is None or position_ids.ndim == 2)  # as in any language model
-        if position_ids is None:
+        is_text = layout is None and (position_ids is None or position_ids.ndim == 2)  # as in any language model
+        if position_embeddings is not None:
+            position_ids = None  # prepared for a block on top of a cache
+        elif position_ids is None:
             position_ids = self.get_position_ids(
                 input_ids, inputs_embeds, image_grids, attention_mask, past_key_values
             )
@@ -233,8 +309,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
             )
 
         hidden_states = inputs_embeds
-        text_positions = position_ids[0].long() if len(position_ids) == 4 else None  # tell flash packed documents
-        position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
+        text_positions = None  # tell flash packed documents
+        if position_ids is not None:
+            text_positions = position_ids[0].long() if len(position_ids) == 4 else None
+            position_embeddings = self.get_position_embeddings(hidden_states, position_ids)
         layers = self.layers[: self.config.num_hidden_layers]  # fewer where an early exit drafts
         for layer, cache in zip(layers, caches_of_layers(past_key_values, len(layers))):
             hidden_states = layer(
@@ -249,9 +327,20 @@ class NextFlowModel(NextFlowPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         # Not on a cache of text alone, which stays what other code expects: torch.export flattens its attributes.
         place = getattr(past_key_values, "nextflow_place", None)
-        if past_key_values is not None and not torch.compiler.is_compiling() and not (is_plain and place is None):
+        is_placed = past_key_values is not None and position_ids is not None and not (is_text and place is None)
+        if is_placed and not torch.compiler.is_compiling():
             past_key_values.nextflow_place = CachePlace.after(position_ids, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def get_position_embeddings(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine (batch, length, head_dim) of positions (3 or 4, batch, length), as the layers take them."""
+        cos, sin = self.rotary_emb(hidden_states, position_ids[-3:])
+        if self.is_fused:  # fused layers swap the halves of a head, and leave the sign to the sine
+            first, second = sin.chunk(2, dim=-1)
+            sin = torch.cat([-first, second], dim=-1)
+        return cos, sin
 
     def get_image_layout(self, input_ids: torch.Tensor, image_grids: torch.Tensor) -> ImageLayout | None:
         if len(image_grids) == 0:
@@ -391,18 +480,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
         features = F.interpolate(features, size=next_grid, mode="bicubic", align_corners=False)
         return features.flatten(2).transpose(1, 2).to(looked_up.dtype)
 
-    def embed_scale(
-        self, codes: torch.Tensor, image_grids: torch.Tensor, *, scale: int, grids: list[tuple[int, int]]
-    ) -> torch.Tensor:
-        """Inputs (batch, h*w, hidden) of the block that predicts `scale` (2..K), from the codes of the scale before.
-
-        `image_grids` (batch or 1, max_scales, 2) are the full schedules: the number of scales is part of the input.
-        """
-        features = self.upsampled_features(self.image_codebook(codes), grids[scale - 2], grids[scale - 1])
-        embeds = self.connector(features)
-        term = self.scale_embedding(codes.new_full((1,), scale - 1)) + self.scale_length_encoding(image_grids)
-        return (embeds + term[:, None]).to(self.norm.weight.dtype)
-
     def scale_length_encoding(self, image_grids: torch.Tensor) -> torch.Tensor:
         """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale
         embedding (amplitude not specified by the paper). A grid that stands there twice shows the codes of one scale:
@@ -486,15 +563,6 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError(f"the images in input_ids need {expected} codes, got image_codes of length {len(codes)}")
         check_codes(codes, self.config.codebook_size)
         return images
-
-
-def caches_of_layers(past_key_values: Cache | None, count: int) -> list:
-    """What each layer is given as its cache: its own layer of a dynamic one, which has the same `update`, else the
-    whole. To find its part a layer reads its index, and torch.compile would make code for every one of them."""
-    if type(past_key_values) is DynamicCache and not past_key_values.offloading:
-        if len(past_key_values.layers) >= count:
-            return past_key_values.layers[:count]
-    return [past_key_values] * count
 
 
 class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):

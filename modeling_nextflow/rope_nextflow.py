@@ -7,7 +7,6 @@ the processor's: `<boi>`, one placeholder for every cell of scales 2..K, `<eoi>`
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
@@ -86,6 +85,14 @@ def cell_coordinates(
     return unit * (row + 0.5), unit * (column + 0.5)
 
 
+def block_coordinates(grid: tuple[int, int], step: int, *, extent: float) -> torch.Tensor:
+    """Rotary coordinates (3, cells) of a block: `step` on the text axis, then the rows and columns of its cells."""
+    height, width = (torch.tensor(side) for side in grid)
+    cell = torch.arange(grid[0] * grid[1])
+    row, column = cell_coordinates(cell // width, cell % width, height, width, extent=extent)
+    return torch.stack([torch.full_like(row, step), row, column])
+
+
 def get_position_ids(
     input_ids: torch.Tensor,
     image_grids: torch.Tensor | None = None,
@@ -143,33 +150,6 @@ def _ahead(token_positions: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     is_first[:, 1:] = token_positions.diff(dim=1) != 1
     index = torch.arange(steps.shape[1], device=steps.device)
     return (token_positions - steps).gather(1, torch.where(is_first, index, 0).cummax(1).values)
-
-
-@dataclass
-class CachePlace:
-    """Where a cache ends: its length in tokens, and the last token's positions (3 or 4, batch).
-
-    Travels on the cache, so that more text or images can be put on top of images without position ids.
-    """
-
-    length: int
-    position: torch.Tensor
-
-    @classmethod
-    def after(cls, position_ids: torch.Tensor, cache: Cache) -> "CachePlace":
-        return cls(cache.get_seq_length() + 0, position_ids[:, :, -1])  # + 0: a static cache's length is one tensor
-
-    def steps_ahead(self, cache: Cache, batch: int) -> torch.Tensor | int:
-        """Steps of the rotary text axis less tokens, (batch, 1)."""
-        if len(self.position) == 4 and self.position.shape[1] == batch:
-            ahead = (self.position[1] - self.position[0])[:, None]
-            if cache.get_seq_length() == self.length or not ahead.any():
-                return ahead
-        raise ValueError(
-            "where this cache ends on the rotary axes is not known (it was cropped, its rows were selected, or it was "
-            "written with rotary positions alone): pass position_ids, the last of get_position_ids(...) over all of "
-            "input_ids and image_grids"
-        )
 
 
 class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 
 
+GUIDANCE_SCHEDULES = ("constant", "linear", "early")
 PerScale = float | int | None | Sequence[float | int | None]
 
 
@@ -45,7 +46,8 @@ def scale_plan(
     """Fan scalars or per-scale lists out to one [`ScaleStep`] a scale.
 
     `guidance_schedule="linear"` is VAR's ramp: a scalar guidance grows from 1 at the first scale to its value at the
-    last (VAR's own `cfg` is this value minus 1). `names` are what errors call the settings.
+    last (VAR's own `cfg` is this value minus 1). `"early"` leaves scalar guidance out on the last two scales, where
+    most of the time goes (Switti, arXiv:2412.01819). `names` are what errors call the settings.
 
     Raises:
         `ValueError`: on lists of another length, and on entries that are no numbers of the setting's range.
@@ -61,18 +63,24 @@ def scale_plan(
         shown = names.get(name, name)
         return [_checked_number(shown, default if entry is None else entry, default, high) for entry in values]
 
-    guidance = per_scale("guidance_scale", guidance_scale, 1.0)
-    if guidance_schedule == "linear":
-        if not isinstance(guidance_scale, (list, tuple)):
-            guidance = [1 + (g - 1) * k / max(num_scales - 1, 1) for k, g in enumerate(guidance)]
-    elif guidance_schedule != "constant":
-        raise ValueError(f"guidance_schedule must be 'constant' or 'linear', got {guidance_schedule!r}")
+    def guidance(name: str, value: PerScale) -> list[float]:
+        scales = per_scale(name, value, 1.0)
+        if isinstance(value, (list, tuple)):
+            return scales
+        if guidance_schedule == "early":
+            return [1.0 if index >= max(1, num_scales - 2) else scale for index, scale in enumerate(scales)]
+        if guidance_schedule == "linear" and name == "guidance_scale":
+            return [1 + (scale - 1) * index / max(num_scales - 1, 1) for index, scale in enumerate(scales)]
+        return scales
+
+    if guidance_schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance_schedule is {guidance_schedule!r}, expected one of {list(GUIDANCE_SCHEDULES)}")
     columns = (
-        guidance,
+        guidance("guidance_scale", guidance_scale),
         per_scale("temperature", temperature, 1.0),
         per_scale("top_k", top_k, 0),
         per_scale("top_p", top_p, 1.0, high=1.0),
-        per_scale("image_guidance_scale", image_guidance_scale, 1.0),
+        guidance("image_guidance_scale", image_guidance_scale),
     )
     return [ScaleStep(tuple(grid), *settings) for grid, *settings in zip(grids, *columns)]
 
@@ -113,9 +121,10 @@ def guide(
     return guided if imageless is None else guided + (image_scale - 1) * (unconditional - imageless)
 
 
-def sample_codes(logits: torch.Tensor, step: ScaleStep, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
-    """Sample one code per cell from logits (batch, cells, codebook_size), in fp32; see [`sample`]."""
-    if step.temperature == 0:
+def sample_codes(logits: torch.Tensor, step: ScaleStep, numbers: torch.Tensor | None) -> torch.Tensor:
+    """Sample one code per cell from logits (batch, cells, codebook_size), in fp32. `numbers` as in [`pick`]; without
+    them, and at temperature 0, the best code."""
+    if step.temperature == 0 or numbers is None:
         return logits.argmax(-1)
     scores = logits.float() / step.temperature
     vocabulary = None
@@ -126,7 +135,7 @@ def sample_codes(logits: torch.Tensor, step: ScaleStep, generators: Sequence[tor
     if step.top_p < 1:  # keep the codes before which less than top_p of the mass lies, always the first
         probabilities = scores.softmax(-1)
         scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities > step.top_p, -math.inf)
-    return sample(scores, generators, vocabulary)
+    return pick(scores, numbers, vocabulary)
 
 
 def largest_score(logits: torch.Tensor, step: ScaleStep) -> torch.Tensor:
@@ -134,40 +143,34 @@ def largest_score(logits: torch.Tensor, step: ScaleStep) -> torch.Tensor:
     return torch.linalg.vector_norm(logits, math.inf) / (step.temperature or 1)
 
 
-def fill_codes(
-    logits: torch.Tensor,
-    step: ScaleStep,
-    generators: Sequence[torch.Generator | None],
-    given: torch.Tensor,
-    is_given: torch.Tensor,
+def random_numbers(
+    generators: Sequence[torch.Generator | None], batch: int, cells: int, device: torch.device
 ) -> torch.Tensor:
-    """Codes (batch, cells): `given` where `is_given`, elsewhere drawn. No number is drawn for a row that has all."""
-    rows = (~is_given.all(dim=1)).nonzero()[:, 0]
-    drawn = sample_codes(logits[rows], step, [generators[row] for row in rows.tolist()])
-    return given.where(is_given, given.index_copy(0, rows, drawn))
-
-
-def sample(
-    scores: torch.Tensor, generators: Sequence[torch.Generator | None], ids: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    One sample (batch, cells) of each softmax of `scores` (batch, cells, choices), by the Gumbel-max trick. `ids` are
-    those of the choices, by default their places.
-
-    A row's own generator gives one number a cell, and this number and a choice's id its noise: a sample depends
-    neither on the other rows of its batch nor on the order of the choices. Where rounding changes the scores, it
-    changes only if the two best are as close as that, noise included. (By inverse transform, every change of order or
-    mass among the choices before it would move a sample.) A CPU generator works for any device.
-    """
-    batch, cells, num_choices = scores.shape
-    device = scores.device
-    numbers = torch.stack(
+    """Numbers (batch, cells, 1) for [`pick`], of each row's own generator. A CPU generator works for any device."""
+    return torch.stack(
         [
             torch.randint(2**63 - 1, (cells, 1), generator=one, device=one.device if one else device).to(device)
             for one in (generators if len(generators) else [None] * batch)
         ]
     )
-    choices = torch.arange(num_choices, device=device) if ids is None else ids
+
+
+def sample(scores: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+    """One sample (batch, cells) of each softmax of `scores` (batch, cells, choices); see [`pick`]."""
+    return pick(scores, random_numbers(generators, *scores.shape[:2], scores.device))
+
+
+def pick(scores: torch.Tensor, numbers: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    One sample (batch, cells) of each softmax of `scores` (batch, cells, choices), by the Gumbel-max trick. `ids` are
+    those of the choices, by default their places.
+
+    The noise of a choice comes from its cell's number (batch, cells, 1) and its id: a sample depends neither on the
+    other rows of its batch nor on the order of the choices. Where rounding changes the scores, it changes only if the
+    two best are as close as that, noise included. (By inverse transform, every change of order or mass among the
+    choices before it would move a sample.)
+    """
+    choices = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
     uniform = _splitmix(numbers, choices).float() * 2.0**-63
     choice = (scores - (-torch.log1p(-uniform)).log()).argmax(-1)
     return choice if ids is None else ids.gather(-1, choice[..., None])[..., 0]
@@ -186,10 +189,11 @@ def _splitmix(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "PerScale",
     "ScaleStep",
-    "fill_codes",
     "guide",
     "guides",
     "largest_score",
+    "pick",
+    "random_numbers",
     "sample",
     "sample_codes",
     "scale_plan",

@@ -260,7 +260,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             guidance_scale (`float` or `list[float]`, *optional*):
                 Strength of guidance, also per scale. 1 is none, and costs no unconditional pass. With
                 `image_guidance_scale` it is that of the text alone.
-            guidance_schedule (`str`, *optional*): `"constant"`, or `"linear"`: from 1 at the first scale to the value.
+            guidance_schedule (`str`, *optional*): `"constant"`; `"linear"`: from 1 at the first scale to the value; or
+                `"early"`: none at the last two scales, which take most of the time.
             image_guidance_scale (`float` or `list[float]`, *optional*):
                 Strength of guidance towards the images that the user shows, also per scale: the more, the closer an
                 edit stays to them. Anything but 1 costs a second unconditional pass, without text and images

@@ -95,7 +95,7 @@ class Body(BaseModel):
     # Ours, by the pipeline's names.
     negative_prompt: str = ""
     guidance_scale: PerScale | None = None
-    guidance_schedule: Literal["constant", "linear"] | None = None
+    guidance_schedule: Literal["constant", "linear", "early"] | None = None
     image_guidance_scale: PerScale | None = None
     aspect_ratio: str | None = None
     resolution: Pixels | None = None

@@ -341,7 +341,7 @@ BAD_SETTINGS = {
     "lengths": ({"image_top_k": [1, 2], "image_top_p": [0.5]}, "must have one length"),
     "range": ({"image_top_p": 2.0}, r"image_top_p is 2.0, expected a number in \[0, 1.0\]"),
     "type": ({"image_top_k": 2.5}, "image_top_k is 2.5, expected a whole number"),
-    "schedule": ({"guidance_schedule": "cosine"}, "'constant' or 'linear'"),
+    "schedule": ({"guidance_schedule": "cosine"}, r"guidance_schedule is 'cosine', expected one of \['constant'"),
     "images": ({"max_images": -1}, "max_images is -1"),
     "grids": ({"image_target_grids": [[2, 2]]}, r"must start with \[1, 1\]"),
 }

@@ -20,6 +20,7 @@ from nextflow_hf.modeling_nextflow.sampling_nextflow import (
     ScaleStep,
     _splitmix,
     guide,
+    random_numbers,
     sample,
     sample_codes,
     scale_plan,
@@ -39,13 +40,17 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def numbers(cells: int) -> torch.Tensor:
+    return random_numbers([seeded()], 1, cells, torch.device("cpu"))
+
+
 def test_sampling_follows_the_distribution_and_its_cuts():
     probabilities = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
     logits = probabilities.log().expand(1, 40000, 5)
 
     def frequencies(**settings):
         step = ScaleStep((1, 1), **{**NEUTRAL, **settings})
-        codes = sample_codes(logits, step, [seeded()])
+        codes = sample_codes(logits, step, numbers(40000))
         return torch.bincount(codes[0], minlength=5) / 40000
 
     torch.testing.assert_close(frequencies(), probabilities, atol=0.01, rtol=0)
@@ -79,8 +84,8 @@ def test_a_sample_does_not_depend_on_the_order_of_near_ties(cut):
     logits = torch.full((1, 2000, 6), -20.0)
     logits[..., :3] = torch.tensor([1.0, 1.0, 0.0])
     rounding = 1e-4 * torch.randn(logits.shape, generator=seeded(1))
-    codes = sample_codes(logits, step, [seeded()])
-    assert (sample_codes(logits + rounding, step, [seeded()]) != codes).float().mean() < 0.002
+    codes = sample_codes(logits, step, numbers(2000))
+    assert (sample_codes(logits + rounding, step, numbers(2000)) != codes).float().mean() < 0.002
     assert codes.unique().tolist() == [0, 1, 2]
 
 
@@ -97,9 +102,12 @@ def test_scale_plan_fans_out():
     assert [step.guidance_scale for step in plan] == pytest.approx([1, 1 + 4 / 3, 1 + 8 / 3, 5])
     assert [step.top_k for step in plan] == [4, 3, 2, 1]
     assert [step.grid for step in plan] == SQUARE and {step.temperature for step in plan} == {0.5}
+    early = scale_plan(SQUARE, guidance_scale=5.0, guidance_schedule="early", image_guidance_scale=[2, 2, 2, 1])
+    assert [step.guidance_scale for step in early] == [5, 5, 1, 1]
+    assert [step.num_conditions for step in early] == [3, 3, 3, 1]  # a list is taken as it is
     with pytest.raises(ValueError, match="top_p has 2 entries, expected one for each of the 4 scales"):
         scale_plan(SQUARE, top_p=[0.5, 0.6])
-    with pytest.raises(ValueError, match="'constant' or 'linear'"):
+    with pytest.raises(ValueError, match=r"guidance_schedule is 'cosine', expected one of \['constant'"):
         scale_plan(SQUARE, guidance_schedule="cosine")
 
 
@@ -190,7 +198,7 @@ def test_weights_that_are_not_finite_are_refused(monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_sampling_what_is_not_finite_gives_an_index_that_exists(cut, value):
     """It is refused later; until then an accelerator must not stop at an index out of range."""
-    codes = sample_codes(torch.full((1, 3, CODES), value), ScaleStep((1, 3), **{**NEUTRAL, **cut}), [seeded()])
+    codes = sample_codes(torch.full((1, 3, CODES), value), ScaleStep((1, 3), **{**NEUTRAL, **cut}), numbers(3))
     assert ((codes >= 0) & (codes < CODES)).all()
 
 

@@ -1,0 +1,199 @@
+"""The decoder's layers with the fewest operators: for sampling where each pass is bound by launching kernels.
+
+The same weights and results as Qwen2.5's and Qwen3's layers, which stay the reference: queries, keys and values in one
+product, gate and up in another, one rotation for queries and keys, residuals added within products. A layer is changed
+in place, module by module, so its weights exist once. Every weight is read in its own module's call, as offloading
+needs it. Knows layers, not what runs through them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2MLP,
+    Qwen2RMSNorm,
+    eager_attention_forward,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
+
+from .attention_nextflow import RowRuns
+
+
+class FusedRMSNorm(Qwen2RMSNorm):
+    """One kernel, which rounds once."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class FusedLinear(nn.Linear):
+    """Linear layers of one input as one: their rows stand below each other, `sizes` of them by name."""
+
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, layers: dict[str, nn.Linear]) -> "FusedLinear":
+        first, *_ = layers.values()
+        sizes = {name: layer.out_features for name, layer in layers.items()}
+        joined = cls(first.in_features, sum(sizes.values()), bias=first.bias is not None, device="meta")
+        joined.sizes = sizes
+        for kind, weight in first.named_parameters():
+            rows = torch.cat([getattr(layer, kind).detach() for layer in layers.values()])
+            setattr(joined, kind, nn.Parameter(rows, requires_grad=weight.requires_grad))
+        return joined
+
+    def parts(self) -> dict[str, nn.Linear]:
+        parts, start = {}, 0
+        for name, size in self.sizes.items():
+            parts[name] = part = nn.Linear(self.in_features, size, bias=self.bias is not None, device="meta")
+            for kind, joined in self.named_parameters():
+                rows = joined.detach()[start : start + size].clone()
+                setattr(part, kind, nn.Parameter(rows, requires_grad=joined.requires_grad))
+            start += size
+        return parts
+
+
+class ResidualLinear(nn.Linear):
+    """A linear layer whose product is added to a residual of its shape."""
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        total = residual if self.bias is None else residual + self.bias
+        return torch.addmm(total.flatten(0, -2), input.flatten(0, -2), self.weight.t()).view_as(residual)
+
+
+class FusedAttention(Qwen2Attention):
+    qkv_proj: FusedLinear
+    q_norm: nn.Module | None  # Qwen3's
+    k_norm: nn.Module | None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | RowRuns | None,
+        past_key_values=None,
+        *,
+        residual: torch.Tensor,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # (batch, tokens, rows of the product) -> (batch, heads, tokens, head_dim), of queries, keys and values
+        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        num_queries, num_keys, _ = (size // self.head_dim for size in self.qkv_proj.sizes.values())
+        turned, value = heads.split([num_queries + num_keys, num_keys], dim=1)
+        if self.config.qk_norm:
+            query, key = turned.split([num_queries, num_keys], dim=1)
+            turned = torch.cat([self.q_norm(query), self.k_norm(key)], dim=1)
+        cos, sin = position_embeddings  # of the first half of a head the sine is negative
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.addcmul(turned * cos[:, None], torch.cat([second, first], dim=-1), sin[:, None])
+        query, key = turned.split([num_queries, num_keys], dim=1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if isinstance(attention_mask, RowRuns):
+            runs = [attend(self, *part, None, **kwargs)[0] for part in attention_mask.split(query, key, value)]
+            attended, weights = torch.cat(runs), None
+        else:
+            attended, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        return self.o_proj(attended.flatten(2), residual), weights
+
+
+class FusedMLP(Qwen2MLP):
+    gate_up_proj: FusedLinear
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up, residual)
+
+
+class FusedDecoderLayer(Qwen2DecoderLayer):
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states=normed, residual=hidden_states, **kwargs)
+        return self.mlp(self.post_attention_layernorm(hidden_states), hidden_states)
+
+
+# Part of a layer -> the name of the joined module in it, and what that is joined of.
+JOINED = {
+    "self_attn": ("qkv_proj", ["q_proj", "k_proj", "v_proj"]),
+    "mlp": ("gate_up_proj", ["gate_proj", "up_proj"]),
+}
+QWEN2 = {
+    Qwen2DecoderLayer: FusedDecoderLayer,
+    Qwen2Attention: FusedAttention,
+    Qwen2MLP: FusedMLP,
+    Qwen2RMSNorm: FusedRMSNorm,
+    nn.Linear: ResidualLinear,
+}
+QWEN3 = {
+    Qwen3DecoderLayer: FusedDecoderLayer,
+    Qwen3Attention: FusedAttention,
+    Qwen3MLP: FusedMLP,
+    Qwen3RMSNorm: FusedRMSNorm,
+    nn.Linear: ResidualLinear,
+}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """
+    The rule for what is fused, asked of every module of a decoder: what has weights is transformers' or PyTorch's own
+    class, and nothing quantises, adapts, shards, offloads or watches it.
+    """
+    has_hooks = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    weights = list(module.parameters())
+    is_own = not weights or type(module) in {**QWEN2, **QWEN3}
+    return is_own and not has_hooks and all(type(weight) is nn.Parameter for weight in weights)
+
+
+def can_be_fused(decoder: nn.Module) -> bool:
+    return all(is_plain(module) for part in (*decoder.layers, decoder.norm) for module in part.modules())
+
+
+def fuse(decoder: nn.Module, *, qk_norm: bool) -> None:
+    """Change the layers of a decoder and its last norm in place: Qwen3's with `qk_norm`, else Qwen2.5's."""
+    classes = QWEN3 if qk_norm else QWEN2
+    for layer in decoder.layers:
+        for part, (joined, names) in JOINED.items():
+            owner = getattr(layer, part)
+            setattr(owner, joined, FusedLinear.of({name: owner._modules.pop(name) for name in names}))
+        _change_classes(layer, classes)
+    decoder.norm.__class__ = FusedRMSNorm
+
+
+def unfuse(decoder: nn.Module, *, qk_norm: bool) -> None:
+    """Undo [`fuse`]."""
+    classes = {fused: plain for plain, fused in (QWEN3 if qk_norm else QWEN2).items()}
+    for layer in decoder.layers:
+        for part, (joined, _) in JOINED.items():
+            owner = getattr(layer, part)
+            for name, linear in owner._modules.pop(joined).parts().items():
+                setattr(owner, name, linear)
+        _change_classes(layer, classes)
+    decoder.norm.__class__ = Qwen2RMSNorm
+
+
+def _change_classes(layer: nn.Module, classes: dict[type, type]) -> None:
+    for module in layer.modules():
+        if type(module) in classes:
+            module.__class__ = classes[type(module)]
+
+
+def separate_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` of a model, fused or not, under the names that Qwen's files have."""
+    state_dict = dict(state_dict)
+    for prefix, module in model.named_modules():
+        if isinstance(module, FusedLinear):
+            for kind in module._parameters:
+                joined = state_dict.pop(f"{prefix}.{kind}", None)
+                if joined is not None:
+                    owner = prefix.rpartition(".")[0]
+                    pieces = zip(module.sizes, joined.split(list(module.sizes.values())))
+                    state_dict |= {f"{owner}.{name}.{kind}": piece for name, piece in pieces}
+    return state_dict
+
+
+__all__ = ["FusedDecoderLayer", "can_be_fused", "fuse", "separate_weights", "unfuse"]

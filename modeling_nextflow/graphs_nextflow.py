@@ -1,0 +1,107 @@
+"""CUDA graphs of the decoder's passes, recorded where launching kernels is what a pass costs.
+
+A graph belongs to the memory that it was recorded on: keys and values of one size, for so many rows. Prompts are
+padded to one of few lengths, so other prompts find the graphs of the first. Knows passes, not what runs through them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+PROMPT_LENGTHS = 64  # graphs are for prompts of a multiple of it
+
+
+@dataclass
+class Workspace:
+    """Keys and values of one call at a time, and the passes that were recorded on them."""
+
+    key: tuple
+    cache: DynamicCache
+    passes: dict[tuple, "RecordedPass"] = field(default_factory=dict)
+
+
+@dataclass
+class RecordedPass:
+    """Copies inputs to where the graph reads them, and replays it."""
+
+    inputs: list[torch.Tensor]
+    replay: Callable[[], torch.Tensor]
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        return self.replay()
+
+
+class PassGraphs:
+    """
+    Workspaces that no call uses at the moment.
+
+    Args:
+        max_cells (`int`): Cells of the largest block that is recorded. Larger ones are compute-bound.
+    """
+
+    def __init__(self, max_cells: int):
+        self.max_cells = max_cells
+        self.free: dict[tuple, list[Workspace]] = {}
+
+    def take(self, key: tuple, make_cache: Callable[[], DynamicCache]) -> Workspace:
+        """A workspace for `key`, of this call alone until it is given back."""
+        free = self.free.setdefault(key, [])
+        workspace = free.pop() if free else Workspace(key, make_cache())
+        for layer in workspace.cache.layers:
+            layer.length = layer.num_values = 0
+        return workspace
+
+    def give_back(self, workspace: Workspace) -> None:
+        self.free.setdefault(workspace.key, []).append(workspace)
+
+    def run(
+        self, workspace: Workspace, cache: DynamicCache, function: Callable[..., torch.Tensor], *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """`function(*inputs)`, which appends to rows of the workspace's keys and values, by its graph."""
+        length, cells = cache.get_seq_length(), inputs[0].shape[1]
+        key = (len(inputs[0]), cells, length)
+        if key not in workspace.passes:
+            start = time.perf_counter()
+            own = [tensor.clone() for tensor in inputs]
+
+            def run() -> torch.Tensor:
+                for layer in cache.layers:
+                    layer.length = layer.num_values = length
+                return function(*own)
+
+            workspace.passes[key] = RecordedPass(own, capture(run))
+            logger.info(f"recorded a pass of {key[0]} x {cells} cells in {time.perf_counter() - start:.2f} s")
+        result = workspace.passes[key](*inputs)
+        for layer in cache.layers:
+            layer.length = layer.num_values = length + cells
+        return result
+
+
+def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A CUDA graph of `run`, which reads and writes the same memory at each replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries make their workspaces outside of the graph
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+__all__ = ["PROMPT_LENGTHS", "PassGraphs", "Workspace", "capture"]
