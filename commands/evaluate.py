@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if args.device is None and run.state.num_processes > 1:
             args.device = str(run.state.device)
-        pipe = load_pipeline(args)
+        pipe = load_pipeline(args, without=getattr(suite, "without", ()))
         pipe.set_progress_bar_config(disable=True)
         run.generate(lambda sample, seed: answer_sample(pipe, sample, seed, settings))
     if not args.generate_only:

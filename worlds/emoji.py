@@ -14,7 +14,6 @@ from PIL import Image
 
 from .artwork import STYLES, Rasters, fetch_archives, read_artwork
 from .dialect import Dialect
-from .scene import canvases
 from .sprites import Concept, Sprites
 
 
@@ -86,11 +85,10 @@ def suite(
     folder: str = str(JUDGE.parent),
     judge: str | None = None,
     concepts: int | None = None,
-    resolution: int = 64,
     **options,
 ):
     """`nextflow_hf.worlds.emoji:suite` of a world's folder and judge; `options` are those of [`~suite.WorldSuite`]."""
     from .suite import WorldSuite
 
     sprites, judge = load(Path(folder), concepts=concepts), _judge(Path(judge or Path(folder) / "judge"))
-    return WorldSuite(sprites, judge, canvases=canvases(resolution), **options)
+    return WorldSuite(sprites, judge, **options)
