@@ -131,7 +131,7 @@ def _generate(run: "EvaluationRun", args: argparse.Namespace) -> None:
 
     if args.device is None and run.state.num_processes > 1:
         args.device = str(run.state.device)
-    pipe = load_pipeline(args)
+    pipe = load_pipeline(args, without=getattr(run.suite, "without", ()))
     pipe.set_progress_bar_config(disable=True)
     device = pipe._execution_device
     reset_peak_memory(device)

@@ -40,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge", type=Path, metavar="DIR", help="train the judge into this folder instead")
+    parser.add_argument("--steps", type=int, default=8000, metavar="N", help="of the judge's training (8000)")
     return parser
 
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.judge is not None:
         from ..worlds.judge import train_judge
 
-        report = train_judge(sprites, args.judge, seed=args.seed)
+        report = train_judge(sprites, args.judge, seed=args.seed, steps=args.steps)
         for side, rates in report.items():
             print(f"{side} px: {rates['things']:.1%} of the sprites, {rates['passed']:.1%} of the true scenes whole")
         print(args.judge / "report.json")

@@ -11,6 +11,7 @@ import pytest
 import toy_world
 
 from nextflow_hf import cli
+from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 from nextflow_hf.training.data.description import load_images, load_rows, read_description
 from nextflow_hf.training.data.mixture import MixtureArguments, load_mixture
 from nextflow_hf.worlds import artwork, emoji
@@ -118,8 +119,10 @@ def test_one_tenth_of_the_pairs_is_held_out():
 @pytest.mark.parametrize("resolution", [64, 96, 128])
 def test_canvases_have_whole_patches_and_ratios_up_to_two(resolution):
     sizes = canvases(resolution)
-    assert all(side % 4 == 0 for size in sizes for side in size)
-    assert all(0.85 < height * width / resolution**2 <= 1 for height, width in sizes)
+    assert all(side % 8 == 0 for size in sizes for side in size)
+    assert all(0.85 < height * width / resolution**2 < 1.04 for height, width in sizes)
+    schedule = ScaleSchedule((1, resolution // 8), 8, bucket_area=144, min_bucket_fill=0.88, max_aspect_ratio=2.0)
+    assert [schedule.pixel_size(schedule.nearest_bucket(*size), 2) for size in sizes] == sizes
     ratios = [height / width for height, width in sizes]
     assert min(ratios) < 0.56 and max(ratios) > 1.8 and 1 in ratios
 

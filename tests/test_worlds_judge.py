@@ -91,7 +91,7 @@ def test_an_edit_keeps_the_rest(folder, sprites, scene):
 
 def test_the_reward_is_the_share_of_the_checks(folder, sprites, scene):
     images = [Image.fromarray(render(s, sprites, CANVAS)) for s in (scene, replace(scene, background="blue"))]
-    right, wrong = emoji.reward(images, scenes=[[json.dumps(scene.to_json())]] * 2, judge=folder, prompts=["", ""])
+    right, wrong = emoji.Reward(str(folder))(images, scenes=[[json.dumps(scene.to_json())]] * 2, prompts=["", ""])
     assert right == 1 and 0.5 < wrong < 1
 
 

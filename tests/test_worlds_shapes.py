@@ -180,3 +180,19 @@ def test_no_other_room_imports_a_world():
     found = re.compile(r"^\s*(from|import)\s.*\b(worlds import (shapes|emoji)|worlds\.(shapes|emoji))", re.MULTILINE)
     sources = [path for room in rooms for path in (root / room).rglob("*.py")]
     assert len(sources) > 100 and not [path for path in sources if found.search(path.read_text())]
+
+
+def test_true_images_through_the_vision_tokenizer_are_judged():
+    suite = shapes.suite(count=1, tasks=["reconstruction"], wordings=["clean"])
+    assert suite.without == ("transformer",) and shapes.suite(count=1).without == ()
+    (id,) = suite.ids
+    sample = suite.sample(id)
+    (true,) = images_of(sample.turns[0].messages[0]["content"])
+    noisy = np.asarray(true) + np.random.default_rng(0).integers(-3, 4, (64, 64, 3))
+    blank = Image.new("RGB", true.size, "white")
+    answers = [
+        [{"type": "image", "image": true}, {"type": "image", "image": image}]
+        for image in (Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), blank)
+    ]
+    near, wrong = (suite.score(sample, [answer]) for answer in answers)
+    assert near["passed"] and not wrong["passed"] and near["psnr"] > 35 > wrong["psnr"]

@@ -6,7 +6,6 @@ Microsoft (MIT); Firefox OS Emoji by Mozilla (Apache-2.0); all as packed by Icon
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from random import Random
 
@@ -14,7 +13,6 @@ from PIL import Image
 
 from .artwork import STYLES, Rasters, fetch_archives, read_artwork
 from .dialect import Dialect
-from .scene import canvases
 from .sprites import Concept, Sprites
 
 
@@ -33,7 +31,7 @@ _HINTS = {
     "firefox": ("as in the browser with the fox",),
 }
 _ORDER_SEED = 20260114
-JUDGE = Path("data/emoji/judge")  # what `nextflow-hf world emoji --judge data/emoji/judge` writes
+JUDGE = "data/emoji/judge"  # what `nextflow-hf world emoji --judge data/emoji/judge` writes
 LIST = Path(__file__).with_name("emoji_concepts.txt")
 
 
@@ -66,31 +64,30 @@ def make_sprites(concepts: dict[str, Concept], source: Rasters) -> Sprites:
     return Sprites(concepts, words, source, Dialect(), tone_words="skin tone", hints=_HINTS)
 
 
-@lru_cache(maxsize=1)
-def _judge(folder: Path):
-    from .judge import Judge  # needs torch
+class Reward:
+    """
+    For GRPO (`nextflow_hf.worlds.emoji:Reward`): see [`~judge.reward`].
 
-    return Judge(folder)
+    Args:
+        judge (`str`): Folder of the judge.
+    """
+
+    __name__ = "emoji"  # TRL logs it
+
+    def __init__(self, judge: str = JUDGE):
+        from .judge import Judge  # needs torch
+
+        self.judge = Judge(Path(judge))
+
+    def __call__(self, images: Sequence[Image.Image], scenes: Sequence[Sequence[str]], **columns) -> list[float]:
+        from .judge import reward
+
+        return reward(self.judge, images, scenes)
 
 
-def reward(
-    images: Sequence[Image.Image], scenes: Sequence[Sequence[str]], judge: Path = JUDGE, **columns
-) -> list[float]:
-    """For GRPO (`nextflow_hf.worlds.emoji:reward`): see [`~judge.reward`]."""
-    from .judge import reward
-
-    return reward(_judge(judge), images, scenes)
-
-
-def suite(
-    folder: str = str(JUDGE.parent),
-    judge: str | None = None,
-    concepts: int | None = None,
-    resolution: int = 64,
-    **options,
-):
+def suite(folder: str = "data/emoji", judge: str = JUDGE, concepts: int | None = None, **options):
     """`nextflow_hf.worlds.emoji:suite` of a world's folder and judge; `options` are those of [`~suite.WorldSuite`]."""
+    from .judge import Judge
     from .suite import WorldSuite
 
-    sprites, judge = load(Path(folder), concepts=concepts), _judge(Path(judge or Path(folder) / "judge"))
-    return WorldSuite(sprites, judge, canvases=canvases(resolution), **options)
+    return WorldSuite(load(Path(folder), concepts=concepts), Judge(Path(judge)), **options)

@@ -60,8 +60,10 @@ OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "be
 SIZES = {"small": 0.33, "medium": 0.47, "large": 0.85, "tile": 0.25}  # of the shorter side, at most
 MAX_THINGS = 4
 MIN_PIXELS = 16  # of a sprite: below it nobody can tell what it is
-_GRID = 4  # sprites begin at margin + n * grid: the codes of small patches are then alike at every place
-RATIOS = ((1, 2), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (2, 1))  # height : width
+_GRID = 4  # sprites begin at margin + n * grid: the codes of a sprite are then nearly alike at every place
+RATIOS = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))  # height : width
+# What the recipes' image processors have as well, so that nothing of an image is cropped.
+_BUCKETS = {"patch_size": 8, "bucket_area": 144, "min_bucket_fill": 0.88, "max_aspect_ratio": 2.0}
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,10 @@ class Scene:
         return cls(data["background"], tuple(things))
 
 
-def canvases(resolution: int, patch_size: int = _GRID, ratios: Sequence[tuple[int, int]] = RATIOS) -> list[Canvas]:
-    """The sizes of a resolution for ratios from 1:2 to 2:1: whole patches, and about as many pixels as its square."""
-    side = resolution // patch_size
-    schedule = ScaleSchedule((1, side), patch_size, side**2, max_aspect_ratio=2.0)
-    return [schedule.pixel_size(schedule.nearest_bucket(*ratio), 2) for ratio in ratios]
+def canvases(resolution: int, ratios: Sequence[tuple[int, int]] = RATIOS) -> list[Canvas]:
+    """The sizes (height, width) of a resolution for ratios from 1:2 to 2:1, as the image processor has them."""
+    schedule = ScaleSchedule((1, resolution // _BUCKETS["patch_size"]), **_BUCKETS)
+    return list(dict.fromkeys(schedule.pixel_size(schedule.nearest_bucket(*ratio), 2) for ratio in ratios))
 
 
 def box(thing: Thing, canvas: Canvas) -> tuple[int, int, int]:

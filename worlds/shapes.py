@@ -198,4 +198,4 @@ def suite(**options):
     """`nextflow_hf.worlds.shapes:suite`; `options` are those of [`~suite.WorldSuite`]."""
     from .suite import WorldSuite
 
-    return WorldSuite(load(), judge(), canvases=[(64, 64)], **options)
+    return WorldSuite(load(), judge(), **options)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image
 
 from ..processing.messages_nextflow import split_reasoning
@@ -15,14 +16,15 @@ from ..training.data import tasks as row_formats
 from ..training.evaluation.suite import Answer, Part, Sample, Turn, images_of, text_of
 from .captions import read_caption
 from .dataset import TASKS, finish_row, sample_row, shares
-from .judge import Judge
+from .judge import Judge, kept_psnr
 from .questions import is_same
-from .scene import Canvas, Scene
+from .scene import Scene, canvases
 from .sprites import Sprites
 
 
 WORDINGS = ("clean", "people")
 _MAX_IMAGES = 4
+_RECONSTRUCTION = "reconstruction"
 _TO_MESSAGES = {  # the columns of a task, as `nextflow-hf extract` reads them
     "text_to_image": lambda row: row_formats.text_to_image(row["image"], row["text"]),
     "edit": lambda row: row_formats.edit(row["source"], row["instruction"], row["target"]),
@@ -39,9 +41,11 @@ class WorldSuite:
     Args:
         sprites ([`Sprites`]): Of the world.
         judge ([`Judge`]): Of its images.
-        canvases (`list[tuple[int, int]]`): Sizes of the images.
+        resolution (`int`, *optional*, defaults to 64): Of the images, in all of the world's ratios.
         count (`int`, *optional*, defaults to 100): Samples of each task in each wording.
-        tasks (`Sequence[str]`, *optional*): Those that are asked; all of the world where left out.
+        tasks (`Sequence[str]`, *optional*):
+            Those that are asked; all of the world where left out. "reconstruction" judges true images through the
+            vision tokenizer, for which that is model enough: the ceiling of what any model can reach with it.
         wordings (`Sequence[str]`, *optional*): Clean, and as people write.
         split (`str`, *optional*, defaults to `"test"`): "held_out" asks for pairs that no training saw.
         seed (`int`, *optional*, defaults to 0): Of the samples, not of the model.
@@ -54,7 +58,7 @@ class WorldSuite:
         sprites: Sprites,
         judge: Judge,
         *,
-        canvases: list[Canvas],
+        resolution: int = 64,
         count: int = 100,
         tasks: Sequence[str] | None = None,
         wordings: Sequence[str] = WORDINGS,
@@ -62,9 +66,11 @@ class WorldSuite:
         seed: int = 0,
     ):
         possible = [name for name in shares(sprites) if TASKS[name].tests]
-        if unknown := sorted({*(tasks or ())} - {*possible}):
-            raise ValueError(f"tasks has {unknown}, expected some of {possible}")
-        self.sprites, self.judge, self.canvases, self.split, self.seed = sprites, judge, canvases, split, seed
+        if unknown := sorted({*(tasks or ())} - {*possible, _RECONSTRUCTION}):
+            raise ValueError(f"tasks has {unknown}, expected some of {[*possible, _RECONSTRUCTION]}")
+        self.sprites, self.judge, self.split, self.seed = sprites, judge, split, seed
+        self.resolution, self.canvases = resolution, canvases(resolution, sprites.dialect.ratios)
+        self.without = ("transformer",) if tasks and {*tasks} == {_RECONSTRUCTION} else ()
         names = [(task, wording) for wording in wordings for task in tasks or possible]
         self.ids = [f"{task}-{wording}-{number:04d}" for number in range(count) for task, wording in names]
         self.sample = lru_cache(maxsize=None)(self._sample)
@@ -73,8 +79,14 @@ class WorldSuite:
         task, wording, number = id.split("-")
         key = f"{self.seed}/evaluation/{int(number)}"
         people = wording == "people"
-        row, context = sample_row(self.sprites, task, key, self.canvases, split=self.split, people=people)
-        values = finish_row(self.sprites, task, row, context)
+        shown = "text_to_image" if task == _RECONSTRUCTION else task
+        row, context = sample_row(self.sprites, shown, key, self.canvases, split=self.split, people=people)
+        values = finish_row(self.sprites, shown, row, context)
+        if task == _RECONSTRUCTION:
+            image = Image.open(io.BytesIO(values["image"]["bytes"])).convert("RGB")
+            turn = Turn("reconstruct", [{"role": "user", "content": [{"type": "image", "image": image}]}])
+            settings = {"resolution": self.resolution}
+            return Sample(id, [turn], task, row.category, settings, (task, row.scenes, []))
         messages, encoded = _TO_MESSAGES[TASKS[task].format](values)
         images = iter([Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in encoded])
         turns, expected, pending = [], [], []
@@ -99,6 +111,9 @@ class WorldSuite:
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
         """The judge's checks over all images, "text" over all answers in words, and "passed", that is all of them."""
         task, scenes, expected = sample.reference
+        if task == _RECONSTRUCTION:
+            true, decoded = map(np.asarray, images_of(answer[0]))
+            return {**self.judge.judge_image(decoded, scenes[0]), "psnr": kept_psnr(decoded, true, [])}
         given = len(
             [part for turn in sample.turns for message in turn.messages for part in images_of(message["content"])]
         )
