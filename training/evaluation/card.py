@@ -11,16 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
 from ...atomic import write_text
+from .benchmark import BENCHMARKS
 from .suite import SUITES
-
-
-HERE = Path(__file__).parent
-PUBLISHED: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "published.yaml").read_text(encoding="utf-8"))
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
@@ -36,7 +32,7 @@ def figures(report: Mapping[str, Any]) -> dict[str, float]:
 def section(folder: Path) -> dict[str, Any]:
     """What the page says of the evaluation in a folder."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    found, published = figures(report), PUBLISHED.get(report["suite"], {})
+    found, published = figures(report), BENCHMARKS.get(report["suite"], {})
     columns = [name for name in published.get("columns", found) if name in found or published.get("rows")]
     rows = [(report["model"], [found.get(name) for name in columns], True)]
     for model, values in (published.get("rows") or {}).items():
@@ -127,7 +123,9 @@ def write_card(model: str, folders: Sequence[Path], output: Path) -> list[Path]:
     sections = [section(folder) for folder in folders]
     results = eval_results(sections)
     metadata = ModelCardData(model_name=Path(model).name, eval_results=results) if results else ModelCardData()
-    templates = Environment(loader=FileSystemLoader(HERE), autoescape=lambda name: "html" in name, trim_blocks=True)
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=lambda name: "html" in name, trim_blocks=True
+    )
     templates.filters |= {"number": _number, "data_url": _data_url}
     templates.filters["relative"] = lambda file: Path(os.path.relpath(file, output)).as_posix()
     files = []
