@@ -592,7 +592,7 @@ def test_the_card_has_tables_images_origin_and_the_model_index(evaluate, command
     card = ModelCard.load(tmp_path / "model" / "README.md")
     results = {one.metric_type: one for one in card.data.eval_results}
     assert set(results) >= {"G_SC", "G_PQ", "G_O"} and "psnr" not in results  # a part of the images is no result
-    assert results["G_O"].metric_value == 6 and "judged by stub, own questions" in results["G_O"].source_name
+    assert results["G_O"].metric_value == 6 and results["G_O"].metric_args["judge"] == "stub"
     assert card.data.license == "mit" and "# Mine" in card.text
     front = yaml.safe_load(page.split("---")[1])
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == "gedit"

@@ -90,10 +90,9 @@ def eval_results(sections: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         report = one["report"]
         if not report["complete"] or "count" in report.get("options", {}):
             continue
-        source = {"source_name": f"nextflow-hf evaluate {one['title']}"}
-        if judge := report["provenance"].get("judge_model") or report["provenance"].get("judge"):
-            own = "" if report["provenance"].get("judge_prompts") else ", own questions"
-            source["source_name"] += f", judged by {judge}{own}"
+        provenance = report["provenance"]
+        judge = {"judge": provenance.get("judge_model") or provenance.get("judge")}
+        judge["questions"] = provenance.get("judge_prompts", "of nextflow-hf")
         for name, value in figures(report).items():
             results.append(
                 EvalResult(
@@ -101,9 +100,8 @@ def eval_results(sections: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
                     dataset_type=one["title"],
                     dataset_name=one["title"],
                     metric_type=name,
-                    metric_name=name,
                     metric_value=round(value, 4),
-                    **source,
+                    metric_args=judge if judge["judge"] else None,
                 )
             )
     return results
