@@ -16,12 +16,13 @@ from jinja2 import Environment, FileSystemLoader
 
 from ...atomic import write_text
 from .benchmark import BENCHMARKS
-from .suite import SUITES
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of all samples together, and the means of the only group, or the rates of several."""
+    """A benchmark's figures; of another suite those of all samples, with the means of its only group, or its rates."""
     groups = report["groups"]
+    if "prompts" in BENCHMARKS.get(report["suite"], {}):
+        return report["values"]
     if len(groups) == 1:
         (group,) = groups.values()
         return {**group["values"], **report["values"]}
@@ -38,7 +39,7 @@ def section(folder: Path) -> dict[str, Any]:
     for model, values in (published.get("rows") or {}).items():
         rows.append((model, [*values, *[None] * (len(columns) - len(values))], False))
     return {
-        "title": report["suite"] if report["suite"] in SUITES else report["suite"].partition(":")[0],
+        "title": published.get("title", report["suite"]),
         "columns": columns,
         "rows": rows,
         "source": published.get("source"),
@@ -97,7 +98,7 @@ def eval_results(sections: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
             results.append(
                 EvalResult(
                     task_type=one["task"],
-                    dataset_type=one["title"],
+                    dataset_type=report["suite"],
                     dataset_name=one["title"],
                     metric_type=name,
                     metric_value=round(value, 4),
