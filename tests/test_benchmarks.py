@@ -580,6 +580,8 @@ def test_the_card_has_tables_images_origin_and_the_model_index(evaluate, command
     command_line.run("evaluate", "reconstruction", "model", f"data={tmp_path / 'images'}", "count=1")
     (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
     command_line.run("evaluate", "card", "model")
+    assert "model-index" not in (tmp_path / "model" / "README.md").read_text()
+    command_line.run("evaluate", "card", "model", "update=true")
     page = (tmp_path / "evaluations" / "card" / "model" / "card.md").read_text()
     html = (tmp_path / "evaluations" / "card" / "model" / "card.html").read_text()
     for text in (page, html):

@@ -108,14 +108,15 @@ def eval_results(sections: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
     return results
 
 
-def write_card(model: str, folders: Sequence[Path], output: Path) -> list[Path]:
+def write_card(model: str, folders: Sequence[Path], output: Path, *, update: bool = False) -> list[Path]:
     """
-    Writes `card.md` and `card.html`, and the results into the `model-index` of the model's README where it has one.
+    Writes `card.md`, with a `model-index`, and `card.html`.
 
     Args:
         model (`str`): Name of the model; its folder, if it is one.
         folders (`Sequence[Path]`): Of evaluations with a `report.json`.
         output (`Path`): Folder of the page.
+        update (`bool`, *optional*, defaults to `False`): Put the `model-index` into `README.md` of the model's folder.
     """
     if not folders:
         raise ValueError(f"there are no evaluations of {model}: run `nextflow-hf evaluate SUITE {model}` first")
@@ -134,8 +135,8 @@ def write_card(model: str, folders: Sequence[Path], output: Path) -> list[Path]:
         )
         files.append(output / f"card.{kind}")
         write_text(files[-1], text)
-    readme = Path(model) / "README.md"
-    if results and readme.is_file():
+    if update:
+        readme = Path(model) / "README.md"
         card = ModelCard.load(readme)
         card.data.model_name, card.data.eval_results = Path(model).name, results
         card.save(readme)
