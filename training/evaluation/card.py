@@ -44,7 +44,7 @@ def section(folder: Path) -> dict[str, Any]:
         "rows": rows,
         "source": published.get("source"),
         "notes": _notes(report, published),
-        "facts": _facts(report["provenance"]),
+        "facts": _facts(report),
         "commands": dict.fromkeys(
             shlex.join(report["provenance"][name]) for name in ("command", "scored_by") if name in report["provenance"]
         ),
@@ -71,8 +71,11 @@ def _notes(report: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]
     return notes
 
 
-def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
-    facts = {}
+def _facts(report: Mapping[str, Any]) -> dict[str, str]:
+    provenance, facts = report["provenance"], {}
+    for name in ("revision", "seed", "settings"):
+        if report.get(name) not in (None, {}):
+            facts[name.capitalize()] = str(report[name])
     if "seconds_per_sample" in provenance:
         facts["Seconds a sample (median)"] = f"{provenance['seconds_per_sample']:.2f}"
         facts["Peak memory"] = f"{provenance['peak_bytes'] / 2**30:.2f} GiB, {provenance.get('memory_of', '')}"
