@@ -72,7 +72,7 @@ def parse_values(assignments: Sequence[str]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_intermixed_args(argv)  # key=value anywhere
     args.command = ["nextflow-hf", "evaluate", *argv]
     from ..training.evaluation.suite import SUITES
 

@@ -37,6 +37,8 @@ EXEMPT = {
     r"nextflow-hf convert \S+ \S*(tokenflow_clipb_32k_enhanced\.pt|Qwen/)": "weights of several GB from the Hub",
     r"nextflow-hf (train|export) .*decoder_?1b": "GPU-only, and needs a base model from the Hub",
     r"nextflow-hf train decoder 1b": "GPU-only, and needs a base model from the Hub",
+    r"nextflow-hf evaluate (geneval2?|gedit) ": "prompts and judges of several GB; tests/test_benchmarks.py",
+    r"nextflow-hf evaluate understanding": "lmms-eval; tests/test_benchmarks.py has a stub of it",
 }
 # Commands that do not exist yet -> the branch that brings them.
 PENDING: dict[str, str] = {}

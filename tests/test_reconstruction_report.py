@@ -38,7 +38,7 @@ def test_ssim_is_that_of_gaussian_filters():
     assert values.tolist() == pytest.approx([expected(a.numpy(), b.numpy()) for a, b in zip(decoded, true)], rel=1e-6)
     assert 0.2 < values.max() < 0.95
     assert structural_similarity(true, true).tolist() == pytest.approx([1, 1])
-    with pytest.raises(ValueError, match=r"pictures are \(10, 31\) pixels, expected at least 11"):
+    with pytest.raises(ValueError, match=r"images are \(10, 31\) pixels, expected at least 11"):
         structural_similarity(true[..., :10, :], true[..., :10, :])
 
 
@@ -76,7 +76,7 @@ def test_frechet_distance_of_known_gaussians(caplog):
     single = statistics_of(np.eye(3))
     with caplog.at_level(logging.WARNING):
         frechet_distance(single, statistics_of(np.random.default_rng(0).normal(size=(2, 3))))
-    assert "2 pictures' features of 3 dimensions is biased" in caplog.text
+    assert "2 images' features of 3 dimensions is biased" in caplog.text
 
 
 def test_inception_names_its_extra(monkeypatch):

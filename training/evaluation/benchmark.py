@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import yaml
 from PIL import Image, ImageOps
 
 from ...atomic import write_file, write_json, write_text
-from .judges import Judge, load_judge, read_scores, read_yes
+from .judges import Judge, check_judge, load_judge, read_scores, read_yes
 from .runner import EvaluationRun
 from .suite import Answer, Sample, Turn, images_of
 
 
 OFFICIAL = "official"  # the folder that the benchmark's own scorer reads
 OWN_QUESTIONS = Path(__file__).with_name("questions.yaml")
+# Title, prompts and published figures of each, and of the suites that are no benchmarks but have published figures.
+BENCHMARKS = yaml.safe_load(Path(__file__).with_name("benchmarks.yaml").read_text(encoding="utf-8"))
 # Where a question's text has the prompt; official texts write it in these ways.
 PROMPT_PLACES = ("<prompt>", "<instruction>", "<edit_prompt>", "{text_prompt}")
 Rows = Sequence[Mapping[str, Any]]
@@ -85,31 +87,26 @@ class Spec:
     A benchmark.
 
     Args:
-        name (`str`): Of its suite.
-        title (`str`): As its authors write it.
-        source (`str`): Where its prompts are.
-        files (`str`): What `--prompts` must have.
+        name (`str`): Of its suite, and in `benchmarks.yaml`.
         read (`Callable`): (folder, or data set where there is a `hub`; language) -> requests.
         questions (`Callable`): Request -> questions.
         score (`Callable`): (request, the judge's replies: lists of numbers, booleans or probabilities) -> scores.
         figures (`Callable`): Rows of results -> the figures that are published.
         layout (`Callable`): (request, files of its images) -> path in the official layout -> an image file, an image,
             a text, or a dict, which is merged with those of the other requests.
-        hub (`str`, *optional*): Data set of the Hub that is read where no `--prompts` is given.
-        samples (`int`, *optional*, defaults to 1): Images of each prompt.
     """
 
     name: str
-    title: str
-    source: str
-    files: str
     read: Callable[[Any, str], Iterator[Request]]
     questions: Callable[[Request], list[Question]]
     score: Callable[[Request, list], dict[str, Any]]
     figures: Callable[[Rows], dict[str, float]]
     layout: Callable[[Request, list[Path]], dict[str, Any]] = one_file("{request.id}.png")
-    hub: str | None = None
-    samples: int = 1
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its entry in `benchmarks.yaml`."""
+        return BENCHMARKS[self.name]
 
 
 class Benchmark:
@@ -139,34 +136,31 @@ class Benchmark:
         count: int | None = None,
         language: str = "en",
     ):
-        self.spec, self.name, self.samples = spec, spec.name, samples or spec.samples
-        self._load_judge = partial(load_judge, judge, judge_model, spec.title)
-        self._judge: Judge | None = None
+        self.spec, self.name, self.samples = spec, spec.name, samples or spec.about.get("samples", 1)
+        self._named = (judge, judge_model, spec.about["title"])
         own = yaml.safe_load(OWN_QUESTIONS.read_text(encoding="utf-8"))
         self.texts = own if judge_prompts is None else read_questions(Path(judge_prompts))
         requests = list(spec.read(find_prompts(spec, prompts), language))
         if not requests:
-            raise ValueError(f"{prompts or spec.hub} has no prompts of {spec.title} in the language {language!r}")
-        self.total = len(requests)
+            raise ValueError(f"{prompts or 'the data set'} has no prompts of {spec.name} in the language {language!r}")
         self.requests = {request.id: request for request in requests[:count]}
         self.ids = [f"{id}-{number}" for id in self.requests for number in range(self.samples)]
 
-    @property
+    @cached_property
     def judge(self) -> Judge:
-        """Loaded when it is first asked for. Raises `ValueError` where none is named."""
-        self._judge = self._judge or self._load_judge()
-        return self._judge
+        """Loaded when it is first asked. Raises `ValueError` where none is named."""
+        return load_judge(*self._named)
 
     def check_judge(self) -> None:
         """Raises `ValueError` where nothing could be scored: before anything is generated."""
-        _ = self.judge
+        check_judge(*self._named)
 
     def sample(self, id: str) -> Sample:
         """One image of a request; its source images are opened."""
         request = self.requests[id.rpartition("-")[0]]
         parts = [{"type": "image", "image": image.convert("RGB")} for image in request.open_images()]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": request.prompt}]}]
-        return Sample(id, [Turn("image", messages)], self.spec.title, request.category, reference=request)
+        return Sample(id, [Turn("image", messages)], self.spec.about["title"], request.category, reference=request)
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, Any]:
         """The benchmark's scores of one image; "judge" has the judge's words and probabilities."""
@@ -186,7 +180,7 @@ class Benchmark:
 
     def _text(self, question: Question, request: Request) -> str:
         if question.name not in self.texts:
-            raise ValueError(f"--judge-prompts has no {question.name}.txt, which {self.spec.title} asks for")
+            raise ValueError(f"--judge-prompts has no {question.name}.txt, which {self.name} asks for")
         fillings = dict.fromkeys(PROMPT_PLACES, request.prompt) | {"<question>": question.text}
         fillings |= {f"<{name}>": str(value) for name, value in request.row.items()}
         # In one pass: a filling may hold what looks like a place.
@@ -230,12 +224,13 @@ def _put(path: Path, content: Path | Image.Image | str) -> None:
 
 def find_prompts(spec: Spec, prompts: str | None) -> Any:
     """The folder of a benchmark's prompts; the data set, where it is one. Raises `ValueError` where there is none."""
-    source = prompts or spec.hub
-    advice = f"get {spec.files} from {spec.source}, and name the folder with --prompts"
+    about = spec.about
+    source = prompts or about.get("hub")
+    advice = f"get {about['files']} from {about['prompts']}, and name the folder with --prompts"
     if source is None:
         raise ValueError(f"{spec.name} needs its prompts: {advice}")
     try:
-        if spec.hub is not None:
+        if "hub" in about:
             import datasets
 
             return datasets.load_dataset(source, split="train")
@@ -244,7 +239,7 @@ def find_prompts(spec: Spec, prompts: str | None) -> Any:
         return Path(source) if Path(source).is_dir() else Path(snapshot_download(source, repo_type="dataset"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"no prompts of {spec.title} at {source} ({reason}): {advice}") from error
+        raise ValueError(f"no prompts of {spec.name} at {source} ({reason}): {advice}") from error
 
 
 def read_questions(folder: Path) -> dict[str, str]:

@@ -11,21 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
 from ...atomic import write_text
-from .suite import SUITES
-
-
-HERE = Path(__file__).parent
-PUBLISHED: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "published.yaml").read_text(encoding="utf-8"))
+from .benchmark import BENCHMARKS
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of all samples together, and the means of the only group, or the rates of several."""
+    """A benchmark's figures; of another suite those of all samples, with the means of its only group, or its rates."""
     groups = report["groups"]
+    if "prompts" in BENCHMARKS.get(report["suite"], {}):
+        return report["values"]
     if len(groups) == 1:
         (group,) = groups.values()
         return {**group["values"], **report["values"]}
@@ -36,18 +33,18 @@ def figures(report: Mapping[str, Any]) -> dict[str, float]:
 def section(folder: Path) -> dict[str, Any]:
     """What the page says of the evaluation in a folder."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    found, published = figures(report), PUBLISHED.get(report["suite"], {})
+    found, published = figures(report), BENCHMARKS.get(report["suite"], {})
     columns = [name for name in published.get("columns", found) if name in found or published.get("rows")]
     rows = [(report["model"], [found.get(name) for name in columns], True)]
     for model, values in (published.get("rows") or {}).items():
         rows.append((model, [*values, *[None] * (len(columns) - len(values))], False))
     return {
-        "title": report["suite"] if report["suite"] in SUITES else report["suite"].partition(":")[0],
+        "title": published.get("title", report["suite"]),
         "columns": columns,
         "rows": rows,
         "source": published.get("source"),
         "notes": _notes(report, published),
-        "facts": _facts(report["provenance"]),
+        "facts": _facts(report),
         "commands": dict.fromkeys(
             shlex.join(report["provenance"][name]) for name in ("command", "scored_by") if name in report["provenance"]
         ),
@@ -74,8 +71,11 @@ def _notes(report: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]
     return notes
 
 
-def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
-    facts = {}
+def _facts(report: Mapping[str, Any]) -> dict[str, str]:
+    provenance, facts = report["provenance"], {}
+    for name in ("revision", "seed", "settings"):
+        if report.get(name) not in (None, {}):
+            facts[name.capitalize()] = str(report[name])
     if "seconds_per_sample" in provenance:
         facts["Seconds a sample (median)"] = f"{provenance['seconds_per_sample']:.2f}"
         facts["Peak memory"] = f"{provenance['peak_bytes'] / 2**30:.2f} GiB, {provenance.get('memory_of', '')}"
@@ -94,40 +94,41 @@ def eval_results(sections: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         report = one["report"]
         if not report["complete"] or "count" in report.get("options", {}):
             continue
-        source = {"source_name": f"nextflow-hf evaluate {one['title']}"}
-        if judge := report["provenance"].get("judge_model") or report["provenance"].get("judge"):
-            own = "" if report["provenance"].get("judge_prompts") else ", own questions"
-            source["source_name"] += f", judged by {judge}{own}"
+        provenance = report["provenance"]
+        judge = {"judge": provenance.get("judge_model") or provenance.get("judge")}
+        judge["questions"] = provenance.get("judge_prompts", "of nextflow-hf")
         for name, value in figures(report).items():
             results.append(
                 EvalResult(
                     task_type=one["task"],
-                    dataset_type=one["title"],
+                    dataset_type=report["suite"],
                     dataset_name=one["title"],
                     metric_type=name,
-                    metric_name=name,
                     metric_value=round(value, 4),
-                    **source,
+                    metric_args=judge if judge["judge"] else None,
                 )
             )
     return results
 
 
-def write_card(model: str, folders: Sequence[Path], output: Path) -> list[Path]:
+def write_card(model: str, folders: Sequence[Path], output: Path, *, update: bool = False) -> list[Path]:
     """
-    Writes `card.md` and `card.html`, and the results into the `model-index` of the model's README where it has one.
+    Writes `card.md`, with a `model-index`, and `card.html`.
 
     Args:
         model (`str`): Name of the model; its folder, if it is one.
         folders (`Sequence[Path]`): Of evaluations with a `report.json`.
         output (`Path`): Folder of the page.
+        update (`bool`, *optional*, defaults to `False`): Put the `model-index` into `README.md` of the model's folder.
     """
     if not folders:
         raise ValueError(f"there are no evaluations of {model}: run `nextflow-hf evaluate SUITE {model}` first")
     sections = [section(folder) for folder in folders]
     results = eval_results(sections)
     metadata = ModelCardData(model_name=Path(model).name, eval_results=results) if results else ModelCardData()
-    templates = Environment(loader=FileSystemLoader(HERE), autoescape=lambda name: "html" in name, trim_blocks=True)
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=lambda name: "html" in name, trim_blocks=True
+    )
     templates.filters |= {"number": _number, "data_url": _data_url}
     templates.filters["relative"] = lambda file: Path(os.path.relpath(file, output)).as_posix()
     files = []
@@ -137,8 +138,8 @@ def write_card(model: str, folders: Sequence[Path], output: Path) -> list[Path]:
         )
         files.append(output / f"card.{kind}")
         write_text(files[-1], text)
-    readme = Path(model) / "README.md"
-    if results and readme.is_file():
+    if update:
+        readme = Path(model) / "README.md"
         card = ModelCard.load(readme)
         card.data.model_name, card.data.eval_results = Path(model).name, results
         card.save(readme)

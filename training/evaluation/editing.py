@@ -40,9 +40,6 @@ def _read_imgedit(folder: Path, language: str) -> Iterator[Request]:
 
 IMGEDIT = Spec(
     name="imgedit",
-    title="ImgEdit",
-    source="https://huggingface.co/datasets/sysuyy/ImgEdit",
-    files="basic_edit.json (or singleturn.json) and the images that it names",
     read=_read_imgedit,
     questions=lambda request: [Question(request.row["edit_type"], count=3, low=1, high=5, sources=True)],
     score=lambda request, replies: {"score": mean(replies[0])},
@@ -118,27 +115,19 @@ def _figures_omnicontext(rows: Rows) -> dict[str, float]:
 
 GEDIT = Spec(
     name="gedit",
-    title="GEdit-Bench",
-    source="https://huggingface.co/datasets/stepfun-ai/GEdit-Bench",
-    files="the data set",
     read=partial(_read_dataset, images="input_image"),
     questions=lambda request: [SEMANTICS, QUALITY],
     score=_score_edit,
     figures=_figures_gedit,
     layout=_lay_out_gedit,
-    hub="stepfun-ai/GEdit-Bench",
 )
 OMNICONTEXT = Spec(
     name="omnicontext",
-    title="OmniContext",
-    source="https://huggingface.co/datasets/OmniGen2/OmniContext",
-    files="the data set",
     read=partial(_read_dataset, images="input_images"),
     questions=_subject_questions,
     score=_score_subject,
     figures=_figures_omnicontext,
     layout=one_file("fullset/{request.category}/{row[key]}.png"),
-    hub="OmniGen2/OmniContext",
 )
 
 
@@ -215,9 +204,6 @@ def _figures_edit_canvas(rows: Rows) -> dict[str, float]:
 
 EDIT_CANVAS = Spec(
     name="edit_canvas",
-    title="EditCanvas",
-    source="your own images, or `python -m nextflow_hf.worlds.edit_canvas`",
-    files="metadata.jsonl and the images that it names",
     read=_read_edit_canvas,
     questions=lambda request: [SEMANTICS, QUALITY] if _is_edit(request) else _subject_questions(request),
     score=lambda request, replies: (_score_edit if _is_edit(request) else _score_subject)(request, replies),

@@ -1,7 +1,7 @@
-"""Fréchet distance of two sets of pictures: FID and r-FID with Inception's features, FD with those of another model.
+"""Fréchet distance of two sets of images: FID and r-FID with Inception's features, FD with those of another model.
 
 Heusel et al. (2017) fit a Gaussian to each set's features. Numbers are comparable only for one feature model and one
-set of pictures: published FIDs are Inception's.
+set of images: published FIDs are Inception's.
 """
 
 import logging
@@ -41,7 +41,7 @@ class FeatureStatistics:
     def covariance(self) -> torch.DoubleTensor:
         """Unbiased, as numpy's and every FID's."""
         if self.count < 2:
-            raise ValueError(f"got the features of {self.count} pictures, expected at least 2")
+            raise ValueError(f"got the features of {self.count} images, expected at least 2")
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
@@ -49,7 +49,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` of the two Gaussians."""
     if min(first.count, second.count) < len(first.mean):
         logger.warning(
-            "the Fréchet distance of %d pictures' features of %d dimensions is biased upwards: use more pictures",
+            "the Fréchet distance of %d images' features of %d dimensions is biased upwards: use more images",
             min(first.count, second.count),
             len(first.mean),
         )
@@ -83,9 +83,9 @@ def _load_inception(device: torch.device | str) -> FeatureModel:
     inception = FrechetInceptionDistance(feature=2048).inception.to(device).eval()
 
     @torch.no_grad()
-    def features(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    def features(images: Sequence[np.ndarray]) -> torch.Tensor:
         # One by one, for they have different sizes; the network resizes as the original does.
-        tensors = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) for picture in pictures)
+        tensors = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device) for image in images)
         return torch.cat([inception(tensor) for tensor in tensors])
 
     return features
@@ -95,8 +95,8 @@ def _load_vision_model(source: str, device: torch.device | str) -> FeatureModel:
     processor, model = AutoImageProcessor.from_pretrained(source), AutoModel.from_pretrained(source).to(device).eval()
 
     @torch.no_grad()
-    def features(pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        inputs = processor(list(pictures), return_tensors="pt").to(device)
+    def features(images: Sequence[np.ndarray]) -> torch.Tensor:
+        inputs = processor(list(images), return_tensors="pt").to(device)
         outputs = model(**inputs)
         pooled = outputs.get("pooler_output")
         if pooled is None:

@@ -52,15 +52,11 @@ def _lay_out_geneval(request: Request, files: list[Path]) -> dict[str, Any]:
 
 GENEVAL = Spec(
     name="geneval",
-    title="GenEval",
-    source="https://github.com/djghosh13/geneval",
-    files="prompts/evaluation_metadata.jsonl",
     read=_read_geneval,
     questions=lambda request: [],
     score=lambda request, replies: {},
     figures=partial(with_overall, name="correct"),
     layout=_lay_out_geneval,
-    samples=4,
 )
 
 
@@ -90,7 +86,7 @@ class GenEval(Benchmark):
         if not self._correct:
             raise ValueError(
                 "GenEval has no score without its detector: pass --generate-only, run evaluation/evaluate_images.py "
-                f"of {self.spec.source} on the folder {OFFICIAL}, then --score-only with results=FILE"
+                f"of {self.spec.about['prompts']} on the folder {OFFICIAL}, then --score-only with results=FILE"
             )
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, Any]:
@@ -145,9 +141,6 @@ def _lay_out_geneval2(request: Request, files: list[Path]) -> dict[str, Any]:
 
 GENEVAL2 = Spec(
     name="geneval2",
-    title="GenEval 2",
-    source="https://github.com/facebookresearch/GenEval2",
-    files="geneval2_data.jsonl",
     read=_read_geneval2,
     questions=lambda request: [
         Question("atom", text=question, answers=answer_forms(answer)) for question, answer in request.row["vqa_list"]
@@ -205,9 +198,6 @@ def _lay_out_dpg(request: Request, files: list[Path]) -> dict[str, Any]:
 
 DPG = Spec(
     name="dpg",
-    title="DPG-Bench",
-    source="https://github.com/TencentQQGYLab/ELLA",
-    files="dpg_bench/dpg_bench.csv",
     read=_read_dpg,
     questions=lambda request: [
         Question("question", count=0, text=row["question_natural_language"]) for row in request.row["questions"]
@@ -215,7 +205,6 @@ DPG = Spec(
     score=_score_dpg,
     figures=lambda rows: {**_percentages(rows, "answers"), "Overall": mean(row["scores"]["DPG"] for row in rows)},
     layout=_lay_out_dpg,
-    samples=4,
 )
 
 
@@ -254,9 +243,6 @@ def _figures_wise(rows: Rows, weights: Sequence[float]) -> dict[str, float]:
 
 WISE = Spec(
     name="wise",
-    title="WISE",
-    source="https://github.com/PKU-YuanGroup/WISE",
-    files="WISE_legacy/data/*.json",
     read=_read_wise,
     questions=lambda request: [Question("wise", count=3, high=2)],
     score=lambda request, replies: {"score": wiscore(*replies[0])},
@@ -264,9 +250,6 @@ WISE = Spec(
 )
 WISE_VERIFIED = Spec(
     name="wise_verified",
-    title="WISE_Verified",
-    source=WISE.source,
-    files="data_verified/*.json",
     read=partial(_read_wise, suffix="_verified"),
     questions=lambda request: [Question("wise_verified", high=1)],
     score=lambda request, replies: {"score": replies[0][0]},
@@ -294,9 +277,6 @@ def _score_prism(request: Request, replies: list[list[float]]) -> dict[str, floa
 
 PRISM = Spec(
     name="prism",
-    title="PRISM-Bench",
-    source="https://github.com/rongyaofang/prism-bench",
-    files="captions/LANGUAGE/TRACK.jsonl",
     read=_read_prism,
     questions=lambda request: [Question(f"alignment_{request.category}"), Question("aesthetic")],
     score=_score_prism,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from ..rewards.vlm_judge import VLMJudge, answer_text, image_part
 from .suite import UnscoredError
@@ -129,14 +129,14 @@ class LocalJudge:
         return output, inputs["input_ids"].shape[1]
 
 
-def load_judge(judge: str | None, model: str | None, suite: str) -> Judge:
+def check_judge(judge: str | None, model: str | None, suite: str) -> None:
     """
-    The judge of a command line.
+    Raises where a judge cannot be; loads nothing, as a model is to generate first.
 
     Args:
         judge (`str`, *optional*): The address of a server, or a model by Hub id or folder.
         model (`str`, *optional*): The model's name on the server.
-        suite (`str`): What is judged, for the message where there is no judge.
+        suite (`str`): What is judged, for the message.
     """
     if judge is None:
         raise ValueError(
@@ -144,10 +144,15 @@ def load_judge(judge: str | None, model: str | None, suite: str) -> Judge:
             "NAME, or a vision language model by Hub id or folder), or pass --generate-only"
         )
     if not judge.startswith(("http://", "https://")):
-        return LocalJudge.from_pretrained(judge)
-    if model is None:
+        AutoConfig.from_pretrained(judge)
+    elif model is None:
         raise ValueError(f"the server {judge} needs --judge-model, the name of the model that it serves")
-    return EndpointJudge(judge, model)
+
+
+def load_judge(judge: str | None, model: str | None, suite: str) -> Judge:
+    """The judge of a command line, see [`check_judge`]."""
+    check_judge(judge, model, suite)
+    return EndpointJudge(judge, model) if judge.startswith("http") else LocalJudge.from_pretrained(judge)
 
 
 def read_scores(answer: str, count: int, low: float, high: float) -> list[float]:
@@ -173,4 +178,4 @@ def read_yes(answer: str) -> bool:
     return word.group(1).lower() == "yes"
 
 
-__all__ = ["EndpointJudge", "Judge", "LocalJudge", "load_judge", "read_scores", "read_yes"]
+__all__ = ["EndpointJudge", "Judge", "LocalJudge", "check_judge", "load_judge", "read_scores", "read_yes"]

@@ -16,13 +16,7 @@ from PIL import Image
 from ..data.description import load_images, read_description
 from ..vision_tokenizer.losses import load_perceptual_loss
 from .frechet import FeatureStatistics, frechet_distance, load_feature_model
-from .reconstruction import (
-    SSIM_WINDOW,
-    edge_steepness,
-    gradient_similarity_deviation,
-    peak_signal_to_noise,
-    structural_similarity,
-)
+from .reconstruction import edge_steepness, fidelity
 from .suite import Answer, Sample, Turn, images_of
 
 
@@ -66,16 +60,11 @@ class ReconstructionSuite:
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
         """Of the decoded image against the resized one. SSIM is not a number below its window."""
         true, decoded = (_pixels(image) for image in images_of(answer[0]))
-        values = {
-            "psnr": peak_signal_to_noise(decoded, true),
-            "gmsd": gradient_similarity_deviation(decoded, true),
-            "sharpness": edge_steepness(decoded) / edge_steepness(true).clamp(min=1e-8),
-        }
-        if min(true.shape[2:]) >= SSIM_WINDOW:
-            values["ssim"] = structural_similarity(decoded, true)
+        values = fidelity(decoded, true)
+        values["sharpness"] = edge_steepness(decoded) / edge_steepness(true).clamp(min=1e-8)
         if self.distance is not None:
             values["perceptual"] = self.distance(decoded * 2 - 1, true * 2 - 1)
-        return {name: value.item() for name, value in values.items()}
+        return {name: value.item() for name, value in values.items() if not value.isnan()}
 
     def summarize(self, answers: Iterable[tuple[Sample, Answer]], results: Sequence[dict]) -> dict[str, float]:
         """`rfid`: the Fréchet distance of the images and their reconstructions, with a feature model."""
