@@ -82,7 +82,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """
-    What it is trained on: folders of rows of tokens and codes, as `extract_codes` writes them.
+    What it is trained on: folders of rows of tokens and codes, as `nextflow-hf extract` writes them.
 
     Args:
         train_codes (`list[str]`): The folders.
