@@ -23,7 +23,7 @@ TEACHER = {
 }  # fmt: skip
 CHANGES = {
     "transformer": {"lora_dropout": 0.0},  # its random numbers are those of a process
-    "tokenizer": {"continuous_steps": 1, "codebook_init_batches": 2, "adversarial_loss_weight": 0.1},
+    "tokenizer": {"continuous_steps": 1, "adversarial_loss_weight": 0.1},
     "teacher": {},
     "grpo": {"global_batch_size": 8, "max_steps": 2},
 }
@@ -45,8 +45,9 @@ def folder(tmp_path_factory) -> Path:
 
 def command(folder: Path, kind: str, output_dir: Path, processes: int = 2) -> list[str]:
     values = {**BATCH, **CHANGES[kind], "output_dir": str(output_dir)}
-    if kind == "grpo":  # the samples of a step are one batch
-        values["per_device_train_batch_size"] = values["global_batch_size"] // processes
+    # Each process counts its own: samples of a step, which are one batch, and batches to begin the codebook from.
+    per_process = {"grpo": {"per_device_train_batch_size": 8}, "tokenizer": {"codebook_init_batches": 4}}
+    values |= {name: count // processes for name, count in per_process.get(kind, {}).items()}
     return [kind, str(folder / f"{kind}.yaml"), *(f"{key}={json.dumps(value)}" for key, value in values.items())]
 
 
