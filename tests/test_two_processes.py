@@ -72,7 +72,7 @@ def test_two_processes_train_as_one(kind, folder, tmp_path):
 
 @pytest.mark.process
 def test_torchrun_starts_the_command(folder, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = command(folder, "teacher", tmp_path / "two")
     result = subprocess.run([*launcher, "-m", "nextflow_hf.cli", "train", *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
