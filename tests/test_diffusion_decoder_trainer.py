@@ -5,13 +5,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from toy_codes import extract_codes
 from toy_decoder import toy_base_model, toy_decoder_pipeline
 from toy_pipeline import toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder
 from nextflow_hf.training.common.recipe import load_recipe, parse_recipe, shipped_recipes
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
-from nextflow_hf.training.data.extraction import extract_codes
 from nextflow_hf.training.data.messages import caption_of
 from nextflow_hf.training.diffusion_decoder.build import DecoderArguments, build_decoder_pipeline
 from nextflow_hf.training.diffusion_decoder.train import GROUPS

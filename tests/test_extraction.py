@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_codes import extract_codes
 from toy_pipeline import toy_processor, toy_vision_tokenizer
 
-from nextflow_hf.training.data.extraction import extract_codes, load_codes
+from nextflow_hf.training.data.extraction import load_codes
 
 
 def get_row(index: int) -> dict:

@@ -23,7 +23,7 @@ from nextflow_hf.training.common.run import resolve
 from nextflow_hf.training.grpo import train as grpo
 from nextflow_hf.training.grpo.config import NextFlowGRPOConfig
 from nextflow_hf.training.rewards import OCRWord
-from nextflow_hf.training.transformer.memory import sampling_bytes, training_memory
+from nextflow_hf.training.transformer.memory import training_memory
 
 
 RECIPE = {
@@ -140,6 +140,14 @@ def test_the_papers_recipe_runs(tmp_path, monkeypatch):
     assert [step.guidance_scale - 1 for step in plan] == [0, 2.5, 5]  # VAR: cfg * k / (K - 1)
     trainer.train()
     assert [entry["trains_suffix"] for entry in trainer.state.log_history if "reward" in entry] == [0, 0, 0, 1]
+
+
+def sampling_bytes(config: NextFlowConfig, images: int, grids: list[tuple[int, int]]) -> float:
+    """Keys and values of two rows an image; logits of the last scale, in bfloat16, in fp32 and guided."""
+    cells = [height * width for height, width in grids]
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    logits = (2 * 2 + 2 * 4 + 4) * config.codebook_size
+    return images * (2 * sum(cells) * cache + cells[-1] * logits)
 
 
 def test_the_papers_recipe_says_what_memory_it_takes():

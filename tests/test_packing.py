@@ -156,13 +156,13 @@ def test_documents_that_fit_nowhere_are_named():
 
 
 def test_report_by_hand():
-    # Three packs of 10, 8 and 4 tokens, padded to 10; two ranks: the third pack makes no step.
-    report = PackingReport.of([[0, 1], [2], [3]], [6, 4, 8, 4], [36.0, 16.0, 64.0, 1.0], num_ranks=2, padded_length=10)
-    assert (report.num_documents, report.num_packs, report.num_tokens) == (4, 3, 22)
-    assert report.padding == pytest.approx(8 / 30)
+    # Three packs of 10, 8 and 4 tokens; two ranks: the third pack makes no step.
+    packs = Packs(np.arange(4), np.array([2, 1, 1]))
+    report = PackingReport.of(packs, [6, 4, 8, 4], [36.0, 16.0, 64.0, 1.0], num_ranks=2)
+    assert (report.num_documents, report.num_packs, report.num_tokens, report.padding) == (4, 3, 22, 0)
     assert report.balance == pytest.approx((52 + 64) / 2 / 64)
     with pytest.raises(ValueError, match="3 packs make no step of 4 ranks"):
-        PackingReport.of([[0], [1], [2]], [1] * 3, [1.0] * 3, num_ranks=4)
+        PackingReport.of(Packs(np.arange(3), np.ones(3, dtype=int)), [1] * 3, [1.0] * 3, num_ranks=4)
 
 
 def test_report_of_padding_by_hand():

@@ -14,7 +14,7 @@ from fsdp_on_cpu import CpuFsdpTrainer
 from processes import in_processes
 from safetensors.torch import load_file
 from test_training_equivalence import FSDP2
-from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp import FSDPModule, MixedPrecision
 from toy import SQUARE, WIDE, toy_config, toy_model
 from toy_codes import row
 from toy_decoder import toy_decoder_pipeline
@@ -40,6 +40,7 @@ from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenize
 KINDS = {
     "ddp": ({}, {}),
     "fsdp2": ({"trainer_class": CpuFsdpTrainer}, FSDP2),
+    "compiled": ({"trainer_class": CpuFsdpTrainer, "torch_compile_backend": "aot_eager"}, FSDP2),
     "zero2": ({"stage": 2}, {"DS_ACCELERATOR": "cpu"}),
     "zero3": ({"stage": 3}, {"DS_ACCELERATOR": "cpu"}),
 }
@@ -98,9 +99,11 @@ def deepspeed_config(stage: int, *, bf16: bool) -> dict:
     }
 
 
-def train_a_step(folder: Path, *, bf16: bool, trainer_class=NextFlowTrainer, stage: int | None = None) -> dict:
+def train_a_step(
+    folder: Path, *, bf16: bool, trainer_class=NextFlowTrainer, stage: int | None = None, **options
+) -> dict:
     """What a process saw in a step of plain gradient descent, the losses, and the gradients."""
-    options = {} if stage is None else {"deepspeed": deepspeed_config(stage, bf16=bf16)}
+    options |= {} if stage is None else {"deepspeed": deepspeed_config(stage, bf16=bf16)}
     args = NextFlowTrainingArguments(
         output_dir=str(folder / "run"), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1,
         max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, bf16=bf16,
@@ -117,6 +120,8 @@ def train_a_step(folder: Path, *, bf16: bool, trainer_class=NextFlowTrainer, sta
     seen = {}
     record(seen)
     trainer.train()
+    parts = (model.lm_head, model.model.embed_tokens, *model.model.layers)
+    assert {isinstance(part, FSDPModule) for part in parts} == {trainer.is_fsdp_enabled}  # each gathered by itself
     seen["weights"] = {name: whole(p, stage) for name, p in trainer.accelerator.unwrap_model(model).named_parameters()}
     seen["logs"] = trainer.state.log_history[0]
     buffer = io.BytesIO()  # not tensors: those are shared with a process that is gone then
@@ -146,7 +151,7 @@ def under_ddp(folder) -> Callable[[bool], list[dict]]:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "kind", ["fsdp2", pytest.param("zero2", marks=no_deepspeed), pytest.param("zero3", marks=no_deepspeed)]
+    "kind", ["fsdp2", "compiled", pytest.param("zero2", marks=no_deepspeed), pytest.param("zero3", marks=no_deepspeed)]
 )
 def test_packed_documents_are_the_same_as_under_ddp(kind, bf16, folder, under_ddp):
     expected, got = under_ddp(bf16), train_in_two_processes(folder, kind, bf16)

@@ -20,6 +20,8 @@ def test_memory_of_the_7b():
     assert memory.gradients == 4 * memory.parameters and memory.optimizer == 8 * memory.parameters
     assert not memory.fits(80)
     assert memory.checkpoints == 28 * 8192 * 3584 * 2
+    selective = training_memory(config, dtype="float32", tokens=8192, selective=True)
+    assert selective.checkpoints - memory.checkpoints == 28 * 8192 * 2 * (4 * 3584 + 2 * 512)
     half = training_memory(config, optim="paged_adamw_8bit")
     assert half.weights == half.gradients == 2 * memory.parameters
     embeddings = 184834 * 3584 + 32768 * 40 + 18 * 3584

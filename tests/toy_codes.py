@@ -1,12 +1,14 @@
 """Rows of tokens and codes in memory, and folders of them as training finds them."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from toy import BOI, EOS, SQUARE, WIDE, grids_tensor, image_tokens, random_codes
 
-from nextflow_hf.training.data.extraction import extract_codes
+from nextflow_hf.training.data.extraction import ExtractionSettings, extract_rows, load_codes
 
 
 TASKS = ("text_to_image", "edit", "text", "image_to_text", "interleaved")
@@ -54,6 +56,29 @@ def toy_messages(task: str, index: int) -> dict:
     }[task]
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return {"messages": messages, "images": pictures[:count]}
+
+
+@dataclass
+class NumberedRows(Sequence):
+    """The rows `get_row(0)` to `get_row(count - 1)`, made when they are read."""
+
+    get_row: Callable[[int], dict]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        return self.get_row(index)
+
+
+def extract_codes(
+    get_row: Callable[[int], dict], count: int, folder: Path, *, processor, vision_tokenizer, **settings
+):
+    """[`extract_rows`] of these rows, loaded."""
+    rows, parts = NumberedRows(get_row, count), {"processor": processor, "vision_tokenizer": vision_tokenizer}
+    extract_rows(rows, folder, **parts, settings=ExtractionSettings(**settings))
+    return load_codes(folder)
 
 
 def extract_toy_codes(

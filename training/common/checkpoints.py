@@ -8,7 +8,7 @@ nothing resumes from; the finished checkpoint is then flushed to the disk and mo
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,73 +29,13 @@ STAGING_FOLDER = "unfinished-checkpoint"
 STATE_FILE = "trainer_state.json"
 
 
-class StagedCheckpoint:
-    """
-    Context in which `trainer` writes its checkpoint into `folder`; at its end the checkpoint is moved to `run_dir`.
-
-    Args:
-        trainer (`Trainer` with [`StagedCheckpointsMixin`]): All processes of it must come here.
-        run_dir (`str`): Where the checkpoints are.
-    """
-
-    def __init__(self, trainer: "StagedCheckpointsMixin", run_dir: str):
-        self.trainer = trainer
-        self.run_dir = run_dir
-        self.folder = os.path.join(run_dir, STAGING_FOLDER)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-        self.source, self.target = os.path.join(self.folder, name), os.path.join(run_dir, name)
-
-    def __enter__(self) -> "StagedCheckpoint":
-        if self.trainer.args.should_save:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed
-        self.trainer.accelerator.wait_for_everyone()
-        self.trainer._staged_checkpoint = self
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        trainer = self.trainer
-        trainer._staged_checkpoint = None
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # safetensors and torch have their own
-            shutil.rmtree(self.folder, ignore_errors=True)  # what was written may be what fills the disk
-            last = get_last_checkpoint(self.run_dir)
-            raise OSError(
-                f"{self.target} could not be written ({type(error).__name__}: {error}); the disk has "
-                f"{shutil.disk_usage(self.run_dir).free / 1e9:.1f} GB free. "
-                + (f"The last checkpoint, {last}, is complete" if last else "There is no checkpoint before it")
-            ) from error
-        if error is not None:
-            return
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            self._move()
-            rotate_checkpoints(
-                output_dir=self.run_dir,
-                save_total_limit=trainer.args.save_total_limit,
-                best_model_checkpoint=trainer.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        trainer.accelerator.wait_for_everyone()
-
-    def _move(self) -> None:
-        state = self.trainer.state
-        if state.best_global_step == state.global_step:  # `Trainer` named it where it was written
-            state.best_model_checkpoint = self.target
-            state.save_to_json(os.path.join(self.source, STATE_FILE))
-        flush_tree(Path(self.source))
-        if os.path.isdir(self.target):  # of an earlier run that went on from further back
-            os.rename(self.target, os.path.join(self.folder, "replaced"))
-        os.rename(self.source, self.target)
-        flush(Path(self.run_dir))
-        shutil.rmtree(self.folder)
-
-
 class StagedCheckpointsMixin:
     """
-    Before `Trainer` among the bases of a trainer: its checkpoints are written by [`StagedCheckpoint`], a saved model
-    replaces an older one as a whole, and nothing is trained after the last step.
+    Before `Trainer` among the bases of a trainer: its checkpoints are written beside their place and moved there, a
+    saved model replaces an older one as a whole, and nothing is trained after the last step.
     """
 
-    _staged_checkpoint: StagedCheckpoint | None = None
+    _staging_folder: str | None = None  # while a checkpoint is written
 
     def save_own_state(self, folder: str) -> None:
         """What a subclass has to keep besides what `Trainer` does; every process comes here, the folder exists."""
@@ -113,14 +53,57 @@ class StagedCheckpointsMixin:
             write_file(Path(self.args.output_dir, STATE_FILE), self.state.save_to_json)
 
     def _get_output_dir(self, trial) -> str:
-        # While a checkpoint is written this is where `Trainer` puts it.
-        return super()._get_output_dir(trial) if self._staged_checkpoint is None else self._staged_checkpoint.folder
+        return self._staging_folder or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        with StagedCheckpoint(self, super()._get_output_dir(trial)):
-            os.makedirs(self._staged_checkpoint.source, exist_ok=True)
-            self.save_own_state(self._staged_checkpoint.source)
+        with self._staged(super()._get_output_dir(trial)) as folder:
+            os.makedirs(folder, exist_ok=True)
+            self.save_own_state(folder)
             super()._save_checkpoint(model, trial)
+
+    @contextmanager
+    def _staged(self, run_dir: str) -> Iterator[str]:
+        """The folder that the checkpoint of this step is written into, and is moved from to its place at the end."""
+        staging, wait = os.path.join(run_dir, STAGING_FOLDER), self.accelerator.wait_for_everyone
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        source, target = os.path.join(staging, name), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        wait()
+        self._staging_folder = staging
+        try:
+            yield source
+        except (OSError, RuntimeError, SafetensorError) as error:  # safetensors and torch have their own
+            shutil.rmtree(staging, ignore_errors=True)  # what was written may be what fills the disk
+            last = get_last_checkpoint(run_dir)
+            raise OSError(
+                f"{target} could not be written ({type(error).__name__}: {error}); the disk has "
+                f"{shutil.disk_usage(run_dir).free / 1e9:.1f} GB free. "
+                + (f"The last checkpoint, {last}, is complete" if last else "There is no checkpoint before it")
+            ) from error
+        finally:
+            self._staging_folder = None
+        wait()
+        if self.args.should_save:
+            self._move_checkpoint(source, target)
+            shutil.rmtree(staging)
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        wait()
+
+    def _move_checkpoint(self, source: str, target: str) -> None:
+        if self.state.best_global_step == self.state.global_step:  # `Trainer` named it where it was written
+            self.state.best_model_checkpoint = target
+            self.state.save_to_json(os.path.join(source, STATE_FILE))
+        flush_tree(Path(source))
+        if os.path.isdir(target):  # of an earlier run that went on from further back
+            os.rename(target, os.path.join(os.path.dirname(source), "replaced"))
+        os.rename(source, target)
+        flush(Path(target).parent)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # `Trainer` looks whether it has to stop after a step, also where the checkpoint is that of the last one.
@@ -214,7 +197,6 @@ class _StopOnSignal(TrainerCallback):
 
 
 __all__ = [
-    "StagedCheckpoint",
     "StagedCheckpointsMixin",
     "is_finished",
     "last_checkpoint",

@@ -26,7 +26,6 @@ from .recipe import Recipe, check_recipe, parse_recipe, source_of
 logger = logging.get_logger(__name__)
 
 RUN_FILE = "run.yaml"
-MODES = ("auto", "resume", "fresh")
 
 
 @dataclass
@@ -155,4 +154,4 @@ def write_run(folder: Path, kind: str, recipe: Recipe, *, model: str | None, com
     write_text(folder / RUN_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-__all__ = ["MODES", "RUN_FILE", "BatchArguments", "begin", "describe_batch", "resolve", "world_size", "write_run"]
+__all__ = ["RUN_FILE", "BatchArguments", "begin", "describe_batch", "resolve", "world_size", "write_run"]

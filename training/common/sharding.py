@@ -77,23 +77,16 @@ def _is_any_busy(device: torch.device, is_busy: bool) -> bool | None:
     return None if is_busy else bool(count)  # a busy process does not wait for the answer
 
 
-def unsharded_class(model: torch.nn.Module) -> type:
-    """The class of a model before FSDP2 derived its own from it."""
-    wrapped = type(model)
-    if not issubclass(wrapped, FSDPModule):
-        return wrapped
-    return next(parent for parent in wrapped.__bases__ if not issubclass(parent, FSDPModule))
-
-
 @contextmanager
 def class_of_user(model: torch.nn.Module) -> Iterator[None]:
-    """The model under its own class while it is saved, which writes the class's name and file."""
+    """The model under its own class while it is saved, which writes the class's name and file, not that of FSDP2."""
     wrapped = type(model)
-    model.__class__ = unsharded_class(model)
+    if issubclass(wrapped, FSDPModule):
+        model.__class__ = next(parent for parent in wrapped.__bases__ if not issubclass(parent, FSDPModule))
     try:
         yield
     finally:
         model.__class__ = wrapped
 
 
-__all__ = ["call_sharded", "class_of_user", "unsharded_class"]
+__all__ = ["call_sharded", "class_of_user"]

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from datasets import Dataset as CodesDataset
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from .images import pad_images
 from .messages import caption_of, open_image
 
 
@@ -14,7 +16,7 @@ class NextFlowDecoderDataset(Dataset):
     The last image of every row: what the transformer samples, with the codes that it is trained on.
 
     Args:
-        codes (`datasets.Dataset`): The shards of [`~training.data.extraction.extract_codes`]. Rows of text alone are
+        codes (`datasets.Dataset`): The shards of [`extract_rows`]. Rows of text alone are
             left out.
         get_row (`Callable`):
             `get_row(source, row_id)` is the row with "messages" and "images" that the codes were extracted from:
@@ -71,16 +73,10 @@ class NextFlowDecoderCollator:
             images.append(pixels)
             schedules.append(grids)
             image_codes.append(row["image_codes"][: int(grids.prod(-1).sum())])
-        size = [max(image.shape[axis] for image in images) for axis in (1, 2)]
-        pixel_values = torch.zeros(len(rows), 3, *size)
-        image_grids = torch.zeros(len(rows), max(map(len, schedules)), 2, dtype=torch.long)
-        for index, (image, grids) in enumerate(zip(images, schedules, strict=True)):
-            pixel_values[index, :, : image.shape[1], : image.shape[2]] = image
-            image_grids[index, : len(grids)] = grids
         return {
-            "pixel_values": pixel_values,
+            "pixel_values": pad_images(images),
             "image_codes": torch.cat(image_codes),
-            "image_grids": image_grids,
+            "image_grids": pad_sequence(schedules, batch_first=True),
             "captions": [row["caption"] for row in rows],
         }
 

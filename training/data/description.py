@@ -20,8 +20,9 @@ from typing import Any
 import datasets
 import torch
 from datasets import Dataset, Features, IterableDataset, List
-from transformers.utils import PROCESSOR_NAME, cached_file, logging
+from transformers.utils import logging
 
+from ...conversion.assemble import load_processor, load_vision_tokenizer
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_loading_nextflow import MAX_PIXELS
 from ...processing.processing_nextflow import NextFlowProcessor
@@ -46,8 +47,7 @@ class ModelArguments:
 
     Args:
         model (`str`, *optional*):
-            Folder or Hub id with the processor, at its root or in `processor/`, and, in `vision_tokenizer/`, its
-            tokenizer: what the exporter writes, and what the pipeline's `save_pretrained` writes.
+            Folder or Hub id of a pipeline: its processor (at the root or in `processor/`) and vision tokenizer.
         vision_tokenizer, processor (`str`, *optional*): Folders or Hub ids in the place of those of `model`.
         revision (`str`, *optional*): Of `model`, `vision_tokenizer` and `processor` on the Hub.
         output_dir (`str`, *optional*): Folder of the shards.
@@ -75,19 +75,14 @@ class ModelArguments:
 
     def load_processor(self) -> NextFlowProcessor:
         """The processor that encodes rows."""
-        source = self._require("processor")
-        at_root = cached_file(source, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **self._revision)
-        where = {} if self.processor or at_root else {"subfolder": "processor"}
-        return NextFlowProcessor.from_pretrained(source, **where, **self._revision)
+        return load_processor(self._require("processor"), **self._revision)
 
     def load_vision_tokenizer(self, **options: Any) -> NextFlowVisionTokenizer:
         """The vision tokenizer that encodes images, in `dtype`."""
-        source = self._require("vision_tokenizer")
         sampling = ("self_correction_top_k", "self_correction_ratio")
-        options |= {name: getattr(self, name) for name in sampling if getattr(self, name) is not None}
-        where = {} if self.vision_tokenizer else {"subfolder": "vision_tokenizer"}
-        options = {"dtype": getattr(torch, self.dtype), **where, **self._revision, **options}
-        return NextFlowVisionTokenizer.from_pretrained(source, **options).eval()
+        sampling = {name: getattr(self, name) for name in sampling if getattr(self, name) is not None}
+        options = {"dtype": getattr(torch, self.dtype), **self._revision, **sampling, **options}
+        return load_vision_tokenizer(self._require("vision_tokenizer"), **options)
 
     @property
     def _revision(self) -> dict[str, str]:

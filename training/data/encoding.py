@@ -18,6 +18,7 @@ import torch
 from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.processing_nextflow import NextFlowProcessor
+from .images import pad_images
 from .messages import MEND, BadRowError, bad_row_reason, check_on_bad_row, drop_condition, open_image
 from .mixture import PURPOSES
 
@@ -252,7 +253,7 @@ class RowEncoder:
             # One generator an image: its codes then depend on no other row.
             generators = [torch.Generator(device).manual_seed(int(image["rng"].integers(2**63))) for image in members]
             encoded = self.vision_tokenizer.encode(
-                _pad_images([image["pixels"] for image in members]).to(device, self.vision_tokenizer.dtype),
+                pad_images([image["pixels"] for image in members]).to(device, self.vision_tokenizer.dtype),
                 grids.to(device),
                 **({"self_correction": True, "generator": generators} if corrected else {}),
             )
@@ -269,14 +270,6 @@ class RowEncoder:
 
     def _rng(self, item: _Item, *stream: int) -> np.random.Generator:
         return np.random.default_rng((self.settings.seed, *stream, item.number))
-
-
-def _pad_images(images: list[torch.Tensor]) -> torch.Tensor:
-    """Images (3, height, width) in the top-left corners of one batch."""
-    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
-    return torch.stack(
-        [torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
-    )
 
 
 __all__ = ["ExtractionSettings", "RowEncoder"]

@@ -15,7 +15,6 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,75 +81,29 @@ def extract_rows(
         "num_rows": None if is_stream else len(rows),
         "data": data,
     }
-    origin = {
-        "vision_tokenizer": vision_tokenizer.config._name_or_path,
-        "revision": getattr(vision_tokenizer.config, "_commit_hash", None),  # set by the loading from the Hub alone
-    }
-    check_manifest(output_dir, manifest, origin)
+    check_manifest(output_dir, manifest, vision_tokenizer)
     if (output_dir / INDEX).exists():
         return num_rows_of(output_dir)
-    encoder = RowEncoder(processor, vision_tokenizer, settings)
-    state = PartialState()
+    encoder, state, num_shards = RowEncoder(processor, vision_tokenizer, settings), PartialState(), 0
 
     def is_mine(shard: int) -> bool:
         return shard % state.num_processes == state.process_index and not shard_exists(output_dir, shard)
 
     read = _read_stream if is_stream else _read_by_number
-    shards = read(rows, settings.rows_per_shard, is_mine)
-    num_shards = 0
     progress = tqdm(desc="rows", unit="row", disable=not state.is_local_main_process)
-    for shard, numbered_rows in shards:
+    for shard, numbered_rows in read(rows, settings.rows_per_shard, is_mine):
         num_shards = shard + 1
         if numbered_rows is not None:
-            good, bad, num_read = [], [], 0
+            good, bad = [], []
             for encoded, left_out in encoder(numbered_rows):
                 good += encoded
                 bad += left_out
-                num_read += len(encoded) + len(left_out)
                 progress.update(len(encoded) + len(left_out))
             if bad:
-                logger.warning(f"shard {shard}: {len(bad)} of {num_read} rows left out, the first: {bad[0]}")
-            write_shard(output_dir, shard, good, num_read=num_read, bad_rows=bad)
+                logger.warning(f"shard {shard}: {len(bad)} of {len(good + bad)} rows left out, the first: {bad[0]}")
+            write_shard(output_dir, shard, good, bad)
     finish(output_dir, num_shards)
     return num_rows_of(output_dir)
-
-
-def extract_codes(
-    get_row: Callable[[int], dict],
-    num_rows: int,
-    output_dir: str | os.PathLike,
-    *,
-    processor: NextFlowProcessor,
-    vision_tokenizer: NextFlowVisionTokenizer,
-    data: dict[str, Any] | None = None,
-    **settings,
-) -> Dataset:
-    """
-    [`extract_rows`] of the rows `get_row(0)` to `get_row(num_rows - 1)`, waited for and loaded. `settings` are those
-    of [`ExtractionSettings`].
-    """
-    extract_rows(
-        _NumberedRows(get_row, num_rows),
-        output_dir,
-        processor=processor,
-        vision_tokenizer=vision_tokenizer,
-        settings=ExtractionSettings(**settings),
-        data=data,
-    )
-    PartialState().wait_for_everyone()
-    return load_codes(output_dir)
-
-
-@dataclass
-class _NumberedRows(Sequence):
-    get_row: Callable[[int], dict]
-    num_rows: int
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, index: int) -> dict:
-        return self.get_row(index)
 
 
 NumberedRows = Iterator[tuple[int, dict]]
@@ -197,4 +150,4 @@ def _until_it_breaks(rows: IterableDataset) -> Iterator[dict]:
         raise BadRowError(f"the stream breaks off after {number + 1} rows: {bad_row_reason(error)}") from error
 
 
-__all__ = ["ExtractionSettings", "extract_codes", "extract_rows", "load_codes"]
+__all__ = ["ExtractionSettings", "extract_rows", "load_codes"]

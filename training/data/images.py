@@ -4,13 +4,16 @@ A row that cannot be read, adapted or decoded is skipped and counted, or raised,
 is a function of (seed, epoch, index), whatever the workers.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ...processing.image_loading_nextflow import MAX_PIXELS
@@ -61,9 +64,10 @@ class ImageRows(Dataset):
 
     def select(self, count: int) -> "ImageRows":
         """The first `count` of them."""
-        options = {"on_bad_row": self.on_bad_row, "allow_private_addresses": self.allow_private_addresses}
-        rows = self.rows.select(range(min(count, len(self))))
-        return ImageRows(rows, max_pixels=self.max_pixels, **options)
+        first = copy.copy(self)
+        first.rows = self.rows.select(range(min(count, len(self))))
+        first.is_bad = self.is_bad[: len(first.rows)]
+        return first
 
     def set_epoch(self, epoch: int) -> None:
         """The loader calls it."""
@@ -184,17 +188,19 @@ class NextFlowVisionTokenizerCollator:
         if self.image_processor is not None:
             batch = self.image_processor([item["image"] for item in items], return_tensors="pt")
             return {name: batch[name] for name in ("pixel_values", "image_grids")}
-        pixels = [torch.as_tensor(item["pixel_values"]) for item in items]
-        grids = [torch.as_tensor(item["image_grids"]) for item in items]
-        height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
-        # Plainly contiguous: in channels-last layout GroupNorm's bf16 backward is thirty times slower on a CPU.
-        pixel_values = torch.zeros(len(items), 3, height, width)
-        image_grids = torch.zeros(len(items), max(len(rows) for rows in grids), 2, dtype=torch.long)
-        for index, (image, rows) in enumerate(zip(pixels, grids, strict=True)):
-            pixel_values[index, :, : image.shape[1], : image.shape[2]] = image
-            image_grids[index, : len(rows)] = rows
         names = {"row_ids": [item["row_id"] for item in items]} if "row_id" in items[0] else {}
-        return {"pixel_values": pixel_values, "image_grids": image_grids, **names}
+        return {
+            "pixel_values": pad_images([torch.as_tensor(item["pixel_values"]) for item in items]),
+            "image_grids": pad_sequence([torch.as_tensor(item["image_grids"]) for item in items], batch_first=True),
+            **names,
+        }
+
+
+def pad_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Images (3, height, width) in the top-left corners of one batch (n, 3, height, width), zeros elsewhere."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    # Plainly contiguous: in channels-last layout GroupNorm's bf16 backward is thirty times slower on a CPU.
+    return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
 
 
 def pixels_from_uint8(image: np.ndarray) -> torch.Tensor:
@@ -203,4 +209,4 @@ def pixels_from_uint8(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
 
-__all__ = ["ImageRows", "NextFlowImageDataset", "NextFlowVisionTokenizerCollator", "pixels_from_uint8"]
+__all__ = ["ImageRows", "NextFlowImageDataset", "NextFlowVisionTokenizerCollator", "pad_images", "pixels_from_uint8"]

@@ -29,14 +29,6 @@ class Packs(Sequence):
         self.starts = np.cumsum(sizes) - sizes
         self.order = np.arange(len(sizes)) if order is None else order
 
-    @classmethod
-    def of(cls, packs: Sequence[Sequence[int]]) -> "Packs":
-        """Packs that are lists."""
-        if isinstance(packs, Packs):
-            return packs
-        documents = np.concatenate([np.asarray(pack, dtype=np.int64) for pack in packs])
-        return cls(documents, np.array([len(pack) for pack in packs]))
-
     def __len__(self) -> int:
         return len(self.order)
 
@@ -174,18 +166,15 @@ class PackingReport:
     @classmethod
     def of(
         cls,
-        packs: Sequence[Sequence[int]],
+        packs: Packs,
         lengths: Sequence[int],
         flops: Sequence[float],
         *,
         num_ranks: int = 1,
-        padded_length: int | None = None,
     ) -> "PackingReport":
-        """`padded_length` is what every pack is padded to, if it is."""
-        packs = Packs.of(packs)
-        tokens, work = packs.sums(lengths), packs.sums(flops)
-        padding = 0 * tokens if padded_length is None else padded_length - tokens
-        return cls._of_work(len(packs.documents), tokens, padding, work, num_ranks)
+        """Of documents of these lengths and FLOPs."""
+        tokens = packs.sums(lengths)
+        return cls._of_work(len(packs.documents), tokens, 0 * tokens, packs.sums(flops), num_ranks)
 
     @classmethod
     def of_padding(

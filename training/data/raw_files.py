@@ -25,6 +25,11 @@ from .messages import BadRowError
 
 
 ERROR = "__error__"
+# Format -> pattern of its files below a folder; None where a whole folder is read.
+FORMATS = {
+    "parquet": "*.parquet", "webdataset": "*.tar", "json": "*.json*", "csv": "*.csv", "text": "*.txt",
+    "arrow": None, "imagefolder": None, "captioned_folder": None, "disk": None,
+}  # fmt: skip
 # A character for each byte: whether a line is UTF-8 is found out line by line.
 _BYTES = "latin-1"
 _LOOKED_AT = 100  # rows whose names are the columns of a file of JSON
@@ -40,7 +45,44 @@ class RawRows:
     names: list[str]
 
 
-def open_json_lines(files: str, split: str, streaming: bool) -> RawRows:
+def open_raw_rows(
+    path: str,
+    format: str | None,
+    *,
+    name: str | None,
+    split: str,
+    revision: str | None,
+    streaming: bool,
+    options: dict[str, Any],
+) -> RawRows:
+    """The rows of a source, by the library that knows its format. Arguments are those of [`DataSource`]."""
+    path, how = os.path.expanduser(path), {"split": split, "streaming": streaming}
+    format = format or _guess_format(Path(path))
+    if format == "captioned_folder":
+        return _open_captioned_folder(Path(path))
+    pattern = FORMATS.get(format)
+    files = os.path.join(glob.escape(path), "**", pattern) if pattern and os.path.isdir(path) else path
+    if format == "webdataset":
+        return _open_tar_files(files, options, **how)
+    if format == "text":
+        rows = _open_text({split: files}, **how, **options)
+        return RawRows(rows, dict if "encoding" in options else _text, ["text"])  # UTF-8 unless they say another
+    if format == "json" and not options and _is_json_lines(files):
+        return _open_json_lines(files, **how)
+    if format == "disk":
+        rows = datasets.load_from_disk(path)
+        rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+        rows = rows.to_iterable_dataset() if streaming else rows
+    elif format is None:
+        rows = datasets.load_dataset(path, name, revision=revision, **how, **options)
+    elif format == "imagefolder":
+        rows = datasets.load_dataset(format, data_dir=path, **how, **options)
+    else:
+        rows = datasets.load_dataset(format, data_files={split: files}, **how, **options)
+    return RawRows(rows, dict, rows.column_names or list(next(iter(rows.take(1)), ())))
+
+
+def _open_json_lines(files: str, split: str, streaming: bool) -> RawRows:
     """Files of one JSON object a line."""
     rows = _open_text({split: files}, split=split, streaming=streaming)
     rows = rows.filter(lambda lines: [bool(line.strip()) for line in lines], input_columns="text", batched=True)
@@ -53,7 +95,7 @@ def open_json_lines(files: str, split: str, streaming: bool) -> RawRows:
     return RawRows(rows, _json_object, list(names))
 
 
-def is_json_lines(files: str) -> bool:
+def _is_json_lines(files: str) -> bool:
     """Whether the first file is of one object a line, and not one list of objects."""
     for file in fsspec.open_files(files, "rb", compression="infer")[:1]:
         with file as opened:
@@ -61,13 +103,7 @@ def is_json_lines(files: str) -> bool:
     return False
 
 
-def open_text(files: str, split: str, streaming: bool, options: dict[str, Any]) -> RawRows:
-    """Files of texts, in UTF-8 unless the options name another encoding."""
-    rows = _open_text({split: files}, split=split, streaming=streaming, **options)
-    return RawRows(rows, dict if "encoding" in options else _text, ["text"])
-
-
-def open_tar_files(files: str, split: str, streaming: bool, options: dict[str, Any]) -> RawRows:
+def _open_tar_files(files: str, options: dict[str, Any], split: str, streaming: bool) -> RawRows:
     """Files of webdataset."""
     builder = _TarFiles(data_files={split: files}, hash="1", **options)
     if streaming:
@@ -78,7 +114,7 @@ def open_tar_files(files: str, split: str, streaming: bool, options: dict[str, A
     return RawRows(rows, _members, [name for name in rows.column_names if name != ERROR])
 
 
-def open_captioned_folder(folder: Path) -> RawRows:
+def _open_captioned_folder(folder: Path) -> RawRows:
     """Images below `folder` with the text of the `.txt` beside each; None where there is no such file."""
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS)
     if not images:
@@ -92,18 +128,13 @@ def open_captioned_folder(folder: Path) -> RawRows:
     return RawRows(Dataset.from_dict(columns, features=features), _caption, list(columns))
 
 
-def guess_format(folder: Path) -> str | None:
+def _guess_format(folder: Path) -> str | None:
     """The format of a folder that `datasets` would not tell, or would take for another one."""
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "disk"
     first = next((path for path in sorted(folder.glob("*")) if path.suffix.lower() in _EXTENSIONS), None)
     first = first or next((path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS), None)
     return "captioned_folder" if first is not None and first.with_suffix(".txt").is_file() else None
-
-
-def files_of(path: str, pattern: str) -> str:
-    """`path`, or the files below it where it is a folder."""
-    return os.path.join(glob.escape(path), "**", pattern) if os.path.isdir(path) else path
 
 
 def _open_text(files: dict[str, str], **options: Any) -> Dataset | IterableDataset:
@@ -161,14 +192,4 @@ class _TarFiles(WebDataset):
         return splits
 
 
-__all__ = [
-    "ERROR",
-    "RawRows",
-    "files_of",
-    "guess_format",
-    "is_json_lines",
-    "open_captioned_folder",
-    "open_json_lines",
-    "open_tar_files",
-    "open_text",
-]
+__all__ = ["ERROR", "FORMATS", "RawRows", "open_raw_rows"]

@@ -83,14 +83,16 @@ def describe_processor(processor: NextFlowProcessor) -> dict[str, Any]:
     }
 
 
-def check_manifest(folder: Path, manifest: dict[str, Any], origin: dict[str, Any]) -> None:
+def check_manifest(folder: Path, manifest: dict[str, Any], vision_tokenizer: NextFlowVisionTokenizer) -> None:
     """
-    Write the manifest of a new folder, or `ValueError` where the folder was begun with another one. `origin` is
-    written for the reader and not compared: where things were loaded from.
+    Write the manifest of a new folder, or `ValueError` where the folder was begun with another one. Where the vision
+    tokenizer was loaded from is written for the reader, and not compared.
     """
-    path = folder / MANIFEST
+    path, config = folder / MANIFEST, vision_tokenizer.config
     manifest = json.loads(json.dumps(manifest))
     if not path.exists():
+        revision = getattr(config, "_commit_hash", None)  # set by the loading from the Hub alone
+        origin = {"vision_tokenizer": config._name_or_path, "revision": revision}
         write_json(path, {**manifest, "origin": origin})
         return
     found = json.loads(path.read_text())
@@ -114,12 +116,13 @@ def shard_exists(folder: Path, shard: int) -> bool:
     return shard_path(folder, shard).with_suffix(".json").exists()
 
 
-def write_shard(folder: Path, shard: int, rows: list[dict], *, num_read: int, bad_rows: list[dict]) -> None:
-    """A shard of the `num_read` rows that were read for it, less those that are bad."""
+def write_shard(folder: Path, shard: int, rows: list[dict], bad_rows: list[dict]) -> None:
+    """A shard of the rows that were read for it, less those that are bad."""
     path = shard_path(folder, shard)
     table = pa.Table.from_pylist(rows, schema=SHARD_FEATURES.arrow_schema)
     write_file(path, lambda temporary: pq.write_table(table, temporary))
-    entry = {"file": path.name, "sha256": checksum(path), "num_rows": len(rows), "num_read": num_read}
+    entry = {"file": path.name, "sha256": checksum(path), "num_rows": len(rows)}
+    entry["num_read"] = len(rows) + len(bad_rows)
     write_json(path.with_suffix(".json"), {**entry, "bad_rows": bad_rows})
 
 

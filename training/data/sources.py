@@ -7,9 +7,8 @@ or copied here: an image is the path or the bytes that its file has. Knows nothi
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,17 +18,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from .messages import bad_row_reason
-from .raw_files import (
-    ERROR,
-    RawRows,
-    files_of,
-    guess_format,
-    is_json_lines,
-    open_captioned_folder,
-    open_json_lines,
-    open_tar_files,
-    open_text,
-)
+from .raw_files import ERROR, FORMATS, open_raw_rows
 from .tasks import TASKS
 
 
@@ -49,8 +38,6 @@ ROW_FEATURES = Features(
         "error": Value("string"),
     }
 )
-_FILES = {"parquet": "*.parquet", "webdataset": "*.tar", "json": "*.json*", "csv": "*.csv", "text": "*.txt"}
-_FORMATS = (*_FILES, "arrow", "imagefolder", "captioned_folder", "disk")
 _ID_NAMES = ("id", "__key__")
 _CAPTION_PROMPTS = (
     "Describe this image.",
@@ -120,8 +107,8 @@ class DataSource:
         self.label = self.label or self.path
         if self.task not in TASKS:
             raise ValueError(f"source {self.label}: task is {self.task!r}, expected one of {list(TASKS)}")
-        if self.format is not None and self.format not in _FORMATS:
-            raise ValueError(f"source {self.label}: format is {self.format!r}, expected one of {list(_FORMATS)}")
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"source {self.label}: format is {self.format!r}, expected one of {list(FORMATS)}")
         if not self.weight > 0:
             raise ValueError(f"source {self.label}: weight is {self.weight}, expected more than 0")
         for name in ("inversion_rate", "eval_fraction"):
@@ -155,7 +142,8 @@ class OpenSource:
         self.source, self.number, self.seed = source, number, seed
         self.task, self.label = TASKS[source.task], source.label
         try:
-            opened = _open(source)
+            names = ("path", "format", "name", "split", "revision", "streaming", "options")
+            opened = open_raw_rows(**{name: getattr(source, name) for name in names})
         except (DatasetGenerationError, pa.ArrowException) as error:  # names neither the source nor the cause
             raise ValueError(f"source {source.label} cannot be read: {error.__cause__ or error}") from error
         self.streaming, self.decode = isinstance(opened.rows, IterableDataset), opened.decode
@@ -279,36 +267,6 @@ def _lookup(values: dict[str, Any], column: str) -> Any:
     for name in column.split("."):
         values = values.get(name) if isinstance(values, dict) else None
     return values
-
-
-def _open(source: DataSource) -> RawRows:
-    """The raw rows, by the library that knows the format."""
-    path, split, streaming = os.path.expanduser(source.path), source.split, source.streaming
-    source = replace(source, format=source.format or guess_format(Path(path)))
-    if source.format == "captioned_folder":
-        return open_captioned_folder(Path(path))
-    files = files_of(path, _FILES[source.format]) if source.format in _FILES else path
-    if source.format == "webdataset":
-        return open_tar_files(files, split, streaming, source.options)
-    if source.format == "text":
-        return open_text(files, split, streaming, source.options)
-    if source.format == "json" and not source.options and is_json_lines(files):
-        return open_json_lines(files, split, streaming)
-    rows = _load(source, path, files)
-    return RawRows(rows, dict, rows.column_names or list(next(iter(rows.take(1)), ())))
-
-
-def _load(source: DataSource, path: str, files: str) -> Dataset | IterableDataset:
-    if source.format == "disk":
-        rows = datasets.load_from_disk(path)
-        rows = rows[source.split] if isinstance(rows, datasets.DatasetDict) else rows
-        return rows.to_iterable_dataset() if source.streaming else rows
-    options = {"split": source.split, "streaming": source.streaming, **source.options}
-    if source.format is None:
-        return datasets.load_dataset(path, source.name, revision=source.revision, **options)
-    if source.format == "imagefolder":
-        return datasets.load_dataset("imagefolder", data_dir=path, **options)
-    return datasets.load_dataset(source.format, data_files={source.split: files}, **options)
 
 
 def _undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:

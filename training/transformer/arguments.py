@@ -82,7 +82,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """
-    What it is trained on: folders of rows of tokens and codes, as `extract_codes` writes them.
+    What it is trained on: folders of rows of tokens and codes, as `nextflow-hf extract` writes them.
 
     Args:
         train_codes (`list[str]`): The folders.
@@ -97,11 +97,13 @@ class DataArguments:
         pack_max_length, pack_max_flops (`int`, `float`, *optional*):
             Limits of a pack, in tokens and in FLOPs of its training: with either, a row of a batch is a pack of
             documents that do not see each other, and of as much computation as the others where FLOPs limit it (§4).
-            By default a row is one document, padded to the longest of its batch.
+            By default a row is one document, padded to the longest of its batch. With `max_steps`, more rows than 512
+            windows are packed block by block during the training, epoch after epoch: it starts at once, and `epoch` in
+            the logs is the share of `max_steps`.
         pack_window (`int`, *optional*, defaults to 2048): Documents that are packed among themselves.
         on_long_row (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops before the training at a document that fits into no pack; `"skip"` leaves such out, counted
-            and named.
+            `"raise"` stops at a document that fits into no pack, before the training or before its block; `"skip"`
+            leaves such out, counted and named.
         streaming (`bool`, *optional*, defaults to `False`):
             Read the shards as they come, in an order that is shuffled by files and within `shuffle_buffer` rows, and
             not by number from a copy in the cache of `datasets`: for more rows than that is for. Needs `max_steps`;

@@ -1,13 +1,17 @@
 """How the decoder's layers compute in a training: compiled, and with what is kept for their backward pass."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ...modeling_nextflow.modeling_nextflow import NextFlowModel
+
+
+if TYPE_CHECKING:
+    from .trainer import NextFlowTrainer
 
 
 _PRODUCTS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2}  # the place of the weight among arguments
@@ -15,16 +19,18 @@ _PRODUCTS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2}  # t
 
 class LayersCallback(TrainerCallback):
     """
-    Applies `torch_compile` and `selective_recomputation` to the layers of the decoder when a training begins.
+    Applies `torch_compile` and `selective_recomputation` to the layers of the decoder when a training begins, and
+    starts its clock.
 
     Layer by layer, since around the layers a batch decides shapes and branches: there a compiled model would be
     compiled again and again.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: "NextFlowTrainer"):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.start_clock()
         for layer in find_decoder(self.trainer.model).layers:
             if getattr(args, "selective_recomputation", False):  # `args` may be transformers' own
                 layer._gradient_checkpointing_func = functools.partial(

@@ -19,16 +19,16 @@ from .freezing import set_trainable
 from .model_loading import add_adapter, saved_adapter
 
 
-# Bytes of optimizer state for a parameter of `size` bytes. torch keeps states in the dtype of the weights,
-# bitsandbytes in one byte each, with an fp32 constant for 256 of them.
+# States of an optimizer for each parameter, and the bytes of one; None is the dtype of the weights, as in torch.
+# bitsandbytes has one byte each, with an fp32 constant for 256 of them.
 OPTIMIZERS = {
-    "adamw_torch": lambda size: 2 * size,
-    "adamw_torch_fused": lambda size: 2 * size,
-    "adamw_8bit": lambda size: 2 * (1 + 4 / 256),
-    "paged_adamw_8bit": lambda size: 2 * (1 + 4 / 256),
-    "paged_adamw_32bit": lambda size: 8,
-    "lion_8bit": lambda size: 1 + 4 / 256,
-    "sgd": lambda size: 0,
+    "adamw_torch": (2, None),
+    "adamw_torch_fused": (2, None),
+    "adamw_8bit": (2, 1 + 4 / 256),
+    "paged_adamw_8bit": (2, 1 + 4 / 256),
+    "paged_adamw_32bit": (2, 4),
+    "lion_8bit": (1, 1 + 4 / 256),
+    "sgd": (0, None),
 }
 ADAPTED = ("lora", "qlora")
 TRAINABLE = ("all", "alignment", *ADAPTED)
@@ -46,7 +46,7 @@ class TrainingMemory:
         gradients (`float`): Of the parameters that are trained.
         optimizer (`float`): Its states.
         paged_optimizer (`float`): The part of `optimizer` that moves to the host where the GPU is full.
-        checkpoints (`float`): Inputs of the layers, kept for the backward pass.
+        checkpoints (`float`): Inputs of the layers, and what else is kept of them for the backward pass.
         layer (`float`): What one layer keeps while it is recomputed.
         logits (`float`): Of one chunk of the loss, and its gradient of the head before it is added to the others'.
     """
@@ -90,6 +90,7 @@ def training_memory(
     tokens: int = 16384,
     loss_chunk_size: int = NextFlowForCausalLM.loss_chunk_size,
     lora_r: int = 16,
+    selective: bool = False,
 ) -> TrainingMemory:
     """
     The memory of one step.
@@ -100,6 +101,7 @@ def training_memory(
         dtype (`str`): Of the weights: `"bfloat16"`, or `"float32"` computed in bfloat16 (`bf16: true`).
         tokens (`int`): Of a micro-batch.
         loss_chunk_size (`int`): Tokens whose logits exist at the same time.
+        selective (`bool`): With `selective_recomputation`.
     """
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable is {trainable!r}, expected one of {list(TRAINABLE)}")
@@ -108,54 +110,61 @@ def training_memory(
     size = {"bfloat16": 2, "float32": 4}[dtype]
     with torch.device("meta"):
         model = NextFlowForCausalLM(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    weights = size * parameters
-    if dtype == "float32":  # autocast casts a weight once a step; embeddings are not cast
-        weights += 2 * sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    if trainable == "qlora":
-        # Linear layers of the decoder: half a byte, and an fp32 constant for 64 of them.
-        linear = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
-        weights = size * (parameters - linear) + linear * (0.5 + 4 / 64)
-    trained_size = size
+    parameters, weights = sum(map(torch.numel, model.parameters())), _weight_bytes(model, trainable, size)
+    layer, trained_size = layer_bytes_per_token(config, frozen=trainable != "all"), size
     if trainable in ADAPTED:
         model = add_adapter(model, ModelArguments("meta", use_peft=True, lora_r=lora_r))
         trained_size = 4  # PEFT keeps adapters in fp32
-        weights += sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        weights += 4 * _count(model)
+        layer += adapter_bytes_per_token(config)
     else:
         set_trainable(model, trainable)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    optimizer = trained * OPTIMIZERS[optim](trained_size)
-    if optim in ("adamw_8bit", "paged_adamw_8bit", "lion_8bit"):  # `Trainer` keeps embeddings in 32 bits
-        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        wide = sum(module.weight.numel() for module in embeddings if module.weight.requires_grad)
-        states = 1 if optim == "lion_8bit" else 2
-        optimizer += wide * (4 * states - OPTIMIZERS[optim](trained_size))
-    layer = layer_bytes_per_token(config, frozen=trainable != "all")
-    if trainable in ADAPTED:
-        layer += adapter_bytes_per_token(config)
+    optimizer = _optimizer_bytes(model, optim, trained_size)
     return TrainingMemory(
         parameters=parameters,
-        trained_parameters=trained,
+        trained_parameters=_count(model),
         weights=weights,
-        gradients=trained * trained_size,
+        gradients=_count(model) * trained_size,
         optimizer=optimizer,
         paged_optimizer=optimizer if optim.startswith("paged") else 0,
-        checkpoints=2 * tokens * config.hidden_size * config.num_hidden_layers,
+        checkpoints=tokens * config.num_hidden_layers * kept_bytes_per_token(config, selective=selective),
         layer=tokens * layer,
         logits=min(tokens, loss_chunk_size) * logits_bytes_per_token(config)
         + 2 * config.vocab_size * config.hidden_size * (trainable in ("all", "alignment")),
     )
 
 
-def sampling_bytes(config: NextFlowConfig, images: int, grids: Sequence[tuple[int, int]]) -> float:
-    """What sampling so many images of the schedule `grids` at a time takes beside the weights, with guidance.
+def _count(model: nn.Module) -> int:
+    """Parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    Keys and values of two rows an image; and the logits of the last scale, in bfloat16, in fp32 and guided.
-    """
-    cells = [height * width for height, width in grids]
-    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    logits = (2 * 2 + 2 * 4 + 4) * config.codebook_size
-    return images * (2 * sum(cells) * cache + cells[-1] * logits)
+
+def _weight_bytes(model: NextFlowForCausalLM, trainable: str, size: int) -> float:
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    weights = size * sum(map(torch.numel, model.parameters()))
+    if size == 4:  # autocast casts a weight once a step; embeddings are not cast
+        weights += 2 * linear
+    if trainable == "qlora":
+        # Linear layers of the decoder: half a byte, and an fp32 constant for 64 of them.
+        linear = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
+        weights += linear * (0.5 + 4 / 64 - size - 2 * (size == 4))
+    return weights
+
+
+def _optimizer_bytes(model: nn.Module, optim: str, size: int) -> float:
+    states, width = OPTIMIZERS[optim]
+    width, wide = width or size, 0
+    if "8bit" in optim:  # `Trainer` keeps embeddings in 32 bits
+        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        wide = sum(weight.numel() for weight in embeddings if weight.requires_grad)
+    return states * (width * _count(model) + (4 - width) * wide)
+
+
+def kept_bytes_per_token(config: NextFlowConfig, *, selective: bool = False) -> int:
+    """What a recomputed layer keeps, in bfloat16: its input; with `selective_recomputation` also what attention gives
+    and the products that are no wider than their input: queries, keys, values, and the two into the residual."""
+    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    return 2 * (config.hidden_size + selective * (2 * queries + 2 * keys + 2 * config.hidden_size))
 
 
 def layer_bytes_per_token(config: NextFlowConfig, *, frozen: bool = False) -> int:
@@ -236,4 +245,5 @@ def recipe_memory(
         dtype=dtype,
         tokens=tokens,
         lora_r=model.lora_r,
+        selective=args.selective_recomputation,
     )

@@ -9,7 +9,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ...conversion.assemble import transformer_fields
+from ...conversion.assemble import merge_adapter, transformer_fields
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -49,12 +49,11 @@ def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrained
     )
     if adapter is None:
         return add_adapter(model, args) if args.use_peft else model
-    peft = import_peft()
     if args.use_peft:
         check_adapter(adapter, args)
-        return peft.PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
+        return import_peft().PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
     # A stage that trains all weights starts from those that the adapter made.
-    return peft.PeftModel.from_pretrained(model, args.model_name_or_path).merge_and_unload().requires_grad_(True)
+    return merge_adapter(model, args.model_name_or_path).requires_grad_(True)
 
 
 def check_source(field: str, name_or_path: str | None) -> None:

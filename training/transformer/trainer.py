@@ -62,7 +62,7 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
         # Between logs, and during an evaluation.
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
-        self._flops, self._flops_logged, self._clock = 0.0, 0.0, time.perf_counter()
+        self._flops, self._flops_to_log, self._clock = 0.0, 0.0, 0.0
         self.add_callback(LayersCallback(self))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -201,14 +201,20 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
         return not layers[0].mlp.down_proj.weight.requires_grad
 
     def store_flos(self) -> None:
+        before = self.state.total_flos
         self.current_flos, self._flops = float(self._flops), 0.0
         super().store_flos()
+        self._flops_to_log += self.state.total_flos - before
+
+    def start_clock(self) -> float:
+        """Start anew to count the seconds of the training alone, and return those so far."""
+        begin, self._clock = self._clock, time.perf_counter()
+        return self._clock - begin
 
     def _speed(self) -> dict[str, float]:
         """TFLOP/s of a process since the last log, and the share of what its GPU can do, where that is known."""
-        done, self._flops_logged = self.state.total_flos - self._flops_logged, self.state.total_flos
-        begin, self._clock = self._clock, time.perf_counter()
-        rate, peak = done / (self._clock - begin) / self.args.world_size, peak_flops(self.args.device)
+        rate = self._flops_to_log / self.start_clock() / self.args.world_size
+        self._flops_to_log, peak = 0.0, peak_flops(self.args.device)
         return {"tflops": float(f"{rate / 1e12:.4g}")} | ({} if peak is None else {"mfu": round(rate / peak, 4)})
 
     @contextmanager
