@@ -1,6 +1,5 @@
-"""Several rewards as one, on a common scale, and the check that no failure passes for a number."""
+"""The kinds of callables that are rewards, and the check that no failure passes for a number."""
 
-import asyncio
 import functools
 import inspect
 import math
@@ -72,63 +71,4 @@ def _not_text(value: Any) -> Any:
     return value
 
 
-async def call_reward(reward: Reward, **kwargs: Any) -> list[float | None]:
-    """The checked values of a reward, awaited where it is asynchronous."""
-    values = reward(**kwargs)
-    return check_rewards(
-        reward_name(reward), await values if inspect.isawaitable(values) else values, kwargs["prompts"]
-    )
-
-
-class Scaled:
-    """
-    A reward whose `low` becomes 0 and whose `high` becomes 1; values beyond stay beyond. Asynchronous.
-
-    Args:
-        reward (`Callable`): The reward to put on the common scale.
-        low (`float`): What a useless picture gets.
-        high (`float`): What a picture gets that leaves nothing to wish for.
-    """
-
-    def __init__(self, reward: Reward, *, low: float, high: float):
-        if not high > low:
-            raise ValueError(f"low is {low} and high is {high}, expected low < high")
-        self.reward, self.low, self.high = reward, low, high
-        self.__name__ = reward_name(reward)
-
-    async def __call__(self, **kwargs: Any) -> list[float | None]:
-        values = await call_reward(self.reward, **kwargs)
-        return [None if value is None else (value - self.low) / (self.high - self.low) for value in values]
-
-
-class Combined:
-    """
-    The weighted sum of several rewards as one asynchronous reward; those that are asynchronous run side by side.
-
-    A sample is NaN, and so left out, where any of them fails. Those that do not apply to it (`None`) are left out of
-    its sum; where none applies the sum is `None`. The trainer can weigh several rewards itself; this is for rewards
-    that only make sense together, and for use without a trainer.
-
-    Args:
-        rewards (`list[tuple[Callable, float]]`): Rewards and their weights.
-    """
-
-    def __init__(self, rewards: Sequence[tuple[Reward, float]]):
-        if not rewards:
-            raise ValueError("got no rewards to combine, expected at least one")
-        self.rewards = list(rewards)
-        self.__name__ = "+".join(reward_name(reward) for reward, _ in self.rewards)
-
-    async def __call__(self, *, log_metric: Callable[[str, float], None] | None = None, **kwargs: Any):
-        extra = {} if log_metric is None else {"log_metric": log_metric}
-        columns = await asyncio.gather(*(call_reward(reward, **kwargs, **extra) for reward, _ in self.rewards))
-        for (reward, _), column in zip(self.rewards, columns):
-            known = [value for value in column if value is not None and not math.isnan(value)]
-            if log_metric is not None and known:
-                log_metric(f"rewards/{reward_name(reward)}", sum(known) / len(known))
-        weights = [weight for _, weight in self.rewards]
-        totals = []
-        for row in zip(*columns):
-            terms = [weight * value for weight, value in zip(weights, row) if value is not None]
-            totals.append(sum(terms) if terms else None)
-        return totals
+__all__ = ["check_rewards", "is_async_reward", "one_line", "reward_name"]
