@@ -10,6 +10,7 @@ from toy_decoder import toy_base_model, toy_decoder_pipeline
 from toy_pipeline import toy_processor
 
 from nextflow_hf import NextFlowDiffusionDecoder
+from nextflow_hf.training.common.finite_steps import NotFiniteError
 from nextflow_hf.training.common.recipe import load_recipe, parse_recipe, shipped_recipes
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
 from nextflow_hf.training.data.messages import caption_of
@@ -123,6 +124,16 @@ def test_resumed_training_is_uninterrupted_training(make_trainer, family, option
         torch.testing.assert_close(value, weights[name], msg=name)
     for first, second in zip(whole.ema.shadow_params, again.ema.shadow_params, strict=True):
         torch.testing.assert_close(first, second)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    before = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
+    encode = trainer.pipeline.encode_condition
+    monkeypatch.setattr(trainer.pipeline, "encode_condition", lambda *args: encode(*args) * torch.nan)
+    with pytest.raises(NotFiniteError, match="loss of step 1 is not finite"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.decoder.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "qwen"])

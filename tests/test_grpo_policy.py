@@ -6,7 +6,7 @@ from PIL import Image
 from toy_pipeline import CODES, TEXT_VOCAB, toy_pipeline
 
 from nextflow_hf.training.grpo.policy import add_policy_forward, pad_rows, policy_inputs, policy_row
-from nextflow_hf.training.grpo.rollout import Rollout, conversation_of, draw, encode_rows, think
+from nextflow_hf.training.grpo.rollout import Rollout, conversation_of, encode_rows, sample_codes, sample_thoughts
 
 
 RED = Image.new("RGB", (16, 16), "red")
@@ -26,7 +26,7 @@ def pipeline():
 def rollouts(pipeline):
     torch.manual_seed(0)
     prompts = encode_rows(pipeline, ROWS, guided=True)
-    codes = draw(pipeline, prompts, guidance_scale=2.0, temperature=1.0, top_k=0, top_p=1.0)
+    codes = sample_codes(pipeline, prompts, guidance_scale=2.0, temperature=1.0, top_k=0, top_p=1.0)
     return [Rollout(*parts) for parts in zip(prompts, codes)]
 
 
@@ -90,12 +90,13 @@ def test_text_before_the_picture_is_taught_with_the_prefix(pipeline):
     codes = torch.arange(30) % CODES
     for thoughts in (range(start, start + 3), range(start, start + 2)):  # `<boi>` sampled, or put there
         rollout = Rollout(type(prompt)(opened, prompt.image_grids, prompt.image_codes), codes, thoughts)
-        row = policy_row(rollout, model.config, scales=range(2), alpha=0.0)
+        row = policy_row(rollout, model.config, scales=range(2), alpha=0.0, thinking_weight=0.5)
         taught = row["targets"] >= 0
         expected = [65, 66, boi][: len(thoughts)] + (codes[:5] + TEXT_VOCAB).tolist()
         assert row["targets"][taught].tolist() == expected
         assert row["targets"][start - 1] == 65
-        assert row["loss_weights"][taught].tolist() == pytest.approx([1 / (5 + len(thoughts))] * len(expected))
+        weights = [0.5 / len(thoughts)] * len(thoughts) + [1 / 5] * 5
+        assert row["loss_weights"][taught].tolist() == pytest.approx(weights)
         assert not (row["loss_weights"][~taught]).any()
     # Text competes with text and `<boi>` only.
     add_policy_forward(model, temperature=1.0, chunk_size=100)
@@ -120,7 +121,7 @@ def test_thinking_opens_the_picture(pipeline):
     torch.manual_seed(0)
     config, allowed = pipeline.transformer.config, set(pipeline.transformer.get_text_ids().tolist())
     with torch.no_grad():
-        longer = think(pipeline, prompts, max_tokens=6, temperature=1.0)
+        longer = sample_thoughts(pipeline, prompts, max_tokens=6, temperature=1.0)
     for prompt, (thought, places) in zip(prompts, longer):
         assert torch.equal(thought.input_ids[: places.start], prompt.input_ids[:-1])
         sampled = thought.input_ids[places.start : places.stop].tolist()
@@ -130,7 +131,7 @@ def test_thinking_opens_the_picture(pipeline):
         assert len(thought.input_ids) - places.stop == (sampled[-1] != config.boi_token_id)
     # Cached and padded sampling is the model's own: the likeliest text is that of plain forwards, row by row.
     with torch.no_grad():
-        greedy = think(pipeline, prompts, max_tokens=4, temperature=1e-4)
+        greedy = sample_thoughts(pipeline, prompts, max_tokens=4, temperature=1e-4)
     ids = pipeline.transformer.get_text_ids()
     for prompt, (thought, places) in zip(prompts, greedy):
         tokens = prompt.input_ids[:-1]
@@ -148,19 +149,21 @@ def test_drawing_continues_a_prefix(pipeline, rollouts):
     prompts = [rollout.prompt for rollout in rollouts]
     settings = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     prefixes = [rollout.codes[:14] for rollout in rollouts]
-    first = draw(pipeline, prompts, prefixes=prefixes, **settings)
-    second = draw(pipeline, prompts, prefixes=prefixes, batch_size=2, **settings)
+    first = sample_codes(pipeline, prompts, prefixes=prefixes, **settings)
+    second = sample_codes(pipeline, prompts, prefixes=prefixes, batch_size=2, **settings)
     for rollout, one, other in zip(rollouts, first, second):
         assert torch.equal(one[:14], rollout.codes[:14]) and torch.equal(other[:14], rollout.codes[:14])
         assert len(one) == 30 and not torch.equal(one, other)
-    # The rest is drawn as it would have been: the best codes after the best prefix are the best picture.
-    best = draw(pipeline, prompts, **{**settings, "temperature": 0})
-    continued = draw(pipeline, prompts, prefixes=[codes[:5] for codes in best], **{**settings, "temperature": 0})
+    # The rest is drawn as it would have been: the best codes after the best prefix are the best image.
+    best = sample_codes(pipeline, prompts, **{**settings, "temperature": 0})
+    continued = sample_codes(
+        pipeline, prompts, prefixes=[codes[:5] for codes in best], **{**settings, "temperature": 0}
+    )
     assert all(map(torch.equal, best, continued))
-    stopped = draw(pipeline, prompts, num_scales=2, **{**settings, "temperature": 0})
+    stopped = sample_codes(pipeline, prompts, num_scales=2, **{**settings, "temperature": 0})
     assert all(torch.equal(codes, whole[:5]) for codes, whole in zip(stopped, best))
     with pytest.raises(ValueError, match=r"\(3, 7\).*\[1, 5, 14, 30\]"):
-        draw(pipeline, prompts, prefixes=[rollout.codes[:7] for rollout in rollouts], **settings)
+        sample_codes(pipeline, prompts, prefixes=[rollout.codes[:7] for rollout in rollouts], **settings)
 
 
 def test_rows_and_their_pictures():

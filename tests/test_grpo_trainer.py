@@ -90,7 +90,7 @@ def test_training_raises_the_reward(tmp_path):
 
 
 def policy_log_probs(trainer, model, state, batch, row: int) -> torch.Tensor:
-    """Log-probabilities of the taught codes of a row under the weights `state`, from full logits."""
+    """Log-probabilities of what a row teaches, codes among codes and text among text, from full logits."""
     model.load_state_dict(state)
     length = int(batch["attention_mask"][row].sum())
     with torch.no_grad():
@@ -100,9 +100,19 @@ def policy_log_probs(trainer, model, state, batch, row: int) -> torch.Tensor:
             image_grids=batch["image_grids"][row],
         ).logits[0]
     targets = batch["targets"][row, :length]
-    taught = targets >= 0
-    logps = (logits[taught, TEXT_VOCAB : TEXT_VOCAB + CODES] / trainer.temperature).log_softmax(-1)
-    return logps.gather(1, (targets[taught] - TEXT_VOCAB)[:, None])[:, 0]
+    config = model.config
+    text = {*range(TEXT_VOCAB), config.boi_token_id} - {
+        config.image_token_id,
+        config.pad_token_id,
+        config.eos_token_id,
+    }
+    logps = []
+    for place in (targets >= 0).nonzero()[:, 0].tolist():
+        target = targets[place].item()
+        is_code = TEXT_VOCAB <= target < TEXT_VOCAB + CODES
+        rivals = list(range(TEXT_VOCAB, TEXT_VOCAB + CODES)) if is_code else sorted(text)
+        logps.append((logits[place, rivals] / trainer.temperature).log_softmax(-1)[rivals.index(target)])
+    return torch.stack(logps)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +145,51 @@ def test_loss_is_the_stated_one_off_policy(tmp_path, high, delta, corrects):
     assert any(clipped) and not all(clipped)
     kl = history(trainer, "kl")
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-4
+
+
+def test_thought_and_image_share_one_advantage_and_have_bounds_of_their_own(tmp_path):
+    """The loss of UniGRPO: the mean over the codes of the prefix plus the weighted mean over the thought."""
+
+    def reward(thoughts, codes, **columns):  # what is thought decides as well as what is seen
+        return [len(set(text)) / 4 + low for text, low in zip(thoughts, low_codes(codes))]
+
+    trainer = make_trainer(
+        tmp_path, reward, max_steps=3, num_iterations=3, max_thinking_tokens=4, beta=0.3, epsilon=0.05,
+        thinking_beta=0.7, thinking_epsilon=0.02, thinking_weight=0.5, trainer_class=Recording,
+    )  # fmt: skip
+    start = {name: value.clone() for name, value in trainer.pipeline.transformer.state_dict().items()}
+    trainer.train()
+    model, clipped = toy_pipeline().transformer, {True: [], False: []}
+    for batch, state, loss in trainer.losses:
+        assert batch["advantages"].shape == (8,)
+        total = 0.0
+        for row in range(8):
+            new = policy_log_probs(trainer, model, state, batch, row)
+            old = policy_log_probs(trainer, model, start, batch, row)
+            count = len(new) - 5  # of the thought; the prefix has a scale of one code and one of four
+            assert 1 <= count <= 4
+            k = [1.0] + [4**-0.6] * 4
+            weights = [0.5 / count] * count + [weight / sum(k) for weight in k]
+            advantage = batch["advantages"][row].item()
+            for place, (p, q, weight) in enumerate(zip(new.tolist(), old.tolist(), weights, strict=True)):
+                is_text = place < count
+                epsilon, beta = (0.02, 0.7) if is_text else (0.05, 0.3)
+                ratio = math.exp(p - q)
+                bounded = min(max(ratio, 1 - epsilon), 1 + epsilon)
+                clipped[is_text].append(bounded * advantage < ratio * advantage)
+                divergence = (math.exp(q - p) - (q - p) - 1) * ratio
+                total += weight * (-min(ratio * advantage, bounded * advantage) + beta * divergence) / 8
+        assert loss == pytest.approx(total, rel=1e-3, abs=1e-5)
+    assert any(clipped[True]) and any(clipped[False])
+    assert history(trainer, "text/kl")[2] > 1e-5
+    # The policy was asked to think, as by `pipe(prompt, think=True)`.
+    asked = trainer.pipeline.processor.tokenizer.decode(trainer.generated[0][0]["input_ids"][0])
+    assert "think first" in asked
+
+
+def test_numbers_of_a_thought_need_one(tmp_path):
+    with pytest.raises(ValueError, match="thinking_beta is 0.1 without max_thinking_tokens"):
+        make_trainer(tmp_path, thinking_beta=0.1)
 
 
 def test_advantages_are_those_of_the_groups(tmp_path):
@@ -186,7 +241,7 @@ def test_rewards_get_what_they_are_promised(tmp_path):
 
 def test_a_failing_reward_is_reported_with_its_sample_and_left_out(tmp_path, monkeypatch):
     messages = []
-    monkeypatch.setattr("nextflow_hf.training.rewards.combination.logger.warning", messages.append)
+    monkeypatch.setattr("nextflow_hf.training.rewards.checks.logger.warning", messages.append)
 
     def breaks(prompts, **columns):
         return [math.nan if index == 2 else float(index % 4) for index in range(len(prompts))]
@@ -278,7 +333,7 @@ def test_accumulating_gradients_equals_one_big_batch(tmp_path):
 )
 def test_resumed_training_equals_uninterrupted_training(tmp_path, window, turns):
     numbers = {"max_steps": 4, "prefix_updates_per_suffix": 1, "vmr_num_suffixes": 2, **window}
-    numbers |= {"beta": 0.1, "max_thinking_tokens": 2}
+    numbers |= {"beta": 0.1, "max_thinking_tokens": 2, "thinking_beta": 0.2, "thinking_epsilon": 0.1}
     whole = make_trainer(tmp_path, **numbers, save_strategy="steps", save_steps=1)
     whole.train()
     assert history(whole, "trains_suffix") == turns
@@ -436,7 +491,8 @@ def test_thinking_evaluation_and_logged_completions(tmp_path):
     batch = trainer.generated[0][0]
     text = (batch["targets"] >= 0) & (batch["targets"] < TEXT_VOCAB)
     assert text.any() and (batch["loss_weights"][text] > 0).all()
-    assert batch["loss_weights"].sum(1).tolist() == pytest.approx([1] * 8)
+    assert (batch["loss_weights"] * text).sum(1).tolist() == pytest.approx([1] * 8)
+    assert (batch["loss_weights"] * ~text).sum(1).tolist() == pytest.approx([1] * 8)
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
     assert len(table) == 8 and {"prompt", "completion", "low_codes", "advantage"} <= set(table.columns)
 
@@ -462,7 +518,7 @@ def test_value_of_a_prefix_needs_totals_and_a_prefix(tmp_path):
     "name", ["tools", "rollout_func", "environment_factory", "quantization_config", "reward_processing_classes"]
 )
 def test_refused_arguments_are_named(name):
-    with pytest.raises(ValueError, match=f"`{name}`"):
+    with pytest.raises(ValueError, match=f"{name} is not supported"):
         NextFlowGRPOTrainer(None, low_codes, **{name: object()})
 
 
@@ -595,7 +651,7 @@ def test_all_that_is_private_in_trl_is_in_the_contract():
         node for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     ]  # fmt: skip
-    ours = set(vars(NextFlowGRPOTrainer)) | {"_failed_rewards", "_masks", "_train_sampler", "pipeline"}
+    ours = set(vars(NextFlowGRPOTrainer)) | {"_train_sampler", "pipeline", "reward_calls"}
     transformers = {
         "accelerator",
         "add_callback",

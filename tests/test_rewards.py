@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import BatchFeature, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
-from nextflow_hf.training.rewards import Combined, OCRReward, OCRWord, RapidOCREngine, Scaled, VLMJudge
-from nextflow_hf.training.rewards.combination import check_rewards, is_async_reward, reward_name
+from nextflow_hf.training.rewards import OCRReward, OCRWord, RapidOCREngine, VLMJudge
+from nextflow_hf.training.rewards.checks import check_rewards, is_async_reward, reward_name
 from nextflow_hf.training.rewards.ocr import (
     bag_distance,
     boxes_mask,
@@ -133,7 +133,7 @@ def test_the_real_engine_reads():
     assert masks[0][30:50, 30:250].all() and not masks[0][:8].any() and masks[1] is None
 
 
-# ---- combination
+# ---- what counts as a number
 
 
 def ones_and_none(prompts, **columns):
@@ -144,24 +144,12 @@ async def doubled(prompts, **columns):
     return [2.0] * len(prompts)
 
 
-def test_combined_and_scaled(monkeypatch):
-    messages, metrics = [], {}
-    monkeypatch.setattr("nextflow_hf.training.rewards.combination.logger.warning", messages.append)
-    reward = Combined([(ones_and_none, 0.5), (Scaled(doubled, low=1, high=5), 2.0)])
-    assert reward.__name__ == "ones_and_none+doubled"
-    values = asyncio.run(reward(images=[PICTURE] * 3, prompts=["a", "b", "c"], log_metric=metrics.__setitem__))
-    assert values[:2] == [0.5 * 1 + 2 * 0.25, 2 * 0.25] and math.isnan(values[2])
-    assert len(messages) == 1 and "'ones_and_none'" in messages[0] and "sample 2" in messages[0]
-    assert "'c'" in messages[0]
-    assert metrics == {"rewards/ones_and_none": 1.0, "rewards/doubled": 0.25}
-    nothing = Combined([(lambda prompts, **columns: [None], 1.0)])
-    assert asyncio.run(nothing(images=[PICTURE], prompts=["a"])) == [None]
-    with pytest.raises(ValueError, match="gave 2 values for 1 samples"):
-        asyncio.run(Combined([(lambda **columns: [1.0, 2.0], 1.0)])(images=[PICTURE], prompts=["a"]))
-    with pytest.raises(ValueError, match="low < high"):
-        Scaled(doubled, low=2, high=2)
-    with pytest.raises(ValueError, match="at least one"):
-        Combined([])
+def test_a_failure_is_reported_with_its_sample(monkeypatch):
+    messages = []
+    monkeypatch.setattr("nextflow_hf.training.rewards.checks.logger.warning", messages.append)
+    values = check_rewards("taste", ones_and_none(["a", "b", "c"]), ["a", "b", "c"])
+    assert values[:2] == [1.0, None] and math.isnan(values[2])
+    assert len(messages) == 1 and "'taste'" in messages[0] and "sample 2" in messages[0] and "'c'" in messages[0]
 
 
 WRONG = {
@@ -182,9 +170,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_rewards_of_another_shape_are_named(wrong):
     reward, match = WRONG[wrong]
-    reward.__name__ = "taste"
     with pytest.raises((TypeError, ValueError), match=f"the reward 'taste' {match}") as error:
-        asyncio.run(Combined([(reward, 1.0)])(images=[PICTURE] * 2, prompts=["a", "b c"]))
+        check_rewards("taste", reward(), ["a", "b c"])
     assert "\n" not in str(error.value)
 
 

@@ -18,7 +18,7 @@ from nextflow_hf.training.vision_tokenizer.codebook import (
     scale_queries,
     spherical_kmeans,
 )
-from nextflow_hf.training.vision_tokenizer.losses import picture_sizes, pixel_losses, stack_by_size
+from nextflow_hf.training.vision_tokenizer.losses import image_sizes, pixel_losses, stack_by_size
 from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -266,7 +266,7 @@ def test_padding_changes_no_loss_and_no_metric(items, make_tokenizer):
 
     noise = torch.zeros_like(both["pixel_values"])
     noise[1, :, :4, :8] = 0.1 * torch.randn(3, 4, 8)
-    sizes = picture_sizes(tokenizer, both["image_grids"])
+    sizes = image_sizes(tokenizer, both["image_grids"])
     assert sizes == [(8, 8), (4, 8)]
     stacks = (stack_by_size(pixels, sizes) for pixels in (both["pixel_values"] + noise, both["pixel_values"]))
     l1_loss, edge_loss = pixel_losses(*stacks)

@@ -110,8 +110,12 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
         if self.args.should_save:
             torch.save(self.own_state(), os.path.join(folder, self.state_name))
 
+    def load_weights(self, folder: str, model: torch.nn.Module | None) -> None:
+        """The raw weights of a checkpoint; a subclass whose model is saved in another format overrides this."""
+        super()._load_from_checkpoint(folder, model)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_weights(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, self.state_name)
         state = torch.load(path, weights_only=True, map_location=self.args.device)
         self.load_own_state(state, path)

@@ -6,26 +6,25 @@ pixel losses, as in the paper.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.training_utils import (
-    EMAModel,
     cast_training_params,
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
 )
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from ...pipelines.diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from ...pipelines.latents_nextflow import encode_latents
 from ...pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from ..common.checkpoints import StagedCheckpointsMixin
+from ..common.ema import AveragedWeightsMixin
 from ..common.processes import ProcessesMixin
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_trainer_options
 from ..data.decoder_rows import NextFlowDecoderCollator
@@ -34,7 +33,6 @@ from ..data.decoder_rows import NextFlowDecoderCollator
 WEIGHTING_SCHEMES = ("none", "logit_normal", "sigma_sqrt", "mode", "cosmap")
 # Attention and MLP of an image's tokens; the last two are those of FLUX's single blocks.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_mlp", "proj_out"]
-STATE_NAME = "diffusion_decoder_trainer.pt"
 
 
 @dataclass
@@ -51,7 +49,7 @@ class NextFlowDiffusionDecoderTrainingArguments(TrainingArguments):
         condition_dropout (`float`, *optional*, defaults to 0.1):
             Share of the images that lose their condition and caption together, for guidance.
         weighting_scheme (`str`, *optional*, defaults to `"logit_normal"`):
-            Of a flow-matching scheduler: how its times are drawn (`"logit_normal"`, `"mode"`) or weighted
+            Of a flow-matching scheduler: how its times are sampled (`"logit_normal"`, `"mode"`) or weighted
             (`"sigma_sqrt"`, `"cosmap"`), or `"none"`. A diffusion scheduler's are uniform.
         logit_mean (`float`, *optional*, defaults to 0.0): For `"logit_normal"`.
         logit_std (`float`, *optional*, defaults to 1.0): For `"logit_normal"`.
@@ -98,7 +96,7 @@ class _TrainedDecoder(nn.Module):
         self.decoder.enable_gradient_checkpointing()
 
 
-class NextFlowDiffusionDecoderTrainer(ProcessesMixin, StagedCheckpointsMixin, Trainer):
+class NextFlowDiffusionDecoderTrainer(ProcessesMixin, AveragedWeightsMixin, Trainer):
     """
     Trains the diffusion decoder of a pipeline.
 
@@ -111,6 +109,7 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, StagedCheckpointsMixin, Tr
             items; the collator defaults to [`NextFlowDecoderCollator`].
     """
 
+    state_name = "diffusion_decoder_trainer.pt"
     loss_is_scaled_for_ga = False
     can_shard_weights = False
 
@@ -136,17 +135,13 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, StagedCheckpointsMixin, Tr
         super().__init__(_TrainedDecoder(decoder), args, data_collator=data_collator, **kwargs)
         self.pipeline = pipeline.to(self.args.device)
         self.noise_scheduler = training_scheduler(pipeline.scheduler)
-        self.ema = None
-        if args.ema_decay is not None:
-            self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-        self.add_callback(_AverageCallback(self))
 
     @property
     def decoder(self) -> NextFlowDiffusionDecoder:
         return self.accelerator.unwrap_model(self.model).decoder
 
     @property
-    def trained_parameters(self) -> list[nn.Parameter]:
+    def averaged_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
 
     def compute_loss(
@@ -176,60 +171,32 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, StagedCheckpointsMixin, Tr
             predicted = model(noisy, timesteps, condition, prompt).float()
             errors = (predicted - target).square().flatten(1).mean(1)
             loss = loss + (weights * errors).sum() / num_images
+        if model.training:
+            self.watch(inputs, loss)
         return (loss, {}) if return_outputs else loss
 
     @torch.no_grad()
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         """The loss on held-out images, with the same noise at every call; of the averaged weights where there are."""
-        model, total, count = self.model, 0.0, 0
+        model, totals = self.model, torch.zeros(2, device=self.args.device)
         was_training = model.training
         model.eval()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self._averaged_weights(), torch.random.fork_rng(devices):
+        with self.averaged_weights(), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed)
-            for batch in self.get_eval_dataloader(eval_dataset):
+            for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 size = len(batch["captions"])
                 with self.compute_loss_context_manager():
-                    total += self.compute_loss(model, batch).item() * size
-                count += size
+                    loss = self.compute_loss(model, batch)
+                totals += torch.stack([loss * size, loss.new_tensor(size)])
         model.train(was_training)
-        totals = self.accelerator.reduce(torch.tensor([total, float(count)], device=self.args.device), "sum")
-        metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        total, count = self.accelerator.reduce(totals, "sum").tolist()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": total / count}, num_samples=int(count))
 
-    # ---- Averaged weights and checkpoints ----
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        if self.ema is None:
-            yield
-            return
-        parameters = self.trained_parameters
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(parameters)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        The decoder, or its LoRA for `load_lora_weights`: the averaged weights when there are some; a checkpoint (an
-        internal call) holds the raw ones.
-        """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        with self._averaged_weights():
-            super().save_model(output_dir)
+    # ---- Checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
@@ -244,52 +211,20 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, StagedCheckpointsMixin, Tr
             )
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
-    def save_own_state(self, folder: str) -> None:
-        if self.args.should_save:
-            ema = None if self.ema is None else self.ema.state_dict()
-            torch.save({"ema": ema}, os.path.join(folder, STATE_NAME))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def load_weights(self, folder: str, model: nn.Module | None) -> None:
         if self.args.lora_rank is None:
-            saved = NextFlowDiffusionDecoder.from_pretrained(resume_from_checkpoint)
-            self.decoder.load_state_dict(saved.state_dict())
-        else:
-            from peft import set_peft_model_state_dict
+            self.decoder.load_state_dict(NextFlowDiffusionDecoder.from_pretrained(folder).state_dict())
+            return
+        from peft import set_peft_model_state_dict
 
-            saved = NextFlowDiffusionDecoderPipeline.lora_state_dict(resume_from_checkpoint)
-            prefix = f"{NextFlowDiffusionDecoderPipeline.transformer_name}."
-            saved = {name.removeprefix(prefix): value for name, value in saved.items()}
-            self.decoder.load_state_dict({k: v for k, v in saved.items() if ".lora_" not in k}, strict=False)
-            lora = {name: value for name, value in saved.items() if ".lora_" in name}
-            result = set_peft_model_state_dict(self.decoder, lora, adapter_name="default")
-            if result.unexpected_keys:
-                raise ValueError(f"{resume_from_checkpoint} has a LoRA of other layers: {result.unexpected_keys[:4]}")
-        state = torch.load(os.path.join(resume_from_checkpoint, STATE_NAME), weights_only=True)
-        if (state["ema"] is None) != (self.ema is None):
-            held = "no average" if state["ema"] is None else "an average"
-            raise ValueError(f"the checkpoint has {held} of the weights, but ema_decay is {self.args.ema_decay}")
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.args.device)
-
-
-class _AverageCallback(TrainerCallback):
-    """Calls the trainer where `Trainer` has no method to override."""
-
-    def __init__(self, trainer: NextFlowDiffusionDecoderTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.to(args.device)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.step(self.trainer.trained_parameters)
+        saved = NextFlowDiffusionDecoderPipeline.lora_state_dict(folder)
+        prefix = f"{NextFlowDiffusionDecoderPipeline.transformer_name}."
+        saved = {name.removeprefix(prefix): value for name, value in saved.items()}
+        lora = {name: value for name, value in saved.items() if ".lora_" in name}
+        self.decoder.load_state_dict({name: saved[name] for name in saved.keys() - lora.keys()}, strict=False)
+        result = set_peft_model_state_dict(self.decoder, lora, adapter_name="default")
+        if result.unexpected_keys:
+            raise ValueError(f"{folder} has a LoRA of other layers: {result.unexpected_keys[:4]}")
 
 
 def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDecoderTrainingArguments) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from ..vision_tokenizer.losses import picture_sizes
+from ..vision_tokenizer.losses import image_sizes
 from .reconstruction import fidelity, peak_signal_to_noise
 
 
@@ -31,7 +31,7 @@ def measure_batch(
     `psnr`, `ssim` and `gmsd` of every image, and `psnr_scale_k` of what its first k scales decode to, for k up to
     `num_scales` (§2.1). SSIM is not a number for images smaller than its window.
     """
-    sizes = picture_sizes(tokenizer, image_grids)
+    sizes = image_sizes(tokenizer, image_grids)
     true = _as_images(pixel_values, sizes)
     image_codes = tokenizer.encode(pixel_values, image_grids).image_codes
     values = {}

@@ -55,7 +55,8 @@ SUPPORTED = {
 
 AT_LEAST = {
     "prefix_scales": 1, "vmr_num_suffixes": 1, "prefix_updates_per_suffix": 0, "max_thinking_tokens": 0,
-    "rollout_batch_size": 1, "log_probs_chunk_size": 1,
+    "thinking_weight": 0, "thinking_epsilon": 0, "thinking_beta": 0, "rollout_batch_size": 1,
+    "log_probs_chunk_size": 1,
 }  # fmt: skip
 
 
@@ -98,7 +99,12 @@ class NextFlowGRPOConfig(GRPOConfig):
         aspect_ratio (`str`, *optional*): Instead of a size. With neither: an edit keeps its source's, else square.
         resolution (`int`, *optional*): Resolution of the images, as in the pipeline's call.
         max_thinking_tokens (`int`, *optional*, defaults to 0):
-            Text tokens the policy may write before the image; they are trained with the prefix.
+            Text tokens that the policy may write before the image, asked to think as by `pipe(prompt, think=True)`.
+            The thought is trained with the prefix and has the advantage of its image (UniGRPO, arXiv:2603.23500).
+        thinking_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the mean over the thought's tokens in the loss, beside 1 for the mean over the codes.
+        thinking_epsilon (`float`, *optional*): Bound of the clip for the thought. Defaults to that of the codes.
+        thinking_beta (`float`, *optional*): Weight of the thought's KL. Defaults to `beta`, that of the codes.
         rollout_batch_size (`int`, *optional*): Images sampled at the same time. Defaults to the generation batch.
         log_probs_chunk_size (`int`, *optional*, defaults to 4096): Tokens whose logits exist at the same time.
     """
@@ -126,6 +132,9 @@ class NextFlowGRPOConfig(GRPOConfig):
     aspect_ratio: str | None = None
     resolution: int | None = None
     max_thinking_tokens: int = 0
+    thinking_weight: float = 1.0
+    thinking_epsilon: float | None = None
+    thinking_beta: float | None = None
     rollout_batch_size: int | None = None
     log_probs_chunk_size: int = 4096
 
@@ -140,6 +149,9 @@ class NextFlowGRPOConfig(GRPOConfig):
             if reason is not None and getattr(self, item.name) != default:
                 raise ValueError(f"{item.name} is {getattr(self, item.name)!r}, which is not supported: {reason}")
         check_numbers(self, AT_LEAST, {"temperature": 0, "vmr_eta": 0})
+        thinking = ("thinking_epsilon", "thinking_beta")
+        if self.max_thinking_tokens == 0 and (unused := [one for one in thinking if getattr(self, one) is not None]):
+            raise ValueError(f"{unused[0]} is {getattr(self, unused[0])} without max_thinking_tokens: nothing thinks")
         if self.vmr_num_suffixes > 1 and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 f"`multi_objective_aggregation` is {self.multi_objective_aggregation!r}: with `vmr_num_suffixes` > 1 "
@@ -148,5 +160,13 @@ class NextFlowGRPOConfig(GRPOConfig):
         if self.vmr_num_suffixes > 1 and self.prefix_scales is None:
             raise ValueError("`vmr_num_suffixes` > 1 needs `prefix_scales`: without a prefix there is no suffix")
         super().__post_init__()
+        is_reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if self.ddp_find_unused_parameters is None and not is_reentrant:
+            self.ddp_find_unused_parameters = True  # no text in a prefix: some rows and parameters get no gradient
         if fsdp_recomputes(self):
             self.gradient_checkpointing = self.activation_checkpointing = False
+
+    @property
+    def any_beta(self) -> float:
+        """The larger weight of a KL, 0 where none needs a reference."""
+        return max(self.beta, self.thinking_beta or 0.0)

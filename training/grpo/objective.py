@@ -84,7 +84,7 @@ def group_advantages(
     `"batch"`, over all samples; `"none"` does not divide. NaN rewards are left out and have advantage 0.
     """
     groups = rewards.view(-1, num_generations)
-    # Rounding makes of equal rewards a mean beside them, and an optimizer that normalises makes of that a whole step.
+    # With equal rewards, rounding can shift the mean; Adam would turn that noise into a full step.
     alike = ((groups == groups.nan_to_num(-math.inf).amax(1, keepdim=True)) | torch.isnan(groups)).all(1)
     centered = (groups - groups.nanmean(1, keepdim=True)).masked_fill(alike[:, None], 0.0)
     deviation = _deviation(groups, dim=1).masked_fill(alike, 0.0)
@@ -149,8 +149,8 @@ def clipped_loss(
     ratio: torch.Tensor,
     advantages: torch.Tensor,
     *,
-    epsilon_low: float,
-    epsilon_high: float,
+    epsilon_low: torch.Tensor | float,
+    epsilon_high: torch.Tensor | float,
     delta: float | None = None,
 ) -> torch.Tensor:
     """`-min(r A, clip(r, 1 - low, 1 + high) A)` per token. `delta` also bounds r where A is negative."""

@@ -1,5 +1,5 @@
 """What the policy is asked in reinforcement learning: rows that end with the last scale that is taught, and the
-log-probabilities of what was drawn, over the code rows of the head alone (§3.2.5).
+log-probabilities of what was sampled, over the code rows of the head alone (§3.2.5).
 
 They are computed inside the model's `forward`, because distributed wrappers and adapters act on nothing else.
 """
@@ -17,18 +17,26 @@ from ...modeling_nextflow.loss_nextflow import IGNORE_INDEX
 from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ...processing.scale_schedule_nextflow import num_cells
 from .objective import chunked_log_probs, code_weights
+from .rollout import Rollout
 
 
 def policy_row(
-    rollout: Any, config: NextFlowConfig, *, scales: range, alpha: float, cell_mask: torch.Tensor | None = None
+    rollout: Rollout,
+    config: NextFlowConfig,
+    *,
+    scales: range,
+    alpha: float,
+    thinking_weight: float = 1.0,
+    cell_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     A [`Rollout`] as a row that teaches the scales `scales` (counted from 0), and the text before it if 0 is among
     them.
 
     Returns `input_ids`, up to the cells of the last of the scales; the `image_codes` and `image_grids` in it; and per
-    token `targets` (-100 where nothing is taught), `scale_ids` (0 for text) and `loss_weights`: PANW's, whose sum is 1
-    before `cell_mask` (codes of the scales,) takes its share away.
+    token `targets` (-100 where nothing is taught), `scale_ids` (0 for text) and `loss_weights`: of codes PANW's, whose
+    sum is 1 before `cell_mask` (codes of the scales,) takes its share away; of text alike, with the sum
+    `thinking_weight`.
     """
     prompt, grids = rollout.prompt, rollout.prompt.grids
     seen, skipped = num_cells(grids[: scales.stop]), num_cells(grids[: scales.start])
@@ -45,11 +53,10 @@ def policy_row(
     cells = torch.tensor([num_cells([grid]) for grid in grids[scales.start : scales.stop]])
     scale_ids[codes] = (torch.arange(scales.start, scales.stop) + 1).repeat_interleave(cells)
     thoughts = rollout.thoughts if scales.start == 0 else range(0)
-    total = len(weights) + len(thoughts)
-    loss_weights[codes] = weights / total if cell_mask is None else weights * cell_mask.cpu() / total
+    loss_weights[codes] = weights / len(weights) * (1 if cell_mask is None else cell_mask.cpu())
     if thoughts:  # a token is predicted by the one before it
         targets[thoughts.start - 1 : thoughts.stop - 1] = prompt.input_ids[thoughts.start : thoughts.stop]
-        loss_weights[thoughts.start - 1 : thoughts.stop - 1] = 1 / total
+        loss_weights[thoughts.start - 1 : thoughts.stop - 1] = thinking_weight / len(thoughts)
     return {
         "input_ids": input_ids,
         "image_codes": torch.cat([prompt.image_codes.cpu(), rollout.codes[:inputs]]),

@@ -1,6 +1,7 @@
-"""Rollouts for reinforcement learning: from a data set's row to a picture, drawn whole and with guidance (§3.2.5).
+"""Rollouts for reinforcement learning: from a data set's row to an image, sampled whole and with guidance (§3.2.5).
 
-Drawing itself is the pipeline's. Text before the picture is sampled here, from the policy as it is: no guidance.
+Images are sampled by the pipeline. The thought before an image is sampled here: from the distribution that
+`score_targets` scores, where `pipe(think=True)` turns the end of the turn into the beginning of the image.
 """
 
 from collections.abc import Sequence
@@ -14,19 +15,20 @@ from transformers import DynamicCache
 
 from ...modeling_nextflow.sampling_nextflow import sample
 from ...pipelines.pipeline_nextflow import NextFlowImagePrompt, NextFlowPipeline
-from ..rewards.combination import one_line
+from ...pipelines.prompts_nextflow import group_prompts
+from ..rewards.checks import one_line
 
 
 @dataclass
 class Rollout:
     """
-    One picture drawn.
+    One image sampled.
 
     Args:
-        prompt ([`NextFlowImagePrompt`]): What it was drawn from, the text before it included.
+        prompt ([`NextFlowImagePrompt`]): What it was sampled from, with the text before it.
         codes (`torch.Tensor` of shape `(codes,)`): Its codes, on the CPU.
         thoughts (`range`):
-            Places in the prompt of the text before the picture, which was sampled; `<boi>` is among them if it was.
+            Places in the prompt of the text before the image, which was sampled; `<boi>` is among them if it was.
     """
 
     prompt: NextFlowImagePrompt
@@ -40,12 +42,11 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any
     images = row.get("images") if row.get("images") is not None else row.get("image")
     images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
     if isinstance(row["prompt"], str):
-        parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": row["prompt"]}]
-        return [{"role": "user", "content": parts}], images
+        return NextFlowPipeline.build_messages(row["prompt"], images)[0], images
     messages, spare = [], iter(images)
     shown = []
-    for message in row["prompt"]:
-        content = message["content"]
+    for turn in row["prompt"]:
+        content = turn["content"]
         if not isinstance(content, str):
             content = [{name: value for name, value in part.items() if value is not None} for part in content]
             for part in content:
@@ -53,7 +54,7 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any
                     if "image" not in part:
                         part["image"] = next(spare, None)
                     shown.append(part["image"])
-        messages.append({**message, "content": content})
+        messages.append({**turn, "content": content})
     if any(image is None for image in shown) or next(spare, None) is not None:
         raise ValueError(f"the messages of a row have {len(shown)} image parts, but `images` holds {len(images)}")
     return messages, shown
@@ -81,9 +82,12 @@ def check_prompt(row: dict[str, Any], sample: int) -> None:
 
 
 def encode_rows(
-    pipeline: NextFlowPipeline, rows: Sequence[dict[str, Any]], *, guided: bool, **size: Any
+    pipeline: NextFlowPipeline, rows: Sequence[dict[str, Any]], *, guided: bool, thinks: bool = False, **size: Any
 ) -> list[NextFlowImagePrompt]:
-    """The rows' prompts as the pipeline's call encodes them; neighbours with one prompt (a group) once."""
+    """
+    The rows' prompts as the pipeline's call encodes them; neighbours with one prompt (a group) once. With `thinks` a
+    prompt asks for a thought, and guidance is that of the prompt without it.
+    """
     conversations, owners = [], []
     for index, row in enumerate(rows):
         check_prompt(row, index)
@@ -92,6 +96,8 @@ def encode_rows(
         owners.append(len(conversations) - 1)
     unconditional = pipeline.processor.unconditional_messages
     negative = [unconditional(conversation) for conversation in conversations] if guided else None
+    if thinks:
+        conversations = list(map(pipeline.processor.with_thinking_prompt, conversations))
     prompts = pipeline.encode_messages(conversations, negative, keep_first_size=not size, **size)
     # On the CPU, as the tokens are: processes exchange them.
     prompts = [replace(prompt, image_codes=prompt.image_codes.cpu()) for prompt in prompts]
@@ -102,7 +108,7 @@ def _same_prompt(row: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(row.get(name) == other.get(name) for name in ("prompt", "image", "images"))
 
 
-def draw(
+def sample_codes(
     pipeline: NextFlowPipeline,
     prompts: Sequence[NextFlowImagePrompt],
     *,
@@ -112,36 +118,31 @@ def draw(
     generators: Sequence[torch.Generator] | None = None,
     **settings: Any,
 ) -> list[torch.Tensor]:
-    """Codes (codes,) of an image per prompt: after `prefixes`, the codes of its first scales, where given; stopping
-    after `num_scales` scales. `generators` has one for each prompt."""
-    groups: dict[tuple, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt.grids), []).append(index)
-    drawn: list[torch.Tensor | None] = [None] * len(prompts)
+    """
+    Codes (codes,) of an image per prompt, those of `prefixes`, its first scales, included; only `num_scales` scales
+    where given. `generators` has one for each prompt.
+    """
+    if prefixes is not None:
+        prompts = [replace(prompt, prefix_codes=codes) for prompt, codes in zip(prompts, prefixes, strict=True)]
+    sampled: list[torch.Tensor | None] = [None] * len(prompts)
 
     def stop(scale: int, step: Any, codes: torch.Tensor) -> list | None:
         return [] if scale + 1 == num_scales else None
 
-    for members in groups.values():
+    for members in group_prompts(prompts):
         for start in range(0, len(members), batch_size or len(members)):
             chunk = members[start : start + (batch_size or len(members))]
-            given = {}
-            if prefixes is not None:
-                given["prefix_codes"] = torch.stack([prefixes[index] for index in chunk]).to(
-                    pipeline.transformer.device
-                )
-            if generators is not None:
-                given["generators"] = [generators[index] for index in chunk]
+            own = None if generators is None else [generators[index] for index in chunk]
             codes = pipeline.generate_codes(
-                [prompts[index] for index in chunk], callback=stop, **given, **settings
-            ).cpu()
-            for index, row in zip(chunk, codes):
-                drawn[index] = row
-    return drawn
+                [prompts[index] for index in chunk], generators=own, callback=stop, **settings
+            )
+            for index, row in zip(chunk, codes.cpu()):
+                sampled[index] = row
+    return sampled
 
 
 def decode(pipeline: NextFlowPipeline, rollouts: Sequence[Rollout], batch_size: int | None = None) -> list:
-    """The pictures (PIL) of whole rollouts."""
+    """The images (PIL) of whole rollouts."""
     images = []
     for start in range(0, len(rollouts), batch_size or len(rollouts)):
         chunk = rollouts[start : start + (batch_size or len(rollouts))]
@@ -150,7 +151,7 @@ def decode(pipeline: NextFlowPipeline, rollouts: Sequence[Rollout], batch_size: 
     return images
 
 
-def think(
+def sample_thoughts(
     pipeline: NextFlowPipeline,
     prompts: Sequence[NextFlowImagePrompt],
     *,
@@ -158,8 +159,10 @@ def think(
     temperature: float,
     generators: Sequence[torch.Generator] = (),
 ) -> list[tuple[NextFlowImagePrompt, range]]:
-    """Sample text between each prompt and its picture, until the model opens the picture, or until `max_tokens` are
-    written and it is opened for it. Returns the longer prompts and the places of what was sampled."""
+    """
+    Sample text between each prompt and its image, until the model begins the image, or until there are `max_tokens`
+    and it is begun for it. Returns the longer prompts and the places of what was sampled.
+    """
     model = pipeline.transformer
     device, config = model.device, model.config
     rows = [prompt.input_ids[:-1].to(device) for prompt in prompts]  # without the `<boi>`
@@ -188,10 +191,14 @@ def think(
         inputs = {"input_ids": tokens.masked_fill(tokens == config.boi_token_id, config.pad_token_id)}
         positions = positions[:, :, -1:] + 1
         mask = F.pad(mask, (0, 1), value=1)
-    longer = []
-    for prompt, thought in zip(prompts, thoughts):
-        closed = thought if thought[-1] == config.boi_token_id else [*thought, config.boi_token_id]
-        start = len(prompt.input_ids) - 1
-        input_ids = torch.cat([prompt.input_ids[:-1], torch.tensor(closed)])
-        longer.append((replace(prompt, input_ids=input_ids), range(start, start + len(thought))))
-    return longer
+    return [_with_thought(prompt, thought, config.boi_token_id) for prompt, thought in zip(prompts, thoughts)]
+
+
+def _with_thought(
+    prompt: NextFlowImagePrompt, thought: list[int], boi_token_id: int
+) -> tuple[NextFlowImagePrompt, range]:
+    """The prompt with its thought, closed by `<boi>` where that was not sampled, and the places of the thought."""
+    start = len(prompt.input_ids) - 1
+    closed = thought if thought[-1] == boi_token_id else [*thought, boi_token_id]
+    input_ids = torch.cat([prompt.input_ids[:-1], torch.tensor(closed)])
+    return replace(prompt, input_ids=input_ids), range(start, start + len(thought))

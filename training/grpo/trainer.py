@@ -1,15 +1,15 @@
-"""`NextFlowGRPOTrainer`: TRL's GRPO trainer for pictures drawn scale by scale (§3.2.5, arXiv:2601.02256).
+"""`NextFlowGRPOTrainer`: TRL's GRPO trainer for images sampled scale by scale (§3.2.5, arXiv:2601.02256), and for the
+thought before an image (UniGRPO, arXiv:2603.23500).
 
 Two of TRL's steps are ours: how completions are made and scored, and the loss. Data loading, groups, accumulation,
 logging, checkpoints and adapters are TRL's.
 
-What is sampled is not quite what is trained. Rollouts use guidance, top-k and top-p; the log-probabilities do not, as
-in the paper. The gradient is then that of `E_q[A log p]` with q the sharper of the two: the policy learns from its own
-guided pictures, and what is sure is only that the better ones become likelier. The gap is not corrected (what q never
-draws has no weight that would bring it back), it is bounded: a code moves its logits by its one-hot vector minus p, at
-most, however unlikely it was; old and new log-probabilities are both of p, so the clip holds an update to p whatever q
+Images are sampled with guidance, top-k and top-p; the log-probabilities of the loss have none of these, as in the
+paper. The gradient is then that of `E_q[A log p]` with q the sharper of the two distributions: the policy learns from
+its own guided images. The gap is not corrected, since codes that q never samples have no weight that would bring them
+back. It is bounded: old and new log-probabilities are both those of p, so the clip holds an update to p whatever q
 was, and `beta` and `delta` hold it further. `sampling_gap` is logged: `E_q[log p] - E_p[log p]` in nats a code, which
-is 0 where q is p, that is without guidance, top-k and top-p.
+is 0 where q is p, that is without guidance, top-k and top-p. Thoughts are sampled from p itself.
 """
 
 import copy
@@ -17,8 +17,7 @@ import itertools
 import math
 import os
 import resource
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,9 +42,9 @@ from ...processing.processing_nextflow import NextFlowProcessor
 from ...processing.scale_schedule_nextflow import num_cells
 from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.processes import ProcessesMixin
+from ..common.refusals import check_trainer_options
 from ..common.sharding import call_sharded, class_of_user
-from ..rewards.combination import check_rewards, is_async_reward, reward_name
-from ..rewards.preference import CLIPReward
+from ..data.messages import message
 from .config import NO_TEXT_ROLLOUT, NextFlowGRPOConfig
 from .objective import (
     clipped_loss,
@@ -58,22 +57,31 @@ from .objective import (
     middle_return,
     token_advantages,
 )
+from .parts import load_parts, replaced
 from .policy import add_policy_forward, pad_rows, policy_inputs, policy_row
-from .rollout import Rollout, conversation_of, decode, draw, encode_rows, think
+from .reward_calls import RewardCalls
+from .rollout import Rollout, conversation_of, decode, encode_rows, sample_codes, sample_thoughts
 from .trl_contract import check_trl_attributes, check_trl_methods
 
 
 logger = logging.get_logger(__name__)
 
+REFUSED_OPTIONS = {
+    "reward_processing_classes": "a reward prepares its own inputs",
+    "quantization_config": "load the model with it and pass the model",
+    "tools": "images have no tool calls",
+    "rollout_func": NO_TEXT_ROLLOUT,
+    "environment_factory": "the data set has the prompts",
+}
 # What the trainer tells rewards beside the data set's columns.
 OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
 
 
 class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
     """
-    Aligns [`NextFlowForCausalLM`] with any reward of its pictures.
+    Aligns [`NextFlowForCausalLM`] with any reward of its images.
 
-    Rows of the data sets have `prompt`, a text or messages, and optionally `images`, the pictures to edit (for image
+    Rows of the data sets have `prompt`, a text or messages, and optionally `images`, the images to edit (for image
     parts without data in messages). All other columns go to the rewards, see [`nextflow_hf.training.rewards`].
 
     Args:
@@ -87,8 +95,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         processing_class ([`NextFlowProcessor`]): Needed unless `model` is a repository.
         callbacks, optimizers, peft_config (*optional*): As in TRL.
         vision_tokenizer ([`NextFlowVisionTokenizer`]): Needed unless `model` is a repository. It is not trained.
-        reward_processing_classes, quantization_config, tools, rollout_func, environment_factory: Refused; TRL's for
-            text.
+        kwargs: TRL's other options, for text; refused.
 
     Example:
 
@@ -122,70 +129,33 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict | None = None,
         processing_class: NextFlowProcessor | None = None,
-        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
-        quantization_config: Any = None,
         peft_config: Any = None,
-        tools: Any = None,
-        rollout_func: Any = None,
-        environment_factory: Any = None,
         *,
         vision_tokenizer: NextFlowVisionTokenizer | None = None,
+        **kwargs: Any,
     ):
         check_trl_methods()
-        refused = {
-            "reward_processing_classes": (reward_processing_classes, "a reward prepares its own inputs"),
-            "quantization_config": (quantization_config, "load the model with it and pass the model"),
-            "tools": (tools, "pictures have no tool calls"),
-            "rollout_func": (rollout_func, NO_TEXT_ROLLOUT),
-            "environment_factory": (environment_factory, "the data set has the prompts"),
-        }
-        for name, (value, reason) in refused.items():
-            if value is not None:
-                raise ValueError(f"`{name}` is not supported: {reason}")
-        if args is not None and args.model_init_kwargs is not None and not isinstance(model, str):
-            raise ValueError("`model_init_kwargs` are for a model given by its name, but the model is here already")
-        if isinstance(model, str):
-            # In float32: an update of 1e-5 is lost in half precision, which `bf16` computes in anyway.
-            options = {"dtype": torch.float32, **((args and args.model_init_kwargs) or {})}
-            if isinstance(options["dtype"], str):
-                options["dtype"] = getattr(torch, options["dtype"])
-            parts = NextFlowPipeline.from_pretrained(model, **options)
-            model = parts.transformer
-            vision_tokenizer = vision_tokenizer or parts.vision_tokenizer
-            processing_class = processing_class or parts.processor
-        for name, value, kind in (
-            ("processing_class", processing_class, NextFlowProcessor),
-            ("vision_tokenizer", vision_tokenizer, NextFlowVisionTokenizer),
-        ):
-            if not isinstance(value, kind):
-                raise TypeError(f"`{name}` is {type(value).__name__}, expected {kind.__name__}")
-        args = NextFlowGRPOConfig(f"{type(model).__name__}-GRPO") if args is None else args
-        if not isinstance(args, NextFlowGRPOConfig):
+        check_trainer_options(kwargs, REFUSED_OPTIONS)
+        if args is not None and not isinstance(args, NextFlowGRPOConfig):
             raise TypeError(f"`args` is {type(args).__name__}, expected NextFlowGRPOConfig")
-        if args.ddp_find_unused_parameters is None and not (args.gradient_checkpointing_kwargs or {}).get(
-            "use_reentrant"
-        ):
-            args.ddp_find_unused_parameters = True  # no text in a prefix: some rows and parameters get no gradient
+        model, vision_tokenizer, processing_class = load_parts(model, args, vision_tokenizer, processing_class)
+        args = NextFlowGRPOConfig(f"{type(model).__name__}-GRPO") if args is None else args
 
         # TRL would load the reference again from where the policy came from, which it may have left long ago. It is
         # copied instead, before anything patches the policy's forward.
-        beta, sync_reference, init_options = args.beta, args.sync_ref_model, args.model_init_kwargs
-        needs_reference = beta != 0 and peft_config is None and not is_peft_model(model)
+        needs_reference = args.any_beta != 0 and peft_config is None and not is_peft_model(model)
         reference = copy.deepcopy(model).eval().requires_grad_(False) if needs_reference else None
-        if sync_reference and reference is None:
+        if args.sync_ref_model and reference is None:
             raise ValueError("`sync_ref_model` needs a reference model: `beta` other than 0, and no adapters")
-        if needs_reference:
-            args.beta, args.sync_ref_model = 0.0, False
-        args.model_init_kwargs = None  # used above, or refused
         self._train_sampler: torch.utils.data.Sampler | None = None
-        self._failed_rewards = 0
-        self._masks: list[np.ndarray | None] = []
-        try:
+        self.reward_calls = RewardCalls(reward_funcs, takes_masks=args.mask_propagation)
+        for_trl = {"beta": 0.0 if needs_reference else args.any_beta, "model_init_kwargs": None}
+        with replaced(args, **for_trl, sync_ref_model=False):
             super().__init__(
                 model=model,
-                reward_funcs=self._wrap_rewards(reward_funcs),
+                reward_funcs=self.reward_calls.functions,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -193,98 +163,41 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
                 peft_config=peft_config,
+                **kwargs,
             )
-        finally:
-            args.beta, args.sync_ref_model, args.model_init_kwargs = beta, sync_reference, init_options
         check_trl_attributes(self)
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError("`fsdp` is version 1, expected 2: set `fsdp_version: 2` in `fsdp_config`")
-        if self.is_deepspeed_enabled and not args.ds3_gather_for_generation:
-            raise ValueError("`ds3_gather_for_generation` is False, expected True: rollouts call parts of the policy")
-        self.beta = beta
-
+        self._check_sharding()
+        self.beta = args.beta
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        scoring = {"temperature": self.temperature, "chunk_size": args.log_probs_chunk_size}
-        add_policy_forward(policy, **scoring)
+        add_policy_forward(policy, temperature=self.temperature, chunk_size=args.log_probs_chunk_size)
         if reference is not None:
-            add_policy_forward(reference, **scoring)
-            self.ref_model = self._prepare_reference(reference)
-            if sync_reference:
-                self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+            self._add_reference(reference)
         vision_tokenizer = vision_tokenizer.eval().requires_grad_(False).to(self.accelerator.device)
         # The policy with its adapters in it: `get_base_model` is the module they were put into.
         self.pipeline = NextFlowPipeline(policy, vision_tokenizer, processing_class)
 
-    def _prepare_reference(self, reference: PreTrainedModel) -> torch.nn.Module:
+    def _check_sharding(self) -> None:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("`fsdp` is version 1, expected 2: set `fsdp_version: 2` in `fsdp_config`")
+        if self.is_deepspeed_enabled and not self.args.ds3_gather_for_generation:
+            raise ValueError("`ds3_gather_for_generation` is False, expected True: rollouts call parts of the policy")
+
+    def _add_reference(self, reference: PreTrainedModel) -> None:
+        add_policy_forward(reference, temperature=self.temperature, chunk_size=self.args.log_probs_chunk_size)
         if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:  # layer by layer, as the policy; TRL would gather all of it at once
-            return fsdp2_prepare_model(self.accelerator, reference)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.ref_model = prepare_deepspeed(reference, self.accelerator)
+        elif self.is_fsdp_enabled:  # layer by layer, as the policy; TRL would gather all of it at once
+            self.ref_model = fsdp2_prepare_model(self.accelerator, reference)
+        else:
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        if self.args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
     # ---- rewards
 
-    def _wrap_rewards(self, reward_funcs: Callable | str | list[Callable | str]) -> list[Callable]:
-        rewards = []
-        for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-            reward = CLIPReward(reward) if isinstance(reward, str) else reward
-            if isinstance(reward, torch.nn.Module) or not callable(reward):
-                raise TypeError(
-                    f"a reward is {type(reward).__name__}, expected a function of `images` and `prompts`: the models "
-                    "that TRL takes score text"
-                )
-            rewards.append(self._wrap_reward(reward))
-        names = [reward.__name__ for reward in rewards]
-        if len(set(names)) < len(names):
-            raise ValueError(f"the rewards are called {names}: give each a `__name__` of its own")
-        return rewards
-
-    def _wrap_reward(self, reward: Callable) -> Callable:
-        """The reward with its failures as infinity, since TRL gathers numbers and makes NaN of `None`."""
-        name = reward_name(reward)
-
-        def marked(values: Sequence[float | None], prompts: Sequence[Any]) -> list[float | None]:
-            values = check_rewards(name, values, prompts)
-            failed = [value is not None and value != value for value in values]
-            self._failed_rewards += sum(failed)
-            return [float("inf") if bad else value for value, bad in zip(values, failed)]
-
-        def arguments(columns: dict[str, Any]) -> dict[str, Any]:
-            return {**columns, "report_masks": self._report_masks} if self.args.mask_propagation else columns
-
-        if is_async_reward(reward):
-
-            async def wrapped(prompts, **columns):
-                with _named(name):
-                    values = await reward(prompts=prompts, **arguments(columns))
-                return marked(values, prompts)
-
-        else:
-
-            def wrapped(prompts, **columns):
-                with _named(name):
-                    values = reward(prompts=prompts, **arguments(columns))
-                return marked(values, prompts)
-
-        wrapped.__name__ = name
-        return wrapped
-
-    def _report_masks(self, masks: Sequence[np.ndarray | None]) -> None:
-        """Pixels that a reward looked at, one boolean (height, width) or None per image; rewards add up."""
-        if len(masks) != len(self._masks):
-            raise ValueError(f"a reward reports {len(masks)} masks for {len(self._masks)} images, expected as many")
-        for index, mask in enumerate(masks):
-            if mask is None:
-                continue
-            mask, known = np.asarray(mask, bool), self._masks[index]
-            if mask.ndim != 2 or (known is not None and known.shape != mask.shape):
-                expected = "(height, width)" if known is None else f"{known.shape} as another reward's"
-                raise ValueError(f"the mask of sample {index} has the shape {mask.shape}, expected {expected}")
-            self._masks[index] = mask if known is None else known | mask
-
     def _score(self, inputs: list[dict], rollouts: list[Rollout]) -> tuple[torch.Tensor, list, list]:
         """Rewards (samples of all processes, functions), failures infinite; the images; and the masks of rewards."""
-        self._masks = [None] * len(inputs)
+        self.reward_calls.masks = [None] * len(inputs)
         images = decode(self.pipeline, rollouts, self.args.rollout_batch_size)
         rows, prompts, completions = [], [], []
         for row, rollout, image in zip(inputs, rollouts, images):
@@ -293,12 +206,12 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
             thought = thought.removesuffix(self.pipeline.processor.boi_token)
             text = [{"type": "text", "text": thought}] if thought else []
             prompts.append(row["prompt"])
-            completions.append([{"role": "assistant", "content": [*text, {"type": "image", "image": image}]}])
+            completions.append([message("assistant", *text, {"type": "image", "image": image})])
             columns = {name: value for name, value in row.items() if name not in ("image", "images")}
             given = {"images": image, "codes": rollout.codes, "source_images": conversation_of(row)[1]}
             rows.append({**columns, **given, "thoughts": thought})
         rewards = self._calculate_rewards(rows, prompts, completions, [r.codes.tolist() for r in rollouts])
-        return rewards, images, self._masks
+        return rewards, images, self.reward_calls.masks
 
     # ---- rollouts
 
@@ -316,14 +229,16 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         has_one = math.prod(self._window) >= self.args.gradient_accumulation_steps
         return (self._rollout_index if has_one else self.state.global_step) % (turns + 1) == turns
 
-    def _draw(self, prompts: list, generators: list[torch.Generator] | None, **options: Any) -> list[torch.Tensor]:
+    def _sample_codes(
+        self, prompts: list, generators: list[torch.Generator] | None, **options: Any
+    ) -> list[torch.Tensor]:
         args = self.args
         settings = {
             "batch_size": args.rollout_batch_size, "guidance_scale": args.guidance_scale,
             "guidance_schedule": args.guidance_schedule, "temperature": self.temperature, "top_k": self.top_k,
             "top_p": self.top_p, **options,
         }  # fmt: skip
-        return self._call_policy(lambda: draw(self.pipeline, prompts, generators=generators, **settings))
+        return self._call_policy(lambda: sample_codes(self.pipeline, prompts, generators=generators, **settings))
 
     def _call_policy(self, function: Callable[[], Any]) -> Any:
         return call_sharded(self.model_wrapped, self.pipeline.transformer.model, function)
@@ -341,12 +256,12 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
 
     @torch.no_grad()
     def _rollout(self, inputs: list[dict], *, shared_prefix: bool) -> tuple[list[Rollout], list[list[Rollout]]]:
-        """A picture for every row; and with VMR, while prefixes are trained, others with the same prefixes."""
+        """An image for every row; and with VMR, while prefixes are trained, others with the same prefixes."""
         args = self.args
         size = {name: getattr(args, name) for name in ("height", "width", "aspect_ratio", "resolution")}
-        prompts = encode_rows(
-            self.pipeline, inputs, guided=args.guidance_scale != 1, **{n: v for n, v in size.items() if v is not None}
-        )
+        size = {name: value for name, value in size.items() if value is not None}
+        thinks = args.max_thinking_tokens > 0
+        prompts = encode_rows(self.pipeline, inputs, guided=args.guidance_scale != 1, thinks=thinks, **size)
         thoughts = [range(0)] * len(prompts)
         was_training, options = self.model.training, args.gradient_checkpointing_kwargs
         stages = itertools.count()
@@ -362,24 +277,24 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
             self.accelerator.autocast(),
         ):
             self.model.eval()
-            if args.max_thinking_tokens:
+            if thinks:
                 thinking = {"max_tokens": args.max_thinking_tokens, "temperature": self.temperature}
                 thinking["generators"] = generators() or ()
-                longer = self._call_policy(lambda: think(self.pipeline, prompts, **thinking))
+                longer = self._call_policy(lambda: sample_thoughts(self.pipeline, prompts, **thinking))
                 prompts, thoughts = (list(column) for column in zip(*longer))
             if shared_prefix:
                 depth = self._num_prefix_scales(prompts[0].grids)
-                codes = self._draw(prompts, generators(), num_scales=depth)
+                codes = self._sample_codes(prompts, generators(), num_scales=depth)
                 starts = self._leaders([Rollout(*parts) for parts in zip(prompts, codes, thoughts)])
                 prompts, thoughts = [start.prompt for start in starts], [start.thoughts for start in starts]
-                drawn = self._draw(prompts, generators(), prefixes=[start.codes for start in starts])
+                codes = self._sample_codes(prompts, generators(), prefixes=[start.codes for start in starts])
             else:
-                drawn = self._draw(prompts, generators())
-            rollouts = [Rollout(*parts) for parts in zip(prompts, drawn, thoughts)]
+                codes = self._sample_codes(prompts, generators())
+            rollouts = [Rollout(*parts) for parts in zip(prompts, codes, thoughts)]
             others = []
             if was_training and not shared_prefix:
                 for _ in range(args.vmr_num_suffixes - 1):
-                    codes = self._draw(prompts, generators(), prefixes=self._prefixes(rollouts))
+                    codes = self._sample_codes(prompts, generators(), prefixes=self._prefixes(rollouts))
                     others.append([Rollout(*parts) for parts in zip(prompts, codes, thoughts)])
             self.model.train(was_training)
         return rollouts, others
@@ -401,7 +316,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         if taken := OWN_COLUMNS & set(inputs[0]):
             raise ValueError(f"the data set has the columns {sorted(taken)}, which rewards get from the trainer")
         trains_suffix = self._trains_suffix()
-        self._failed_rewards = 0
+        self.reward_calls.num_failed = 0
         if mode == "train" and self._buffered_inputs is not None:
             self._record_peak_memory(mode, "update")
         rollouts, others = self._rollout(inputs, shared_prefix=trains_suffix)
@@ -462,10 +377,11 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
     def _policy_batch(
         self, rollouts: list[Rollout], scales: list[range], gates: torch.Tensor | None
     ) -> dict[str, Any]:
-        config, alpha = self.pipeline.transformer.config, self.args.scale_loss_alpha
+        config = self.pipeline.transformer.config
+        weights = {"alpha": self.args.scale_loss_alpha, "thinking_weight": self.args.thinking_weight}
         masks = [None] * len(rollouts) if gates is None else gates.any(1)
         rows = [
-            policy_row(rollout, config, scales=trained, alpha=alpha, cell_mask=mask)
+            policy_row(rollout, config, scales=trained, cell_mask=mask, **weights)
             for rollout, trained, mask in zip(rollouts, scales, masks)
         ]
         return pad_rows(rows, pad_token_id=self._tokenizer.pad_token_id, device=self.accelerator.device)
@@ -481,7 +397,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
             if args.gradient_accumulation_steps % math.prod(self._window) != 0:
                 batch["old_per_token_logps"] = self._log_probs(self.model, batch)
-            if self.beta == 0:
+            if self.args.any_beta == 0:
                 return
             if self.ref_model is not None:
                 batch["ref_per_token_logps"] = self._log_probs(self.ref_model, batch)
@@ -512,24 +428,29 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages[:, :length]
         old = inputs.get("old_per_token_logps")
         ratio = (logps - (logps.detach() if old is None else old[:, :length])).exp()
-        bounds = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
-        losses = clipped_loss(ratio, advantages, delta=self.args.delta, **bounds)
+        is_code = inputs["scale_ids"][:, :length] > 0
+        low, high, beta = (torch.where(is_code, *pair) for pair in self._numbers_of_codes_and_text())
+        losses = clipped_loss(ratio, advantages, epsilon_low=low, epsilon_high=high, delta=self.args.delta)
         divergence = None
-        if self.beta != 0:
+        if self.args.any_beta != 0:
             divergence = kl_to_reference(logps, inputs["ref_per_token_logps"][:, :length])
             if self.args.use_bias_correction_kl:
                 divergence = divergence * ratio
-            losses = losses + self.beta * divergence
+            losses = losses + beta * divergence
         loss = (losses * weights).sum(1).mean()
 
-        clipped = ((ratio < 1 - self.epsilon_low) & (advantages < 0)) | (
-            (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        )
+        clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
         per_token = {"entropy": entropies, "clip_ratio": clipped.float(), "sampling_gap": logps.detach() + entropies}
         if divergence is not None:
             per_token["kl"] = divergence.detach()
         self._record_tokens(mode, per_token, inputs["scale_ids"][:, :length], arguments["policy_targets"] >= 0)
         return loss / (self.current_gradient_accumulation_steps if mode == "train" else 1.0)
+
+    def _numbers_of_codes_and_text(self) -> list[tuple[float, float]]:
+        """Lower and upper bound of the clip and weight of the KL, each of codes and of the text before the image."""
+        epsilon, beta = self.args.thinking_epsilon, self.args.thinking_beta
+        pairs = [(self.epsilon_low, epsilon), (self.epsilon_high, epsilon), (self.beta, beta)]
+        return [(of_codes, of_codes if of_text is None else of_text) for of_codes, of_text in pairs]
 
     # ---- logging
 
@@ -581,7 +502,7 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         metrics["reward"].append(known.mean().item())
         metrics["reward_std"].append(known.std().item())
         metrics["frac_reward_zero_std"].append((deviations < 1e-8).float().mean().item())
-        failed = torch.tensor([float(self._failed_rewards)], device=self.accelerator.device)
+        failed = torch.tensor([float(self.reward_calls.num_failed)], device=self.accelerator.device)
         metrics["rewards/failed"].append(self.accelerator.reduce(failed, reduction="sum").item())
 
         # What the rewards logged themselves; every process asks for the same names in the same order.
@@ -596,16 +517,13 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
             return
         for column, values in extra.items():
             self._logs["extra"][column].extend(values)
-        prompts = [row["prompt"] for row in inputs]
-        self._logs["prompt"].extend(gather_object(prompts))
-        picture = [{"role": "assistant", "content": [{"type": "image"}]}]
-        self._logs["completion"].extend([picture] * len(advantages))
+        self._logs["prompt"].extend(gather_object([row["prompt"] for row in inputs]))
+        self._logs["completion"].extend([[message("assistant", {"type": "image"})]] * len(advantages))
         for index, name in enumerate(self.reward_func_names):
             self._logs["rewards"][name].extend(by_function[:, index].tolist())
         self._logs["advantages"].extend(advantages.tolist())
         if self.log_multimodal:
-            small = [[_thumbnail(image)] for image in images]
-            self._logs["images"].extend(gather_object(small))
+            self._logs["images"].extend(gather_object([[_thumbnail(image)] for image in images]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.log_completions and self._logs["images"] and self.accelerator.is_main_process:
@@ -669,15 +587,6 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
     @property
     def _rollouts_file(self) -> str:
         return f"rollouts-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.pt"
-
-
-@contextmanager
-def _named(reward: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"It was raised by the reward {reward!r}")
-        raise
 
 
 def _thumbnail(image: Any, side: int = 256) -> Any:

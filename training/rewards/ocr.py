@@ -1,4 +1,4 @@
-"""Text rendering as a reward (arXiv:2601.02256, equations 11 to 15): is what should be written legible in the picture?
+"""Text rendering as a reward (arXiv:2601.02256, equations 11 to 15): can the text be read in the image?
 
 The arithmetic works on words with confidences, from any OCR engine; one engine is ready to use.
 """
@@ -52,7 +52,7 @@ def completeness(targets: Sequence[str], words: Sequence[tuple[str, float]]) -> 
     """Equation 12: share of the target words that were read exactly, each with the lowest confidence among all
     readings of it, so that writing a word again and again gains nothing."""
     if not targets:
-        raise ValueError("got no target words: a picture without text has no completeness")
+        raise ValueError("got no target words: an image without text has no completeness")
     confidences: dict[str, float] = {}
     for text, confidence in words:
         confidences[text] = min(confidence, confidences.get(text, confidence))
@@ -63,7 +63,7 @@ def similarity(targets: Sequence[str], words: Sequence[tuple[str, float]]) -> fl
     """Equation 14: mean over the target words of the [`edit_similarity`] to the nearest word that was read, times the
     confidence of that word; of equally near ones the least sure, as in [`completeness`]."""
     if not targets:
-        raise ValueError("got no target words: a picture without text has no similarity")
+        raise ValueError("got no target words: an image without text has no similarity")
     total = 0.0
     for target in targets:
         if words:
@@ -105,13 +105,13 @@ class RapidOCREngine:
 
 class OCRReward:
     """
-    Rewards pictures that show the text they were asked to show.
+    Rewards images that show the text they were asked to show.
 
     One number is easy to please in ways nobody wants (a blank wall under perfect letters): weigh it with a preference
     model, or with a KL penalty (`beta`).
 
     Args:
-        engine (`Callable`, *optional*): Picture -> [`OCRWord`]s. Defaults to [`RapidOCREngine`].
+        engine (`Callable`, *optional*): Image -> [`OCRWord`]s. Defaults to [`RapidOCREngine`].
         target_column (`str`, *optional*, defaults to `"text"`):
             Column of the data set with what is to be written: a string or a list of strings. Where it is empty the
             reward does not apply. It is never guessed from the prompt.

@@ -63,11 +63,11 @@ class HubReward:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Any], **columns: Any) -> list[float]:
         texts = [prompt_text(prompt) for prompt in prompts]
-        pictures = [image.convert("RGB") for image in images]
+        images = [image.convert("RGB") for image in images]
         scores: list[float] = []
         for start in range(0, len(images), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            scores += self.score(pictures[rows], texts[rows]).float().tolist()
+            scores += self.score(images[rows], texts[rows]).float().tolist()
         return scores
 
     def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
@@ -76,7 +76,7 @@ class HubReward:
 
 class CLIPReward(HubReward):
     """
-    Agreement of picture and prompt under a CLIP-like model: the cosine of their embeddings (the CLIP score).
+    Agreement of image and prompt under a CLIP-like model: the cosine of their embeddings (the CLIP score).
 
     Preference models of CLIP's shape (PickScore, HPS v2 in transformers' format) are used as they were trained, with
     `scaled=True`: the cosine times the model's learned scale.

@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from .combination import one_line
+from .checks import one_line
 
 
 logger = logging.get_logger(__name__)

@@ -92,9 +92,8 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False
 
     @property
-    def changes_codebook(self) -> bool:
-        """Whether codes start from features, at the beginning or when they are dead."""
-        return self.stage != "decoder" and bool(self.dead_code_steps or self.codebook_init_batches)
+    def trains_codebook(self) -> bool:
+        return self.stage != "decoder"
 
 
 __all__ = ["STAGES", "NextFlowVisionTokenizerTrainingArguments"]

@@ -1,7 +1,7 @@
 """The codebook's health: how its codes are used, what it starts from, and where dead codes start anew.
 
-Everything that draws at random draws from the pictures of all processes, in the order in which one process would have
-had them, with a generator of the step: neither the number of processes nor a restart of the run changes what is drawn.
+Random samples are taken from the images of all processes, in the order in which one process would have had them, with
+a generator of the step: neither the number of processes nor a restart of the run changes them.
 """
 
 import copy
@@ -21,7 +21,7 @@ from ..data.images import NextFlowVisionTokenizerCollator
 
 class CodeUsage:
     """
-    Counts of the codes, over the pictures of all processes.
+    Counts of the codes, over the images of all processes.
 
     Args:
         codebook_size (`int`): Number of codes.
@@ -110,7 +110,7 @@ def scale_queries(
     return torch.cat(queries, 1)
 
 
-def draw_queries(
+def sample_queries(
     batches: Sequence[Sequence[torch.Tensor]],
     count: int,
     accelerator: Accelerator,
@@ -127,8 +127,8 @@ def draw_queries(
             batches of as many images.
         count (`int`): How many.
         accelerator (`Accelerator`): Knows the processes.
-        seed (`Sequence[int]`): Of the draw.
-        replace (`bool`): Whether a vector may be drawn twice.
+        seed (`Sequence[int]`): Of the random numbers.
+        replace (`bool`): Whether a vector may be taken twice.
     """
     rank, vectors = accelerator.process_index, batches[0][0]
     # The last batch of an epoch may have fewer images: then zeros fill its row.
@@ -142,14 +142,14 @@ def draw_queries(
         raise ValueError(f"got {total} features, expected at least one for each of the {count} codes")
     chosen = np.random.default_rng(list(seed)).choice(total, count, replace=replace)
     chosen = torch.from_numpy(chosen)
-    drawn = vectors.new_zeros(count, vectors.shape[-1])
+    sampled = vectors.new_zeros(count, vectors.shape[-1])
     for own_ends, batch in zip(ends[:, rank], batches, strict=True):
         for end, image in zip(own_ends.tolist(), batch):
             rows = chosen - (end - len(image))
             inside = (rows >= 0) & (rows < len(image))
-            drawn[inside.to(drawn.device)] = image[rows[inside].to(drawn.device)]
+            sampled[inside.to(sampled.device)] = image[rows[inside].to(sampled.device)]
     # Each was filled in by the process that has its image.
-    return accelerator.reduce(drawn, "sum")
+    return accelerator.reduce(sampled, "sum")
 
 
 def spherical_kmeans(
@@ -240,7 +240,7 @@ __all__ = [
     "codebook_statistics",
     "count_codes_per_scale",
     "distinct_codes",
-    "draw_queries",
+    "sample_queries",
     "merged_codes",
     "scale_queries",
     "spherical_kmeans",

@@ -1,7 +1,7 @@
 """Losses on the pixels of the vision tokenizer's reconstruction (§3.1): plain errors, edges, and what a network sees.
 
-Pictures come as stacks, float (n, 3, height, width) in [-1, 1], one for each size in the batch. Every loss is a mean
-over the pictures of a batch, whatever their sizes: the mean over two processes is that of one with both batches.
+Images come as stacks, float (n, 3, height, width) in [-1, 1], one for each size in the batch. Every loss is a mean
+over the images of a batch, whatever their sizes: the mean over two processes is that of one with both batches.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisi
 LPIPS_NETWORKS = ("alex", "squeeze", "vgg")
 
 
-def picture_sizes(tokenizer: NextFlowVisionTokenizer, image_grids: torch.Tensor) -> list[tuple[int, int]]:
-    """(height, width) in pixels of every picture of a batch."""
+def image_sizes(tokenizer: NextFlowVisionTokenizer, image_grids: torch.Tensor) -> list[tuple[int, int]]:
+    """(height, width) in pixels of every image of a batch."""
     return [tokenizer.pixel_size(schedule[-1]) for schedule in schedules_from_grids(image_grids)]
 
 
 def stack_by_size(pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Padded pictures (n, 3, max_height, max_width) as one stack without padding for each size that occurs."""
+    """Padded images (n, 3, max_height, max_width) as one stack without padding for each size that occurs."""
     members: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
         members.setdefault(size, []).append(index)
@@ -46,13 +46,13 @@ def pixel_losses(
 
 class BackboneDistance(nn.Module):
     """
-    Perceptual distance of pictures (n,): the squared distance of a frozen vision network's features, each of length
+    Perceptual distance of images (n,): the squared distance of a frozen vision network's features, each of length
     one, averaged over the positions of a layer and over the layers. What LPIPS is before it weighs the channels.
 
     Args:
         backbone (`PreTrainedModel`): Its `feature_maps` are compared.
-        image_mean (`list[float]`): Mean that the network expects its pixels, from 0 to 1, to be freed of.
-        image_std (`list[float]`): Deviation that it expects them to be divided by.
+        image_mean (`list[float]`): What the network expects to be subtracted from its pixels, which are from 0 to 1.
+        image_std (`list[float]`): What it expects them to be divided by then.
     """
 
     def __init__(self, backbone: nn.Module, image_mean: Sequence[float], image_std: Sequence[float]):
@@ -96,7 +96,7 @@ def load_perceptual_loss(
     source: str, *, layers: Sequence[int] | None = None
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """
-    A frozen module: (reconstruction, picture) -> distance of every picture.
+    A frozen module: (reconstruction, image) -> distance of every image.
 
     Args:
         source (`str`): `"lpips-vgg"`, `"lpips-alex"` or `"lpips-squeeze"`: LPIPS, from the package of that name. Else
@@ -125,7 +125,7 @@ def load_perceptual_loss(
 def perceptual_loss(
     distance: Callable, reconstruction: Sequence[torch.Tensor], true: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Mean over the pictures of what [`load_perceptual_loss`] gives."""
+    """Mean over the images of what [`load_perceptual_loss`] gives."""
     distances = [distance(fake, real).flatten() for fake, real in zip(reconstruction, true, strict=True)]
     return torch.cat(distances).float().mean()
 
@@ -139,7 +139,7 @@ __all__ = [
     "BackboneDistance",
     "load_perceptual_loss",
     "perceptual_loss",
-    "picture_sizes",
+    "image_sizes",
     "pixel_losses",
     "stack_by_size",
 ]

@@ -27,8 +27,8 @@ from ..data.images import NextFlowImageDataset, NextFlowVisionTokenizerCollator
 from ..evaluation.reconstruction_report import measure_batch
 from .adversary import Adversary, adaptive_weight
 from .arguments import STAGES, NextFlowVisionTokenizerTrainingArguments
-from .codebook import CodeUsage, draw_queries, scale_queries, spherical_kmeans
-from .losses import load_perceptual_loss, perceptual_loss, picture_sizes, pixel_losses, stack_by_size
+from .codebook import CodeUsage, sample_queries, scale_queries, spherical_kmeans
+from .losses import image_sizes, load_perceptual_loss, perceptual_loss, pixel_losses, stack_by_size
 
 
 SEMANTIC_PARTS = ("semantic_encoder", "encode_task_layer", "semantic_decoder", "decode_task_layer")
@@ -95,10 +95,6 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def trains_codebook(self) -> bool:
-        return self.args.stage != "decoder"
-
-    @property
     def quantizes(self) -> bool:
         """Whether the codebook is in use yet."""
         return self.state.global_step >= self.args.continuous_steps
@@ -124,7 +120,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
                 drop_scales=self._dropped_scales(image_grids.shape[1]) if model.training else None,
                 quantize=self.quantizes,
             )
-        sizes = picture_sizes(self.tokenizer, image_grids)
+        sizes = image_sizes(self.tokenizer, image_grids)
         fake, real = (stack_by_size(pixels, sizes) for pixels in (outputs.reconstruction, pixel_values))
 
         l1_loss, edge_loss = pixel_losses(fake, real)
@@ -184,7 +180,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
             means = self.accelerator.reduce(means, "mean").tolist()
             logs |= {name: round(mean, 5) for name, mean in zip(self.logged_values, means, strict=True)}
             logs |= self.usage.metrics()
-            if self.args.dead_code_steps and self.trains_codebook:
+            if self.args.dead_code_steps and self.args.trains_codebook:
                 logs["dead_codes"] = int((self.usage.steps_unused >= self.args.dead_code_steps).sum())
                 logs["restarted_codes"] = self.restarted_codes
             self.logged_values, self.restarted_codes = {}, 0
@@ -240,7 +236,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
         """
         quantizer = self.tokenizer.quantizer
         codebook_size = quantizer.config.codebook_size
-        centers = draw_queries(batches, codebook_size, self.accelerator, seed=(self.args.seed,), replace=False)
+        centers = sample_queries(batches, codebook_size, self.accelerator, seed=(self.args.seed,), replace=False)
         features = torch.cat([image for batch in batches for image in batch])
         codebook = spherical_kmeans(
             quantizer, centers, features, self.accelerator, iterations=self.args.codebook_init_iterations
@@ -254,7 +250,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
         if len(dead):
             seed = (self.args.seed, self.state.global_step)
             queries = [self._queries(quantize=True)]
-            self._write_codes(dead, draw_queries(queries, len(dead), self.accelerator, seed=seed, replace=True))
+            self._write_codes(dead, sample_queries(queries, len(dead), self.accelerator, seed=seed, replace=True))
             self.usage.steps_unused[dead] = 0
         return len(dead)
 
@@ -324,7 +320,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
 
     def on_step_begin(self) -> None:
         is_time = self.state.global_step == self.args.continuous_steps
-        if is_time and self.args.codebook_init_batches and self.trains_codebook:
+        if is_time and self.args.codebook_init_batches and self.args.trains_codebook:
             self.initialize_codebook()
 
     def on_optimizer_step(self) -> None:
@@ -335,7 +331,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
 
     def on_step_end(self) -> None:
         args, step = self.args, self.state.global_step
-        if args.dead_code_steps and self.trains_codebook and step > args.continuous_steps:
+        if args.dead_code_steps and self.args.trains_codebook and step > args.continuous_steps:
             self.usage.end_step()
             if step < args.dead_code_until * self.state.max_steps:
                 self.restarted_codes += self.restart_dead_codes()
@@ -372,24 +368,21 @@ def check_trainable(
             "semantic_distance_weight is 0, what stage 'pixel' leaves behind; stage 'joint' expects a positive one: "
             "load the tokenizer with semantic_distance_weight=1.0"
         )
-    if not (args.fsdp or args.deepspeed):
-        return
-    whole = {
-        "dead_code_steps": args.changes_codebook and args.dead_code_steps,
-        "codebook_init_batches": args.changes_codebook and args.codebook_init_batches,
+    on_whole_parameters = {
+        "dead_code_steps": args.trains_codebook and args.dead_code_steps,
+        "codebook_init_batches": args.trains_codebook and args.codebook_init_batches,
         "adversarial_adaptive": args.adversarial_loss_weight and args.adversarial_adaptive,
         "ema_decay": args.ema_decay is not None,
     }
-    for name, needs_whole_parameters in whole.items():
-        if needs_whole_parameters:
-            raise ValueError(
-                f"{name} is {getattr(args, name)}, expected none with FSDP or DeepSpeed: it works on whole "
-                "parameters, and those are sharded there. Train with DDP"
-            )
+    if (args.fsdp or args.deepspeed) and (names := [name for name, works in on_whole_parameters.items() if works]):
+        raise ValueError(
+            f"{names[0]} is {getattr(args, names[0])}, expected none with FSDP or DeepSpeed: it works on whole "
+            "parameters, and those are sharded there. Train with DDP"
+        )
 
 
 def prepare_stage(model: NextFlowVisionTokenizer, stage: str) -> None:
-    """Sets which parameters train, and the weight of the semantic distance, for one of the stages (§3.1)."""
+    """Set which parameters train, and the weight of the semantic distance, for one of the stages (§3.1)."""
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, expected one of {STAGES}")
     for name, parameter in model.named_parameters():
