@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoModel, ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.auto_model import AutoModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -65,6 +66,9 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         vision_tokenizer_fingerprint (`str`, *optional*):
             Of the vision tokenizer whose codes it knows: those of another one are refused.
     """
+
+    config: Any  # diffusers types it as a plain dict; its entries are attributes, too
+    denoiser: Any
 
     _supports_gradient_checkpointing = True
     _no_split_modules = [
@@ -122,7 +126,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         itself or, with `subfolder` (`"unet"`, `"transformer"`), of a whole pipeline. `kwargs` go to its
         `from_pretrained`.
         """
-        denoiser = AutoModel.from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        denoiser: Any = AutoModel.from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         return cls.from_denoiser(
             denoiser,
             condition_channels=condition_channels,
@@ -134,7 +138,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @classmethod
     def from_denoiser(
         cls,
-        denoiser: ModelMixin,
+        denoiser: Any,
         *,
         condition_channels: int,
         projection_dim: int | None = None,
@@ -157,27 +161,27 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         _check_denoiser(denoiser, name)
         family = FAMILIES[name]
         layer = denoiser.get_submodule(family.input_layer)
-        projection_dim = projection_dim or layer.weight.shape[0]
+        width: int = projection_dim or layer.weight.shape[0]
         old_channels = layer.weight.shape[1]
-        wide = _widened(layer, projection_dim)
+        wide = _widened(layer, width)
         parent, _, attribute = family.input_layer.rpartition(".")
         setattr(denoiser.get_submodule(parent), attribute, wide)
         # Where `out_channels` was left to follow `in_channels`, it no longer may.
         out_channels = denoiser.config.out_channels or old_channels
-        denoiser.register_to_config(in_channels=old_channels + projection_dim, out_channels=out_channels)
+        denoiser.register_to_config(in_channels=old_channels + width, out_channels=out_channels)
         config = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
         with torch.device("meta"):  # the real parts are put in place below
             model = cls(
                 denoiser_class=name,
                 denoiser_config=config,
                 condition_channels=condition_channels,
-                projection_dim=projection_dim,
+                projection_dim=width,
                 projection_type=family.projection_type,
                 upscale_factor=upscale_factor,
                 embedded_guidance=embedded_guidance,
             )
         model.denoiser = denoiser
-        projection = _projection(family.projection_type, condition_channels, projection_dim)
+        projection = _projection(family.projection_type, condition_channels, width)
         model.condition_projection = projection.to(wide.weight.device, wide.weight.dtype)
         return model
 
@@ -260,6 +264,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 0
             ]
         elif name == "FluxTransformer2DModel":
+            assert encoder_hidden_states is not None  # of FLUX it is no option
             sample = self.denoiser(
                 hidden_states,
                 timestep=timestep / 1000,
@@ -310,12 +315,12 @@ def _widened(layer: nn.Linear | nn.Conv2d, extra: int) -> nn.Linear | nn.Conv2d:
     with torch.no_grad():
         wide.weight.zero_()
         wide.weight[:, :in_channels] = layer.weight
-        if layer.bias is not None:
+        if layer.bias is not None and wide.bias is not None:
             wide.bias.copy_(layer.bias)
     return wide
 
 
-def _check_denoiser(denoiser: ModelMixin, name: str) -> None:
+def _check_denoiser(denoiser: Any, name: str) -> None:
     config = denoiser.config
     if name == "UNet2DConditionModel":
         for field in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.utils import BaseOutput, export_to_gif, export_to_video, make_image_grid
+from diffusers.utils.export_utils import export_to_gif, export_to_video
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.pil_utils import make_image_grid
 
 from .helpers_nextflow import stack_equal
 from .prompts_nextflow import NextFlowImagePrompt, join_codes

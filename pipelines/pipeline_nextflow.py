@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import replace_example_docstring
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.doc_utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .chat_nextflow import NextFlowConversationMixin
@@ -484,14 +486,12 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                     )
                 warn_once(f"`num_inference_steps` is {num_scales}, more than the scales of an image: all are sampled")
             grids = grids[:num_scales]
-            is_given = first.prefix_codes is not None and first.prefix_mask is None
-            is_given = is_given and len(first.prefix_codes) >= num_cells(grids)
-            self._num_timesteps += 0 if is_given else len(grids)
             for prompt in (prompts[index] for index in members):
                 prompt.num_scales = len(grids)
-                if is_given:  # nothing is left to sample
-                    codes = prompt.prefix_codes[: num_cells(grids)]
-                    prompt.codes, prompt.num_sampled = codes.to(self._execution_device), len(grids)
+                given = None if prompt.prefix_mask is not None else prompt.prefix_codes
+                if given is not None and len(given) >= num_cells(grids):  # nothing is left to sample
+                    prompt.codes, prompt.num_sampled = given[: num_cells(grids)].to(self._execution_device), len(grids)
+            self._num_timesteps += 0 if first.codes is not None else len(grids)
         return groups
 
     # ---- 5. Loop over scales
@@ -519,7 +519,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 # A callback changes the guidance of one group; the next begins with that of the call.
                 self._guidance_scale = settings["guidance_scale"]
                 self._image_guidance_scale = settings["image_guidance_scale"]
-                inputs = collate_prompts(group, pad_token_id, self._execution_device)
+                inputs: dict[str, Any] = collate_prompts(group, pad_token_id, self._execution_device)
                 inputs["generator"] = None if generators is None else [generators[index] for index in members]
                 inputs |= {"num_scales": group[0].num_scales, **settings}
                 for scale in loaded(self.transformer).stream_images(**inputs):
@@ -535,7 +535,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                         del scale.plan[scale.index + 1 :]
                     elif guidance != (self._guidance_scale, self._image_guidance_scale):
                         scale.change_guidance(self._guidance_scale, self._image_guidance_scale)
-                first_step += group[0].num_scales
+                first_step += group[0].num_scales or 0
 
     # ---- 6. Decode
 
@@ -574,8 +574,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
 
         for members in groups:
             group = [prompts[index] for index in members]
-            codes, grids = torch.cat([one.codes for one in group]), torch.stack([one.image_grids[-1] for one in group])
-            options = {"num_scales": group[0].num_sampled, "output_type": output_type}
+            codes, grids = join_codes(group)[0], torch.stack([prompt.image_grids[-1] for prompt in group])
+            options: dict[str, Any] = {"num_scales": group[0].num_sampled, "output_type": output_type}
             if decoder == "diffusion":
                 for name in ("prompt", "generator"):
                     options[name] = decoding[name] and [decoding[name][index] for index in members]
@@ -604,15 +604,17 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 with exclusive(self):
                     if self._current is not prompts:
                         raise RuntimeError("another call of this pipeline began before the last preview was asked for")
-                    members, scale = next(scales, (None, None))
-                    if scale is None:
+                    sampled = next(scales, None)
+                    if sampled is None:
                         break
+                    members, scale = sampled
                     grids = torch.stack([prompts[index].image_grids[-1] for index in members])
                     options = {"num_scales": scale.index + 1, "output_type": output_type}
                     images = self.decode_codes(scale.image_codes.flatten(), grids, **options)
                 yield make_preview(prompts, members, images)
             if decoder == "diffusion":
                 images = self.decode_images(prompts, groups, decoder, decoding, output_type)
+                assert images is not None  # a preview has no codes as its output
                 for members in groups:
                     yield make_preview(prompts, members, [images[index] for index in members])
         finally:

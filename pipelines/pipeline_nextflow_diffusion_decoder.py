@@ -1,6 +1,6 @@
 """Codes in, sharper pixels out (§2.3): the optional last step of [`NextFlowPipeline`], which can be used alone.
 
-A denoiser draws the picture anew under the condition of its codes, from noise or from what the vision tokenizer
+A denoiser samples the image anew under the condition of its codes, from noise or from what the vision tokenizer
 decodes. It may change fine structure: off by default, and no choice for local edits or for identity.
 """
 
@@ -10,20 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    ImagePipelineOutput,
-    SchedulerMixin,
-)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import CogVideoXLoraLoaderMixin
-from diffusers.utils import replace_example_docstring
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.doc_utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +29,8 @@ from .helpers_nextflow import (
     NextFlowBasePipeline,
     exclusively,
     generator_per_image,
+    given,
+    group_equal,
     loaded,
     one_per_prompt,
     stack_equal,
@@ -49,6 +48,9 @@ REQUIRED_TEXT_ENCODERS = {
     "QwenImageTransformer2DModel": ("",),
 }
 
+# Endings of the components that pipelines with one text encoder, and with two, do not have.
+LATER = (("_2", "_3"), "_3")
+
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -65,7 +67,7 @@ EXAMPLE_DOC_STRING = """
 
 class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoaderMixin):
     r"""
-    Draws the image of given codes with a diffusion model.
+    Samples the image of given codes with a diffusion model.
 
     Args:
         diffusion_decoder ([`NextFlowDiffusionDecoder`]): The denoiser and its projection of the condition.
@@ -95,6 +97,11 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     _callback_tensor_inputs = ["latents"]
     _lora_loadable_modules = ["diffusion_decoder"]
     transformer_name = "diffusion_decoder"  # the prefix of its LoRA's keys
+
+    diffusion_decoder: Any
+    scheduler: Any
+    image_processor: Any
+    vae: Any
 
     def __init__(
         self,
@@ -144,7 +151,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the call; images that differ in size are drawn one after the other."""
+        """Steps of the call; images that differ in size are sampled one after the other."""
         return self._num_timesteps
 
     @property
@@ -278,54 +285,47 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         """
         device, decoder = self._execution_device, self.diffusion_decoder
         if not self.has_text_encoder:
-            prompt = decoder.empty_prompt(len(prompts))
-            return {name: tensor.to(device) for name, tensor in prompt.items()}
+            return {name: tensor.to(device) for name, tensor in decoder.empty_prompt(len(prompts)).items()}
         # Here, not above: they take long to import.
-        from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+        from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
-        length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-        parts = {name: self.components[name] for name in self.components if name.startswith(("text_", "tokenizer"))}
-        unused = {"vae": None, "scheduler": None}
+        options: dict[str, Any] = {"device": device, **given(max_sequence_length=max_sequence_length)}
+        components = self.components
+        parts: dict[str, Any] = {"vae": None, "scheduler": None, "transformer": decoder.denoiser}  # for its config
+        parts |= {name: components[name] for name in components if name.startswith(("text_", "tokenizer"))}
+        first, two = ({name: part for name, part in parts.items() if not name.endswith(last)} for last in LATER)
         name = decoder.config.denoiser_class
         if name == "UNet2DConditionModel":
-            first = {key: parts[key] for key in ("text_encoder", "tokenizer")}
-            unused |= {"unet": None, "safety_checker": None, "feature_extractor": None}
+            del first["transformer"]
+            unused: dict[str, Any] = {"unet": None, "safety_checker": None, "feature_extractor": None}
             stock = StableDiffusionPipeline(**first, **unused, requires_safety_checker=False)
             embeds, _ = stock.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
             return {"encoder_hidden_states": embeds}
-        unused["transformer"] = decoder.denoiser  # for its configuration
         if name == "QwenImageTransformer2DModel":
-            first = {key: parts[key] for key in ("text_encoder", "tokenizer")}
-            embeds, mask = QwenImagePipeline(**first, **unused).encode_prompt(prompts, device=device, **length)
+            embeds, mask = QwenImagePipeline(**first).encode_prompt(prompts, **options)
             return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
         if name == "SD3Transformer2DModel":
-            stock = StableDiffusion3Pipeline(**parts, **unused)
-            embeds, _, pooled, _ = stock.encode_prompt(
-                prompts, None, None, device=device, do_classifier_free_guidance=False, **length
-            )
-            return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-        two = {key: part for key, part in parts.items() if not key.endswith("_3")}
-        embeds, pooled, _ = FluxPipeline(**two, **unused).encode_prompt(prompts, device=device, **length)
+            options |= {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
+            embeds, _, pooled, _ = StableDiffusion3Pipeline(**parts).encode_prompt(prompts, **options)
+        else:
+            embeds, pooled, _ = FluxPipeline(**two).encode_prompt(prompts, **options)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def prepare_timesteps(
-        self, scheduler: SchedulerMixin, num_inference_steps: int, strength: float, latent_size: tuple[int, int]
+        self, scheduler: Any, num_inference_steps: int, strength: float, latent_size: tuple[int, int]
     ) -> torch.Tensor:
         """The scheduler's timesteps from `strength` on, for latents of that size."""
         options: dict[str, Any] = {}
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            config = scheduler.config
-            if config.use_dynamic_shifting:
+        if _is_flow_matching(scheduler):
+            if scheduler.config["use_dynamic_shifting"]:
                 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+                names = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
                 tokens = latent_size[0] * latent_size[1] // 4
-                options["mu"] = calculate_shift(
-                    tokens,
-                    config.base_image_seq_len,
-                    config.max_image_seq_len,
-                    config.base_shift,
-                    config.max_shift,
-                )
+                options["mu"] = calculate_shift(tokens, *(scheduler.config[name] for name in names))
             if self.diffusion_decoder.family.is_packed:  # as the pipelines of these denoisers do
                 options["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **options)
@@ -342,12 +342,13 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         num_scales: int | None = None,
         init_image: list | None = None,
     ) -> torch.Tensor:
-        """Latents of the picture to begin with: `init_image`, or what the vision tokenizer decodes."""
+        """Latents of the image to begin with: `init_image`, or what the vision tokenizer decodes."""
         height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
         if init_image is not None:
-            if any(isinstance(one, str) for one in init_image):
-                init_image = self.image_processor.fetch_images(init_image)
-            pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in init_image])
+            images = init_image
+            if any(isinstance(one, str) for one in images):
+                images = self.image_processor.fetch_images(images)
+            pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in images])
         else:
             device = self._execution_device
             pixels = loaded(self.vision_tokenizer).decode(
@@ -359,7 +360,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     def prepare_latents(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         timestep: torch.Tensor,
         num_images: int,
         size: tuple[int, int],
@@ -376,7 +377,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         elif tuple(noise.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(noise.shape)}, expected {shape}")
         noise = noise.to(device, torch.float32)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if _is_flow_matching(scheduler):
             return noise if start is None else scheduler.scale_noise(start, timestep[None], noise)
         if start is None:
             return noise * scheduler.init_noise_sigma
@@ -384,7 +385,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     def predict(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         condition: torch.Tensor,
@@ -396,7 +397,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         The denoiser's guided prediction in float32. `prompt` has the rows of the images or, with guidance, those
         that it leads away from and then those of the images. `tile` is in cells.
         """
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if not _is_flow_matching(scheduler):
             latents = scheduler.scale_model_input(latents, timestep)
         if self.do_classifier_free_guidance:
             latents = latents.repeat(2, 1, 1, 1)
@@ -417,7 +418,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     def step(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         prediction: torch.Tensor,
         timestep: torch.Tensor,
         latents: torch.Tensor,
@@ -428,7 +429,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         options = {"generator": generators} if takes_generator else {}
         return scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
 
-    def decode_latents(self, latents: torch.Tensor, output_type: str) -> list | np.ndarray | torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
         """Images of latents."""
         pixels = decode_latents(self.vae, latents)
         return self.pixel_processor.postprocess(pixels.cpu() if output_type == "pt" else pixels, output_type)
@@ -521,76 +522,62 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images. Arrays that differ in size come as a list.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
         # 1. Check inputs
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         self.check_settings(prompt, num_inference_steps, strength, tile_size, negative_prompt)
-        self.check_inputs(
-            image_codes,
-            image_grids,
-            image,
-            init_image,
-            strength,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        latents_per_cell = self.latents_per_cell
+        self.check_inputs(image_codes, image_grids, image, init_image, strength, output_type, tensor_inputs)
+        self._guidance_scale, self._interrupt = guidance_scale, False
         # Its place among the steps is this call's: other pipelines, in other threads, may have the same component.
         scheduler = copy.deepcopy(self.scheduler)
 
-        # 2. Codes, and images that share a schedule
+        # 2. Codes of the images, and which images share a schedule
         if image is not None:
             image_codes, image_grids = self.encode_image(image)
+        assert image_codes is not None and image_grids is not None  # checked above
         codes_of_images = _split_codes(image_codes, image_grids, num_scales)
         num_images = len(image_grids)
-        generators = generator_per_image(generator, num_images)
-        groups: dict[tuple, list[int]] = {}
-        for index, rows in enumerate(image_grids.tolist()):
-            groups.setdefault(tuple(map(tuple, rows)), []).append(index)
+        groups = group_equal([str(rows) for rows in image_grids.tolist()])
         if latents is not None and len(groups) > 1:
             raise ValueError(f"`latents` is one tensor, but the images have {len(groups)} different schedules")
+        generators = generator_per_image(generator, num_images)
 
         # 3. Captions: those that guidance leads away from and those of the images, padded together
         captions = one_per_prompt("prompt", prompt or "", num_images)
         negatives = one_per_prompt("negative_prompt", negative_prompt or "", num_images)
         texts = self.encode_prompt(negatives + captions, max_sequence_length=max_sequence_length)
 
-        # 4. Draw, the images of one schedule together
+        # 4. Denoise, the images of one schedule together
         images: list = [None] * num_images
         tile = None if tile_size is None else tile_size // self.pixels_per_cell
         with self.progress_bar(total=0) as progress:
-            for position, members in enumerate(groups.values()):
+            for position, members in enumerate(groups):
                 codes, grids = torch.cat([codes_of_images[index] for index in members]), image_grids[members]
                 condition = self.encode_condition(codes, grids, num_scales=num_scales)
                 rows, columns = condition.shape[2:]
-                size = (rows * latents_per_cell, columns * latents_per_cell)
-                own = None if generators is None else [generators[index] for index in members]
+                size = (rows * self.latents_per_cell, columns * self.latents_per_cell)
                 timesteps = self.prepare_timesteps(scheduler, num_inference_steps, strength, size)
+                self._num_timesteps = progress.total = len(timesteps) * len(groups)
                 start = None
                 if strength < 1:
                     picked = None if init_image is None else _pick(init_image, members, num_images)
                     start = self.encode_start(codes, grids, num_scales=num_scales, init_image=picked)
+                own = None if generators is None else [generators[index] for index in members]
                 sample = self.prepare_latents(
                     scheduler, timesteps[0], len(members), size, own, noise=latents, start=start
                 )
-                self._num_timesteps = len(timesteps) * len(groups)
-                progress.total = self._num_timesteps
-
                 for step, timestep in enumerate(timesteps):
                     if self.interrupt:
                         break
+                    # A callback may have switched guidance on or off.
                     conditional = [index + num_images for index in members]
                     picked = [*members, *conditional] if self.do_classifier_free_guidance else conditional
                     text = {name: None if rows is None else rows[picked] for name, rows in texts.items()}
                     prediction = self.predict(scheduler, sample, timestep, condition, text, tile=tile)
                     sample = self.step(scheduler, prediction, timestep, sample, own)
                     if callback_on_step_end is not None:
-                        given = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
+                        tensors = {name: {"latents": sample}[name] for name in tensor_inputs}
                         done = position * len(timesteps) + step
-                        sample = (callback_on_step_end(self, done, timestep, given) or {}).get("latents", sample)
+                        sample = (callback_on_step_end(self, done, timestep, tensors) or {}).get("latents", sample)
                     progress.update()
 
                 decoded = sample if output_type == "latent" else self.decode_latents(sample, output_type)
@@ -601,6 +588,10 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         self.maybe_free_model_hooks()
         result = stack_equal(images)
         return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+
+def _is_flow_matching(scheduler: Any) -> bool:
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
 def _split_codes(
@@ -621,8 +612,8 @@ def _split_codes(
 
 def _pick(images: Any, members: list[int], num_images: int) -> list:
     """Entries `members` of one image for all, or of as many as there are."""
-    is_many = isinstance(images, (list, tuple)) or (not isinstance(images, PIL.Image.Image | str) and images.ndim == 4)
-    entries = list(images) if is_many else [images] * num_images
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    entries = list(images) if is_batch or isinstance(images, (list, tuple)) else [images] * num_images
     if len(entries) != num_images:
         raise ValueError(f"`init_image` has {len(entries)} entries for {num_images} images, expected one or as many")
     return [entries[index] for index in members]
