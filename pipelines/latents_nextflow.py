@@ -25,6 +25,7 @@ def vae_scale_factor(vae: DecoderVAE) -> int:
 
 
 def vae_latent_channels(vae: DecoderVAE) -> int:
+    """Channels of the latents; without a VAE those of pixels."""
     if vae is None:
         return 3
     return vae.config.z_dim if _is_qwen(vae) else vae.config.latent_channels
@@ -33,7 +34,7 @@ def vae_latent_channels(vae: DecoderVAE) -> int:
 def encode_latents(
     vae: DecoderVAE, pixels: torch.Tensor, *, sample: bool = False, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Pixels (n, 3, height, width) in [-1, 1] to float32 latents: the VAE's mode, with `sample` one of its draws."""
+    """Pixels (n, 3, height, width) in [-1, 1] to float32 latents: the VAE's mode, with `sample` a sample."""
     if vae is None:
         return pixels.float()
     is_video = _is_qwen(vae)

@@ -5,6 +5,7 @@ decodes. It may change fine structure: off by default, and no choice for local e
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,12 +25,11 @@ from diffusers.utils.doc_utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder, decoder_condition
+from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder, decoder_condition, encode_captions
 from .helpers_nextflow import (
     NextFlowBasePipeline,
     exclusively,
     generator_per_image,
-    given,
     group_equal,
     loaded,
     one_per_prompt,
@@ -39,17 +39,6 @@ from .latents_nextflow import decode_latents, encode_latents, predict_in_tiles, 
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-# Denoiser -> the text encoders that its own pipeline cannot do without, by their suffix.
-REQUIRED_TEXT_ENCODERS = {
-    "UNet2DConditionModel": ("",),
-    "FluxTransformer2DModel": ("", "_2"),
-    "SD3Transformer2DModel": ("", "_2"),
-    "QwenImageTransformer2DModel": ("",),
-}
-
-# Endings of the components that pipelines with one text encoder, and with two, do not have.
-LATER = (("_2", "_3"), "_3")
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -143,10 +132,12 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     @property
     def guidance_scale(self) -> float:
+        """Guidance by the codes and the caption, in the call that goes on or the last one."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
+        """Whether there is guidance."""
         return self._guidance_scale != 1
 
     @property
@@ -165,16 +156,10 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         return self.vision_tokenizer.config.patch_size * self.diffusion_decoder.config.upscale_factor
 
     @property
-    def latents_per_cell(self) -> int:
-        """Latents that a cell of the codes spans, along each axis."""
-        return self.pixels_per_cell // vae_scale_factor(self.vae)
-
-    @property
     def has_text_encoder(self) -> bool:
         """Whether captions can be read. Half of a set of text encoders is refused."""
-        names = []
-        for suffix in REQUIRED_TEXT_ENCODERS[self.diffusion_decoder.config.denoiser_class]:
-            names += [f"text_encoder{suffix}", f"tokenizer{suffix}"]
+        suffixes = self.diffusion_decoder.family.text_encoders
+        names = [f"{kind}{suffix}" for suffix in suffixes for kind in ("text_encoder", "tokenizer")]
         missing = [name for name in names if getattr(self, name) is None]
         if missing and len(missing) < len(names):
             raise ValueError(f"{missing} is missing of {names}, expected all of them or none")
@@ -182,27 +167,12 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     def check_components(self) -> None:
         """Raises `ValueError` where the components do not fit each other."""
-        decoder, tokenizer = self.diffusion_decoder, self.vision_tokenizer.config
-        channels = tokenizer.semantic_code_dim + tokenizer.pixel_code_dim + tokenizer.semantic_config.hidden_size
-        if channels != decoder.config.condition_channels:
-            raise ValueError(
-                f"the diffusion decoder wants {decoder.config.condition_channels} channels of condition, but the "
-                f"vision tokenizer has {channels}"
-            )
-        decoder.check_codes(self.vision_tokenizer)
-        latent_channels = vae_latent_channels(self.vae)
-        if latent_channels != decoder.latent_channels:
-            raise ValueError(
-                f"the diffusion decoder's latents have {decoder.latent_channels} channels, but those of the "
-                f"{type(self.vae).__name__} {latent_channels}"
-            )
-        factor = vae_scale_factor(self.vae)
-        needed = 2 * factor if decoder.needs_even_latents else factor
-        if self.pixels_per_cell % needed:
-            raise ValueError(
-                f"a cell is {self.pixels_per_cell} pixels wide, expected a multiple of {needed}: of the VAE's "
-                f"{factor} pixels for a latent, with a {decoder.config.denoiser_class}"
-            )
+        self.diffusion_decoder.check_parts(
+            self.vision_tokenizer,
+            vae_channels=vae_latent_channels(self.vae),
+            pixels_per_cell=self.pixels_per_cell,
+            pixels_per_latent=vae_scale_factor(self.vae),
+        )
 
     def check_settings(
         self,
@@ -238,6 +208,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
+        """Raises `ValueError` where the inputs of a call do not fit together, or need a component that is missing."""
         if (image_codes is None) == (image is None):
             given = "neither" if image is None else "both"
             raise ValueError(f"pass exactly one of `image_codes` and `image`, got {given}")
@@ -252,8 +223,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             raise ValueError("`init_image` is given but `strength` is 1, expected less: at 1 all begins with noise")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, expected one of {list(OUTPUT_TYPES)}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {unknown}, expected some of {self._callback_tensor_inputs}"
             )
@@ -261,10 +231,8 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     def encode_image(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (total_codes,) and schedules (images, max_scales, 2) of images."""
         inputs = self.image_processor(image, return_tensors="pt")
-        device, dtype = self._execution_device, self.vision_tokenizer.dtype
-        image_grids = inputs["image_grids"].to(device)
-        pixel_values = inputs["pixel_values"].to(device, dtype)
-        return loaded(self.vision_tokenizer).encode(pixel_values, image_grids).image_codes, image_grids
+        inputs = inputs.to(self._execution_device, self.vision_tokenizer.dtype)
+        return loaded(self.vision_tokenizer).encode(**inputs).image_codes, inputs["image_grids"]
 
     def encode_condition(
         self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
@@ -286,33 +254,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         device, decoder = self._execution_device, self.diffusion_decoder
         if not self.has_text_encoder:
             return {name: tensor.to(device) for name, tensor in decoder.empty_prompt(len(prompts)).items()}
-        # Here, not above: they take long to import.
-        from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
-        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-
-        options: dict[str, Any] = {"device": device, **given(max_sequence_length=max_sequence_length)}
-        components = self.components
-        parts: dict[str, Any] = {"vae": None, "scheduler": None, "transformer": decoder.denoiser}  # for its config
-        parts |= {name: components[name] for name in components if name.startswith(("text_", "tokenizer"))}
-        first, two = ({name: part for name, part in parts.items() if not name.endswith(last)} for last in LATER)
-        name = decoder.config.denoiser_class
-        if name == "UNet2DConditionModel":
-            del first["transformer"]
-            unused: dict[str, Any] = {"unet": None, "safety_checker": None, "feature_extractor": None}
-            stock = StableDiffusionPipeline(**first, **unused, requires_safety_checker=False)
-            embeds, _ = stock.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
-            return {"encoder_hidden_states": embeds}
-        if name == "QwenImageTransformer2DModel":
-            embeds, mask = QwenImagePipeline(**first).encode_prompt(prompts, **options)
-            return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
-        if name == "SD3Transformer2DModel":
-            options |= {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
-            embeds, _, pooled, _ = StableDiffusion3Pipeline(**parts).encode_prompt(prompts, **options)
-        else:
-            embeds, pooled, _ = FluxPipeline(**two).encode_prompt(prompts, **options)
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        return encode_captions(decoder, self.components, prompts, device, max_sequence_length)
 
     def prepare_timesteps(
         self, scheduler: Any, num_inference_steps: int, strength: float, latent_size: tuple[int, int]
@@ -344,19 +286,18 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     ) -> torch.Tensor:
         """Latents of the image to begin with: `init_image`, or what the vision tokenizer decodes."""
         height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
+        device = self._execution_device
         if init_image is not None:
             images = init_image
             if any(isinstance(one, str) for one in images):
                 images = self.image_processor.fetch_images(images)
             pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in images])
         else:
-            device = self._execution_device
-            pixels = loaded(self.vision_tokenizer).decode(
-                image_codes.to(device), image_grids.to(device), num_scales=num_scales
-            )
+            codes = image_codes.to(device), image_grids.to(device)
+            pixels = loaded(self.vision_tokenizer).decode(*codes, num_scales=num_scales)
             if pixels.shape[2:] != (height, width):
                 pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
-        return encode_latents(self.vae, pixels.to(self._execution_device))
+        return encode_latents(self.vae, pixels.to(device))
 
     def prepare_latents(
         self,
@@ -382,6 +323,49 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         if start is None:
             return noise * scheduler.init_noise_sigma
         return scheduler.add_noise(start, noise, timestep[None])
+
+    def denoise(
+        self,
+        scheduler: Any,
+        timesteps: torch.Tensor,
+        latents: torch.Tensor,
+        condition: torch.Tensor,
+        texts: dict[str, torch.Tensor | None],
+        generators: list[torch.Generator] | None,
+        *,
+        tile: int | None = None,
+        after_step: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Latents after all timesteps, or where `pipe._interrupt` stopped them. `texts` has the rows that guidance leads
+        away from and then those of the images. `after_step(step, timestep, latents)` may replace the latents.
+        """
+        conditional = {name: None if rows is None else rows.chunk(2)[1] for name, rows in texts.items()}
+        for step, timestep in enumerate(timesteps):
+            if self._interrupt:
+                break
+            # Asked at every step, as a callback may switch guidance on or off.
+            text = texts if self.do_classifier_free_guidance else conditional
+            prediction = self.predict(scheduler, latents, timestep, condition, text, tile=tile)
+            latents = after_step(step, timestep, self.step(scheduler, prediction, timestep, latents, generators))
+        return latents
+
+    def _after_step(
+        self,
+        callback: Callable | None,
+        tensor_inputs: Sequence[str],
+        progress: Any,
+        first_step: int,
+        step: int,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        """The callback's latents, if it returns any; `first_step` counts the steps of the groups before."""
+        progress.update()
+        if callback is None:
+            return latents
+        tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
+        return (callback(self, first_step + step, timestep, tensors) or {}).get("latents", latents)
 
     def predict(
         self,
@@ -424,7 +408,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         latents: torch.Tensor,
         generators: list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """One step of the scheduler. One that draws noise of its own takes it from the images' generators."""
+        """One step of the scheduler. One that needs noise takes it from the images' generators."""
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": generators} if takes_generator else {}
         return scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
@@ -483,12 +467,12 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Draw the images of codes, or of an image's codes.
+        Make the images of codes, or of an image's codes.
 
         Args:
-            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*): Codes, as NextFlow draws them.
+            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*): Codes, as NextFlow samples them.
             image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`, *optional*): Their schedules.
-            image (image or `list` of images, *optional*): Instead of codes: what to encode and draw anew.
+            image (image or `list` of images, *optional*): Instead of codes: what to encode and make anew.
             prompt (`str` or `list[str]`, *optional*):
                 Caption for all images or for each. It describes the image; it is no instruction. By default empty.
             negative_prompt (`str` or `list[str]`, *optional*, defaults to `""`): What guidance leads away from.
@@ -496,12 +480,12 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 Strength of guidance by the codes and the caption together. 1 is none, and costs no second pass.
             strength (`float`, *optional*, defaults to 1.0):
-                1 begins with noise. Less begins with a picture, noised that far, and takes that share of the steps.
+                1 begins with noise. Less begins with an image, noised that far, and takes that share of the steps.
             init_image (image or `list` of images, *optional*):
-                That picture, resized to the output; by default what the vision tokenizer decodes. A decoder of 2x
+                That image, resized to the output; by default what the vision tokenizer decodes. A decoder of 2x
                 output can begin with the result of one of 1x.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One, or one for each image. Each image draws from a generator of its own, seeded with one number of
+                One, or one for each image. Each image has a generator of its own, seeded with one number of
                 the given one, so it is the same in any batch.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
                 Noise to begin with, standard normal, instead of the generators'. For images of one size.
@@ -553,8 +537,9 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             for position, members in enumerate(groups):
                 codes, grids = torch.cat([codes_of_images[index] for index in members]), image_grids[members]
                 condition = self.encode_condition(codes, grids, num_scales=num_scales)
-                rows, columns = condition.shape[2:]
-                size = (rows * self.latents_per_cell, columns * self.latents_per_cell)
+                height, width = condition.shape[2:]
+                ratio = self.pixels_per_cell // vae_scale_factor(self.vae)  # latents that a cell spans
+                size = (height * ratio, width * ratio)
                 timesteps = self.prepare_timesteps(scheduler, num_inference_steps, strength, size)
                 self._num_timesteps = progress.total = len(timesteps) * len(groups)
                 start = None
@@ -565,29 +550,22 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
                 sample = self.prepare_latents(
                     scheduler, timesteps[0], len(members), size, own, noise=latents, start=start
                 )
-                for step, timestep in enumerate(timesteps):
-                    if self.interrupt:
-                        break
-                    # A callback may have switched guidance on or off.
-                    conditional = [index + num_images for index in members]
-                    picked = [*members, *conditional] if self.do_classifier_free_guidance else conditional
-                    text = {name: None if rows is None else rows[picked] for name, rows in texts.items()}
-                    prediction = self.predict(scheduler, sample, timestep, condition, text, tile=tile)
-                    sample = self.step(scheduler, prediction, timestep, sample, own)
-                    if callback_on_step_end is not None:
-                        tensors = {name: {"latents": sample}[name] for name in tensor_inputs}
-                        done = position * len(timesteps) + step
-                        sample = (callback_on_step_end(self, done, timestep, tensors) or {}).get("latents", sample)
-                    progress.update()
-
+                rows = [*members, *(index + num_images for index in members)]
+                text = {name: None if value is None else value[rows] for name, value in texts.items()}
+                after_step = functools.partial(
+                    self._after_step, callback_on_step_end, tensor_inputs, progress, position * len(timesteps)
+                )
+                sample = self.denoise(
+                    scheduler, timesteps, sample, condition, text, own, tile=tile, after_step=after_step
+                )
                 decoded = sample if output_type == "latent" else self.decode_latents(sample, output_type)
                 for index, one in zip(members, decoded, strict=True):
                     images[index] = one
 
         # 5. Output
         self.maybe_free_model_hooks()
-        result = stack_equal(images)
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
+        output = ImagePipelineOutput(images=stack_equal(images))
+        return output if return_dict else output.to_tuple()
 
 
 def _is_flow_matching(scheduler: Any) -> bool:

@@ -188,6 +188,25 @@ def num_cells(grids: Sequence[tuple[int, int]]) -> int:
     return sum(height * width for height, width in grids)
 
 
+def call_back(
+    callback: Callable,
+    pipe: Any,
+    step: int,
+    scale: Any,
+    group: Sequence[NextFlowImagePrompt],
+    tensor_inputs: Sequence[str],
+) -> None:
+    """Let the callback see the codes so far, and replace them by those that it returns."""
+    codes = scale.image_codes
+    grids = torch.stack([prompt.image_grids[-1] for prompt in group])
+    tensors = {"latents": codes.clone(), "image_codes": codes.clone(), "image_grids": grids}
+    returned = callback(pipe, step, scale.index, {name: tensors[name] for name in tensor_inputs}) or {}
+    for name in ("latents", "image_codes"):
+        changed = returned.get(name)
+        if changed is not None and not torch.equal(changed.to(codes.device), codes):
+            scale.image_codes = changed.to(codes.device)
+
+
 class NextFlowImageSteps(NextFlowBasePipeline):
     """
     The steps of sampling images, each a method of the pipeline that users may call on their own, and what callbacks
@@ -346,6 +365,53 @@ class NextFlowImageSteps(NextFlowBasePipeline):
             conversations = list(map(processor.with_thinking_prompt, conversations))
         return self.encode_messages(conversations, **unconditional, keep_first_size=keep_first_size, **size)
 
+    def prepare_settings(self, conversations: list[Conversation], settings: dict[str, Any]) -> dict[str, Any]:
+        """
+        Settings of sampling, as in [`~NextFlowPipeline.get_image_settings`]. Guidance towards images that a prompt
+        does not have is a `ValueError` where the call asks for it, and left out where only the model does.
+        """
+        asked = settings["image_guidance_scale"]
+        settings = self.transformer.get_image_settings(**settings)
+        missing = 0
+        if guides(settings["image_guidance_scale"]):
+            missing = sum(not has_user_image(conversation) for conversation in conversations)
+        if missing and asked is not None:
+            raise ValueError(
+                f"`image_guidance_scale` is {asked}, which guides towards the user's images, but {missing} of "
+                f"{len(conversations)} prompts have none"
+            )
+        if missing:
+            settings["image_guidance_scale"] = 1.0
+        self._guidance_scale, self._image_guidance_scale = settings["guidance_scale"], settings["image_guidance_scale"]
+        return settings
+
+    def prepare_images(
+        self, prompts: list[NextFlowImagePrompt], num_scales: int | None, *, is_limit: bool
+    ) -> list[list[int]]:
+        """
+        Say of each prompt how many scales are sampled, and which codes are given in full. More scales than an image
+        has are an error or, where `is_limit`, all of them. Returns the indices of images that are sampled together.
+        """
+        self._begin(prompts)
+        groups, self._num_timesteps = group_prompts(prompts), 0
+        for members in groups:
+            first = prompts[members[0]]
+            grids = first.grids
+            if num_scales is not None and num_scales > len(grids):
+                if not is_limit:
+                    raise ValueError(
+                        f"`num_scales` is {num_scales}, expected at most {len(grids)}, those of the image"
+                    )
+                warn_once(f"`num_inference_steps` is {num_scales}, more than the scales of an image: all are sampled")
+            grids = grids[:num_scales]
+            for prompt in (prompts[index] for index in members):
+                prompt.num_scales = len(grids)
+                given = None if prompt.prefix_mask is not None else prompt.prefix_codes
+                if given is not None and len(given) >= num_cells(grids):  # nothing is left to sample
+                    prompt.codes, prompt.num_sampled = given[: num_cells(grids)].to(self._execution_device), len(grids)
+            self._num_timesteps += 0 if first.codes is not None else len(grids)
+        return groups
+
     def known_resolution(self, resolution: int, height: int | None) -> int | None:
         """`resolution`, or the nearest that the model has: engines send a default of their own."""
         check_numbers(resolution=resolution)
@@ -403,6 +469,7 @@ __all__ = [
     "NextFlowImageSteps",
     "PerScale",
     "build_messages",
+    "call_back",
     "check_only_decodes",
     "check_prompts",
     "collate_prompts",

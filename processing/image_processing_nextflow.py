@@ -29,7 +29,7 @@ from .scale_schedule_nextflow import ScaleSchedule
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     resolution (`int`, *optional*, defaults to 1024):
-        Level: side in pixels of the square image with as many scales. One of the schedule's `resolutions`.
+        Side in pixels of the square image with as many scales. One of the schedule's `resolutions`.
     scale_bases (`list[int]`, *optional*): Side of each square grid, see [`ScaleSchedule`].
     patch_size (`int` or `float`, *optional*, defaults to 16): Pixels per cell of the last grid, along each axis.
     bucket_area (`int`, *optional*, defaults to 256): Largest `a * b` of a bucket.
@@ -289,11 +289,12 @@ class NextFlowImageProcessorPil(_NextFlowImageProcessing, PilBackend):
     Every image is made upright RGB, resized to cover the size of its nearest bucket and centre-cropped to it; a batch
     is padded with zeros on the right and at the bottom. Returns a `BatchFeature` with `pixel_values`, float32
     `(images, 3, height, width)` in [-1, 1], and `image_grids`, int64 `(images, max_scales, 2)`. The arguments of
-    [`ScaleSchedule`] are attributes here and saved with the processor; `resolution` chooses the level and may be
+    [`ScaleSchedule`] are attributes here and saved with the processor; `resolution` may be
     given per call.
     """
 
     def process_image(self, image: Any, **kwargs) -> np.ndarray:
+        """Any image as upright RGB, 8 bits (3, height, width)."""
         return np.asarray(self._load(image, **kwargs)).transpose(2, 0, 1)
 
     def _resize_box(
@@ -317,6 +318,7 @@ if is_torchvision_available():
         """
 
         def process_image(self, image: Any, device: str | torch.device | None = None, **kwargs) -> torch.Tensor:
+            """Any image as upright RGB, 8 bits (3, height, width), on `device`."""
             pixels = torch.from_numpy(np.array(self._load(image, **kwargs))).permute(2, 0, 1)
             return pixels if device is None else pixels.to(device)
 

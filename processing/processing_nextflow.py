@@ -57,13 +57,13 @@ _TEXT_OPTIONS = {
 class NextFlowProcessorKwargs(ProcessingKwargs, total=False):
     r"""
     generation_mode (`str`, *optional*):
-        `"image"` ends every row in `<boi>` and adds the schedule of the image to draw to `image_grids`; `"text"` and
+        `"image"` ends every row in `<boi>` and adds the schedule of the image to sample to `image_grids`; `"text"` and
         `"interleaved"` end in the assistant's header. `"interleaved"` adds `target_grids`, the schedules of the
         images that the answer may have.
-    height (`int`, *optional*): Height in pixels of the image to draw, snapped to the nearest bucket. Needs `width`.
-    width (`int`, *optional*): Width in pixels of the image to draw. Needs `height`.
-    aspect_ratio (`str`, *optional*): `"width:height"` of the image to draw, such as `"16:9"`, instead of its size.
-    target_grids (`list[tuple[int, int]]`, *optional*): The schedule of the image to draw itself, coarse to fine.
+    height (`int`, *optional*): Height in pixels of the image to sample, snapped to the nearest bucket. Needs `width`.
+    width (`int`, *optional*): Width in pixels of the image to sample. Needs `height`.
+    aspect_ratio (`str`, *optional*): `"width:height"` of the image to sample, such as `"16:9"`, instead of its size.
+    target_grids (`list[tuple[int, int]]`, *optional*): The schedule of the image to sample itself, coarse to fine.
     """
 
     images_kwargs: NextFlowImageProcessorKwargs
@@ -99,7 +99,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
             Whether an image that is given gets one scale more: its last grid again. A scale's input is the codes of
             the one before, so the codes of the last scale are seen only then (not specified by the paper; costs the
             cells of the last grid). Images of assistant messages, and all that are trained on, stand in the sequence
-            as they are drawn, without it: a conversation goes on from what the model has drawn. The model's
+            as they are sampled, without it: a conversation goes on from what the model has sampled. The model's
             `max_scales` must be [`max_scales`].
     """
 
@@ -137,8 +137,9 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As [`~transformers.ProcessorMixin.save_pretrained`], which leaves an `auto_map` behind in this object."""
         files = super().save_pretrained(save_directory, push_to_hub, **kwargs)
-        vars(self).pop("auto_map", None)  # left there by saving; a processor that was loaded has none
+        vars(self).pop("auto_map", None)  # a processor that was loaded has none
         return files
 
     # ---- text and images in
@@ -157,7 +158,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
                 One for every `<|image_pad|>` of the text, alone or as `<boi><|image_pad|><eoi>`, in reading order. A
                 list per prompt is checked per prompt.
             text (`str` or `list[str]`, *optional*):
-                Trusted text: control tokens in it are control tokens. A `<boi>` at the very end is an image to draw.
+                Trusted text: control tokens in it are control tokens. A `<boi>` at the very end is an image to sample.
                 Its images count as given: who showed them is known to `apply_chat_template` alone.
             kwargs: See [`NextFlowProcessorKwargs`] and the options of tokenizer and image processor (`padding`,
                 `padding_side`, `max_length`, `return_tensors`, `resolution`, `return_mm_token_type_ids`, ...).
@@ -218,7 +219,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
             conversation (`list[dict]` or `list[list[dict]]`): The messages.
             add_generation_prompt (`bool`, *optional*): End in the assistant's header. Implied by `generation_mode`.
             continue_final_message (`bool` or `str`, *optional*): Leave the final message open instead; with
-                `generation_mode="image"` the image is drawn after it.
+                `generation_mode="image"` the image comes after it.
             tokenize, return_dict, return_tensors: As in transformers: a string, the ids, or a `BatchFeature`.
             processor_kwargs (`dict`, *optional*): Options of `__call__`; they may also be given directly.
             sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
@@ -232,12 +233,12 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
                 `"responses"`: what follows an assistant's header, through `<|im_end|>`; `"all"`: every token.
             return_assistant_tokens_mask (`bool`, *optional*): Add `assistant_masks`, 1 in assistant responses.
             negative_prompt (`str`, *optional*, defaults to `""`):
-                With a `generation_mode` that draws, `tokenize` and `return_dict`: add `negative_input_ids` and
+                With a `generation_mode` with images, `tokenize` and `return_dict`: add `negative_input_ids` and
                 `negative_attention_mask`, the unconditional prompts of guidance: the same conversations with the same
                 images, without the user's text, and with this at the end of the last user message (as training drops
                 text: `""`). `None` leaves them out, where guidance is 1.
             enable_thinking (`bool`, *optional*, defaults to `False`):
-                Ask the model to think before it draws: `THINKING_PROMPT` becomes the system message, or the beginning
+                Ask the model to think before an image: `THINKING_PROMPT` becomes the system message, or the beginning
                 of the one that is there. The unconditional prompts are those without thinking.
             kwargs: Options of `__call__`, such as `generation_mode`, `height`, `width`, `resolution`; variables of a
                 custom template.
@@ -461,6 +462,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
 
     @property
     def model_input_names(self) -> list[str]:
+        """What the model gets, for transformers."""
         return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
 
 

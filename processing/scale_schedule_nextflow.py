@@ -1,4 +1,4 @@
-"""The scale schedule: which grids an image is drawn on, coarse to fine (§2.1, appendix A.1, table 14).
+"""The scale schedule: which grids an image is sampled on, coarse to fine (§2.1, appendix A.1, table 14).
 
 Two lines of arithmetic, exact for all 41 rows of the paper's table. The only owner of the rule: everything else gets
 its result as data (`image_grids`). Knows numbers only: no tensors, no images, no tokens.
@@ -213,7 +213,7 @@ def grids_of_size(
         resolution = min(sides, key=distance)
     if sizes[resolution] != (height, width):
         logger.warning(
-            f"the image to draw is {sizes[resolution][0]} x {sizes[resolution][1]} pixels (height x width), the "
+            f"the image to sample is {sizes[resolution][0]} x {sizes[resolution][1]} pixels (height x width), the "
             f"size of the bucket nearest to the {height} x {width} asked for"
         )
     return schedule.grids(bucket, schedule.num_scales(resolution))

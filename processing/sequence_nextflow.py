@@ -271,7 +271,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         return [*grids, grids[-1]] if self.append_last_scale else grids
 
     def target_image_grids(self, image_grids: torch.Tensor) -> torch.Tensor:
-        """Rows of `image_grids` (images, max_scales, 2) of given images, as those of images to draw at their size."""
+        """Rows of `image_grids` (images, max_scales, 2) of given images, for images to sample at their size."""
         if not self.append_last_scale:
             return image_grids
         is_last = (image_grids[..., 0] > 0).sum(-1, keepdim=True) - 1 == torch.arange(image_grids.shape[1])
