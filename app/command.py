@@ -37,6 +37,7 @@ EXAMPLES = """\
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The options of `nextflow-hf app`."""
     parser = new_parser("app", "Draw, edit and talk in the browser, and watch images grow.", EXAMPLES)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="default: %(default)s, for this machine only")
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Load the pipeline and serve the page until it is interrupted."""
     try:
         import gradio  # noqa: F401
     except ImportError as error:

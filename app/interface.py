@@ -1,4 +1,4 @@
-"""The page: a tab that draws and edits, a tab that talks, and what their buttons do.
+"""The page: a tab that makes and edits images, a tab for conversations, and what their buttons do.
 
 Whatever needs the model is done by a [`Studio`], in one queue: its users wait for each other.
 """
@@ -185,6 +185,7 @@ class App:
     # ---- both
 
     def stop(self, request: gr.Request) -> None:
+        """Stop what this browser has running."""
         if not self.studio.stop(request.session_hash):
             gr.Info("Nothing of yours is being drawn or written.", title="Stop")
 
@@ -199,6 +200,7 @@ class App:
     # ---- the page
 
     def build(self) -> gr.Blocks:
+        """The page, to be served."""
         # Files of a session are deleted a day later, and all of them when the app ends.
         with gr.Blocks(title="NextFlow", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             gr.HTML(f"<h1>NextFlow</h1><p>{html.escape(self.name)}</p>", elem_id="head")
@@ -398,14 +400,17 @@ def uploads_only(component: gr.components.Component) -> None:
 
 
 def paths_of(gallery: list[tuple[str, str | None]] | None) -> list[str]:
+    """The files in a gallery."""
     return [path for path, _ in gallery or ()]
 
 
 def gallery_of(history: list[tuple[str, ImageRequest]]) -> list[tuple[str, str]]:
+    """The history as a gallery shows it, each image with the beginning of its prompt."""
     return [(path, drawing.prompt[:80]) for path, drawing in history]
 
 
 def empty_box() -> dict[str, Any]:
+    """The text box of the chat without text and files."""
     return {"text": "", "files": []}
 
 

@@ -1,4 +1,4 @@
-"""What the app does with a pipeline: it draws scale by scale, answers in text and images, and stops.
+"""What the app does with a pipeline: it samples scale by scale, answers in text and images, and stops.
 
 Knows neither Gradio nor the browser.
 """
@@ -19,7 +19,7 @@ SMALL = 256  # sides below it are shown enlarged, pixel by pixel
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """How one image was drawn; `None` is the model's own. The same settings draw it again."""
+    """How one image was made; `None` is the model's own. The same settings make it again."""
 
     prompt: str
     references: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Studio:
     one that begins ends what was left behind.
 
     Args:
-        pipe ([`NextFlowPipeline`]): Draws and writes. Nobody else may use it meanwhile.
+        pipe ([`NextFlowPipeline`]): Makes images and answers. Nobody else may use it meanwhile.
     """
 
     def __init__(self, pipe: Any):
@@ -71,12 +71,13 @@ class Studio:
 
     @property
     def is_small(self) -> bool:
+        """Whether images are shown enlarged."""
         return self.resolution < SMALL
 
     def resolutions(self) -> list[int]:
-        """Levels to choose from: the model's own, those above, and those below down to a quarter of it."""
-        levels = self.pipe.processor.image_processor.schedule.resolutions
-        return [level for level in levels if 4 * level >= self.resolution]
+        """To choose from: the model's own, those above, and those below down to a quarter of it."""
+        known = self.pipe.processor.image_processor.schedule.resolutions
+        return [resolution for resolution in known if 4 * resolution >= self.resolution]
 
     def aspect_ratios(self) -> dict[str, tuple[int, int]]:
         """The usual ratios that the model has, each with the (width, height) in pixels of its images."""

@@ -1,6 +1,6 @@
 """How far a prompt travels: the functions of this package that `pipe("a red circle")` runs, and the files they are in.
 
-    python benchmarks/call_path.py [--list]
+    python benchmarks/call_path.py [--list | --show]
 
 Prints the distinct functions, their files, the consecutive calls whose file differs, and the deepest stack of this
 package's own frames. Loading is not counted; one call warms up before.
@@ -29,6 +29,7 @@ class CallPath:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []  # (file, function), in order
+        self.depths: list[int] = []  # of the stack at each of them
         self.depth = self.deepest = 0
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
@@ -40,12 +41,15 @@ class CallPath:
         if event == "call":
             self.calls.append((code.co_filename, code.co_qualname))
         self.depth += 1 if event == "call" else -1
+        if event == "call":
+            self.depths.append(self.depth)
         self.deepest = max(self.deepest, self.depth)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print every function with its number of calls")
+    parser.add_argument("--show", action="store_true", help="print every call in order, indented by its depth")
     args = parser.parse_args()
     pipe = NextFlowPipeline.from_pretrained(shapes_model_path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -61,6 +65,9 @@ def main() -> None:
     print(
         f"functions {len(set(path.calls))}, files {len(set(files))}, changes of file {changes}, depth {path.deepest}"
     )
+    if args.show:
+        for (file, function), before, depth in zip(path.calls, [None, *files], path.depths, strict=False):
+            print(f"{'' if file == before else Path(file).stem:40}{'  ' * depth}{function}")
     if args.list:
         for (file, function), count in Counter(path.calls).items():
             print(f"{count:5}  {Path(file).relative_to(PACKAGE)}  {function}")

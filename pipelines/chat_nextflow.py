@@ -53,7 +53,7 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         streamer: BaseStreamer | None = None,
     ) -> str | list[str]:
         r"""
-        The text that comes next: captions, answers to questions about images, talk. Nothing is drawn.
+        The text that comes next: captions, answers to questions about images, conversation. No image is sampled.
 
         Args:
             messages (`list[dict]` or `list[list[dict]]`): One or several conversations.
@@ -117,7 +117,7 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         r"""
         An answer of text and images, in which the model begins images itself.
 
-        `pipe._interrupt = True`, set elsewhere, ends it after the next token, or after the image that is being drawn.
+        `pipe._interrupt = True`, set elsewhere, ends it after the next token, or after the image that has begun.
 
         Args:
             messages (`list[dict]` or `list[list[dict]]`): One or several conversations.
@@ -126,7 +126,7 @@ class NextFlowConversationMixin(NextFlowImageSteps):
                 Longest answer, where an image counts as one token; 512 where the generation config has none.
             do_sample, text_temperature, text_top_k, text_top_p (*optional*): How text is sampled, as in `chat`.
             height, width, aspect_ratio, resolution, guidance_scale, guidance_schedule, temperature, top_k, top_p
-            (*optional*): How images are drawn, as in [`~NextFlowPipeline.__call__`]; all have one size.
+            (*optional*): How images are sampled, as in [`~NextFlowPipeline.__call__`]; all have one size.
             negative_prompt (`str`, *optional*, defaults to `""`):
                 What guidance leads away from. The unconditional prompt is the conversation without the user's text,
                 then this; it has nothing of the answer.

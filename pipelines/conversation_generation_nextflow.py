@@ -1,4 +1,4 @@
-"""How an answer is written: when it draws, when it stops, and its parts as they come."""
+"""How an answer goes on: when it begins an image, when it stops, and its parts as they come."""
 
 import queue
 import threading
@@ -47,21 +47,21 @@ class ImagesBeforeEnding(LogitsProcessor):
         return (ids == self.boi_token_id).sum(1), (~torch.isin(ids, self.uncounted)).sum(1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn, tokens = (now - before for now, before in zip(self._count(input_ids), self.prompts))
-        missing = self.num_images - drawn
-        must_draw = missing > 0
-        forced = must_draw & (tokens + missing >= self.max_new_tokens)
+        begun, tokens = (now - before for now, before in zip(self._count(input_ids), self.prompts))
+        missing = self.num_images - begun
+        needs_image = missing > 0
+        forced = needs_image & (tokens + missing >= self.max_new_tokens)
         self.was_forced |= forced
         changed = scores.clone()
         changed[:, self.boi_token_id] = scores[:, [self.boi_token_id, *self.ending]].logsumexp(1)
         changed[:, self.ending] = -float("inf")
         changed[forced] = -float("inf")
         changed[forced, self.boi_token_id] = 0
-        return torch.where(must_draw[:, None], changed, scores)
+        return torch.where(needs_image[:, None], changed, scores)
 
 
 class StopWhen(StoppingCriteria):
-    """All rows end once `is_stopped()`; an image that has been begun is drawn first."""
+    """All rows end once `is_stopped()`; an image that has begun is finished first."""
 
     def __init__(self, is_stopped: Callable[[], bool]):
         self.is_stopped = is_stopped
@@ -87,10 +87,12 @@ class PartStreamer(TextStreamer):
         self.decode_image = decode_image
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Whole words, from transformers' streamer."""
         if text:
             self.emit({"type": "text", "text": text})
 
     def put_image(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> None:
+        """The codes (codes,) and the schedule (max_scales, 2) of an image, from our transformer."""
         self.end()  # the words before it
         self.next_tokens_are_prompt = False  # what `end` supposes
         self.emit({"type": "image", "image": self.decode_image(image_codes, image_grids)})

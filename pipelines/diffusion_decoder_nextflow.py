@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoModel, ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.auto_model import AutoModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,16 +23,19 @@ from .latents_nextflow import pack_latents, spread, unpack_latents
 
 
 class DenoiserFamily(NamedTuple):
+    """How a class of denoisers takes in the condition and captions."""
+
     input_layer: str  # the layer that gets more columns
     is_packed: bool  # whether it takes 2x2 patches of the latents as a sequence
     projection_type: str  # of the condition: one layer (UNet) or an MLP (transformers), as in the paper
+    text_encoders: tuple[str, ...]  # those that its own pipeline cannot do without, by their suffix
 
 
 FAMILIES = {
-    "UNet2DConditionModel": DenoiserFamily("conv_in", False, "linear"),
-    "FluxTransformer2DModel": DenoiserFamily("x_embedder", True, "mlp"),
-    "SD3Transformer2DModel": DenoiserFamily("pos_embed.proj", False, "mlp"),
-    "QwenImageTransformer2DModel": DenoiserFamily("img_in", True, "mlp"),
+    "UNet2DConditionModel": DenoiserFamily("conv_in", False, "linear", ("",)),
+    "FluxTransformer2DModel": DenoiserFamily("x_embedder", True, "mlp", ("", "_2")),
+    "SD3Transformer2DModel": DenoiserFamily("pos_embed.proj", False, "mlp", ("", "_2")),
+    "QwenImageTransformer2DModel": DenoiserFamily("img_in", True, "mlp", ("",)),
 }
 
 
@@ -58,13 +62,16 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         projection_dim (`int`): Channels that the condition is projected to.
         projection_type (`str`, *optional*, defaults to `"linear"`): `"linear"`, or `"mlp"`: two layers and a GELU.
         upscale_factor (`int`, *optional*, defaults to 1):
-            Side of the image that it was trained to draw, in units of what the VQ decoder draws: 1, or 2 after the
+            Side of the image that it was trained to make, in units of what the VQ decoder makes: 1, or 2 after the
             second training stage (§3.3).
         embedded_guidance (`float`, *optional*, defaults to 1.0):
             What a guidance-distilled denoiser is told, in training as in sampling. Others ignore it.
         vision_tokenizer_fingerprint (`str`, *optional*):
             Of the vision tokenizer whose codes it knows: those of another one are refused.
     """
+
+    config: Any  # diffusers types it as a plain dict; its entries are attributes, too
+    denoiser: Any
 
     _supports_gradient_checkpointing = True
     _no_split_modules = [
@@ -122,7 +129,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         itself or, with `subfolder` (`"unet"`, `"transformer"`), of a whole pipeline. `kwargs` go to its
         `from_pretrained`.
         """
-        denoiser = AutoModel.from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        denoiser: Any = AutoModel.from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         return cls.from_denoiser(
             denoiser,
             condition_channels=condition_channels,
@@ -134,7 +141,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @classmethod
     def from_denoiser(
         cls,
-        denoiser: ModelMixin,
+        denoiser: Any,
         *,
         condition_channels: int,
         projection_dim: int | None = None,
@@ -157,32 +164,33 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         _check_denoiser(denoiser, name)
         family = FAMILIES[name]
         layer = denoiser.get_submodule(family.input_layer)
-        projection_dim = projection_dim or layer.weight.shape[0]
+        width: int = projection_dim or layer.weight.shape[0]
         old_channels = layer.weight.shape[1]
-        wide = _widened(layer, projection_dim)
+        wide = _widened(layer, width)
         parent, _, attribute = family.input_layer.rpartition(".")
         setattr(denoiser.get_submodule(parent), attribute, wide)
         # Where `out_channels` was left to follow `in_channels`, it no longer may.
         out_channels = denoiser.config.out_channels or old_channels
-        denoiser.register_to_config(in_channels=old_channels + projection_dim, out_channels=out_channels)
+        denoiser.register_to_config(in_channels=old_channels + width, out_channels=out_channels)
         config = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
         with torch.device("meta"):  # the real parts are put in place below
             model = cls(
                 denoiser_class=name,
                 denoiser_config=config,
                 condition_channels=condition_channels,
-                projection_dim=projection_dim,
+                projection_dim=width,
                 projection_type=family.projection_type,
                 upscale_factor=upscale_factor,
                 embedded_guidance=embedded_guidance,
             )
         model.denoiser = denoiser
-        projection = _projection(family.projection_type, condition_channels, projection_dim)
+        projection = _projection(family.projection_type, condition_channels, width)
         model.condition_projection = projection.to(wide.weight.device, wide.weight.dtype)
         return model
 
     @property
     def family(self) -> DenoiserFamily:
+        """That of the denoiser's class."""
         return FAMILIES[self.config.denoiser_class]
 
     @property
@@ -199,6 +207,30 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def check_codes(self, vision_tokenizer: PreTrainedModel) -> None:
         """Raises `ValueError` where it knows the codes of another vision tokenizer."""
         check_fingerprint("diffusion decoder", self.config.vision_tokenizer_fingerprint, vision_tokenizer)
+
+    def check_parts(
+        self, vision_tokenizer: Any, *, vae_channels: int, pixels_per_cell: int, pixels_per_latent: int
+    ) -> None:
+        """Raises `ValueError` where the vision tokenizer, or the latents of a VAE, do not fit the decoder."""
+        tokenizer = vision_tokenizer.config
+        channels = tokenizer.semantic_code_dim + tokenizer.pixel_code_dim + tokenizer.semantic_config.hidden_size
+        if channels != self.config.condition_channels:
+            raise ValueError(
+                f"the diffusion decoder wants {self.config.condition_channels} channels of condition, but the "
+                f"vision tokenizer has {channels}"
+            )
+        self.check_codes(vision_tokenizer)
+        if vae_channels != self.latent_channels:
+            raise ValueError(
+                f"the diffusion decoder's latents have {self.latent_channels} channels, those of the VAE "
+                f"{vae_channels}"
+            )
+        needed = 2 * pixels_per_latent if self.needs_even_latents else pixels_per_latent
+        if pixels_per_cell % needed:
+            raise ValueError(
+                f"a cell is {pixels_per_cell} pixels wide, expected a multiple of {needed}: of the VAE's "
+                f"{pixels_per_latent} pixels for a latent, with a {self.config.denoiser_class}"
+            )
 
     def empty_prompt(self, batch_size: int) -> dict[str, torch.Tensor]:
         """
@@ -260,6 +292,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 0
             ]
         elif name == "FluxTransformer2DModel":
+            assert encoder_hidden_states is not None  # of FLUX it is no option
             sample = self.denoiser(
                 hidden_states,
                 timestep=timestep / 1000,
@@ -287,6 +320,43 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return torch.full_like(timestep, self.config.embedded_guidance, dtype=torch.float32)
 
 
+def encode_captions(
+    decoder: NextFlowDiffusionDecoder,
+    components: dict[str, Any],
+    prompts: list[str],
+    device: torch.device,
+    max_sequence_length: int | None,
+) -> dict[str, torch.Tensor | None]:
+    """Captions as the inputs of the denoiser's text branch, by the pipeline that the denoiser comes from."""
+    # Here, not above: they take long to import.
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+
+    options: dict[str, Any] = {"device": device}
+    options |= {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    unused: dict[str, Any] = {"vae": None, "scheduler": None, "transformer": decoder.denoiser}  # for its config
+    parts = {name: components[name] for name in components if name.startswith(("text_", "tokenizer"))}
+    two = {name: part for name, part in parts.items() if not name.endswith("_3")}
+    first = {name: part for name, part in two.items() if not name.endswith("_2")}
+    name = decoder.config.denoiser_class
+    if name == "UNet2DConditionModel":
+        unused = {"vae": None, "scheduler": None, "unet": None, "safety_checker": None, "feature_extractor": None}
+        stock = StableDiffusionPipeline(**first, **unused, requires_safety_checker=False)
+        embeds, _ = stock.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds}
+    if name == "QwenImageTransformer2DModel":
+        embeds, mask = QwenImagePipeline(**first, **unused).encode_prompt(prompts, **options)
+        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
+    if name == "SD3Transformer2DModel":
+        options |= {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
+        embeds, _, pooled, _ = StableDiffusion3Pipeline(**parts, **unused).encode_prompt(prompts, **options)
+    else:
+        embeds, pooled, _ = FluxPipeline(**two, **unused).encode_prompt(prompts, **options)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+
 def _projection(projection_type: str, channels: int, projection_dim: int) -> nn.Module:
     """Convolutions of one cell: a linear layer for every cell of a map."""
     if projection_type == "linear":
@@ -310,12 +380,12 @@ def _widened(layer: nn.Linear | nn.Conv2d, extra: int) -> nn.Linear | nn.Conv2d:
     with torch.no_grad():
         wide.weight.zero_()
         wide.weight[:, :in_channels] = layer.weight
-        if layer.bias is not None:
+        if layer.bias is not None and wide.bias is not None:
             wide.bias.copy_(layer.bias)
     return wide
 
 
-def _check_denoiser(denoiser: ModelMixin, name: str) -> None:
+def _check_denoiser(denoiser: Any, name: str) -> None:
     config = denoiser.config
     if name == "UNet2DConditionModel":
         for field in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
@@ -339,4 +409,4 @@ def _grid_positions(rows: int, columns: int, device: torch.device) -> torch.Tens
     return torch.cartesian_prod(*axes)
 
 
-__all__ = ["FAMILIES", "DenoiserFamily", "NextFlowDiffusionDecoder", "decoder_condition"]
+__all__ = ["FAMILIES", "DenoiserFamily", "NextFlowDiffusionDecoder", "decoder_condition", "encode_captions"]

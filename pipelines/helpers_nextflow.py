@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from os import PathLike
@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
@@ -31,6 +31,7 @@ class NextFlowBasePipeline(DiffusionPipeline):
     """
 
     vision_tokenizer: Any
+    progress_bar: Any  # diffusers' decorator hides its signature
 
     @property
     def _execution_device(self) -> torch.device:
@@ -219,8 +220,16 @@ def one_per_prompt(name: str, value: Any, num_prompts: int) -> list:
     return values
 
 
-def stack_equal(images: list) -> list | np.ndarray | torch.Tensor:
-    """Arrays as one array where they have one shape."""
+def group_equal(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Indices of equal keys together, in the order of the first of each."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def stack_equal(images: list) -> Any:
+    """Arrays as one array where they have one shape, else the list."""
     if isinstance(images[0], PIL.Image.Image) or any(image.shape != images[0].shape for image in images):
         return images
     return np.stack(images) if isinstance(images[0], np.ndarray) else torch.stack(images)

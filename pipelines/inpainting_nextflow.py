@@ -90,7 +90,7 @@ def given_images(
     num_images_per_prompt: int,
     codebook_size: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Codes (codes,) and schedule (max_scales, 2) for each image to draw, from one, one a prompt, or one each."""
+    """Codes (codes,) and schedule (max_scales, 2) for each image to sample, from one, one a prompt, or one each."""
     for name, tensor in (("image_codes", image_codes), ("image_grids", image_grids)):
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
             raise ValueError(f"`{name}` is {tensor.dtype}, expected integers")
@@ -127,7 +127,7 @@ def source_image(prompt: NextFlowImagePrompt, index: int) -> tuple[torch.Tensor,
         )
     codes = prompt.image_codes.cpu().split(sources.prod(-1).sum(-1).tolist())[index]
     grids = schedule_of(sources[index])
-    grids = grids[:-1] if grids[-1:] == grids[-2:-1] else grids  # as it is for images that are given, not drawn
+    grids = grids[:-1] if grids[-1:] == grids[-2:-1] else grids  # as it is for images that are given, not sampled
     row = torch.zeros_like(sources[index])
     row[: len(grids)] = torch.tensor(grids)
     return codes[: num_cells(grids)], row
@@ -152,8 +152,8 @@ def with_prefix(
         prompt = replace(prompt, image_grids=torch.cat([prompt.image_grids[:-1], row[None]]))
     if given != grids[: len(given)]:
         raise ValueError(
-            f"the image to redraw has the grids {given}, but the image to draw has {grids}: leave the size out, or "
-            "pass the `height` and `width`, or `aspect_ratio` and `resolution`, that it was drawn with"
+            f"the given image has the grids {given}, but the image to sample has {grids}: leave the size out, or "
+            "pass the `height` and `width`, or `aspect_ratio` and `resolution`, that it was sampled with"
         )
     if keep_scales is not None and keep_scales > len(given):
         raise ValueError(f"`keep_scales` is {keep_scales}, expected at most {len(given)}, the scales of the image")
@@ -162,39 +162,39 @@ def with_prefix(
         return replace(prompt, prefix_codes=codes[: num_cells(given[:kept])]) if kept else prompt
     if len(given) < len(grids):
         raise ValueError(f"`mask_image` needs a whole image, got {len(given)} of its {len(grids)} scales")
-    redrawn = inpainted_cells(mask_pixels(mask, grids), grids, coverage=coverage, footprint=footprint)
+    sampled = inpainted_cells(mask_pixels(mask, grids), grids, coverage=coverage, footprint=footprint)
     for scale in range(keep_scales or 0):
-        redrawn[scale][:] = False
-    return replace(prompt, prefix_codes=codes, prefix_mask=~torch.cat(redrawn))
+        sampled[scale][:] = False
+    return replace(prompt, prefix_codes=codes, prefix_mask=~torch.cat(sampled))
 
 
 def inpainted_cells(mask: torch.Tensor, grids: Grids, *, coverage: float, footprint: Footprint) -> list[torch.Tensor]:
     """
-    Which cells (cells,) of each scale a mask (height, width) of the pixels redraws.
+    Which cells (cells,) of each scale a mask (height, width) of the pixels has sampled again.
 
     On the last grid those with any pixel in the mask. On a coarser grid those of whose weights in the enlargement to
     the last grid a share of at least `coverage` falls on cells of the mask; at 1 nothing outside of these changes.
     """
     last = F.adaptive_max_pool2d(mask[None].float(), grids[-1])[0]
-    redrawn = []
+    sampled = []
     for grid in grids:
         if grid == grids[-1]:
-            redrawn.append(last.flatten() > 0)
+            sampled.append(last.flatten() > 0)
             continue
         weights = footprint(grid, grids[-1]).abs().double()
         outside = (weights * (1 - last)).sum((1, 2)) / weights.sum((1, 2))
-        redrawn.append(outside <= 1 - coverage + 1e-6)
-    return redrawn
+        sampled.append(outside <= 1 - coverage + 1e-6)
+    return sampled
 
 
 def mask_pixels(mask: PIL.Image.Image, grids: Grids) -> torch.Tensor:
-    """What a mask redraws, where it is white, as (height, width): cropped to the image's shape, as the image was."""
+    """Which pixels (height, width) a mask has sampled again, where it is white: cropped as the image was."""
     # Fine enough that no cell of the last grid loses a thin stroke.
     height, width = (16 * cells for cells in grids[-1])
     fitted = PIL.ImageOps.fit(mask, (width, height), method=PIL.Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(fitted)) > 127
     if not pixels.any():
-        raise ValueError("`mask_image` has no white pixel, so nothing would be redrawn: white is what is redrawn")
+        raise ValueError("`mask_image` has no white pixel, so nothing would be sampled again: white is what changes")
     return pixels
 
 

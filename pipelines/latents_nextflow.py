@@ -4,37 +4,40 @@ Latents are (batch, channels, height, width) everywhere else, whatever their VAE
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 
 
-DecoderVAE = AutoencoderKL | AutoencoderKLQwenImage
+# `AutoencoderKL` or `AutoencoderKLQwenImage`. No more is said, as diffusers types `config` as a plain dict.
+DecoderVAE = Any
 
 
-def vae_scale_factor(vae: DecoderVAE | None) -> int:
+def vae_scale_factor(vae: DecoderVAE) -> int:
     """Pixels per latent along each axis. Without a VAE the pixels are the latents."""
     if vae is None:
         return 1
-    if isinstance(vae, AutoencoderKLQwenImage):
+    if _is_qwen(vae):
         return 2 ** len(vae.config.temperal_downsample)
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def vae_latent_channels(vae: DecoderVAE | None) -> int:
+def vae_latent_channels(vae: DecoderVAE) -> int:
+    """Channels of the latents; without a VAE those of pixels."""
     if vae is None:
         return 3
-    return vae.config.z_dim if isinstance(vae, AutoencoderKLQwenImage) else vae.config.latent_channels
+    return vae.config.z_dim if _is_qwen(vae) else vae.config.latent_channels
 
 
 def encode_latents(
-    vae: DecoderVAE | None, pixels: torch.Tensor, *, sample: bool = False, generator: torch.Generator | None = None
+    vae: DecoderVAE, pixels: torch.Tensor, *, sample: bool = False, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Pixels (n, 3, height, width) in [-1, 1] to float32 latents: the VAE's mode, with `sample` one of its draws."""
+    """Pixels (n, 3, height, width) in [-1, 1] to float32 latents: the VAE's mode, with `sample` a sample."""
     if vae is None:
         return pixels.float()
-    is_video = isinstance(vae, AutoencoderKLQwenImage)  # one frame of it
+    is_video = _is_qwen(vae)
     pixels = pixels.to(vae.dtype)  # where the VAE computes the caller knows: offloaded, it does not say
     distribution = vae.encode(pixels.unsqueeze(2) if is_video else pixels).latent_dist
     latents = (distribution.sample(generator) if sample else distribution.mode()).float()
@@ -42,19 +45,24 @@ def encode_latents(
     return (latents.squeeze(2) if is_video else latents).sub(shift).mul(scale)
 
 
-def decode_latents(vae: DecoderVAE | None, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: DecoderVAE, latents: torch.Tensor) -> torch.Tensor:
     """Latents back to float32 pixels (n, 3, height, width), unclamped."""
     if vae is None:
         return latents.float()
     shift, scale = _shift_and_scale(vae, latents)
     latents = latents.float().div(scale).add(shift).to(vae.dtype)
-    if isinstance(vae, AutoencoderKLQwenImage):
+    if _is_qwen(vae):
         return vae.decode(latents.unsqueeze(2)).sample.squeeze(2).float()
     return vae.decode(latents).sample.float()
 
 
+def _is_qwen(vae: DecoderVAE) -> bool:
+    """Whether the VAE is Qwen-Image's, one for videos, of which an image is a frame."""
+    return isinstance(vae, AutoencoderKLQwenImage)
+
+
 def _shift_and_scale(vae: DecoderVAE, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    if isinstance(vae, AutoencoderKLQwenImage):
+    if _is_qwen(vae):
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -11,21 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import CogVideoXLoraLoaderMixin
-from diffusers.utils import get_adapter_name, is_peft_available
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+from diffusers.utils.import_utils import is_peft_available
+from diffusers.utils.peft_utils import get_adapter_name
 from torch import nn
+
+from .helpers_nextflow import NextFlowBasePipeline
 
 
 PEFT_PREFIX = "base_model.model."  # of the keys in a folder that PEFT wrote
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
+class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
     """
     Loads, weighs, fuses and saves low-rank adapters of `transformer`. CogVideoX's mixin is the plainest of diffusers':
     one transformer, no old layouts. Those of the diffusion decoder go to `pipe.diffusion_decoder_pipeline`, which has
     the same methods.
     """
+
+    transformer: Any
 
     _lora_loadable_modules = ["transformer"]
     transformer_name = "transformer"
@@ -47,6 +52,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         """
         _require_peft()
         source = pretrained_model_name_or_path_or_dict
+        source = source if isinstance(source, dict) else str(source)
         state_dict, metadata = super().lora_state_dict(source, return_lora_metadata=True, **kwargs)
         if any(name.startswith(PEFT_PREFIX) for name in state_dict):
             if not isinstance(source, dict):
@@ -81,7 +87,8 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         """
         source = pretrained_model_name_or_path_or_dict
         with _naming(source):
-            state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+            found: Any = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        state_dict, metadata = found
         others = [name for name in state_dict if not name.startswith("transformer.")]
         if others or not state_dict:
             raise ValueError(
@@ -170,13 +177,13 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             raise ValueError(f"{sorted(self.fused_loras)} are fused already: call `unfuse_lora` first")
         # diffusers would scale the active adapters, whatever `adapter_names` says, and leave them so for good.
         self._scale_adapters(lora_scale, adapter_names or self.get_active_adapters())
-        super().fuse_lora(components=components, safe_fusing=safe_fusing, adapter_names=adapter_names)
+        super().fuse_lora(components=list(components), safe_fusing=safe_fusing, adapter_names=adapter_names)
         self._fused_scale = lora_scale
 
     def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
         """Takes the adapters out of the weights again; they stay active."""
         names = list(self.fused_loras)
-        super().unfuse_lora(components=components)
+        super().unfuse_lora(components=list(components))
         self._scale_adapters(1 / self._fused_scale, names)
         self._fused_scale = 1.0
 
@@ -260,7 +267,7 @@ def _lora_config(state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] |
     )
 
 
-def _add_adapter(model: nn.Module, config: Any, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+def _add_adapter(model: Any, config: Any, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     model.add_adapter(config, adapter_name)
@@ -285,7 +292,7 @@ def _check_names(expected: Iterable[str], found: Iterable[str]) -> None:
         )
 
 
-def _swap_adapter(model: nn.Module, config: Any, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+def _swap_adapter(model: Any, config: Any, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
     """Put `state_dict` in the place of the adapter's matrices; PEFT checks before it changes any."""
     from peft import get_peft_model_state_dict
     from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.utils import BaseOutput, export_to_gif, export_to_video, make_image_grid
+from diffusers.utils.export_utils import export_to_gif, export_to_video
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.pil_utils import make_image_grid
 
 from .helpers_nextflow import stack_equal
 from .prompts_nextflow import NextFlowImagePrompt, join_codes
@@ -29,7 +31,7 @@ class NextFlowPipelineOutput(BaseOutput):
         image_codes (`torch.Tensor` of shape `(total_codes,)`):
             Codes of all images, scale-major: what the vision tokenizer decodes.
         image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`):
-            Their schedules; of an interrupted image those scales that were drawn.
+            Their schedules; of an interrupted image those scales that were sampled.
         thoughts (`list[str]`, *optional*): With `think=True`, the reasoning before each image.
         final_prompts (`list[str]`, *optional*): With `think=True`, the prompt that the reasoning arrived at.
     """
@@ -93,14 +95,14 @@ class NextFlowPreview:
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            At full size, as in [`NextFlowPipelineOutput`]: those images of the call that are drawn together.
+            At full size, as in [`NextFlowPipelineOutput`]: those images of the call that are sampled together.
         indices (`list[int]`): Which images of the call these are.
-        scale (`int`): Scales drawn so far, from 1.
+        scale (`int`): Scales sampled so far, from 1.
         num_scales (`int`): Scales of the whole images.
         grid (`tuple[int, int]`): (height, width) of this scale.
         image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes so far, scale-major.
         image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`):
-            The scales drawn so far: with these as `image_grids` and the codes as `image_codes` another call goes on.
+            The scales sampled so far: with these as `image_grids` and the codes as `image_codes` another call goes on.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import replace_example_docstring
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.doc_utils import replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .chat_nextflow import NextFlowConversationMixin
@@ -28,26 +30,21 @@ from .helpers_nextflow import (
     one_of,
     one_per_prompt,
     stack_equal,
-    warn_once,
 )
 from .inpainting_nextflow import given_images, keep_codes
 from .lora_nextflow import NextFlowLoraLoaderMixin
 from .outputs_nextflow import NextFlowPipelineOutput, NextFlowPreview, make_preview
 from .pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from .prompts_nextflow import (
-    Conversation,
     Image,
     NextFlowImagePrompt,
     PerScale,
     build_messages,
+    call_back,
     check_only_decodes,
     check_prompts,
     collate_prompts,
-    group_prompts,
-    guides,
-    has_user_image,
     join_codes,
-    num_cells,
 )
 
 
@@ -73,7 +70,7 @@ EXAMPLE_DOC_STRING = """
         >>> codes = {"image_codes": output.image_codes, "image_grids": output.image_grids}
         >>> variations = pipe("a red circle", **codes, keep_scales=3, num_images_per_prompt=4).images
 
-        >>> # Draw the left half again
+        >>> # Sample the left half again
         >>> mask = torch.zeros(image.height, image.width)
         >>> mask[:, : image.width // 2] = 1
         >>> half = pipe("a green square", **codes, mask_image=mask).images[0]
@@ -99,13 +96,13 @@ EXAMPLE_DOC_STRING = """
 
 class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
     r"""
-    Text-to-image, editing of one or several images, thinking before drawing, and conversations of text and images.
+    Text-to-image, editing of one or several images, thinking before an image, and conversations of text and images.
 
     Args:
-        transformer ([`NextFlowForCausalLM`]): Draws codes, scale by scale.
+        transformer ([`NextFlowForCausalLM`]): Samples codes, scale by scale.
         vision_tokenizer ([`NextFlowVisionTokenizer`]): Images to codes and back. Also reachable as `vae`.
         processor ([`NextFlowProcessor`]): Messages and images to model inputs, pixels to images.
-        diffusion_decoder ([`NextFlowDiffusionDecoder`], *optional*): Draws the pixels for `decoder="diffusion"`.
+        diffusion_decoder ([`NextFlowDiffusionDecoder`], *optional*): Makes the pixels for `decoder="diffusion"`.
         decoder_scheduler, decoder_vae, decoder_text_encoder, decoder_tokenizer, decoder_text_encoder_2,
         decoder_tokenizer_2, decoder_text_encoder_3, decoder_tokenizer_3 (*optional*):
             Its parts, as in [`NextFlowDiffusionDecoderPipeline`].
@@ -236,16 +233,16 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         stream: bool = False,
     ) -> NextFlowPipelineOutput | tuple | Iterator[NextFlowPreview]:
         r"""
-        Draw images. Settings left out come from the transformer's generation config (`guidance_scale`,
+        Sample images. Settings left out come from the transformer's generation config (`guidance_scale`,
         `image_temperature`, ...).
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): What to draw or, with `image`, how to change it.
+            prompt (`str` or `list[str]`, *optional*): What to show or, with `image`, how to change it.
             image (image, `list` or `list[list]` of images, *optional*):
                 The images to edit: PIL images, paths, arrays or tensors. For a single prompt one or several; for a
                 list of prompts one for all, or a list with an image, a list of images or `None` for each prompt.
             messages (`list[dict]` or `list[list[dict]]`, *optional*):
-                One or several conversations, instead of `prompt`: the image is drawn as the next answer.
+                One or several conversations, instead of `prompt`: the image is the next answer.
             height (`int`, *optional*): Height in pixels, snapped to the nearest size the model knows. Needs `width`.
             width (`int`, *optional*): Width in pixels. Needs `height`.
             aspect_ratio (`str`, *optional*):
@@ -270,8 +267,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             top_k (`int` or `list[int]`, *optional*): Codes to sample from; 0 is all.
             top_p (`float` or `list[float]`, *optional*): Probability mass to sample from.
             num_scales (`int`, *optional*):
-                Draw only the first so many scales: a preview at full size, of which `image_codes` and `image_grids`
-                have what was drawn.
+                Sample only the first so many scales: a preview at full size, of which `image_codes` and `image_grids`
+                have what was sampled.
             num_inference_steps, latents (*optional*):
                 diffusers' names for `num_scales` and `image_codes`: steps are scales, and what is decoded is codes.
             image_codes, image_grids (`torch.Tensor`, *optional*):
@@ -281,17 +278,17 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 they are decoded.
             keep_scales (`int`, *optional*):
                 Keep the first so many scales of `image_codes`, else of the image that says the size (the first of
-                `image`, the last in `messages`), and redraw the others: variations with one layout. By default all
+                `image`, the last in `messages`), and sample the others: variations with one layout. By default all
                 that are given or, with `mask_image`, none.
             mask_image (image or `list` of images, *optional*):
-                White where that image is drawn again, one for all or one a prompt. Elsewhere its codes stay. The
+                White where that image is sampled again, one for all or one a prompt. Elsewhere its codes stay. The
                 unchanged part is the image as the vision tokenizer reconstructs it.
             mask_coverage (`float`, *optional*, defaults to 0.6):
-                Cells of coarse scales reach beyond the mask: a cell is redrawn where at least this share of what it
-                reaches lies inside. At 1 no code outside changes anything, and what is drawn has to fit all coarse
-                scales that are there; less draws more freely, and shifts shades around the mask.
+                Cells of coarse scales reach beyond the mask: a cell is sampled again where at least this share of what
+                it reaches lies inside. At 1 no code outside changes anything, and the new part has to fit all coarse
+                scales that are there; less is freer, and shifts shades around the mask.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One, or one for each image. Each image draws from a generator of its own, seeded with one number of the
+                One, or one for each image. Each image has a generator of its own, seeded with one number of the
                 given one: the first image of a batch with a single generator is the one it would be alone. In float32
                 an image with a generator to itself is the same in any batch. In bfloat16 and float16 the last bits of
                 the logits depend on the shapes of the batch, and a code changes where two are as close as that: images
@@ -312,19 +309,19 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             return_dict (`bool`, *optional*, defaults to `True`): Else the same as a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each scale as `callback(pipe, step, scale, callback_kwargs)`: `step` counts all scales of
-                the call (up to `num_timesteps`), `scale` those of the images that are drawn together. It may set
+                the call (up to `num_timesteps`), `scale` those of the images that are sampled together. It may set
                 `pipe._interrupt`, or `pipe._guidance_scale` for the scales to come: a number for all or a list with an
                 entry for each scale of the schedule (without effect where the call began without guidance), and
-                `pipe._image_guidance_scale` likewise. Codes that it returns are those that the next scale is drawn
-                from; what was drawn from the scales before stays. A preview is
+                `pipe._image_guidance_scale` likewise. Codes that it returns are those that the next scale is
+                sampled from; what was sampled from the scales before stays. A preview is
                 `pipe.decode_codes(image_codes.flatten(), image_grids, num_scales=scale + 1)`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 `"latents"`: codes so far (images, codes), also as `"image_codes"`; `"image_grids"`: the schedules
                 (images, max_scales, 2), which are for reading.
             think (`bool`, *optional*, defaults to `False`):
-                Let the model write before each image, reasoning and then the prompt that it arrives at, and draw with
-                that in view. Text is sampled as the transformer's generation config says. The unconditional prompt of
-                guidance is the one without thinking.
+                Let the model write before each image, reasoning and then the prompt that it arrives at, and sample
+                the image with that in view. Text is sampled as the transformer's generation config says. The
+                unconditional prompt of guidance is the one without thinking.
             max_new_tokens (`int`, *optional*):
                 With `think`: where an image that is not yet begun is begun, with a warning.
 
@@ -337,7 +334,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         image_codes = one_of(image_codes=image_codes, latents=latents)
         num_steps = one_of(num_scales=num_scales, num_inference_steps=num_inference_steps)
         size = given(height=height, width=width, aspect_ratio=aspect_ratio)
-        size |= given(resolution=resolution and self.known_resolution(resolution, height))
+        size |= given(resolution=None if resolution is None else self.known_resolution(resolution, height))
         kept = given(image_codes=image_codes, image_grids=image_grids, keep_scales=keep_scales, mask_image=mask_image)
         decoding = given(num_inference_steps=decoder_num_inference_steps, guidance_scale=decoder_guidance_scale)
         decoding |= given(strength=decoder_strength, tile_size=decoder_tile_size)
@@ -346,8 +343,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         check_prompts(prompt, image, messages, negative_prompt, image_codes, image_grids)
         check_numbers(num_images_per_prompt=num_images_per_prompt, num_scales=num_steps, height=height, width=width)
         self.check_outputs(output_type, decoder, decoding, tensor_inputs, stream)
-        if max_new_tokens is not None:
-            self.check_thinking(think, max_new_tokens)
+        self.check_thinking(think, max_new_tokens)
 
         # 2. Settings of sampling, which callbacks see and may change
         conversations = build_messages([] if prompt is None else prompt, image)
@@ -391,7 +387,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
     @torch.no_grad()
     def preview(self, *args: Any, **kwargs: Any) -> Iterator[NextFlowPreview]:
         """
-        Watch images grow: an iterator over the scales, each drawn and decoded when it is asked for.
+        Watch images grow: an iterator over the scales, each sampled and decoded when it is asked for.
 
         The last preview is the whole image; with `decoder="diffusion"` one more follows, of that decoder. Images that
         differ in size follow each other. To cancel, ask for no more, or set `pipe._interrupt = True` from anywhere.
@@ -434,28 +430,6 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 raise ValueError(f"`decoder='diffusion'` and `output_type={output_type!r}`: codes are not decoded")
             self.diffusion_decoder_pipeline.check_settings(**decoding)
 
-    # ---- 2. Settings
-
-    def prepare_settings(self, conversations: list[Conversation], settings: dict[str, Any]) -> dict[str, Any]:
-        """
-        Settings of sampling, as in [`~NextFlowPipeline.get_image_settings`]. Guidance towards images that a prompt
-        does not have is a `ValueError` where the call asks for it, and left out where only the model does.
-        """
-        asked = settings["image_guidance_scale"]
-        settings = self.transformer.get_image_settings(**settings)
-        missing = 0
-        if guides(settings["image_guidance_scale"]):
-            missing = sum(not has_user_image(conversation) for conversation in conversations)
-        if missing and asked is not None:
-            raise ValueError(
-                f"`image_guidance_scale` is {asked}, which guides towards the user's images, but {missing} of "
-                f"{len(conversations)} prompts have none"
-            )
-        if missing:
-            settings["image_guidance_scale"] = 1.0
-        self._guidance_scale, self._image_guidance_scale = settings["guidance_scale"], settings["image_guidance_scale"]
-        return settings
-
     # ---- 3. Encode prompts
 
     def given_prompts(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[NextFlowImagePrompt]:
@@ -464,38 +438,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         nothing = image_grids.new_zeros(0)
         return [NextFlowImagePrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
 
-    # ---- 4. Prepare the images
-
-    def prepare_images(
-        self, prompts: list[NextFlowImagePrompt], num_scales: int | None, *, is_limit: bool
-    ) -> list[list[int]]:
-        """
-        Say of each prompt how many scales are sampled, and which codes are given in full. More scales than an image
-        has are an error or, where `is_limit`, all of them. Returns the indices of images that are sampled together.
-        """
-        self._begin(prompts)
-        groups, self._num_timesteps = group_prompts(prompts), 0
-        for members in groups:
-            first = prompts[members[0]]
-            grids = first.grids
-            if num_scales is not None and num_scales > len(grids):
-                if not is_limit:
-                    raise ValueError(
-                        f"`num_scales` is {num_scales}, expected at most {len(grids)}, those of the image"
-                    )
-                warn_once(f"`num_inference_steps` is {num_scales}, more than the scales of an image: all are sampled")
-            grids = grids[:num_scales]
-            is_given = first.prefix_codes is not None and first.prefix_mask is None
-            is_given = is_given and len(first.prefix_codes) >= num_cells(grids)
-            self._num_timesteps += 0 if is_given else len(grids)
-            for prompt in (prompts[index] for index in members):
-                prompt.num_scales = len(grids)
-                if is_given:  # nothing is left to sample
-                    codes = prompt.prefix_codes[: num_cells(grids)]
-                    prompt.codes, prompt.num_sampled = codes.to(self._execution_device), len(grids)
-        return groups
-
-    # ---- 5. Loop over scales
+    # ---- 4. Loop over scales
 
     @torch.no_grad()
     def sample_images(
@@ -520,7 +463,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 # A callback changes the guidance of one group; the next begins with that of the call.
                 self._guidance_scale = settings["guidance_scale"]
                 self._image_guidance_scale = settings["image_guidance_scale"]
-                inputs = collate_prompts(group, pad_token_id, self._execution_device)
+                inputs: dict[str, Any] = collate_prompts(group, pad_token_id, self._execution_device)
                 inputs["generator"] = None if generators is None else [generators[index] for index in members]
                 inputs |= {"num_scales": group[0].num_scales, **settings}
                 for scale in loaded(self.transformer).stream_images(**inputs):
@@ -536,9 +479,9 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                         del scale.plan[scale.index + 1 :]
                     elif guidance != (self._guidance_scale, self._image_guidance_scale):
                         scale.change_guidance(self._guidance_scale, self._image_guidance_scale)
-                first_step += group[0].num_scales
+                first_step += group[0].num_scales or 0
 
-    # ---- 6. Decode
+    # ---- 5. Decode
 
     def prepare_decoding(
         self, decoding: dict[str, Any], prompt: Any, generators: list[torch.Generator] | None, num_images: int
@@ -575,8 +518,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
 
         for members in groups:
             group = [prompts[index] for index in members]
-            codes, grids = torch.cat([one.codes for one in group]), torch.stack([one.image_grids[-1] for one in group])
-            options = {"num_scales": group[0].num_sampled, "output_type": output_type}
+            codes, grids = join_codes(group)[0], torch.stack([prompt.image_grids[-1] for prompt in group])
+            options: dict[str, Any] = {"num_scales": group[0].num_sampled, "output_type": output_type}
             if decoder == "diffusion":
                 for name in ("prompt", "generator"):
                     options[name] = decoding[name] and [decoding[name][index] for index in members]
@@ -605,33 +548,21 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 with exclusive(self):
                     if self._current is not prompts:
                         raise RuntimeError("another call of this pipeline began before the last preview was asked for")
-                    members, scale = next(scales, (None, None))
-                    if scale is None:
+                    sampled = next(scales, None)
+                    if sampled is None:
                         break
+                    members, scale = sampled
                     grids = torch.stack([prompts[index].image_grids[-1] for index in members])
                     options = {"num_scales": scale.index + 1, "output_type": output_type}
                     images = self.decode_codes(scale.image_codes.flatten(), grids, **options)
                 yield make_preview(prompts, members, images)
             if decoder == "diffusion":
                 images = self.decode_images(prompts, groups, decoder, decoding, output_type)
+                assert images is not None  # a preview has no codes as its output
                 for members in groups:
                     yield make_preview(prompts, members, [images[index] for index in members])
         finally:
             self.maybe_free_model_hooks()
-
-
-def call_back(
-    callback: Callable, pipe: NextFlowPipeline, step: int, scale: Any, group: list[Any], tensor_inputs: Sequence[str]
-) -> None:
-    """Let the callback see the codes so far, and replace them by those that it returns."""
-    codes = scale.image_codes
-    grids = torch.stack([prompt.image_grids[-1] for prompt in group])
-    tensors = {"latents": codes.clone(), "image_codes": codes.clone(), "image_grids": grids}
-    returned = callback(pipe, step, scale.index, {name: tensors[name] for name in tensor_inputs}) or {}
-    for name in ("latents", "image_codes"):
-        changed = returned.get(name)
-        if changed is not None and not torch.equal(changed.to(codes.device), codes):
-            scale.image_codes = changed.to(codes.device)
 
 
 __all__ = ["NextFlowImagePrompt", "NextFlowPipeline"]

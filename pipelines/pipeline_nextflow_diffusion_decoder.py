@@ -1,37 +1,36 @@
 """Codes in, sharper pixels out (§2.3): the optional last step of [`NextFlowPipeline`], which can be used alone.
 
-A denoiser draws the picture anew under the condition of its codes, from noise or from what the vision tokenizer
+A denoiser samples the image anew under the condition of its codes, from noise or from what the vision tokenizer
 decodes. It may change fine structure: off by default, and no choice for local edits or for identity.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    ImagePipelineOutput,
-    SchedulerMixin,
-)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import CogVideoXLoraLoaderMixin
-from diffusers.utils import replace_example_docstring
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.doc_utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder, decoder_condition
+from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder, decoder_condition, encode_captions
 from .helpers_nextflow import (
     NextFlowBasePipeline,
     exclusively,
     generator_per_image,
+    group_equal,
     loaded,
     one_per_prompt,
     stack_equal,
@@ -40,14 +39,6 @@ from .latents_nextflow import decode_latents, encode_latents, predict_in_tiles, 
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-# Denoiser -> the text encoders that its own pipeline cannot do without, by their suffix.
-REQUIRED_TEXT_ENCODERS = {
-    "UNet2DConditionModel": ("",),
-    "FluxTransformer2DModel": ("", "_2"),
-    "SD3Transformer2DModel": ("", "_2"),
-    "QwenImageTransformer2DModel": ("",),
-}
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -65,7 +56,7 @@ EXAMPLE_DOC_STRING = """
 
 class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoaderMixin):
     r"""
-    Draws the image of given codes with a diffusion model.
+    Samples the image of given codes with a diffusion model.
 
     Args:
         diffusion_decoder ([`NextFlowDiffusionDecoder`]): The denoiser and its projection of the condition.
@@ -95,6 +86,11 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     _callback_tensor_inputs = ["latents"]
     _lora_loadable_modules = ["diffusion_decoder"]
     transformer_name = "diffusion_decoder"  # the prefix of its LoRA's keys
+
+    diffusion_decoder: Any
+    scheduler: Any
+    image_processor: Any
+    vae: Any
 
     def __init__(
         self,
@@ -136,15 +132,17 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     @property
     def guidance_scale(self) -> float:
+        """Guidance by the codes and the caption, in the call that goes on or the last one."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
+        """Whether there is guidance."""
         return self._guidance_scale != 1
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the call; images that differ in size are drawn one after the other."""
+        """Steps of the call; images that differ in size are sampled one after the other."""
         return self._num_timesteps
 
     @property
@@ -158,16 +156,10 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         return self.vision_tokenizer.config.patch_size * self.diffusion_decoder.config.upscale_factor
 
     @property
-    def latents_per_cell(self) -> int:
-        """Latents that a cell of the codes spans, along each axis."""
-        return self.pixels_per_cell // vae_scale_factor(self.vae)
-
-    @property
     def has_text_encoder(self) -> bool:
         """Whether captions can be read. Half of a set of text encoders is refused."""
-        names = []
-        for suffix in REQUIRED_TEXT_ENCODERS[self.diffusion_decoder.config.denoiser_class]:
-            names += [f"text_encoder{suffix}", f"tokenizer{suffix}"]
+        suffixes = self.diffusion_decoder.family.text_encoders
+        names = [f"{kind}{suffix}" for suffix in suffixes for kind in ("text_encoder", "tokenizer")]
         missing = [name for name in names if getattr(self, name) is None]
         if missing and len(missing) < len(names):
             raise ValueError(f"{missing} is missing of {names}, expected all of them or none")
@@ -175,27 +167,12 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     def check_components(self) -> None:
         """Raises `ValueError` where the components do not fit each other."""
-        decoder, tokenizer = self.diffusion_decoder, self.vision_tokenizer.config
-        channels = tokenizer.semantic_code_dim + tokenizer.pixel_code_dim + tokenizer.semantic_config.hidden_size
-        if channels != decoder.config.condition_channels:
-            raise ValueError(
-                f"the diffusion decoder wants {decoder.config.condition_channels} channels of condition, but the "
-                f"vision tokenizer has {channels}"
-            )
-        decoder.check_codes(self.vision_tokenizer)
-        latent_channels = vae_latent_channels(self.vae)
-        if latent_channels != decoder.latent_channels:
-            raise ValueError(
-                f"the diffusion decoder's latents have {decoder.latent_channels} channels, but those of the "
-                f"{type(self.vae).__name__} {latent_channels}"
-            )
-        factor = vae_scale_factor(self.vae)
-        needed = 2 * factor if decoder.needs_even_latents else factor
-        if self.pixels_per_cell % needed:
-            raise ValueError(
-                f"a cell is {self.pixels_per_cell} pixels wide, expected a multiple of {needed}: of the VAE's "
-                f"{factor} pixels for a latent, with a {decoder.config.denoiser_class}"
-            )
+        self.diffusion_decoder.check_parts(
+            self.vision_tokenizer,
+            vae_channels=vae_latent_channels(self.vae),
+            pixels_per_cell=self.pixels_per_cell,
+            pixels_per_latent=vae_scale_factor(self.vae),
+        )
 
     def check_settings(
         self,
@@ -231,6 +208,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
+        """Raises `ValueError` where the inputs of a call do not fit together, or need a component that is missing."""
         if (image_codes is None) == (image is None):
             given = "neither" if image is None else "both"
             raise ValueError(f"pass exactly one of `image_codes` and `image`, got {given}")
@@ -245,8 +223,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             raise ValueError("`init_image` is given but `strength` is 1, expected less: at 1 all begins with noise")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, expected one of {list(OUTPUT_TYPES)}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {unknown}, expected some of {self._callback_tensor_inputs}"
             )
@@ -254,10 +231,8 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     def encode_image(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (total_codes,) and schedules (images, max_scales, 2) of images."""
         inputs = self.image_processor(image, return_tensors="pt")
-        device, dtype = self._execution_device, self.vision_tokenizer.dtype
-        image_grids = inputs["image_grids"].to(device)
-        pixel_values = inputs["pixel_values"].to(device, dtype)
-        return loaded(self.vision_tokenizer).encode(pixel_values, image_grids).image_codes, image_grids
+        inputs = inputs.to(self._execution_device, self.vision_tokenizer.dtype)
+        return loaded(self.vision_tokenizer).encode(**inputs).image_codes, inputs["image_grids"]
 
     def encode_condition(
         self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
@@ -278,54 +253,21 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         """
         device, decoder = self._execution_device, self.diffusion_decoder
         if not self.has_text_encoder:
-            prompt = decoder.empty_prompt(len(prompts))
-            return {name: tensor.to(device) for name, tensor in prompt.items()}
-        # Here, not above: they take long to import.
-        from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
-
-        length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-        parts = {name: self.components[name] for name in self.components if name.startswith(("text_", "tokenizer"))}
-        unused = {"vae": None, "scheduler": None}
-        name = decoder.config.denoiser_class
-        if name == "UNet2DConditionModel":
-            first = {key: parts[key] for key in ("text_encoder", "tokenizer")}
-            unused |= {"unet": None, "safety_checker": None, "feature_extractor": None}
-            stock = StableDiffusionPipeline(**first, **unused, requires_safety_checker=False)
-            embeds, _ = stock.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
-            return {"encoder_hidden_states": embeds}
-        unused["transformer"] = decoder.denoiser  # for its configuration
-        if name == "QwenImageTransformer2DModel":
-            first = {key: parts[key] for key in ("text_encoder", "tokenizer")}
-            embeds, mask = QwenImagePipeline(**first, **unused).encode_prompt(prompts, device=device, **length)
-            return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
-        if name == "SD3Transformer2DModel":
-            stock = StableDiffusion3Pipeline(**parts, **unused)
-            embeds, _, pooled, _ = stock.encode_prompt(
-                prompts, None, None, device=device, do_classifier_free_guidance=False, **length
-            )
-            return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-        two = {key: part for key, part in parts.items() if not key.endswith("_3")}
-        embeds, pooled, _ = FluxPipeline(**two, **unused).encode_prompt(prompts, device=device, **length)
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+            return {name: tensor.to(device) for name, tensor in decoder.empty_prompt(len(prompts)).items()}
+        return encode_captions(decoder, self.components, prompts, device, max_sequence_length)
 
     def prepare_timesteps(
-        self, scheduler: SchedulerMixin, num_inference_steps: int, strength: float, latent_size: tuple[int, int]
+        self, scheduler: Any, num_inference_steps: int, strength: float, latent_size: tuple[int, int]
     ) -> torch.Tensor:
         """The scheduler's timesteps from `strength` on, for latents of that size."""
         options: dict[str, Any] = {}
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            config = scheduler.config
-            if config.use_dynamic_shifting:
+        if _is_flow_matching(scheduler):
+            if scheduler.config["use_dynamic_shifting"]:
                 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+                names = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
                 tokens = latent_size[0] * latent_size[1] // 4
-                options["mu"] = calculate_shift(
-                    tokens,
-                    config.base_image_seq_len,
-                    config.max_image_seq_len,
-                    config.base_shift,
-                    config.max_shift,
-                )
+                options["mu"] = calculate_shift(tokens, *(scheduler.config[name] for name in names))
             if self.diffusion_decoder.family.is_packed:  # as the pipelines of these denoisers do
                 options["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **options)
@@ -342,24 +284,24 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         num_scales: int | None = None,
         init_image: list | None = None,
     ) -> torch.Tensor:
-        """Latents of the picture to begin with: `init_image`, or what the vision tokenizer decodes."""
+        """Latents of the image to begin with: `init_image`, or what the vision tokenizer decodes."""
         height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
+        device = self._execution_device
         if init_image is not None:
-            if any(isinstance(one, str) for one in init_image):
-                init_image = self.image_processor.fetch_images(init_image)
-            pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in init_image])
+            images = init_image
+            if any(isinstance(one, str) for one in images):
+                images = self.image_processor.fetch_images(images)
+            pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in images])
         else:
-            device = self._execution_device
-            pixels = loaded(self.vision_tokenizer).decode(
-                image_codes.to(device), image_grids.to(device), num_scales=num_scales
-            )
+            codes = image_codes.to(device), image_grids.to(device)
+            pixels = loaded(self.vision_tokenizer).decode(*codes, num_scales=num_scales)
             if pixels.shape[2:] != (height, width):
                 pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
-        return encode_latents(self.vae, pixels.to(self._execution_device))
+        return encode_latents(self.vae, pixels.to(device))
 
     def prepare_latents(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         timestep: torch.Tensor,
         num_images: int,
         size: tuple[int, int],
@@ -376,15 +318,58 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         elif tuple(noise.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(noise.shape)}, expected {shape}")
         noise = noise.to(device, torch.float32)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if _is_flow_matching(scheduler):
             return noise if start is None else scheduler.scale_noise(start, timestep[None], noise)
         if start is None:
             return noise * scheduler.init_noise_sigma
         return scheduler.add_noise(start, noise, timestep[None])
 
+    def denoise(
+        self,
+        scheduler: Any,
+        timesteps: torch.Tensor,
+        latents: torch.Tensor,
+        condition: torch.Tensor,
+        texts: dict[str, torch.Tensor | None],
+        generators: list[torch.Generator] | None,
+        *,
+        tile: int | None = None,
+        after_step: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Latents after all timesteps, or where `pipe._interrupt` stopped them. `texts` has the rows that guidance leads
+        away from and then those of the images. `after_step(step, timestep, latents)` may replace the latents.
+        """
+        conditional = {name: None if rows is None else rows.chunk(2)[1] for name, rows in texts.items()}
+        for step, timestep in enumerate(timesteps):
+            if self._interrupt:
+                break
+            # Asked at every step, as a callback may switch guidance on or off.
+            text = texts if self.do_classifier_free_guidance else conditional
+            prediction = self.predict(scheduler, latents, timestep, condition, text, tile=tile)
+            latents = after_step(step, timestep, self.step(scheduler, prediction, timestep, latents, generators))
+        return latents
+
+    def _after_step(
+        self,
+        callback: Callable | None,
+        tensor_inputs: Sequence[str],
+        progress: Any,
+        first_step: int,
+        step: int,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        """The callback's latents, if it returns any; `first_step` counts the steps of the groups before."""
+        progress.update()
+        if callback is None:
+            return latents
+        tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
+        return (callback(self, first_step + step, timestep, tensors) or {}).get("latents", latents)
+
     def predict(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         condition: torch.Tensor,
@@ -396,7 +381,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         The denoiser's guided prediction in float32. `prompt` has the rows of the images or, with guidance, those
         that it leads away from and then those of the images. `tile` is in cells.
         """
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if not _is_flow_matching(scheduler):
             latents = scheduler.scale_model_input(latents, timestep)
         if self.do_classifier_free_guidance:
             latents = latents.repeat(2, 1, 1, 1)
@@ -417,18 +402,18 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     def step(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         prediction: torch.Tensor,
         timestep: torch.Tensor,
         latents: torch.Tensor,
         generators: list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """One step of the scheduler. One that draws noise of its own takes it from the images' generators."""
+        """One step of the scheduler. One that needs noise takes it from the images' generators."""
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": generators} if takes_generator else {}
         return scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
 
-    def decode_latents(self, latents: torch.Tensor, output_type: str) -> list | np.ndarray | torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
         """Images of latents."""
         pixels = decode_latents(self.vae, latents)
         return self.pixel_processor.postprocess(pixels.cpu() if output_type == "pt" else pixels, output_type)
@@ -482,12 +467,12 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Draw the images of codes, or of an image's codes.
+        Make the images of codes, or of an image's codes.
 
         Args:
-            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*): Codes, as NextFlow draws them.
+            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*): Codes, as NextFlow samples them.
             image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`, *optional*): Their schedules.
-            image (image or `list` of images, *optional*): Instead of codes: what to encode and draw anew.
+            image (image or `list` of images, *optional*): Instead of codes: what to encode and make anew.
             prompt (`str` or `list[str]`, *optional*):
                 Caption for all images or for each. It describes the image; it is no instruction. By default empty.
             negative_prompt (`str` or `list[str]`, *optional*, defaults to `""`): What guidance leads away from.
@@ -495,12 +480,12 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 Strength of guidance by the codes and the caption together. 1 is none, and costs no second pass.
             strength (`float`, *optional*, defaults to 1.0):
-                1 begins with noise. Less begins with a picture, noised that far, and takes that share of the steps.
+                1 begins with noise. Less begins with an image, noised that far, and takes that share of the steps.
             init_image (image or `list` of images, *optional*):
-                That picture, resized to the output; by default what the vision tokenizer decodes. A decoder of 2x
+                That image, resized to the output; by default what the vision tokenizer decodes. A decoder of 2x
                 output can begin with the result of one of 1x.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One, or one for each image. Each image draws from a generator of its own, seeded with one number of
+                One, or one for each image. Each image has a generator of its own, seeded with one number of
                 the given one, so it is the same in any batch.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
                 Noise to begin with, standard normal, instead of the generators'. For images of one size.
@@ -521,86 +506,70 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images. Arrays that differ in size come as a list.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
         # 1. Check inputs
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         self.check_settings(prompt, num_inference_steps, strength, tile_size, negative_prompt)
-        self.check_inputs(
-            image_codes,
-            image_grids,
-            image,
-            init_image,
-            strength,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        latents_per_cell = self.latents_per_cell
+        self.check_inputs(image_codes, image_grids, image, init_image, strength, output_type, tensor_inputs)
+        self._guidance_scale, self._interrupt = guidance_scale, False
         # Its place among the steps is this call's: other pipelines, in other threads, may have the same component.
         scheduler = copy.deepcopy(self.scheduler)
 
-        # 2. Codes, and images that share a schedule
+        # 2. Codes of the images, and which images share a schedule
         if image is not None:
             image_codes, image_grids = self.encode_image(image)
+        assert image_codes is not None and image_grids is not None  # checked above
         codes_of_images = _split_codes(image_codes, image_grids, num_scales)
         num_images = len(image_grids)
-        generators = generator_per_image(generator, num_images)
-        groups: dict[tuple, list[int]] = {}
-        for index, rows in enumerate(image_grids.tolist()):
-            groups.setdefault(tuple(map(tuple, rows)), []).append(index)
+        groups = group_equal([str(rows) for rows in image_grids.tolist()])
         if latents is not None and len(groups) > 1:
             raise ValueError(f"`latents` is one tensor, but the images have {len(groups)} different schedules")
+        generators = generator_per_image(generator, num_images)
 
         # 3. Captions: those that guidance leads away from and those of the images, padded together
         captions = one_per_prompt("prompt", prompt or "", num_images)
         negatives = one_per_prompt("negative_prompt", negative_prompt or "", num_images)
         texts = self.encode_prompt(negatives + captions, max_sequence_length=max_sequence_length)
 
-        # 4. Draw, the images of one schedule together
+        # 4. Denoise, the images of one schedule together
         images: list = [None] * num_images
         tile = None if tile_size is None else tile_size // self.pixels_per_cell
         with self.progress_bar(total=0) as progress:
-            for position, members in enumerate(groups.values()):
+            for position, members in enumerate(groups):
                 codes, grids = torch.cat([codes_of_images[index] for index in members]), image_grids[members]
                 condition = self.encode_condition(codes, grids, num_scales=num_scales)
-                rows, columns = condition.shape[2:]
-                size = (rows * latents_per_cell, columns * latents_per_cell)
-                own = None if generators is None else [generators[index] for index in members]
+                height, width = condition.shape[2:]
+                ratio = self.pixels_per_cell // vae_scale_factor(self.vae)  # latents that a cell spans
+                size = (height * ratio, width * ratio)
                 timesteps = self.prepare_timesteps(scheduler, num_inference_steps, strength, size)
+                self._num_timesteps = progress.total = len(timesteps) * len(groups)
                 start = None
                 if strength < 1:
                     picked = None if init_image is None else _pick(init_image, members, num_images)
                     start = self.encode_start(codes, grids, num_scales=num_scales, init_image=picked)
+                own = None if generators is None else [generators[index] for index in members]
                 sample = self.prepare_latents(
                     scheduler, timesteps[0], len(members), size, own, noise=latents, start=start
                 )
-                self._num_timesteps = len(timesteps) * len(groups)
-                progress.total = self._num_timesteps
-
-                for step, timestep in enumerate(timesteps):
-                    if self.interrupt:
-                        break
-                    conditional = [index + num_images for index in members]
-                    picked = [*members, *conditional] if self.do_classifier_free_guidance else conditional
-                    text = {name: None if rows is None else rows[picked] for name, rows in texts.items()}
-                    prediction = self.predict(scheduler, sample, timestep, condition, text, tile=tile)
-                    sample = self.step(scheduler, prediction, timestep, sample, own)
-                    if callback_on_step_end is not None:
-                        given = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
-                        done = position * len(timesteps) + step
-                        sample = (callback_on_step_end(self, done, timestep, given) or {}).get("latents", sample)
-                    progress.update()
-
+                rows = [*members, *(index + num_images for index in members)]
+                text = {name: None if value is None else value[rows] for name, value in texts.items()}
+                after_step = functools.partial(
+                    self._after_step, callback_on_step_end, tensor_inputs, progress, position * len(timesteps)
+                )
+                sample = self.denoise(
+                    scheduler, timesteps, sample, condition, text, own, tile=tile, after_step=after_step
+                )
                 decoded = sample if output_type == "latent" else self.decode_latents(sample, output_type)
                 for index, one in zip(members, decoded, strict=True):
                     images[index] = one
 
         # 5. Output
         self.maybe_free_model_hooks()
-        result = stack_equal(images)
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
+        output = ImagePipelineOutput(images=stack_equal(images))
+        return output if return_dict else output.to_tuple()
+
+
+def _is_flow_matching(scheduler: Any) -> bool:
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
 def _split_codes(
@@ -621,8 +590,8 @@ def _split_codes(
 
 def _pick(images: Any, members: list[int], num_images: int) -> list:
     """Entries `members` of one image for all, or of as many as there are."""
-    is_many = isinstance(images, (list, tuple)) or (not isinstance(images, PIL.Image.Image | str) and images.ndim == 4)
-    entries = list(images) if is_many else [images] * num_images
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    entries = list(images) if is_batch or isinstance(images, (list, tuple)) else [images] * num_images
     if len(entries) != num_images:
         raise ValueError(f"`init_image` has {len(entries)} entries for {num_images} images, expected one or as many")
     return [entries[index] for index in members]

@@ -20,6 +20,7 @@ from .helpers_nextflow import (
     check_components,
     check_numbers,
     given,
+    group_equal,
     loaded,
     one_per_prompt,
     warn_once,
@@ -70,11 +71,8 @@ class NextFlowImagePrompt:
 
 def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     """Indices of the images that are sampled together: those of one schedule, and with as much given."""
-    groups: dict[Any, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        num_given = 0 if prompt.prefix_codes is None else len(prompt.prefix_codes)
-        groups.setdefault((num_given, *prompt.image_grids[-1].flatten().tolist()), []).append(index)
-    return list(groups.values())
+    given = [0 if prompt.prefix_codes is None else len(prompt.prefix_codes) for prompt in prompts]
+    return group_equal((count, str(prompt.image_grids[-1].tolist())) for count, prompt in zip(given, prompts))
 
 
 def collate_prompts(
@@ -188,6 +186,25 @@ def schedule_of(image_grids: torch.Tensor) -> Grids:
 def num_cells(grids: Sequence[tuple[int, int]]) -> int:
     """Codes of an image of this schedule."""
     return sum(height * width for height, width in grids)
+
+
+def call_back(
+    callback: Callable,
+    pipe: Any,
+    step: int,
+    scale: Any,
+    group: Sequence[NextFlowImagePrompt],
+    tensor_inputs: Sequence[str],
+) -> None:
+    """Let the callback see the codes so far, and replace them by those that it returns."""
+    codes = scale.image_codes
+    grids = torch.stack([prompt.image_grids[-1] for prompt in group])
+    tensors = {"latents": codes.clone(), "image_codes": codes.clone(), "image_grids": grids}
+    returned = callback(pipe, step, scale.index, {name: tensors[name] for name in tensor_inputs}) or {}
+    for name in ("latents", "image_codes"):
+        changed = returned.get(name)
+        if changed is not None and not torch.equal(changed.to(codes.device), codes):
+            scale.image_codes = changed.to(codes.device)
 
 
 class NextFlowImageSteps(NextFlowBasePipeline):
@@ -348,6 +365,53 @@ class NextFlowImageSteps(NextFlowBasePipeline):
             conversations = list(map(processor.with_thinking_prompt, conversations))
         return self.encode_messages(conversations, **unconditional, keep_first_size=keep_first_size, **size)
 
+    def prepare_settings(self, conversations: list[Conversation], settings: dict[str, Any]) -> dict[str, Any]:
+        """
+        Settings of sampling, as in [`~NextFlowPipeline.get_image_settings`]. Guidance towards images that a prompt
+        does not have is a `ValueError` where the call asks for it, and left out where only the model does.
+        """
+        asked = settings["image_guidance_scale"]
+        settings = self.transformer.get_image_settings(**settings)
+        missing = 0
+        if guides(settings["image_guidance_scale"]):
+            missing = sum(not has_user_image(conversation) for conversation in conversations)
+        if missing and asked is not None:
+            raise ValueError(
+                f"`image_guidance_scale` is {asked}, which guides towards the user's images, but {missing} of "
+                f"{len(conversations)} prompts have none"
+            )
+        if missing:
+            settings["image_guidance_scale"] = 1.0
+        self._guidance_scale, self._image_guidance_scale = settings["guidance_scale"], settings["image_guidance_scale"]
+        return settings
+
+    def prepare_images(
+        self, prompts: list[NextFlowImagePrompt], num_scales: int | None, *, is_limit: bool
+    ) -> list[list[int]]:
+        """
+        Say of each prompt how many scales are sampled, and which codes are given in full. More scales than an image
+        has are an error or, where `is_limit`, all of them. Returns the indices of images that are sampled together.
+        """
+        self._begin(prompts)
+        groups, self._num_timesteps = group_prompts(prompts), 0
+        for members in groups:
+            first = prompts[members[0]]
+            grids = first.grids
+            if num_scales is not None and num_scales > len(grids):
+                if not is_limit:
+                    raise ValueError(
+                        f"`num_scales` is {num_scales}, expected at most {len(grids)}, those of the image"
+                    )
+                warn_once(f"`num_inference_steps` is {num_scales}, more than the scales of an image: all are sampled")
+            grids = grids[:num_scales]
+            for prompt in (prompts[index] for index in members):
+                prompt.num_scales = len(grids)
+                given = None if prompt.prefix_mask is not None else prompt.prefix_codes
+                if given is not None and len(given) >= num_cells(grids):  # nothing is left to sample
+                    prompt.codes, prompt.num_sampled = given[: num_cells(grids)].to(self._execution_device), len(grids)
+            self._num_timesteps += 0 if first.codes is not None else len(grids)
+        return groups
+
     def known_resolution(self, resolution: int, height: int | None) -> int | None:
         """`resolution`, or the nearest that the model has: engines send a default of their own."""
         check_numbers(resolution=resolution)
@@ -405,6 +469,7 @@ __all__ = [
     "NextFlowImageSteps",
     "PerScale",
     "build_messages",
+    "call_back",
     "check_only_decodes",
     "check_prompts",
     "collate_prompts",

@@ -64,13 +64,12 @@ def _get(url: str, deadline: float, allow_private_addresses: bool) -> Iterator[H
     host, port = parts.hostname, parts.port or _PORTS[parts.scheme]
     sock = _connect(host, port, deadline, allow_private_addresses)
     if parts.scheme == "https":
-        context = ssl.create_default_context()
-        sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     # The timeout of a socket counts from each byte, of which a slow server may send many.
     timer = threading.Timer(deadline - time.monotonic(), _shut_down, [sock])
     timer.start()
     try:
-        if parts.scheme == "https":
+        if isinstance(sock, ssl.SSLSocket):
             sock.do_handshake()
         connection = HTTPConnection(host, port)
         connection.sock = sock  # so it does not connect by name
@@ -100,7 +99,7 @@ def _shut_down(sock: socket.socket) -> None:
 def _connect(host: str, port: int, deadline: float, allow_private_addresses: bool) -> socket.socket:
     """A connection to the first address of `host` that accepts one, once all of them are known to be public."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(info[4][0] for info in found))
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
     if not allow_private_addresses and (private := [address for address in addresses if not _is_public(address)]):
         raise ValueError(
             f"{host} has the address {private[0]}, which is not public; pass allow_private_addresses=True if you "

@@ -94,14 +94,14 @@ def open_header(
 ) -> Iterator[Image.Image]:
     """An image file or its bytes as a PIL image that is not decoded yet, or `ValueError` with its `name`."""
     if isinstance(file, bytes):
-        size, file = len(file), BytesIO(file)
+        size, opened = len(file), BytesIO(file)
     else:
-        size = _file_size(file, name)
+        size, opened = _file_size(file, name), file
     if size > max_bytes:
         raise ValueError(f"{name} has {size} bytes, expected at most {max_bytes}")
     Image.init()  # knows all formats from here on
     with _decoding(name, formats):
-        image = Image.open(file, formats=[one for one in formats if one in Image.OPEN])
+        image = Image.open(opened, formats=[one for one in formats if one in Image.OPEN])
     with image:
         _check_size(image.height, image.width, max_pixels, name)
         limit = Image.MAX_IMAGE_PIXELS
@@ -216,7 +216,8 @@ def _header_depth(image: Image.Image) -> int | None:
     """Bits per value of a grayscale image of 16-bit or 32-bit integers. None: no header says what is white."""
     if image.format != "TIFF":
         return None if image.format is None else 16  # Pillow's decoders scale to that
-    bits, sample_format = (image.tag_v2.get(tag, (1,))[0] for tag in (258, 339))  # BitsPerSample, SampleFormat
+    tags: Any = vars(image)["tag_v2"]
+    bits, sample_format = (tags.get(tag, (1,))[0] for tag in (258, 339))  # BitsPerSample, SampleFormat
     return bits if bits <= 16 and sample_format == 1 else None  # 1: unsigned
 
 
@@ -243,7 +244,8 @@ def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
     base = "L" if image.mode in ("1", "L", "LA", "La") else "CMYK" if image.mode == "CMYK" else "RGB"
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
+        opened: Any = source.profile
+        space = opened.xcolor_space.strip()
         mode = _PROFILE_MODES.get(space)
         if mode != base and (mode, base) != ("RGB", "L"):
             raise ValueError(f"it is for {space}, but the image has mode {image.mode}")
@@ -252,6 +254,7 @@ def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
     except (OSError, ValueError, ImageCms.PyCMSError) as error:
         warnings.warn(f"the colour profile of {name} is ignored: {error}", stacklevel=2)
         return image
+    assert colors is not None  # as it is not done in place
     if image.has_transparency_data:
         colors.putalpha(image.convert("RGBA").getchannel("A"))
     return colors
@@ -272,7 +275,7 @@ def _from_array(array: np.ndarray, channels_last: bool, max_pixels: int, name: s
             array = np.moveaxis(array, 0, 2)
     elif array.ndim != 2:
         raise ValueError(f"{name} has {array.ndim} dimensions {array.shape}, expected 2 or 3")
-    _check_size(*array.shape[:2], max_pixels, name)
+    _check_size(array.shape[0], array.shape[1], max_pixels, name)
     is_16_bits = array.dtype.kind == "u" and array.dtype.itemsize == 2
     array = _array_to_8_bits(array, name, max_depth=16 if is_16_bits else 8)
     if array.ndim == 3 and array.shape[2] == 1:

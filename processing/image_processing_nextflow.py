@@ -8,7 +8,7 @@ free of frameworks and shared by the PIL and the torchvision backend.
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,20 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import TensorType, is_torchvision_available
+from transformers.utils.generic import TensorType
+from transformers.utils.import_utils import is_torchvision_available
 
 from .image_loading_nextflow import MAX_PIXELS, load_image
-from .scale_schedule_nextflow import ScaleSchedule, num_cells
+from .scale_schedule_nextflow import ScaleSchedule
 
 
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     resolution (`int`, *optional*, defaults to 1024):
-        Level: side in pixels of the square image with as many scales. One of the schedule's `resolutions`.
+        Side in pixels of the square image with as many scales. One of the schedule's `resolutions`.
     scale_bases (`list[int]`, *optional*): Side of each square grid, see [`ScaleSchedule`].
     patch_size (`int` or `float`, *optional*, defaults to 16): Pixels per cell of the last grid, along each axis.
     bucket_area (`int`, *optional*, defaults to 256): Largest `a * b` of a bucket.
@@ -90,8 +92,10 @@ def crop_box(
     return left, top, left + target_width, top + target_height
 
 
-class _NextFlowImageProcessing:
+class _NextFlowImageProcessing(BaseImageProcessor):
     """What the two backends share: everything but the resize itself."""
+
+    pad: Callable[..., Any]  # the backend's
 
     valid_kwargs = NextFlowImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grids"]
@@ -142,6 +146,12 @@ class _NextFlowImageProcessing:
         images = flatten_images(images)
         names = [None] if len(images) == 1 else [f"images[{index}]" for index in range(len(images))]
         return [self.process_image(image, name=name, **kwargs) for image, name in zip(images, names, strict=True)]
+
+    def _resize_box(
+        self, image: Any, box: tuple[float, float, float, float], size: tuple[int, int], resample: PILImageResampling
+    ) -> Any:
+        """The `box` of an image (3, height, width), resized to `size` (height, width) in float32."""
+        raise NotImplementedError
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths and addresses, alone or in (nested) lists, as [`load_image`] reads them."""
@@ -217,10 +227,6 @@ class _NextFlowImageProcessing:
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def get_number_of_image_tokens(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Number of `<|image_pad|>` of an image of this size: the cells of all scales but the first."""
-        return num_cells(self.get_image_grids(height, width, images_kwargs)) - 1
-
     def get_image_grids(
         self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
     ) -> list[tuple[int, int]]:
@@ -230,7 +236,7 @@ class _NextFlowImageProcessing:
         return schedule.grids(schedule.nearest_bucket(height, width), schedule.num_scales(numbers["resolution"]))
 
     def post_process_images(
-        self, pixel_values: torch.Tensor, image_grids: torch.Tensor, output_type: str = "pil"
+        self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None = None, output_type: str = "pil"
     ) -> list[Image.Image] | list[np.ndarray] | list[torch.Tensor]:
         """
         Pixels back to images: the inverse of the call, apart from the crop and the resize.
@@ -238,14 +244,19 @@ class _NextFlowImageProcessing:
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`): Normalised, image i in the top-left
                 corner.
-            image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`): Schedule of every image.
+            image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`, *optional*):
+                Schedule of every image, to crop the padding. Without it nothing is cropped.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`: 8-bit RGB; `"np"`: float32 (height, width, 3) in [0, 1]; `"pt"`: float32 (3, height, width)
                 in [0, 1].
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f'output_type is {output_type!r}, expected "pil", "np" or "pt"')
-        pixel_values, image_grids = torch.as_tensor(pixel_values), torch.as_tensor(image_grids)
+        pixel_values = torch.as_tensor(pixel_values)
+        if image_grids is None:
+            grid = [round(side / self.patch_size) for side in pixel_values.shape[-2:]]
+            image_grids = torch.tensor([[grid]] * len(pixel_values)).view(-1, 1, 2)
+        image_grids = torch.as_tensor(image_grids)
         if len(pixel_values) != len(image_grids):
             raise ValueError(f"got {len(pixel_values)} images and {len(image_grids)} rows of image_grids")
         mean = torch.tensor(self.image_mean).view(3, 1, 1)
@@ -278,11 +289,12 @@ class NextFlowImageProcessorPil(_NextFlowImageProcessing, PilBackend):
     Every image is made upright RGB, resized to cover the size of its nearest bucket and centre-cropped to it; a batch
     is padded with zeros on the right and at the bottom. Returns a `BatchFeature` with `pixel_values`, float32
     `(images, 3, height, width)` in [-1, 1], and `image_grids`, int64 `(images, max_scales, 2)`. The arguments of
-    [`ScaleSchedule`] are attributes here and saved with the processor; `resolution` chooses the level and may be
+    [`ScaleSchedule`] are attributes here and saved with the processor; `resolution` may be
     given per call.
     """
 
     def process_image(self, image: Any, **kwargs) -> np.ndarray:
+        """Any image as upright RGB, 8 bits (3, height, width)."""
         return np.asarray(self._load(image, **kwargs)).transpose(2, 0, 1)
 
     def _resize_box(
@@ -294,7 +306,7 @@ class NextFlowImageProcessorPil(_NextFlowImageProcessing, PilBackend):
     ) -> np.ndarray:
         # PIL crops at fractions of a pixel and resizes in one filter pass.
         cropped = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-        cropped = cropped.resize(size[::-1], resample=resample, box=box)
+        cropped = cropped.resize((size[1], size[0]), resample=resample, box=box)
         return np.asarray(cropped, dtype=np.float32).transpose(2, 0, 1)
 
 
@@ -306,6 +318,7 @@ if is_torchvision_available():
         """
 
         def process_image(self, image: Any, device: str | torch.device | None = None, **kwargs) -> torch.Tensor:
+            """Any image as upright RGB, 8 bits (3, height, width), on `device`."""
             pixels = torch.from_numpy(np.array(self._load(image, **kwargs))).permute(2, 0, 1)
             return pixels if device is None else pixels.to(device)
 
@@ -322,7 +335,7 @@ if is_torchvision_available():
             target = SizeDict(height=size[0], width=size[1])
             return self.resize(image, target, resample=resample).to(torch.float32)
 else:
-    NextFlowImageProcessor = NextFlowImageProcessorPil
+    NextFlowImageProcessor = NextFlowImageProcessorPil  # pyright: ignore[reportAssignmentType]  # stands in for it
 
 
 __all__ = ["NextFlowImageProcessor", "NextFlowImageProcessorPil", "NextFlowImageProcessorKwargs"]

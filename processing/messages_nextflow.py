@@ -1,12 +1,17 @@
-"""Messages: well-formed conversations, the images in them, and how thinking is asked for.
+"""Messages: well-formed conversations, the images in them, how thinking is asked for, and text that stays text.
 
 The one place where messages are checked, for prompts, chats and data sets alike. Knows the form, not what a template
 does with it. Thinking before an image (§6.4; format not specified by the paper) is asked for by the system message:
-with it the model writes `<think>why</think>what the image shows`. All of it is plain text.
+with it the model writes `<think>why</think>what the image shows`. All of it is plain text. Messages cannot write
+control tokens: what spells one is cut, and tokenized in pieces as the text that it is.
 """
 
+import re
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from .image_processing_nextflow import flatten_images
 
@@ -14,6 +19,8 @@ from .image_processing_nextflow import flatten_images
 ROLES = ("system", "user", "assistant")
 TYPES = ("text", "image", "image_url")
 IMAGE_KEYS = ("image", "path", "url", "base64")
+# Cuts the rendered chat into pieces that are tokenized on their own. A Unicode noncharacter: no text may contain it.
+CUT = "\ufdd0"
 THINKING_PROMPT = "think first"
 THINK_START = "<think>"
 THINK_END = "</think>"
@@ -225,8 +232,63 @@ def unconditional_messages(
     return messages
 
 
+class ControlTokens:
+    """
+    Args:
+        tokenizer ([`PreTrainedTokenizerBase`]): Its special tokens are control tokens.
+        others (`Sequence[str]`): And so are these.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, others: Sequence[str]):
+        tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {*others}
+        # Numbered families (image codes) are one alternative.
+        families = {r"\d+".join(map(re.escape, re.split(r"\d+", token))) for token in tokens}
+        # Matches the empty string in front of every one.
+        self.pattern = re.compile(f"(?={'|'.join(sorted(families, key=len, reverse=True))})")
+
+    def cut(self, given: Any, *, refuse: bool) -> Any:
+        """Strings in `given` with a cut inside every control token, so that the tokenizer never sees it whole."""
+        if isinstance(given, str):
+            given = given.replace(CUT, "")
+            found = self.pattern.search(given)
+            if found is None:
+                return given
+            if refuse:
+                raise ValueError(
+                    f"a message contains the control token {given[found.start() : found.start() + 24]!r}: as text it "
+                    "is safe only with tokenize=True; if it is meant, pass sanitize_control_tokens=False"
+                )
+            starts = {match.start() for match in self.pattern.finditer(given)}
+            return "".join(letter + CUT if index in starts else letter for index, letter in enumerate(given))
+        if isinstance(given, dict):
+            return {name: self.cut(value, refuse=refuse) for name, value in given.items()}
+        if isinstance(given, (list, tuple)):
+            return [self.cut(value, refuse=refuse) for value in given]
+        return given
+
+    def as_text(self, message: dict[str, Any], *, refuse: bool) -> dict[str, Any]:
+        """
+        A message whose text cannot become control tokens: none inside a string, none across the seam of two parts, and
+        every text starts on a token of its own (so a response's first token never merges with the header's line
+        break).
+        """
+        seam = "" if refuse else CUT  # with `refuse` the rendered string is what the caller gets
+        cut = {name: self.cut(value, refuse=refuse) for name, value in message.items() if name != "content"}
+        content = message.get("content")
+        if isinstance(content, str):
+            return {**cut, "content": seam + self.cut(content, refuse=refuse) + seam}
+        parts = []
+        for part in content or []:
+            part = {name: self.cut(value, refuse=refuse) for name, value in part.items()}
+            parts.append({**part, "text": seam + part["text"] + seam} if part.get("type") == "text" else part)
+        if refuse:
+            self.cut("".join(part.get("text") or "" for part in parts), refuse=True)
+        return {**cut, "content": parts}
+
+
 __all__ = [
-    "IMAGE_KEYS",
+    "CUT",
+    "ControlTokens",
     "THINKING_PROMPT",
     "as_conversations",
     "check_text",

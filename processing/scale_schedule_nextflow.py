@@ -1,4 +1,4 @@
-"""The scale schedule: which grids an image is drawn on, coarse to fine (§2.1, appendix A.1, table 14).
+"""The scale schedule: which grids an image is sampled on, coarse to fine (§2.1, appendix A.1, table 14).
 
 Two lines of arithmetic, exact for all 41 rows of the paper's table. The only owner of the rule: everything else gets
 its result as data (`image_grids`). Knows numbers only: no tensors, no images, no tokens.
@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+SIZE_OPTIONS = ("target_grids", "aspect_ratio", "height", "width")  # of a call, for the image to sample
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,11 @@ class ScaleSchedule:
             raise ValueError(f"num_scales is {num_scales}, expected 1 to {self.max_scales}")
         reference = math.isqrt(self.bucket_area)
         # `round` of a Fraction is exact and half to even, as the table is; the first scale is one cell in every ratio.
-        return [(1, 1)] + [
-            tuple(max(1, round(Fraction(side * base, reference))) for side in bucket)
-            for base in self.scale_bases[1:num_scales]
-        ]
+        rows, columns = (
+            [max(1, round(Fraction(side * base, reference))) for base in self.scale_bases[1:num_scales]]
+            for side in bucket
+        )
+        return [(1, 1), *zip(rows, columns)]
 
     def pixel_size(self, bucket: tuple[int, int], num_scales: int) -> tuple[int, int]:
         """`(height, width)` in pixels of an image of this bucket: `patch_size` times its last grid."""
@@ -164,33 +166,27 @@ def num_cells(grids: Sequence[Sequence[int]]) -> int:
     return sum(int(height) * int(width) for height, width in grids)
 
 
-def size_options(options: Mapping[str, Any]) -> list[str]:
-    """Names of the options given that describe the image to draw."""
-    names = ("target_grids", "aspect_ratio", "height", "width")
-    return [name for name in names if options.get(name) is not None]
-
-
 def requested_grids(
-    schedule: ScaleSchedule, options: Mapping[str, Any], *, resolution: int | None, default: int
+    schedule: ScaleSchedule, options: Mapping[str, Any], resolution: int | None, default: int
 ) -> list[list[int]]:
     """
-    Row of `image_grids` that the options describe, else a square's. Of the `resolution`, where one is given,
-    else of the `default` or, for a size in pixels, of one that fits.
+    Row of `image_grids` that the [`SIZE_OPTIONS`] in `options` describe, else a square's. Of the `resolution`, where
+    one is given, else of the `default` or, for a size in pixels, of one that fits.
     """
-    given = size_options(options)
+    given = [name for name in SIZE_OPTIONS if options.get(name) is not None]
     if len(given) > 1 and given != ["height", "width"]:
         raise ValueError(f"got {given}, expected one of target_grids, aspect_ratio, or height and width")
     num_scales = schedule.num_scales(resolution or default)
-    if "target_grids" in given:
+    if not given:
+        grids = schedule.grids(schedule.nearest_bucket(1, 1), num_scales)
+    elif "target_grids" in given:
         grids = schedule.check_grids(options["target_grids"])
     elif "aspect_ratio" in given:
         grids = schedule.grids(schedule.bucket_from_aspect_ratio(options["aspect_ratio"]), num_scales)
     elif len(given) == 1:
         raise ValueError(f"got only {given[0]}, expected height and width")
-    elif given:
-        grids = grids_of_size(schedule, options["height"], options["width"], resolution=resolution, default=default)
     else:
-        grids = schedule.grids(schedule.nearest_bucket(1, 1), num_scales)
+        grids = grids_of_size(schedule, options["height"], options["width"], resolution=resolution, default=default)
     return [list(grid) for grid in grids]
 
 
@@ -217,10 +213,10 @@ def grids_of_size(
         resolution = min(sides, key=distance)
     if sizes[resolution] != (height, width):
         logger.warning(
-            f"the image to draw is {sizes[resolution][0]} x {sizes[resolution][1]} pixels (height x width), the "
+            f"the image to sample is {sizes[resolution][0]} x {sizes[resolution][1]} pixels (height x width), the "
             f"size of the bucket nearest to the {height} x {width} asked for"
         )
     return schedule.grids(bucket, schedule.num_scales(resolution))
 
 
-__all__ = ["ScaleSchedule", "num_cells", "requested_grids", "size_options"]
+__all__ = ["SIZE_OPTIONS", "ScaleSchedule", "num_cells", "requested_grids"]

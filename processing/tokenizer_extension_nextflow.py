@@ -53,7 +53,7 @@ def extend_tokenizer(
     # Where rows are padded that are to be gone on with. What is not an argument of the tokenizer's is not saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
-    ids = tokenizer.convert_tokens_to_ids([code_token(0), "<boi>", "<eoi>"])
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in (code_token(0), "<boi>", "<eoi>")]
     if len(tokenizer) != expected or ids != [text_vocab_size, expected - 2, expected - 1]:
         raise ValueError(
             f"the tokenizer's ids have gaps: (length, first code, <boi>, <eoi>) is {(len(tokenizer), *ids)}, expected "

@@ -360,7 +360,7 @@ def test_bad_decoders_are_refused():
     with pytest.raises(ValueError, match="a cell is 4 pixels wide, expected a multiple of 8"):
         pipe(codes, grids)
     pipe.vae = None
-    with pytest.raises(ValueError, match="latents have 4 channels, but those of the NoneType 3"):
+    with pytest.raises(ValueError, match="latents have 4 channels, those of the VAE 3"):
         pipe(codes, grids)
     pipe.vision_tokenizer.config.pixel_code_dim = 5
     with pytest.raises(ValueError, match="wants 26 channels of condition, but the vision tokenizer has 27"):

@@ -471,7 +471,7 @@ WHITE = np.full((16, 16), 255, np.uint8)
         ({**GIVEN, "keep_scales": 5}, "`keep_scales` is 5, expected at most 4"),
         ({**GIVEN, "keep_scales": -1}, "`keep_scales` is -1"),
         ({**GIVEN, "aspect_ratio": "5:3"}, "leave the size out"),
-        ({**DRAFT, "aspect_ratio": "4:1"}, "that it was drawn with"),
+        ({**DRAFT, "aspect_ratio": "4:1"}, "that it was sampled with"),
         ({**DRAFT, "mask_image": WHITE}, "needs a whole image, got 2 of its 4 scales"),
         ({**GIVEN, "mask_image": WHITE // 255}, "no white pixel"),
         ({**GIVEN, "mask_image": WHITE[:8]}, "is 8 x 16 pixels .*, expected the shape of the image"),
