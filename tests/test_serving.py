@@ -308,6 +308,40 @@ def test_a_batch_gives_each_the_image_it_would_get_alone(pipe):
         assert same(requests.last(request).images[0], expected)
 
 
+def test_images_are_decoded_beside_the_next_batch(pipe, monkeypatch):
+    batches, is_next = [], threading.Event()
+    original = type(pipe).decode_codes
+
+    def on_batch(batch):
+        batches.append(batch)
+        if len(batches) == 2:
+            is_next.set()
+
+    def decode(*args, **options):
+        assert is_next.wait(20)
+        return original(*args, **options)
+
+    monkeypatch.setattr(type(pipe), "decode_codes", decode)
+    requests = Requests(worker.Worker(pipe, max_wait=0.0, max_batch=1, on_batch=on_batch))
+    requests.add("a")
+    requests.add("b")
+    requests.worker.stop()
+    for request in requests:
+        assert same(requests.last(request).images[0], alone(pipe, request.prompt, seed=request.seed)[0])
+
+
+def test_an_image_that_cannot_be_decoded_is_an_error(pipe, monkeypatch):
+    def decode(*args, **options):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(type(pipe), "decode_codes", decode)
+    for decodes_beside in (True, False):
+        requests = Requests(worker.Worker(pipe, max_wait=0.0, decodes_beside=decodes_beside))
+        request = requests.add("a")
+        requests.worker.stop()
+        assert isinstance(requests.last(request), RuntimeError)
+
+
 def test_one_bad_request_does_not_fail_its_batch(pipe):
     requests = Requests(worker.Worker(pipe, max_wait=0.5, max_batch=3))
     good, bad = requests.add("a"), requests.add("a" * 600)  # of 512 tokens
