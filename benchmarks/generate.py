@@ -102,7 +102,7 @@ def main() -> None:
         pipe = make_pipeline(config, tokenizer, device)
         try:
             MODES[mode](pipe)
-        except (AttributeError, ImportError, ValueError) as error:  # needs a GPU, or a package
+        except (AssertionError, AttributeError, ImportError, ValueError) as error:  # needs a GPU, or a package
             print(f"| {mode} | {str(error)[:100]} | | | | | |", flush=True)
             continue
         schedule = pipe.processor.image_processor.schedule

@@ -42,11 +42,14 @@ TRIES = 50  # of a client, which waits between them as long as the server says
 
 def install(folder: str) -> str:
     """The Python of a new environment, with HEAD and the extra `serve` installed."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = str(Path(folder, "bin", "python"))
-    package = f"nextflow-hf[serve] @ git+file://{ROOT}"
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
-    subprocess.run([*pip, package], check=True)
+    source = Path(folder, "source")
+    source.mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+    subprocess.run(["tar", "-x"], cwd=source, input=archive, check=True)
+    subprocess.run([sys.executable, "-m", "venv", f"{folder}/environment"], check=True)
+    python = f"{folder}/environment/bin/python"
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(source / "constraints.txt")]
+    subprocess.run([*pip, f"{source}[serve]"], check=True)
     return python
 
 
