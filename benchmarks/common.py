@@ -33,17 +33,18 @@ TOY_TOKENIZER = {
 }  # fmt: skip
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Of the clock on CUDA; on a CPU of the process, which other work on the machine takes little of."""
+def now(device: str) -> float:
+    """Seconds of the clock on CUDA; on a CPU those of the process, which other work on the machine takes little of."""
     if device == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
+        return time.process_time()
     torch.cuda.synchronize()
-    start = time.perf_counter()
+    return time.perf_counter()
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    began = now(device)
     run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now(device) - began
 
 
 def median_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
