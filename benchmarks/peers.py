@@ -108,9 +108,14 @@ class Contestants:
         return *self._generate(model, ids, logits_processor=[Guidance()]), count / PART
 
     def janus(self, pixels: int) -> Work:
-        side = pixels // 16
+        """6 x 6 codes, less one alone."""
+        count, some = (pixels // 16) ** 2, 36
+        ids = torch.randint(5, 500, (1, PROMPT + (count - some) // 2), device=self.device)
+        return self._janus(ids, 6), self._janus(ids, 1), count / (some - 1)
+
+    def _janus(self, ids: torch.Tensor, side: int) -> Run:
         text = {"model_type": "llama", "vocab_size": 1024, **self.body}
-        vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": pixels,
+        vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16 * side,
                   "patch_size": 16, "projection_dim": self.hidden, "hidden_dropout_rate": 0.0, "depth": 1}  # fmt: skip
         codes = {"embed_dim": 8, "num_embeddings": CODES, "double_latent": False, "latent_channels": 64,
                  "num_patches": side, "base_channels": 32, "channel_multiplier": [1, 1, 2, 2, 4], "num_res_blocks": 1,
@@ -119,11 +124,9 @@ class Contestants:
         config = transformers.JanusConfig(text_config=text, vision_config=vision, vq_config=codes)
         model = self._make(transformers.JanusForConditionalGeneration, config)
         model.generation_config.generation_kwargs = {"boi_token_id": 4}
-        ids = torch.randint(5, 500, (1, PROMPT), device=self.device)
         settings = {"generation_mode": "image", "do_sample": True, "top_k": 900, "guidance_scale": 3.0}
-        mask = torch.ones_like(ids)
-        length = PROMPT + side * side
-        return lambda: model.generate(ids, attention_mask=mask, pad_token_id=0, max_length=length, **settings), None, 1
+        mask, length = torch.ones_like(ids), ids.shape[1] + side * side
+        return lambda: model.generate(ids, attention_mask=mask, pad_token_id=0, max_length=length, **settings)
 
     def emu3(self, pixels: int) -> Work:
         tokens = {"<image>": 3, **{f"<|visual token {index:06d}|>": TEXT + index for index in range(CODES)}}
