@@ -68,13 +68,13 @@ def make_app(
     app = FastAPI(title="NextFlow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     api = Api(own, metrics, name=name, limits=limits or Limits(), seconds=seconds)
     app.state.worker, app.state.name = own, name
-    app.add_api_route("/v1/images/generations", api.generate, methods=["POST"])
-    app.add_api_route("/v1/images/edits", api.edit, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
-    app.add_api_route("/v1/models", api.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model:path}", api.model, methods=["GET"])
-    app.add_api_route("/health", api.health, methods=["GET"])
-    app.add_api_route("/metrics", api.metrics, methods=["GET"])
+    app.post("/v1/images/generations")(api.generate)
+    app.post("/v1/images/edits")(api.edit)
+    app.post("/v1/chat/completions")(api.chat)
+    app.get("/v1/models")(api.models)
+    app.get("/v1/models/{model:path}")(api.model)
+    app.get("/health")(api.health)
+    app.get("/metrics")(api.metrics)
     app.add_exception_handler(BadRequest, lambda _, error: error_response(error, status=error.status))
     app.add_exception_handler(
         HTTPException, lambda _, error: error_response(BadRequest(str(error.detail)), status=error.status_code)
@@ -179,7 +179,7 @@ class Api:
 
     async def generate(self, request: Request) -> Response:
         body = self._parse(protocol.GenerationBody, await self._json(request))
-        protocol.check_counts(body, self.limits, texts=[body.prompt], num_images=0)
+        protocol.check_counts(body, self.limits, 0)
         return await self._images(request, body, "image_generation", [], None)
 
     async def edit(self, request: Request) -> Response:
@@ -192,7 +192,7 @@ class Api:
             body = self._parse(protocol.EditBody, fields)
         if not sources:
             raise BadRequest("image: it is missing, and an edit needs one or several", "image")
-        protocol.check_counts(body, self.limits, texts=[body.prompt], num_images=len(sources))
+        protocol.check_counts(body, self.limits, len(sources))
 
         def read() -> tuple[list, Any]:
             images = [protocol.read_image(one, self.limits, f"image {index + 1}") for index, one in enumerate(sources)]
@@ -287,11 +287,10 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = self._parse(protocol.ChatBody, await self._json(request))
-        messages, texts, num_images = protocol.read_messages(body.messages, self.limits)
-        protocol.check_counts(body, self.limits, texts=texts, num_images=num_images)
+        protocol.check_counts(body, self.limits, body.num_images)
         if body.n != 1:
             raise BadRequest(f"n is {body.n}, expected 1 in a conversation", "n")
-        messages = await asyncio.to_thread(protocol.load_messages, messages, self.limits)
+        messages = await asyncio.to_thread(body.conversation, self.limits)
         if set(body.modalities) == {"image"}:
             job: Any = worker.ImageRequest(
                 messages=messages, schedule=uuid.uuid4(), **self._image_job(body, body.image_settings)

@@ -219,7 +219,7 @@ REFUSED = {
     "file address": (EDITS, {"prompt": "a", "images": [{"image_url": "file:///etc/passwd"}]}, 400, "is no image"),
     "three images": (EDITS, {"prompt": "a", "images": [{"image_url": PRIVATE}] * 3}, 400, "got 3 images"),
     "tools": (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, 400, "tools"),
-    "role": (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].role is 'tool'"),
+    "role": (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages.0.role"),
     "no message": (CHAT, {"messages": []}, 400, "messages"),
     "part": (CHAT, {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, "'video_url'"),
     "private address in chat": (CHAT, {"messages": [{"role": "user", "content": [IMAGE_PART]}]}, 400, "not public"),
