@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from diffusers import PipelineQuantizationConfig
+from transformers import TorchAoConfig
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.commands.loading import choose_device, find_model
@@ -62,6 +63,12 @@ def main() -> None:
             getattr(pipe.transformer, method)()
         return sample(pipe, args.count)
 
+    def int8() -> list[np.ndarray]:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        kinds = {"transformer": TorchAoConfig(Int8WeightOnlyConfig())}
+        return sample(load(quantization_config=PipelineQuantizationConfig(quant_mapping=kinds)), args.count)
+
     four_bits = PipelineQuantizationConfig(
         quant_backend="bitsandbytes_4bit", quant_kwargs=NF4, components_to_quantize=["transformer"]
     )
@@ -73,6 +80,7 @@ def main() -> None:
         "lean, compiled": lambda: prepared("fuse_qkv_projections", "compile_repeated_blocks"),
         "bfloat16": lambda: sample(load(dtype=torch.bfloat16), args.count),
         "4-bit": lambda: sample(load(quantization_config=four_bits), args.count),
+        "int8 by torchao": int8,
         "served": lambda: served(load(), args.count),
     }
     if device == "cuda":

@@ -6,7 +6,6 @@ neither HTTP nor a pipeline.
 """
 
 import base64
-import binascii
 import io
 import re
 import secrets
@@ -326,30 +325,18 @@ def read_mask(source: Any, limits: Limits) -> Image.Image:
     A mask, white where the image changes. As OpenAI has it, that is where the file is transparent; without an alpha
     channel it is where it is white.
     """
-    if isinstance(source, str):
-        data = _decode_uri(source)
-        if data is None:
-            return read_image(source, limits, "the mask")
-        source = data
+    reading = {"max_bytes": limits.image_bytes, "formats": FORMATS, "name": "the mask"}
     try:
-        with open_header(
-            source, limits.image_pixels, max_bytes=limits.image_bytes, formats=FORMATS, name="the mask"
-        ) as image:
-            if not image.has_transparency_data:
-                return read_image(source, limits, "the mask")
-            alpha = image.convert("RGBA").getchannel("A")
+        if isinstance(source, str) and DATA_URI.match(source):
+            source = base64.b64decode(source.partition(",")[2], validate=True)
+        if isinstance(source, bytes):
+            with open_header(source, limits.image_pixels, **reading) as image:
+                if image.has_transparency_data:
+                    alpha = image.convert("RGBA").getchannel("A")
+                    return alpha.point(lambda value: 0 if value else 255)
     except (OSError, SyntaxError, ValueError) as error:
-        raise BadRequest(str(error)[:300], "mask") from error
-    return alpha.point(lambda value: 0 if value else 255)
-
-
-def _decode_uri(text: str) -> bytes | None:
-    if not DATA_URI.match(text):
-        return None
-    try:
-        return base64.b64decode(text.partition(",")[2], validate=True)
-    except binascii.Error as error:
-        raise BadRequest(f"the mask is not base64: {error}", "mask") from error
+        raise BadRequest(f"the mask: {error}"[:300], "mask") from error
+    return read_image(source, limits, "the mask")
 
 
 def is_address(text: str) -> bool:

@@ -91,12 +91,8 @@ class Request:
         self._is_cancelled = True
 
     @property
-    def is_late(self) -> bool:
-        return time.monotonic() - self.submitted > self.seconds
-
-    @property
     def is_over(self) -> bool:
-        return self._is_cancelled or self.is_late
+        return self._is_cancelled or time.monotonic() - self.submitted > self.seconds
 
     @property
     def key(self) -> Hashable:
