@@ -6,7 +6,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test check docs kill-test lint clean
+.PHONY: demo test check docs kill-test gpu lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/nextflow-hf demo $(ARGS)
@@ -25,6 +25,10 @@ docs: $(VENV)/installed-docs
 # Twenty kills of each training and extraction, each compared bit for bit; minutes.
 kill-test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kill_test.py $(ARGS)
+
+# What a GPU is wanted for, in nine minutes, with the torch of the Python that is there; see benchmarks/gpu.py.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -5,12 +5,12 @@ python benchmarks/parity.py --model path/to/pipeline --device cuda --count 64
 """
 
 import argparse
-import json
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from diffusers import PipelineQuantizationConfig
+from transformers import TorchAoConfig
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.commands.loading import choose_device, find_model
@@ -56,10 +56,18 @@ def main() -> None:
             pipe.transformer.set_attn_implementation(attention)
         return pipe
 
-    def compiled() -> list[np.ndarray]:
+    def prepared(*methods: str) -> list[np.ndarray]:
+        """Of a transformer that these methods have changed."""
         pipe = load()
-        pipe.transformer.compile_repeated_blocks()
+        for method in methods:
+            getattr(pipe.transformer, method)()
         return sample(pipe, args.count)
+
+    def int8() -> list[np.ndarray]:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        kinds = {"transformer": TorchAoConfig(Int8WeightOnlyConfig())}
+        return sample(load(quantization_config=PipelineQuantizationConfig(quant_mapping=kinds)), args.count)
 
     four_bits = PipelineQuantizationConfig(
         quant_backend="bitsandbytes_4bit", quant_kwargs=NF4, components_to_quantize=["transformer"]
@@ -67,24 +75,28 @@ def main() -> None:
     ways: dict[str, Callable[[], list[np.ndarray]]] = {
         "sdpa": lambda: sample(load("sdpa"), args.count),
         "eager": lambda: sample(load("eager"), args.count),
-        "compiled": compiled,
+        "compiled": lambda: prepared("compile_repeated_blocks"),
+        "lean": lambda: prepared("fuse_qkv_projections"),
+        "lean, compiled": lambda: prepared("fuse_qkv_projections", "compile_repeated_blocks"),
         "bfloat16": lambda: sample(load(dtype=torch.bfloat16), args.count),
         "4-bit": lambda: sample(load(quantization_config=four_bits), args.count),
+        "int8 by torchao": int8,
         "served": lambda: served(load(), args.count),
     }
+    if device == "cuda":
+        ways["graphs"] = lambda: prepared("compile_sampling")
     reference = None
+    print("| way | equal | within 1/255 | mean difference (of 255) |\n| --- | ---: | ---: | ---: |")
     for name, way in ways.items():
-        images = way()
+        try:
+            images = way()
+        except (AttributeError, ImportError) as error:
+            print(f"| {name} | {error} | | |", flush=True)
+            continue
         reference = images if reference is None else reference
         apart = [np.abs(one - other) for one, other in zip(images, reference, strict=True)]
-        row = {
-            "way": name,
-            "equal": sum(one.max() == 0 for one in apart),
-            "within 1/255": sum(one.max() <= 1 for one in apart),
-            "of": args.count,
-            "mean difference": round(float(np.mean(apart)), 3),
-        }
-        print(json.dumps(row, default=int), flush=True)
+        equal, near = (sum(one.max() <= most for one in apart) for most in (0, 1))
+        print(f"| {name} | {equal} of {args.count} | {near} | {float(np.mean(apart)):.3g} |", flush=True)
 
 
 if __name__ == "__main__":

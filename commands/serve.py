@@ -37,10 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--api-key", help=f"what clients have to send; default: {API_KEY} of the environment")
     group.add_argument("--served-name", help="what clients call the model; default: the folder's name or the Hub id")
     group.add_argument("--max-queue", type=int, default=64, metavar="N", help="that wait; default: %(default)s")
-    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="images of one; default: %(default)s")
-    group.add_argument(
-        "--batches", type=int, default=1, metavar="N", help="at once, on a CPU one a core; default: %(default)s"
-    )
+    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="images at once; default: %(default)s")
     group.add_argument(
         "--max-wait-ms", type=float, default=10, metavar="MS", help="for others in a batch; default: %(default)s"
     )
@@ -78,11 +75,9 @@ def load_app(args: argparse.Namespace) -> Any:
         from ..serving.protocol import Limits
     except ModuleNotFoundError as error:
         raise ImportError(f'the server needs {error.name}: pip install "nextflow-hf[serve]"') from error
-    for name in ("max_queue", "max_batch", "batches", "max_images", "timeout"):
+    for name in ("max_queue", "max_batch", "max_images", "timeout"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    if args.batches > 1 and args.offload:
-        raise ValueError(f"--batches is {args.batches}, expected 1 with --offload, which moves weights during a batch")
     app = make_app(
         loading.load_pipeline(args),
         name=args.served_name or served_name(args.model),
@@ -92,7 +87,7 @@ def load_app(args: argparse.Namespace) -> Any:
         max_queue=args.max_queue,
         max_batch=args.max_batch,
         max_wait=max(args.max_wait_ms, 0) / 1000,
-        num_threads=args.batches,
+        decodes_beside=not args.offload,
     )
     app.state.run = functools.partial(uvicorn.run, app)
     return app

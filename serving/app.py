@@ -34,6 +34,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # how soon it is seen that a client went away
+STATUSES = {worker.QueueFull: 429, worker.Stopped: 503, worker.OutOfTime: 504}
 
 
 def make_app(
@@ -68,43 +69,37 @@ def make_app(
     app = FastAPI(title="NextFlow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     api = Api(own, metrics, name=name, limits=limits or Limits(), seconds=seconds)
     app.state.worker, app.state.name = own, name
-    app.add_api_route("/v1/images/generations", api.generate, methods=["POST"])
-    app.add_api_route("/v1/images/edits", api.edit, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
-    app.add_api_route("/v1/models", api.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model:path}", api.model, methods=["GET"])
-    app.add_api_route("/health", api.health, methods=["GET"])
-    app.add_api_route("/metrics", api.metrics, methods=["GET"])
-    app.add_exception_handler(BadRequest, lambda _, error: error_response(error, status=error.status))
-    app.add_exception_handler(
-        HTTPException, lambda _, error: error_response(BadRequest(str(error.detail)), status=error.status_code)
-    )
+    app.post("/v1/images/generations")(api.generate)
+    app.post("/v1/images/edits")(api.edit)
+    app.post("/v1/chat/completions")(api.chat)
+    app.get("/v1/models")(api.models)
+    app.get("/v1/models/{model:path}")(api.model)
+    app.get("/health")(api.health)
+    app.get("/metrics")(api.metrics)
+    for kind in (BadRequest, HTTPException, worker.QueueFull, worker.Stopped):
+        app.add_exception_handler(kind, lambda _, error: error_response(error))
     app.add_exception_handler(ClientGone, lambda *_: Response(status_code=499))
-    app.add_exception_handler(worker.QueueFull, _full)
-    app.add_exception_handler(worker.Stopped, lambda _, error: error_response(error, status=503))
     app.add_middleware(Guard, api_key=api_key, max_bytes=api.limits.body_bytes, metrics=metrics)
     return app
 
 
-def error_body(error: Exception, status: int) -> dict[str, Any]:
+def error_body(error: Exception) -> dict[str, Any]:
     """An error as OpenAI writes it. What is no mistake of the client's is not told: it may name files."""
-    message = str(error) if status < 500 or isinstance(error, (worker.OutOfTime, worker.Stopped)) else "internal error"
+    status = status_of(error)
+    message = str(getattr(error, "detail", error)) if status != 500 else "internal error"
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": None}}
 
 
-def error_response(error: Exception, *, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error_body(error, status), status, headers)
+def error_response(error: Exception) -> JSONResponse:
+    headers = {"Retry-After": str(error.seconds)} if isinstance(error, worker.QueueFull) else None
+    return JSONResponse(error_body(error), status_of(error), headers)
 
 
 def status_of(error: Exception) -> int:
-    if isinstance(error, worker.OutOfTime):
-        return 504
-    return 400 if isinstance(error, worker.REFUSALS) else 500
-
-
-def _full(_: Request, error: Exception) -> JSONResponse:
-    return error_response(error, status=429, headers={"Retry-After": str(error.seconds)})
+    if isinstance(error, (BadRequest, HTTPException)):
+        return error.status if isinstance(error, BadRequest) else error.status_code
+    return STATUSES.get(type(error), 400 if isinstance(error, worker.REFUSALS) else 500)
 
 
 class ClientGone(Exception):
@@ -143,7 +138,7 @@ class Guard:
         if refusal is None:
             await self.app(scope, limited, counting)
         else:
-            await error_response(refusal, status=refusal.status)(scope, receive, counting)
+            await error_response(refusal)(scope, receive, counting)
         route = getattr(scope.get("route"), "path", "other")
         self.metrics.requests.labels(route, status).inc()
         self.metrics.seconds.labels(route).observe(time.monotonic() - started)
@@ -179,7 +174,7 @@ class Api:
 
     async def generate(self, request: Request) -> Response:
         body = self._parse(protocol.GenerationBody, await self._json(request))
-        protocol.check_counts(body, self.limits, texts=[body.prompt], num_images=0)
+        protocol.check_counts(body, self.limits, 0)
         return await self._images(request, body, "image_generation", [], None)
 
     async def edit(self, request: Request) -> Response:
@@ -192,7 +187,7 @@ class Api:
             body = self._parse(protocol.EditBody, fields)
         if not sources:
             raise BadRequest("image: it is missing, and an edit needs one or several", "image")
-        protocol.check_counts(body, self.limits, texts=[body.prompt], num_images=len(sources))
+        protocol.check_counts(body, self.limits, len(sources))
 
         def read() -> tuple[list, Any]:
             images = [protocol.read_image(one, self.limits, f"image {index + 1}") for index, one in enumerate(sources)]
@@ -246,7 +241,7 @@ class Api:
         async with contextlib.aclosing(events):
             async for found in _after(first, events):
                 if isinstance(found, Exception):
-                    yield _sse(error_body(found, status_of(found)), "error")
+                    yield _sse(error_body(found), "error")
                     return
                 image = found.image if isinstance(found, worker.Partial) else found.images[0]
                 data = {"b64_json": await self._encode(image, body), "created_at": int(time.time())}
@@ -287,11 +282,10 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = self._parse(protocol.ChatBody, await self._json(request))
-        messages, texts, num_images = protocol.read_messages(body.messages, self.limits)
-        protocol.check_counts(body, self.limits, texts=texts, num_images=num_images)
+        protocol.check_counts(body, self.limits, body.num_images)
         if body.n != 1:
             raise BadRequest(f"n is {body.n}, expected 1 in a conversation", "n")
-        messages = await asyncio.to_thread(protocol.load_messages, messages, self.limits)
+        messages = await asyncio.to_thread(body.conversation, self.limits)
         if set(body.modalities) == {"image"}:
             job: Any = worker.ImageRequest(
                 messages=messages, schedule=uuid.uuid4(), **self._image_job(body, body.image_settings)
@@ -353,7 +347,7 @@ class Api:
             yield chunk({"role": "assistant", "content": ""})
             async for part in _after(first, parts):
                 if isinstance(part, Exception):
-                    yield _sse(error_body(part, status_of(part)))
+                    yield _sse(error_body(part))
                     return
                 if isinstance(part, worker.Done):
                     break
@@ -392,7 +386,7 @@ class Api:
     async def health(self) -> Response:
         if self.worker.is_alive:
             return JSONResponse({"status": "ok"})
-        return error_response(worker.Stopped("the worker has ended"), status=503)
+        return error_response(worker.Stopped("the worker has ended"))
 
     async def metrics(self) -> Response:
         return Response(generate_latest(self.numbers.registry), media_type=CONTENT_TYPE_LATEST)
@@ -480,8 +474,7 @@ def _in_time(seconds: float) -> Any:
 def _checked(found: Any) -> Any:
     """What the worker made, or the response to its failure."""
     if isinstance(found, Exception):
-        status = status_of(found)
-        raise BadRequest(error_body(found, status)["error"]["message"], status=status)
+        raise BadRequest(error_body(found)["error"]["message"], status=status_of(found))
     return found
 
 

@@ -6,11 +6,9 @@ neither HTTP nor a pipeline.
 """
 
 import base64
-import binascii
 import io
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -150,6 +148,10 @@ class ImageOptions(Body):
     top_p: PerScale | None = None
 
     @property
+    def texts(self) -> list[str]:
+        return [self.prompt]
+
+    @property
     def settings(self) -> dict[str, Any]:
         return self.sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
@@ -168,10 +170,50 @@ class EditBody(ImageOptions):
     input_fidelity: Ignored = None  # `image_guidance_scale` says how close an edit stays
 
 
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+    def load(self, limits: Limits) -> dict[str, Any]:
+        return self.model_dump()
+
+
+class ImagePart(BaseModel):
+    """An image by a public address or a data URI: `{"url": address}`, or the address alone."""
+
+    type: Literal["image_url"]
+    image_url: dict[str, Any] | str
+
+    def load(self, limits: Limits) -> dict[str, Any]:
+        address = self.image_url if isinstance(self.image_url, str) else self.image_url.get("url")
+        return {"type": "image", "image": read_image(address, limits, "an image of the messages")}
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    images: list[ImagePart] = []  # where an answer of ours comes back, beside its text
+    tool_calls: Annotated[list | None, Field(max_length=0)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def as_parts(cls, data: Any) -> Any:
+        """A text is one part, and no content is none."""
+        if not isinstance(data, dict):
+            return data
+        content = data.get("content") or []
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return {**data, "content": content, "images": data.get("images") or []}
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        return [*self.content, *self.images]
+
+
 class ChatBody(Body):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)]
     modalities: list[Literal["text", "image"]] = ["text"]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -190,6 +232,24 @@ class ChatBody(Body):
     stream_options: dict[str, Any] | None = None
     metadata: Ignored = None
     store: Literal[False] = False
+
+    @property
+    def texts(self) -> list[str]:
+        return [part.text for message in self.messages for part in message.parts if isinstance(part, TextPart)]
+
+    @property
+    def num_images(self) -> int:
+        return sum(isinstance(part, ImagePart) for message in self.messages for part in message.parts)
+
+    def conversation(self, limits: Limits) -> list[dict[str, Any]]:
+        """The pipeline's messages, with their images loaded."""
+        return [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": [part.load(limits) for part in message.parts],
+            }
+            for message in self.messages
+        ]
 
     @property
     def image_settings(self) -> dict[str, Any]:
@@ -223,14 +283,15 @@ def parse(kind: type[Body], data: Any) -> Any:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"][:2])
+        name = ".".join(str(part) for part in first["loc"][: 3 if first["loc"][:1] == ("messages",) else 2])
         message = "it is not known here" if first["type"] == "extra_forbidden" else first["msg"]
         raise BadRequest(f"{name or 'the request'}: {message}"[:300], name or None) from None
 
 
-def check_counts(body: Body, limits: Limits, *, texts: list[str], num_images: int) -> None:
+def check_counts(body: ImageOptions | ChatBody, limits: Limits, num_images: int) -> None:
     """What depends on the limits."""
-    characters = sum(map(len, [*texts, body.negative_prompt]))
+    texts = [*body.texts, body.negative_prompt]
+    characters = sum(map(len, texts))
     if characters > limits.prompt_characters:
         raise BadRequest(f"the prompt has {characters} characters, expected at most {limits.prompt_characters}")
     if num_images > limits.source_images:
@@ -238,13 +299,13 @@ def check_counts(body: Body, limits: Limits, *, texts: list[str], num_images: in
     for name in ("n", "max_images"):
         if (value := getattr(body, name, None) or 0) > limits.images:
             raise BadRequest(f"{name} is {value}, expected at most {limits.images}", name)
-    if any("\ud800" <= character <= "\udfff" for text in [*texts, body.negative_prompt] for character in text):
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
         raise BadRequest("the prompt has half of a surrogate pair, expected Unicode text")
 
 
 def read_image(source: Any, limits: Limits, name: str) -> Image.Image:
     """An image that a client sent: the bytes of a file, a data URI, or a public address. Never a path."""
-    if isinstance(source, str) and not is_address(source):
+    if not isinstance(source, bytes) and not (isinstance(source, str) and is_address(source)):
         raise BadRequest(f"{name} is no image: expected a file, a data:image/...;base64, URI or an http(s) address")
     try:
         return load_image(
@@ -264,88 +325,22 @@ def read_mask(source: Any, limits: Limits) -> Image.Image:
     A mask, white where the image changes. As OpenAI has it, that is where the file is transparent; without an alpha
     channel it is where it is white.
     """
-    if isinstance(source, str):
-        data = _decode_uri(source)
-        if data is None:
-            return read_image(source, limits, "the mask")
-        source = data
+    reading = {"max_bytes": limits.image_bytes, "formats": FORMATS, "name": "the mask"}
     try:
-        with open_header(
-            source, limits.image_pixels, max_bytes=limits.image_bytes, formats=FORMATS, name="the mask"
-        ) as image:
-            if not image.has_transparency_data:
-                return read_image(source, limits, "the mask")
-            alpha = image.convert("RGBA").getchannel("A")
+        if isinstance(source, str) and DATA_URI.match(source):
+            source = base64.b64decode(source.partition(",")[2], validate=True)
+        if isinstance(source, bytes):
+            with open_header(source, limits.image_pixels, **reading) as image:
+                if image.has_transparency_data:
+                    alpha = image.convert("RGBA").getchannel("A")
+                    return alpha.point(lambda value: 0 if value else 255)
     except (OSError, SyntaxError, ValueError) as error:
-        raise BadRequest(str(error)[:300], "mask") from error
-    return alpha.point(lambda value: 0 if value else 255)
-
-
-def _decode_uri(text: str) -> bytes | None:
-    if not DATA_URI.match(text):
-        return None
-    try:
-        return base64.b64decode(text.partition(",")[2], validate=True)
-    except binascii.Error as error:
-        raise BadRequest(f"the mask is not base64: {error}", "mask") from error
+        raise BadRequest(f"the mask: {error}"[:300], "mask") from error
+    return read_image(source, limits, "the mask")
 
 
 def is_address(text: str) -> bool:
     return text.lower().startswith(("http://", "https://")) or DATA_URI.match(text) is not None
-
-
-def read_messages(messages: list[dict[str, Any]], limits: Limits) -> tuple[list[dict[str, Any]], list[str], int]:
-    """
-    OpenAI's messages as ours, with a source in place of each image (see [`load_messages`]), their texts, and the
-    number of their images.
-    """
-    read, texts, num_images = [], [], 0
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        role, content = message.get("role"), message.get("content") or []
-        if role not in ("system", "developer", "user", "assistant"):
-            raise BadRequest(f"{where}.role is {role!r:.40}, expected system, user or assistant", "messages")
-        if message.get("tool_calls") or message.get("function_call"):
-            raise BadRequest(f"{where} has tool_calls: this model calls no tools", "messages")
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        # An answer of ours comes back with its images beside its text.
-        content = [*content, *(message.get("images") or [])] if isinstance(content, list) else content
-        if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
-            raise BadRequest(f"{where}.content is no string and no list of parts", "messages")
-        parts = [_read_part(part, f"{where}.content") for part in content]
-        texts += [part["text"] for part in parts if part["type"] == "text"]
-        num_images += sum(part["type"] == "image" for part in parts)
-        read.append({"role": "system" if role == "developer" else role, "content": parts})
-    return read, texts, num_images
-
-
-def _read_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    if kind == "image_url":
-        address = part.get("image_url")
-        address = address.get("url") if isinstance(address, Mapping) else address
-        if isinstance(address, str) and is_address(address):
-            return {"type": "image", "image": address}
-        raise BadRequest(f"{where}: image_url.url is no data:image/...;base64, URI and no http(s) address", "messages")
-    raise BadRequest(f"{where}: a part is {kind!r:.40}, expected text or image_url", "messages")
-
-
-def load_messages(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """The messages with their images loaded."""
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": read_image(part["image"], limits, "an image of the messages")}
-                if part["type"] == "image"
-                else part
-                for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]
 
 
 def encode_image(image: Image.Image, output_format: str = "png", compression: int = 100) -> str:

@@ -1,13 +1,15 @@
-"""Threads that own a pipeline: they take requests from a bounded queue in batches, and stop what nobody needs.
+"""One thread that owns a pipeline: it takes requests from a bounded queue in batches, and stops what nobody needs.
 
 Requests whose images share a schedule and settings are sampled as one batch. Each image has a generator of its own:
-in float32 it equals the one sampled alone. Knows no HTTP.
+in float32 it equals the one sampled alone. A second thread decodes images beside the next batch. Knows no HTTP.
 """
 
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +73,7 @@ class Request:
     Args:
         seed (`int`): Of what is sampled.
         settings (`dict`): Arguments of the pipeline, with one value for the whole batch.
-        emit (`Callable`): Gets what happens, in a thread of the worker: [`Partial`], [`Images`], parts of an answer
+        emit (`Callable`): Gets what happens, in the worker's threads: [`Partial`], [`Images`], parts of an answer
             (`dict`), [`Done`], or an exception. Must not block.
         seconds (`float`): How long the client waits.
     """
@@ -89,12 +91,8 @@ class Request:
         self._is_cancelled = True
 
     @property
-    def is_late(self) -> bool:
-        return time.monotonic() - self.submitted > self.seconds
-
-    @property
     def is_over(self) -> bool:
-        return self._is_cancelled or self.is_late
+        return self._is_cancelled or time.monotonic() - self.submitted > self.seconds
 
     @property
     def key(self) -> Hashable:
@@ -102,7 +100,8 @@ class Request:
         return id(self)
 
     @staticmethod
-    def run(pipe: Any, requests: list["Request"]) -> None:
+    def run(pipe: Any, requests: list["Request"]) -> list[Callable[[], Any]]:
+        """Samples for `requests`; what is left to do for each of them, beside the next batch, gives its answer."""
         raise NotImplementedError
 
 
@@ -143,7 +142,7 @@ class ImageRequest(Request):
         return sorted({min(max(scale, 1), num_scales - 1) for scale in scales if num_scales > 1})
 
     @staticmethod
-    def run(pipe: Any, requests: list["ImageRequest"]) -> None:
+    def run(pipe: Any, requests: list["ImageRequest"]) -> list[Callable[[], Images]]:
         first, repeats = requests[0], requests[0].count
         is_whole = first.settings.get("decoder") == "diffusion"  # that decoder reads more than codes
         sampled: dict[str, Any] = {}
@@ -181,16 +180,17 @@ class ImageRequest(Request):
             output_type="pil" if is_whole else "codes",
             **first.settings,
         )
-        for row, request in enumerate(requests):
-            if request.is_over:
-                continue
+
+        def decode(row: int) -> Images:
             own = slice(row * repeats, (row + 1) * repeats)
             if is_whole:
-                images = output.images[own]
-            else:  # each as it would be alone: the last bit of a pixel depends on what is decoded with it
-                codes = output.image_codes.view(len(requests) * repeats, -1)[own].flatten()
-                images = pipe.decode_codes(codes, sampled["grids"][own], num_scales=sampled["scales"])
-            request.emit(Images(images, sampled["codes"]))
+                return Images(output.images[own], sampled["codes"])
+            # Each as it would be alone: the last bit of a pixel depends on what is decoded with it.
+            codes = output.image_codes.view(len(requests) * repeats, -1)[own].flatten()
+            images = pipe.decode_codes(codes, sampled["grids"][own], num_scales=sampled["scales"])
+            return Images(images, sampled["codes"])
+
+        return [functools.partial(decode, row) for row in range(len(requests))]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -201,7 +201,7 @@ class ChatRequest(Request):
     max_images: int = 0
 
     @staticmethod
-    def run(pipe: Any, requests: list["ChatRequest"]) -> None:
+    def run(pipe: Any, requests: list["ChatRequest"]) -> list[Callable[[], Done]]:
         (request,) = requests
         generator = torch.Generator().manual_seed(request.seed)
         parts = pipe.interleave(
@@ -210,11 +210,11 @@ class ChatRequest(Request):
         try:
             for part in parts:
                 if request.is_over:
-                    return
+                    break
                 request.emit(part)
         finally:
             parts.close()  # and wait until the pipeline is free
-        request.emit(Done())
+        return [Done]
 
 
 class Worker:
@@ -226,7 +226,7 @@ class Worker:
         max_queue (`int`): Requests that may wait.
         max_batch (`int`): Images that are sampled together.
         max_wait (`float`): Seconds that a request waits for others to share its batch.
-        num_threads (`int`): Batches that are sampled at once, with the same weights, which must not be offloaded.
+        decodes_beside (`bool`): Whether images are decoded beside the next batch; not where weights are offloaded.
         on_batch (`Callable`, *optional*): Called with the requests of each batch before it starts.
     """
 
@@ -237,7 +237,7 @@ class Worker:
         max_queue: int = 64,
         max_batch: int = 8,
         max_wait: float = 0.01,
-        num_threads: int = 1,
+        decodes_beside: bool = True,
         on_batch: Callable[[list[Request]], None] = lambda batch: None,
     ):
         self.pipe = pipe
@@ -247,15 +247,13 @@ class Worker:
         self._on_batch = on_batch
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
-        self._num_idle = 0
         self._is_stopped = False
         self._seconds = 1.0  # of a batch, as it lately was
-        # A pipeline takes one call at a time; its components, which are only read, take several.
-        pipes = [pipe, *(type(pipe)(**pipe.components) for _ in range(num_threads - 1))]
-        self._threads = [threading.Thread(target=self._work, args=(one,), daemon=True) for one in pipes]
-        for one, thread in zip(pipes, self._threads, strict=True):
-            one.set_progress_bar_config(disable=True)
-            thread.start()
+        self._decoder = ThreadPoolExecutor(1, "nextflow-decoder") if decodes_beside else None
+        self._decoding: list[Future] = []
+        pipe.set_progress_bar_config(disable=True)
+        self._thread = threading.Thread(target=self._work, name="nextflow-worker", daemon=True)
+        self._thread.start()
 
     @property
     def num_waiting(self) -> int:
@@ -263,7 +261,7 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return all(thread.is_alive() for thread in self._threads)
+        return self._thread.is_alive()
 
     def submit(self, request: Request) -> None:
         """Puts `request` into the queue, or raises [`QueueFull`] or [`Stopped`]."""
@@ -272,30 +270,30 @@ class Worker:
                 raise Stopped("the server is shutting down")
             self._drop_what_is_over()
             if len(self._waiting) >= self.max_queue:
-                batches = sum(waiting.count for waiting in self._waiting) / (self.max_batch * len(self._threads))
+                batches = sum(waiting.count for waiting in self._waiting) / self.max_batch
                 raise QueueFull(max(1, round(batches * self._seconds)))
             self._waiting.append(request)
-            self._changed.notify_all()
+            self._changed.notify()
 
     def stop(self) -> None:
         """Takes no more requests, answers those that are here, and ends."""
         with self._changed:
             self._is_stopped = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+            self._changed.notify()
+        self._thread.join()
+        if self._decoder is not None:
+            self._decoder.shutdown()
 
-    def _work(self, pipe: Any) -> None:
+    def _work(self) -> None:
         while batch := self._next_batch():
             self._on_batch(batch)
             started = time.monotonic()
-            self._answer(pipe, batch)
+            self._answer(batch)
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
 
     def _next_batch(self) -> list[Request]:
         """Waits for a request, and for others of its key; none once the worker is stopped."""
         with self._changed:
-            self._num_idle += 1
             while True:
                 self._drop_what_is_over()
                 batch, seconds = self._find_batch()
@@ -303,7 +301,6 @@ class Worker:
                     break
                 self._changed.wait(seconds)
             self._waiting = [request for request in self._waiting if request not in batch]
-            self._num_idle -= 1
             return batch
 
     def _find_batch(self) -> tuple[list[Request], float | None]:
@@ -312,9 +309,8 @@ class Worker:
             return [], 0 if self._is_stopped else None
         first = self._waiting[0]
         alike = [request for request in self._waiting if request.key == first.key]
-        most = self.max_batch // first.count
-        share = -(-len(alike) // self._num_idle)  # threads that idle divide them
-        batch = alike[: max(1, min(most, share))]
+        most = max(1, self.max_batch // first.count)
+        batch = alike[:most]
         if self._is_stopped or len(alike) >= most or isinstance(first, ChatRequest):
             return batch, 0
         return batch, max(0, first.submitted + self.max_wait - time.monotonic())
@@ -322,22 +318,39 @@ class Worker:
     def _drop_what_is_over(self) -> None:
         self._waiting = [request for request in self._waiting if not _ends(request)]
 
-    def _answer(self, pipe: Any, batch: list[Request]) -> None:
+    def _answer(self, batch: list[Request]) -> None:
         """Runs a batch. What fails together is tried alone: one request must not fail the others."""
-        failure: Exception | None = None
         try:
-            type(batch[0]).run(pipe, batch)
-        except REFUSALS as error:
-            failure = error
-        except Exception as error:  # a defect, or an accelerator without memory; the server goes on
-            logger.exception("a batch of %d requests failed", len(batch))
-            failure = error
-        if failure is not None and len(batch) == 1:
-            batch[0].emit(failure)
+            rest = type(batch[0]).run(self.pipe, batch)
+        except Exception as error:
+            if not isinstance(error, REFUSALS):  # a defect, or an accelerator without memory; the server goes on
+                logger.exception("a batch of %d requests failed", len(batch))
+            if len(batch) == 1:
+                batch[0].emit(error)
+                return
+            for request in batch:
+                if not _ends(request):
+                    self._answer([request])
             return
-        for request in batch:
-            if not _ends(request) and failure is not None:
-                self._answer(pipe, [request])
+        if self._decoder is None:
+            for request, one in zip(batch, rest, strict=True):
+                _finish(request, one)
+            return
+        wait(self._decoding)  # of the batch before: no more than one is behind
+        self._decoding = [
+            self._decoder.submit(_finish, request, one) for request, one in zip(batch, rest, strict=True)
+        ]
+
+
+def _finish(request: Request, rest: Callable[[], Any]) -> None:
+    """The end of an answer."""
+    if _ends(request):
+        return
+    try:
+        request.emit(rest())
+    except Exception as error:
+        logger.exception("an answer could not be decoded")
+        request.emit(error)
 
 
 def _ends(request: Request) -> bool:

@@ -219,7 +219,7 @@ REFUSED = {
     "file address": (EDITS, {"prompt": "a", "images": [{"image_url": "file:///etc/passwd"}]}, 400, "is no image"),
     "three images": (EDITS, {"prompt": "a", "images": [{"image_url": PRIVATE}] * 3}, 400, "got 3 images"),
     "tools": (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, 400, "tools"),
-    "role": (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].role is 'tool'"),
+    "role": (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages.0.role"),
     "no message": (CHAT, {"messages": []}, 400, "messages"),
     "part": (CHAT, {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, "'video_url'"),
     "private address in chat": (CHAT, {"messages": [{"role": "user", "content": [IMAGE_PART]}]}, 400, "not public"),
@@ -306,6 +306,40 @@ def test_a_batch_gives_each_the_image_it_would_get_alone(pipe):
     for request in requests:
         (expected,) = alone(pipe, request.prompt, seed=request.seed, **request.settings)
         assert same(requests.last(request).images[0], expected)
+
+
+def test_images_are_decoded_beside_the_next_batch(pipe, monkeypatch):
+    batches, is_next = [], threading.Event()
+    original = type(pipe).decode_codes
+
+    def on_batch(batch):
+        batches.append(batch)
+        if len(batches) == 2:
+            is_next.set()
+
+    def decode(*args, **options):
+        assert is_next.wait(20)
+        return original(*args, **options)
+
+    monkeypatch.setattr(type(pipe), "decode_codes", decode)
+    requests = Requests(worker.Worker(pipe, max_wait=0.0, max_batch=1, on_batch=on_batch))
+    requests.add("a")
+    requests.add("b")
+    requests.worker.stop()
+    for request in requests:
+        assert same(requests.last(request).images[0], alone(pipe, request.prompt, seed=request.seed)[0])
+
+
+def test_an_image_that_cannot_be_decoded_is_an_error(pipe, monkeypatch):
+    def decode(*args, **options):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(type(pipe), "decode_codes", decode)
+    for decodes_beside in (True, False):
+        requests = Requests(worker.Worker(pipe, max_wait=0.0, decodes_beside=decodes_beside))
+        request = requests.add("a")
+        requests.worker.stop()
+        assert isinstance(requests.last(request), RuntimeError)
 
 
 def test_one_bad_request_does_not_fail_its_batch(pipe):

@@ -8,8 +8,8 @@ import torch
 
 if find_spec("sglang") is None:
     pytest.skip("SGLang is not installed", allow_module_level=True)
-# torchvision of PyPI is built for CUDA: beside a CPU's torch its operators are missing, which nothing here calls. Before
-# transformers, which imports torchvision where it finds it.
+# torchvision of PyPI is built for CUDA: beside a CPU's torch its operators are missing, which nothing here calls.
+# Before transformers, which imports torchvision where it finds it.
 OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 if torch.version.cuda is None:
     for operator in ("nms", "qnms"):
