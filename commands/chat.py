@@ -1,8 +1,4 @@
-"""Talk with the model about images, and in a conversation that goes on, draw in between:
-
-nextflow-hf chat "what color is the circle" --image circle.png
-nextflow-hf chat                                  # a conversation: /help says what it takes
-"""
+"""`nextflow-hf chat`: an answer about images, or a conversation line by line, with images in between."""
 
 import argparse
 import sys
@@ -37,14 +33,15 @@ a line of text    says it
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = new_parser("chat", "Talk about images; without a text, a conversation line by line.", EXAMPLES)
+    parser = new_parser(
+        "chat", "Ask about images. Without a text: a conversation line by line, in which /help says more.", EXAMPLES
+    )
     parser.add_argument("prompt", nargs="*", help="what to say, in quotes")
-    options.add_conversation_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
-    parser.add_argument("--seed", type=int, help="of what is sampled; default: a random one")
+    options.add_options(parser, None, "image", "messages", "seed")
+    parser.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="where /generate saves images; default: here")
-    parser.add_argument("--no-metadata", action="store_true", help="save images without how they were made")
-    options.add_writing_options(parser)
+    options.add_no_metadata(parser)
+    options.add_options(parser, "text", *options.WRITING, prefix="text_")
     options.add_model_options(parser)
     options.add_console_options(parser)
     return parser
@@ -52,8 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Talk; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    args.prompt = one_text(args.prompt, "chat")
+    args = (parser := make_parser()).parse_args(argv)
+    args.prompt = one_text(args.prompt, parser)
     return run("chat", args, chat)
 
 
@@ -74,14 +71,7 @@ def chat(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.show("")
         turns = [{"prompt": args.prompt, "answer": answer, "images": [str(path) for path in args.image]}]
     said = [turn["answer"] for turn in turns if "answer" in turn]
-    return {
-        "model": args.model,
-        "device": args.device,
-        "dtype": args.loaded_dtype,
-        "seed": args.seed,
-        "answer": said[-1] if said else None,
-        "turns": turns,
-    }
+    return {**loading.loaded(args), "seed": args.seed, "answer": said[-1] if said else None, "turns": turns}
 
 
 class Talk:
@@ -121,7 +111,7 @@ class Talk:
     def _generate(self, text: str) -> None:
         image = self.conversation.generate_image(text, self.shown, generator=self.generator)
         path = self.output.path(text, self.args.seed)
-        self.recorder.save(image, path, messages=_without_drawn(self.conversation.messages))
+        self.recorder.save(image, path, messages=_without_sampled(self.conversation.messages))
         self.console.show(str(path))
         self._note({"prompt": text, "path": str(path)})
 
@@ -179,14 +169,10 @@ def _streamer(pipe: "NextFlowPipeline", console: Console) -> "TextStreamer":
     return Words(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _without_drawn(value: Any) -> Any:
-    """Messages with the images that are files; those that were drawn have files of their own."""
+def _without_sampled(value: Any) -> Any:
+    """Messages with the images that are files; those that were sampled have files of their own."""
     if isinstance(value, dict):
         if value.get("type") == "image" and not isinstance(value["image"], Path):
             return {"type": "image"}
-        return {key: _without_drawn(one) for key, one in value.items()}
-    return [_without_drawn(one) for one in value] if isinstance(value, list) else value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return {key: _without_sampled(one) for key, one in value.items()}
+    return [_without_sampled(one) for one in value] if isinstance(value, list) else value

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import os
 import signal
 import sys
 import threading
@@ -15,8 +16,13 @@ from safetensors import SafetensorError
 
 MISTAKE = 2  # exit status, as argparse's
 DEBUG = "--debug"
-# What users can put right is said in one line; all else is a bug, and keeps its traceback.
-MISTAKES = (ValueError, OSError, ImportError, SafetensorError)  # the last is of weights that were cut short
+# What users can put right is said in one line; all else is a bug, and keeps its traceback. The last is of weights
+# that were cut short.
+MISTAKES = (ValueError, OSError, ImportError, MemoryError, SafetensorError)
+LESS_MEMORY = (
+    "The device has too little memory: try --offload, --quantize 4bit, --dtype bfloat16, fewer images at once, or a "
+    "lower --resolution"
+)
 
 
 class Terminated(KeyboardInterrupt):
@@ -24,10 +30,10 @@ class Terminated(KeyboardInterrupt):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises a mistake in place of printing the usage and ending the process: for [`one_line_mistakes`]."""
+    """Says a mistake in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        self.exit(MISTAKE, f"{self.prog}: {message}\n")
 
 
 class Console:
@@ -43,7 +49,7 @@ class Console:
         status (`int`): Exit status of the command, unless it fails.
     """
 
-    def __init__(self, name: str, *, is_json: bool, is_quiet: bool):
+    def __init__(self, name: str, *, is_json: bool = False, is_quiet: bool = False):
         self.name = name
         self.is_json = is_json
         self.is_quiet = is_quiet
@@ -74,26 +80,19 @@ def run(name: str, args: argparse.Namespace, work: Callable[[argparse.Namespace,
     in one line.
     """
     console = Console(name, is_json=args.json, is_quiet=args.quiet)
-    try:
-        with _terminable(), redirect_stdout(sys.stderr):  # whatever a library prints
-            if args.quiet:
-                _silence_progress_bars()
-            result = work(args, console)
-    except KeyboardInterrupt as stop:
-        return _interrupted(console, stop)
-    except MISTAKES as error:
-        return _fail(console, error, str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be imported here
-            raise
-        return _fail(
-            console,
-            error,
-            f"{error}\nThe device has too little memory: try --offload, --quantize 4bit, --dtype bfloat16, fewer "
-            "images at once, or a lower --resolution.",
-        )
-    console.write_json({"command": name, **result})
-    return console.status
+
+    def whole() -> int:
+        try:
+            with redirect_stdout(sys.stderr):  # whatever a library prints
+                result = work(args, console)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be imported here
+                raise
+            raise MemoryError(f"{error} {LESS_MEMORY}") from error
+        console.write_json({"command": name, **result})
+        return console.status
+
+    return _status(console, whole, is_debug=args.debug)
 
 
 def one_line_mistakes(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
@@ -106,24 +105,36 @@ def one_line_mistakes(name: str) -> Callable[[Callable[..., int | None]], Callab
         @functools.wraps(main)
         def run_main(argv: Sequence[str] | None = None) -> int:
             argv = list(sys.argv[1:] if argv is None else argv)
-            console = Console(name, is_json=False, is_quiet=False)
-            try:
-                with _terminable():
-                    return main([word for word in argv if word != DEBUG]) or 0
-            except KeyboardInterrupt as stop:
-                return _interrupted(console, stop)
-            except MISTAKES as error:
-                if DEBUG in argv:
-                    raise
-                console.warn(f"{_one_line(error)} ({DEBUG} shows the traceback)")
-                return MISTAKE
+            words = [word for word in argv if word != DEBUG]
+            return _status(Console(name), lambda: main(words) or 0, is_debug=DEBUG in argv)
 
         return run_main
 
     return decorate
 
 
-def _one_line(error: Exception) -> str:
+def _status(console: Console, work: Callable[[], int], *, is_debug: bool) -> int:
+    """The exit status of `work`, which says what users can put right in one line, or raises it for `--debug`."""
+    try:
+        with _terminable():
+            return work()
+    except KeyboardInterrupt as stop:
+        is_term = isinstance(stop, Terminated)
+        console.warn("terminated" if is_term else "interrupted")
+        return 128 + (signal.SIGTERM if is_term else signal.SIGINT)  # as a shell has it
+    except BrokenPipeError:  # as in `nextflow-hf train --list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except MISTAKES as error:
+        if is_debug:
+            raise
+        message = _one_line(error)
+        console.warn(f"{message} ({DEBUG} shows the traceback)")
+        console.write_json({"command": console.name, "error": {"type": type(error).__name__, "message": message}})
+        return MISTAKE
+
+
+def _one_line(error: BaseException) -> str:
     from ..cli import extra_with
 
     extra = extra_with(error.name) if isinstance(error, ModuleNotFoundError) else None
@@ -144,24 +155,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupted(console: Console, stop: KeyboardInterrupt) -> int:
-    """The exit status that a shell gives."""
-    is_term = isinstance(stop, Terminated)
-    console.warn("terminated" if is_term else "interrupted")
-    return 128 + (signal.SIGTERM if is_term else signal.SIGINT)
-
-
-def _fail(console: Console, error: Exception, message: str) -> int:
-    console.warn(message)
-    console.write_json({"command": console.name, "error": {"type": type(error).__name__, "message": message}})
-    return MISTAKE
-
-
-def _silence_progress_bars() -> None:
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

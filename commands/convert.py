@@ -1,20 +1,15 @@
-"""Released weights of others as NextFlow's:
-
-    nextflow-hf convert qwen Qwen/Qwen2.5-VL-7B-Instruct model --vision-tokenizer tokenflow_clipb_32k_enhanced.pt
-    nextflow-hf convert tokenflow tokenflow_clipb_32k_enhanced.pt vision_tokenizer
-
-The first writes a complete pipeline, which training starts from; the second a vision tokenizer alone. `--dry-run` says
-what would go where, and how large the result is. It writes nothing, and reads no weights of a model on the Hub.
-"""
+"""`nextflow-hf convert`: released weights of others as NextFlow's."""
 
 import argparse
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import one_line_mistakes
+from .folders import check_folder
+from .loading import TOKENIZERS
+from .options import new_parser
 
 
 if TYPE_CHECKING:
@@ -27,40 +22,54 @@ if TYPE_CHECKING:
 LEFT_BEHIND, NEW = "(left behind)", "(new)"
 
 
+EXAMPLES = """\
+  nextflow-hf convert qwen Qwen/Qwen2.5-VL-7B-Instruct model --vision-tokenizer tokenflow_clipb_32k_enhanced.pt
+  nextflow-hf convert qwen Qwen/Qwen2.5-VL-7B-Instruct model --vision-tokenizer tokenflow.pt --dry-run
+  nextflow-hf convert tokenflow tokenflow_clipb_32k_enhanced.pt vision_tokenizer
+"""
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nextflow-hf convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        "convert",
+        "Convert released weights: a Qwen language model to a complete pipeline that training starts from, or a\n"
+        "TokenFlow tokenizer to a vision tokenizer.",
+        EXAMPLES,
     )
-    sources = parser.add_subparsers(dest="source", metavar="source", required=True)
-
-    tokenflow = sources.add_parser("tokenflow", help="a TokenFlow tokenizer as a vision tokenizer")
-    tokenflow.add_argument("checkpoint", type=Path, help="tokenflow_*.pt, or its weights as safetensors")
-    tokenflow.add_argument(
-        "--image-size", type=int, help="pixels a side: 224 or 256 (default) with CLIP, 384 with SigLIP"
-    )
-    tokenflow.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
-    )
-
-    qwen = sources.add_parser("qwen", help="a Qwen language model as the pipeline that training starts from")
-    qwen.add_argument("model", help="folder or Hub id of a Qwen2.5-VL, Qwen2.5, Qwen3 or Qwen3-VL, dense")
+    sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
+    qwen = sources.add_parser("qwen", help="make a pipeline from a Qwen language model and a vision tokenizer")
+    qwen.add_argument("model", help="folder or Hub id of a dense Qwen2.5-VL, Qwen2.5, Qwen3 or Qwen3-VL")
     qwen.add_argument(
         "--vision-tokenizer",
         required=True,
         metavar="SOURCE",
-        help="folder or Hub id of a vision tokenizer, or of a pipeline with one, or TokenFlow's .pt; its codebook "
-        "becomes the embedding of image codes",
+        help="folder or Hub id of a vision tokenizer or of a pipeline, or TokenFlow's .pt; its codebook becomes the "
+        "embedding of the image codes",
     )
-    qwen.add_argument("--revision", help="of the model on the Hub")
-    qwen.add_argument("--seed", type=int, default=0, help="of the new rows and modules; default: %(default)s")
+    qwen.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the Hub")
     qwen.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as in the files"
+        "--seed", type=int, default=0, metavar="N", help="seed of the new rows and modules; default: %(default)s"
     )
-    for command in (tokenflow, qwen):
-        command.add_argument("output", type=Path, help="folder to write: new, or empty")
-        command.add_argument("--max-shard-size", default="5GB", help="of one file; default: %(default)s")
-        command.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
-        command.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    tokenflow = sources.add_parser("tokenflow", help="make a vision tokenizer from a TokenFlow tokenizer")
+    tokenflow.add_argument("checkpoint", type=Path, help="tokenflow_*.pt, or its weights as safetensors")
+    tokenflow.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="224 or 256 (default) with CLIP, 384 with SigLIP"
+    )
+    for command, default in ((tokenflow, "float32"), (qwen, "auto")):
+        command.add_argument("output", type=Path, help="folder to write; new, or empty")
+        command.add_argument(
+            "--dtype",
+            choices=("auto", "float32", "bfloat16", "float16")[command is tokenflow :],
+            default=default,
+            help="type of the weights in the files; default: %(default)s"
+            + (", the type that the source has" if default == "auto" else ""),
+        )
+        command.add_argument(
+            "--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights; default: %(default)s"
+        )
+        command.add_argument(
+            "--dry-run", action="store_true", help="say what goes where, and how large the result is; write nothing"
+        )
     return parser
 
 
@@ -113,6 +122,8 @@ def convert_qwen(args: argparse.Namespace) -> None:
     from ..hub_cards.export import export_pipeline
     from ..pipelines.pipeline_nextflow import NextFlowPipeline
 
+    check_folder(args.model, "Qwen checkpoint")
+    check_folder(args.vision_tokenizer, "vision tokenizer", *TOKENIZERS, "pipeline")
     print(f"reading {args.model}", flush=True)
     check_source(source := AutoConfig.from_pretrained(args.model, revision=args.revision))
     vision_tokenizer = assemble.load_vision_tokenizer(args.vision_tokenizer)
@@ -139,7 +150,9 @@ def convert_qwen(args: argparse.Namespace) -> None:
     pipeline = NextFlowPipeline(model, vision_tokenizer, processor)
     card = converted_card(pipeline, args.output.name, args.model, args.vision_tokenizer)
     export_pipeline(pipeline, args.output, card, max_shard_size=args.max_shard_size)
-    print(f"written: {args.output.resolve()}, a pipeline. It cannot draw yet: train it")
+    print(
+        f"written: {args.output.resolve()}, a pipeline. It cannot make images before `nextflow-hf train transformer`"
+    )
 
 
 def plan_qwen(args: argparse.Namespace, source: object, fields: dict) -> None:
@@ -194,7 +207,3 @@ def print_size(parameters: Iterable["torch.nn.Parameter"]) -> None:
         count += parameter.numel()
         size += parameter.numel() * parameter.itemsize
     print(f"{count:,} parameters, {size / 1e9:.2f} GB", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,12 @@
-"""Images changed as told, drawn after one or several others, varied, or drawn again in part:
-
-nextflow-hf edit "make the circle yellow" --image circle.png
-"""
+"""`nextflow-hf edit`: images changed as told, made after others, varied, or inpainted."""
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .console import Console, run
 from .images import add_image_options, generate_images
-from .options import new_parser, one_text, per_scale
+from .options import add_options, new_parser, one_text
 
 
 EXAMPLES = """\
@@ -24,36 +19,23 @@ EXAMPLES = """\
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = new_parser("edit", "Change images as told. The result keeps the first one's shape.", EXAMPLES)
-    parser.add_argument("prompt", nargs="*", help="how to change them, in quotes")
-    parser.add_argument(
-        "--image", type=Path, action="append", metavar="FILE", help="to change or refer to; repeat for several"
-    )
-    parser.add_argument(
-        "--image-guidance-scale", type=per_scale(float), metavar="X", help="the more, the closer to the images"
-    )
-    parser.add_argument(
-        "--keep-scales", type=int, metavar="N", help="keep the first N scales of the first image, draw the others anew"
-    )
-    parser.add_argument("--mask-image", type=Path, metavar="FILE", help="draw the first image anew where it is white")
-    parser.add_argument("--mask-coverage", type=float, metavar="X", help="share of a coarse cell that is to be white")
+    parser = new_parser("edit", "Change images as told. The result has the shape of the first image.", EXAMPLES)
+    parser.add_argument("prompt", nargs="*", help="how to change the images, in quotes")
+    add_options(parser, None, "image")
+    add_options(parser, "editing", "image_guidance_scale", "keep_scales", "mask_image", "mask_coverage")
     add_image_options(parser)
+    parser.set_defaults(messages=None)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Edit; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    args.messages = None
-    args.prompt = one_text(args.prompt, "edit")
+    args = (parser := make_parser()).parse_args(argv)
+    args.prompt = one_text(args.prompt, parser)
     return run("edit", args, edit)
 
 
 def edit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not args.image and args.from_image is None:
-        raise ValueError("got no image: name what to change with --image (or draw with `nextflow-hf generate`)")
+        raise ValueError("got no image: name what to change with --image, or use `nextflow-hf generate`")
     return generate_images(args, console)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -50,7 +50,6 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument("--score-only", action="store_true", help="only the scores of the answers that are there")
     which.add_argument("--list", action="store_true", help="the suites of this package")
     parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     add_model_options(parser, names_model=False)
     return parser
 

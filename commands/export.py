@@ -1,51 +1,78 @@
-"""A run of training as a repository that everything loads, with a card that says how it was made:
-
-    nextflow-hf export runs/full --output my-model
-    nextflow-hf export runs/lora --checkpoint 500 --output my-model
-    nextflow-hf export runs/decoder --model my-model --output my-model-with-decoder
-
-The run's weights take the place of those that it started from; an adapter is merged. What the run has not (the other
-parts of the pipeline) is taken from there, or from the options.
-"""
+"""`nextflow-hf export`: a run of training as a repository that everything loads, with a filled card."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import one_line_mistakes
-from .folders import INTERMEDIATE, Run, kind_of, read_run
-from .loading import load_transformer
+from .folders import Run, check_folder, kind_of, read_run
+from .loading import TOKENIZERS, find_model, load_transformer
+from .options import new_parser
 
 
 if TYPE_CHECKING:
     from .. import NextFlowDiffusionDecoderPipeline, NextFlowPipeline, NextFlowVisionTokenizer
 
 
+# What has a part of a pipeline.
+EXPORTED = (
+    *(
+        "run of a transformer",
+        "run of an adapter",
+        "run of a diffusion decoder",
+        "transformer",
+        "adapter",
+        "diffusion decoder",
+    ),
+    *TOKENIZERS,
+    "NextFlowDiffusionDecoderPipeline",
+)
+EXAMPLES = """\
+  nextflow-hf export runs/full --output my-model
+  nextflow-hf export runs/lora --checkpoint 500 --output my-model
+  nextflow-hf export runs/decoder --model my-model --output my-model-with-decoder
+"""
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nextflow-hf export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        "export",
+        "Write the pipeline of a training run, with a card that says how it was made. The run's weights replace\n"
+        "those that it started from, and an adapter is merged; all other parts come from the pipeline that the run\n"
+        "started from, or from the options.",
+        EXAMPLES,
     )
     parser.add_argument("run", type=Path, help="folder of a run, or of the weights that it saved")
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="FOLDER", help="to write: new, or empty")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="of the run; default: its finished result")
-    parser.add_argument("--model", help="pipeline with the other parts; default: what the run started from")
-    parser.add_argument("--transformer", metavar="PATH", help="of the pipeline, where the run is of another part")
-    parser.add_argument("--vision-tokenizer", metavar="PATH", help="likewise")
-    parser.add_argument("--decoder", type=Path, metavar="RUN", help="a diffusion decoder's run, to add")
+    parser.add_argument(
+        "--output", "-o", type=Path, required=True, metavar="FOLDER", help="folder to write; new, or empty"
+    )
+    parser.add_argument(
+        "--checkpoint", type=int, metavar="STEP", help="export this checkpoint; default: the finished result"
+    )
+    parser.add_argument("--model", help="pipeline with the other parts; default: the one that the run started from")
+    parser.add_argument(
+        "--transformer", metavar="PATH", help="use this transformer, where the run trained another part"
+    )
+    parser.add_argument(
+        "--vision-tokenizer", metavar="PATH", help="use this vision tokenizer, where the run trained another part"
+    )
+    parser.add_argument("--decoder", type=Path, metavar="RUN", help="add the diffusion decoder of this run")
     parser.add_argument("--adapter", action="store_true", help="write the adapter alone, not merged")
     parser.add_argument(
         "--standalone",
         action="store_true",
-        help="for DiffusionPipeline(..., trust_remote_code=True) without the package",
+        help="let diffusers' DiffusionPipeline load it without this package, with trust_remote_code=True",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in the files; default: as saved"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the weights in the files; default: as the run saved them",
     )
-    parser.add_argument("--max-shard-size", default="5GB", help="of one file; default: %(default)s")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights; default: %(default)s"
+    )
     return parser
 
 
@@ -55,9 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.output.exists() and (args.output.is_file() or any(args.output.iterdir())):
         raise FileExistsError(f"{args.output} exists and is not an empty folder")
+    check_folder(args.run, "run", *EXPORTED, *(["unfinished run"] if args.checkpoint else []))
+    if args.model is not None:
+        args.model = find_model(args.model)
     run = read_run(args.run, args.checkpoint)
-    if run.kind in INTERMEDIATE:
-        raise ValueError(f"{args.run} is a {run.kind}, no part of a pipeline: {INTERMEDIATE[run.kind]} uses it")
     if args.adapter:
         export_adapter_alone(args, run)
     elif run.kind == "tokenizer" and args.model is None and args.transformer is None:
@@ -84,7 +112,7 @@ def export_whole(args: argparse.Namespace, run: Run) -> None:
         max_shard_size=args.max_shard_size,
         standalone=args.standalone,
     )
-    print(f"written: {args.output.resolve()}, a pipeline: `nextflow-hf generate TEXT --model {args.output}` draws")
+    print(f"written: {args.output.resolve()}, a pipeline: `nextflow-hf generate TEXT --model {args.output}` uses it")
 
 
 def export_tokenizer_alone(args: argparse.Namespace, run: Run) -> None:
@@ -122,7 +150,6 @@ def assemble_pipeline(args: argparse.Namespace, run: Run) -> "NextFlowPipeline":
     """The pipeline of a run: its own part, those of the options, and all others of what it started from."""
     from ..conversion.assemble import load_processor, load_vision_tokenizer
     from ..pipelines.pipeline_nextflow import NextFlowPipeline
-    from .loading import _result_of
 
     is_transformer, is_tokenizer = run.kind in ("transformer", "grpo"), run.kind == "tokenizer"
     for own, name in ((is_transformer, "transformer"), (is_tokenizer, "vision_tokenizer")):
@@ -135,8 +162,10 @@ def assemble_pipeline(args: argparse.Namespace, run: Run) -> "NextFlowPipeline":
     if transformer := str(run.result) if is_transformer else args.transformer:
         parts["transformer"] = load_transformer(transformer)
     named = run.recipe.get("vision_tokenizer_name_or_path") if is_transformer else None
+    if args.vision_tokenizer is not None:
+        check_folder(args.vision_tokenizer, "vision tokenizer", *TOKENIZERS, "pipeline")
     if vision_tokenizer := run.result if is_tokenizer else args.vision_tokenizer or named:
-        parts["vision_tokenizer"] = load_vision_tokenizer(_result_of(str(vision_tokenizer)))
+        parts["vision_tokenizer"] = load_vision_tokenizer(vision_tokenizer)
     if base is None and (processor := run.recipe.get("processor_name_or_path")):
         parts["processor"] = load_processor(processor)
     if base is not None:
@@ -191,7 +220,3 @@ def decoder_of(
 
 def _is_lora(folder: Path) -> bool:
     return (folder / "pytorch_lora_weights.safetensors").is_file()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,30 +18,47 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "diffusion_pytorch_model*", "pytorch_lora_weights*")
 # By `model_type`.
 MODELS = {"nextflow": "transformer", "nextflow_vision_tokenizer": "vision tokenizer"}
-EXPORT = "`nextflow-hf export {folder} --output FOLDER` makes it one"
-# What the folder is -> the command that makes a pipeline of it.
+# What `nextflow-hf train` was told -> what the run is of.
+TRAININGS = {"tokenizer": "vision tokenizer", "decoder": "diffusion decoder", "grpo": "transformer"}
+EXPORT = "`nextflow-hf export {folder} --output FOLDER` makes a pipeline of it"
+# What a folder is -> the command that makes a pipeline of it, or that takes it.
 COMMANDS = {
-    "run": EXPORT,
-    "transformer": EXPORT + ", and beside --model, --transformer {folder} takes it as it is",
-    "adapter": EXPORT + ", and beside --model, --lora {folder} takes it as it is",
+    "pipeline": "--model takes it, and `nextflow-hf push {folder} REPO_ID` uploads it",
+    "run of a transformer": EXPORT + "; beside --model, --transformer {folder} takes it",
+    "run of an adapter": EXPORT + "; beside --model, --lora {folder} takes it",
+    "run of a vision tokenizer": EXPORT + "; beside --model, --vision-tokenizer {folder} takes it",
+    "run of a diffusion decoder": EXPORT,
+    "run of a teacher": "`nextflow-hf train tokenizer RECIPE semantic_teacher={folder}` uses it",
+    "run of a text tokenizer": "`nextflow-hf train transformer RECIPE processor_name_or_path={folder}` uses it",
+    "unfinished run": "`nextflow-hf export {folder} --checkpoint STEP --output FOLDER` makes a pipeline of one",
+    "transformer": EXPORT + "; beside --model, --transformer {folder} takes it",
+    "adapter": EXPORT + "; beside --model, --lora {folder} takes it",
     "diffusion decoder": EXPORT,
-    "vision tokenizer": "`nextflow-hf convert qwen QWEN FOLDER --vision-tokenizer {folder}` builds one around it",
-    "Qwen checkpoint": "`nextflow-hf convert qwen {folder} FOLDER --vision-tokenizer TOKENIZER` makes it one",
-    "data set of codes": "`nextflow-hf train transformer RECIPE` trains one on it",
+    "vision tokenizer": "`nextflow-hf convert qwen QWEN FOLDER --vision-tokenizer {folder}` puts it into a pipeline",
+    "Qwen checkpoint": "`nextflow-hf convert qwen {folder} FOLDER --vision-tokenizer PATH` makes a pipeline of it",
+    "data set of codes": "`nextflow-hf train transformer RECIPE train_codes=[{folder}]` trains on it",
+    None: "`nextflow-hf convert` and `nextflow-hf export` write pipelines",
 }
-# Kinds of runs whose results are no part of a pipeline -> what takes them.
-INTERMEDIATE = {"teacher": "`nextflow-hf train tokenizer`", "text_tokenizer": "`nextflow-hf train transformer`"}
 
 
 def kind_of(folder: Path) -> str | None:
-    """What `folder` holds: `"pipeline"`, a key of [`COMMANDS`], or the class of something else; `None` if nothing."""
+    """What `folder` holds: a key of [`COMMANDS`], or the class of something else."""
     if (folder / "model_index.json").is_file():
         name = _read_json(folder / "model_index.json").get("_class_name")
         name = name[-1] if isinstance(name, list) else name
         return "pipeline" if name == "NextFlowPipeline" else name
-    if (folder / RUN_FILE).is_file() or checkpoints(folder):
-        return "run"
-    return _kind_of_result(folder)
+    kind = _kind_of_result(folder)
+    if not (folder / RUN_FILE).is_file() and not checkpoints(folder):
+        return kind
+    if kind is None and checkpoints(folder):
+        return "unfinished run"
+    training = _notes(folder).get("kind") or kind
+    name = "adapter" if kind == "adapter" else TRAININGS.get(training, str(training).replace("_", " "))
+    return f"run of {_article(name)} {name}"
+
+
+def _article(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"
 
 
 def _kind_of_result(folder: Path) -> str | None:
@@ -60,19 +77,17 @@ def _kind_of_result(folder: Path) -> str | None:
     return "Qwen checkpoint" if model_type.startswith("qwen") else MODELS.get(model_type, model_type)
 
 
-def check_pipeline(folder: Path) -> None:
-    """Raises `ValueError` where `folder` is no pipeline, and says which command makes it one."""
-    kind = kind_of(folder)
-    if kind == "pipeline":
-        return
-    if kind is None:
-        raise ValueError(
-            f"{folder} is no pipeline: {folder / 'model_index.json'} is missing. `nextflow-hf convert` and "
-            "`nextflow-hf export` write one"
-        )
-    if kind in COMMANDS:
-        raise ValueError(f"{folder} is a {kind}, no pipeline: {COMMANDS[kind].format(folder=folder)}")
-    raise ValueError(f"{folder} is a {kind}, expected a NextFlowPipeline")
+def check_folder(folder: str | Path, expected: str, *others: str) -> None:
+    """
+    Raises `ValueError` where a folder holds neither `expected` nor any of `others`, keys of [`COMMANDS`], and says
+    which command makes a pipeline of it or uses it. What is no folder is left to the loader: a file or a Hub id.
+    """
+    folder = Path(folder)
+    kind = kind_of(folder) if folder.is_dir() else expected
+    if kind not in (expected, *others):
+        found = f"is {_article(kind)} {kind}" if kind else f"holds no model: {folder / 'model_index.json'} is missing"
+        advice = COMMANDS.get(kind, COMMANDS[None]).format(folder=folder)
+        raise ValueError(f"{folder} {found}, expected {_article(expected)} {expected}: {advice}")
 
 
 @dataclass(kw_only=True)

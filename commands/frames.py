@@ -1,18 +1,15 @@
-"""A short sequence of images from a storyline, as one file:
-
-nextflow-hf frames "a story: a red circle on a white background moves from left to right" --num-frames 3
-"""
+"""`nextflow-hf frames`: a short sequence of images from a storyline, as one file."""
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..atomic import write_file
-from . import loading, options, records
+from . import options, records
 from .console import Console, run
+from .loading import loaded
 from .options import new_parser
 from .output import slug
 
@@ -29,23 +26,25 @@ SUFFIXES = (".gif", ".mp4", ".png")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = new_parser("frames", "Draw a storyline as a sequence of images.", EXAMPLES)
+    parser = new_parser("frames", "Make a sequence of images from a storyline, as one file.", EXAMPLES)
     parser.add_argument(
         "storyline",
         nargs="*",
-        help="one text that tells it, with --num-frames; or a text for each frame, each in quotes",
+        help="one text that tells the story, with --num-frames; or one text for each frame, each in quotes",
     )
-    parser.add_argument("--num-frames", type=int, metavar="N", help="of a storyline in one text")
-    parser.add_argument("--seed", type=int, help="default: a random one")
+    options.add_options(parser, None, "num_frames", "seed")
     parser.add_argument(
-        "--output", "-o", type=Path, metavar="FILE", help=".gif, .mp4, or .png: a contact sheet; default: a .gif, here"
+        "--output",
+        "-o",
+        type=Path,
+        metavar="FILE",
+        help="a .gif, a .mp4, or a .png with all frames beside each other; default: a .gif here",
     )
-    parser.add_argument("--frames-dir", type=Path, metavar="DIR", help="also each frame as a .png")
-    parser.add_argument("--fps", type=int, default=2, metavar="N", help="frames a second; default: %(default)s")
-    parser.add_argument("--columns", type=int, metavar="N", help="of a contact sheet; default: 4")
-    options.add_size_options(parser)
-    options.add_sampling_options(parser)
-    options.add_writing_options(parser, prefix="text-")
+    parser.add_argument("--frames-dir", type=Path, metavar="DIR", help="also save each frame as a .png")
+    parser.add_argument("--fps", type=int, default=2, metavar="N", help="frames per second; default: %(default)s")
+    options.add_options(parser, None, "columns")
+    options.add_image_settings(parser)
+    options.add_options(parser, "text", *options.WRITING)
     options.add_model_options(parser)
     options.add_recall_options(parser)
     options.add_console_options(parser)
@@ -53,16 +52,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the frames; returns the exit status."""
+    """Make the frames; returns the exit status."""
     return run("frames", make_parser().parse_args(argv), frames)
 
 
 def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    # 1. What to draw
+    # 1. What to sample
     args.storyline = args.storyline or None
     recalled = records.recall(args, "frames", RECORDED)
     if not args.storyline:
-        raise ValueError("got no storyline: tell one with --num-frames, or what is to be seen in each frame")
+        raise ValueError("got no storyline: tell one with --num-frames, or say what each frame shows")
     if len(args.storyline) == 1 and args.num_frames is None:
         raise ValueError(
             "a storyline in one text needs --num-frames; for a text for each frame give several, each in quotes"
@@ -78,44 +77,30 @@ def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     # 2. The model
     import torch
 
-    pipe = loading.load_pipeline(args)
-    recorder = records.Recorder("frames", args, RECORDED, loading.drawing_modules(pipe), recalled)
-    settings = records.call_settings(args, SETTINGS, pipe)
+    pipe, recorder, settings = records.begin("frames", args, RECORDED, SETTINGS, recalled)
 
     # 3. The frames
     start = time.perf_counter()
     storyline = args.storyline[0] if len(args.storyline) == 1 else args.storyline
-    drawn = pipe.frames(storyline, generator=torch.Generator().manual_seed(args.seed), **settings)
-    seconds = time.perf_counter() - start
+    story = pipe.frames(storyline, generator=torch.Generator().manual_seed(args.seed), **settings)
+    seconds = round(time.perf_counter() - start, 3)
 
-    # 4. On disk
-    columns = {} if args.columns is None else {"columns": args.columns}
+    # 4. On disk; in records the sheet has no number
+    sheet = story.contact_sheet(**({} if args.columns is None else {"columns": args.columns}))
     if output.suffix.lower() == ".png":
-        recorder.save(drawn.contact_sheet(**columns), output, results={"number": None}, **settings)
+        recorder.save(sheet, output, results={"number": None}, **settings)
     else:
-        write_file(output, lambda temporary: drawn.save(temporary, fps=args.fps))
-    paths = []
-    for number, image in enumerate(drawn.frames if args.frames_dir is not None else (), start=1):
-        paths.append(args.frames_dir / f"{number}.png")
-        recorder.save(image, paths[-1], results={"number": number}, **settings)
+        write_file(output, lambda temporary: story.save(temporary, fps=args.fps))
+    images = dict(enumerate(story.frames, start=1))
+    paths = {number: args.frames_dir / f"{number}.png" for number in images} if args.frames_dir else {}
+    for number, path in paths.items():
+        recorder.save(images[number], path, results={"number": number}, **settings)
     console.show(str(output))
-    for text, path in zip(drawn.texts, paths or [None] * len(drawn.texts), strict=True):
-        console.show(f"  {text}" + ("" if path is None else f"  {path}"))
-    result = {
-        "model": args.model,
-        "device": args.device,
-        "dtype": args.loaded_dtype,
-        "seed": args.seed,
-        "seconds": round(seconds, 3),
-        "output": str(output),
-        "texts": drawn.texts,
-        "frames": list(map(str, paths)),
-    }
+    for number, text in enumerate(story.texts, start=1):
+        console.show(f"  {text}" + (f"  {paths[number]}" if number in paths else ""))
+    saved = {"output": str(output), "texts": story.texts, "frames": list(map(str, paths.values()))}
+    result = {**loaded(args), "seed": args.seed, "seconds": seconds, **saved}
     if recalled is not None:
-        images = {None: drawn.contact_sheet(**columns), **dict(enumerate(drawn.frames, start=1))}
-        result["identical"] = recalled.compare(images.get(recalled.record.results.get("number")), console)
+        again = {None: sheet, **images}.get(recalled.record.results.get("number"))
+        result["identical"] = recalled.compare(again, console)
     return result
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,13 +1,7 @@
-"""What a model is, without loading it; with `--measure`, how fast it is here; of an image, how it was made:
-
-nextflow-hf info
-nextflow-hf info path/to/model --measure
-nextflow-hf info circle.png
-"""
+"""`nextflow-hf info`: what a model is, without loading it; how fast it is here; how an image was made."""
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,22 +15,22 @@ from .options import new_parser
 EXAMPLES = """\
   nextflow-hf info                                     # the shipped model
   nextflow-hf info user/nextflow --dtype bfloat16      # of a model on the Hub only the configuration is read
-  nextflow-hf info path/to/model --measure             # loads it, and draws
+  nextflow-hf info path/to/model --measure             # loads it, and samples
   nextflow-hf info circle.png                          # how an image was made
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = new_parser("info", "What a model is, and needs; how an image was made.", EXAMPLES)
+    parser = new_parser("info", "Describe a model without loading it, or say how an image was made.", EXAMPLES)
     parser.add_argument(
         "model",
         nargs="?",
-        help="folder or Hub id of a pipeline, or of its transformer or vision tokenizer alone; or an image of "
+        help="folder or Hub id of a pipeline, or of a transformer or vision tokenizer alone; or an image made by "
         f"nextflow-hf; default: {options.SHIPPED_MODEL}",
     )
-    parser.add_argument("--measure", action="store_true", help="also load it, and measure speed and memory here")
+    parser.add_argument("--measure", action="store_true", help="also load the model, and measure speed and memory")
     parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="of each measurement; default: %(default)s"
+        "--repeats", type=int, default=3, metavar="N", help="runs per measurement; default: %(default)s"
     )
     options.add_model_options(parser, names_model=False)
     options.add_console_options(parser)
@@ -98,20 +92,20 @@ def _lines(described: Mapping[str, Any]) -> list[str]:
             f"attention   {layers['heads']} heads of {layers['head_dim']}, {layers['key_value_heads']} of keys and "
             f"values, {layers['implementation']}",
         ]
-    if "drawing" in described:
-        settings = ", ".join(f"{name} {value}" for name, value in described["drawing"].items())
-        lines.append(f"drawing     {settings}")
+    if "sampling" in described:
+        settings = ", ".join(f"{name} {value}" for name, value in described["sampling"].items())
+        lines.append(f"sampling    {settings}")
     memory = described["memory"]
     lines += ["", f"memory      {size(memory['weights_bytes'])} for the weights in {memory['dtype']}"]
     if "kv_cache_bytes_per_token" in memory:
         lines[-1] += f", {size(memory['kv_cache_bytes_per_token'])} a token for keys and values"
-    if "levels" in described:
-        lines += ["", "levels      pixels    scales    codes    keys and values of an image, with guidance"]
-        for level in described["levels"]:
-            mark = "*" if level["resolution"] == described["resolution"] else " "
-            line = f"          {mark} {level['resolution']:>6}    {level['scales']:>6}    {level['codes']:>5}"
-            if "kv_cache_bytes" in level:
-                line += f"    {size(level['kv_cache_bytes'])}, {size(level['kv_cache_bytes_guided'])}"
+    if "resolutions" in described:
+        lines += ["", "resolution  pixels    scales    codes    keys and values of an image, with guidance"]
+        for one in described["resolutions"]:
+            mark = "*" if one["resolution"] == described["resolution"] else " "
+            line = f"          {mark} {one['resolution']:>6}    {one['scales']:>6}    {one['codes']:>5}"
+            if "kv_cache_bytes" in one:
+                line += f"    {size(one['kv_cache_bytes'])}, {size(one['kv_cache_bytes_guided'])}"
             lines.append(line)
         lines.append("            of a square; * is the default")
         shapes = [f"{bucket['width']}x{bucket['height']}" for bucket in described["buckets"]]
@@ -138,7 +132,3 @@ def size(count: float) -> str:
         if count >= worth:
             return f"{count / worth:.3g} {unit}"
     return f"{count:.0f} bytes"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .folders import HUB_ID, check_pipeline, kind_of, read_run
+from .folders import HUB_ID, check_folder, kind_of, read_run
 from .options import SHIPPED_MODEL
 
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .. import NextFlowPipeline
 
 SAMPLED_VALUES = 256  # of each tensor, for a fingerprint
+TOKENIZERS = ("vision tokenizer", "run of a vision tokenizer")
 
 
 def find_model(model: str | None) -> str:
@@ -36,11 +37,16 @@ def find_model(model: str | None) -> str:
             ) from None
     folder = Path(model)
     if folder.is_dir():
-        check_pipeline(folder)
+        check_folder(folder, "pipeline")
         return str(folder.resolve())
     if folder.exists() or not HUB_ID.fullmatch(model):
         raise ValueError(f"{model!r} is neither a folder nor a Hub id (user/name)")
     return model
+
+
+def loaded(args: argparse.Namespace) -> dict[str, str]:
+    """What [`load_pipeline`] chose, for the result of a command."""
+    return {"model": args.model, "device": args.device, "dtype": args.loaded_dtype}
 
 
 def choose_device(name: str | None) -> str:
@@ -69,16 +75,19 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     Args:
         without (`Sequence[str]`, *optional*): Components that are not loaded.
     """
-    is_tokenizer = "transformer" in without and args.model is not None and _is_vision_tokenizer(args.model)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    is_tokenizer = "transformer" in without and args.model is not None and kind_of(Path(args.model)) in TOKENIZERS
     found = args.model if is_tokenizer else find_model(args.model)
-    args.model = SHIPPED_MODEL if args.model is None else args.model
-    if Path(found).is_dir() and args.model != SHIPPED_MODEL:
-        args.model = str(Path(found).resolve())
+    args.model = SHIPPED_MODEL if args.model in (None, SHIPPED_MODEL) else _place(args.model)
     args.device = choose_device(args.device)
     args.dtype = args.dtype or "auto"
     if args.offload and args.device == "cpu":
         raise ValueError("--offload needs an accelerator to spare, and the device is the CPU: leave it out")
 
+    diffusers.utils.logging.disable_progress_bar()  # the only bar is that of the scales
+    transformers.utils.logging.disable_progress_bar()
     pipe = _vision_tokenizer_alone(args) if is_tokenizer else _load_components(args, found, without)
     if getattr(args, "lora", None):
         args.lora = _load_loras(pipe, args.lora)
@@ -116,7 +125,8 @@ def _load_components(args: argparse.Namespace, found: str, without: Sequence[str
         options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     if args.vision_tokenizer is not None:
         args.vision_tokenizer = _place(args.vision_tokenizer)
-        options["vision_tokenizer"] = load_vision_tokenizer(_result_of(args.vision_tokenizer), **dtype)
+        check_folder(args.vision_tokenizer, "vision tokenizer", *TOKENIZERS, "pipeline")
+        options["vision_tokenizer"] = load_vision_tokenizer(args.vision_tokenizer, **dtype)
     try:
         return NextFlowPipeline.from_pretrained(found, **options)
     except OSError as error:
@@ -130,29 +140,17 @@ def _place(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
-def _result_of(source: str) -> str | Path:
-    """The folder of weights in a run; anything else as it is."""
-    is_run = Path(source).is_dir() and kind_of(Path(source)) == "run"
-    return read_run(source).result if is_run else source
-
-
-def _is_vision_tokenizer(model: str) -> bool:
-    source = _result_of(model) if Path(model).is_dir() else model
-    return Path(source).is_dir() and kind_of(Path(source)) in ("vision tokenizer", "run")
-
-
 def load_transformer(source: str, **options: Any) -> "PreTrainedModel":
     """A transformer by folder or Hub id: alone, of a pipeline, or of a run, whose adapter is merged into its base."""
     from ..conversion.assemble import merge_adapter, subfolder_of
     from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
+    check_folder(source, "transformer", "adapter", "run of a transformer", "run of an adapter", "pipeline")
     if not Path(source).is_dir() or kind_of(Path(source)) == "pipeline":
         if not HUB_ID.fullmatch(source) and not Path(source).is_dir():
             raise ValueError(f"{source!r} is neither a folder nor a Hub id (user/name)")
         return NextFlowForCausalLM.from_pretrained(source, **subfolder_of(source, "transformer"), **options).eval()
     run = read_run(source)
-    if run.kind not in ("transformer", "grpo"):
-        raise ValueError(f"{source} is a {run.kind}, expected a transformer")
     if not run.is_adapter:
         return NextFlowForCausalLM.from_pretrained(run.result, **options).eval()
     if run.model is None:
@@ -171,11 +169,10 @@ def _vision_tokenizer_alone(args: argparse.Namespace) -> "NextFlowPipeline":
     from ..processing.processing_nextflow import NextFlowProcessor
 
     dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-    source = _result_of(args.model)
-    vision_tokenizer = load_vision_tokenizer(source, **dtype)
+    vision_tokenizer = load_vision_tokenizer(args.model, **dtype)
     tokens = {token: index for index, token in enumerate(("<|image_pad|>", "<boi>", "<eoi>"))}
     processor = NextFlowProcessor(
-        load_image_processor(source, vision_tokenizer.config),
+        load_image_processor(args.model, vision_tokenizer.config),
         PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(tokens))),
     )
     return NextFlowPipeline(None, vision_tokenizer, processor)
@@ -209,14 +206,15 @@ def _load_loras(pipe: "NextFlowPipeline", loras: Sequence[str]) -> list[str]:
         except ValueError:
             raise ValueError(f"--lora is {lora!r}, expected PATH or PATH=SCALE, such as {path}=0.8") from None
         places.append(f"{_place(path)}={scale:g}")
-        source = str(_result_of(path))
-        if _has_whole_weights(source):
+        # A file of `save_lora_weights` is named as a diffusion decoder's.
+        check_folder(path, "adapter", "run of an adapter", "diffusion decoder")
+        if _has_whole_weights(path):
             if scale != 1 or scales:
                 raise ValueError(f"--lora {lora} has whole weights, which are merged: name it first, without a scale")
-            pipe.transformer = merge_adapter(pipe.transformer, source)
+            pipe.transformer = merge_adapter(pipe.transformer, path)
         else:
             scales[f"lora_{index}"] = scale
-            pipe.load_lora_weights(source, adapter_name=f"lora_{index}")
+            pipe.load_lora_weights(path, adapter_name=f"lora_{index}")
     if scales:
         pipe.set_adapters(list(scales), list(scales.values()))
     return places

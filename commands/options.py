@@ -1,61 +1,199 @@
-"""Options that several commands have, under the names of the pipeline's arguments. All are None where not given: what
-the pipeline takes by default is for it to know, and a value from an image's metadata can tell that it is wanted."""
+"""The options that commands share: one table of what each takes and means, and the parsers that are made of it.
+
+Names are those of the pipeline's arguments. An option that is not given is `None`: what the pipeline takes by default
+is for it to know, and a value from an image's metadata can tell that it is wanted.
+"""
 
 import argparse
 import secrets
-import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+from . import rules
+from .console import OneLineParser
 
 
-# Arguments of `NextFlowPipeline.__call__` that say how an image is drawn.
+SHIPPED_MODEL = "nextflow-shapes"
+
+
+class Option(NamedTuple):
+    rule: rules.Rule
+    help: str | None = None
+    metavar: str | None = None
+
+
+# All that is recorded of an image.
+OPTIONS = {
+    "model": Option(
+        rules.NAME, f"folder or Hub id of a pipeline; default: {SHIPPED_MODEL}, which is installed", "MODEL"
+    ),
+    "transformer": Option(
+        rules.NAME, "use this transformer in the pipeline: a run, a checkpoint, a pipeline or a Hub id", "PATH"
+    ),
+    "vision_tokenizer": Option(
+        rules.NAME, "use this vision tokenizer in the pipeline, likewise; it must have the same codes", "PATH"
+    ),
+    "revision": Option(rules.NAME, "branch, tag or commit of a model on the Hub", "NAME"),
+    "device": Option(
+        rules.text(32, r"[a-z]+(:\d{1,3})?"),
+        "cpu, cuda, cuda:1, mps, ...; default: the accelerator if there is one",
+        "NAME",
+    ),
+    "dtype": Option(
+        rules.one_of("auto", "float32", "bfloat16", "float16"),
+        "load the weights in this type; default: auto, each component in the type that it was saved in",
+    ),
+    "quantize": Option(rules.one_of("4bit", "8bit"), "quantise the transformer with bitsandbytes"),
+    "lora": Option(
+        rules.listed(rules.NAME, 16),
+        "add a LoRA to the transformer: a file, a folder or a Hub id; repeat the option for several",
+        "PATH[=SCALE]",
+    ),
+    "prompt": Option(rules.PROMPT),
+    "storyline": Option(rules.listed(rules.PROMPT, 64, 1)),
+    "messages": Option(
+        rules.listed(rules.MESSAGE, 1024, 1)._replace(reads={"type": Path}),
+        "JSON file with the conversation so far; - reads standard input",
+        "FILE",
+    ),
+    "image": Option(rules.listed(rules.FILE, 64), "image of the prompt; repeat the option for several", "FILE"),
+    "seed": Option(
+        rules.SEED, "random seed; further images take the numbers after it; default: a random one, which is shown", "N"
+    ),
+    "height": Option(rules.SIDE, "height in pixels; the model's nearest size is taken", "PIXELS"),
+    "width": Option(rules.SIDE, "width in pixels, with --height", "PIXELS"),
+    "aspect_ratio": Option(
+        rules.text(32, r"\d+(\.\d+)?:\d+(\.\d+)?"), "such as 16:9, instead of --height and --width", "WIDTH:HEIGHT"
+    ),
+    "resolution": Option(rules.SIDE, "side in pixels of a square image with as many scales", "PIXELS"),
+    "negative_prompt": Option(rules.PROMPT, "text that guidance leads away from", "TEXT"),
+    "guidance_scale": Option(
+        rules.per_scale(rules.STRENGTH), "strength of guidance by the text; 1 turns it off and saves its cost", "X"
+    ),
+    "guidance_schedule": Option(
+        rules.one_of("constant", "linear", "early"),
+        "linear: guidance rises from 1 at the first scale to --guidance-scale; early: none at the last two scales",
+    ),
+    "temperature": Option(rules.per_scale(rules.TEMPERATURE), "0 takes the most likely code", "X"),
+    "top_k": Option(rules.per_scale(rules.TOP_K), "sample from the N most likely codes; 0 is all", "N"),
+    "top_p": Option(rules.per_scale(rules.SHARE), "sample from the most likely codes that have this probability", "X"),
+    "image_guidance_scale": Option(
+        rules.per_scale(rules.STRENGTH), "strength of guidance towards the given images; 1 turns it off", "X"
+    ),
+    "keep_scales": Option(
+        rules.SCALES, "keep the first N scales of the first image, and sample the others: variations of a layout", "N"
+    ),
+    "mask_image": Option(rules.FILE, "inpaint: sample the first image anew where this one is white", "FILE"),
+    "mask_coverage": Option(
+        rules.SHARE, "share of a coarse cell that must be white for it to be sampled; default: 0.6", "X"
+    ),
+    "think": Option(
+        rules.FLAG._replace(reads={"action": argparse.BooleanOptionalAction}), "write a thought before each image"
+    ),
+    "max_new_tokens": Option(
+        rules.integer(1, 131_072), "longest answer or thought, in tokens; an image counts as one", "N"
+    ),
+    "num_scales": Option(rules.SCALES, "stop after the first N scales: a fast preview", "N"),
+    "text_temperature": Option(rules.TEMPERATURE, "sample the text; 0 takes the most likely token", "X"),
+    "text_top_k": Option(rules.TOP_K, "sample from the N most likely tokens", "N"),
+    "text_top_p": Option(rules.SHARE, "sample from the most likely tokens that have this probability", "X"),
+    "max_images": Option(rules.IMAGES, "most images of the answer; default: 4", "N"),
+    "num_frames": Option(rules.IMAGES, "number of frames, for a storyline in one text", "N"),
+    "columns": Option(rules.IMAGES, "columns of a contact sheet; default: 4", "N"),
+    "decoder": Option(
+        rules.one_of("vq", "diffusion"), "vq: the vision tokenizer (default); diffusion: sharper and slower"
+    ),
+    "decoder_prompt": Option(
+        rules.PROMPT, "caption for the diffusion decoder; default: the prompt of a new image", "TEXT"
+    ),
+    "decoder_num_inference_steps": Option(rules.integer(1, 1000), "steps of the diffusion decoder", "N"),
+    "decoder_guidance_scale": Option(rules.STRENGTH, "guidance of the diffusion decoder by its caption", "X"),
+    "decoder_strength": Option(rules.SHARE, "noise that the diffusion decoder starts from; 1 is noise alone", "X"),
+    "decoder_tile_size": Option(rules.SIDE, "decode by tiles of this size, to save memory", "PIXELS"),
+}
+# How an image is sampled.
 SIZE = ("height", "width", "aspect_ratio", "resolution")
 SAMPLING = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
-DECODING = (
-    "decoder",
-    "decoder_prompt",
-    "decoder_num_inference_steps",
-    "decoder_guidance_scale",
-    "decoder_strength",
-    "decoder_tile_size",
-)
+DECODING = tuple(name for name in OPTIONS if name.startswith("decoder"))
 # How text is written between images; of `chat`, the same without `text_`.
 WRITING = ("max_new_tokens", "text_temperature", "text_top_k", "text_top_p")
 # What is loaded, and on what.
 MODEL = ("model", "transformer", "vision_tokenizer", "revision", "device", "dtype", "quantize", "lora")
 
-SHIPPED_MODEL = "nextflow-shapes"
 
-
-def per_scale(number: Callable[[str], float]) -> Callable[[str], float | list[float]]:
-    """`3` for all scales, or `1,2,3` with a value for each."""
-
-    def parse(text: str) -> float | list[float]:
-        values = [number(value) for value in text.split(",")]
-        return values[0] if len(values) == 1 else values
-
-    parse.__name__ = f"{number.__name__}, or a comma-separated list of them"  # in argparse's error
-    return parse
-
-
-def new_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
+def new_parser(name: str, description: str, examples: str = "") -> argparse.ArgumentParser:
     """The parser of `nextflow-hf <name>`."""
-    return argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"nextflow-hf {name}",
         description=description,
-        epilog=f"examples:\n{examples}",
+        epilog=examples and f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    parser.set_defaults(json=False, quiet=False)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, title: str | None, *names: str, prefix: str = "") -> None:
+    """Options of the table, in a group of their own where there is a title, their names without `prefix`."""
+    group = parser if title is None else parser.add_argument_group(title)
+    for name in names:
+        rule, text, metavar = OPTIONS[name]
+        flag = "--" + name.removeprefix(prefix).replace("_", "-")
+        group.add_argument(flag, help=text, **({"metavar": metavar} if metavar else {}), **rule.reads)
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, names_model: bool = True) -> None:
+    """
+    What is loaded, and on what.
+
+    Args:
+        draws (`bool`): Whether the transformer is loaded.
+        names_model (`bool`): Whether the pipeline is an option, and no positional argument.
+    """
+    left_out = {*(() if names_model else ("model",)), *(() if draws else ("transformer", "quantize", "lora"))}
+    add_options(parser, "model", *(name for name in MODEL if name not in left_out))
+    parser.add_argument(
+        "--offload", action="store_true", help="keep a component on the accelerator only while it computes"
     )
 
 
-def one_text(words: list[str], name: str) -> str | None:
+def add_image_settings(parser: argparse.ArgumentParser) -> None:
+    """How every image is sampled."""
+    add_options(parser, "size of the image", *SIZE)
+    add_options(parser, "sampling (one value, or one for each scale: 1,2,3)", "negative_prompt", *SAMPLING)
+
+
+def add_recall_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("metadata")
+    group.add_argument(
+        "--from-image",
+        type=Path,
+        metavar="PNG",
+        help="take all options from what this image says of how it was made; those that are given replace its own",
+    )
+    group.add_argument(
+        "--allow-model",
+        action="store_true",
+        help="with --from-image: load the model and the LoRAs that the image names, from a folder or from the Hub",
+    )
+    add_no_metadata(group)
+
+
+def add_no_metadata(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument("--no-metadata", action="store_true", help="do not write into the images how they were made")
+
+
+def add_console_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("console")
+    group.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
+    group.add_argument("--quiet", action="store_true", help="print no progress")
+
+
+def one_text(words: list[str], parser: argparse.ArgumentParser) -> str | None:
     """The text of a positional argument, which a shell has cut into words where it was not in quotes."""
     if len(words) > 1:
-        print(
-            f'nextflow-hf {name}: got {len(words)} texts, expected one, in quotes: "{" ".join(words)}"',
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+        parser.error(f'got {len(words)} texts, expected one, in quotes: "{" ".join(words)}"')
     return words[0] if words else None
 
 
@@ -66,107 +204,3 @@ def choose_seed(seed: int | None) -> int:
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed is {seed}, expected 0 to {2**63 - 1}")
     return seed
-
-
-def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, names_model: bool = True) -> None:
-    group = parser.add_argument_group("model")
-    if names_model:
-        group.add_argument(
-            "--model", help=f"folder or Hub id of a NextFlowPipeline; default: {SHIPPED_MODEL}, shipped"
-        )
-    if draws:
-        group.add_argument(
-            "--transformer",
-            metavar="PATH",
-            help="in the place of its own: a run, a checkpoint, a pipeline or a Hub id",
-        )
-    group.add_argument(
-        "--vision-tokenizer", metavar="PATH", help="in the place of its own, likewise; of the same codes"
-    )
-    group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the accelerator, where there is one")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights; default: auto, each component as it was saved",
-    )
-    if draws:
-        group.add_argument("--quantize", choices=("4bit", "8bit"), help="the transformer, by bitsandbytes")
-        group.add_argument(
-            "--lora",
-            action="append",
-            metavar="PATH[=SCALE]",
-            help="file, folder or Hub id of a LoRA for the transformer; repeat for several",
-        )
-    group.add_argument("--offload", action="store_true", help="keep on the accelerator only what computes")
-
-
-def add_conversation_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="to show; repeat for several")
-    parser.add_argument(
-        "--messages", type=Path, metavar="FILE", help="the conversation so far, as JSON (-: standard input)"
-    )
-
-
-def add_size_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("size of the image")
-    group.add_argument("--height", type=int, metavar="PIXELS", help="snapped to the nearest size the model knows")
-    group.add_argument("--width", type=int, metavar="PIXELS")
-    group.add_argument("--aspect-ratio", metavar="WIDTH:HEIGHT", help="such as 16:9, instead of a size")
-    group.add_argument("--resolution", type=int, metavar="PIXELS", help="side of a square image with as many scales")
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how to draw (one value, or one for each scale: 1,2,3)")
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    group.add_argument("--guidance-scale", type=per_scale(float), metavar="X", help="1 is none, and costs nothing")
-    group.add_argument(
-        "--guidance-schedule",
-        choices=("constant", "linear", "early"),
-        help="linear: from 1 at the first scale to the value; early: none at the last two scales",
-    )
-    group.add_argument("--temperature", type=per_scale(float), metavar="X", help="0 takes the best code")
-    group.add_argument("--top-k", type=per_scale(int), metavar="N", help="codes to sample from; 0 is all")
-    group.add_argument("--top-p", type=per_scale(float), metavar="X", help="probability mass to sample from")
-
-
-def add_decoder_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pixels")
-    group.add_argument(
-        "--decoder", choices=("vq", "diffusion"), help="vq: the vision tokenizer (default); diffusion: sharper, slower"
-    )
-    group.add_argument("--decoder-prompt", metavar="TEXT", help="caption for the diffusion decoder")
-    group.add_argument("--decoder-num-inference-steps", type=int, metavar="N")
-    group.add_argument("--decoder-guidance-scale", type=float, metavar="X")
-    group.add_argument("--decoder-strength", type=float, metavar="X")
-    group.add_argument("--decoder-tile-size", type=int, metavar="PIXELS")
-
-
-def add_writing_options(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
-    group = parser.add_argument_group("how to write")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; an image counts as one token")
-    group.add_argument(f"--{prefix}temperature", type=float, metavar="X", help="sample; 0 takes the best token")
-    group.add_argument(f"--{prefix}top-k", type=int, metavar="N", help="tokens to sample from")
-    group.add_argument(f"--{prefix}top-p", type=float, metavar="X", help="probability mass to sample from")
-
-
-def add_recall_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("metadata")
-    group.add_argument(
-        "--from-image",
-        type=Path,
-        metavar="PNG",
-        help="repeat what made this image, pixel for pixel; other options then change it",
-    )
-    group.add_argument(
-        "--allow-model",
-        action="store_true",
-        help="with --from-image: load the model and the LoRAs that the image names, from a folder or from the Hub",
-    )
-    group.add_argument("--no-metadata", action="store_true", help="save the images without how they were made")
-
-
-def add_console_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("console")
-    group.add_argument("--json", action="store_true", help="one JSON object on standard output, for scripts")
-    group.add_argument("--quiet", action="store_true", help="no progress on standard error")

@@ -1,28 +1,24 @@
-"""A folder that `export` or `convert` wrote, as a repository on the Hub:
-
-    nextflow-hf push my-model user/my-model --private
-
-Before that, the folder is checked: it has a card, and its weights are those that its configurations describe. Log in
-by `hf auth login`, or set HF_TOKEN.
-"""
+"""`nextflow-hf push`: a folder that `export` or `convert` wrote, as a repository on the Hub."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .console import one_line_mistakes
-from .folders import HUB_ID, check_pipeline, kind_of
+from .folders import HUB_ID, check_folder, kind_of
+from .options import new_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nextflow-hf push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        "push",
+        "Upload a folder to the Hub, after a check that it has a card and that its weights are those that its\n"
+        "configurations describe. Log in by `hf auth login`, or set HF_TOKEN.",
+        "  nextflow-hf push my-model user/my-model --private\n",
     )
-    parser.add_argument("folder", type=Path, help="to upload, as `nextflow-hf export` writes it")
+    parser.add_argument("folder", type=Path, help="folder to upload, as `nextflow-hf export` writes it")
     parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; created where it does not exist")
     parser.add_argument("--private", action="store_true", help="make the new repository private")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     return parser
 
 
@@ -47,8 +43,7 @@ def check_repository(folder: Path) -> None:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    if kind_of(folder) not in ("vision tokenizer", "adapter"):
-        check_pipeline(folder)
+    check_folder(folder, "pipeline", "vision tokenizer", "adapter")
     if not (folder / "README.md").is_file():
         raise ValueError(f"{folder} has no card: README.md is missing. `nextflow-hf export` writes one")
     if kind_of(folder) == "adapter":
@@ -56,7 +51,3 @@ def check_repository(folder: Path) -> None:
             raise ValueError(f"{folder} lacks adapter_model.safetensors")
     else:
         check_weights(folder)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

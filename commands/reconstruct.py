@@ -1,11 +1,7 @@
-"""What the vision tokenizer makes of images: pixels to codes to pixels, and how near they come:
-
-nextflow-hf reconstruct photo.png --output again.png
-"""
+"""`nextflow-hf reconstruct`: images through the vision tokenizer and back, and how near they come."""
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,17 +29,15 @@ RECORDED = (*options.MODEL, "image", "resolution", "num_scales", "seed", *option
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = new_parser("reconstruct", "Encode images and decode them again.", EXAMPLES)
-    parser.add_argument("image", type=Path, nargs="+", help="to reconstruct, each at the nearest size the model knows")
+    parser = new_parser("reconstruct", "Encode images by the vision tokenizer and decode them again.", EXAMPLES)
+    parser.add_argument("image", type=Path, nargs="+", help="images; each is resized to the model's nearest size")
     parser.add_argument(
         "--output", "-o", type=Path, metavar="PATH", help="a .png or a folder; default: <name>-reconstructed.png, here"
     )
-    parser.add_argument("--compare", action="store_true", help="save the original beside it")
-    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="side of a square image with as many scales")
-    parser.add_argument("--num-scales", type=int, metavar="N", help="decode only the first N scales")
-    parser.add_argument("--seed", type=int, help="of the diffusion decoder; default: a random one")
-    parser.add_argument("--no-metadata", action="store_true", help="save the images without how they were made")
-    options.add_decoder_options(parser)
+    parser.add_argument("--compare", action="store_true", help="save the original and the result side by side")
+    options.add_options(parser, None, "resolution", "num_scales")
+    options.add_no_metadata(parser)
+    options.add_options(parser, "pixels", *options.DECODING, "seed")
     options.add_model_options(parser, draws=False)
     options.add_console_options(parser)
     return parser
@@ -88,8 +82,7 @@ def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"{path}  {image.width} x {image.height}, {measured['codes']} codes ({measured['bits_per_pixel']:.3f} "
             f"bits a pixel), PSNR {measured['psnr']:.2f} dB"
         )
-    loaded = {"model": args.model, "device": args.device, "dtype": args.loaded_dtype}
-    return {**loaded, "images": described, "left_out": left_out}
+    return {**loading.loaded(args), "images": described, "left_out": left_out}
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -167,7 +160,3 @@ def _beside(original: "PIL.Image.Image", image: "PIL.Image.Image") -> "PIL.Image
     from diffusers.utils import make_image_grid
 
     return make_image_grid([original.resize(image.size), image], rows=1, cols=2)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,22 +5,22 @@ package can repeat.
     nextflow-hf generate --from-image out.png
 
 Files that went in (source images, masks) are named by path and SHA-256: they are found again, and refused where they
-have changed. A record may come from anybody: what it holds is checked against record_schema.py before it is used, and
-which model is loaded is for the user to say.
+have changed. A record may come from anybody: what it holds is checked against the table of options.py before it is
+used, and which model is loaded is for the user to say.
 """
 
 import argparse
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import write_file
-from . import loading, options
+from . import loading, options, rules
 from .console import Console
-from .record_schema import check_record
 
 
 if TYPE_CHECKING:
@@ -31,17 +31,28 @@ if TYPE_CHECKING:
 
 CHUNK = "nextflow"  # keyword of the text chunk
 FORMAT = 1
-SOURCES = (
-    "model",
-    "transformer",
-    "vision_tokenizer",
-    "revision",
-    "lora",
-)  # the options that say where weights come from
-WEIGHTS = {*SOURCES, "dtype", "quantize"}  # those that decide them
+# The options that say where weights come from, and those that decide them.
+SOURCES = ("model", "transformer", "vision_tokenizer", "revision", "lora")
+WEIGHTS = {*SOURCES, "dtype", "quantize"}
 MOST_CHARACTERS = 2**20  # of a record
 MOST_PIXELS = 2**26  # of an image that is repeated
 MOST_BYTES = 2**28  # of a file that went in
+
+ARGUMENTS = {name: option.rule for name, option in options.OPTIONS.items()}
+RESULTS = {
+    "thought": rules.PROMPT,
+    "final_prompt": rules.PROMPT,
+    "number": rules.either(rules.NOTHING, rules.integer(0, 4096)),
+}
+RECORD = {
+    "format": rules.integer(1, 1),
+    "command": rules.one_of("generate", "edit", "interleave", "frames", "chat", "reconstruct"),
+    "weights": rules.mapping(rules.VERSION, 32),
+    "environment": rules.mapping(rules.VERSION, 32),
+    "batch": rules.either(
+        rules.NOTHING, rules.table(seeds=rules.listed(rules.SEED, 4096, 1), index=rules.integer(0, 4095))
+    ),
+}
 
 
 @dataclass(kw_only=True)
@@ -50,15 +61,16 @@ class ImageRecord:
     What made an image.
 
     Args:
-        command (`str`): The command of `nextflow-hf` that drew it.
-        arguments (`dict`): Its options: the prompt, the seed, the model, sizes and settings, those that came from
-            the model included. A file is `{"path": ..., "sha256": ...}`.
+        command (`str`): The command of `nextflow-hf` that made it.
+        arguments (`dict`): Its options, those that the model's defaults settled included. A file is
+            `{"path": ..., "sha256": ...}`.
         weights (`dict[str, str]`): Fingerprints of the components that the pixels come from.
         environment (`dict[str, str]`): Versions of the libraries.
-        batch (`dict`, *optional*): `seeds` of the images that were drawn together, and the `index` of this one: the
-            last bit of a sum depends on its company.
+        batch (`dict`, *optional*):
+            `seeds` of the images that were sampled together, and the `index` of this one: rounding depends on the
+            batch.
         results (`dict`, *optional*): What came out beside the pixels, such as the thought before an image.
-        format (`int`): Of the record.
+        format (`int`): Version of the record.
     """
 
     command: str
@@ -73,14 +85,14 @@ class ImageRecord:
 @dataclass
 class Recalled:
     """
-    The record of `--from-image`, once it has filled in the options.
+    An image that is repeated, and its record.
 
     Args:
-        path (`Path`): Of the image.
-        record ([`ImageRecord`]): Of the image.
-        image (`PIL.Image.Image`): It itself, which the output may be about to overwrite.
-        given (`set[str]`): Options that were given beside it.
-        changes (`set[str]`): Those with another value.
+        path (`Path`): File of the image.
+        record ([`ImageRecord`]): How it was made.
+        image (`PIL.Image.Image`): The image, which the output may be about to overwrite.
+        given (`set[str]`): Options that were given beside `--from-image`.
+        changes (`set[str]`): Those of them that differ from the record.
     """
 
     path: Path
@@ -97,8 +109,8 @@ class Recalled:
         elif not self.given & WEIGHTS:
             model = self.record.arguments.get("model")
             raise ValueError(
-                f"the weights of {model} are not those that drew {self.path}: the {' and the '.join(sorted(others))} "
-                f"changed. Pass --model with the place of the right ones, or `--model {model}` to draw with these"
+                f"the weights of {model} are not those that made {self.path}: the {' and the '.join(sorted(others))} "
+                f"changed. Pass --model with the place of the right ones, or `--model {model}` to use these"
             )
         else:
             self.changes.add("weights")
@@ -123,30 +135,22 @@ class Recalled:
 
 class Recorder:
     """
-    Makes the records of a command's images.
+    Writes the images of a command, each with its record.
 
     Args:
-        command (`str`): Which one.
+        command (`str`): Name of the command.
         args (`argparse.Namespace`): Its options.
-        names (`Sequence[str]`): Those that are recorded.
-        modules (`dict[str, nn.Module]`): What the pixels come from.
-        recalled ([`Recalled`], *optional*): What is repeated; its weights must be those of `modules`.
+        names (`Sequence[str]`): The options that are recorded.
+        modules (`dict[str, nn.Module]`): The components that the pixels come from.
     """
 
     def __init__(
-        self,
-        command: str,
-        args: argparse.Namespace,
-        names: Sequence[str],
-        modules: Mapping[str, "nn.Module"],
-        recalled: Recalled | None = None,
+        self, command: str, args: argparse.Namespace, names: Sequence[str], modules: Mapping[str, "nn.Module"]
     ):
         self.command = command
         self.args = args
         self.names = names
         self.weights = {name: loading.weights_fingerprint(module) for name, module in modules.items()}
-        if recalled is not None:
-            recalled.check_weights(self.weights)
 
     def save(
         self,
@@ -162,31 +166,54 @@ class Recorder:
         `image` as the PNG file `path`, with its record unless `--no-metadata` is given. `values` are those of options
         that were settled later.
         """
-        record = None
+        from PIL.PngImagePlugin import PngInfo
+
+        chunks = PngInfo()
         if not self.args.no_metadata:
-            settled = argparse.Namespace(**{**vars(self.args), **values})
             record = ImageRecord(
                 command=self.command,
-                arguments=given_arguments(settled, self.names),
+                arguments=given_arguments(argparse.Namespace(**{**vars(self.args), **values}), self.names),
                 weights=self.weights,
                 environment=loading.environment(),
                 batch=batch,
                 results=results or {},
             )
-        save_image(image, path, record)
+            chunks.add_text(CHUNK, json.dumps(asdict(record)))  # ASCII, which every version of the chunk can hold
+        write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
 
 
-# --- in the file
+def begin(
+    command: str,
+    args: argparse.Namespace,
+    recorded: Sequence[str],
+    settings: Sequence[str],
+    recalled: Recalled | None,
+) -> tuple["NextFlowPipeline", Recorder, dict[str, Any]]:
+    """
+    The pipeline of a command, what writes its images, and the arguments of the pipeline's call: those of the options
+    `settings` that are given, and all of sampling, so that the record says it whatever the model's defaults become.
+    """
+    pipe = loading.load_pipeline(args)
+    modules = loading.drawing_modules(pipe, getattr(args, "decoder", None))
+    recorder = Recorder(command, args, recorded, modules)
+    if recalled is not None:
+        recalled.check_weights(recorder.weights)
+    given = {name: getattr(args, name) for name in settings if getattr(args, name, None) is not None}
+    own = pipe.get_image_settings(**{name: given.get(name) for name in options.SAMPLING})
+    return pipe, recorder, given | {name: own[name] for name in options.SAMPLING}
 
 
-def save_image(image: "PIL.Image.Image", path: Path, record: ImageRecord | None) -> None:
-    """`image` as the PNG file `path`, with its record."""
-    from PIL.PngImagePlugin import PngInfo
+# --- reading one
 
-    chunks = PngInfo()
-    if record is not None:
-        chunks.add_text(CHUNK, json.dumps(asdict(record)))  # ASCII, which every version of the chunk can hold
-    write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
+
+def check_record(record: Any) -> None:
+    """Raises `ValueError` where `record`, an object of JSON, has what no record has, or lacks what each has."""
+    tables = {"arguments": ARGUMENTS, "results": RESULTS}
+    if not isinstance(record, dict) or record.keys() != {*RECORD, *tables}:
+        raise ValueError(f"it is {reprlib.repr(record)}, expected an object with {sorted({*RECORD, *tables})}")
+    rules.check("", {name: value for name, value in record.items() if name not in tables}, RECORD)
+    for name, table in tables.items():
+        rules.check(f"{name}.", record[name], table)
 
 
 def read_record(path: Path) -> ImageRecord:
@@ -270,16 +297,6 @@ def find_file(entry: dict[str, str], image: Path) -> Path:
 def given_arguments(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Those of the options `names` that are given, as a record has them."""
     return {name: to_json(getattr(args, name)) for name in names if getattr(args, name, None) is not None}
-
-
-def call_settings(args: argparse.Namespace, names: Iterable[str], pipe: "NextFlowPipeline") -> dict[str, Any]:
-    """
-    What the pipeline is called with, of the options `names`. How to draw is written out, so that the record says it
-    whatever the model's defaults become.
-    """
-    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    own = pipe.get_image_settings(**{name: given.get(name) for name in options.SAMPLING})
-    return given | {name: own[name] for name in options.SAMPLING}
 
 
 def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Recalled | None:

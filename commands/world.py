@@ -1,16 +1,16 @@
-"""`nextflow-hf world`: the data sets of a world that is drawn by code, and its judge."""
+"""`nextflow-hf world`: data sets that code draws, such as scenes of emoji, and the judge of their images."""
 
 import argparse
 import importlib
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .console import one_line_mistakes
 from .options import new_parser
 
 
-EXAMPLES = """
+EXAMPLES = """\
   nextflow-hf world emoji --output-dir data/emoji
   nextflow-hf world emoji --output-dir data/emoji --resolution 96 --rows 200000 --concepts 400
   nextflow-hf world emoji --output-dir data/emoji --judge data/emoji/judge
@@ -24,38 +24,44 @@ def _size(text: str) -> tuple[int, int]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(
-        "world", "Write a world's data sets, or train its judge; an interrupted run goes on.", EXAMPLES
+        "world", "Write the data sets of a world, or train its judge. An interrupted run goes on.", EXAMPLES
     )
-    parser.add_argument("name", help="a module of nextflow_hf.worlds: emoji, shapes")
-    parser.add_argument("--output-dir", type=Path, required=True, help="rasters, and a folder for each resolution")
-    parser.add_argument("--artwork", type=Path, help="folder of the archives; by default one in --output-dir")
-    parser.add_argument("--concepts", type=int, metavar="N", help="the first N of the world's list; default: all")
-    parser.add_argument("--resolution", type=int, default=64, metavar="PIXELS", help="side of a square image (64)")
+    parser.add_argument("name", help="emoji or shapes: a module of nextflow_hf.worlds")
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, metavar="DIR", help="folder to write, with one for each resolution"
+    )
+    parser.add_argument("--artwork", type=Path, metavar="DIR", help="archives of artwork; default: in --output-dir")
+    parser.add_argument("--concepts", type=int, metavar="N", help="use the first N concepts; default: all")
+    parser.add_argument(
+        "--resolution", type=int, default=64, metavar="PIXELS", help="side of a square image; default: %(default)s"
+    )
     parser.add_argument(
         "--sizes", type=_size, nargs="+", metavar="HxW", help="sizes of the images; default: ratios from 1:2 to 2:1"
     )
-    parser.add_argument("--rows", type=int, default=100_000, metavar="N", help="of all training tasks (100000)")
-    parser.add_argument("--test-rows", type=int, default=200, metavar="N", help="of each task and test split (200)")
-    parser.add_argument("--images", type=int, default=20_000, metavar="N", help="for the vision tokenizer (20000)")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these")
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default, text in (
+        ("rows", 100_000, "training rows of all tasks together"),
+        ("test-rows", 200, "rows of each task and test split"),
+        ("images", 20_000, "images for the vision tokenizer"),
+        ("seed", 0, "seed of everything random"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: %(default)s")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="write only these tasks")
     parser.add_argument("--judge", type=Path, metavar="DIR", help="train the judge into this folder instead")
     parser.add_argument("--steps", type=int, default=8000, metavar="N", help="of the judge's training (8000)")
     return parser
 
 
+@one_line_mistakes("world")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or train; returns the exit status."""
     args = make_parser().parse_args(argv)
     if not args.name.isidentifier() or importlib.util.find_spec(f"nextflow_hf.worlds.{args.name}") is None:
-        print(f"nextflow-hf world: there is no world {args.name!r}, expected emoji or shapes", file=sys.stderr)
-        return 2
+        raise ValueError(f"there is no world {args.name!r}, expected emoji or shapes")
     from ..worlds.dataset import TASKS, write_dataset
     from ..worlds.scene import canvases
 
     if unknown := sorted(set(args.tasks or ()) - set(TASKS)):
-        print(f"nextflow-hf world: --tasks has {unknown}, expected some of {list(TASKS)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--tasks has {unknown}, expected some of {list(TASKS)}")
     world = importlib.import_module(f"nextflow_hf.worlds.{args.name}")
     sprites = world.load(args.output_dir, artwork=args.artwork, concepts=args.concepts)
     if args.judge is not None:
@@ -77,7 +83,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         tasks=args.tasks,
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

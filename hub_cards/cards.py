@@ -14,7 +14,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
-from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def create_card(
     training: str | None = None,
     results: Sequence[EvalResult] = (),
     limits: str | None = None,
-    pictures: Mapping[str, str] | None = None,
+    images: Mapping[str, str] | None = None,
     license: str | None = None,
     base_model: str | None = None,
     datasets: Sequence[str] = (),
@@ -75,7 +74,7 @@ def create_card(
         training (`str`, *optional*): How it was trained, Markdown.
         results (`Sequence[EvalResult]`, *optional*): What was measured: a table, and the Hub's `model-index`.
         limits (`str`, *optional*): What it cannot do, Markdown.
-        pictures (`Mapping[str, str]`, *optional*): Captions by file names relative to the repository.
+        images (`Mapping[str, str]`, *optional*): Captions by file names relative to the repository.
         license (`str`, *optional*): The Hub's identifier, such as `"apache-2.0"`.
         base_model (`str`, *optional*): `"user/name"` of what it was made from. An adapter and a decoder have one.
         datasets (`Sequence[str]`, *optional*): The Hub's names of the training data.
@@ -91,14 +90,21 @@ def create_card(
     if kind in ("adapter", "decoder") and base_model is None:
         raise ValueError(f"the card of a {kind} needs base_model, the model that it goes with")
     title = title or repo_id.split("/")[-1]
-    metadata = create_metadata(
-        kind, title, results, license=license, base_model=base_model, datasets=datasets, language=language, tags=tags
+    of_kind = METADATA[kind]
+    metadata = ModelCardData(
+        license=license,
+        language=language if isinstance(language, str) else list(language),
+        library_name="diffusers" if standalone else of_kind["library_name"],
+        pipeline_tag=of_kind["pipeline_tag"],
+        tags=[*of_kind["tags"], *tags],
+        base_model=base_model,
+        base_model_relation={"adapter": "adapter", "model": "finetune"}.get(kind) if base_model else None,
+        datasets=list(datasets) or None,
+        model_name=title if results else None,
+        eval_results=list(results) or None,
     )
-    if standalone:
-        metadata.library_name = "diffusers"
-    return _render(
-        f"{kind}_card.md",
-        metadata,
+    text = TEMPLATES.get_template(f"{kind}_card.md").render(
+        card_data=metadata.to_yaml(),
         standalone=standalone,
         title=title,
         repo_id=repo_id,
@@ -109,36 +115,9 @@ def create_card(
         training=training,
         results=results,
         limits=limits,
-        pictures=pictures,
+        images=images or {},
     )
-
-
-def create_metadata(
-    kind: str,
-    title: str,
-    results: Sequence[EvalResult] = (),
-    *,
-    license: str | None = None,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    language: str | Sequence[str] = "en",
-    tags: Sequence[str] = (),
-) -> ModelCardData:
-    """The front matter of a card, see [`create_card`]."""
-    of_kind = METADATA[kind]
-    relation = {"adapter": "adapter", "model": "finetune"}.get(kind) if base_model else None
-    return ModelCardData(
-        license=license,
-        language=language if isinstance(language, str) else list(language),
-        library_name=of_kind["library_name"],
-        pipeline_tag=of_kind["pipeline_tag"],
-        tags=[*of_kind["tags"], *tags],
-        base_model=base_model,
-        base_model_relation=relation,
-        datasets=list(datasets) or None,
-        model_name=title if results else None,
-        eval_results=list(results) or None,
-    )
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", text))  # parts that are left out leave their blank lines
 
 
 def converted_card(pipeline: NextFlowPipeline, name: str, source: str, vision_tokenizer: str) -> ModelCard:
@@ -229,47 +208,13 @@ def pipeline_facts(pipeline: NextFlowPipeline) -> dict[str, str]:
         f"width {config.hidden_size}",
         "Vision tokenizer": f"{vision_tokenizer.num_parameters():,} parameters, "
         f"{vision_tokenizer.config.codebook_size:,} codes in two codebooks (semantic and pixel)",
-        "Pictures": f"{resolution} x {resolution} pixels in {len(square)} scales, {sides} cells wide: {codes} codes",
+        "Images": f"{resolution} x {resolution} pixels in {len(square)} scales, {sides} cells wide: {codes} codes",
     }
-
-
-def decoder_section(
-    decoder: NextFlowDiffusionDecoderPipeline,
-    *,
-    options: Mapping[str, Any] | None = None,
-    tables: str | None = None,
-    picture: str | None = None,
-) -> str:
-    """
-    What the card of a model says of its diffusion decoder, for [`~hub_cards.export.add_diffusion_decoder`].
-
-    Args:
-        decoder ([`NextFlowDiffusionDecoderPipeline`]): With an image processor.
-        options (`Mapping`, *optional*): Arguments of the snippet's call beside `decoder`.
-        tables (`str`, *optional*): What was measured, Markdown.
-        picture (`str`, *optional*): File name of a picture of it, relative to the repository.
-    """
-    return TEMPLATES.get_template("decoder_section.md").render(
-        parameters=f"{decoder.diffusion_decoder.num_parameters():,}",
-        side=decoder.image_processor.resolution * decoder.diffusion_decoder.config.upscale_factor,
-        options="".join(f", {name}={value!r}" for name, value in (options or {}).items()),
-        tables=tables and tables.strip(),
-        picture=picture,
-    )
-
-
-def _render(
-    template: str, metadata: ModelCardData, *, pictures: Mapping[str, str] | None, **context: Any
-) -> ModelCard:
-    text = TEMPLATES.get_template(template).render(card_data=metadata.to_yaml(), pictures=pictures or {}, **context)
-    return ModelCard(re.sub(r"\n{3,}", "\n\n", text))  # parts that are left out leave their blank lines
 
 
 __all__ = [
     "converted_card",
     "create_card",
-    "create_metadata",
-    "decoder_section",
     "pipeline_facts",
     "run_card",
 ]

@@ -13,11 +13,10 @@ import copy
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import ModelMixin
@@ -29,8 +28,7 @@ from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowM
 from ..modeling_nextflow.modeling_nextflow_conditional_generation import NextFlowForConditionalGeneration
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
-from ..pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
-from .cards import PLACEHOLDER_OWNER, create_card, pipeline_facts
+from .cards import PLACEHOLDER_OWNER
 
 
 if TYPE_CHECKING:
@@ -97,7 +95,9 @@ def _write_repository(
     dtype: torch.dtype | Mapping[str, torch.dtype] | None,
     max_shard_size: str,
 ) -> None:
-    for name, component in present_components(pipeline).items():
+    for name, component in pipeline.components.items():
+        if component is None:  # an optional one
+            continue
         folder = output_dir if name in ROOT_COMPONENTS else output_dir / name
         if isinstance(component, (PreTrainedModel, ModelMixin)):
             component_dtype = dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype
@@ -118,12 +118,11 @@ def export_vision_tokenizer(
     vision_tokenizer: NextFlowVisionTokenizer,
     image_processor: ImageProcessingMixin,
     output_dir: str | Path,
-    card: ModelCard | None = None,
+    card: ModelCard,
     *,
     max_shard_size: str = "5GB",
 ) -> Path:
     """Writes a vision tokenizer with the image processor of its schedule, and a card; returns `output_dir`."""
-    card = card or create_card("vision_tokenizer", repo_id=f"{PLACEHOLDER_OWNER}/{Path(output_dir).name}")
     with replaced_folder(output_dir) as folder:
         vision_tokenizer.save_pretrained(folder, max_shard_size=max_shard_size)
         image_processor.save_pretrained(folder)
@@ -140,101 +139,6 @@ def forget_source(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def add_diffusion_decoder(
-    repository: str | Path,
-    decoder: NextFlowDiffusionDecoderPipeline,
-    *,
-    dtype: torch.dtype | None = None,
-    section: str | None = None,
-) -> Path:
-    """
-    Puts a diffusion decoder into a repository that [`export_pipeline`] wrote, beside what is there, which stays as it
-    is: `pipe(..., decoder="diffusion")` then draws with it. One that is there already is replaced.
-
-    Args:
-        repository (`str` or `Path`): The folder.
-        decoder ([`NextFlowDiffusionDecoderPipeline`]):
-            Around the repository's own vision tokenizer: the codes of another one would mean nothing to it.
-        dtype (`torch.dtype`, *optional*): Of the weights in the files, as in [`export_pipeline`].
-        section (`str`, *optional*):
-            What the card says of it, Markdown that begins with a heading of the second level. It goes before the
-            citation, in the place of a section with the same heading.
-
-    Returns:
-        `Path`: `repository`.
-    """
-    repository = Path(repository)
-    whole = NextFlowPipeline.from_pretrained(repository, **dict.fromkeys(NextFlowPipeline._optional_components))
-    own = cast_copy(decoder.vision_tokenizer, torch.float32).state_dict()
-    theirs = cast_copy(whole.vision_tokenizer, torch.float32).state_dict()
-    if own.keys() != theirs.keys() or any(not torch.equal(value, theirs[name]) for name, value in own.items()):
-        raise ValueError(
-            f"the diffusion decoder was made for another vision tokenizer than that of {repository}: train it on the "
-            "codes of that one"
-        )
-    parts = {"diffusion_decoder": decoder.diffusion_decoder}
-    for name, component in decoder.components.items():
-        if f"decoder_{name}" in NextFlowPipeline._optional_components and component is not None:
-            parts[f"decoder_{name}"] = component
-    with replaced_folder(repository, without=NextFlowPipeline._optional_components) as folder:
-        for name, component in parts.items():
-            if dtype is not None and isinstance(component, (PreTrainedModel, ModelMixin)):
-                component = cast_copy(component, dtype)
-            component.save_pretrained(folder / name)
-            forget_source(folder / name)
-        index = model_index(NextFlowPipeline(**{**whole.components, **parts}))
-        (folder / "model_index.json").write_text(index, encoding="utf-8")
-        if section is not None:
-            card = folder / "README.md"
-            card.write_text(with_section(card.read_text(encoding="utf-8"), section.strip()), encoding="utf-8")
-    return repository
-
-
-def with_section(card: str, section: str) -> str:
-    """The text of a card with a section before its citation, in the place of one with the same heading."""
-    heading = re.escape(section.splitlines()[0])
-    card = re.sub(rf"^{heading}\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
-    before, citation, after = card.partition("## Citation\n")
-    return f"{before.rstrip()}\n\n{section}\n\n{citation}{after}".rstrip() + "\n"
-
-
-def present_components(pipeline: NextFlowPipeline) -> dict[str, Any]:
-    """All but the optional ones that are None."""
-    return {name: component for name, component in pipeline.components.items() if component is not None}
-
-
-def push_pipeline(
-    pipeline: NextFlowPipeline,
-    repo_id: str,
-    card: ModelCard | None = None,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    commit_message: str = "Upload NextFlow",
-    **export_kwargs: Any,
-) -> CommitInfo:
-    """
-    [`export_pipeline`] to the Hub: the whole repository in one upload. It is created where it does not exist.
-
-    `pipeline.push_to_hub` uploads diffusers' own layout instead, a folder for each component, which only
-    `NextFlowPipeline` loads.
-
-    Args:
-        pipeline ([`NextFlowPipeline`]): It is left as it is.
-        repo_id (`str`): `"user/name"`.
-        card (`ModelCard`, *optional*): By default one with the sizes of the parts and a snippet.
-        private (`bool`, *optional*): Of a new repository.
-        token (`str` or `bool`, *optional*): Defaults to the one of `hf auth login`.
-        commit_message (`str`, *optional*, defaults to `"Upload NextFlow"`): Of the upload.
-        export_kwargs: `dtype` and `max_shard_size` of [`export_pipeline`].
-    """
-    if card is None:
-        card = create_card("model", repo_id=repo_id, facts=pipeline_facts(pipeline))
-    with tempfile.TemporaryDirectory() as folder:
-        export_pipeline(pipeline, folder, card, **export_kwargs)
-        return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
-
-
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -244,8 +148,17 @@ def push_folder(
     commit_message: str = "Upload NextFlow",
 ) -> CommitInfo:
     """
-    Uploads a folder in one commit. The repository is created where it does not exist, and a card that was written
-    before its name was known says it from then on.
+    Uploads a repository that was exported, in one commit.
+
+    `pipeline.push_to_hub` uploads diffusers' own layout instead, a folder for each component, which only
+    `NextFlowPipeline` loads.
+
+    Args:
+        folder (`str` or `Path`): Its card says the repository's name from then on.
+        repo_id (`str`): `"user/name"`; created where it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private.
+        token (`str` or `bool`, *optional*): Defaults to the one of `hf auth login`.
+        commit_message (`str`, *optional*): Message of the commit.
     """
     card = Path(folder, "README.md")
     text = card.read_text(encoding="utf-8")
@@ -361,14 +274,12 @@ def cast_copy(model: PreTrainedModel | ModelMixin, dtype: torch.dtype) -> PreTra
 
 
 __all__ = [
-    "add_diffusion_decoder",
     "cast_copy",
     "export_adapter",
     "export_pipeline",
     "export_vision_tokenizer",
     "model_index",
     "push_folder",
-    "push_pipeline",
     "write_code",
     "write_standalone_code",
 ]

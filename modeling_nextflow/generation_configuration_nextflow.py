@@ -9,36 +9,19 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from .image_settings_nextflow import (
+    CONFIG_NAMES,
+    DEFAULT_MAX_IMAGES,
+    FORMAT,
+    IMAGE_DEFAULTS,
+    PAPER_SAMPLING,
+    in_this_format,
+)
 from .sampling_nextflow import PerScale, scale_plan
 
 
 logger = logging.get_logger(__name__)
 
-# Settings of images and their values where neither the call nor the generation config has any.
-IMAGE_DEFAULTS = {
-    "guidance_scale": 1.0,
-    "guidance_schedule": "constant",
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "image_guidance_scale": 1.0,
-}
-# Names in the generation config, where `temperature`, `top_k` and `top_p` are transformers', for text.
-CONFIG_NAMES = {
-    name: f"image_{name}" if name in ("temperature", "top_k", "top_p") else name for name in IMAGE_DEFAULTS
-}
-# How the paper samples in reinforcement learning (§3.2.5; VAR-RL, arXiv:2601.02256): VAR's ramp to its cfg 5, which is
-# a guidance of 6 in the definition of `guide`.
-PAPER_SAMPLING = {
-    "guidance_scale": 6.0,
-    "guidance_schedule": "linear",
-    "image_temperature": 1.0,
-    "image_top_k": 2,
-    "image_top_p": 0.9,
-}
-DEFAULT_MAX_IMAGES = 4
-FORMAT = 2
-FORMAT_1_NAMES = {"image_guidance_scale": "guidance_scale", "image_guidance_schedule": "guidance_schedule"}
 # Settings of text that callers pass to every mode: an image ignores them.
 _OF_NO_CONSEQUENCE = {
     "bos_token_id",
@@ -139,10 +122,7 @@ class NextFlowGenerationConfig(GenerationConfig):
         if config_dict.get("nextflow_format", 1) == 1:
             if (scale := config_dict.get("guidance_scale")) not in (None, 1):
                 logger.warning(f"left out guidance_scale={scale} of an old generation config: pass it to `generate`")
-            others = {name: value for name, value in config_dict.items() if name not in FORMAT_1_NAMES}
-            own = {new: config_dict.get(old) for old, new in FORMAT_1_NAMES.items()}
-            config_dict = {**others, **own, "nextflow_format": FORMAT}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(in_this_format(config_dict), **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Without what is unset; transformers does that for its own names only."""

@@ -4,6 +4,7 @@ Two lines of arithmetic, exact for all 41 rows of the paper's table. The only ow
 its result as data (`image_grids`). Knows numbers only: no tensors, no images, no tokens.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,8 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 SIZE_OPTIONS = ("target_grids", "aspect_ratio", "height", "width")  # of a call, for the image to sample
 
 

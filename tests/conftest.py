@@ -45,6 +45,7 @@ MARKS = {
     "test_app_browser.py": "browser",
     "test_atomic.py": "process",
     "test_batch_encoder.py": "slow",
+    "test_folders.py": "slow",
     "test_capabilities_benchmark.py": "slow",
     "test_cli_info.py": "process",
     "test_convert_command.py": "slow",

@@ -61,7 +61,7 @@ def test_what_a_model_is(command_line, model_folder):
         "longest_sequence": 512,
     }
     assert said["memory"]["weights_bytes"] == 4 * sum(sizes.values())
-    assert [(level["resolution"], level["scales"], level["codes"]) for level in said["levels"]] == [
+    assert [(level["resolution"], level["scales"], level["codes"]) for level in said["resolutions"]] == [
         (4, 1, 1),
         (8, 2, 5),
         (12, 3, 14),
@@ -69,7 +69,7 @@ def test_what_a_model_is(command_line, model_folder):
     ]
     assert said["resolution"] == 16 and len(said["buckets"]) == 7
     assert said["buckets"][0] == {"width": 32, "height": 8}
-    assert said["drawing"]["guidance_scale"] == 1.0
+    assert said["sampling"]["guidance_scale"] == 1.0
 
 
 def test_the_cache_is_as_large_as_said(command_line, model_folder):
@@ -83,7 +83,7 @@ def test_the_cache_is_as_large_as_said(command_line, model_folder):
     cache = output.past_key_values
     assert isinstance(cache, DynamicCache) and len(output.image_grids) == 1
     held = sum(part.numel() * part.itemsize for layer in cache.layers for part in (layer.keys, layer.values))
-    level = next(level for level in said["levels"] if level["resolution"] == said["resolution"])
+    level = next(level for level in said["resolutions"] if level["resolution"] == said["resolution"])
     before = inputs["input_ids"].shape[1]
     of_text = said["memory"]["kv_cache_bytes_per_token"] * before
     assert held == of_text + level["kv_cache_bytes"]
@@ -103,6 +103,18 @@ def test_nothing_is_loaded(command_line, model_folder, monkeypatch):
     assert f"NextFlowForCausalLM, {sizes['transformer']:,} parameters, float32" in said
     assert "326 tokens: 300 of text, 24 image codes, 2 others" in said
     assert "*     16         4       30" in said and "7, from 32x8 to 8x32 pixels" in said
+
+
+def test_describing_a_model_imports_no_torch(model_folder):
+    code = f"""
+import sys
+from nextflow_hf import cli
+for argv in (["info"], ["info", {model_folder!r}], ["train", "--list"]):
+    assert cli.main(argv) == 0
+    assert not {{"torch", "transformers", "diffusers"}} & set(sys.modules), argv
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_dtype_to_load_in(command_line, model_folder):
@@ -142,7 +154,7 @@ def test_mixed_types_and_shards(command_line, tmp_path):
 
 def test_a_transformer_or_a_vision_tokenizer_alone(command_line, model_folder):
     said = command_line.json("info", f"{model_folder}/transformer")
-    assert said["class"] == "NextFlowForCausalLM" and said["vocabulary"]["total"] == 326 and "levels" not in said
+    assert said["class"] == "NextFlowForCausalLM" and said["vocabulary"]["total"] == 326 and "resolutions" not in said
     said = command_line.json("info", f"{model_folder}/vision_tokenizer")
     assert said["class"] == "NextFlowVisionTokenizer" and "vocabulary" not in said
     assert "memory" in command_line.run("info", f"{model_folder}/vision_tokenizer")
@@ -150,7 +162,7 @@ def test_a_transformer_or_a_vision_tokenizer_alone(command_line, model_folder):
 
 def test_another_model(command_line, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "is a bert, expected a NextFlowPipeline" in command_line.mistake("info", ".")
+    assert "is a bert, expected a pipeline" in command_line.mistake("info", ".")
     assert "neither a folder nor a Hub id" in command_line.mistake("info", "none")
 
 

@@ -25,7 +25,7 @@ from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.hub_cards.cards import create_card
-from nextflow_hf.hub_cards.export import export_pipeline, push_pipeline
+from nextflow_hf.hub_cards.export import export_pipeline, push_folder
 
 
 IMAGE = Image.new("RGB", (20, 12), "red")
@@ -58,7 +58,9 @@ def hub(pipe, tmp_path_factory):
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", home)
-        push_pipeline(pipe, "toy/nextflow", token="toy", max_shard_size="60KB")
+        card = create_card("model", repo_id="your-name/nextflow")
+        folder = export_pipeline(pipe, tmp_path_factory.mktemp("pushed"), card, max_shard_size="60KB")
+        push_folder(folder, "toy/nextflow", token="toy")
         yield hub.url, home
 
 

@@ -11,9 +11,9 @@ from toy_decoder import toy_decoder_pipeline
 from toy_pipeline import toy_pipeline
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
-from nextflow_hf import NextFlowDiffusionDecoderPipeline, NextFlowPipeline, cli, hub_cards
-from nextflow_hf.hub_cards.cards import create_card, decoder_section, pipeline_facts
-from nextflow_hf.hub_cards.export import add_diffusion_decoder, cast_copy, export_pipeline
+from nextflow_hf import NextFlowPipeline, cli, hub_cards
+from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
+from nextflow_hf.hub_cards.export import cast_copy, export_pipeline
 
 
 RESULT = EvalResult(
@@ -197,7 +197,7 @@ def test_card_of_every_kind(kind, tmp_path):
         training="Twice.",
         results=[result],
         limits="Many.",
-        pictures={"a.png": "A picture"},
+        images={"a.png": "An image"},
         license="mit",
         base_model="toy/base",
         datasets=["toy/data"],
@@ -217,7 +217,7 @@ def test_card_of_every_kind(kind, tmp_path):
         "| Toy prompts | accuracy | 0.625 |",
     ):
         assert part in text
-    assert "![A picture](a.png)" in text and "\n## Limits\n\nMany.\n" in text and text.endswith("```\n")
+    assert "![An image](a.png)" in text and "\n## Limits\n\nMany.\n" in text and text.endswith("```\n")
     assert '"toy/made"' in text
     assert ("toy/base" in text.split("---")[2]) == (kind in ("adapter", "decoder"))
 
@@ -270,44 +270,3 @@ def test_demo_without_the_model(monkeypatch, tmp_path, capsys):
     assert cli.main(["demo", "--output-dir", str(tmp_path / "out")]) == 1
     assert "no Shapes model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_diffusion_decoder_is_added(pipe, tmp_path):
-    """Into its sub-folders, its place in the index and its section of the card; nothing else changes, nor twice."""
-    folder = export_pipeline(
-        pipe, tmp_path / "toy", create_card("model", repo_id="toy/nextflow", results=[RESULT]), dtype=torch.bfloat16
-    )
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    decoder = toy_decoder_pipeline("unet", upscale_factor=2)
-    decoder.register_modules(vision_tokenizer=cast_copy(pipe.vision_tokenizer, torch.bfloat16))
-    decoder.diffusion_decoder.register_to_config(_name_or_path="/a/folder/of/mine")
-    for tables in ("first", "| second |"):
-        section = decoder_section(decoder, options={"decoder_strength": 0.5}, tables=tables, picture="decoder.png")
-        add_diffusion_decoder(folder, decoder, dtype=torch.bfloat16, section=section)
-    changed = {path.name for path in before if path.read_bytes() != before[path]}
-    assert changed == {"model_index.json", "README.md"}
-    assert "/a/folder/of/mine" not in (folder / "diffusion_decoder" / "config.json").read_text()
-    card = (folder / "README.md").read_text()
-    assert 'decoder="diffusion", decoder_strength=0.5)' in card and "32 x 32 pixels" in card
-    assert card.count("## Diffusion decoder") == 1 and "first" not in card
-    assert card.index("## Evaluation") < card.index("| second |") < card.index("## Citation")
-    assert card.replace(section.strip(), "").split() == before[folder / "README.md"].decode().split()
-    loaded = NextFlowPipeline.from_pretrained(folder)
-    loaded.set_progress_bar_config(disable=True)
-    assert loaded.diffusion_decoder.dtype == torch.float32 and loaded.decoder_vae is not None
-    for name, value in loaded.diffusion_decoder.named_parameters():
-        assert torch.equal(value, decoder.diffusion_decoder.get_parameter(name).bfloat16().float()), name
-    assert loaded("a", decoder="diffusion", decoder_num_inference_steps=1).images[0].size == (32, 32)
-
-    add_diffusion_decoder(folder, toy_decoder_pipeline_of_pixels(decoder))
-    assert not (folder / "decoder_vae").exists()
-    assert NextFlowPipeline.from_pretrained(folder).decoder_vae is None
-    with torch.no_grad():
-        next(decoder.vision_tokenizer.parameters()).add_(1)
-    with pytest.raises(ValueError, match="made for another vision tokenizer"):
-        add_diffusion_decoder(folder, decoder)
-
-
-def toy_decoder_pipeline_of_pixels(other: NextFlowDiffusionDecoderPipeline) -> NextFlowDiffusionDecoderPipeline:
-    parts = toy_decoder_pipeline("unet", channels=3).components
-    return NextFlowDiffusionDecoderPipeline(**{**parts, "vae": None, "vision_tokenizer": other.vision_tokenizer})

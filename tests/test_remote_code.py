@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.hub_cards.cards import create_card
-from nextflow_hf.hub_cards.export import code_files, export_pipeline, push_pipeline
+from nextflow_hf.hub_cards.export import code_files, export_pipeline, push_folder
 
 
 # Runs in this process with the installed classes and, word for word, in one without them.
@@ -111,14 +111,16 @@ def pipe() -> NextFlowPipeline:
 
 
 @pytest.fixture(scope="module")
-def hub(pipe):
+def hub(pipe, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, ToyHub() as hub:
         patch.setattr(constants, "ENDPOINT", hub.url)
         patch.setattr(hf_api.api, "endpoint", hub.url)
         patch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made anew, with this address
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        push_pipeline(pipe, "toy/nextflow", token=TOKEN, max_shard_size="60KB")
+        card = create_card("model", repo_id="your-name/nextflow")
+        folder = export_pipeline(pipe, tmp_path_factory.mktemp("pushed"), card, max_shard_size="60KB")
+        push_folder(folder, "toy/nextflow", token=TOKEN)
         yield hub
 
 

@@ -13,8 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline, cli
-from nextflow_hf.commands.record_schema import ARGUMENTS, check_record
-from nextflow_hf.commands.records import CHUNK, read_record, sha256
+from nextflow_hf.commands.records import ARGUMENTS, CHUNK, check_record, read_record, sha256
 
 
 PLAIN = {
@@ -179,7 +178,7 @@ def test_an_image_that_unpacks_to_much_is_not_repeated(command_line, sizes, tmp_
 def test_no_more_images_at_once_than_the_batch_size(command_line, sizes, tmp_path):
     write(tmp_path / "a.png", {**PLAIN, "batch": {"seeds": [7] * 12, "index": 3}})
     said = command_line.mistake("generate", "--from-image", "a.png")
-    assert "is one of 12 images that were drawn at once, more than --batch-size 8: pass --batch-size 12" in said
+    assert "is one of 12 images that were sampled at once, more than --batch-size 8: pass --batch-size 12" in said
     assert sizes == []
     command_line.run("generate", "--from-image", "a.png", "--batch-size", 12, "--output", "b.png", status=1)
     command_line.run("generate", "--from-image", "a.png", "--num-images", 1, "--output", "c.png")

@@ -100,7 +100,7 @@ def test_a_tokenflow_tokenizer_encodes_and_decodes(tokenflow, command_line, tmp_
     processor = NextFlowPipeline.from_pretrained("model1").processor
     assert processor.image_processor.resolution == tokenflow and len(processor.image_processor.schedule.buckets) == 1
     said = command_line.mistake("generate", "a", "--model", "tokenizer")
-    assert "`nextflow-hf convert qwen QWEN FOLDER --vision-tokenizer tokenizer` builds one around it" in said
+    assert "`nextflow-hf convert qwen QWEN FOLDER --vision-tokenizer tokenizer` puts it into a pipeline" in said
 
 
 # --- export
@@ -292,13 +292,13 @@ def test_what_is_no_pipeline_is_refused_with_the_command_that_makes_it_one(runs,
         said = command_line.mistake("generate", "a", "--model", folder)
         assert command in said and said.count("\n") == 1, said
     for argv, reason in {
-        ("export", qwen, "--output", "x"): "holds Qwen checkpoint",
+        ("export", qwen, "--output", "x"): "is a Qwen checkpoint, expected a run",
         ("export", runs["full"], "--checkpoint", "6", "--output", "x"): "--checkpoint takes one of [5]",
         ("export", runs["full"], "--output", converted): "exists and is not an empty folder",
         ("export", runs["full"], "--transformer", converted, "--output", "x"): "but that is what",
         ("export", "nowhere", "--output", "x"): "there is no folder nowhere",
-        ("generate", "a", "--model", converted, "--transformer", tokenizer): "is a tokenizer, expected a transformer",
-        ("generate", "a", "--model", converted, "--vision-tokenizer", qwen): "has no vision tokenizer",
+        ("generate", "a", "--model", converted, "--transformer", tokenizer): "expected a transformer",
+        ("generate", "a", "--model", converted, "--vision-tokenizer", qwen): "expected a vision tokenizer",
         ("push", runs["full"], "toy/x"): "nextflow-hf export",
     }.items():
         said = command_line.mistake(*argv)

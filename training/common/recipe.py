@@ -16,11 +16,14 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
-from transformers import HfArgumentParser
+
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -179,6 +182,8 @@ def check_recipe(recipe: dict[str, Any], groups: Iterable[type]) -> Recipe:
     unknown, missing, or of another type.
     """
     groups, source = tuple(groups), source_of(recipe)
+    from transformers import HfArgumentParser  # which imports torch: a list of recipes needs neither
+
     parser = HfArgumentParser(groups)
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first, where there is a --no_ too
@@ -206,7 +211,7 @@ def source_of(recipe: dict[str, Any]) -> str | Path:
     return getattr(recipe, "source", "the recipe")
 
 
-def _typed(parser: HfArgumentParser, action: Action, value: Any, hint: Any) -> Any:
+def _typed(parser: "HfArgumentParser", action: Action, value: Any, hint: Any) -> Any:
     """`value` as the type that `hint` says; a word is read as on the command line."""
     kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
     choices = action.choices or [member.value for kind in kinds for member in kind]
