@@ -581,6 +581,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         "connector",
         "image_codebook",
         "scale_embedding",
+        "rotary_emb",
         "lm_head",
     ]
     # `Trainer` would pass the number of labels as the loss's denominator, and codes are supervised without a label. So
