@@ -73,7 +73,7 @@ def _turn(role: str, *parts: dict) -> dict:
 
 def _text_to_image(context: Context) -> Row:
     scene = context.scene()
-    is_open = context.sprites.dialect.default_background is None and context.say.maybe(0.5)
+    is_open = context.dialect.default_background is None and context.say.maybe(0.5)
     text = context.say.request(context.say.describe(scene, context.canvas, background=not is_open))
     kind = "single" if len(scene.things) == 1 else "count" if len(set(_sprites(scene))) == 1 else "composition"
     return Row({"text": text}, (scene,), kind, text, is_open)
@@ -96,7 +96,7 @@ def _subject(context: Context) -> Row:
 
 def _caption(context: Context) -> Row:
     scene = context.scene() if context.say.maybe(0.5) else context.spread(context.rng.randint(1, MAX_THINGS))
-    request = context.say.manner(context.rng.choice(context.sprites.dialect.caption_requests))
+    request = context.say.manner(context.rng.choice(context.dialect.caption_requests))
     return Row({"question": request, "answer": caption(context.sprites, scene)}, (scene,), str(len(scene.things)))
 
 

@@ -37,31 +37,30 @@ def sample_questions(context: Context, scene: Scene, count: int) -> list[Questio
         kind = context.rng.choice(list(_ASK))
         asked = _ASK[kind](context, scene)
         if asked is not None and len(found) < count:
-            found.setdefault(
-                asked[0].lower(),
-                Question(kind, context.say.manner(f"{asked[0]}{context.sprites.dialect.question_end}"), asked[1]),
-            )
+            text = context.say.manner(f"{asked[0]}{context.dialect.question_end}")
+            found.setdefault(asked[0].lower(), Question(kind, text, asked[1]))
     return list(found.values())
 
 
 def _concept(context: Context, scene: Scene) -> Asked:
     thing = context.rng.choice(scene.things)
-    dialect = context.sprites.dialect
-    if dialect.names_styles:
-        return dialect.what_is.format(place=context.say.place(thing.place)), thing.sprite.concept
-    if len(scene.things) == 1:
-        return context.say.choose(("what is this", "what do you see")), with_article(thing.sprite.concept)
-    return dialect.what_is.format(place=context.say.place(thing.place)), with_article(thing.sprite.concept)
+    named = thing.sprite.concept if context.dialect.names_styles else with_article(thing.sprite.concept)
+    if len(scene.things) == 1 and not context.dialect.names_styles:
+        return context.say.choose(("what is this", "what do you see")), named
+    return context.dialect.what_is.format(place=context.say.place(thing.place)), named
+
+
+def _only(context: Context, scene: Scene) -> tuple[Thing, str | None]:
+    """A thing, and what names it unless others are of its concept."""
+    thing = context.rng.choice(scene.things)
+    name = context.say.refer(scene, thing)
+    return thing, name if sum(t.sprite.concept == thing.sprite.concept for t in scene.things) == 1 else None
 
 
 def _style(context: Context, scene: Scene) -> Asked:
-    thing = context.rng.choice(scene.things)
-    name = context.say.refer(scene, thing)
-    only = sum(other.sprite.concept == thing.sprite.concept for other in scene.things) == 1
+    thing, name = _only(context, scene)
     return (
-        (context.sprites.dialect.style_is.format(thing=name), context.sprites.styles[thing.sprite.style][0])
-        if name and only
-        else None
+        (context.dialect.style_is.format(thing=name), context.sprites.styles[thing.sprite.style][0]) if name else None
     )
 
 
@@ -71,8 +70,7 @@ def _background(context: Context, scene: Scene) -> Asked:
 
 def _count(context: Context, scene: Scene) -> Asked:
     if context.say.maybe(0.4):
-        text = context.say.choose(context.sprites.dialect.how_many)
-        return text, COUNT_WORDS[len(scene.things)]
+        return context.say.choose(context.dialect.how_many), COUNT_WORDS[len(scene.things)]
     concept = context.rng.choice(scene.things).sprite.concept
     count = sum(thing.sprite.concept == concept for thing in scene.things)
     return f"how many {plural(context.say.name(concept))} are there", COUNT_WORDS[count]
@@ -80,7 +78,7 @@ def _count(context: Context, scene: Scene) -> Asked:
 
 def _existence(context: Context, scene: Scene) -> Asked:
     """As often yes as no; what is not there is often of the group of what is."""
-    if context.sprites.dialect.names_styles:
+    if context.dialect.names_styles:
         return _existence_of_sprite(context, scene)
     concept, answer = context.rng.choice(scene.things).sprite.concept, "yes"
     if context.say.maybe(0.5):
@@ -105,15 +103,13 @@ def _existence_of_sprite(context: Context, scene: Scene) -> Asked:
 
 def _called(context: Context, sprite: Sprite) -> str:
     """`an octopus`, or `a red circle` where styles are named."""
-    style = f"{context.sprites.styles[sprite.style][0]} " if context.sprites.dialect.names_styles else ""
+    style = f"{context.sprites.styles[sprite.style][0]} " if context.dialect.names_styles else ""
     return with_article(f"{style}{sprite.concept}")
 
 
 def _place(context: Context, scene: Scene) -> Asked:
-    thing = context.rng.choice(scene.things)
-    only = sum(other.sprite.concept == thing.sprite.concept for other in scene.things) == 1
-    name = context.say.refer(scene, thing)
-    return (f"where is {name}", context.sprites.dialect.places[thing.place][0]) if name and only else None
+    thing, name = _only(context, scene)
+    return (f"where is {name}", context.dialect.places[thing.place][0]) if name else None
 
 
 def _relation(context: Context, scene: Scene) -> Asked:

@@ -2,21 +2,13 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from random import Random
 
 from .captions import Speaker
-from .scene import (
-    CELLS,
-    MAX_THINGS,
-    Canvas,
-    Scene,
-    Thing,
-    default_places,
-    default_size,
-    fits,
-)
+from .dialect import Dialect
+from .scene import CELLS, MAX_THINGS, Canvas, Scene, Thing, default_places, default_size, fits
 from .sprites import Sprite, Sprites
 
 
@@ -56,6 +48,15 @@ class Context:
         """Words."""
         return Speaker(self.sprites, self.rng, self.people)
 
+    @property
+    def dialect(self) -> Dialect:
+        """Of the world."""
+        return self.sprites.dialect
+
+    def tones(self, sprite: Sprite) -> list[str]:
+        """The tones that a sprite's concept has in its style."""
+        return self.sprites.tones_of.get((sprite.concept, sprite.style), [])
+
     def sprite(self, *, tone_rate: float = 0.2, other_than: tuple[str, ...] = ()) -> Sprite:
         """A sprite of a concept that is not among `other_than`: any concept alike, in any style alike."""
         pool, self._first = self.pool if self._first else "seen", False
@@ -70,10 +71,8 @@ class Context:
 
     def toned(self, sprite: Sprite, rate: float) -> Sprite:
         """With a tone where it has some, by that chance."""
-        tones = self.sprites.tones_of.get((sprite.concept, sprite.style))
-        return (
-            Sprite(sprite.concept, sprite.style, self.rng.choice(tones)) if tones and self.say.maybe(rate) else sprite
-        )
+        tones = self.tones(sprite)
+        return replace(sprite, tone=self.rng.choice(tones)) if tones and self.say.maybe(rate) else sprite
 
     def seen_styles(self, concept: str, other_than: str = "") -> list[str]:
         """The styles of a concept that training sees."""
@@ -88,25 +87,24 @@ class Context:
 
     def background(self, other_than: str = "") -> str:
         """Often the default one."""
-        usual = self.sprites.dialect.default_background
+        usual = self.dialect.default_background
         if usual not in (None, other_than) and self.say.maybe(0.3):
             return usual
-        return self.rng.choice([name for name in self.sprites.dialect.backgrounds if name != other_than])
+        return self.rng.choice([name for name in self.dialect.backgrounds if name != other_than])
 
     def arrange(self, sprites: Sequence[Sprite], background: str, places: Sequence[str] | None = None) -> Scene | None:
         """Sprites at places (random ones where none are given), in the default size; None where they do not fit."""
         places = places or self.rng.sample(list(CELLS), len(sprites))
-        size = default_size(places, self.canvas, self.sprites.dialect.sizes)
+        size = default_size(places, self.canvas, self.dialect.sizes)
         if size is None:
             return None
-        return Scene(
-            background, tuple(Thing(sprite, place, size) for sprite, place in zip(sprites, places, strict=True))
-        )
+        pairs = zip(sprites, places, strict=True)
+        return Scene(background, tuple(Thing(sprite, place, size) for sprite, place in pairs))
 
     def scene(self, count: int | None = None) -> Scene:
         """One to four sprites as captions describe them: mostly where and as large as they are by default."""
         count = count or self.rng.choice(_COUNTS)
-        too_many = count > self.sprites.dialect.most_different
+        too_many = count > self.dialect.most_different
         repeated = too_many or count > 1 and self.say.maybe(0.25)
         sprites = [self.sprite()] * count if repeated else self.different(count)
         if count == 3 and not repeated and self.say.maybe(0.3):
@@ -119,10 +117,10 @@ class Context:
                 return self._resized(scene) if count <= 2 and self.say.maybe(0.15) else scene
 
     def _resized(self, scene: Scene) -> Scene:
-        if len(self.sprites.dialect.sizes) == 1:
+        if len(self.dialect.sizes) == 1:
             return scene
         thing = self.rng.choice(scene.things)
-        small = scene.with_thing(thing, Thing(thing.sprite, thing.place, self.rng.choice(("small", "medium"))))
+        small = scene.with_thing(thing, replace(thing, size=self.rng.choice(("small", "medium"))))
         return small if fits(small.things, self.canvas) else scene
 
     def spread(self, count: int, *, room: int = 0) -> Scene:
@@ -137,8 +135,5 @@ class Context:
     def free_places(self, scene: Scene, thing: Thing) -> list[str]:
         """Where `thing` would overlap nothing else of the scene."""
         others = [other for other in scene.things if other != thing]
-        return [
-            place
-            for place in CELLS
-            if place != thing.place and fits([*others, Thing(thing.sprite, place, thing.size)], self.canvas)
-        ]
+        places = [place for place in CELLS if place != thing.place]
+        return [place for place in places if fits([*others, replace(thing, place=place)], self.canvas)]

@@ -4,7 +4,7 @@ So the grammar of all worlds applies; no files are needed, and the judge compare
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -62,20 +62,17 @@ def _becomes(context: Context):
 
 def _changes_background(context: Context):
     sprite = context.sprite()
-    names = context.rng.sample(context.sprites.dialect.backgrounds, context.rng.choice((2, 3)))
+    names = context.rng.sample(context.dialect.backgrounds, context.rng.choice((2, 3)))
     text = f"the background of {context.say.indefinite(sprite)} turns {' and then '.join(names)}"
     return text, _alone([sprite] * len(names), names), [f"the background is {name}" for name in names]
 
 
-def _one_by_one(verb: str, shown):
-    def tell(context: Context):
-        count, sprite, background = context.rng.choice((2, 3)), context.sprite(), context.background()
-        full = context.arrange([sprite] * count, background, default_places(count, context.canvas))
-        text = f"{_hero(context, sprite, background, count=count)} {verb} one by one"
-        scenes = tuple(Scene(background, shown(full.things, index)) for index in range(count))
-        return text, scenes, [f"there is {COUNT_WORDS[len(scene.things)]}" for scene in scenes]
-
-    return tell
+def _one_by_one(context: Context, verb: str, shown):
+    count, sprite, background = context.rng.choice((2, 3)), context.sprite(), context.background()
+    full = context.arrange([sprite] * count, background, default_places(count, context.canvas))
+    text = f"{_hero(context, sprite, background, count=count)} {verb} one by one"
+    scenes = tuple(Scene(background, shown(full.things, index)) for index in range(count))
+    return text, scenes, [f"there is {COUNT_WORDS[len(scene.things)]}" for scene in scenes]
 
 
 def _hero(context: Context, sprite: Sprite, background: str, **parts) -> str:
@@ -134,8 +131,8 @@ DIALECT = Dialect(
     stories={
         "move": _moves,
         "become": _becomes,
-        "appear": _one_by_one("appear", lambda things, index: things[: index + 1]),
-        "vanish": _one_by_one("vanish", lambda things, index: things[index:]),
+        "appear": partial(_one_by_one, verb="appear", shown=lambda things, index: things[: index + 1]),
+        "vanish": partial(_one_by_one, verb="vanish", shown=lambda things, index: things[index:]),
         "background": _changes_background,
     },
 )

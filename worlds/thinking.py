@@ -24,7 +24,7 @@ class Implied:
 
 def sample_implied(context: Context) -> Implied:
     """A prompt with one or two hints, for a number or a place, a background, or a style."""
-    say, rng, dialect = context.say, context.rng, context.sprites.dialect
+    say, rng, dialect = context.say, context.rng, context.dialect
     sprite = context.sprite(tone_rate=0)
     kinds = rng.sample(dialect.implied, rng.choice((1, 1, 2)))
     if {"number", "place"} <= set(kinds):
