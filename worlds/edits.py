@@ -1,4 +1,4 @@
-"""Instructions that change one thing of a scene and keep the rest, and subjects that are to be drawn elsewhere."""
+"""Instructions that change one thing of a scene and keep the rest, and subjects to be shown in another scene."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ class Edit:
 
 
 def changed_boxes(source: Scene, target: Scene, canvas: Canvas) -> list[tuple[int, int, int]] | None:
-    """The only (left, top, side) in which two scenes differ; None if their backgrounds do."""
+    """Return the boxes (left, top, side) in which two scenes differ; None if their backgrounds differ."""
     if source.background != target.background:
         return None
     return [box(thing, canvas) for thing in {*source.things} ^ {*target.things}]
@@ -64,7 +64,7 @@ Found = tuple[Scene, Scene, dict[str, str | None]] | None  # before, after, and 
 
 
 def _subject(context: Context, source: Scene | None, *, room: int = 0) -> tuple[Scene, Thing]:
-    """A scene and the thing in it that is to change."""
+    """Return a scene and the thing in it that will change."""
     scene = source or context.spread(min(context.rng.choice((1, 1, 2, 3)), context.dialect.most_different), room=room)
     return scene, scene.things[0] if source is None else context.rng.choice(scene.things)
 
@@ -74,7 +74,7 @@ def _name(say: Speaker, scene: Scene, thing: Thing) -> str | None:
 
 
 def _style(context: Context, source: Scene | None) -> Found:
-    """A new drawing of the same concept; of a held-out pair the held-out style is the new one."""
+    """Change the style of a thing; a held-out style is always the new one."""
     scene, thing = _subject(context, source)
     sprite = thing.sprite
     others = context.seen_styles(sprite.concept, sprite.style)
@@ -177,7 +177,7 @@ def _tone(context: Context, source: Scene | None) -> Found:
 
 
 def _swap(context: Context, source: Scene | None) -> Found:
-    """Two things in each other's place."""
+    """Swap the places of two things."""
     scene = source or context.spread(2)
     if len(scene.things) < 2:
         return None
@@ -190,7 +190,7 @@ def _swap(context: Context, source: Scene | None) -> Found:
 
 
 def _count(context: Context, source: Scene | None) -> Found:
-    """Another number of the same; they then stand where so many stand by default."""
+    """Change the number of equal things; they move to the default places of that number."""
     if source is not None and len({thing.sprite for thing in source.things}) > 1:
         return None
     sprite = context.sprite() if source is None else source.things[0].sprite
@@ -222,7 +222,7 @@ class Subject:
 
 
 def sample_subject(context: Context) -> Subject:
-    """This one, there, on blue: what the subjects are is only shown."""
+    """Ask for subjects that only their images identify: this one, there, on blue."""
     say, rng = context.say, context.rng
     sprites = context.different(rng.choice((1, 1, 2)))
     sources = tuple(

@@ -1,4 +1,4 @@
-"""Several images in a row: stories that a request settles, and example pairs that show a rule nobody says."""
+"""Several images in a row: stories that a request determines, and example pairs that show an unsaid rule."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ _PATHS = (
 
 
 def sample_story(context: Context, kind: str | None = None) -> Story:
-    """A random story of `kind` (any where None) in two to four images."""
+    """Sample a story of `kind` (any where None) in two to four images."""
     kind = kind or context.rng.choice(list(STORIES))
     text, scenes, events = {**STORIES, **context.dialect.stories}[kind](context)
     openings = ("first", *["then"] * (len(scenes) - 2), "in the end")
@@ -104,7 +104,7 @@ STORIES = {
 
 @dataclass(frozen=True)
 class ExamplePair:
-    """A pair of scenes before and after a rule of `RULES`, another scene, and that one after the rule."""
+    """Two scenes before and after a rule of `RULES`, and two others before and after the same rule."""
 
     rule: str
     scenes: tuple[Scene, Scene, Scene, Scene]
@@ -114,7 +114,7 @@ RULES = ("style", "background", "move", "resize", "tone")
 
 
 def sample_examples(context: Context) -> ExamplePair:
-    """`A is to B as C is to`: the rule changes one thing to one value, in both pairs the same."""
+    """Sample `A is to B as C is to`: in both pairs, the rule changes one thing to the same value."""
     can = [rule for rule in RULES if rule in context.dialect.edits]
     if context.pool == "held_out" or not context.sprites.tones_of:
         can = [rule for rule in can if rule != "tone"]
@@ -125,7 +125,7 @@ def sample_examples(context: Context) -> ExamplePair:
 
 
 def _apply_alike(context: Context, edit: Edit) -> tuple[Scene, Scene] | None:
-    """Another scene before and after what the edit does, if it has but one thing and the rule applies to it."""
+    """Apply the change of an edit to another scene of one thing; return None where it does not apply."""
     if len(edit.target.things) != 1:
         return None
     (old,), (new,) = edit.source.things, edit.target.things
@@ -142,7 +142,7 @@ def _apply_alike(context: Context, edit: Edit) -> tuple[Scene, Scene] | None:
 
 
 def _concept_with(context: Context, *things: Thing) -> str | None:
-    """Another concept that training sees in the styles and tones of all of them."""
+    """Sample another concept that training sees in the styles and tones of all these things."""
     for _ in range(50):
         concept = context.rng.choice(context.sprites.names)
         seen = context.sprites.seen_styles_of[concept]
