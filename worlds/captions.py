@@ -42,7 +42,7 @@ _AFTER_ALL = {"up", "down", "together", "vertically", "horizontally"}
 
 
 def head_index(words: Sequence[str]) -> int:
-    """Return the index of the word that takes the plural: `cat` in `cat with tears of joy`, `man` in `man shrugging`."""
+    """Find the word that takes the plural: `cat` in `cat with tears of joy`, `man` in `man shrugging`."""
     for index, word in enumerate(words[1:], 1):
         if word in _AFTER_HEAD or (word.endswith("ing") and words[index - 1] in (*_IRREGULAR, "face", "hands")):
             return index - 1
@@ -197,7 +197,7 @@ class Speaker:
     # ---- scenes
 
     def describe(self, scene: Scene, canvas: Canvas, *, background: bool = True) -> str:
-        """Describe all of a scene that is not a default of the canvas, and some of what is, with or without background."""
+        """Describe what is no default of the canvas, and some of what is, with or without the background."""
         places = [thing.place for thing in scene.things]
         usual = default_size(places, canvas, self.sprites.dialect.sizes)
         is_usual = tuple(places) == default_places(len(places), canvas)

@@ -213,7 +213,7 @@ def test_splits(sprites: Sprites) -> tuple[str, ...]:
 def sample_row(
     sprites: Sprites, task: str, key: str, canvases: list[Canvas], *, split: str = "train", people: bool | None = None
 ) -> tuple[Row, Context]:
-    """Sample the row of a task that `key` names, and its context; `people=None` words half of the rows as people do."""
+    """Sample the row of a task that `key` names, and its context; `people=None` words half of them as people do."""
     rng = Random(f"{key}/{split}/{task}")
     canvas = rng.choice(canvases)
     people = rng.random() < PEOPLE_SHARE if people is None else people

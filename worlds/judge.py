@@ -146,7 +146,7 @@ class Judge:
         return {"changed": checks["passed"], "kept": kept, "passed": checks["passed"] and kept}
 
     def _concepts_anywhere(self, pixels: np.ndarray, looks: list[Look]) -> Counter:
-        """Count the concepts in all boxes of the lattice; of overlapping boxes, the one with the highest confidence counts."""
+        """Count the concepts in all boxes of the lattice; of overlapping boxes, only the surest counts."""
         canvas = pixels.shape[:2]
         things = [Thing(Sprite("", ""), place, size) for place in CELLS for size in self.sizes]
         seen = list(zip(things, self.look(pixels, [box(thing, canvas) for thing in things])))
