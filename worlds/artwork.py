@@ -99,7 +99,7 @@ _FACING = ": facing right"  # a mirrored drawing: one concept with the one that 
 
 
 def fetch_archives(folder: Path) -> dict[str, Path]:
-    """Style (or "words") -> archive in `folder`; what is not there comes by `npm pack`. All are checked."""
+    """Return the archive in `folder` of every style and of "words"; fetch missing ones by `npm pack` and check all."""
     folder.mkdir(parents=True, exist_ok=True)
     archives = {}
     for key, (package, version, checksum) in PACKAGES.items():
@@ -126,7 +126,7 @@ class Drawing:
 
 
 def read_artwork(archives: dict[str, Path]) -> tuple[dict[str, Concept], list[Drawing]]:
-    """All concepts with at least `MIN_STYLES` styles, by name, and their drawings with the skin tones they have."""
+    """Read the concepts that at least `MIN_STYLES` styles draw, by name, and their drawings in all skin tones."""
     words = _Archive(archives["words"])
     icons = {style: _Icons(_Archive(archives[style]), style) for style in archives if style != "words"}
     entries = _merge(_entries(words), icons)
@@ -166,7 +166,7 @@ class Rasters:
         self.levels = lru_cache(maxsize=2048)(self._levels)
 
     def draw(self, sprite: Sprite, size: int) -> Image.Image:
-        """The sprite at a size, premultiplied "RGBa"."""
+        """Return the sprite at a size in pixels, as premultiplied "RGBa"."""
         return scaled(self.levels(sprite), size)
 
     def _levels(self, sprite: Sprite) -> list[Image.Image]:
@@ -176,7 +176,7 @@ class Rasters:
 
 
 def render_svg(drawing: Drawing) -> Image.Image:
-    """RGBA, `RASTER` pixels square."""
+    """Render a drawing as RGBA, `RASTER` pixels square."""
     import resvg_py
 
     image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=drawing.svg)))).convert("RGBA")
@@ -185,7 +185,7 @@ def render_svg(drawing: Drawing) -> Image.Image:
 
 @dataclass
 class _Entry:
-    """An emoji of emojibase: the words for it and, level by level, the names that a drawing of it may have."""
+    """An emoji of emojibase: its words and, in order of preference, lists of names that a drawing of it may have."""
 
     name: str
     label: str
@@ -218,7 +218,7 @@ def _plain(code: str) -> str:
 
 
 def readable(label: str) -> str:
-    """A label as people would write it: `person: blond hair` is a person with blond hair."""
+    """Word a label as people would write it: `person: blond hair` is a person with blond hair."""
     label = re.sub("[“”]", "", label).replace("’", "'")
     label = re.sub(r"^(.*): bald$", r"bald \1", label)
     label = re.sub(r"^keycap: ", "keycap ", label)
@@ -286,7 +286,7 @@ def _merge(entries: list[_Entry], icons: dict[str, "_Icons"]) -> list[_Entry]:
 
 
 class _Icons:
-    """The drawings of a style, by name; deprecated ones are left out."""
+    """The drawings of a style, by name, without deprecated ones."""
 
     def __init__(self, archive: _Archive, style: str):
         self._data, self._style = archive["icons.json"], style
@@ -299,7 +299,7 @@ class _Icons:
         self._claimed: dict[str, str] = {}  # hexcode of an emoji -> name
 
     def claim(self, entries: list[_Entry]) -> None:
-        """Gives every emoji its drawing: by hexcode, else by label, formal name, short names; none goes to two."""
+        """Assign a drawing to every emoji by hexcode, label, formal or short name; no drawing is assigned twice."""
         taken = set()
         for entry in entries:
             if self._codes.get(entry.code) in self._names:
@@ -319,7 +319,7 @@ class _Icons:
         return self._claimed.get(entry.code)
 
     def tones(self, entry: _Entry) -> dict[str, str]:
-        """All five tones of an emoji, or none."""
+        """Return the drawings of all five tones of an emoji, or nothing."""
         name, found = self.find(entry), {}
         for tone, code in entry.tones.items():
             names = (self._codes.get(code), f"{name}-{tone}-skin-tone", f"{name}-{tone}")
@@ -328,7 +328,7 @@ class _Icons:
         return found if len(found) == len(TONES) else {}
 
     def svg(self, name: str) -> tuple[str, bool]:
-        """The SVG of a drawing, and whether it is to be mirrored."""
+        """Return the SVG of a drawing, and whether it has to be mirrored."""
         alias = {} if name in self._data["icons"] else self._aliases[name]
         icon = self._data["icons"][alias.get("parent", name)]
         width, height = (icon.get(side, self._data.get(side, 16)) for side in ("width", "height"))

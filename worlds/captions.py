@@ -42,7 +42,7 @@ _AFTER_ALL = {"up", "down", "together", "vertically", "horizontally"}
 
 
 def head_index(words: Sequence[str]) -> int:
-    """The word of a name that a number changes: `cat` in `cat with tears of joy`, `man` in `man shrugging`."""
+    """Find the word that takes the plural: `cat` in `cat with tears of joy`, `man` in `man shrugging`."""
     for index, word in enumerate(words[1:], 1):
         if word in _AFTER_HEAD or (word.endswith("ing") and words[index - 1] in (*_IRREGULAR, "face", "hands")):
             return index - 1
@@ -50,14 +50,14 @@ def head_index(words: Sequence[str]) -> int:
 
 
 def is_plural(name: str) -> bool:
-    """Whether a name stands without an article already: `chopsticks`, `crossed swords`."""
+    """Tell whether a name is a plural already: `chopsticks`, `crossed swords`."""
     words = name.split()
     head = words[head_index(words)]
     return head in _IRREGULAR.values() and head not in _IRREGULAR or bool(re.search(r"[^su'i]s$", head))
 
 
 def plural(name: str) -> str:
-    """`cats with tears of joy`, `foxes`, `cherries`."""
+    """Form the plural: `cats with tears of joy`, `foxes`, `cherries`."""
     if is_plural(name):
         return name
     words = name.split()
@@ -73,7 +73,7 @@ def plural(name: str) -> str:
 
 
 def with_article(words: str) -> str:
-    """`an octopus`, `a unicorn`, `chopsticks`."""
+    """Add the article: `an octopus`, `a unicorn`, `chopsticks`."""
     if is_plural(words):
         return words
     first = words.split()[0].lower()
@@ -82,7 +82,7 @@ def with_article(words: str) -> str:
 
 
 def join_words(items: Sequence[str], last: str = " and ") -> str:
-    """`a, b and c`."""
+    """Join items as `a, b and c`."""
     return last.join(filter(None, (", ".join(items[:-1]), *items[-1:])))
 
 
@@ -100,24 +100,24 @@ class Speaker:
         self.sprites, self.rng, self.people = sprites, rng, people
 
     def choose(self, options: Sequence[str]) -> str:
-        """The first, which is the usual one, or as people choose any."""
+        """Return the first option, which is the usual one; in people's wording any of them."""
         return self.rng.choice(options) if self.people else options[0]
 
     def maybe(self, chance: float) -> bool:
-        """True with a probability."""
+        """Return True with a probability."""
         return self.rng.random() < chance
 
     def name(self, concept: str) -> str:
-        """A name of a concept."""
+        """Name a concept, in people's wording sometimes by a synonym."""
         others = self.sprites.concepts[concept].synonyms
         return self.rng.choice(others) if self.people and others and self.maybe(0.3) else concept
 
     def style(self, style: str) -> str:
-        """An adjective for a style."""
+        """Return an adjective for a style."""
         return self.choose(self.sprites.styles[style])
 
     def noun(self, sprite: Sprite, *, size: str = "", style: bool = True, tone: bool = True, count: int = 1) -> str:
-        """`small flat octopus`, `octopus in flat style`, `three flat octopuses`, without an article."""
+        """Word a sprite without an article: `small flat octopus`, `octopus in flat style`, `three flat octopuses`."""
         words = self.name(sprite.concept)
         words = plural(words) if count > 1 else words
         if tone and sprite.tone:
@@ -131,42 +131,42 @@ class Speaker:
         return f"{COUNT_WORDS[count]} {words}" if count > 1 else words
 
     def indefinite(self, sprite: Sprite, **parts) -> str:
-        """`a small flat octopus`; people leave articles out."""
+        """Word a sprite with its article, which people sometimes leave out: `a small flat octopus`."""
         words = self.noun(sprite, **parts)
         bare = parts.get("count", 1) > 1 or self.people and self.maybe(0.3)
         return words if bare else with_article(words)
 
     def place(self, place: str) -> str:
-        """`in the top left corner`."""
+        """Word a place: `in the top left corner`."""
         return self.choose(self.sprites.dialect.places[place])
 
     def place_name(self, place: str) -> str:
-        """`top left corner`."""
+        """Name a place: `top left corner`."""
         return self.sprites.dialect.places[place][0].split(" the ")[1]
 
     def size(self, size: str) -> str:
-        """`small`, `tiny`."""
+        """Word a size: `small`, `tiny`."""
         return self.choose(_SIZE_WORDS[size])
 
     def relation(self, relation: str) -> str:
-        """`to the left of`."""
+        """Word a relation: `to the left of`."""
         return self.choose(_RELATION_PHRASES[relation])
 
     def background(self, background: str) -> str:
-        """`a sky blue background`, `a gradient background from pink to orange`."""
+        """Word a background: `a sky blue background`, `a gradient from pink to orange`."""
         if " to " in background:
             return self.choose((f"a {background} gradient background", f"a gradient from {background}"))
         return self.choose((f"{with_article(background)} background", background, f"{background} background"))
 
     def with_background(self, words: str, background: str) -> str:
-        """The background after, or before, the rest."""
+        """Add the background after or before the other words."""
         phrase = self.background(background)
         if not self.people or self.maybe(0.6):
             return f"{words} on {phrase}"
         return self.rng.choice((f"on {phrase}, {words}", f"{words}, {phrase}", f"{words} in front of {phrase}"))
 
     def refer(self, scene: Scene, thing: Thing) -> str | None:
-        """`the octopus`, `the flat octopus`, `the octopus on the left`: what names one thing of the scene only."""
+        """Name one thing of the scene and no other: `the octopus`, `the flat octopus`, `the octopus on the left`."""
         alike = [other for other in scene.things if other.sprite.concept == thing.sprite.concept]
         same_style = [other for other in alike if other.sprite.style == thing.sprite.style]
         name = self.name(thing.sprite.concept)
@@ -177,17 +177,17 @@ class Speaker:
         return f"the {name} {self.place(thing.place)}" if len({t.place for t in alike}) == len(alike) else None
 
     def request(self, words: str) -> str:
-        """A description as a request."""
+        """Turn a description into a request."""
         return self.manner(self.fill(_REQUESTS if self.people else _CLEAN_REQUESTS, words))
 
     def fill(self, templates: Sequence[str], words: str) -> str:
-        """Words in a template; one that begins with its background stands first."""
+        """Fill a random template; words that begin with the background come first in the sentence."""
         if words.startswith("on "):
             templates = [template for template in templates if template.startswith("{}")]
         return self.rng.choice(templates).format(words)
 
     def manner(self, text: str) -> str:
-        """Capitals and full stops as people set them; clean text stays."""
+        """Vary capitals and full stops as people do; clean text stays as it is."""
         if not self.people:
             return text
         text = text[0].upper() + text[1:] if self.maybe(0.5) else text
@@ -197,7 +197,7 @@ class Speaker:
     # ---- scenes
 
     def describe(self, scene: Scene, canvas: Canvas, *, background: bool = True) -> str:
-        """Everything about a scene that is not a default of the canvas, and some of what is; or not its background."""
+        """Describe what is no default of the canvas, and some of what is, with or without the background."""
         places = [thing.place for thing in scene.things]
         usual = default_size(places, canvas, self.sprites.dialect.sizes)
         is_usual = tuple(places) == default_places(len(places), canvas)
@@ -226,7 +226,7 @@ class Speaker:
         return f"{first} {self.relation(relation if order == 1 else OPPOSITES[relation])} {second}"
 
     def _in_line(self, scene: Scene, parts: list[dict], canvas: Canvas) -> str:
-        """Things in their usual order; neighbours that are alike are counted."""
+        """List things in their usual order, and count neighbours that are alike."""
         groups: list[tuple[Sprite, dict, int]] = []
         for thing, part in zip(scene.things, parts):
             if groups and (groups[-1][0], groups[-1][1]["size"]) == (thing.sprite, part["size"]):
@@ -246,14 +246,14 @@ class Speaker:
 
 
 def _facing(scene: Scene) -> str | None:
-    """The relation that says all about where two things are: they face each other across the middle."""
+    """Return the relation of two things that face each other across the middle; it settles where they are."""
     pairs = {("left", "right"): "left of", ("top", "bottom"): "above"}
     pairs |= {places[::-1]: OPPOSITES[relation] for places, relation in pairs.items()}
     return pairs.get(tuple(thing.place for thing in scene.things))
 
 
 def caption(sprites: Sprites, scene: Scene) -> str:
-    """The one full caption of a scene: things in reading order, each with style and place, then the background."""
+    """Write the full caption of a scene: things in reading order, each with style and place, then the background."""
     speaker = Speaker(sprites, Random(0))
     last, joint = sprites.dialect.caption_joints
     things = sorted(scene.things, key=lambda thing: CELLS[thing.place])
@@ -264,7 +264,7 @@ def caption(sprites: Sprites, scene: Scene) -> str:
 
 
 def read_caption(sprites: Sprites, text: str) -> Scene | None:
-    """The scene of a caption that is worded as [`caption`] words them; None for other text."""
+    """Parse a caption of the form that [`caption`] writes into its scene; return None for other text."""
     speaker = Speaker(sprites, Random(0))
     last, joint = sprites.dialect.caption_joints
     words, _, ground = text.strip(" .\n").rpartition(joint)

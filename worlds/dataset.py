@@ -73,7 +73,7 @@ def _turn(role: str, *parts: dict) -> dict:
 
 def _text_to_image(context: Context) -> Row:
     scene = context.scene()
-    is_open = context.sprites.dialect.default_background is None and context.say.maybe(0.5)
+    is_open = context.dialect.default_background is None and context.say.maybe(0.5)
     text = context.say.request(context.say.describe(scene, context.canvas, background=not is_open))
     kind = "single" if len(scene.things) == 1 else "count" if len(set(_sprites(scene))) == 1 else "composition"
     return Row({"text": text}, (scene,), kind, text, is_open)
@@ -96,7 +96,7 @@ def _subject(context: Context) -> Row:
 
 def _caption(context: Context) -> Row:
     scene = context.scene() if context.say.maybe(0.5) else context.spread(context.rng.randint(1, MAX_THINGS))
-    request = context.say.manner(context.rng.choice(context.sprites.dialect.caption_requests))
+    request = context.say.manner(context.rng.choice(context.dialect.caption_requests))
     return Row({"question": request, "answer": caption(context.sprites, scene)}, (scene,), str(len(scene.things)))
 
 
@@ -112,7 +112,7 @@ def _questions(context: Context) -> Row:
 
 
 def _thinking(context: Context) -> Row:
-    """With the system message it thinks first; without it, of the same prompts, it does not."""
+    """Think before the image where the system message asks for it; answer the same prompts directly without it."""
     implied = sample_implied(context)
     answer = (_IMAGE,)
     turns = [_turn("user", _text(implied.text))]
@@ -200,20 +200,20 @@ _MORE["scenes"] = datasets.List(_STRING)
 
 
 def shares(sprites: Sprites) -> dict[str, float]:
-    """Task -> its share of a world's training rows."""
+    """Return the share of every task in a world's training rows."""
     found = {name: task.share for name, task in TASKS.items()} | sprites.dialect.shares
     return {name: share for name, share in found.items() if share}
 
 
 def test_splits(sprites: Sprites) -> tuple[str, ...]:
-    """The splits for evaluation that a world has."""
+    """Return the evaluation splits of a world."""
     return SPLITS[1:] if sprites.held_out else SPLITS[1:2]
 
 
 def sample_row(
     sprites: Sprites, task: str, key: str, canvases: list[Canvas], *, split: str = "train", people: bool | None = None
 ) -> tuple[Row, Context]:
-    """The row of a task that `key` names, and the context with its canvas and wording (half of each where None)."""
+    """Sample the row of a task that `key` names, and its context; `people=None` words half of them as people do."""
     rng = Random(f"{key}/{split}/{task}")
     canvas = rng.choice(canvases)
     people = rng.random() < PEOPLE_SHARE if people is None else people
@@ -225,7 +225,7 @@ def sample_row(
 
 
 def _is_in_split(row: Row, split: str, sprites: Sprites) -> bool:
-    """Of `test`, the sentence is held out, or where an image asks the last scene."""
+    """In `test`, the sentence is held out; where there is none, the last scene is."""
     if split == "held_out":
         shown = (thing.sprite for scene in row.scenes for thing in scene.things)
         return any((sprite.concept, sprite.style) in sprites.held_out for sprite in shown)
@@ -236,14 +236,14 @@ def _is_in_split(row: Row, split: str, sprites: Sprites) -> bool:
 
 
 def encode(pixels: np.ndarray) -> dict:
-    """A PNG as `datasets` has it."""
+    """Encode pixels as a PNG in the form that `datasets` stores."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return {"bytes": file.getvalue(), "path": None}
 
 
 def finish_row(sprites: Sprites, task: str, row: Row, context: Context) -> dict:
-    """A row with pixels, by the columns of its task."""
+    """Render a row: the columns of its task, with images."""
     images = [encode(render(scene, sprites, context.canvas)) for scene in row.scenes]
     values = dict(row.columns)
     for name in TASKS[task].features:
@@ -315,7 +315,7 @@ def write_dataset(
 
 
 def _check_manifest(folder: Path, options: dict) -> None:
-    """What is written goes on with the options that it was begun with."""
+    """Refuse to continue a folder that was begun with other options."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "world.json"
     begun = json.loads(path.read_text()) if path.exists() else options
@@ -339,7 +339,7 @@ def _write_task(
 
 
 def _write_images(sprites: Sprites, folder: Path, canvases: list[Canvas], key: str, count: int) -> None:
-    """Half of them scenes, half sprites of any size anywhere; no held-out pairs."""
+    """Write images, half of them scenes, half sprites of any size anywhere, without held-out pairs."""
 
     def make(number: int) -> dict:
         rng = Random(f"{key}/{number}")

@@ -102,5 +102,5 @@ class Dialect:
 
     @property
     def usual_size(self) -> str:
-        """Of things that stand alone at a place, where no words say another."""
+        """The size of a thing that stands alone at a place, unless words name another."""
         return self.sizes[len(self.sizes) // 2]

@@ -1,7 +1,7 @@
-"""Instructions that change one thing of a scene and keep the rest, and subjects that are to be drawn elsewhere."""
+"""Instructions that change one thing of a scene and keep the rest, and subjects to be shown in another scene."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .captions import COUNT_WORDS, Speaker
 from .sampling import Context
@@ -14,11 +14,8 @@ INSTRUCTIONS = {
     "replace": ("replace {thing} with {new}", "turn {thing} into {new}", "{new} instead of {thing}"),
     "background": (
         *("change the background to {background}", "make the background {background}"),
-        *(
-            "put everything on {background}",
-            "use {background} as the background",
-            "set the background to {background}",
-        ),
+        *("put everything on {background}", "use {background} as the background"),
+        "set the background to {background}",
     ),
     "add": ("add {new} {where}", "put {new} {where}", "draw {new} {where}"),
     "remove": ("remove {thing}", "delete {thing}", "take {thing} away", "erase {thing}"),
@@ -41,7 +38,7 @@ class Edit:
 
 
 def changed_boxes(source: Scene, target: Scene, canvas: Canvas) -> list[tuple[int, int, int]] | None:
-    """The only (left, top, side) in which two scenes differ; None if their backgrounds do."""
+    """Return the boxes (left, top, side) in which two scenes differ; None if their backgrounds differ."""
     if source.background != target.background:
         return None
     return [box(thing, canvas) for thing in {*source.things} ^ {*target.things}]
@@ -53,12 +50,12 @@ def sample_edit(context: Context, kind: str | None = None, source: Scene | None 
     allows.
     """
     while True:
-        chosen = kind or context.rng.choice(context.sprites.dialect.edits)
+        chosen = kind or context.rng.choice(context.dialect.edits)
         found = _EDITS[chosen](context, source)
         if found is None:
             continue
         before, after, words = found
-        template = context.say.choose({**INSTRUCTIONS, **context.sprites.dialect.instructions}[chosen])
+        template = context.say.choose({**INSTRUCTIONS, **context.dialect.instructions}[chosen])
         if None not in words.values() and before != after:
             return Edit(chosen, context.say.manner(template.format(**words)), before, after)
 
@@ -67,10 +64,8 @@ Found = tuple[Scene, Scene, dict[str, str | None]] | None  # before, after, and 
 
 
 def _subject(context: Context, source: Scene | None, *, room: int = 0) -> tuple[Scene, Thing]:
-    """A scene and the thing in it that is to change."""
-    scene = source or context.spread(
-        min(context.rng.choice((1, 1, 2, 3)), context.sprites.dialect.most_different), room=room
-    )
+    """Return a scene and the thing in it that will change."""
+    scene = source or context.spread(min(context.rng.choice((1, 1, 2, 3)), context.dialect.most_different), room=room)
     return scene, scene.things[0] if source is None else context.rng.choice(scene.things)
 
 
@@ -78,19 +73,15 @@ def _name(say: Speaker, scene: Scene, thing: Thing) -> str | None:
     return "it" if say.people and len(scene.things) == 1 and say.maybe(0.5) else say.refer(scene, thing)
 
 
-def _with_sprite(thing: Thing, sprite: Sprite) -> Thing:
-    return Thing(sprite, thing.place, thing.size)
-
-
 def _style(context: Context, source: Scene | None) -> Found:
-    """A new drawing of the same concept; of a held-out pair the held-out style is the new one."""
+    """Change the style of a thing; a held-out style is always the new one."""
     scene, thing = _subject(context, source)
     sprite = thing.sprite
     others = context.seen_styles(sprite.concept, sprite.style)
     if not others:
         return None
-    other = _with_sprite(thing, Sprite(sprite.concept, context.rng.choice(others)))
-    plain = _with_sprite(thing, Sprite(sprite.concept, sprite.style))
+    other = replace(thing, sprite=Sprite(sprite.concept, context.rng.choice(others)))
+    plain = replace(thing, sprite=Sprite(sprite.concept, sprite.style))
     if source is None:  # the first sprite of a context may be held out: it is to be drawn
         before, after, new = scene.with_thing(thing, other), scene.with_thing(thing, plain), plain
         thing = other
@@ -108,20 +99,14 @@ def _replace(context: Context, source: Scene | None) -> Found:
     if any(new.concept == other.sprite.concept for other in scene.things):
         return None
     words = {"thing": _name(context.say, scene, thing), "new": context.say.indefinite(new)}
-    return scene, scene.with_thing(thing, _with_sprite(thing, new)), words
+    return scene, scene.with_thing(thing, replace(thing, sprite=new)), words
 
 
 def _background(context: Context, source: Scene | None) -> Found:
     scene = source or context.scene()
     background = context.background(other_than=scene.background)
-    return (
-        scene,
-        Scene(background, scene.things),
-        {
-            "background": context.say.background(background),
-            "name": background,
-        },
-    )
+    words = {"background": context.say.background(background), "name": background}
+    return scene, replace(scene, background=background), words
 
 
 def _add(context: Context, source: Scene | None) -> Found:
@@ -137,17 +122,14 @@ def _add(context: Context, source: Scene | None) -> Found:
     beside = [name for name, (down, right) in RELATIONS.items() if CELLS[place] == (row + down, column + right)]
     where = context.say.place(place)
     if beside and context.say.maybe(0.7):
-        where = _beside(context.say, beside[0], context.say.refer(scene, anchor))
+        name = context.say.refer(scene, anchor)
+        where = f"{context.say.relation(beside[0])} {name}" if name else None
     words = {"new": context.say.indefinite(new), "where": where}
-    return scene, Scene(scene.background, (*scene.things, Thing(new, place, anchor.size))), words
-
-
-def _beside(say: Speaker, relation: str, anchor: str | None) -> str | None:
-    return f"{say.relation(relation)} {anchor}" if anchor else None
+    return scene, replace(scene, things=(*scene.things, Thing(new, place, anchor.size))), words
 
 
 def _remove(context: Context, source: Scene | None) -> Found:
-    scene = source or context.spread(min(context.rng.choice((2, 2, 3, 4)), context.sprites.dialect.most_different))
+    scene = source or context.spread(min(context.rng.choice((2, 2, 3, 4)), context.dialect.most_different))
     if len(scene.things) < 2:
         return None
     thing = context.rng.choice(scene.things[1:])  # the first stays: it may be the one that is held out
@@ -160,22 +142,15 @@ def _move(context: Context, source: Scene | None) -> Found:
     if not free:
         return None
     place = context.rng.choice(free)
-    words = {
-        "thing": _name(context.say, scene, thing),
-        "place": context.say.place_name(place),
-        "where": context.say.place(place),
-    }
-    return scene, scene.with_thing(thing, Thing(thing.sprite, place, thing.size)), words
+    words = {"thing": _name(context.say, scene, thing), "place": context.say.place_name(place)}
+    return scene, scene.with_thing(thing, replace(thing, place=place)), words | {"where": context.say.place(place)}
 
 
 def _resize(context: Context, source: Scene | None) -> Found:
     scene, thing = _subject(context, source)
-    others = [size for size in context.sprites.dialect.sizes if size != thing.size]
-    fitting = {
-        size: after
-        for size in others
-        if fits((after := scene.with_thing(thing, Thing(thing.sprite, thing.place, size))).things, context.canvas)
-    }
+    others = [size for size in context.dialect.sizes if size != thing.size]
+    resized = {size: scene.with_thing(thing, replace(thing, size=size)) for size in others}
+    fitting = {size: after for size, after in resized.items() if fits(after.things, context.canvas)}
     if not fitting:
         return None
     size = context.rng.choice(list(fitting))
@@ -186,39 +161,36 @@ def _resize(context: Context, source: Scene | None) -> Found:
 def _tone(context: Context, source: Scene | None) -> Found:
     scene, thing = _subject(context, source)
     sprite = thing.sprite
-    if source is None and not context.sprites.tones_of.get((sprite.concept, sprite.style)):
+    if source is None and not context.tones(sprite):
         pairs = [pair for pair in context.sprites.tones_of if pair not in context.sprites.held_out]
         if not pairs or context.pool == "held_out":
             return None
         concept, style = context.rng.choice(pairs)
-        new = _with_sprite(thing, context.toned(Sprite(concept, style), 0.8))
+        new = replace(thing, sprite=context.toned(Sprite(concept, style), 0.8))
         scene, thing, sprite = scene.with_thing(thing, new), new, new.sprite
-    tones = [t for t in context.sprites.tones_of.get((sprite.concept, sprite.style), ()) if t != sprite.tone]
+    tones = [tone for tone in context.tones(sprite) if tone != sprite.tone]
     if not tones:
         return None
-    new = Sprite(sprite.concept, sprite.style, context.rng.choice(tones))
+    new = replace(sprite, tone=context.rng.choice(tones))
     words = {"thing": context.say.refer(scene, thing), "tone": f"{new.tone} {context.sprites.tone_words}"}
-    return scene, scene.with_thing(thing, _with_sprite(thing, new)), words
+    return scene, scene.with_thing(thing, replace(thing, sprite=new)), words
 
 
 def _swap(context: Context, source: Scene | None) -> Found:
-    """Two things in each other's place."""
+    """Swap the places of two things."""
     scene = source or context.spread(2)
     if len(scene.things) < 2:
         return None
     first, second = context.rng.sample(scene.things, 2)
-    placed = {
-        first: Thing(first.sprite, second.place, first.size),
-        second: Thing(second.sprite, first.place, second.size),
-    }
-    after = Scene(scene.background, tuple(placed.get(thing, thing) for thing in scene.things))
+    placed = {first: replace(first, place=second.place), second: replace(second, place=first.place)}
+    after = replace(scene, things=tuple(placed.get(thing, thing) for thing in scene.things))
     if not fits(after.things, context.canvas):
         return None
     return scene, after, {"first": context.say.refer(scene, first), "second": context.say.refer(scene, second)}
 
 
 def _count(context: Context, source: Scene | None) -> Found:
-    """Another number of the same; they then stand where so many stand by default."""
+    """Change the number of equal things; they move to the default places of that number."""
     if source is not None and len({thing.sprite for thing in source.things}) > 1:
         return None
     sprite = context.sprite() if source is None else source.things[0].sprite
@@ -236,11 +208,8 @@ def _count(context: Context, source: Scene | None) -> Found:
     return source or before, after, {"new": new, "old": f"the {old}"}
 
 
-_EDITS: dict[str, Callable[[Context, Scene | None], Found]] = dict(
-    zip(
-        INSTRUCTIONS, (_style, _replace, _background, _add, _remove, _move, _resize, _tone, _swap, _count), strict=True
-    )
-)
+_MADE_BY = (_style, _replace, _background, _add, _remove, _move, _resize, _tone, _swap, _count)
+_EDITS: dict[str, Callable[[Context, Scene | None], Found]] = dict(zip(INSTRUCTIONS, _MADE_BY, strict=True))
 
 
 @dataclass(frozen=True)
@@ -253,7 +222,7 @@ class Subject:
 
 
 def sample_subject(context: Context) -> Subject:
-    """This one, there, on blue: what the subjects are is only shown."""
+    """Ask for subjects that only their images identify: this one, there, on blue."""
     say, rng = context.say, context.rng
     sprites = context.different(rng.choice((1, 1, 2)))
     sources = tuple(

@@ -36,7 +36,7 @@ LIST = Path(__file__).with_name("emoji_concepts.txt")
 
 
 def concept_order(concepts: dict[str, Concept]) -> list[str]:
-    """All concepts in the random order of one seed: the first n of them are n at random."""
+    """Shuffle all concepts with a fixed seed, so that the first n are a random sample."""
     order = sorted(concepts, key=lambda name: concepts[name].code)
     Random(_ORDER_SEED).shuffle(order)
     return order
@@ -59,7 +59,7 @@ def load(folder: Path, *, artwork: Path | None = None, concepts: int | None = No
 
 
 def make_sprites(concepts: dict[str, Concept], source: Rasters) -> Sprites:
-    """Of rendered artwork."""
+    """Make the sprites of rendered artwork."""
     words = {style: _STYLE_WORDS[style] for style in STYLES}
     return Sprites(concepts, words, source, Dialect(), tone_words="skin tone", hints=_HINTS)
 
@@ -86,7 +86,7 @@ class Reward:
 
 
 def suite(folder: str = "data/emoji", judge: str = JUDGE, concepts: int | None = None, **options):
-    """`nextflow_hf.worlds.emoji:suite` of a world's folder and judge; `options` are those of [`~suite.WorldSuite`]."""
+    """Make the suite of a world's folder and judge; `options` are those of [`~suite.WorldSuite`]."""
     from .judge import Judge
     from .suite import WorldSuite
 

@@ -39,7 +39,7 @@ SMALLEST_EXTENT = 0.75  # of what a sprite should extend over
 
 
 class Classifier(nn.Module):
-    """Crops (n, 3, `CROP`, `CROP`) in [0, 1] -> logits of (concept, style) pairs and nothing, of no tone and tones."""
+    """Map crops (n, 3, `CROP`, `CROP`) in [0, 1] to logits of pairs and nothing, and of no tone and all tones."""
 
     def __init__(self, num_pairs: int, num_tones: int, width: int = 24):
         super().__init__()
@@ -63,7 +63,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Look:
-    """What is in a box, and the probability of its concept, which is `NOTHING` where there is nothing."""
+    """The sprite in a box, whose concept may be `NOTHING`, and the probability of that concept."""
 
     sprite: Sprite
     confidence: float
@@ -91,7 +91,7 @@ class Judge:
 
     @torch.no_grad()
     def look(self, pixels: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> list[Look]:
-        """What is in each (left, top, side) of a uint8 image: the likeliest concept, in its likeliest style."""
+        """Classify each box (left, top, side) of a uint8 image: the likeliest concept, then its likeliest style."""
         crops = torch.stack([crop(pixels, *place) for place in boxes])
         pairs, tones = (logits.softmax(-1) for logits in self.classifier(crops))
         concepts = torch.zeros_like(pairs).index_add_(1, self._concepts, pairs).max(-1)
@@ -146,7 +146,7 @@ class Judge:
         return {"changed": checks["passed"], "kept": kept, "passed": checks["passed"] and kept}
 
     def _concepts_anywhere(self, pixels: np.ndarray, looks: list[Look]) -> Counter:
-        """The concepts in all boxes of the lattice; overlapping boxes count once, the surest one."""
+        """Count the concepts in all boxes of the lattice; of overlapping boxes, only the surest counts."""
         canvas = pixels.shape[:2]
         things = [Thing(Sprite("", ""), place, size) for place in CELLS for size in self.sizes]
         seen = list(zip(things, self.look(pixels, [box(thing, canvas) for thing in things])))
@@ -159,7 +159,7 @@ class Judge:
         return names
 
     def _extends(self, mask: np.ndarray, place: tuple[int, int, int], sprite: Sprite) -> bool:
-        """Whether what is in a box is about as large as the sprite is; what is larger lies outside."""
+        """Tell whether the content of a box is about as large as the sprite; a larger one would leave the box."""
         left, top, side = place
         rows, columns = np.nonzero(mask[top : top + side, left : left + side])
         if not len(rows):
@@ -169,7 +169,7 @@ class Judge:
 
 
 def reward(judge: Judge, images: Sequence[Image.Image], scenes: Sequence[Sequence[str]]) -> list[float]:
-    """For GRPO: the share of the checks that each image passes, against the last scene of a row of the data sets."""
+    """Return, for GRPO, the share of the checks that each image passes against the last scene of its row."""
     found = []
     for image, of_row in zip(images, scenes, strict=True):
         checks = judge.judge_image(image, Scene.from_json(json.loads(of_row[-1])))
@@ -179,12 +179,12 @@ def reward(judge: Judge, images: Sequence[Image.Image], scenes: Sequence[Sequenc
 
 
 def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """uint8 (height, width, 3)."""
+    """Convert an image to uint8 (height, width, 3)."""
     return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
 
 
 def crop(pixels: np.ndarray, left: int, top: int, side: int) -> torch.Tensor:
-    """A box and its margin as (3, `CROP`, `CROP`) in [0, 1]; what lies outside of the image repeats its border."""
+    """Cut out a box and its margin as (3, `CROP`, `CROP`) in [0, 1]; outside of the image, its border is repeated."""
     margin = round(MARGIN * side)
     rows = np.clip(np.arange(top - margin, top + side + margin), 0, pixels.shape[0] - 1)
     columns = np.clip(np.arange(left - margin, left + side + margin), 0, pixels.shape[1] - 1)
@@ -193,7 +193,7 @@ def crop(pixels: np.ndarray, left: int, top: int, side: int) -> torch.Tensor:
 
 
 def background_of(pixels: np.ndarray, backgrounds: Sequence[str] = BACKGROUNDS) -> str | None:
-    """The background that most of the border has; None where it has none of them."""
+    """Return the background that is nearest to the border of the image; None where none is near."""
     border = np.ones(pixels.shape[:2], dtype=bool)
     border[2:-2, 2:-2] = False
     seen = pixels[border].astype(np.float32)
@@ -206,13 +206,13 @@ def background_of(pixels: np.ndarray, backgrounds: Sequence[str] = BACKGROUNDS) 
 
 
 def foreground(pixels: np.ndarray, background: str) -> np.ndarray:
-    """Where an image differs from a background."""
+    """Return the mask (height, width) where an image differs from a background."""
     difference = np.abs(pixels.astype(np.int16) - backdrop(background, pixels.shape[:2]))
     return difference.max(-1) > FOREGROUND
 
 
 def _outside(mask: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> float:
-    """The share of an image that is foreground outside of boxes, whose rims do not count."""
+    """Return the share of an image that is foreground outside of the boxes and their rims."""
     rest = mask.copy()
     for left, top, side in boxes:
         rim = 1 + side // 16
@@ -221,7 +221,7 @@ def _outside(mask: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> float:
 
 
 def kept_psnr(pixels: np.ndarray, reference: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> float:
-    """PSNR in dB of what lies outside of boxes."""
+    """Return the PSNR in dB outside of the boxes."""
     kept = np.ones(pixels.shape[:2], dtype=bool)
     for left, top, side in boxes:
         kept[top : top + side, left : left + side] = False
@@ -251,7 +251,7 @@ class _Crops:
         self.weights = (plain + (1 - plain) / max(1, len(self.tones))).to(device)
 
     def __call__(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """(count, 3, `CROP`, `CROP`), and (count, 2) labels; a tenth are of nothing."""
+        """Sample crops (count, 3, `CROP`, `CROP`) and labels (count, 2); a tenth of them show nothing."""
 
         def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
             return torch.rand(*shape, generator=generator, device=generator.device) * (high - low) + low
@@ -278,7 +278,7 @@ class _Crops:
     def _paste(
         self, crops: torch.Tensor, chosen: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, shown: torch.Tensor
     ) -> torch.Tensor:
-        """Sprites of `scale` times the box, `shift` boxes from its place."""
+        """Paste sprites, `scale` times as large as the box and shifted by `shift` boxes."""
         seen = 1 + 2 * MARGIN
         matrices = torch.zeros(len(chosen), 2, 3, device=crops.device)
         matrices[:, 0, 0] = matrices[:, 1, 1] = seen / scale
@@ -291,7 +291,7 @@ class _Crops:
 
     @staticmethod
     def _worsen(crops: torch.Tensor, uniform) -> torch.Tensor:
-        """As small sprites, and images that are not quite right, look: coarse, above all in color, and uneven."""
+        """Degrade crops as small sprites and imperfect images are: coarse, above all in color, and uneven."""
         parts = []
         for part in crops.chunk(8):
             size, color_size = int(uniform(1, low=16, high=CROP + 16)), int(uniform(1, low=8, high=CROP + 16))
@@ -308,7 +308,7 @@ class _Crops:
 
 
 def _coarser(images: torch.Tensor, size: int) -> torch.Tensor:
-    """With no more detail than `size` pixels have."""
+    """Reduce the detail of images to that of `size` pixels."""
     if size >= images.shape[-1]:
         return images
     small = F.interpolate(images, size=size, mode="bilinear", antialias=True)
@@ -376,7 +376,7 @@ def train_judge(
 
 
 def _train_step(classifier: Classifier, crops: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The loss and the share of right pairs; the tone is learnt where there is something."""
+    """Return the loss and the accuracy of the pairs; the loss of the tone counts only where there is a sprite."""
     classifier.train()
     crops = crops.contiguous(memory_format=torch.channels_last)
     with torch.autocast(crops.device.type, dtype=torch.bfloat16):
@@ -388,13 +388,13 @@ def _train_step(classifier: Classifier, crops: torch.Tensor, labels: torch.Tenso
 
 
 def extent(sprites: Sprites, sprite: Sprite) -> float:
-    """The longer side of what a sprite covers, in its own size."""
+    """Return the longer side of the area that a sprite covers, relative to its size."""
     rows, columns = np.nonzero(np.asarray(sprites.draw(sprite, 64))[..., 3] > 64)
     return round(float(max(np.ptp(rows), np.ptp(columns)) + 1) / 64, 3) if len(rows) else 0.0
 
 
 def check_judge(sprites: Sprites, judge: Judge, sizes: list[Canvas], count: int) -> dict:
-    """The share of true scenes that pass, check by check, and which concepts and styles are taken for which."""
+    """Judge true scenes: return the rate of every check, and the most frequent confusions."""
     passed, seen, confused = Counter(), Counter(), Counter()
     for number in range(count):
         rng = Random(f"judge/{number}")

@@ -22,7 +22,7 @@ Asked = tuple[str, str] | None
 
 
 def is_same(text: str, answer: str) -> bool:
-    """Whether an answer is the right one, but for case, spaces, articles and a full stop."""
+    """Compare an answer with the right one, ignoring case, spaces, articles and a full stop."""
 
     def plain(words: str) -> list[str]:
         return [word for word in words.lower().strip(" .!\n").split() if word not in ("a", "an", "the")]
@@ -31,37 +31,36 @@ def is_same(text: str, answer: str) -> bool:
 
 
 def sample_questions(context: Context, scene: Scene, count: int) -> list[Question]:
-    """Up to `count` different questions about a scene."""
+    """Sample up to `count` different questions about a scene."""
     found: dict[str, Question] = {}
     for _ in range(4 * count):
         kind = context.rng.choice(list(_ASK))
         asked = _ASK[kind](context, scene)
         if asked is not None and len(found) < count:
-            found.setdefault(
-                asked[0].lower(),
-                Question(kind, context.say.manner(f"{asked[0]}{context.sprites.dialect.question_end}"), asked[1]),
-            )
+            text = context.say.manner(f"{asked[0]}{context.dialect.question_end}")
+            found.setdefault(asked[0].lower(), Question(kind, text, asked[1]))
     return list(found.values())
 
 
 def _concept(context: Context, scene: Scene) -> Asked:
     thing = context.rng.choice(scene.things)
-    dialect = context.sprites.dialect
-    if dialect.names_styles:
-        return dialect.what_is.format(place=context.say.place(thing.place)), thing.sprite.concept
-    if len(scene.things) == 1:
-        return context.say.choose(("what is this", "what do you see")), with_article(thing.sprite.concept)
-    return dialect.what_is.format(place=context.say.place(thing.place)), with_article(thing.sprite.concept)
+    named = thing.sprite.concept if context.dialect.names_styles else with_article(thing.sprite.concept)
+    if len(scene.things) == 1 and not context.dialect.names_styles:
+        return context.say.choose(("what is this", "what do you see")), named
+    return context.dialect.what_is.format(place=context.say.place(thing.place)), named
+
+
+def _only(context: Context, scene: Scene) -> tuple[Thing, str | None]:
+    """Sample a thing, and its name if no other thing has its concept."""
+    thing = context.rng.choice(scene.things)
+    name = context.say.refer(scene, thing)
+    return thing, name if sum(t.sprite.concept == thing.sprite.concept for t in scene.things) == 1 else None
 
 
 def _style(context: Context, scene: Scene) -> Asked:
-    thing = context.rng.choice(scene.things)
-    name = context.say.refer(scene, thing)
-    only = sum(other.sprite.concept == thing.sprite.concept for other in scene.things) == 1
+    thing, name = _only(context, scene)
     return (
-        (context.sprites.dialect.style_is.format(thing=name), context.sprites.styles[thing.sprite.style][0])
-        if name and only
-        else None
+        (context.dialect.style_is.format(thing=name), context.sprites.styles[thing.sprite.style][0]) if name else None
     )
 
 
@@ -71,16 +70,15 @@ def _background(context: Context, scene: Scene) -> Asked:
 
 def _count(context: Context, scene: Scene) -> Asked:
     if context.say.maybe(0.4):
-        text = context.say.choose(context.sprites.dialect.how_many)
-        return text, COUNT_WORDS[len(scene.things)]
+        return context.say.choose(context.dialect.how_many), COUNT_WORDS[len(scene.things)]
     concept = context.rng.choice(scene.things).sprite.concept
     count = sum(thing.sprite.concept == concept for thing in scene.things)
     return f"how many {plural(context.say.name(concept))} are there", COUNT_WORDS[count]
 
 
 def _existence(context: Context, scene: Scene) -> Asked:
-    """As often yes as no; what is not there is often of the group of what is."""
-    if context.sprites.dialect.names_styles:
+    """Ask whether a concept is there, as often yes as no; absent ones are often of the same group."""
+    if context.dialect.names_styles:
         return _existence_of_sprite(context, scene)
     concept, answer = context.rng.choice(scene.things).sprite.concept, "yes"
     if context.say.maybe(0.5):
@@ -93,7 +91,7 @@ def _existence(context: Context, scene: Scene) -> Asked:
 
 
 def _existence_of_sprite(context: Context, scene: Scene) -> Asked:
-    """What is not there has the concept or the style of what is."""
+    """Ask whether a sprite is there; an absent one shares its concept or its style with one that is."""
     there = {thing.sprite for thing in scene.things}
     sprite, answer = context.rng.choice(scene.things).sprite, "yes"
     if context.say.maybe(0.5):
@@ -104,20 +102,18 @@ def _existence_of_sprite(context: Context, scene: Scene) -> Asked:
 
 
 def _called(context: Context, sprite: Sprite) -> str:
-    """`an octopus`, or `a red circle` where styles are named."""
-    style = f"{context.sprites.styles[sprite.style][0]} " if context.sprites.dialect.names_styles else ""
+    """Name a sprite: `an octopus`, or `a red circle` where styles are named."""
+    style = f"{context.sprites.styles[sprite.style][0]} " if context.dialect.names_styles else ""
     return with_article(f"{style}{sprite.concept}")
 
 
 def _place(context: Context, scene: Scene) -> Asked:
-    thing = context.rng.choice(scene.things)
-    only = sum(other.sprite.concept == thing.sprite.concept for other in scene.things) == 1
-    name = context.say.refer(scene, thing)
-    return (f"where is {name}", context.sprites.dialect.places[thing.place][0]) if name and only else None
+    thing, name = _only(context, scene)
+    return (f"where is {name}", context.dialect.places[thing.place][0]) if name else None
 
 
 def _relation(context: Context, scene: Scene) -> Asked:
-    """What lies on one side of a thing: one other does, and straight on."""
+    """Ask for the one thing that lies in a straight line on one side of another."""
     thing, relation = context.rng.choice(scene.things), context.rng.choice(list(RELATIONS))
     beyond = [other for other in scene.things if is_related(other, relation, thing)]
     name = context.say.refer(scene, thing)
@@ -127,7 +123,7 @@ def _relation(context: Context, scene: Scene) -> Asked:
 
 
 def is_related(first: Thing, relation: str, second: Thing) -> bool:
-    """Whether a thing is left of another, and so on: in the same row, or column."""
+    """Tell whether a relation holds between two things of one row or column."""
     axis = 0 if RELATIONS[relation][0] else 1
     here, there = CELLS[first.place], CELLS[second.place]
     return (here[axis] - there[axis]) * RELATIONS[relation][axis] > 0 and here[1 - axis] == there[1 - axis]

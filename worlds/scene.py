@@ -77,18 +77,18 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on one of `BACKGROUNDS`; None, of what is asked for, is any."""
+    """Things on one of `BACKGROUNDS`; in a request, None stands for any background."""
 
     background: str | None
     things: tuple[Thing, ...]
 
     def with_thing(self, old: Thing, new: Thing | None) -> "Scene":
-        """With `new` in the place of `old`, or without it."""
+        """Replace `old` by `new`, or remove it."""
         things = [new if thing == old else thing for thing in self.things]
         return replace(self, things=tuple(thing for thing in things if thing is not None))
 
     def to_json(self) -> dict:
-        """As plain data."""
+        """Convert to plain data."""
         return {
             "background": self.background,
             "things": [[*vars(thing.sprite).values(), thing.place, thing.size] for thing in self.things],
@@ -96,19 +96,19 @@ class Scene:
 
     @classmethod
     def from_json(cls, data: dict) -> "Scene":
-        """What `to_json` gave."""
+        """Convert from plain data."""
         things = (Thing(Sprite(*values[:3]), *values[3:]) for values in data["things"])
         return cls(data["background"], tuple(things))
 
 
 def canvases(resolution: int, ratios: Sequence[tuple[int, int]] = RATIOS) -> list[Canvas]:
-    """The sizes (height, width) of a resolution for ratios from 1:2 to 2:1, as the image processor has them."""
+    """Return the sizes (height, width) of a resolution for all ratios, as the image processor has them."""
     schedule = ScaleSchedule((1, resolution // _BUCKETS["patch_size"]), **_BUCKETS)
     return list(dict.fromkeys(schedule.pixel_size(schedule.nearest_bucket(*ratio), 2) for ratio in ratios))
 
 
 def box(thing: Thing, canvas: Canvas) -> tuple[int, int, int]:
-    """(left, top, side) in pixels."""
+    """Return the box of a thing: (left, top, side) in pixels."""
     side = int(SIZES[thing.size] * min(canvas)) // _GRID * _GRID
     margin = 0 if thing.size == "tile" else 2
 
@@ -121,7 +121,7 @@ def box(thing: Thing, canvas: Canvas) -> tuple[int, int, int]:
 
 
 def fits(things: Sequence[Thing], canvas: Canvas) -> bool:
-    """Whether no two things overlap and each is large enough to be recognised."""
+    """Tell whether no two things overlap and each is large enough to be recognised."""
     boxes = [box(thing, canvas) for thing in things]
     apart = all(
         abs(a[0] - b[0]) >= max(a[2], b[2]) or abs(a[1] - b[1]) >= max(a[2], b[2])
@@ -132,14 +132,14 @@ def fits(things: Sequence[Thing], canvas: Canvas) -> bool:
 
 
 def default_places(count: int, canvas: Canvas) -> tuple[str, ...]:
-    """Where things are that no words place: in a line along the longer side, or in the corners."""
+    """Return the places of things that no words place: in a line along the longer side, or in the corners."""
     line = ("left", "middle", "right") if canvas[1] >= canvas[0] else ("top", "middle", "bottom")
     corners = tuple(name for name in CELLS if "corner" in name)
     return {1: line[1:2], 2: line[::2], 3: line, 4: corners}[count]
 
 
 def default_size(places: Sequence[str], canvas: Canvas, sizes: Sequence[str]) -> str | None:
-    """The largest of `sizes` that things at `places` can all have; None where none fits."""
+    """Return the largest of `sizes` that fits at all `places`; None where none fits."""
     if len(sizes) == 1:
         return sizes[0]
     if tuple(places) == ("middle",):
@@ -152,7 +152,7 @@ def default_size(places: Sequence[str], canvas: Canvas, sizes: Sequence[str]) ->
 
 @lru_cache(maxsize=1024)
 def backdrop(background: str, canvas: Canvas) -> np.ndarray:
-    """uint8 (height, width, 3) of nothing but the background."""
+    """Paint a background: uint8 (height, width, 3)."""
     height, width = canvas
     top, _, bottom = background.partition(" to ")
     share = np.linspace(0, 1, height)[:, None]
@@ -161,7 +161,7 @@ def backdrop(background: str, canvas: Canvas) -> np.ndarray:
 
 
 def paste(pixels: np.ndarray, sprite: Image.Image, left: int, top: int) -> None:
-    """Draws a premultiplied sprite onto uint8 `pixels`; what lies outside is cut off."""
+    """Paint a premultiplied sprite onto uint8 `pixels`, clipped to them."""
     height, width = pixels.shape[:2]
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + sprite.width, width), min(top + sprite.height, height)
     if x0 < x1 and y0 < y1:
@@ -171,7 +171,7 @@ def paste(pixels: np.ndarray, sprite: Image.Image, left: int, top: int) -> None:
 
 
 def render(scene: Scene, sprites: Sprites, canvas: Canvas) -> np.ndarray:
-    """A scene as uint8 (height, width, 3)."""
+    """Render a scene as uint8 (height, width, 3)."""
     pixels = backdrop(scene.background, canvas).copy()
     for thing in scene.things:
         left, top, side = box(thing, canvas)
@@ -182,7 +182,7 @@ def render(scene: Scene, sprites: Sprites, canvas: Canvas) -> np.ndarray:
 def render_loose(
     rng: Random, sprites: Sprites, drawings: Sequence[Sprite], background: str, canvas: Canvas
 ) -> np.ndarray:
-    """Sprites of any size anywhere, one over the other: what a vision tokenizer should see, whatever scenes are."""
+    """Render sprites of any size anywhere, one over the other: varied images for a vision tokenizer."""
     pixels = backdrop(background, canvas).copy()
     for sprite in drawings:
         side = rng.randint(MIN_PIXELS, int(0.95 * min(canvas)))

@@ -4,7 +4,7 @@ So the grammar of all worlds applies; no files are needed, and the judge compare
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -62,20 +62,17 @@ def _becomes(context: Context):
 
 def _changes_background(context: Context):
     sprite = context.sprite()
-    names = context.rng.sample(context.sprites.dialect.backgrounds, context.rng.choice((2, 3)))
+    names = context.rng.sample(context.dialect.backgrounds, context.rng.choice((2, 3)))
     text = f"the background of {context.say.indefinite(sprite)} turns {' and then '.join(names)}"
     return text, _alone([sprite] * len(names), names), [f"the background is {name}" for name in names]
 
 
-def _one_by_one(verb: str, shown):
-    def tell(context: Context):
-        count, sprite, background = context.rng.choice((2, 3)), context.sprite(), context.background()
-        full = context.arrange([sprite] * count, background, default_places(count, context.canvas))
-        text = f"{_hero(context, sprite, background, count=count)} {verb} one by one"
-        scenes = tuple(Scene(background, shown(full.things, index)) for index in range(count))
-        return text, scenes, [f"there is {COUNT_WORDS[len(scene.things)]}" for scene in scenes]
-
-    return tell
+def _one_by_one(context: Context, verb: str, shown):
+    count, sprite, background = context.rng.choice((2, 3)), context.sprite(), context.background()
+    full = context.arrange([sprite] * count, background, default_places(count, context.canvas))
+    text = f"{_hero(context, sprite, background, count=count)} {verb} one by one"
+    scenes = tuple(Scene(background, shown(full.things, index)) for index in range(count))
+    return text, scenes, [f"there is {COUNT_WORDS[len(scene.things)]}" for scene in scenes]
 
 
 def _hero(context: Context, sprite: Sprite, background: str, **parts) -> str:
@@ -134,22 +131,22 @@ DIALECT = Dialect(
     stories={
         "move": _moves,
         "become": _becomes,
-        "appear": _one_by_one("appear", lambda things, index: things[: index + 1]),
-        "vanish": _one_by_one("vanish", lambda things, index: things[index:]),
+        "appear": partial(_one_by_one, verb="appear", shown=lambda things, index: things[: index + 1]),
+        "vanish": partial(_one_by_one, verb="vanish", shown=lambda things, index: things[index:]),
         "background": _changes_background,
     },
 )
 
 
 class _Shapes:
-    """Draws them, at any size equally sharp."""
+    """Draws shapes, equally sharp at any size."""
 
     def __init__(self):
         self.numbers = {Sprite(shape, color): 0 for shape in _SYNONYMS for color in _COLORS}
 
     @staticmethod
     def draw(sprite: Sprite, size: int) -> Image.Image:
-        """The sprite at a size, premultiplied "RGBa"."""
+        """Return the sprite at a size in pixels, as premultiplied "RGBa"."""
         offsets = np.arange(size, dtype=np.float32) + 0.5 - size / 2
         inside = 0.5 - _signed_distance(sprite.concept, offsets[None], offsets[:, None], _RADIUS * size)
         alpha = np.clip(inside, 0, 1)[..., None]
@@ -158,7 +155,7 @@ class _Shapes:
 
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """To the outline of a shape around the origin, negative inside; y grows downwards. All look about as heavy."""
+    """Return the distance to the outline of a shape around the origin, negative inside; y grows downwards."""
     distance = np.hypot(x, y)
     if shape == "circle":
         return distance - radius
@@ -173,7 +170,7 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
 
 
 def load(folder: Path | None = None, *, artwork: Path | None = None, concepts: int | None = None) -> Sprites:
-    """The sprites, which need no files."""
+    """Make the sprites; they need no files."""
     found = {name: Concept(name, _SYNONYMS[name], "shapes", name) for name in list(_SYNONYMS)[:concepts]}
     styles = {color: (color,) for color in _COLORS}
     return Sprites(found, styles, _Shapes(), DIALECT, hints=_HINTS, usual_styles=_USUAL_COLORS, holds_out=False)
@@ -181,21 +178,21 @@ def load(folder: Path | None = None, *, artwork: Path | None = None, concepts: i
 
 @lru_cache(maxsize=1)
 def judge():
-    """Of all images of this world."""
+    """Make the judge of this world's images."""
     from .template_judge import TemplateJudge  # needs torch
 
     return TemplateJudge(load())
 
 
 def reward(images: Sequence[Image.Image], scenes: Sequence[Sequence[str]], **columns) -> list[float]:
-    """For GRPO (`nextflow_hf.worlds.shapes:reward`): see [`~judge.reward`]."""
+    """Return rewards for GRPO (`nextflow_hf.worlds.shapes:reward`), see [`~judge.reward`]."""
     from .judge import reward
 
     return reward(judge(), images, scenes)
 
 
 def suite(**options):
-    """`nextflow_hf.worlds.shapes:suite`; `options` are those of [`~suite.WorldSuite`]."""
+    """Make the suite; `options` are those of [`~suite.WorldSuite`]."""
     from .suite import WorldSuite
 
     return WorldSuite(load(), judge(), **options)

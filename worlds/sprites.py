@@ -41,12 +41,12 @@ class Sprite:
 
 
 class RasterSource(Protocol):
-    """What draws sprites."""
+    """Draws sprites."""
 
     numbers: dict[Sprite, int]
 
     def draw(self, sprite: Sprite, size: int) -> Image.Image:
-        """The sprite at a size in pixels, as premultiplied "RGBa"."""
+        """Return the sprite at a size in pixels, as premultiplied "RGBa"."""
 
 
 class Sprites:
@@ -85,7 +85,7 @@ class Sprites:
 
     @cached_property
     def styles_of(self) -> dict[str, list[str]]:
-        """Concept -> the styles that it is drawn in, in the order of preference."""
+        """The styles of every concept, in the order of preference."""
         found: dict[str, list[str]] = {name: [] for name in self.concepts}
         for sprite in self.all:
             if not sprite.tone:
@@ -98,7 +98,7 @@ class Sprites:
 
     @cached_property
     def tones_of(self) -> dict[tuple[str, str], list[str]]:
-        """(Concept, style) -> the tones that it is drawn in."""
+        """The tones of every (concept, style)."""
         found: dict[tuple[str, str], list[str]] = {}
         for sprite in self.all:
             if sprite.tone:
@@ -120,17 +120,17 @@ class Sprites:
 
     @cached_property
     def held_out_pairs(self) -> list[tuple[str, str]]:
-        """`held_out` in an order."""
+        """`held_out`, sorted."""
         return sorted(self.held_out)
 
     @cached_property
     def names(self) -> list[str]:
-        """Names of all concepts."""
+        """The names of all concepts."""
         return list(self.concepts)
 
     @cached_property
     def names_of_group(self) -> dict[str, list[str]]:
-        """Group -> names of its concepts."""
+        """The names of the concepts of every group."""
         found: dict[str, list[str]] = {}
         for name, concept in self.concepts.items():
             found.setdefault(concept.group, []).append(name)
@@ -138,7 +138,7 @@ class Sprites:
 
     @cached_property
     def seen_styles_of(self) -> dict[str, list[str]]:
-        """Concept -> the styles in which training sees it."""
+        """The styles of every concept that are not held out."""
         return {
             name: [style for style in styles if (name, style) not in self.held_out]
             for name, styles in self.styles_of.items()
@@ -146,11 +146,11 @@ class Sprites:
 
     @cached_property
     def draw(self):
-        """(sprite, pixels) -> the sprite at that size, premultiplied "RGBa"."""
+        """The source's `draw`, cached."""
         return lru_cache(maxsize=4096)(self.source.draw)
 
 
 def scaled(levels: list[Image.Image], size: int) -> Image.Image:
-    """A size of a sprite from the next larger of its `MIPMAPS`."""
+    """Scale a sprite down from the next larger of its `MIPMAPS`."""
     image = next((level for level in levels if level.width >= size), levels[-1])
     return image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)

@@ -1,6 +1,7 @@
-"""Several images in a row: stories that a request settles, and example pairs that show a rule nobody says."""
+"""Several images in a row: stories that a request determines, and example pairs that show an unsaid rule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from .captions import join_words, with_article
 from .edits import Edit, sample_edit
@@ -27,9 +28,9 @@ _PATHS = (
 
 
 def sample_story(context: Context, kind: str | None = None) -> Story:
-    """A random story of `kind` (any where None) in two to four images."""
+    """Sample a story of `kind` (any where None) in two to four images."""
     kind = kind or context.rng.choice(list(STORIES))
-    text, scenes, events = {**STORIES, **context.sprites.dialect.stories}[kind](context)
+    text, scenes, events = {**STORIES, **context.dialect.stories}[kind](context)
     openings = ("first", *["then"] * (len(scenes) - 2), "in the end")
     sentences = tuple(f"{opening}, {event}." for opening, event in zip(openings, events, strict=True))
     request = context.say.choose(("a story: {}", "tell and draw a story: {}", "show me how {}", "story: {}", "{}"))
@@ -39,14 +40,10 @@ def sample_story(context: Context, kind: str | None = None) -> Story:
 Told = tuple[str, tuple[Scene, ...], list[str]]
 
 
-def _series(context: Context, options: list[str]) -> list[str]:
-    return context.rng.sample(options, min(len(options), context.rng.choice((2, 3))))
-
-
 def _moves(context: Context) -> Told:
     sprite, background, path = context.sprite(), context.background(), list(context.rng.choice(_PATHS))
     path = path[:: context.rng.choice((1, -1))]
-    scenes = tuple(Scene(background, (Thing(sprite, place, context.sprites.dialect.usual_size),)) for place in path)
+    scenes = tuple(Scene(background, (Thing(sprite, place, context.dialect.usual_size),)) for place in path)
     hero = context.say.indefinite(sprite)
     text = f"{hero} on {context.say.background(background)} moves from the {path[0]} to the {path[-1]}"
     return text, scenes, [f"it is {context.say.place(place)}" for place in path]
@@ -63,23 +60,13 @@ def _becomes(context: Context) -> Told:
 def _restyles(context: Context) -> Told:
     first = context.sprite()
     others = context.seen_styles(first.concept, first.style)
-    styles = [first.style, *_series(context, others)]
+    styles = [first.style, *context.rng.sample(others, min(len(others), context.rng.choice((2, 3))))]
     background = context.background()
     scenes = tuple(_alone(context, Sprite(first.concept, style), background) for style in styles)
     words = [context.say.style(style) for style in styles]
-    plain = Sprite(first.concept, first.style)
-    text = (
-        f"{context.say.indefinite(plain)} on {context.say.background(background)} turns {' and then '.join(words[1:])}"
-    )
+    hero = context.say.indefinite(replace(first, tone=""))
+    text = f"{hero} on {context.say.background(background)} turns {' and then '.join(words[1:])}"
     return text, scenes, [f"it is {word}" for word in words]
-
-
-def _appear(context: Context) -> Told:
-    return _one_by_one(context, "appear", lambda things, index: things[: index + 1])
-
-
-def _vanish(context: Context) -> Told:
-    return _one_by_one(context, "vanish", lambda things, index: things[index:])
 
 
 def _one_by_one(context: Context, verb: str, shown) -> Told:
@@ -89,42 +76,35 @@ def _one_by_one(context: Context, verb: str, shown) -> Told:
     nouns = [context.say.indefinite(sprite) for sprite in sprites]
     text = f"{join_words(nouns)} {verb} one by one on {context.say.background(background)}"
     scenes = tuple(Scene(background, shown(full.things, index)) for index in range(len(sprites)))
-    return text, scenes, [f"there is {_names(scene)}" for scene in scenes]
-
-
-def _names(scene: Scene) -> str:
-    return " and ".join(with_article(thing.sprite.concept) for thing in scene.things)
+    names = [" and ".join(with_article(thing.sprite.concept) for thing in scene.things) for scene in scenes]
+    return text, scenes, [f"there is {name}" for name in names]
 
 
 def _changes_background(context: Context) -> Told:
     sprite, first = context.sprite(), context.background()
-    second = context.background(other_than=first)
-    backgrounds = [first, second]
-    text = f"the background of {context.say.indefinite(sprite)} turns from {first} into {second}"
-    return (
-        text,
-        tuple(_alone(context, sprite, name) for name in backgrounds),
-        [f"the background is {name}" for name in backgrounds],
-    )
+    names = (first, context.background(other_than=first))
+    text = f"the background of {context.say.indefinite(sprite)} turns from {names[0]} into {names[1]}"
+    scenes = tuple(_alone(context, sprite, name) for name in names)
+    return text, scenes, [f"the background is {name}" for name in names]
 
 
 def _alone(context: Context, sprite: Sprite, background: str) -> Scene:
-    return Scene(background, (Thing(sprite, "middle", context.sprites.dialect.sizes[-1]),))
+    return Scene(background, (Thing(sprite, "middle", context.dialect.sizes[-1]),))
 
 
 STORIES = {
     "move": _moves,
     "become": _becomes,
     "restyle": _restyles,
-    "appear": _appear,
-    "vanish": _vanish,
+    "appear": partial(_one_by_one, verb="appear", shown=lambda things, index: things[: index + 1]),
+    "vanish": partial(_one_by_one, verb="vanish", shown=lambda things, index: things[index:]),
     "background": _changes_background,
 }
 
 
 @dataclass(frozen=True)
 class ExamplePair:
-    """A pair of scenes before and after a rule of `RULES`, another scene, and that one after the rule."""
+    """Two scenes before and after a rule of `RULES`, and two others before and after the same rule."""
 
     rule: str
     scenes: tuple[Scene, Scene, Scene, Scene]
@@ -134,25 +114,18 @@ RULES = ("style", "background", "move", "resize", "tone")
 
 
 def sample_examples(context: Context) -> ExamplePair:
-    """`A is to B as C is to`: the rule changes one thing to one value, in both pairs the same."""
+    """Sample `A is to B as C is to`: in both pairs, the rule changes one thing to the same value."""
+    can = [rule for rule in RULES if rule in context.dialect.edits]
+    if context.pool == "held_out" or not context.sprites.tones_of:
+        can = [rule for rule in can if rule != "tone"]
     while True:
-        edit = sample_edit(
-            context,
-            context.rng.choice(
-                [rule for rule in RULES if rule in context.sprites.dialect.edits and _can(context, rule)]
-            ),
-        )
-        pair = _apply_alike(context, edit)
-        if pair is not None:
+        edit = sample_edit(context, context.rng.choice(can))
+        if pair := _apply_alike(context, edit):
             return ExamplePair(edit.kind, (*pair, edit.source, edit.target))
 
 
-def _can(context: Context, rule: str) -> bool:
-    return rule != "tone" or bool(context.sprites.tones_of) and context.pool == "seen"
-
-
 def _apply_alike(context: Context, edit: Edit) -> tuple[Scene, Scene] | None:
-    """Another scene before and after what the edit does, if it has but one thing and the rule applies to it."""
+    """Apply the change of an edit to another scene of one thing; return None where it does not apply."""
     if len(edit.target.things) != 1:
         return None
     (old,), (new,) = edit.source.things, edit.target.things
@@ -163,18 +136,18 @@ def _apply_alike(context: Context, edit: Edit) -> tuple[Scene, Scene] | None:
     concept = _concept_with(context, old, new)
     if concept is None:
         return None
-    sprites = [Sprite(concept, thing.sprite.style, thing.sprite.tone) for thing in (old, new)]
     background = context.background()
-    return tuple(Scene(background, (Thing(s, t.place, t.size),)) for s, t in zip(sprites, (old, new)))
+    things = [replace(thing, sprite=replace(thing.sprite, concept=concept)) for thing in (old, new)]
+    return tuple(Scene(background, (thing,)) for thing in things)
 
 
 def _concept_with(context: Context, *things: Thing) -> str | None:
-    """Another concept that training sees in the styles and tones of all of them."""
+    """Sample another concept that training sees in the styles and tones of all these things."""
     for _ in range(50):
         concept = context.rng.choice(context.sprites.names)
         seen = context.sprites.seen_styles_of[concept]
         looks = [thing.sprite for thing in things]
-        toned = all(not s.tone or s.tone in context.sprites.tones_of.get((concept, s.style), ()) for s in looks)
+        toned = all(not s.tone or s.tone in context.tones(Sprite(concept, s.style)) for s in looks)
         if concept != looks[0].concept and all(s.style in seen for s in looks) and toned:
             return concept
     return None

@@ -109,7 +109,7 @@ class WorldSuite:
         return Sample(id, turns, group, category, settings, (task, scenes, expected))
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
-        """The judge's checks over all images, "text" over all answers in words, and "passed", that is all of them."""
+        """Return the judge's checks over all images, "text" over all answers in words, and "passed": all of them."""
         task, scenes, expected = sample.reference
         if task == _RECONSTRUCTION:
             true, decoded = map(np.asarray, images_of(answer[0]))
@@ -133,7 +133,7 @@ class WorldSuite:
         return values
 
     def summarize(self, answers: Iterable[tuple[Sample, Answer]], results: Sequence[dict]) -> dict[str, float]:
-        """Nothing beyond the means."""
+        """Return nothing beyond the means."""
         return {}
 
     def _judge(self, sample: Sample, task: str, image: Image.Image, target: Scene) -> dict[str, bool]:
@@ -143,7 +143,7 @@ class WorldSuite:
         return self.judge.judge_edit(image, sample.reference[1][0], target, source)
 
     def _is_right(self, task: str, parts: list[Part], wanted: list[Part]) -> bool:
-        """A caption says all that there is, a question has one answer."""
+        """Compare a caption with the whole scene, and an answer with the one right answer."""
         text, right = text_of(parts), text_of(wanted)
         if task != "caption":
             return is_same(text, right)

@@ -1,4 +1,4 @@
-"""A judge without training, for sprites that are few and simple: each box is compared with all of them."""
+"""A judge without training, for few and simple sprites: it compares each box with all of them."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ class TemplateJudge(Judge):
         self.extents = {sprite: extent(sprites, sprite) for sprite in sprites.all}
 
     def look(self, pixels: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> list[Look]:
-        """The nearest sprite in each (left, top, side) of a uint8 image; nothing where none is near."""
+        """Return the nearest sprite of each box (left, top, side) of a uint8 image; nothing where none is near."""
         ground = backdrop(background_of(pixels, self.backgrounds) or self.backgrounds[0], pixels.shape[:2])
         return [self._nearest(pixels.astype(np.float32), ground, *place) for place in boxes]
 

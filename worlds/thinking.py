@@ -1,4 +1,4 @@
-"""Prompts that only imply what to draw, the thoughts behind them, conversations of several turns, and text alone."""
+"""Prompts that only imply the image, the reasoning behind them, conversations of several turns, and text alone."""
 
 from dataclasses import dataclass
 
@@ -23,8 +23,8 @@ class Implied:
 
 
 def sample_implied(context: Context) -> Implied:
-    """A prompt with one or two hints, for a number or a place, a background, or a style."""
-    say, rng, dialect = context.say, context.rng, context.sprites.dialect
+    """Sample a prompt with one or two hints, for a number or a place, a background, or a style."""
+    say, rng, dialect = context.say, context.rng, context.dialect
     sprite = context.sprite(tone_rate=0)
     kinds = rng.sample(dialect.implied, rng.choice((1, 1, 2)))
     if {"number", "place"} <= set(kinds):
@@ -79,7 +79,7 @@ class Conversation:
 
 
 def sample_conversation(context: Context) -> Conversation:
-    """Draw, ask, change, ask again: three to five turns about one image."""
+    """Sample a conversation of four or five turns about one image: draw, ask, change, ask again."""
     scene = context.scene(context.rng.choice((1, 1, 2, 2, 3)))
     turns: list[tuple[str, Scene | str]] = [(context.say.request(context.say.describe(scene, context.canvas)), scene)]
     kinds = ["draw"]
@@ -99,7 +99,7 @@ def sample_conversation(context: Context) -> Conversation:
 
 
 def sample_text(context: Context) -> str:
-    """A few sentences without an image: other names, groups, and what follows from where things are."""
+    """Sample a few sentences without an image: synonyms, groups, and what follows from where things are."""
     return " ".join(context.rng.choice(_TEXTS)(context) for _ in range(context.rng.randint(1, 3)))
 
 

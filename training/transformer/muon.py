@@ -30,6 +30,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         lr (`float`): Of both.
         weight_decay (`float`): Of the matrices, decoupled.
         momentum (`float`, *optional*, defaults to 0.95): Of the matrices' gradients, with Nesterov's look ahead.
+        in_bfloat16 (`bool`, *optional*, defaults to `False`):
+            Whether a CPU, too, orthogonalises in bfloat16, as accelerators do: for CPUs that train fastest in it.
         adamw_options: Of `torch.optim.AdamW` (`betas`, `eps`, `fused`).
     """
 
@@ -41,8 +43,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
+        in_bfloat16: bool = False,
         **adamw_options,
     ):
+        self.in_bfloat16 = in_bfloat16
         matrices = list(matrices)
         if wrong := [tuple(matrix.shape) for matrix in matrices if matrix.ndim != 2]:
             raise ValueError(f"expected parameters of two dimensions, got the shapes {wrong}")
@@ -71,7 +75,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 batches.setdefault(key, []).append(matrix)
         for matrices in batches.values():
             directions = [self._direction(matrix, group["momentum"]) for matrix in matrices]
-            updates = orthogonalize_in_shares(torch.stack([wide(direction) for direction in directions]))
+            stack = torch.stack([wide(direction) for direction in directions])
+            updates = orthogonalize_in_shares(stack, in_bfloat16=self.in_bfloat16)
             for matrix, update in zip(matrices, updates):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 wide(matrix).add_(update, alpha=-group["lr"] * RMS * max(matrix.shape) ** 0.5)
@@ -89,28 +94,28 @@ def wide(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
-def orthogonalize_in_shares(matrices: torch.Tensor) -> torch.Tensor:
+def orthogonalize_in_shares(matrices: torch.Tensor, *, in_bfloat16: bool = False) -> torch.Tensor:
     """`orthogonalize`, of which every process computes a share, the same for all on all of them."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return orthogonalize(matrices)
+        return orthogonalize(matrices, in_bfloat16=in_bfloat16)
     share = -(-len(matrices) // dist.get_world_size())
     mine = matrices[dist.get_rank() * share :][:share]
     gathered = matrices.new_zeros(dist.get_world_size() * share, *matrices.shape[1:])
     padded = matrices.new_zeros(share, *matrices.shape[1:])
-    padded[: len(mine)] = orthogonalize(mine)
+    padded[: len(mine)] = orthogonalize(mine, in_bfloat16=in_bfloat16)
     dist.all_gather(list(gathered.chunk(dist.get_world_size())), padded)
     return gathered[: len(matrices)]
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, *, in_bfloat16: bool = False) -> torch.Tensor:
     """
     Matrices (n, rows, columns), rows <= columns, with all singular values near 1 (0.7 to 1.2), in their dtype.
 
     Newton-Schulz iterations: an odd polynomial of the matrix is that polynomial of its singular values.
     """
     a, b, c = COEFFICIENTS
-    # A CPU without matrix units multiplies fastest in fp32; elsewhere bf16 is enough.
-    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    # Many CPUs multiply fastest in fp32; elsewhere bf16 is enough.
+    x = matrices.to(torch.float32 if matrices.device.type == "cpu" and not in_bfloat16 else torch.bfloat16)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NUM_STEPS):
         gram = x @ x.mT

@@ -105,6 +105,7 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
             fused=self.args.optim == "adamw_torch_fused",
+            in_bfloat16=self.args.bf16,
         )
 
     # --- counting
