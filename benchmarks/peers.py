@@ -116,6 +116,7 @@ class Contestants:
     def _janus(self, ids: torch.Tensor, side: int) -> Run:
         text = {"model_type": "llama", "vocab_size": 1024, **self.body}
         vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16 * side,
+                  "num_image_tokens": side * side,
                   "patch_size": 16, "projection_dim": self.hidden, "hidden_dropout_rate": 0.0, "depth": 1}  # fmt: skip
         codes = {"embed_dim": 8, "num_embeddings": CODES, "double_latent": False, "latent_channels": 64,
                  "num_patches": side, "base_channels": 32, "channel_multiplier": [1, 1, 2, 2, 4], "num_res_blocks": 1,
