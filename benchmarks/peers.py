@@ -6,7 +6,8 @@
 Random weights, float32 on a CPU and bfloat16 on CUDA. All have the width and the depth of ours, a prompt of 64 tokens,
 guidance 3 and 32,768 codes, and run the code that their libraries ship, unchanged:
 
-- NextFlow: `generate_images`; "without cache": our own forward on the whole sequence so far, at every scale.
+- NextFlow: `generate_images`; "lean": after `fuse_qkv_projections()`; "without cache": our own forward on the whole
+  sequence so far, at every scale.
 - raster: `Qwen2ForCausalLM.generate` of one code for each 16 x 16 pixels, guided by a logits processor.
 - MMDiT: diffusers' `SD3Transformer2DModel` (latents of 8 x 8 pixels, patches of 2), 18 and 28 guided steps.
 - Janus: `JanusForConditionalGeneration.generate(generation_mode="image")`, codes of 16 x 16 pixels.
@@ -18,6 +19,7 @@ counted while the same code runs. A CPU's second is one of the process's own, on
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -73,8 +75,12 @@ class Contestants:
         ids[:, -1] = self.config.boi_token_id
         return {"input_ids": ids[:1], "negative_input_ids": ids[1:], "image_grids": padded[None]}
 
-    def nextflow(self, pixels: int) -> Work:
-        generate = partial(self.ours.generate_images, **self._prompts(pixels), **SAMPLING)
+    def nextflow(self, pixels: int, *methods: str) -> Work:
+        """By a copy of the model on which these methods were called."""
+        model = copy.deepcopy(self.ours)
+        for method in methods:
+            getattr(model, method)()
+        generate = partial(model.generate_images, **self._prompts(pixels), **SAMPLING)
         return lambda: generate(generator=torch.Generator().manual_seed(0)), None, 1
 
     def without_cache(self, pixels: int) -> Work:
@@ -193,6 +199,7 @@ class Guidance(LogitsProcessor):
 
 CONTESTANTS: dict[str, Callable[[Contestants, int], Work]] = {
     "NextFlow": Contestants.nextflow,
+    "NextFlow, lean": lambda makers, pixels: makers.nextflow(pixels, "fuse_qkv_projections"),
     "NextFlow without cache": Contestants.without_cache,
     "raster, Qwen2": Contestants.raster,
     "MMDiT, 18 steps": Contestants.mmdit,
