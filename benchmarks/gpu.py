@@ -3,7 +3,8 @@
     python benchmarks/gpu.py                  # appends a section to benchmarks/RESULTS.md as it goes
     python benchmarks/gpu.py --toy --output /tmp/toy.md     # that all of it runs, on a CPU
 
-Each line below is a process of its own, which is ended at its limit; what it printed until then stays.
+Each line below is a process of its own, which is ended at its limit; what it printed until then stays. Python needs
+the package's dependencies and the extras `rl` and `quant`, for fp8 torchao: what lacks them ends with its error.
 """
 
 import argparse

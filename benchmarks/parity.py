@@ -41,13 +41,8 @@ def served(pipe: NextFlowPipeline, count: int) -> list[np.ndarray]:
     return [found[seed] for seed in range(count)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--count", type=int, default=32)
-    args = parser.parse_args()
-    model, device = find_model(args.model), choose_device(args.device)
+def ways_of(model: str, device: str, count: int) -> dict[str, Callable[[], list[np.ndarray]]]:
+    """The images of a model by each way to run it."""
 
     def load(attention: str | None = None, **options) -> NextFlowPipeline:
         pipe = NextFlowPipeline.from_pretrained(model, **{"dtype": torch.float32, **options}).to(device)
@@ -61,30 +56,40 @@ def main() -> None:
         pipe = load()
         for method in methods:
             getattr(pipe.transformer, method)()
-        return sample(pipe, args.count)
+        return sample(pipe, count)
 
     def int8() -> list[np.ndarray]:
         from torchao.quantization import Int8WeightOnlyConfig
 
         kinds = {"transformer": TorchAoConfig(Int8WeightOnlyConfig())}
-        return sample(load(quantization_config=PipelineQuantizationConfig(quant_mapping=kinds)), args.count)
+        return sample(load(quantization_config=PipelineQuantizationConfig(quant_mapping=kinds)), count)
 
     four_bits = PipelineQuantizationConfig(
         quant_backend="bitsandbytes_4bit", quant_kwargs=NF4, components_to_quantize=["transformer"]
     )
-    ways: dict[str, Callable[[], list[np.ndarray]]] = {
-        "sdpa": lambda: sample(load("sdpa"), args.count),
-        "eager": lambda: sample(load("eager"), args.count),
+    ways = {
+        "sdpa": lambda: sample(load("sdpa"), count),
+        "eager": lambda: sample(load("eager"), count),
         "compiled": lambda: prepared("compile_repeated_blocks"),
         "lean": lambda: prepared("fuse_qkv_projections"),
         "lean, compiled": lambda: prepared("fuse_qkv_projections", "compile_repeated_blocks"),
-        "bfloat16": lambda: sample(load(dtype=torch.bfloat16), args.count),
-        "4-bit": lambda: sample(load(quantization_config=four_bits), args.count),
+        "bfloat16": lambda: sample(load(dtype=torch.bfloat16), count),
+        "4-bit": lambda: sample(load(quantization_config=four_bits), count),
         "int8 by torchao": int8,
-        "served": lambda: served(load(), args.count),
+        "served": lambda: served(load(), count),
     }
     if device == "cuda":
         ways["graphs"] = lambda: prepared("compile_sampling")
+    return ways
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--count", type=int, default=32)
+    args = parser.parse_args()
+    ways = ways_of(find_model(args.model), choose_device(args.device), args.count)
     reference = None
     print("| way | equal | within 1/255 | mean difference (of 255) |\n| --- | ---: | ---: | ---: |")
     for name, way in ways.items():

@@ -6,7 +6,8 @@
 Random weights, float32 on a CPU and bfloat16 on CUDA. All have the width and the depth of ours, a prompt of 64 tokens,
 guidance 3 and 32,768 codes, and run the code that their libraries ship, unchanged:
 
-- NextFlow: `generate_images`; "without cache": our own forward on the whole sequence so far, at every scale.
+- NextFlow: `generate_images`; "lean": after `fuse_qkv_projections()`; "without cache": our own forward on the whole
+  sequence so far, at every scale.
 - raster: `Qwen2ForCausalLM.generate` of one code for each 16 x 16 pixels, guided by a logits processor.
 - MMDiT: diffusers' `SD3Transformer2DModel` (latents of 8 x 8 pixels, patches of 2), 18 and 28 guided steps.
 - Janus: `JanusForConditionalGeneration.generate(generation_mode="image")`, codes of 16 x 16 pixels.
@@ -18,6 +19,7 @@ counted while the same code runs. A CPU's second is one of the process's own, on
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -29,7 +31,6 @@ from transformers import LogitsProcessor
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.modeling_nextflow.sampling_nextflow import guide, sample_codes, scale_plan
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 
 
@@ -73,8 +74,12 @@ class Contestants:
         ids[:, -1] = self.config.boi_token_id
         return {"input_ids": ids[:1], "negative_input_ids": ids[1:], "image_grids": padded[None]}
 
-    def nextflow(self, pixels: int) -> Work:
-        generate = partial(self.ours.generate_images, **self._prompts(pixels), **SAMPLING)
+    def nextflow(self, pixels: int, *methods: str) -> Work:
+        """By a copy of the model on which these methods were called."""
+        model = copy.deepcopy(self.ours)
+        for method in methods:
+            getattr(model, method)()
+        generate = partial(model.generate_images, **self._prompts(pixels), **SAMPLING)
         return lambda: generate(generator=torch.Generator().manual_seed(0)), None, 1
 
     def without_cache(self, pixels: int) -> Work:
@@ -85,7 +90,7 @@ class Contestants:
 
         def run() -> torch.Tensor:
             codes = torch.zeros(1, 0, dtype=torch.long, device=self.device)
-            for count, step in enumerate(scale_plan(grids, **SAMPLING), start=1):
+            for count, (height, width) in enumerate(grids, start=1):
                 cells = sum(height * width for height, width in grids[1:count])
                 ids = torch.cat([prompts, prompts.new_full((2, cells), self.config.image_token_id)], dim=1)
                 hidden = self.ours.model(
@@ -93,10 +98,10 @@ class Contestants:
                     image_codes=codes.flatten().repeat(2),
                     image_grids=inputs["image_grids"].expand(2, -1, -1),
                     use_cache=False,
-                ).last_hidden_state[:, -step.grid[0] * step.grid[1] :]
-                logits = self.ours.image_logits(hidden).float()
-                guided = guide(*logits.split(1), step.guidance_scale)
-                codes = torch.cat([codes, sample_codes(guided, step, [torch.Generator().manual_seed(0)])], dim=1)
+                ).last_hidden_state[:, -height * width :]
+                with_text, without = self.ours.image_logits(hidden).float()
+                scores, best = (without + 3 * (with_text - without)).topk(900)
+                codes = torch.cat([codes, best.gather(1, scores.softmax(-1).multinomial(1)).T], dim=1)
             return codes
 
         return run, None, 1
@@ -116,6 +121,7 @@ class Contestants:
     def _janus(self, ids: torch.Tensor, side: int) -> Run:
         text = {"model_type": "llama", "vocab_size": 1024, **self.body}
         vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16 * side,
+                  "num_image_tokens": side * side,
                   "patch_size": 16, "projection_dim": self.hidden, "hidden_dropout_rate": 0.0, "depth": 1}  # fmt: skip
         codes = {"embed_dim": 8, "num_embeddings": CODES, "double_latent": False, "latent_channels": 64,
                  "num_patches": side, "base_channels": 32, "channel_multiplier": [1, 1, 2, 2, 4], "num_res_blocks": 1,
@@ -192,6 +198,7 @@ class Guidance(LogitsProcessor):
 
 CONTESTANTS: dict[str, Callable[[Contestants, int], Work]] = {
     "NextFlow": Contestants.nextflow,
+    "NextFlow, lean": lambda makers, pixels: makers.nextflow(pixels, "fuse_qkv_projections"),
     "NextFlow without cache": Contestants.without_cache,
     "raster, Qwen2": Contestants.raster,
     "MMDiT, 18 steps": Contestants.mmdit,

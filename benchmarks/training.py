@@ -37,7 +37,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.utils import is_liger_kernel_available
 
-from nextflow_hf import NextFlowGRPOConfig, NextFlowGRPOTrainer, NextFlowPipeline
+from nextflow_hf import NextFlowPipeline
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
@@ -143,6 +143,8 @@ def brightness(images: list[Image.Image], **columns: Any) -> list[float]:
 def grpo(arguments: argparse.Namespace, config: NextFlowConfig, tokenizer: NextFlowVisionTokenizerConfig) -> str:
     """A row of the table: a group's rollout and its update, under LoRA."""
     from peft import LoraConfig
+
+    from nextflow_hf import NextFlowGRPOConfig, NextFlowGRPOTrainer  # which need TRL
 
     pipe, clock, rollouts = make_pipeline(config, tokenizer, arguments.device), Clock(arguments.device), []
 

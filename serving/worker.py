@@ -135,11 +135,28 @@ class ImageRequest(Request):
         kind = (self.prompt is None, bool(self.images), self.mask is None)
         return (ImageRequest, kind, self.schedule, self.count, self.left_out, settings)
 
-    def partial_scales(self, num_scales: int) -> list[int]:
-        """After how many scales an image is sent: evenly spread, before the last."""
-        wanted = self.partial_images
-        scales = (round(num_scales * (index + 1) / (wanted + 1)) for index in range(wanted))
-        return sorted({min(max(scale, 1), num_scales - 1) for scale in scales if num_scales > 1})
+    def show(self, pipe: Any, count: int, codes: torch.Tensor, grids: torch.Tensor) -> None:
+        """Sends an image of the first `count` scales where one is due: evenly spread, before the last."""
+        most, wanted = pipe.num_timesteps - 1, self.partial_images
+        spread = (round((most + 1) * (index + 1) / (wanted + 1)) for index in range(wanted))
+        due = sorted({min(max(one, 1), most) for one in spread if most > 0})
+        if count in due and not self.is_over:
+            (image,) = pipe.decode_codes(codes, grids, num_scales=count)
+            self.emit(Partial(image, due.index(count)))
+
+    @staticmethod
+    def inputs(requests: list["ImageRequest"]) -> dict[str, Any]:
+        """What the pipeline is given of requests that share a batch."""
+        first = requests[0]
+        inputs: dict[str, Any] = {"negative_prompt": [request.negative_prompt for request in requests]}
+        if first.prompt is None:
+            return {**inputs, "messages": [request.messages for request in requests]}
+        inputs["prompt"] = [request.prompt for request in requests]
+        if first.images:
+            inputs["image"] = [request.images for request in requests]
+        if first.mask is not None:
+            inputs["mask_image"] = [request.mask for request in requests]
+        return inputs
 
     @staticmethod
     def run(pipe: Any, requests: list["ImageRequest"]) -> list[Callable[[], Images]]:
@@ -155,24 +172,13 @@ class ImageRequest(Request):
                 pipe._interrupt = True
                 return {}
             for row, request in enumerate(requests):
-                scales = request.partial_scales(pipe.num_timesteps)
-                if scale + 1 in scales and not request.is_over:
-                    own = slice(row * repeats, row * repeats + 1)
-                    (image,) = pipe.decode_codes(codes[own].flatten(), grids[own], num_scales=scale + 1)
-                    request.emit(Partial(image, scales.index(scale + 1)))
+                own = slice(row * repeats, row * repeats + 1)
+                request.show(pipe, scale + 1, codes[own].flatten(), grids[own])
             return {}
 
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-        inputs: dict[str, Any] = {"messages": [request.messages for request in requests]}
-        if first.prompt is not None:
-            inputs = {"prompt": [request.prompt for request in requests]}
-            if first.images:
-                inputs["image"] = [request.images for request in requests]
-        if first.mask is not None:
-            inputs["mask_image"] = [request.mask for request in requests]
         output = pipe(
-            **inputs,
-            negative_prompt=[request.negative_prompt for request in requests],
+            **ImageRequest.inputs(requests),
             num_images_per_prompt=repeats,
             generator=[generator for generator in generators for _ in range(repeats)],
             callback_on_step_end=after_scale,

@@ -51,7 +51,7 @@ def test_sigterm_answers_what_waits(tmp_path):
         answers = []
 
         def ask() -> None:
-            body = json.dumps({"prompt": "a red circle", "n": 8}).encode()
+            body = json.dumps({"prompt": "a red circle", "n": 10}).encode()
             headers = {"Content-Type": "application/json"}
             request = urllib.request.Request(f"{url}/v1/images/generations", body, headers)
             with urllib.request.urlopen(request, timeout=60) as response:
@@ -60,11 +60,14 @@ def test_sigterm_answers_what_waits(tmp_path):
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
+        for _ in range(250):  # one is sampled, the others wait
+            if b"nextflow_queue_requests 2.0" in urllib.request.urlopen(f"{url}/metrics").read():
+                break
+            time.sleep(0.02)
         server.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join(60)
-        assert answers == [8, 8, 8]
+        assert answers == [10, 10, 10]
         assert server.wait(60) == 0
         assert "all requests answered" in server.stderr.read()
     finally:
