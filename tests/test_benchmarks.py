@@ -539,9 +539,9 @@ assert option("--model_args") == "pretrained=model" and option("--model") == "ne
 
 
 def test_understanding_is_lmms_evals(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    assert "pip install lmms-eval" in evaluate("understanding", "--score-only", mistake=True)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lmms_eval", None)
+        assert "pip install lmms-eval" in evaluate("understanding", "--score-only", mistake=True)
     (tmp_path / "stub" / "lmms_eval").mkdir(parents=True)
     (tmp_path / "stub" / "lmms_eval" / "__init__.py").write_text("")
     (tmp_path / "stub" / "lmms_eval" / "__main__.py").write_text(LMMS_EVAL)
