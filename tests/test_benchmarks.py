@@ -399,7 +399,6 @@ def test_scoring_goes_on_where_the_judge_failed(evaluate, tmp_path, monkeypatch)
         evaluate("wise", *judge)
         report = read_report(tmp_path)
         assert not report["complete"] and report["samples"] == 5 and "Overall" not in report["values"]
-        server.reply, server.asked[:] = 503, []
         server.reply = lambda text, images: 503
         again = (*judge, "--set", "height=16", "width=16", "--score-only")
         assert "does not answer" in evaluate("wise", *again, mistake=True)
