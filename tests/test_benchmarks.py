@@ -399,7 +399,6 @@ def test_scoring_goes_on_where_the_judge_failed(evaluate, tmp_path, monkeypatch)
         evaluate("wise", *judge)
         report = read_report(tmp_path)
         assert not report["complete"] and report["samples"] == 5 and "Overall" not in report["values"]
-        server.reply, server.asked[:] = 503, []
         server.reply = lambda text, images: 503
         again = (*judge, "--set", "height=16", "width=16", "--score-only")
         assert "does not answer" in evaluate("wise", *again, mistake=True)
@@ -539,9 +538,9 @@ assert option("--model_args") == "pretrained=model" and option("--model") == "ne
 
 
 def test_understanding_is_lmms_evals(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    assert "pip install lmms-eval" in evaluate("understanding", "--score-only", mistake=True)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lmms_eval", None)
+        assert "pip install lmms-eval" in evaluate("understanding", "--score-only", mistake=True)
     (tmp_path / "stub" / "lmms_eval").mkdir(parents=True)
     (tmp_path / "stub" / "lmms_eval" / "__init__.py").write_text("")
     (tmp_path / "stub" / "lmms_eval" / "__main__.py").write_text(LMMS_EVAL)
