@@ -36,7 +36,7 @@ from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 from nextflow_hf.training.common.flops import training_flops
 from nextflow_hf.training.data.collator import NextFlowDataCollator, PackingCollator
-from nextflow_hf.training.data.packing import PackedDataset
+from nextflow_hf.training.data.packing import PackedDataset, document_costs
 
 
 TOY = {
@@ -70,9 +70,9 @@ def make_batches(rows: list[dict], config: NextFlowConfig, batch_size: int) -> d
     groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     collate = NextFlowDataCollator(pad_token_id=config.pad_token_id)
     batches = {"padding": [collate(group) for group in groups]}
-    packed = PackedDataset(rows, config, max_length=1 << 40)
-    max_length = max(sum(packed.lengths) // len(groups), max(packed.lengths))
-    max_flops = max(sum(packed.flops) / len(groups), max(packed.flops))
+    lengths, flops = document_costs(rows, config)
+    max_length = max(sum(lengths) // len(groups), max(lengths))
+    max_flops = max(sum(flops) / len(groups), max(flops))
     collate = PackingCollator(config, pad_to_multiple_of=128)
     for name, limits in (("length", {"max_length": max_length}), ("computation", {"max_flops": max_flops})):
         packs = PackedDataset(rows, config, **limits)
