@@ -157,12 +157,13 @@ def test_documents_that_fit_nowhere_are_named():
 
 def test_report_by_hand():
     # Three packs of 10, 8 and 4 tokens; two ranks: the third pack makes no step.
-    packs = Packs(np.arange(4), np.array([2, 1, 1]))
-    report = PackingReport.of(packs, [6, 4, 8, 4], [36.0, 16.0, 64.0, 1.0], num_ranks=2)
+    packs = make_packs([6, 4, 8, 4], [36.0, 16.0, 64.0, 1.0], max_length=10, window=2)
+    assert lists(packs) == [[0, 1], [2], [3]]
+    report = PackingReport.of(packs, num_ranks=2)
     assert (report.num_documents, report.num_packs, report.num_tokens, report.padding) == (4, 3, 22, 0)
     assert report.balance == pytest.approx((52 + 64) / 2 / 64)
     with pytest.raises(ValueError, match="3 packs make no step of 4 ranks"):
-        PackingReport.of(Packs(np.arange(3), np.ones(3, dtype=int)), [1] * 3, [1.0] * 3, num_ranks=4)
+        PackingReport.of(packs, num_ranks=4)
 
 
 def test_report_of_padding_by_hand():
@@ -180,9 +181,9 @@ def test_report_of_padding_by_hand():
 def test_equal_computation_balances_ranks_better_than_equal_length():
     lengths = np.random.default_rng(1).choice([10, 80], 4000, p=[0.8, 0.2])
     flops = lengths + 0.05 * lengths**2.0
-    by_length = make_packs(lengths, max_length=160, seed=0)
+    by_length = make_packs(lengths, flops, max_length=160, seed=0)
     by_flops = make_packs(lengths, flops, max_flops=800.0, seed=0)
-    balance = [PackingReport.of(packs, lengths, flops, num_ranks=8).balance for packs in (by_length, by_flops)]
+    balance = [PackingReport.of(packs, num_ranks=8).balance for packs in (by_length, by_flops)]
     assert balance[0] < 0.8 < 0.95 < balance[1]
 
 

@@ -7,7 +7,7 @@ document. Deterministic; over a data set at once, over a large one block by bloc
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -95,15 +95,12 @@ class PackedDataset(Dataset):
         on_long_row: str = "raise",
     ):
         self.dataset = dataset
-        self.lengths, self.flops = document_costs(dataset, config)
         limits = {"max_length": max_length, "max_flops": max_flops}
-        kept = _rows_to_pack(self.lengths, self.flops, on_long_row, lambda index: self.dataset[index], **limits)
-        self.packs = make_packs(self.lengths[kept], self.flops[kept], **limits, window=window, seed=seed)
-        self.packs.documents = kept[self.packs.documents]
+        self.packs = _pack(dataset, config, np.arange(len(dataset)), on_long_row, **limits, window=window, seed=seed)
 
     def report(self, num_ranks: int = 1) -> PackingReport:
         """For steps of `num_ranks` packs, or of as many as there are."""
-        return PackingReport.of(self.packs, self.lengths, self.flops, num_ranks=min(num_ranks, len(self)))
+        return PackingReport.of(self.packs, num_ranks=min(num_ranks, len(self)))
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -180,23 +177,12 @@ class EndlessPackedDataset(Dataset):
     def report(self, num_ranks: int = 1) -> PackingReport:
         """Of the first block."""
         first = self._plan(0)
-        rows, documents = np.unique(first.documents, return_inverse=True)
-        lengths, flops = document_costs(self.rows, self.config, rows)
-        packs = Packs(documents, first.sizes, first.order)
-        return PackingReport.of(packs, lengths, flops, num_ranks=min(num_ranks, len(packs)))
+        return PackingReport.of(first, num_ranks=min(num_ranks, len(first)))
 
     def _plan(self, block: int) -> Packs:
         if block not in self._plans:
-            rows = np.sort(self._rows_of(block))
-            unique, places = np.unique(rows, return_inverse=True)  # a small source may be there several times
-            lengths, flops = (costs[places] for costs in document_costs(self.rows, self.config, unique))
-            kept = _rows_to_pack(
-                lengths, flops, self.on_long_row, lambda place: self.rows[int(rows[place])], **self.limits
-            )
-            packs = make_packs(
-                lengths[kept], flops[kept], **self.limits, window=self.window, seed=(self.seed, 1, block)
-            )
-            packs.documents = rows[kept[packs.documents]]
+            options = {**self.limits, "window": self.window, "seed": (self.seed, 1, block)}
+            packs = _pack(self.rows, self.config, np.sort(self._rows_of(block)), self.on_long_row, **options)
             last = max(self._plans, default=None)
             self._plans = {block: packs} if last is None else {last: self._plans[last], block: packs}
         return self._plans[block]
@@ -252,26 +238,25 @@ class PackedIterableDataset(IterableDataset):
             yield from (packs[index] for index in range(len(packs)))
 
 
-def _rows_to_pack(
-    lengths: Sequence[int],
-    flops: Sequence[float],
-    on_long_row: str,
-    get_row: Callable[[int], dict],
-    *,
-    max_length: int | None,
-    max_flops: float | None,
-) -> np.ndarray:
-    """Numbers of the rows that are to be packed: without those that fit into no pack, if these are to be skipped."""
+def _pack(
+    rows: Sequence[dict] | datasets.Dataset, config: NextFlowConfig, numbers: np.ndarray, on_long_row: str, **options
+) -> Packs:
+    """[`make_packs`] of the rows of these ascending numbers; without those that fit into no pack, if `on_long_row`
+    says so."""
     if on_long_row not in ON_LONG_ROW:
         raise ValueError(f"on_long_row is {on_long_row!r}, expected one of {ON_LONG_ROW}")
-    if on_long_row == "raise":
-        return np.arange(len(lengths))
-    is_long = (document_shares(lengths, flops, max_length=max_length, max_flops=max_flops) > 1).any(axis=1)
-    if is_long.any():
-        long = np.flatnonzero(is_long).tolist()
-        names = [str(get_row(index).get("row_id", index)) for index in long[:20]]
-        logger.warning(f"{len(long)} of {len(lengths)} rows fit into no pack and are left out: {names}")
-    return np.flatnonzero(~is_long)
+    unique, places = np.unique(numbers, return_inverse=True)  # a small source may be in a block several times
+    lengths, flops = (costs[places] for costs in document_costs(rows, config, unique))
+    if on_long_row == "skip":
+        limits = {name: options[name] for name in ("max_length", "max_flops")}
+        is_long = (document_shares(lengths, flops, **limits) > 1).any(axis=1)
+        if is_long.any():
+            names = [str(rows[int(number)].get("row_id", number)) for number in numbers[is_long][:20]]
+            logger.warning(f"{is_long.sum()} of {len(numbers)} rows fit into no pack and are left out: {names}")
+        numbers, lengths, flops = numbers[~is_long], lengths[~is_long], flops[~is_long]
+    packs = make_packs(lengths, flops, **options)
+    packs.documents = numbers[packs.documents]
+    return packs
 
 
 __all__ = [

@@ -14,31 +14,30 @@ WINDOWS_AT_ONCE = 512
 CHUNK = 2048  # consecutive rows that an endless walk reads together
 
 
+@dataclass
 class Packs(Sequence):
     """
-    Packs of documents as three arrays; an item is the array of a pack's documents.
+    Packs of documents as arrays; an item is the array of a pack's documents.
 
     Args:
         documents (`np.ndarray`): The documents of one pack after the other.
-        sizes (`np.ndarray`): How many each pack has.
-        order (`np.ndarray`, *optional*): Order of the packs. By default that of `sizes`.
+        ends (`np.ndarray`): Where each pack ends among them.
+        order (`np.ndarray`): Order of the packs.
+        tokens, flops (`np.ndarray`): Of each pack, in that order; no FLOPs where those of documents are not known.
     """
 
-    def __init__(self, documents: np.ndarray, sizes: np.ndarray, order: np.ndarray | None = None):
-        self.documents, self.sizes = documents, sizes
-        self.starts = np.cumsum(sizes) - sizes
-        self.order = np.arange(len(sizes)) if order is None else order
+    documents: np.ndarray
+    ends: np.ndarray
+    order: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> np.ndarray:
         pack = self.order[index]
-        return self.documents[self.starts[pack] : self.starts[pack] + self.sizes[pack]]
-
-    def sums(self, values: Sequence[float]) -> np.ndarray:
-        """The sum of a value of the documents, for each pack."""
-        return np.add.reduceat(np.asarray(values)[self.documents], self.starts)[self.order]
+        return self.documents[self.ends[pack - 1] if pack else 0 : self.ends[pack]]
 
 
 def make_packs(
@@ -78,8 +77,13 @@ def make_packs(
     rows = [*_blocks(order[:whole].reshape(-1, window)), *_blocks(order[whole:][None])]
     packed = [_first_fit(block, shares) for block in rows]
     sizes = np.concatenate([np.zeros(0, dtype=np.int64), *(sizes for _, sizes in packed)])
-    documents = np.concatenate([order[:0], *(documents for documents, _ in packed)])
-    return Packs(documents, sizes, None if seed is None else rng.permutation(len(sizes)))
+    documents, ends = np.concatenate([order[:0], *(documents for documents, _ in packed)]), np.cumsum(sizes)
+    order = np.arange(len(sizes)) if seed is None else rng.permutation(len(sizes))
+    tokens, flops = (
+        None if values is None else np.add.reduceat(np.asarray(values)[documents], ends - sizes)[order]
+        for values in (lengths, flops)
+    )
+    return Packs(documents, ends, order, tokens, flops)
 
 
 def document_shares(
@@ -164,17 +168,9 @@ class PackingReport:
     balance: float
 
     @classmethod
-    def of(
-        cls,
-        packs: Packs,
-        lengths: Sequence[int],
-        flops: Sequence[float],
-        *,
-        num_ranks: int = 1,
-    ) -> "PackingReport":
-        """Of documents of these lengths and FLOPs."""
-        tokens = packs.sums(lengths)
-        return cls._of_work(len(packs.documents), tokens, 0 * tokens, packs.sums(flops), num_ranks)
+    def of(cls, packs: Packs, *, num_ranks: int = 1) -> "PackingReport":
+        """Of packs whose FLOPs are known; `ValueError` where they make no step."""
+        return cls._of_work(len(packs.documents), packs.tokens, 0 * packs.tokens, packs.flops, num_ranks)
 
     @classmethod
     def of_padding(
