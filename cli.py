@@ -1,6 +1,7 @@
 """`nextflow-hf`: one sub-command per task. Knows only where each is; what it needs is imported when it runs."""
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import logging
@@ -14,49 +15,44 @@ from . import __version__
 
 # Sub-command -> (module with `main(argv)`, what `--help` says).
 COMMANDS = {
-    "generate": ("nextflow_hf.commands.generate", "images from words"),
-    "edit": ("nextflow_hf.commands.edit", "images changed as told, varied, or drawn again in part"),
-    "chat": ("nextflow_hf.commands.chat", "talk about images, and draw in between"),
-    "interleave": ("nextflow_hf.commands.interleave", "an answer of text and images"),
-    "frames": ("nextflow_hf.commands.frames", "a storyline as a GIF, a film or a contact sheet"),
-    "app": ("nextflow_hf.app.command", "draw, edit and talk in the browser, and watch images grow"),
-    "serve": ("nextflow_hf.commands.serve", "OpenAI's API on a model: images, edits, conversations"),
-    "reconstruct": ("nextflow_hf.commands.reconstruct", "images through the vision tokenizer and back"),
-    "info": ("nextflow_hf.commands.info", "what a model is, and needs; how an image was made"),
-    "demo": ("nextflow_hf.hub_cards.demo", "draw and edit pictures with the shipped Shapes model, on any machine"),
-    "diffusers": ("nextflow_hf.commands.diffusers_cli", "diffusers-cli, with NextFlow known to it"),
-    "transformers": ("nextflow_hf.commands.transformers_cli", "transformers' command line, with NextFlow known to it"),
-    "convert": (
-        "nextflow_hf.commands.convert",
-        "a pipeline to train, of a Qwen language model and a vision tokenizer",
-    ),
-    "export": ("nextflow_hf.commands.export", "a run of training as a repository that everything loads"),
-    "push": ("nextflow_hf.commands.push", "such a repository to the Hub"),
-    "evaluate": ("nextflow_hf.commands.evaluate", "a model judged by a suite, with tables and contact sheets"),
-    "world": (
-        "nextflow_hf.commands.world",
-        "data sets that are drawn by code, such as scenes of emoji, and their judge",
-    ),
-    "extract": (
-        "nextflow_hf.commands.extract",
-        "data sets as shards of tokens and codes",
-    ),
-    "train": ("nextflow_hf.commands.train", "train any part of a model, by a recipe"),
-    "memory": ("nextflow_hf.commands.memory", "what a training takes of a GPU's memory"),
+    "generate": ("nextflow_hf.commands.generate", "make images from words"),
+    "edit": ("nextflow_hf.commands.edit", "change images as told, vary them, or inpaint them"),
+    "chat": ("nextflow_hf.commands.chat", "ask about images, or hold a conversation with images in between"),
+    "interleave": ("nextflow_hf.commands.interleave", "answer in text and images"),
+    "frames": ("nextflow_hf.commands.frames", "make a sequence of images from a storyline"),
+    "app": ("nextflow_hf.app.command", "do all of this in the browser"),
+    "serve": ("nextflow_hf.commands.serve", "serve a model by OpenAI's API"),
+    "reconstruct": ("nextflow_hf.commands.reconstruct", "encode and decode images by the vision tokenizer"),
+    "info": ("nextflow_hf.commands.info", "describe a model, or say how an image was made"),
+    "demo": ("nextflow_hf.hub_cards.demo", "make and edit images with the installed Shapes model"),
+    "diffusers": ("nextflow_hf.commands.diffusers_cli", "run diffusers-cli with NextFlow registered"),
+    "transformers": ("nextflow_hf.commands.transformers_cli", "run transformers' command line, likewise"),
+    "convert": ("nextflow_hf.commands.convert", "convert a Qwen or a TokenFlow to what training starts from"),
+    "export": ("nextflow_hf.commands.export", "write a training run as a pipeline that everything loads"),
+    "push": ("nextflow_hf.commands.push", "upload a pipeline to the Hub"),
+    "evaluate": ("nextflow_hf.commands.evaluate", "judge a model by a suite, with tables and contact sheets"),
+    "world": ("nextflow_hf.commands.world", "write data sets that code draws, or train their judge"),
+    "extract": ("nextflow_hf.commands.extract", "encode data sets as shards of tokens and codes"),
+    "train": ("nextflow_hf.commands.train", "train any part of a model by a recipe"),
+    "memory": ("nextflow_hf.commands.memory", "estimate the GPU memory that a training takes"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sub-command named by the first of `argv` (`sys.argv[1:]` by default), with the others as its own."""
-    parser = argparse.ArgumentParser(prog="nextflow-hf", description="NextFlow for Hugging Face.")
+    parser = argparse.ArgumentParser(
+        prog="nextflow-hf",
+        description="NextFlow for Hugging Face: images and text by one model.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=16),
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, summary) in COMMANDS.items():
         # Its own parser answers `nextflow-hf <name> --help`.
         commands.add_parser(name, help=summary, add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     module, _ = COMMANDS[arguments.command]
-    # On every start it would tell of a kernel for CPUs that it did not find.
+    # diffusers imports it, and it would warn on every start of a kernel for CPUs that it did not find.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module(module).main(rest) or 0

@@ -89,6 +89,7 @@ def convert_tokenflow(args: argparse.Namespace) -> None:
 
     from ..conversion import from_tokenflow as conversion
     from ..conversion.assemble import image_processor_for
+    from ..hub_cards.cards import PLACEHOLDER_OWNER, create_card
     from ..hub_cards.export import export_vision_tokenizer
 
     dtype = getattr(torch, args.dtype)
@@ -96,8 +97,9 @@ def convert_tokenflow(args: argparse.Namespace) -> None:
     if not args.dry_run:
         model = conversion.from_tokenflow(args.checkpoint, image_size=args.image_size, dtype=dtype)
         print_size(model.parameters())
+        card = create_card("vision_tokenizer", repo_id=f"{PLACEHOLDER_OWNER}/{args.output.name}")
         export_vision_tokenizer(
-            model, image_processor_for(model.config), args.output, max_shard_size=args.max_shard_size
+            model, image_processor_for(model.config), args.output, card, max_shard_size=args.max_shard_size
         )
         print(f"written: {args.output.resolve()}, a vision tokenizer: `nextflow-hf reconstruct --model` shows it")
         return
@@ -164,11 +166,16 @@ def plan_qwen(args: argparse.Namespace, source: object, fields: dict) -> None:
     config = conversion.config_from_qwen(source, **fields)
     model = conversion.empty_model(config)
     converted = conversion.convert_qwen(state, model, tied=source.tie_word_embeddings)
-    names = {id(tensor): name for name, tensor in state.items()}
-    rows = [(names[id(tensor)], tensor.shape, name) for name, tensor in converted.items()]
+    names, whole = {id(tensor): name for name, tensor in state.items()}, model.state_dict()
+    added = {name: len(whole[name]) - len(tensor) for name, tensor in converted.items()}
+    rows = [
+        (names[id(tensor)], tensor.shape, name + (f", and {added[name]} new rows" if added[name] else ""))
+        for name, tensor in converted.items()
+    ]
     used = {name for name, _, _ in rows}
     rows += [(name, tensor.shape, LEFT_BEHIND) for name, tensor in state.items() if name not in used]
-    rows += [(NEW, tensor.shape, name) for name, tensor in model.state_dict().items() if name not in converted]
+    codebook = {"model.image_codebook.weight": f"(codebook of {args.vision_tokenizer})"}
+    rows += [(codebook.get(name, NEW), tensor.shape, name) for name, tensor in whole.items() if name not in converted]
     print_plan(rows)
     dtype = state[rows[0][0]].dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     print_size(model.to(dtype).parameters())
@@ -191,6 +198,7 @@ def print_parts(
 
 def print_plan(rows: Iterable[tuple[str, Sequence[int], str]]) -> None:
     """Source, shape and target of every tensor, one line for all that differ in the numbers of their names alone."""
+    print("tensors, shape, source -> target; # is any number")
     groups: dict[tuple, list[tuple[str, str]]] = {}
     for source, shape, target in rows:
         alike = re.sub(r"\b\d+\b", "#", source), tuple(shape), re.sub(r"\b\d+\b", "#", target)

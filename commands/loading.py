@@ -29,12 +29,7 @@ def find_model(model: str | None) -> str:
     if model in (None, SHIPPED_MODEL):
         from ..hub_cards import shapes_model_path
 
-        try:
-            return str(shapes_model_path())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{error}\nThis installation comes without the model: train one, or pass --model."
-            ) from None
+        return str(shapes_model_path())
     folder = Path(model)
     if folder.is_dir():
         check_folder(folder, "pipeline")
@@ -75,9 +70,6 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     Args:
         without (`Sequence[str]`, *optional*): Components that are not loaded.
     """
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
     is_tokenizer = "transformer" in without and args.model is not None and kind_of(Path(args.model)) in TOKENIZERS
     found = args.model if is_tokenizer else find_model(args.model)
     args.model = SHIPPED_MODEL if args.model in (None, SHIPPED_MODEL) else _place(args.model)
@@ -86,8 +78,7 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     if args.offload and args.device == "cpu":
         raise ValueError("--offload needs an accelerator to spare, and the device is the CPU: leave it out")
 
-    diffusers.utils.logging.disable_progress_bar()  # the only bar is that of the scales
-    transformers.utils.logging.disable_progress_bar()
+    silence_loading()
     pipe = _vision_tokenizer_alone(args) if is_tokenizer else _load_components(args, found, without)
     if getattr(args, "lora", None):
         args.lora = _load_loras(pipe, args.lora)
@@ -98,6 +89,15 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     pipe.set_progress_bar_config(desc="scale", disable=args.quiet)
     args.loaded_dtype = str(pipe.dtype).removeprefix("torch.")
     return pipe
+
+
+def silence_loading() -> None:
+    """Leave out the progress bars of loading: the only one is that of the scales."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _load_components(args: argparse.Namespace, found: str, without: Sequence[str]) -> "NextFlowPipeline":

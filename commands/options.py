@@ -7,7 +7,7 @@ is for it to know, and a value from an image's metadata can tell that it is want
 import argparse
 import secrets
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import rules
 from .console import OneLineParser
@@ -134,13 +134,14 @@ def new_parser(name: str, description: str, examples: str = "") -> argparse.Argu
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, title: str | None, *names: str, prefix: str = "") -> None:
-    """Options of the table, in a group of their own where there is a title, their names without `prefix`."""
+def add_options(parser: argparse.ArgumentParser, title: str | None, *names: str, prefix: str = "") -> Any:
+    """Options of the table, their names without `prefix`, in a group of their own, which is returned, or in none."""
     group = parser if title is None else parser.add_argument_group(title)
     for name in names:
         rule, text, metavar = OPTIONS[name]
         flag = "--" + name.removeprefix(prefix).replace("_", "-")
         group.add_argument(flag, help=text, **({"metavar": metavar} if metavar else {}), **rule.reads)
+    return group
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, names_model: bool = True) -> None:
@@ -152,8 +153,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, na
         names_model (`bool`): Whether the pipeline is an option, and no positional argument.
     """
     left_out = {*(() if names_model else ("model",)), *(() if draws else ("transformer", "quantize", "lora"))}
-    add_options(parser, "model", *(name for name in MODEL if name not in left_out))
-    parser.add_argument(
+    group = add_options(parser, "model", *(name for name in MODEL if name not in left_out))
+    group.add_argument(
         "--offload", action="store_true", help="keep a component on the accelerator only while it computes"
     )
 

@@ -14,5 +14,8 @@ def shapes_model_path() -> Path:
     # `Path(...)`: the loaders want files on disk, so an installation inside a zip archive counts as having none.
     path = Path(str(files(__name__) / "nextflow-shapes"))
     if not (path / "model_index.json").is_file():
-        raise FileNotFoundError(f"no Shapes model at {path}: {path / 'model_index.json'} is missing")
+        raise FileNotFoundError(
+            f"no Shapes model at {path}: this installation comes without it. Name another model, or train one by "
+            "`make -C examples/shapes`"
+        )
     return path

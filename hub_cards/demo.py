@@ -7,13 +7,15 @@ Same seed, same images. Writes single PNGs and `contact_sheet.png`; under a minu
 
 import argparse
 import re
-import sys
 import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..atomic import write_file
+from ..commands.console import one_line_mistakes
+from ..commands.loading import find_model, silence_loading
+from ..commands.options import new_parser
 
 
 PROMPTS = (
@@ -40,36 +42,31 @@ LINE_LENGTH = 27  # letters under an image
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nextflow-hf demo", description="Sample and edit images with the shipped Shapes model."
+    parser = new_parser(
+        "demo", "Make and edit images with the installed Shapes model, in under a minute on one CPU core."
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="default: %(default)s")
-    parser.add_argument("--model", help="folder or Hub id of another NextFlowPipeline of that world")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--model", help="folder or Hub id of another pipeline that knows the same shapes")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="default: %(default)s")
     return parser
 
 
+@one_line_mistakes("demo")
 def main(argv: Sequence[str] | None = None) -> int:
-    """The demo; returns the exit status, 1 where the shipped model is missing."""
+    """The demo; returns the exit status."""
     args = make_parser().parse_args(argv)
+    model = find_model(args.model)
 
     import torch
     from PIL import Image
 
     from .. import NextFlowPipeline
-    from . import shapes_model_path
 
+    silence_loading()
     start = time.perf_counter()
-    try:
-        model = args.model or shapes_model_path()
-    except FileNotFoundError as error:
-        print(
-            f"nextflow-hf demo: {error}\nThis installation comes without the model: train one "
-            "(`make -C examples/shapes`), or pass --model.",
-            file=sys.stderr,
-        )
-        return 1
     # float32: half precision is slow on most CPUs
     pipe = NextFlowPipeline.from_pretrained(model, dtype=torch.float32).to(args.device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +126,3 @@ def contact_sheet(tiles: list[tuple[list, str]], columns: int = 4):
         lines = textwrap.wrap(text, LINE_LENGTH * len(images))
         pen.multiline_text((left, top + TILE + 4), "\n".join(lines), fill="black", font_size=14)
     return sheet
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -326,10 +326,10 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys):
 
     monkeypatch.setattr("nextflow_hf.hub_cards.shapes_model_path", nothing)
     assert command.main([]) == 2
-    assert "no Shapes model at /x\nThis installation comes without the model" in capsys.readouterr().err
+    assert "no Shapes model at /x" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert command.main([]) == 2
-    assert capsys.readouterr().err == 'nextflow-hf app: the app needs Gradio: pip install "nextflow-hf[app]"\n'
+    assert 'nextflow-hf app: the app needs Gradio: pip install "nextflow-hf[app]" (' in capsys.readouterr().err
 
 
 def test_the_command_serves_a_model_whose_images_say_how_they_were_made(tmp_path, monkeypatch, capsys):

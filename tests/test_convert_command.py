@@ -107,7 +107,8 @@ def test_qwen_dry_run(qwen, vision_tokenizer, tmp_path, capsys):
     assert "   3 x [48, 32]  model.layers.#.mlp.up_proj.weight -> model.layers.#.mlp.up_proj.weight" in printed
     assert f"   1 x [100, 32]  {'model.embed_tokens' if tied else 'lm_head'}.weight -> lm_head.weight" in printed
     assert ("visual.merger.ln_q.weight -> (left behind)" in printed) == tied
-    assert "   1 x [40, 10]  (new) -> model.image_codebook.weight" in printed
+    assert f"   1 x [40, 10]  (codebook of {vision_tokenizer[0]}) -> model.image_codebook.weight" in printed
+    assert "model.embed_tokens.weight, and 42 new rows" in printed
     assert f"vocabulary of {100 + CODES + 2}: 100 of text from {qwen}, {CODES} codes, <boi> and <eoi>" in printed
 
     assert cli.main(command) == 0

@@ -267,6 +267,6 @@ def test_demo(folder, tmp_path, monkeypatch, capsys):
 
 def test_demo_without_the_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(hub_cards, "files", lambda package: tmp_path)
-    assert cli.main(["demo", "--output-dir", str(tmp_path / "out")]) == 1
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "out")]) == 2
     assert "no Shapes model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -286,7 +286,7 @@ def test_what_is_no_pipeline_is_refused_with_the_command_that_makes_it_one(runs,
         runs["lora"]: f"`nextflow-hf export {runs['lora']} --output FOLDER`",
         tokenizer: f"`nextflow-hf convert qwen QWEN FOLDER --vision-tokenizer {tokenizer}`",
         qwen: f"`nextflow-hf convert qwen {qwen} FOLDER",
-        tmp_path / "codes": "`nextflow-hf train transformer RECIPE`",
+        tmp_path / "codes": "`nextflow-hf train transformer RECIPE train_codes=",
     }
     for folder, command in expected.items():
         said = command_line.mistake("generate", "a", "--model", folder)
