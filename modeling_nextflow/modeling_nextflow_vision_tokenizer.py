@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Siglip2VisionModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import ModelOutput
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
 from .grids_nextflow import Schedule, check_codes, count_codes, schedules_from_grids
