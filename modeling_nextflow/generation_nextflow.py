@@ -649,7 +649,9 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
 def _one_per_row(
     generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
 ) -> list[torch.Generator | None]:
-    generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch
+    generators: list[torch.Generator | None] = (
+        [generator] * batch if not isinstance(generator, Sequence) else [*generator]
+    )
     if len(generators) != batch:
         raise ValueError(f"got {len(generators)} generators for a batch of {batch}: pass one, or one per image")
     return generators

@@ -43,7 +43,7 @@ class NextFlowConnector(nn.Module):
 class NextFlowPreTrainedModel(PreTrainedModel):
     config: NextFlowConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]

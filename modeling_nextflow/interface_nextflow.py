@@ -96,7 +96,7 @@ class NextFlowSamplingInterface(Host):
         """Codes (images, cells) of one scale; `given` (images, cells) stay where `is_given`. `numbers` as in
         [`sample_codes`]."""
         codes = sample_codes(logits, step, numbers)
-        return codes if given is None else given.where(is_given, codes)
+        return codes if given is None or is_given is None else given.where(is_given, codes)
 
     def get_text_ids(self) -> torch.Tensor:
         """The tokens that text before an image is made of: text without the end of the turn, and `<boi>`, its end."""

@@ -6,7 +6,7 @@ upsampled, through a connector), the block attention rule and the loss. It knows
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.generic import ModelOutput
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nextflow import get_attention_mask
@@ -235,7 +234,7 @@ class NextFlowModel(NextFlowInputs):
 class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     """NextFlow with its one head: next-token prediction for text, next-scale prediction for images."""
 
-    output_modalities = ("image", "text")
+    output_modalities = ["image", "text"]
     generation_config_class = NextFlowGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

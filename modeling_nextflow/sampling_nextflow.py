@@ -77,7 +77,7 @@ def scale_plan(
     return plan
 
 
-def _setting_of(name: str, value: PerScale, index: int, count: int, names: Mapping[str, str]) -> Any:
+def _setting_of(name: str, value: Any, index: int, count: int, names: Mapping[str, str]) -> Any:
     """The setting of one of `count` scales, as the type of its default; NumPy's scalars are numbers, too."""
     shown = names.get(name, name)
     if isinstance(value, (list, tuple)):
@@ -159,7 +159,7 @@ def random_numbers(
 
 def sample(scores: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
     """One sample (batch, cells) of each softmax of `scores` (batch, cells, choices); see [`pick`]."""
-    return pick(scores, random_numbers(generators, *scores.shape[:2], scores.device))
+    return pick(scores, random_numbers(generators, scores.shape[0], scores.shape[1], scores.device))
 
 
 def pick(scores: torch.Tensor, numbers: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
