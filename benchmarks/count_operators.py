@@ -103,10 +103,10 @@ def count(model: NextFlowForCausalLM, size: int, negative_length: int, *, length
     prompt[:, -1] = negative[:, -1] = model.config.boi_token_id
     inputs = {"image_grids": rows, "negative_input_ids": negative, "generator": torch.Generator().manual_seed(0)}
     settings = {"guidance_scale": 3.0, "top_k": 100, "top_p": 0.9}
-    counts, counter, move = Counts(), OperatorCounter(), NextFlowCacheLayer._move
+    counts, counter, move = Counts(), OperatorCounter(), NextFlowCacheLayer.reserve
     moves = []
     with (
-        mock.patch.object(NextFlowCacheLayer, "_move", lambda *args: moves.append(move(*args))),
+        mock.patch.object(NextFlowCacheLayer, "reserve", lambda *args: moves.append(move(*args))),
         mock.patch.object(generation_image_nextflow, "_is_synchronous", lambda device: False),
         torch.inference_mode(),
         counter,

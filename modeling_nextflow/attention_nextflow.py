@@ -62,6 +62,7 @@ def get_attention_mask(
     by the restarts of `position_ids[0]`, and take no `attention_mask`. Raises `ValueError` where the attention
     implementation would silently compute something else.
     """
+    implementation = config._attn_implementation or "eager"
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     is_static = past_key_values is not None and past_key_values.is_compileable
     if isinstance(past_key_values, DynamicCache) and not past_length:
@@ -69,11 +70,11 @@ def get_attention_mask(
         past_key_values = None
     text_positions = position_ids[0] if position_ids is not None and len(position_ids) == 4 else None
     has_blocks = is_causal and layout is not None and bool(layout.is_cell.any())
-    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
     # Flash kernels know padding and causality, and an implementation without a mask function gets no mask at all.
     if mask_function is None or mask_function is flash_attention_mask:
         packed = text_positions if attention_mask is None and past_key_values is None else None
-        _check_needs_no_mask(config._attn_implementation, has_blocks, attention_mask, packed)
+        _check_needs_no_mask(implementation, has_blocks, attention_mask, packed)
     if is_static:
         attention_mask = _mask_of_static_cache(config, inputs_embeds, attention_mask, past_key_values, is_causal)
     if not is_causal and attention_mask is None:

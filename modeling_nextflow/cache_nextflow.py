@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .configuration_nextflow import NextFlowConfig
+
 
 class NextFlowCacheLayer(DynamicLayer):
     """
@@ -17,22 +19,17 @@ class NextFlowCacheLayer(DynamicLayer):
 
     What replaces `keys` and `values` (beams, offloading, a gather) works as on transformers' layer; it leaves no room
     behind them, and the next update makes some.
+
+    Args:
+        reserved (`int`, *optional*, defaults to 0): Tokens that the first update makes room for.
     """
 
-    room = 256  # tokens that are added to what is needed, where nothing was reserved
+    room = 256  # tokens that are added to what is needed, where not enough was reserved
 
-    def __init__(self) -> None:
-        self.length = self.num_values = self.reserved = 0
+    def __init__(self, reserved: int = 0):
+        self.reserved = reserved
+        self.length = self.num_values = 0
         super().__init__()
-
-    @classmethod
-    def of(cls, layer: DynamicLayer) -> "NextFlowCacheLayer":
-        """A layer that goes on from what `layer` holds."""
-        own = cls()
-        if layer.is_initialized:
-            own.dtype, own.device, own.is_initialized = layer.dtype, layer.device, True
-            own.keys, own.values = layer.keys, layer.values
-        return own
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -50,34 +47,39 @@ class NextFlowCacheLayer(DynamicLayer):
     def values(self, values: torch.Tensor | None) -> None:
         self._values, self.num_values = values, 0 if values is None else values.shape[-2]
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-
-    def reserve(self, count: int) -> None:
-        """Make room for `count` more tokens: at once or, in an empty layer, with the first of them."""
-        self.reserved = self.length + count
-        if self._keys is not None and self._keys.shape[2] < self.reserved:
-            self._move(self.reserved)
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
-        if end > self._keys.shape[2]:
-            self._move(self.reserved if self.reserved >= end else end + self.room)
-        self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
-        self.length = self.num_values = end
-        return self.keys, self.values
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        if end > self.memory[0].shape[2]:
+            self.reserve((self.reserved if self.reserved >= end else end + self.room) - start)
+        keys, values = self.memory
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self.resize(end)
+        return keys[:, :, :end], values[:, :, :end]
 
-    def _move(self, capacity: int) -> None:
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+    @property
+    def memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with the room behind them."""
+        assert self._keys is not None and self._values is not None
+        return self._keys, self._values
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens."""
+        self.reserved = self.length + count
+        if self.is_initialized and self.memory[0].shape[2] < self.reserved:
+            larger = []
+            for old in self.memory:
+                larger.append(old.new_empty(*old.shape[:2], self.reserved, old.shape[3]))
+                larger[-1][:, :, : self.length] = old[:, :, : self.length]
+            self._keys, self._values = larger
+
+    def resize(self, length: int) -> None:
+        """Count the first `length` tokens of the memory as there."""
+        self.length = self.num_values = length
 
     def get_seq_length(self) -> int:
         return self.length
@@ -90,27 +92,39 @@ class NextFlowCacheLayer(DynamicLayer):
     def part(self, rows: slice, padding: int) -> "NextFlowCacheLayer":
         """Some rows without their first `padding` tokens, in the same memory."""
         part = copy.copy(self)
-        part._keys, part._values = self._keys[rows, :, padding:], self._values[rows, :, padding:]
-        part.length = part.num_values = self.length - padding
+        part._keys, part._values = (states[rows, :, padding:] for states in self.memory)
+        part.resize(self.length - padding)
         part.reserved = self.reserved - padding
         return part
 
 
-def reserve(cache: DynamicCache, count: int = 0) -> None:
+def layers_of(cache: Cache) -> list[NextFlowCacheLayer]:
+    """The layers of a cache that grows in place."""
+    return [layer for layer in cache.layers if isinstance(layer, NextFlowCacheLayer)]
+
+
+def reserved_cache(config: NextFlowConfig, length: int = 0) -> DynamicCache:
+    """A dynamic cache that grows in place, with room for `length` tokens from the first update on."""
+    cache = DynamicCache(config=config)
+    cache.layers[:] = [NextFlowCacheLayer(length) for _ in cache.layers]
+    return cache
+
+
+def reserve(cache: DynamicCache, count: int) -> None:
     """Let a dynamic cache grow in place, with room for `count` more tokens. Offloaded layers stay as they are."""
-    if cache.offloading:
-        return
-    cache.layers = [NextFlowCacheLayer.of(one) if type(one) is DynamicLayer else one for one in cache.layers]
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = NextFlowCacheLayer
-    for layer in cache.layers:
+    for index, layer in enumerate(() if cache.offloading else cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = own = NextFlowCacheLayer()
+            vars(own).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
+            own.keys, own.values = layer.keys, layer.values
+    for layer in layers_of(cache):
         layer.reserve(count)
 
 
 def part_of(cache: DynamicCache, rows: slice, padding: int = 0) -> DynamicCache:
     """Some rows of a cache without their first `padding` tokens, in the same memory."""
     part = copy.copy(cache)
-    part.layers = [layer.part(rows, padding) for layer in cache.layers]
+    part.layers = [*(layer.part(rows, padding) for layer in layers_of(cache))]
     return part
 
 
@@ -134,8 +148,14 @@ class CachePlace:
     position: torch.Tensor
 
     @classmethod
-    def after(cls, position_ids: torch.Tensor, cache: Cache) -> "CachePlace":
-        return cls(cache.get_seq_length() + 0, position_ids[:, :, -1])  # + 0: a static cache's length is one tensor
+    def of(cls, cache: Cache | None) -> "CachePlace | None":
+        return getattr(cache, "nextflow_place", None)
+
+    @classmethod
+    def mark(cls, cache: Cache, position: torch.Tensor) -> None:
+        """Let the cache know the positions (3 or 4, batch) of its last token."""
+        length = cache.get_seq_length() + 0  # a static cache's length is one tensor
+        vars(cache)["nextflow_place"] = cls(length, position)
 
     def steps_ahead(self, cache: Cache, batch: int) -> torch.Tensor | int:
         """Steps of the rotary text axis less tokens, (batch, 1)."""
@@ -150,4 +170,4 @@ class CachePlace:
         )
 
 
-__all__ = ["CachePlace", "NextFlowCacheLayer", "caches_of_layers", "part_of", "reserve"]
+__all__ = ["CachePlace", "NextFlowCacheLayer", "caches_of_layers", "part_of", "reserve", "reserved_cache"]

@@ -166,6 +166,12 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         return output
 
     @property
+    def semantic_vit_config(self) -> NextFlowViTConfig:
+        """`semantic_config`, which is complete once the configuration is made."""
+        assert isinstance(self.semantic_config, NextFlowViTConfig)
+        return self.semantic_config
+
+    @property
     def patch_size(self) -> int:
         """The pixel branch's stride: its pixels per cell of the last grid, along each axis."""
         return 2 ** (len(self.channel_multipliers) - 1)
@@ -305,7 +311,7 @@ class NextFlowConfig(Qwen2Config):
                 f"image_token_id is {self.image_token_id}, expected a token of the {self.vocab_size} outside of the "
                 f"image codes, {images.start} to {images.stop - 1}"
             )
-        if "sliding_attention" in self.layer_types:
+        if "sliding_attention" in (self.layer_types or ()):
             raise ValueError("a scale attends to the whole sequence before it: NextFlow has no sliding window")
 
     @classmethod

@@ -66,8 +66,8 @@ class ResidualLinear(nn.Linear):
 
 class FusedAttention(Qwen2Attention):
     qkv_proj: FusedLinear
-    q_norm: nn.Module | None  # Qwen3's
-    k_norm: nn.Module | None
+    q_norm: nn.Module  # Qwen3's
+    k_norm: nn.Module
 
     def forward(
         self,
@@ -92,7 +92,9 @@ class FusedAttention(Qwen2Attention):
         query, key = turned.split([num_queries, num_keys], dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "eager", eager_attention_forward
+        )
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if isinstance(attention_mask, RowRuns):
             runs = [attend(self, *part, None, **kwargs)[0] for part in attention_mask.split(query, key, value)]

@@ -7,30 +7,30 @@ to, so it ends up with what it would get alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
-from .cache_nextflow import CachePlace
+from .cache_nextflow import CachePlace, layers_of, reserve
 from .generation_image_nextflow import (
-    ImageRows,
-    PromptRows,
     begin_images,
     check_context,
     prefill_rows,
     prepare_scales,
     sample_images,
-    schedule_of,
-    split_images,
 )
+from .prompt_rows_nextflow import PromptRows, schedule_of, split_images
 from .sampling_nextflow import ScaleStep, sample
 
+
+if TYPE_CHECKING:
+    from .modeling_nextflow import NextFlowForCausalLM
 
 logger = logging.get_logger(__name__)
 
@@ -121,7 +121,15 @@ class ImagePlan:
 class _Answers:
     """The rows of one call: their tokens, and the cache that they share."""
 
-    def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, mask, position, pad: int):
+    def __init__(
+        self,
+        model: "NextFlowForCausalLM",
+        input_ids: torch.Tensor,
+        cache: DynamicCache,
+        mask: torch.Tensor | None,
+        position: torch.Tensor,
+        pad: int,
+    ):
         batch, self.prompt_length = input_ids.shape
         self.model = model
         self.pad = pad
@@ -165,21 +173,20 @@ class _Answers:
         target_grids = drawing.target_grids[rows]
         grids = schedule_of(target_grids[0])
         plan = drawing.plan_for(grids)
-        own = ImageRows(self.cache, self.mask, self.position, sampling=None if len(rows) == len(self.length) else rows)
-        begin_images(self.model, own, target_grids)
+        cells = sum(height * width for height, width in grids[1:])
+        sampling = None if len(rows) == len(self.length) else rows
+        own = begin_images(self.model, self.cache, self.mask, self.position, sampling, target_grids, cells)
         row_sets = [own]
-        if any(step.guidance_scale != 1 for step in plan):
+        if drawing.negative is not None and any(step.guidance_scale != 1 for step in plan):
             negative = _select_rows(drawing.negative, rows, target_grids, self.model)
-            cells = sum(height * width for height, width in grids[1:])
             check_context(self.model.config, int(negative.attention_mask.sum(1).max()), cells)
             row_sets.append(prefill_rows(self.model, negative, cells))
-        inputs = prepare_scales(plan, [drawing.generators[row] for row in rows], [], target_grids.device)
+        inputs = prepare_scales(plan, [drawing.generators[row] for row in rows.tolist()], [], target_grids.device)
         codes = sample_images(self.model, row_sets, plan, target_grids, inputs)
         self.mask = own.mask
         for row, image_codes, image_grids in zip(rows.tolist(), codes, target_grids):
             self.images[row].append((image_codes, image_grids))
 
-        cells = sum(height * width for height, width in grids[1:])
         tokens = self.ids.new_full((len(self.length), cells + 1), self.model.config.image_token_id)
         tokens[:, -1] = self.model.config.eoi_token_id
         drawn = torch.zeros_like(self.is_pending).index_fill(0, rows, True)
@@ -196,7 +203,9 @@ class _Answers:
         *,
         with_cache: bool,
     ) -> NextFlowInterleavedGenerationOutput:
-        if with_cache and len(self.length) > 1:  # rows end at different times: run what has not, and close the gaps
+        if (
+            with_cache and len(self.length) > 1 and self.mask is not None
+        ):  # rows end at different times: run what has not, and close the gaps
             if self.is_pending.any():
                 self.run_pending()
             _close_gaps(self.cache, self.mask, self.prompt_length, self.prompt_length + int(self.length.max()))
@@ -204,7 +213,7 @@ class _Answers:
             tokens = self.length.new_full(self.length.shape, self.cache.get_seq_length())
             steps = self.position[:, 0] - 1
             tokens = (tokens if self.mask is None else self.mask.sum(1)).to(steps.dtype) - 1
-            self.cache.nextflow_place = CachePlace(self.cache.get_seq_length(), torch.stack([tokens, *[steps] * 3]))
+            CachePlace.mark(self.cache, torch.stack([tokens, *[steps] * 3]))
         # The generated part, moved from the right edge to the end of the prompts
         longest = int(self.length.max())
         place = torch.arange(longest, device=self.ids.device) - self.length[:, None] + self.ids.shape[1]
@@ -237,7 +246,7 @@ class _Answers:
 
 
 def generate_interleaved(
-    model: PreTrainedModel,
+    model: "NextFlowForCausalLM",
     input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -256,6 +265,7 @@ def generate_interleaved(
     cache, logits = outputs.past_key_values, outputs.logits[:, -1]
     if type(cache) is not DynamicCache:
         raise ValueError(f"interleaved generation grows a DynamicCache, got past_key_values of {type(cache).__name__}")
+    reserve(cache, 0)
     batch = len(input_ids)
     if mask is None and batch > 1:
         mask = input_ids.new_ones(batch, cache.get_seq_length())
@@ -336,7 +346,7 @@ def generate_interleaved(
     )
 
 
-def _keep_text(scores: torch.Tensor, may_draw: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+def _keep_text(scores: torch.Tensor, may_draw: torch.Tensor, model: "NextFlowForCausalLM") -> torch.Tensor:
     """Scores in which all is ruled out that is no text but, in rows that `may_draw`, `<boi>`."""
     config = model.config
     scores = scores.clone()
@@ -355,7 +365,7 @@ def _choose(scores: torch.Tensor, writing: torch.Tensor, generators: Sequence[to
 
 
 def _select_rows(
-    prompts: PromptRows, rows: torch.Tensor, target_grids: torch.Tensor, model: PreTrainedModel
+    prompts: PromptRows, rows: torch.Tensor, target_grids: torch.Tensor, model: "NextFlowForCausalLM"
 ) -> PromptRows:
     """The unconditional prompts of `rows`, with the schedules of the images that are drawn now."""
     boi = model.config.boi_token_id
@@ -372,10 +382,12 @@ def _close_gaps(cache: DynamicCache, mask: torch.Tensor, prompt_length: int, len
     """Move the generated columns of every row up to each other, behind its prompt, and cut at `length`."""
     column = torch.arange(mask.shape[1], device=mask.device)
     order = torch.where(column < prompt_length, 0, 1 - mask).argsort(dim=1, stable=True)[:, :length]
-    for layer in cache.layers:
-        index = order[:, None, :, None].to(layer.keys.device)
-        layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-        layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+    for layer in layers_of(cache):
+        keys, values = layer.keys, layer.values
+        assert keys is not None and values is not None  # of a cache that holds the prompt
+        index = order[:, None, :, None].to(keys.device)
+        layer.keys = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3]))
+        layer.values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
 
 
 __all__ = ["ImagePlan", "NextFlowInterleavedGenerationOutput", "TextStreamer", "generate_interleaved"]

@@ -11,37 +11,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import GenerationConfig, GenerationMixin
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.cache_utils import DynamicCache
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from .attention_nextflow import get_attention_mask
-from .cache_nextflow import reserve
+from .cache_nextflow import CachePlace, reserve
 from .generation_configuration_nextflow import (
     CONFIG_NAMES,
     DEFAULT_MAX_IMAGES,
     IMAGE_DEFAULTS,
     NextFlowGenerationConfig,
+    image_settings,
     refuse_config,
     refuse_options,
     refuse_text_settings,
 )
 from .generation_image_nextflow import (
-    PromptRows,
     SampledScale,
     ScaleCallback,
     check_context,
     prefill_rows,
     prepare_scales,
-    repeat_rows,
-    sample_and_give_back,
-    schedule_of,
-    split_images,
-    split_prefix,
-    stack_rows,
-    target_schedule,
+    sample_scales,
 )
 from .generation_interleaved_nextflow import (
     ImagePlan,
@@ -51,6 +51,18 @@ from .generation_interleaved_nextflow import (
 )
 from .graphs_nextflow import PROMPT_LENGTHS
 from .interface_nextflow import NextFlowSamplingInterface
+from .prompt_rows_nextflow import (
+    PromptRows,
+    append_boi,
+    check_image_count,
+    find_target_grids,
+    negative_rows,
+    schedule_of,
+    shared_schedule,
+    split_images,
+    split_prefix,
+    stack_rows,
+)
 from .sampling_nextflow import PerScale, ScaleStep, guide, guides, sample_codes, scale_plan
 
 
@@ -189,14 +201,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         Raises:
             `ValueError`: on a setting that is no number in its range.
         """
-        config = self.generation_config if config is None else config
-        settings = {}
-        for name, default in IMAGE_DEFAULTS.items():
-            # Not every generation config is one of ours: users assign plain ones.
-            candidates = (given.pop(name, None), getattr(config, CONFIG_NAMES[name], None))
-            settings[name] = next((value for value in candidates if value is not None), default)
-        if given:
-            raise TypeError(f"got {sorted(given)}, expected settings of images: {list(IMAGE_DEFAULTS)}")
+        settings = image_settings(self.generation_config if config is None else config, given)
         lengths = [len(value) for value in settings.values() if isinstance(value, (list, tuple))]
         scale_plan([(1, 1)] * max(lengths, default=1), **settings)
         return settings
@@ -209,10 +214,10 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         imageless_input_ids: torch.Tensor | None,
     ) -> dict[str, Any]:
         """
-        [`get_image_settings`], where guidance that only the config asks for is left out without an unconditional
+        [`image_settings`], where guidance that only the config asks for is left out without an unconditional
         prompt. Guidance that the call asks for is an error then.
         """
-        settings = self.get_image_settings(config, **given)
+        settings = image_settings(config, given)
         if given.get("image_guidance_scale") is None and imageless_input_ids is None:
             settings["image_guidance_scale"] = 1.0
         if given.get("guidance_scale") is None and negative_input_ids is None and guides(settings["guidance_scale"]):
@@ -248,7 +253,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
                 changed = callback(scale.index, scale.step, scale.image_codes)
                 if changed is not None:
                     scale.plan[scale.index + 1 :] = changed
-        _, target_grids = self._target_schedule(input_ids, image_grids)
+        _, target_grids = shared_schedule(input_ids, image_grids, self.config.boi_token_id)
         target_grids = target_grids.clone()
         target_grids[:, scale.index + 1 :] = 0  # where it stopped early
         return NextFlowImageGenerationOutput(image_codes=scale.image_codes.flatten(), image_grids=target_grids)
@@ -313,7 +318,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             `ValueError`: on what does not fit together, codes out of range, and logits that are not finite.
         """
         batch = len(input_ids)
-        grids, target_grids = self._target_schedule(input_ids, image_grids)
+        grids, target_grids = shared_schedule(input_ids, image_grids, self.config.boi_token_id)
         given = {
             "guidance_scale": guidance_scale,
             "guidance_schedule": guidance_schedule,
@@ -328,29 +333,26 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
         plan = plan[:num_scales]
         generators = _one_per_row(generator, batch)
-        prefix = []
-        if prefix_codes is not None or prefix_mask is not None:
-            prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
-        rows = self._prompt_rows(input_ids, attention_mask, image_codes, image_grids)
-        conditions = max(step.num_conditions for step in plan)
+        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
+        conditions, boi = max(step.num_conditions for step in plan), self.config.boi_token_id
+        rows = PromptRows.of(input_ids, attention_mask, image_codes, image_grids)
         parts = [rows]
         if conditions > 1:
             negative = negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
-            parts.append(self._negative_rows(rows, *negative))
+            parts.append(negative_rows(rows, boi, *negative))
         if conditions > 2:
-            if imageless_input_ids is None:
-                raise ValueError(
-                    "image_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt, "
-                    "without its source images"
-                )
             imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
-            parts.append(self._negative_rows(rows, *imageless))
+            missing = (
+                "image_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt, without "
+                "its source images"
+            )
+            parts.append(negative_rows(rows, boi, *imageless, missing=missing))
         multiple = 1 if self.graphs is None else PROMPT_LENGTHS
         rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
         cells = sum(height * width for height, width in grids[1 : len(plan)])
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
         inputs = prepare_scales(plan, generators, prefix, input_ids.device)
-        return sample_and_give_back(self, prefill_rows(self, rows, cells), plan, target_grids, inputs)
+        return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)
 
     def _generate_image(self, input_ids: torch.Tensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
@@ -367,129 +369,29 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         prompts = (arguments.get(name) for name in ("negative_input_ids", "imageless_input_ids"))
         settings = self._supported_settings(config, settings, *prompts)
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        arguments = self._end_in_boi(input_ids, arguments, config)
+        arguments = self._end_in_boi({**arguments, "input_ids": input_ids}, config)
         count = config.num_return_sequences if count is None else count
         if count > 1:
             input_ids, arguments = self._expand_inputs_for_generation(count, **arguments)
             arguments["input_ids"] = input_ids
         return self.generate_images(**settings, **arguments)
 
-    def _end_in_boi(
-        self, input_ids: torch.Tensor, arguments: dict[str, Any], config: GenerationConfig
-    ) -> dict[str, Any]:
+    def _end_in_boi(self, prompts: dict[str, Any], config: GenerationConfig) -> dict[str, Any]:
         """The arguments of `generate_images`: with a `<boi>` and its grids at the end of prompts that lack them."""
         boi = self.config.boi_token_id
-        ends = input_ids[:, -1] == boi
-        target_grids = arguments.pop("target_grids", None)
+        ends = prompts["input_ids"][:, -1] == boi
+        target_grids = prompts.pop("target_grids", None)
         if ends.all():
             if target_grids is not None:
                 raise ValueError("got target_grids, but the prompts end in <boi>: image_grids has their schedules")
-            return {**arguments, "input_ids": input_ids}
+            return prompts
         if ends.any():
             raise ValueError(f"{int(ends.sum())} of {len(ends)} prompts end in <boi>, expected all or none")
-        target_grids = self._targets(
-            input_ids, arguments.get("image_codes"), arguments.get("image_grids"), target_grids, config
-        )
-        prompts = self._append_boi({**arguments, "input_ids": input_ids}, target_grids)
-        prompts.setdefault("image_grids", target_grids)
-        for prefix in ("negative_", "imageless_"):
-            if f"{prefix}input_ids" in arguments:
-                prompts = self._append_boi(prompts, target_grids, prefix=prefix)
-        return prompts
-
-    def _append_boi(self, prompts: dict[str, Any], target_grids: torch.Tensor, prefix: str = "") -> dict[str, Any]:
-        """Prompts with a `<boi>` at their end and, where they have images, its grids behind those of the row."""
-        boi = self.config.boi_token_id
-        input_ids, attention_mask, image_codes, image_grids = (
-            prompts.get(f"{prefix}{name}") for name in ("input_ids", "attention_mask", "image_codes", "image_grids")
-        )
-        appended = {f"{prefix}input_ids": F.pad(input_ids, (0, 1), value=boi)}
-        if attention_mask is not None:
-            appended[f"{prefix}attention_mask"] = F.pad(attention_mask, (0, 1), value=1)
-        if image_grids is not None:
-            _, by_row = split_images(input_ids, image_codes, image_grids, boi_token_id=boi)
-            appended[f"{prefix}image_grids"] = torch.cat(
-                [grids for row, own in zip(by_row, target_grids) for grids in (row, own[None])]
-            )
-        return {**prompts, **appended}
-
-    def _targets(
-        self,
-        input_ids: torch.Tensor,
-        image_codes: torch.Tensor | None,
-        image_grids: torch.Tensor | None,
-        target_grids: torch.Tensor | None,
-        config: GenerationConfig,
-    ) -> torch.Tensor:
-        """Schedules (batch, max_scales, 2) of the images to draw: as given, as the row's last image, as configured."""
-        batch = len(input_ids)
-        if target_grids is not None:
-            if len(target_grids) not in (1, batch):
-                raise ValueError(f"target_grids has {len(target_grids)} rows, expected 1 or {batch}")
-            return target_grids.expand(batch, -1, -1)
-        configured = getattr(config, "image_target_grids", None)
-        default = None
-        if configured is not None:
-            default = torch.tensor(configured, device=input_ids.device)
-            default = F.pad(default, (0, 0, 0, self.config.max_scales - len(default)))
-        by_row = [[]] * batch
-        if image_grids is not None:
-            _, by_row = split_images(input_ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
-        rows = [target_schedule(row[-1]) if len(row) else default for row in by_row]
-        if any(row is None for row in rows):
-            raise ValueError(
-                "nothing says how large an image to draw is: pass target_grids, or set image_target_grids in the "
-                "generation config"
-            )
-        return torch.stack(rows)
-
-    def _target_schedule(
-        self, input_ids: torch.Tensor, image_grids: torch.Tensor
-    ) -> tuple[list[tuple[int, int]], torch.Tensor]:
-        """The schedule all rows share, as a list and as (batch, max_scales, 2)."""
-        is_boi = input_ids == self.config.boi_token_id
-        if not is_boi[:, -1].all():
-            raise ValueError("every row of input_ids must end in <boi> to draw an image (pad on the left)")
-        if int(is_boi.sum()) != len(image_grids):
-            count = int(is_boi.sum())
-            raise ValueError(f"input_ids hold {count} <boi> tokens, image_grids has {len(image_grids)} rows")
-        target_grids = image_grids[is_boi.sum(1).cumsum(0) - 1]
-        if not (target_grids == target_grids[:1]).all():
-            raise ValueError("the images of one batch must share one schedule: draw other sizes in another call")
-        return schedule_of(target_grids[0]), target_grids
-
-    def _prompt_rows(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        image_codes: torch.Tensor | None,
-        image_grids: torch.Tensor,
-    ) -> PromptRows:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if not mask[:, -1].all():
-            raise ValueError("prompts must be padded on the left: the last token of a row is padding")
-        codes = input_ids.new_zeros(0) if image_codes is None else image_codes
-        return PromptRows(input_ids, mask.long(), codes, image_grids)
-
-    def _negative_rows(
-        self,
-        rows: PromptRows,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        image_codes: torch.Tensor | None,
-        image_grids: torch.Tensor | None,
-    ) -> PromptRows:
-        """The unconditional prompts of `rows`, one each, ending in `<boi>` as they do."""
-        if input_ids is None:
-            raise ValueError("guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt")
-        boi = self.config.boi_token_id
-        counts, expected = ((ids == boi).sum(1) for ids in (input_ids, rows.input_ids))
-        if image_grids is None and torch.equal(counts, expected):  # the same images
-            image_codes = rows.image_codes if image_codes is None else image_codes
-            image_grids = rows.image_grids
-        elif image_grids is None:  # only the one to draw
-            image_grids = rows.image_grids[expected.cumsum(0) - 1][: len(input_ids)]
-        return repeat_rows(self._prompt_rows(input_ids, attention_mask, image_codes, image_grids), len(rows.input_ids))
+        images = prompts.get("image_codes"), prompts.get("image_grids")
+        target_grids = find_target_grids(self.config, config, prompts["input_ids"], *images, target_grids)
+        for prefix in ("", "negative_", "imageless_"):
+            prompts = append_boi(prompts, target_grids, boi, prefix)
+        return {"image_grids": target_grids, **prompts}
 
     # ---- text and images
 
@@ -529,9 +431,8 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             raise ValueError(f"max_images is {max_images}, expected at least 0")
         if max_images == 0 and target_grids is None:
             target_grids = input_ids.new_zeros(1, self.config.max_scales, 2)
-        target_grids = self._targets(
-            input_ids, arguments.get("image_codes"), arguments.get("image_grids"), target_grids, config
-        )
+        images = arguments.get("image_codes"), arguments.get("image_grids")
+        target_grids = find_target_grids(self.config, config, input_ids, *images, target_grids)
         has_images = max_images and not stop_at_image
         given = {"guidance_scale": options.get("guidance_scale")} if has_images else IMAGE_DEFAULTS
         image_settings = self._supported_settings(config, given, negative["input_ids"], None)
@@ -549,7 +450,6 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             stop_at_image=bool(stop_at_image),
         )
         if any(step.guidance_scale != 1 for plan in plans for step in plan):
-            images = arguments.get("image_codes"), arguments.get("image_grids")
             drawing.negative = self._negative_context(input_ids, *images, target_grids, negative)
         if streamer is not None:
             streamer = TextStreamer(streamer, self._is_text)
@@ -580,16 +480,14 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         negative: dict[str, torch.Tensor | None],
     ) -> PromptRows:
         """The unconditional prompts with a `<boi>` at their end, one for each prompt."""
-        if negative["input_ids"] is None:
-            raise ValueError("guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt")
-        if (negative["input_ids"][:, -1] == self.config.boi_token_id).any():
+        boi = self.config.boi_token_id
+        if negative["input_ids"] is not None and (negative["input_ids"][:, -1] == boi).any():
             raise ValueError("in interleaved mode negative_input_ids must not end in <boi>: it is put there")
-        prompts = self._append_boi(
-            {"input_ids": input_ids, "image_codes": image_codes, "image_grids": image_grids}, target_grids
-        )
+        prompts = {"input_ids": input_ids, "image_codes": image_codes, "image_grids": image_grids}
+        prompts = append_boi(prompts, target_grids, boi)
         grids = target_grids if image_grids is None else prompts["image_grids"]
-        rows = self._prompt_rows(prompts["input_ids"], None, image_codes, grids)
-        return self._negative_rows(rows, **self._append_boi(negative, target_grids))
+        rows = PromptRows.of(prompts["input_ids"], None, image_codes, grids)
+        return negative_rows(rows, boi, **append_boi(negative, target_grids, boi))
 
     def _is_text(self, token_ids: torch.Tensor) -> torch.Tensor:
         images = self.config.image_vocabulary
@@ -623,7 +521,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         if model_kwargs.get("image_grids") is None:
             positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
             cache = model_kwargs.get("past_key_values")
-            place = getattr(cache, "nextflow_place", None)
+            place = CachePlace.of(cache)
             if positions.ndim != 2 or place is None or not cache.get_seq_length():
                 return positions
             # On top of images that the cache holds: only the new tokens' places are read.
@@ -645,7 +543,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if type(cache) is DynamicCache and not is_given:
-            reserve(cache)
+            reserve(cache, 0)
 
     def _prompt_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """The prompt's tokens or, where there are only embeddings, those of its images among zeros."""
@@ -715,9 +613,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         counts = is_boi[:, -length:].sum(1).tolist()
         if not any(counts):
             return None, None
-        if int(is_boi.sum()) != len(image_grids):
-            count = int(is_boi.sum())
-            raise ValueError(f"input_ids hold {count} <boi> tokens, image_grids has {len(image_grids)} rows")
+        check_image_count(is_boi, image_grids)
         rows = image_grids.split(is_boi.sum(1).tolist())
         rows = [row[len(row) - count :] for row, count in zip(rows, counts)]
         is_open = is_boi[:, -1].tolist()
@@ -753,7 +649,9 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
 def _one_per_row(
     generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
 ) -> list[torch.Generator | None]:
-    generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch
+    generators: list[torch.Generator | None] = (
+        [generator] * batch if not isinstance(generator, Sequence) else [*generator]
+    )
     if len(generators) != batch:
         raise ValueError(f"got {len(generators)} generators for a batch of {batch}: pass one, or one per image")
     return generators

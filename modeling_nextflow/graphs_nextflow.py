@@ -12,6 +12,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
+from .cache_nextflow import layers_of, reserved_cache
+from .configuration_nextflow import NextFlowConfig
+
 
 logger = logging.get_logger(__name__)
 
@@ -22,7 +25,7 @@ PROMPT_LENGTHS = 64  # graphs are for prompts of a multiple of it
 class Workspace:
     """Keys and values of one call at a time, and the passes that were recorded on them."""
 
-    key: tuple
+    key: tuple[int, int]
     cache: DynamicCache
     passes: dict[tuple, "RecordedPass"] = field(default_factory=dict)
 
@@ -50,14 +53,15 @@ class PassGraphs:
 
     def __init__(self, max_cells: int):
         self.max_cells = max_cells
-        self.free: dict[tuple, list[Workspace]] = {}
+        self.free: dict[tuple[int, int], list[Workspace]] = {}
 
-    def take(self, key: tuple, make_cache: Callable[[], DynamicCache]) -> Workspace:
-        """A workspace for `key`, of this call alone until it is given back."""
-        free = self.free.setdefault(key, [])
-        workspace = free.pop() if free else Workspace(key, make_cache())
-        for layer in workspace.cache.layers:
-            layer.length = layer.num_values = 0
+    def take(self, config: NextFlowConfig, rows: int, length: int) -> Workspace:
+        """A workspace of so many rows and tokens, of this call alone until it is given back."""
+        free = self.free.setdefault((rows, length), [])
+        workspace = free.pop() if free else Workspace((rows, length), reserved_cache(config, length))
+        vars(workspace.cache).pop("nextflow_place", None)
+        for layer in layers_of(workspace.cache):
+            layer.resize(0)
         return workspace
 
     def give_back(self, workspace: Workspace) -> None:
@@ -67,22 +71,22 @@ class PassGraphs:
         self, workspace: Workspace, cache: DynamicCache, function: Callable[..., torch.Tensor], *inputs: torch.Tensor
     ) -> torch.Tensor:
         """`function(*inputs)`, which appends to rows of the workspace's keys and values, by its graph."""
-        length, cells = cache.get_seq_length(), inputs[0].shape[1]
+        length, cells = cache.get_seq_length(), inputs[1].shape[1]
         key = (len(inputs[0]), cells, length)
         if key not in workspace.passes:
             start = time.perf_counter()
             own = [tensor.clone() for tensor in inputs]
 
             def run() -> torch.Tensor:
-                for layer in cache.layers:
-                    layer.length = layer.num_values = length
+                for layer in layers_of(cache):
+                    layer.resize(length)
                 return function(*own)
 
             workspace.passes[key] = RecordedPass(own, capture(run))
             logger.info(f"recorded a pass of {key[0]} x {cells} cells in {time.perf_counter() - start:.2f} s")
         result = workspace.passes[key](*inputs)
-        for layer in cache.layers:
-            layer.length = layer.num_values = length + cells
+        for layer in layers_of(cache):
+            layer.resize(length + cells)
         return result
 
 

@@ -5,25 +5,33 @@ the pipeline need nothing else, and no place in the vocabulary. Knows the head a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import PreTrainedModel
 
 from .configuration_nextflow import NextFlowConfig
 from .rope_nextflow import block_coordinates
 from .sampling_nextflow import ScaleStep, guide, sample_codes
 
 
-class NextFlowSamplingInterface:
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel as Host  # what `GenerationMixin` asks of its class
+
+    from .modeling_nextflow import NextFlowModel
+else:
+    Host = object
+
+
+class NextFlowSamplingInterface(Host):
     """Methods of [`NextFlowForCausalLM`] for sampling and scoring, of which none knows how prompts look."""
 
     config: NextFlowConfig
-    model: PreTrainedModel
-    lm_head: nn.Module
+    if TYPE_CHECKING:  # transformers evaluates what it finds
+        model: NextFlowModel
+        lm_head: nn.Linear
 
     def get_scale_terms(self, image_grids: torch.Tensor) -> torch.Tensor:
         """
@@ -88,7 +96,7 @@ class NextFlowSamplingInterface:
         """Codes (images, cells) of one scale; `given` (images, cells) stay where `is_given`. `numbers` as in
         [`sample_codes`]."""
         codes = sample_codes(logits, step, numbers)
-        return codes if given is None else given.where(is_given, codes)
+        return codes if given is None or is_given is None else given.where(is_given, codes)
 
     def get_text_ids(self) -> torch.Tensor:
         """The tokens that text before an image is made of: text without the end of the turn, and `<boi>`, its end."""

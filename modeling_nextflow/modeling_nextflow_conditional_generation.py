@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import (

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Siglip2VisionModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
 from .grids_nextflow import Schedule, check_codes, count_codes, schedules_from_grids
@@ -151,8 +151,8 @@ class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
     config: NextFlowVisionTokenizerConfig
     base_model_prefix = "vision_tokenizer"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    output_modalities = ("image",)
+    input_modalities = ["image"]
+    output_modalities = ["image"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["NextFlowResnetBlock", "NextFlowAttentionBlock", "NextFlowMultiScaleQuantizer"]
@@ -200,7 +200,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     def __init__(self, config: NextFlowVisionTokenizerConfig):
         super().__init__(config)
-        semantic_config = config.semantic_config
+        semantic_config = config.semantic_vit_config
         _check_sizes(config)
         hidden_size = semantic_config.hidden_size
         code_dim = config.semantic_code_dim
@@ -397,7 +397,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         `Siglip2VisionModel`, one (height * width, hidden_size) tensor an image. Wrap it in `torch.no_grad()`.
         """
         schedules = self._check_pixels(pixel_values, image_grids)
-        targets = [None] * len(schedules)
+        targets = [torch.empty(0)] * len(schedules)
         for schedule, indices in _group_by_schedule(schedules):
             patches = self._semantic_patches(self._crop(pixel_values, schedule, indices))
             shapes = torch.tensor([schedule[-1]]).expand(len(indices), 2)
@@ -435,7 +435,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         schedules = self._check_pixels(pixel_values, image_grids)
         dropped = self._dropped_scales(drop_scales, image_grids.shape[1])
         groups = _group_by_schedule(schedules)
-        codes: list[torch.Tensor | None] = [None] * len(schedules)
+        codes = [torch.empty(0)] * len(schedules)
         reconstructions, losses = [], []
         for schedule, indices in groups:
             pixels = self._crop(pixel_values, schedule, indices)
@@ -478,7 +478,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def _encode_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (n, 3, height, width) to continuous features (n, code_dim, rows, columns) of both branches."""
         pixels = pixels.to(self.quant_conv.weight.dtype)  # of a convolution: quantised linear layers hold bytes
-        grid = tuple(side // self.config.semantic_config.patch_size for side in pixels.shape[2:])
+        grid = tuple(side // self.config.semantic_vit_config.patch_size for side in pixels.shape[2:])
         hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
         pixel_size = tuple(self.config.patch_size * cells for cells in grid)
@@ -489,7 +489,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         """Pixels (n, 3, height, width) as the semantic encoder takes them, see [`patchify`]."""
         if self.config.clamp_semantic_pixels:
             pixels = pixels.clamp(-1, 1)
-        return patchify(pixels, self.config.semantic_config.patch_size)
+        return patchify(pixels, self.config.semantic_vit_config.patch_size)
 
     def _decode_pixels(self, quantized: torch.Tensor, **tiles: int) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
@@ -507,7 +507,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         """(height, width) of an image whose last grid is `grid`."""
         if self.config.image_size is None:
             return tuple(self.config.patch_size * cells for cells in grid)
-        cells = self.config.image_size // self.config.semantic_config.patch_size
+        cells = self.config.image_size // self.config.semantic_vit_config.patch_size
         if tuple(grid) != (cells, cells):
             raise ValueError(
                 f"the last grid is {tuple(grid)}, expected {(cells, cells)}: this tokenizer takes images of "
@@ -615,7 +615,7 @@ def _codes_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _check_sizes(config: NextFlowVisionTokenizerConfig) -> None:
-    semantic_config = config.semantic_config
+    semantic_config = config.semantic_vit_config
     if config.semantic_layer not in (-1, -2):
         raise ValueError(f"semantic_layer is {config.semantic_layer}, expected -1 or -2")
     if config.semantic_layer == -2 and semantic_config.num_hidden_layers < 2:

@@ -69,7 +69,7 @@ class NextFlowAttentionBlock(GradientCheckpointingLayer):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         attended, _ = attention_interface(self, query, key, value, None, scaling=self.scaling, is_causal=False)
         # (batch, height * width, 1 head, channels) -> (batch, channels, height, width)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -52,47 +53,48 @@ def scale_plan(
     Raises:
         `ValueError`: on lists of another length, and on entries that are no numbers of the setting's range.
     """
-    num_scales = len(grids)
-
-    def per_scale(name: str, value: PerScale, default: float, high: float = math.inf) -> list[float]:
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * num_scales
-        if len(values) != num_scales:
-            raise ValueError(
-                f"{names.get(name, name)} has {len(values)} entries, expected one for each of the {num_scales} scales"
-            )
-        shown = names.get(name, name)
-        return [_checked_number(shown, default if entry is None else entry, default, high) for entry in values]
-
-    def guidance(name: str, value: PerScale) -> list[float]:
-        scales = per_scale(name, value, 1.0)
-        if isinstance(value, (list, tuple)):
-            return scales
-        if guidance_schedule == "early":
-            return [1.0 if index >= max(1, num_scales - 2) else scale for index, scale in enumerate(scales)]
-        if guidance_schedule == "linear" and name == "guidance_scale":
-            return [1 + (scale - 1) * index / max(num_scales - 1, 1) for index, scale in enumerate(scales)]
-        return scales
-
     if guidance_schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance_schedule is {guidance_schedule!r}, expected one of {list(GUIDANCE_SCHEDULES)}")
-    columns = (
-        guidance("guidance_scale", guidance_scale),
-        per_scale("temperature", temperature, 1.0),
-        per_scale("top_k", top_k, 0),
-        per_scale("top_p", top_p, 1.0, high=1.0),
-        guidance("image_guidance_scale", image_guidance_scale),
-    )
-    return [ScaleStep(tuple(grid), *settings) for grid, *settings in zip(grids, *columns)]
+    last = len(grids) - 1
+    settings = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "image_guidance_scale": image_guidance_scale,
+    }
+    plan = []
+    for index, grid in enumerate(grids):
+        step = {name: _setting_of(name, value, index, len(grids), names) for name, value in settings.items()}
+        for name in ("guidance_scale", "image_guidance_scale"):
+            if isinstance(settings[name], (list, tuple)):
+                continue
+            if guidance_schedule == "early" and index >= max(1, last - 1):
+                step[name] = 1.0
+            elif guidance_schedule == "linear" and name == "guidance_scale":
+                step[name] = 1 + (step[name] - 1) * index / max(last, 1)
+        plan.append(ScaleStep((grid[0], grid[1]), **step))
+    return plan
 
 
-def _checked_number(name: str, value: float, default: float, high: float) -> float:
-    """`value` as the type of `default`; NumPy's scalars are numbers, too."""
+def _setting_of(name: str, value: Any, index: int, count: int, names: Mapping[str, str]) -> Any:
+    """The setting of one of `count` scales, as the type of its default; NumPy's scalars are numbers, too."""
+    shown = names.get(name, name)
+    if isinstance(value, (list, tuple)):
+        if len(value) != count:
+            raise ValueError(f"{shown} has {len(value)} entries, expected one for each of the {count} scales")
+        value = value[index]
+    default, high = (0, math.inf) if name == "top_k" else (1.0, 1.0 if name == "top_p" else math.inf)
+    if value is None:
+        return default
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} is {value!r} ({type(value).__name__}), expected a number or a list with one a scale")
+        raise ValueError(
+            f"{shown} is {value!r} ({type(value).__name__}), expected a number or a list with one a scale"
+        )
     if not (0 <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}, expected a number in [0, {high}]")
+        raise ValueError(f"{shown} is {value}, expected a number in [0, {high}]")
     if type(default)(value) != value:
-        raise ValueError(f"{name} is {value}, expected a whole number")
+        raise ValueError(f"{shown} is {value}, expected a whole number")
     return type(default)(value)
 
 
@@ -157,7 +159,7 @@ def random_numbers(
 
 def sample(scores: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
     """One sample (batch, cells) of each softmax of `scores` (batch, cells, choices); see [`pick`]."""
-    return pick(scores, random_numbers(generators, *scores.shape[:2], scores.device))
+    return pick(scores, random_numbers(generators, scores.shape[0], scores.shape[1], scores.device))
 
 
 def pick(scores: torch.Tensor, numbers: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,0 +1,368 @@
+"""What the transformer is made of besides its layers: the models' base class, and how tokens and codes become inputs.
+
+Text rows of the embedding; at a cell the codebook features of the scale before, upsampled, through a connector (§2.2).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.utils import logging
+
+from .attention_nextflow import ATTENTION_BACKENDS
+from .configuration_nextflow import NextFlowConfig
+from .fused_nextflow import FusedDecoderLayer, can_be_fused, fuse, separate_weights, unfuse
+from .graphs_nextflow import PassGraphs
+from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
+from .rope_nextflow import ImageLayout, get_image_layout
+
+
+logger = logging.get_logger(__name__)
+
+
+class NextFlowConnector(nn.Module):
+    """Codebook features -> hidden size."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.semantic_code_dim + config.pixel_code_dim, config.hidden_size)
+        self.act = ACT2FN[config.connector_hidden_act]
+        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class NextFlowPreTrainedModel(PreTrainedModel):
+    config: NextFlowConfig
+    base_model_prefix = "model"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Patterns. Quantisation leaves these modules alone, and float16 keeps them in float32: codes are cast to the
+    # connector's dtype, which must be one to compute in. The head is left alone as every output embedding is.
+    _keep_in_fp32_modules = [rf"(?:\w+\.){{0,4}}{name}" for name in ("connector", "scale_embedding", "image_codebook")]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    graphs: PassGraphs | None = None  # of `compile_sampling`
+    _can_record_outputs = {
+        "hidden_states": GradientCheckpointingLayer,  # what both kinds of layer are, and nothing else in here is
+        "attentions": [Qwen2Attention, Qwen3Attention],
+    }
+
+    def __init__(self, config: NextFlowConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Who wraps by these names (FSDP) expects each of them in the model.
+        self._no_split_modules = ["Qwen3DecoderLayer" if config.qk_norm else "Qwen2DecoderLayer"]
+
+    def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
+        """
+        Compile the decoder's layers in place, for drawing and writing: they share their code, so it takes a layer's
+        time. As in diffusers, arguments are `torch.compile`'s; `dynamic` is on, as every scale has a shape of its own.
+        """
+        for layer in self.base_model.layers:
+            layer.compile(*args, dynamic=dynamic, **kwargs)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """
+        [`~PreTrainedModel.set_attn_implementation`] under the name and with the backends of diffusers' models, which
+        inference engines call.
+
+        Args:
+            backend (`str`): One of [`ATTENTION_BACKENDS`], such as `"native"`; any other raises `ValueError`.
+        """
+        if backend not in ATTENTION_BACKENDS:
+            raise ValueError(
+                f"the attention backend is {backend!r}, expected one of {list(ATTENTION_BACKENDS)}: others take no "
+                "mask, which prompts with images need"
+            )
+        self.set_attn_implementation(ATTENTION_BACKENDS[backend])
+
+    def compile_sampling(self, max_cells: int = 1024, **compile_options) -> None:
+        """
+        Make sampling images cheap to launch, on a CUDA device: fuse the layers, and record the passes of the scales as
+        CUDA graphs. The first image of each shape (size, batch, guidance, prompt length up to the next multiple of 64)
+        records, which takes about twice its time; those after it replay. What was recorded is dropped when the model
+        moves or its layers change. Text decodes compiled with `cache_implementation="static"`, as in transformers.
+
+        Args:
+            max_cells (`int`, *optional*, defaults to 1024):
+                Cells of the largest scale that is recorded. Larger ones are compute-bound and launched one by one.
+            compile_options: With any, such as `mode="max-autotune-no-cudagraphs"`, layers are also compiled, see
+                [`~NextFlowPreTrainedModel.compile_repeated_blocks`].
+
+        Raises:
+            `ValueError`: on another device than CUDA, and where the layers cannot be fused.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(f"the model is on {self.device}, expected a CUDA device: CUDA graphs need one")
+        self.fuse_qkv_projections()
+        if not self.is_fused:
+            raise ValueError("the layers cannot be fused, and what is quantised or adapted is not recorded")
+        if compile_options:
+            self.compile_repeated_blocks(**compile_options)
+        self.graphs = PassGraphs(max_cells)
+
+    def _apply(self, *args, **kwargs):
+        if self.graphs is not None:  # the recorded passes read the weights where they were
+            self.graphs = PassGraphs(self.graphs.max_cells)
+        return super()._apply(*args, **kwargs)
+
+    def fuse_qkv_projections(self) -> None:
+        """
+        Fuse the decoder's layers: queries, keys and values become one product, gate and up another, for less than half
+        of the operators and the same results. Weights exist once, also meanwhile (but for those of one layer), and are
+        saved under Qwen's names. Under the name of diffusers' models; see `fused_nextflow.py`.
+
+        Where layers are quantised, adapted, sharded or offloaded, all stay as they are, with a warning: fuse before
+        offloading. Loading an adapter unfuses the layers; PEFT's own `get_peft_model` does not.
+        """
+        if self.is_fused:
+            return
+        if can_be_fused(self.base_model):
+            fuse(self.base_model, qk_norm=self.config.qk_norm)
+        else:
+            logger.warning("the layers are quantised, adapted, sharded, offloaded or hooked: they are not fused")
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo [`~NextFlowPreTrainedModel.fuse_qkv_projections`]."""
+        self.graphs = None
+        if self.is_fused:
+            unfuse(self.base_model, qk_norm=self.config.qk_norm)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether [`~NextFlowPreTrainedModel.fuse_qkv_projections`] has fused the layers."""
+        return isinstance(self.base_model.layers[0], FusedDecoderLayer)
+
+    def load_adapter(self, *args, **kwargs):
+        self.unfuse_qkv_projections()  # an adapter knows Qwen's names
+        return super().load_adapter(*args, **kwargs)
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        self.unfuse_qkv_projections()
+        super().add_adapter(*args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, state_dict: dict[str, torch.Tensor] | None = None, **kwargs):
+        if self.is_fused:
+            state_dict = separate_weights(self, self.state_dict() if state_dict is None else state_dict)
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NextFlowInputs):
+            init.normal_(module.scale_embedding.weight, std=module.scale_embedding_std)
+            init.normal_(module.image_codebook.weight)  # only its directions count
+
+
+class NextFlowInputs(NextFlowPreTrainedModel):
+    """The first part of [`NextFlowModel`]: embeddings of text, of codes and of scales."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.image_codebook = nn.Embedding(config.codebook_size, config.semantic_code_dim + config.pixel_code_dim)
+        self.image_codebook.weight.requires_grad_(config.train_codebook)
+        self.connector = NextFlowConnector(config)
+        self.scale_embedding = nn.Embedding(config.max_scales, config.hidden_size)
+        self.scale_embedding_std = math.sqrt(1 / (3 * config.hidden_size))
+
+    def get_image_layout(self, input_ids: torch.Tensor, image_grids: torch.Tensor) -> ImageLayout | None:
+        if len(image_grids) == 0:
+            return None
+        check_shape(image_grids)
+        return get_image_layout(
+            input_ids,
+            image_grids,
+            boi_token_id=self.config.boi_token_id,
+            image_token_id=self.config.image_token_id,
+        )
+
+    def embed_inputs(
+        self,
+        input_ids: torch.Tensor,
+        image_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        layout: ImageLayout | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Text rows of the embedding, and at every cell of scale k the upsampled features of the codes of scale k - 1.
+
+        `inputs_embeds` replaces the rows of the embedding. Returns (batch, length, hidden). Raises `ValueError` where
+        tokens, grids and codes do not fit together.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if layout is None:
+            self.check_no_images(input_ids, strict=False)
+            return self._with_gradients_of_images(inputs_embeds)
+        codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
+        images = self._present_grids(input_ids, codes, image_grids, layout)
+
+        if not (self._trains_with_others or any(len(grids) > 1 for grids, _ in images)):
+            cells = inputs_embeds.new_zeros(0, inputs_embeds.shape[-1])
+        else:
+            cells = self._embed_cells(codes, images)
+        # Of `<boi>`, and of every cell.
+        scale_terms = self.scale_embedding(F.pad(layout.scale[layout.is_cell] - 1, (1, 0)))
+        boi_term = self.scale_length_encoding(image_grids) + scale_terms[0] * self.config.boi_scale_embedding
+        is_boi = layout.scale == 1
+        inputs_embeds = inputs_embeds.masked_scatter(
+            is_boi[..., None], (inputs_embeds[is_boi] + boi_term).to(inputs_embeds.dtype)
+        )
+        length_term = self.scale_length_encoding(image_grids)[layout.image_index[layout.is_cell]]
+        cells = (cells + scale_terms[1:] + length_term).to(inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(layout.is_cell[..., None], cells)
+
+    @property
+    def _trains_with_others(self) -> bool:
+        """Processes that train together wait for each other: for the gradients of every parameter, also of what a
+        batch of text does not use, and where weights are sharded at every call of a module. So all call the codebook,
+        the connector and the scale embedding once, in this order, whatever their batch is."""
+        return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    def _with_gradients_of_images(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """`inputs_embeds`, with gradients (zeros) for what only images use."""
+        if not self._trains_with_others:
+            return inputs_embeds
+        code = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
+        unused = self.connector(self.image_codebook(code)) + self.scale_embedding(code)
+        return inputs_embeds + (0 * unused).to(inputs_embeds.dtype)
+
+    def _embed_cells(self, codes: torch.Tensor, images: list[tuple[Schedule, int]]) -> torch.Tensor:
+        """Connector outputs (cells of scales 2..m of all images, hidden), images with one schedule in one go."""
+        groups: dict[Schedule, list[int]] = {}
+        for index, (grids, _) in enumerate(images):
+            groups.setdefault(grids, []).append(index)
+        # A closed image also brings the codes of its last scale, which are no input.
+        used = [sum(height * width for height, width in grids[:-1]) for grids, _ in images]
+        per_image = codes.split([count for _, count in images])
+        looked_up = self.image_codebook(torch.cat([rows[:count] for rows, count in zip(per_image, used)]))
+        per_image = looked_up.split(used)
+        embedded = [rows[:0] for rows in per_image]  # of an image of one scale: nothing
+        for grids, members in groups.items():
+            if len(grids) == 1:
+                continue
+            stacked = torch.stack([per_image[index] for index in members])  # (images, codes, code_dim)
+            features, start = [], 0
+            for grid, next_grid in zip(grids, grids[1:]):
+                cells = grid[0] * grid[1]
+                features.append(self.upsampled_features(stacked[:, start : start + cells], grid, next_grid))
+                start += cells
+            for index, rows in zip(members, torch.cat(features, dim=1)):
+                embedded[index] = rows
+        return self.connector(torch.cat(embedded))
+
+    def upsampled_features(
+        self, looked_up: torch.Tensor, grid: tuple[int, int], next_grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """Codebook features of the codes of one scale (batch, h*w, code_dim), residual and not accumulated, at the
+        next grid.
+
+        Bicubic in fp32; both halves l2-normalised as the tokenizer looks them up. Returns (batch, h'*w', code_dim).
+        """
+        halves = [self.config.semantic_code_dim, self.config.pixel_code_dim]
+        semantic, pixel = looked_up.float().split(halves, dim=-1)
+        features = torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
+        features = features.transpose(1, 2).unflatten(2, grid)  # (batch, code_dim, h, w)
+        features = F.interpolate(features, size=next_grid, mode="bicubic", align_corners=False)
+        return features.flatten(2).transpose(1, 2).to(looked_up.dtype)
+
+    def scale_length_encoding(self, image_grids: torch.Tensor) -> torch.Tensor:
+        """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale
+        embedding (amplitude not specified by the paper). A grid that stands there twice shows the codes of one scale:
+        an image has as many scales where it is given as where it is drawn."""
+        hidden = self.config.hidden_size
+        is_scale = image_grids[..., 0] > 0
+        if not self.config.scale_length_counts_repeats:
+            is_scale[:, 1:] &= (image_grids[:, 1:] != image_grids[:, :-1]).any(-1)
+        num_scales = is_scale.sum(-1, keepdim=True).float()  # (n_images, 1)
+        exponent = torch.arange(0, hidden, 2, device=image_grids.device).float() / hidden
+        angle = num_scales * 10000.0**-exponent
+        encoding = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :hidden]
+        return encoding * self.scale_embedding_std
+
+    def get_placeholder_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """The tokens of images in `inputs_embeds`, recognised by their embeddings; every other token is 0."""
+        input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        for token_id in (self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id):
+            embedding = self.embed_tokens(input_ids.new_full((1,), token_id)).to(inputs_embeds.device)
+            input_ids = torch.where((inputs_embeds == embedding).all(-1), token_id, input_ids)
+        return input_ids
+
+    def check_no_images(self, input_ids: torch.Tensor, *, strict: bool = True) -> None:
+        """Raise where tokens that came without `image_grids` are an image's; where not `strict`, warn."""
+        if torch.compiler.is_compiling():  # looking at values would break the graph
+            return
+        count = int(((input_ids == self.config.image_token_id) | (input_ids == self.config.boi_token_id)).sum())
+        message = "input_ids hold <boi> or image placeholder tokens, but no image_grids were given"
+        if count and strict:
+            raise ValueError(f"{message}, which {count} tokens need: pass all that the processor returned")
+        if count:
+            logger.warning_once(f"{message}: they are embedded as text is")
+
+    def _present_grids(
+        self,
+        input_ids: torch.Tensor,
+        codes: torch.Tensor,
+        image_grids: torch.Tensor,
+        layout: ImageLayout,
+    ) -> list[tuple[Schedule, int]]:
+        """Per image: the grids of the scales that are present in `input_ids`, and how many codes it brings.
+
+        A closed image (its `<eoi>` is there) has all its scales and the codes of all; an open one, still being drawn,
+        the scales up to its last block and the codes that are inputs: those of the scales before.
+        """
+        num_images = int((layout.scale == 1).sum())
+        if num_images != len(image_grids):
+            raise ValueError(f"input_ids hold {num_images} <boi> tokens, but image_grids has {len(image_grids)} rows")
+        is_first = layout.is_cell & ~F.pad(layout.is_slot[:, :-1], (1, 0))
+        if is_first.any():
+            raise ValueError(
+                f"input_ids hold {int(is_first.sum())} image placeholder tokens that follow neither <boi> nor another "
+                "placeholder: the cells of an image stand together, right after its <boi>"
+            )
+        cells = torch.bincount(layout.image_index[layout.is_cell], minlength=num_images).tolist()
+        after_eoi = layout.image_index[input_ids == self.config.eoi_token_id]
+        closed = torch.bincount(after_eoi.clamp(min=0), minlength=num_images).tolist()
+        images = []
+        for index, grids in enumerate(schedules_from_grids(image_grids)):
+            if grids[0] != (1, 1):
+                raise ValueError(f"the schedule of image {index} must start with the grid (1, 1), got {grids[0]}")
+            if len(grids) > self.config.max_scales:
+                raise ValueError(
+                    f"image {index} has {len(grids)} scales, expected at most config.max_scales = "
+                    f"{self.config.max_scales}; an image whose last grid stands there twice has one more"
+                )
+            present, count = 1, 0
+            while present < len(grids) and count < cells[index]:
+                count += grids[present][0] * grids[present][1]
+                present += 1
+            whole = sum(height * width for height, width in grids[1:])
+            if count != cells[index] or (closed[index] and count != whole):
+                raise ValueError(
+                    f"image {index} has {cells[index]} placeholder tokens, which do not fill its scales: its grids "
+                    f"{list(grids)} need {whole}"
+                )
+            last = grids[present - 1][0] * grids[present - 1][1]
+            images.append((grids[:present], 1 + count if closed[index] else 1 + count - last))
+        expected = sum(count for _, count in images)
+        if len(codes) != expected:
+            raise ValueError(f"the images in input_ids need {expected} codes, got image_codes of length {len(codes)}")
+        check_codes(codes, self.config.codebook_size)
+        return images
+
+
+__all__ = ["NextFlowConnector", "NextFlowInputs", "NextFlowPreTrainedModel"]
