@@ -141,6 +141,14 @@ def test_default_arrangements_fit(sprites, canvas):
             assert (top + side / 2) * 3 // canvas[0] == row and (left + side / 2) * 3 // canvas[1] == column
 
 
+@pytest.mark.parametrize("canvas", canvases(64) + canvases(96) + canvases(128))
+def test_places_lie_apart(canvas):
+    for size in ("small", "medium"):
+        for place, cell in CELLS.items():
+            left, top, side = box(Thing(Sprite("fox", "noto"), place, size), canvas)
+            assert ((top + side / 2) * 3 // canvas[0], (left + side / 2) * 3 // canvas[1]) == cell
+
+
 def test_scenes_differ_only_in_the_boxes_of_their_things(sprites):
     for context in contexts(sprites, 20):
         scene = context.scene()

@@ -4,6 +4,7 @@ A scene has no pixels: a canvas (height, width) gives it those. Whatever a capti
 that words and canvas settle the image. Knows nothing about language.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -57,7 +58,8 @@ PLACES = (
 CELLS = {name: (row, column) for row, names in enumerate(PLACES) for column, name in enumerate(names)}
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-SIZES = {"small": 0.33, "medium": 0.47, "large": 0.85, "tile": 0.25}  # of the shorter side, at most
+SIZES = {"small": 0.33, "medium": 0.47, "large": 0.85, "tile": 0.25}  # of the side of a square of this area, at most
+WIDEST = 0.58  # of the shorter side, for what is not large: top, middle and bottom stay apart
 MAX_THINGS = 4
 MIN_PIXELS = 16  # of a sprite: below it nobody can tell what it is
 _GRID = 4  # sprites begin at margin + n * grid: the codes of a sprite are then nearly alike at every place
@@ -109,7 +111,8 @@ def canvases(resolution: int, ratios: Sequence[tuple[int, int]] = RATIOS) -> lis
 
 def box(thing: Thing, canvas: Canvas) -> tuple[int, int, int]:
     """Return the box of a thing: (left, top, side) in pixels."""
-    side = int(SIZES[thing.size] * min(canvas)) // _GRID * _GRID
+    widest = (SIZES["large"] if thing.size == "large" else WIDEST) * min(canvas)
+    side = int(min(SIZES[thing.size] * math.sqrt(math.prod(canvas)), widest)) // _GRID * _GRID
     margin = 0 if thing.size == "tile" else 2
 
     def start(cell: int, length: int) -> int:
