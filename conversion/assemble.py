@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 
 from ..modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -25,19 +26,21 @@ def image_processor_for(config: NextFlowVisionTokenizerConfig) -> NextFlowImageP
     fixed size, the one square that it takes.
     """
     if config.image_size is None:
-        patch_size = config.patch_size
-        return NextFlowImageProcessor(
-            patch_size=patch_size, resolution=patch_size * NextFlowImageProcessor.scale_bases[-1]
-        )
+        patch_size, bases = config.patch_size, NextFlowImageProcessor.scale_bases
+        assert bases is not None  # the paper's
+        settings: dict[str, Any] = {"patch_size": patch_size, "resolution": patch_size * bases[-1]}
+        return NextFlowImageProcessor(**settings)
+    assert config.scale_sides is not None, "a vision tokenizer of fixed size has the schedule it was trained with"
     cells = config.scale_sides[-1]
-    return NextFlowImageProcessor(
-        resolution=config.image_size,
-        scale_bases=list(config.scale_sides),
-        patch_size=config.image_size / cells if config.image_size % cells else config.image_size // cells,
-        bucket_area=cells**2,
-        min_bucket_fill=1.0,
-        max_aspect_ratio=1.0,
-    )
+    settings = {
+        "resolution": config.image_size,
+        "scale_bases": list(config.scale_sides),
+        "patch_size": config.image_size / cells if config.image_size % cells else config.image_size // cells,
+        "bucket_area": cells**2,
+        "min_bucket_fill": 1.0,
+        "max_aspect_ratio": 1.0,
+    }
+    return NextFlowImageProcessor(**settings)
 
 
 def make_processor(

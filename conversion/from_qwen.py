@@ -180,7 +180,8 @@ def from_qwen(
 def empty_model(config: NextFlowConfig) -> NextFlowForCausalLM:
     """The transformer without weights: names and shapes."""
     with torch.device("meta"):
-        return NextFlowForCausalLM(config)
+        # transformers' mixin of `generate` declares what `PreTrainedModel` has.
+        return NextFlowForCausalLM(config)  # pyright: ignore[reportAbstractUsage]  # it is none
 
 
 def convert_qwen(
@@ -284,8 +285,9 @@ def _grow(text_rows: torch.Tensor, num_rows: int, generator: torch.Generator) ->
     table = text_rows.new_empty(num_rows, text_rows.shape[1])
     table[:known] = text_rows
     # In parts: of a 72B, all text rows in float32 would take five gigabytes more.
-    mean = sum(chunk.double().sum(0) for chunk in text_rows.split(4096)) / known
-    squares = sum((chunk.double() - mean).square().sum(0) for chunk in text_rows.split(4096))
+    zero = text_rows.new_zeros((), dtype=torch.float64)
+    mean = sum((chunk.double().sum(0) for chunk in text_rows.split(4096)), zero) / known
+    squares = sum(((chunk.double() - mean).square().sum(0) for chunk in text_rows.split(4096)), zero)
     deviation = (squares / (known - 1)).sqrt()
     for rows in table[known:].split(4096):
         rows.copy_(torch.randn(rows.shape, generator=generator) * deviation + mean)

@@ -140,7 +140,8 @@ def empty_tokenizer(config: NextFlowVisionTokenizerConfig) -> NextFlowVisionToke
 def cast(model: NextFlowVisionTokenizer, dtype: torch.dtype) -> NextFlowVisionTokenizer:
     """`model` itself in `dtype`, its codebooks in float32."""
     model.quantizer.float()  # which stays where it is when the rest is cast
-    model.to(dtype).config.dtype = dtype
+    model.to(dtype)  # pyright: ignore[reportArgumentType]  # by its decorator in transformers it seems unbound
+    model.config.dtype = dtype
     return model
 
 
@@ -277,7 +278,7 @@ def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTo
 
 def target_names(name: str, config: NextFlowVisionTokenizerConfig) -> list[str] | None:
     """Where a tensor of theirs goes: to three places, to one, to none (left behind); `None` if it is not known."""
-    last_layer = f"encoder_vqkd.encoder.layers.{config.semantic_config.num_hidden_layers - 1}.*"
+    last_layer = f"encoder_vqkd.encoder.layers.{config.semantic_vit_config.num_hidden_layers - 1}.*"
     if any(_pattern(row).fullmatch(name) for row in (*LEFT_BEHIND, last_layer)):
         return []
     for theirs, ours in KEYS.items():

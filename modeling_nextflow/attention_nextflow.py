@@ -64,19 +64,19 @@ def get_attention_mask(
     """
     implementation = config._attn_implementation or "eager"
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-    is_static = past_key_values is not None and past_key_values.is_compileable
+    static_cache = past_key_values if past_key_values is not None and past_key_values.is_compileable else None
     if isinstance(past_key_values, DynamicCache) and not past_length:
         # transformers looks for packed documents only where there is no cache; an empty one changes nothing else.
         past_key_values = None
     text_positions = position_ids[0] if position_ids is not None and len(position_ids) == 4 else None
-    has_blocks = is_causal and layout is not None and bool(layout.is_cell.any())
+    block_ids = layout.block_ids if is_causal and layout is not None and bool(layout.is_cell.any()) else None
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
     # Flash kernels know padding and causality, and an implementation without a mask function gets no mask at all.
     if mask_function is None or mask_function is flash_attention_mask:
         packed = text_positions if attention_mask is None and past_key_values is None else None
-        _check_needs_no_mask(implementation, has_blocks, attention_mask, packed)
-    if is_static:
-        attention_mask = _mask_of_static_cache(config, inputs_embeds, attention_mask, past_key_values, is_causal)
+        _check_needs_no_mask(implementation, block_ids is not None, attention_mask, packed)
+    if static_cache is not None:
+        attention_mask = _mask_of_static_cache(config, inputs_embeds, attention_mask, static_cache, is_causal)
     if not is_causal and attention_mask is None:
         return None
     arguments = {
@@ -87,7 +87,8 @@ def get_attention_mask(
     }
     if not is_causal:
         return create_bidirectional_mask(**arguments)
-    block_ids = F.pad(layout.block_ids, (int(past_length), 0), value=-1) if has_blocks else None
+    if block_ids is not None:
+        block_ids = F.pad(block_ids, (int(past_length), 0), value=-1)
     return create_causal_mask(**arguments, position_ids=text_positions, block_sequence_ids=block_ids)
 
 

@@ -29,6 +29,7 @@ class NextFlowViTConfig(Siglip2VisionConfig):
         pre_layernorm (`bool`, *optional*, defaults to `False`): Whether a norm precedes the first layer, as in CLIP.
     """
 
+    patch_size: int = 16
     class_token: bool = False
     pre_layernorm: bool = False
 
@@ -99,7 +100,7 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
 
     model_type = "nextflow_vision_tokenizer"
     sub_configs_defaults = {
-        "semantic_config": NextFlowViTConfig,
+        "semantic_config": SubConfigSpec(config_class=NextFlowViTConfig),
         "semantic_decoder_config": SubConfigSpec(config_class=NextFlowViTConfig, optional=True),
     }
 
@@ -170,6 +171,12 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         """`semantic_config`, which is complete once the configuration is made."""
         assert isinstance(self.semantic_config, NextFlowViTConfig)
         return self.semantic_config
+
+    @property
+    def semantic_decoder_vit_config(self) -> NextFlowViTConfig | None:
+        """`semantic_decoder_config`, which is complete once the configuration is made."""
+        assert self.semantic_decoder_config is None or isinstance(self.semantic_decoder_config, NextFlowViTConfig)
+        return self.semantic_decoder_config
 
     @property
     def patch_size(self) -> int:
@@ -292,6 +299,7 @@ class NextFlowConfig(Qwen2Config):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+        assert self.rope_parameters is not None  # transformers has filled in its defaults
         self.rope_parameters = {"mrope_section": default_mrope_section(self.head_dim), **self.rope_parameters}
         smallest = self.text_vocab_size + self.codebook_size + 2
         if self.vocab_size < smallest:

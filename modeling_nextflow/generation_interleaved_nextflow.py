@@ -62,6 +62,8 @@ class NextFlowInterleavedGenerationOutput(ModelOutput):
 
     def answer(self) -> "NextFlowInterleavedGenerationOutput":
         """Only what was generated: what is shown to a user."""
+        assert self.sequences is not None and self.attention_mask is not None  # as all that `generate` returned has
+        assert self.image_codes is not None and self.image_grids is not None and self.is_generated is not None
         sizes = self.image_grids.prod(-1).sum(-1).tolist()
         codes = [codes for codes, new in zip(self.image_codes.split(sizes), self.is_generated.tolist()) if new]
         return NextFlowInterleavedGenerationOutput(
@@ -124,7 +126,7 @@ class _Answers:
     def __init__(
         self,
         model: "NextFlowForCausalLM",
-        input_ids: torch.Tensor,
+        input_ids: torch.LongTensor,
         cache: DynamicCache,
         mask: torch.Tensor | None,
         position: torch.Tensor,
@@ -137,7 +139,8 @@ class _Answers:
         self.cache = cache
         self.mask = mask  # (batch, cached), or None where nothing is padding
         self.position = position  # (batch, 1) on the first rotary axis, of the next token to run
-        self.ids = input_ids  # every row's own tokens, ending at the right edge: what processors and criteria read
+        # Every row's own tokens, ending at the right edge: what processors and criteria read
+        self.ids: torch.LongTensor = input_ids
         self.length = input_ids.new_zeros(batch)  # of what was generated
         self.pending = input_ids.new_full((batch,), pad)  # a row's last token, where it has not run yet
         self.is_pending = torch.zeros_like(self.pending, dtype=torch.bool)
@@ -147,7 +150,8 @@ class _Answers:
         """`tokens` (batch, n) behind the `rows` (batch,); the others move one padding to the right."""
         count = tokens.shape[1]
         grown = torch.cat([self.ids, tokens], dim=1)
-        self.ids = torch.where(rows[:, None], grown, F.pad(self.ids, (count, 0), value=self.pad))
+        moved = F.pad(self.ids, (count, 0), value=self.pad)
+        self.ids = torch.where(rows[:, None], grown, moved)  # pyright: ignore[reportAttributeAccessIssue]  # of longs
         self.length = self.length + count * rows
         self.pending = torch.where(rows, tokens[:, -1], self.pending)
 
@@ -247,7 +251,7 @@ class _Answers:
 
 def generate_interleaved(
     model: "NextFlowForCausalLM",
-    input_ids: torch.Tensor,
+    input_ids: torch.LongTensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,

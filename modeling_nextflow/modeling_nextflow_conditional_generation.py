@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
@@ -59,9 +58,10 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
-        self.vision_tokenizer = None  # `from_pretrained` puts it there
+        self.vision_tokenizer: NextFlowVisionTokenizer | None = None  # `from_pretrained` puts it there
         own = config.vision_tokenizer_config
         if own is not None:
+            assert not isinstance(own, dict)  # a configuration makes its sub-configurations of them
             if own._attn_implementation not in TOKENIZER_ATTENTION:
                 own._attn_implementation = None
             self._set_vision_tokenizer(NextFlowVisionTokenizer._from_config(own))
@@ -108,18 +108,17 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
         if not isinstance(attention, dict) and attention not in TOKENIZER_ATTENTION:
             own.pop("attn_implementation")
         loading_info = kwargs.get("output_loading_info", False)
-        model = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        model, info = model if loading_info else (model, None)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
 
         folder = "/".join(part for part in (kwargs.get("subfolder"), VISION_TOKENIZER) if part)
         # Not `pretrained_model_name_or_path`: that may be an adapter, which knows its base.
-        vision_tokenizer = NextFlowVisionTokenizer.from_pretrained(
+        loaded = NextFlowVisionTokenizer.from_pretrained(
             model.name_or_path, subfolder=folder, output_loading_info=loading_info, **own
         )
-        if loading_info:
-            vision_tokenizer, own_info = vision_tokenizer
-            for name, keys in own_info.items():
-                info[name] = type(info[name])([*info[name], *(_prefixed(key) for key in keys)])
+        vision_tokenizer, own_info = loaded if isinstance(loaded, tuple) else (loaded, {})
+        for name, keys in own_info.items():
+            info[name] = type(info[name])([*info[name], *(_prefixed(key) for key in keys)])
         _check_fingerprint(model.config.vision_tokenizer_fingerprint, vision_tokenizer)
         model._set_vision_tokenizer(vision_tokenizer)
         return (model, info) if loading_info else model
@@ -140,7 +139,8 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
                 }
             own = {name: kwargs[name] for name in ("is_main_process", "max_shard_size", "variant") if name in kwargs}
             self.vision_tokenizer.save_pretrained(Path(save_directory) / VISION_TOKENIZER, state_dict=own_state, **own)
-            self._keys_to_ignore_on_save |= {_prefixed(key) for key in self.vision_tokenizer.state_dict()}
+            own_keys = (_prefixed(key) for key in self.vision_tokenizer.state_dict())
+            self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *own_keys}
         try:
             self.config.vision_tokenizer_config = None  # it has been saved with the tokenizer
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
@@ -152,8 +152,10 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
         """Codes (total_codes,) of images, `pixel_values` and `image_grids` as the image processor gives them."""
+        assert self.vision_tokenizer is not None, "this model was made without a vision_tokenizer_config"
         device = _compute_device(self.vision_tokenizer)
         codes = self.vision_tokenizer.encode(pixel_values.to(device), image_grids.to(device)).image_codes
+        assert codes is not None
         return codes.to(_compute_device(self))
 
     @torch.no_grad()
@@ -168,12 +170,16 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
         Pixels (images, 3, max_height, max_width) in [-1, 1] of codes and their grids, or of what `generate` returned,
         which has both. With `num_scales` a preview at full size.
         """
-        if not isinstance(image_tokens, torch.Tensor):
-            image_tokens, image_grids = image_tokens.image_codes, image_tokens.image_grids
+        if isinstance(image_tokens, torch.Tensor):
+            image_codes = image_tokens
+        else:
+            image_codes, image_grids = image_tokens.image_codes, image_tokens.image_grids
         if image_grids is None:
             raise ValueError("codes alone say no size: pass image_grids, or what `generate` returned")
+        assert image_codes is not None  # `generate` returns both or neither
+        assert self.vision_tokenizer is not None, "this model was made without a vision_tokenizer_config"
         device = _compute_device(self.vision_tokenizer)
-        return self.vision_tokenizer.decode(image_tokens.to(device), image_grids.to(device), num_scales=num_scales)
+        return self.vision_tokenizer.decode(image_codes.to(device), image_grids.to(device), num_scales=num_scales)
 
     def _codes_of_prompt(
         self,
@@ -292,7 +298,7 @@ def _check_fingerprint(expected: str | None, vision_tokenizer: NextFlowVisionTok
         )
 
 
-def _compute_device(model: nn.Module) -> torch.device:
+def _compute_device(model: PreTrainedModel) -> torch.device:
     """Where `model` computes. Offloaded, its parameters are elsewhere, and accelerate's hooks know."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)

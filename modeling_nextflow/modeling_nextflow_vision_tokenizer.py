@@ -179,10 +179,12 @@ class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, NextFlowZeroConv2d):
             init.zeros_(module.weight)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             # The only embeddings here are the codebooks: directions uniform on the sphere, length about one.
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
@@ -220,7 +222,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self.quantizer = NextFlowMultiScaleQuantizer(config)
 
         # A pre-norm ViT whose "image" is the quantised map: one patch a cell, the code's dimensions its channels.
-        decoder_config = config.semantic_decoder_config
+        decoder_config = config.semantic_decoder_vit_config
         if decoder_config is None:
             decoder_config = _vit_variant(semantic_config, num_hidden_layers=config.semantic_decoder_layers)
         self.semantic_decoder = NextFlowViT._from_config(
@@ -250,9 +252,9 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        is_folder = pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path)
-        if is_folder and kwargs.get("config") is None:
-            _check_folder(Path(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        path = pretrained_model_name_or_path
+        if path is not None and os.path.isdir(path) and kwargs.get("config") is None:
+            _check_folder(Path(path), kwargs.get("subfolder") or "")
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
@@ -263,11 +265,13 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self._codes_fingerprint = None
         return super().load_state_dict(*args, **kwargs)
 
-    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads its signature
     def save_pretrained(self, save_directory: str | os.PathLike, *args, state_dict: dict | None = None, **kwargs):
         saved = _codes_fingerprint(self.state_dict() if state_dict is None else state_dict)
         self.config.codes_fingerprint = saved or self._codes_fingerprint
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    # diffusers reads its signature. Not as a decorator, which type checkers take for a method that is not bound.
+    functools.update_wrapper(save_pretrained, PreTrainedModel.save_pretrained)
 
     def get_image_grids(self, num_images: int = 1) -> torch.Tensor:
         """`image_grids` of that many images for a tokenizer of fixed size: the schedule it was trained with."""
@@ -334,7 +338,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         """
         schedules = self._check_pixels(pixel_values, image_grids)
         noise = self._sample_noise(schedules, generator, pixel_values.device) if self_correction else None
-        codes, targets = [None] * len(schedules), [None] * len(schedules)
+        codes, targets = [torch.empty(0)] * len(schedules), [torch.empty(0)] * len(schedules)
         for schedule, indices in _group_by_schedule(schedules):
             features = self._sliced(self._encode_features, self._crop(pixel_values, schedule, indices))
             group_noise = None if noise is None else torch.stack([noise[i] for i in indices]).to(features.device)
@@ -478,10 +482,11 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def _encode_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (n, 3, height, width) to continuous features (n, code_dim, rows, columns) of both branches."""
         pixels = pixels.to(self.quant_conv.weight.dtype)  # of a convolution: quantised linear layers hold bytes
-        grid = tuple(side // self.config.semantic_vit_config.patch_size for side in pixels.shape[2:])
+        rows, columns = (side // self.config.semantic_vit_config.patch_size for side in pixels.shape[2:])
+        grid = (rows, columns)
         hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
-        pixel_size = tuple(self.config.patch_size * cells for cells in grid)
+        pixel_size = (self.config.patch_size * rows, self.config.patch_size * columns)
         pixel_map = self.quant_conv(self.pixel_encoder(_resize(pixels, pixel_size)))
         return torch.cat([semantic_map.float(), pixel_map.float()], 1)
 
@@ -506,7 +511,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
         """(height, width) of an image whose last grid is `grid`."""
         if self.config.image_size is None:
-            return tuple(self.config.patch_size * cells for cells in grid)
+            rows, columns = grid
+            return self.config.patch_size * rows, self.config.patch_size * columns
         cells = self.config.image_size // self.config.semantic_vit_config.patch_size
         if tuple(grid) != (cells, cells):
             raise ValueError(
@@ -519,7 +525,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         """Quantised map (n, code_dim, rows, columns) to the teacher's features (n, rows * columns, hidden_size)."""
         cells = quantized[:, : self.config.semantic_code_dim].flatten(2).transpose(1, 2)
         cells = cells.to(self.post_quant_conv.weight.dtype)
-        return self.decode_task_layer(self.semantic_decoder.encode(cells, tuple(quantized.shape[2:])))
+        rows, columns = quantized.shape[2:]
+        return self.decode_task_layer(self.semantic_decoder.encode(cells, (rows, columns)))
 
     def _decode_codes(
         self, image_codes: torch.Tensor, image_grids: torch.Tensor, num_scales: int | None

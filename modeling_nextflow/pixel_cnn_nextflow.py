@@ -233,7 +233,7 @@ def in_tiles(
             result = function(maps[:, :, top : top + size, left : left + size])
             rows, columns = min(size, height), min(size, width)
             factor = result.shape[2] // rows
-            if total is None:
+            if total is None or weights is None:
                 total = result.new_zeros(*result.shape[:2], factor * height, factor * width, dtype=torch.float32)
                 weights = total.new_zeros(factor * height, factor * width)
             window = torch.outer(
@@ -243,6 +243,7 @@ def in_tiles(
             place = (slice(factor * top, factor * (top + rows)), slice(factor * left, factor * (left + columns)))
             total[:, :, *place] += result * window
             weights[place] += window
+    assert total is not None and weights is not None  # a side has one tile at least
     return (total / weights).to(result.dtype)
 
 

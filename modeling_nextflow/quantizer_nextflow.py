@@ -136,10 +136,11 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
         grids = schedule[:num_scales]
         with torch.autocast(image_codes.device.type, enabled=False):
             scales = image_codes.split([math.prod(grid) for grid in grids], 1)
-            return sum(
+            maps = (
                 self.upsample(self.lookup(codes), grid, schedule[-1])
                 for codes, grid in zip(scales, grids, strict=True)
             )
+            return sum(maps, next(maps) + 0)  # as quantising does, which begins at zero: that makes -0.0 a 0.0
 
     def codebook(self) -> torch.Tensor:
         """Unit semantic and unit pixel vectors of every code, float32 (codebook_size, code_dim)."""

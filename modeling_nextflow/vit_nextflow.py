@@ -25,7 +25,7 @@ class NextFlowViTEmbeddings(Siglip2VisionEmbeddings):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_layernorm else nn.Identity()
         )
 
-    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.LongTensor) -> torch.Tensor:
         # Of the positions' type: a patch embedding that is quantised holds bytes.
         patches = self.patch_embedding(pixel_values.to(self.position_embedding.weight.dtype))
         # Through its call, unlike SigLIP2's: where weights are offloaded, an embedding has them in its call alone.
@@ -43,6 +43,7 @@ class NextFlowViT(Siglip2VisionModel):
     """`Siglip2VisionModel` with those embeddings, for stacks of one grid."""
 
     config: NextFlowViTConfig
+    post_layernorm: nn.Module  # the vision tokenizer leaves it out where it does not want the last layer's output
 
     def __init__(self, config: NextFlowViTConfig):
         super().__init__(config)
