@@ -5,6 +5,7 @@ Knows shapes; no weights, no tokens.
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -124,7 +125,8 @@ def reserve(cache: DynamicCache, count: int) -> None:
 def part_of(cache: DynamicCache, rows: slice, padding: int = 0) -> DynamicCache:
     """Some rows of a cache without their first `padding` tokens, in the same memory."""
     part = copy.copy(cache)
-    part.layers = [*(layer.part(rows, padding) for layer in layers_of(cache))]
+    layers: list[Any] = [layer.part(rows, padding) for layer in layers_of(cache)]
+    part.layers = layers
     return part
 
 

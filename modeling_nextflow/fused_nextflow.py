@@ -6,6 +6,8 @@ in place, module by module, so its weights exist once. Every weight is read in i
 needs it. Knows layers, not what runs through them.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +22,16 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 
 from .attention_nextflow import RowRuns
+
+
+class Decoder(Protocol):
+    """What has layers to fuse."""
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+
+    @property
+    def norm(self) -> nn.Module: ...
 
 
 class FusedRMSNorm(Qwen2RMSNorm):
@@ -151,11 +163,11 @@ def is_plain(module: nn.Module) -> bool:
     return is_own and not has_hooks and all(type(weight) is nn.Parameter for weight in weights)
 
 
-def can_be_fused(decoder: nn.Module) -> bool:
+def can_be_fused(decoder: Decoder) -> bool:
     return all(is_plain(module) for part in (*decoder.layers, decoder.norm) for module in part.modules())
 
 
-def fuse(decoder: nn.Module, *, qk_norm: bool) -> None:
+def fuse(decoder: Decoder, *, qk_norm: bool) -> None:
     """Change the layers of a decoder and its last norm in place: Qwen3's with `qk_norm`, else Qwen2.5's."""
     classes = QWEN3 if qk_norm else QWEN2
     for layer in decoder.layers:
@@ -166,7 +178,7 @@ def fuse(decoder: nn.Module, *, qk_norm: bool) -> None:
     decoder.norm.__class__ = FusedRMSNorm
 
 
-def unfuse(decoder: nn.Module, *, qk_norm: bool) -> None:
+def unfuse(decoder: Decoder, *, qk_norm: bool) -> None:
     """Undo [`fuse`]."""
     classes = {fused: plain for plain, fused in (QWEN3 if qk_norm else QWEN2).items()}
     for layer in decoder.layers:

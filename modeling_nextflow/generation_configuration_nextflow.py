@@ -122,7 +122,8 @@ class NextFlowGenerationConfig(GenerationConfig):
         if config_dict.get("nextflow_format", 1) == 1:
             if (scale := config_dict.get("guidance_scale")) not in (None, 1):
                 logger.warning(f"left out guidance_scale={scale} of an old generation config: pass it to `generate`")
-        return super().from_dict(in_this_format(config_dict), **kwargs)
+        config = super().from_dict(in_this_format(config_dict), **kwargs)
+        return config  # pyright: ignore[reportReturnType]  # transformers makes one of `cls`, and says less
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Without what is unset; transformers does that for its own names only."""

@@ -352,7 +352,8 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         cells = sum(height * width for height, width in grids[1 : len(plan)])
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
         inputs = prepare_scales(plan, generators, prefix, input_ids.device)
-        return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)
+        row_sets = [prefill_rows(self, rows, cells)]  # pyright: ignore[reportArgumentType]  # NextFlowForCausalLM's mixin
+        return sample_scales(self, row_sets, plan, target_grids, inputs)  # pyright: ignore[reportArgumentType]  # as above
 
     def _generate_image(self, input_ids: torch.Tensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
@@ -454,7 +455,8 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         if streamer is not None:
             streamer = TextStreamer(streamer, self._is_text)
         decode = functools.partial(generate_interleaved, drawing=drawing, streamer=streamer)
-        return super().generate(input_ids, custom_generate=decode, streamer=streamer, **options)
+        output = super().generate(input_ids, custom_generate=decode, streamer=streamer, **options)
+        return output  # pyright: ignore[reportReturnType]  # what `decode` returns
 
     def _repeat_prompts(self, input_ids, arguments, target_grids, options, count):
         """The same call with `count` rows for each prompt, which transformers then need not expand."""
@@ -549,6 +551,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         """The prompt's tokens or, where there are only embeddings, those of its images among zeros."""
         if inputs_embeds is not None and (input_ids is None or input_ids.shape[1] < inputs_embeds.shape[1]):
             return self.model.get_placeholder_ids(inputs_embeds)
+        assert input_ids is not None  # one of the two is there
         return input_ids
 
     def prepare_inputs_for_generation(
@@ -588,14 +591,16 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             input_ids,
             next_sequence_length,
             past_key_values,
-            attention_mask,
+            attention_mask,  # pyright: ignore[reportArgumentType]  # what `forward` takes, and here passes through
             inputs_embeds,
             is_first_iteration=is_first_iteration,
             use_cache=use_cache,
             **kwargs,
         )
-        if kwargs.get("image_grids") is not None:  # transformers drops them where the iteration is not the first
-            inputs.setdefault("image_grids", kwargs["image_grids"].to(input_ids.device))
+        image_grids = kwargs.get("image_grids")
+        if image_grids is not None:  # transformers drops them where the iteration is not the first
+            assert isinstance(inputs, dict)
+            inputs.setdefault("image_grids", image_grids.to(input_ids.device))
         return inputs
 
     def _images_after(
@@ -627,13 +632,14 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         # Overwritten: images lie flat over the batch, those of a row are repeated together.
         repeated = {}
         for prefix in ("", "negative_", "imageless_"):
-            ids = model_kwargs.get(f"{prefix}input_ids")
-            if not prefix:
-                ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
             image_codes, image_grids = (
                 model_kwargs.pop(f"{prefix}{name}", None) for name in ("image_codes", "image_grids")
             )
             if image_grids is not None and expand_size > 1:
+                ids = model_kwargs.get(f"{prefix}input_ids")
+                if not prefix:
+                    ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
+                assert ids is not None  # images come with tokens
                 rows = split_images(ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
                 image_codes, image_grids = (
                     torch.cat([row for row in by_row for _ in range(expand_size)]) for by_row in rows

@@ -4,6 +4,7 @@ Text rows of the embedding; at a cell the codebook features of the scale before,
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from .graphs_nextflow import PassGraphs
 from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
 from .rope_nextflow import ImageLayout, get_image_layout
 
+
+if TYPE_CHECKING:
+    from .modeling_nextflow import NextFlowModel
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +64,11 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         "hidden_states": GradientCheckpointingLayer,  # what both kinds of layer are, and nothing else in here is
         "attentions": [Qwen2Attention, Qwen3Attention],
     }
+
+    if TYPE_CHECKING:
+
+        @property
+        def base_model(self) -> "NextFlowModel": ...
 
     def __init__(self, config: NextFlowConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -203,28 +212,25 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         `inputs_embeds` replaces the rows of the embedding. Returns (batch, length, hidden). Raises `ValueError` where
         tokens, grids and codes do not fit together.
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if layout is None:
+        embeds: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if layout is None or image_grids is None:
             self.check_no_images(input_ids, strict=False)
-            return self._with_gradients_of_images(inputs_embeds)
+            return self._with_gradients_of_images(embeds)
         codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
         images = self._present_grids(input_ids, codes, image_grids, layout)
 
         if not (self._trains_with_others or any(len(grids) > 1 for grids, _ in images)):
-            cells = inputs_embeds.new_zeros(0, inputs_embeds.shape[-1])
+            cells = embeds.new_zeros(0, embeds.shape[-1])
         else:
             cells = self._embed_cells(codes, images)
         # Of `<boi>`, and of every cell.
         scale_terms = self.scale_embedding(F.pad(layout.scale[layout.is_cell] - 1, (1, 0)))
         boi_term = self.scale_length_encoding(image_grids) + scale_terms[0] * self.config.boi_scale_embedding
         is_boi = layout.scale == 1
-        inputs_embeds = inputs_embeds.masked_scatter(
-            is_boi[..., None], (inputs_embeds[is_boi] + boi_term).to(inputs_embeds.dtype)
-        )
+        embeds = embeds.masked_scatter(is_boi[..., None], (embeds[is_boi] + boi_term).to(embeds.dtype))
         length_term = self.scale_length_encoding(image_grids)[layout.image_index[layout.is_cell]]
-        cells = (cells + scale_terms[1:] + length_term).to(inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(layout.is_cell[..., None], cells)
+        cells = (cells + scale_terms[1:] + length_term).to(embeds.dtype)
+        return embeds.masked_scatter(layout.is_cell[..., None], cells)
 
     @property
     def _trains_with_others(self) -> bool:

@@ -5,7 +5,7 @@ the pipeline need nothing else, and no place in the vocabulary. Knows the head a
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -158,17 +158,17 @@ def has_whole_weight_in_call(head: nn.Module) -> bool:
     return _is_plain(head) and bool(head._forward_pre_hooks)
 
 
-def call_with_weight(head: nn.Linear, hidden_states: torch.Tensor, function: Callable) -> Any:
+def call_with_weight(head: nn.Linear, hidden_states: torch.Tensor | Sequence[torch.Tensor], function: Callable) -> Any:
     """`function(hidden_states, weight)` in the place of the head's product: in one call of it, so that all processes
     gather the weight as often, however many tokens each has."""
-    head.forward = lambda hidden: function(hidden, head.weight)
+    head.forward = lambda input: function(input, head.weight)
     try:
         return head(hidden_states)
     finally:
         del head.forward
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
     if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
         return False
     if type(head) is nn.Linear:

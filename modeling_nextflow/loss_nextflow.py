@@ -26,7 +26,7 @@ def scale_weights(image_grids: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def get_targets(
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | None,
     labels: torch.Tensor,
     layout: ImageLayout | None = None,
     image_codes: torch.Tensor | None = None,
@@ -55,7 +55,7 @@ def get_targets(
 
     is_slot = layout.is_slot
     num_slots = int(is_slot.sum())
-    if image_codes is None or len(image_codes) != num_slots:
+    if image_codes is None or image_grids is None or len(image_codes) != num_slots:
         got = 0 if image_codes is None else len(image_codes)
         raise ValueError(f"labels need the codes of every scale of every image: got {got} codes, expected {num_slots}")
     # In reading order, `<boi>` and the cells after it are the codes of the image, one to one.
@@ -143,11 +143,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                         continue
                     token_weight = token_weights[chunk, None]
                     gradient = scores.mul_(token_weight / total).scatter_add_(1, target, -token_weight).to(dtype)
-                    if hidden_needed:
+                    if hidden_gradient is not None:
                         hidden_gradient[chunk] = gradient @ matrix
-                    if weight_needed and weight.dtype == dtype:
+                    if weight_gradient is not None and weight.dtype == dtype:
                         weight_gradient[rows].addmm_(gradient.T, hidden)
-                    elif weight_needed:
+                    elif weight_gradient is not None:
                         weight_gradient[rows] += gradient.T @ hidden
         ctx.gradients = hidden_gradient, weight_gradient
         ctx.mark_non_differentiable(losses)

@@ -6,7 +6,7 @@ upsampled, through a connector), the block attention rule and the loss. It knows
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils import logging
-from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nextflow import get_attention_mask
@@ -94,7 +94,10 @@ class NextFlowModel(NextFlowInputs):
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
         layer_class = Qwen3DecoderLayer if config.qk_norm else Qwen2DecoderLayer
-        self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            layer_class(config, layer_idx)  # pyright: ignore[reportArgumentType]  # it has Qwen3's fields, too
+            for layer_idx in range(config.num_hidden_layers)
+        )
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = NextFlowRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -112,10 +115,8 @@ class NextFlowModel(NextFlowInputs):
         image_grids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if kwargs.get("pixel_values") is not None:  # a trainer's loss of its own calls this module by itself
             raise ValueError(
                 "got pixel_values, but the transformer reads image_codes: train and call "
@@ -126,11 +127,18 @@ class NextFlowModel(NextFlowInputs):
             past_key_values = DynamicCache(config=self.config)
 
         layout = None
-        if image_grids is not None:
-            input_ids = self.get_placeholder_ids(inputs_embeds) if input_ids is None else input_ids
-            layout = self.get_image_layout(input_ids, image_grids)
-        if inputs_embeds is None or layout is not None:
-            inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
+        if input_ids is not None and inputs_embeds is None:
+            if image_grids is not None:
+                layout = self.get_image_layout(input_ids, image_grids)
+            inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout)
+        elif inputs_embeds is not None and input_ids is None:
+            if image_grids is not None:
+                input_ids = self.get_placeholder_ids(inputs_embeds)
+                layout = self.get_image_layout(input_ids, image_grids)
+            if input_ids is not None and layout is not None:
+                inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
+        else:
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         is_text = layout is None and (position_ids is None or position_ids.ndim == 2)  # as in any language model
         if position_embeddings is not None:
             position_ids = None  # prepared for a block on top of a cache
@@ -198,7 +206,7 @@ class NextFlowModel(NextFlowInputs):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
         past_key_values: Cache | None = None,
         token_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -208,6 +216,8 @@ class NextFlowModel(NextFlowInputs):
         `token_positions` say themselves where their tokens stand.
         """
         if input_ids is None:  # only its shape is read
+            if inputs_embeds is None:
+                raise ValueError("pass input_ids or inputs_embeds")
             input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         length = input_ids.shape[1]
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
@@ -238,7 +248,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     generation_config_class = NextFlowGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan: dict[str, tuple[list[str], list[str]]] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     # diffusers' group offloading: drawing calls these one by one, without `forward`; names at any depth.
     _group_offload_block_modules = [
@@ -286,7 +296,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
         fused_lm_head: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> NextFlowCausalLMOutputWithPast | NextFlowTokenScores:
         r"""
         The loss is the mean over the supervised tokens of the batch, of text and of codes, weighted (equation 2).
@@ -341,18 +351,19 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        has_labels = labels is not None or shift_labels is not None
+        given_labels = labels if shift_labels is None else shift_labels
+        has_labels = given_labels is not None
         if self.training and not torch.compiler.is_compiling():
             self._check_loss_is_own(has_labels, image_grids, fused_lm_head)
         loss = scale_losses = scale_counts = logits = None
         if has_labels:
             if image_grids is None and input_ids is not None:
                 self.model.check_no_images(input_ids)
-            if input_ids is None and image_grids is not None:
+            if input_ids is None and inputs_embeds is not None and image_grids is not None:
                 input_ids = self.model.get_placeholder_ids(inputs_embeds)
             targets, weights, scale = self.get_targets(
                 input_ids,
-                labels if shift_labels is None else shift_labels,
+                given_labels,
                 image_codes if image_target_codes is None else image_target_codes,
                 image_grids,
                 is_shifted=shift_labels is not None,
@@ -398,7 +409,11 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         is_shifted: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Target id, loss weight and scale (0 for text) of every position, each (batch, length)."""
-        layout = self.model.get_image_layout(input_ids, image_grids) if image_grids is not None else None
+        layout = None
+        if image_grids is not None:
+            if input_ids is None:
+                raise ValueError("the targets of images need input_ids")
+            layout = self.model.get_image_layout(input_ids, image_grids)
         targets, weights = get_targets(
             input_ids,
             labels,

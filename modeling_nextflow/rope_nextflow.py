@@ -5,6 +5,7 @@ the processor's: `<boi>`, one placeholder for every cell of scales 2..K, `<eoi>`
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import dynamic_rope_update
@@ -117,11 +118,10 @@ def get_position_ids(
         past_tokens, past_steps: how far the sequence has come before `input_ids`, on the plain position and on the
             rotary text axis; one for all rows or (batch, 1).
     """
-    has_images = image_grids is not None and len(image_grids) > 0
     is_packed = token_positions is not None
     real = torch.ones_like(input_ids) if attention_mask is None or is_packed else attention_mask.long()
     token_position = token_positions.long() if is_packed else (real.cumsum(1) - 1).clamp(min=0)
-    if not has_images:
+    if image_grids is None or len(image_grids) == 0:
         step_position = token_position + past_steps
         return torch.stack([token_position + past_tokens, *[step_position] * 3]).float()
 
@@ -163,7 +163,8 @@ class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
         super().__init__(config)
         # The config fills it in; not so in `rope_parameters` that were assigned later, to scale RoPE.
         default = default_mrope_section(2 * len(self.inv_freq))
-        self.mrope_section = list(config.rope_parameters.get("mrope_section", default))
+        parameters: dict[str, Any] = dict(config.rope_parameters or {})
+        self.mrope_section = list(parameters.get("mrope_section", default))
         if sum(self.mrope_section) != len(self.inv_freq):
             raise ValueError(
                 f"mrope_section {self.mrope_section} sums to {sum(self.mrope_section)}, expected half the head "
@@ -176,7 +177,8 @@ class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
     def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
         # Overwritten to count in integers: while DeepSpeed shards what is made, `torch.arange` rounds floats.
         exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+        parameters: dict[str, Any] = dict(config.rope_parameters or {})
+        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update

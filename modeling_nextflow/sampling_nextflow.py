@@ -87,7 +87,7 @@ def _setting_of(name: str, value: Any, index: int, count: int, names: Mapping[st
     default, high = (0, math.inf) if name == "top_k" else (1.0, 1.0 if name == "top_p" else math.inf)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_number(value):
         raise ValueError(
             f"{shown} is {value!r} ({type(value).__name__}), expected a number or a list with one a scale"
         )
@@ -96,6 +96,10 @@ def _setting_of(name: str, value: Any, index: int, count: int, names: Mapping[st
     if type(default)(value) != value:
         raise ValueError(f"{shown} is {value}, expected a whole number")
     return type(default)(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def guides(scale: PerScale) -> bool:
