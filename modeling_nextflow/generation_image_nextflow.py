@@ -23,7 +23,9 @@ from .sampling_nextflow import PerScale, ScaleStep, largest_score, random_number
 
 
 if TYPE_CHECKING:
-    from .modeling_nextflow import NextFlowForCausalLM
+    from . import modeling_nextflow  # not `from .file import`, which diffusers' loader would follow in a circle
+
+    NextFlowForCausalLM = modeling_nextflow.NextFlowForCausalLM
 
 
 ScaleCallback = Callable[[int, ScaleStep, torch.Tensor], Sequence[ScaleStep] | None]

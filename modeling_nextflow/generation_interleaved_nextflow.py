@@ -30,7 +30,9 @@ from .sampling_nextflow import ScaleStep, sample
 
 
 if TYPE_CHECKING:
-    from .modeling_nextflow import NextFlowForCausalLM
+    from . import modeling_nextflow  # not `from .file import`, which diffusers' loader would follow in a circle
+
+    NextFlowForCausalLM = modeling_nextflow.NextFlowForCausalLM
 
 logger = logging.get_logger(__name__)
 

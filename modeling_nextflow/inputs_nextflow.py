@@ -3,6 +3,7 @@
 Text rows of the embedding; at a cell the codebook features of the scale before, upsampled, through a connector (§2.2).
 """
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,9 @@ from .rope_nextflow import ImageLayout, get_image_layout
 
 
 if TYPE_CHECKING:
-    from .modeling_nextflow import NextFlowModel
+    from . import modeling_nextflow  # not `from .file import`, which diffusers' loader would follow in a circle
+
+    NextFlowModel = modeling_nextflow.NextFlowModel
 
 logger = logging.get_logger(__name__)
 
@@ -167,6 +170,8 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         if self.is_fused:
             state_dict = separate_weights(self, self.state_dict() if state_dict is None else state_dict)
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    functools.update_wrapper(save_pretrained, PreTrainedModel.save_pretrained)  # diffusers reads its arguments
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

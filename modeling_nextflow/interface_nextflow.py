@@ -20,7 +20,9 @@ from .sampling_nextflow import ScaleStep, guide, sample_codes
 if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel as Host  # what `GenerationMixin` asks of its class
 
-    from .modeling_nextflow import NextFlowModel
+    from . import modeling_nextflow  # not `from .file import`, which diffusers' loader would follow in a circle
+
+    NextFlowModel = modeling_nextflow.NextFlowModel
 else:
     Host = object
 

@@ -257,8 +257,9 @@ class NextFlowImageSteps(NextFlowBasePipeline):
 
     def check_components(self) -> None:
         """Raises `ValueError` where the components do not know the same codes and tokens. What is None is left out."""
-        self._checked = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
-        check_components(*self._checked)
+        components = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
+        check_components(*components)
+        self._checked = components  # what was refused is refused again
 
     def _begin(self, work: Any = None) -> None:
         """From now on nobody has interrupted the pipeline, and what went on before cannot go on."""

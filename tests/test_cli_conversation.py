@@ -48,7 +48,7 @@ def type_in(monkeypatch, *lines: str) -> None:
 def test_settings_are_the_pipelines_arguments():
     of = {method: set(inspect.signature(getattr(NextFlowPipeline, method)).parameters) for method in METHODS}
     assert set(interleave.SETTINGS) <= of["interleave"]
-    assert set(frames.SETTINGS) <= of["frames"] | of["__call__"]  # `**drawing` are the call's
+    assert set(frames.SETTINGS) <= of["frames"] | of["interleave"] | of["__call__"]  # `**settings` are theirs
 
 
 # --- chat

@@ -199,7 +199,6 @@ MISTAKES = {
         ["transformer", "{toys}/transformer.yaml", "model_name_or_path={toys}/pictures"],
         ["transformer", "{toys}/transformer.yaml", "model_name_or_path={toys}/cut/transformer"],
         ["transformer", "{toys}/transformer.yaml", "config_overrides.nothing=1"],
-        ["transformer", "{toys}/transformer.yaml", "--max_stepz", "3"],
         ["tokenizer", "nosuch"],
         ["tokenizer", "pixel"],
         ["tokenizer", "{toys}/broken.yaml"],
@@ -287,6 +286,13 @@ def test_a_mistake_is_one_line_and_status_2(name, argv, toys, tmp_path, capfd):
     assert lines[0].endswith(" (--debug shows the traceback)")
     with pytest.raises((ValueError, OSError, SafetensorError)):
         MAINS[name]([*argv, "--debug"])
+
+
+def test_an_unknown_option_is_one_line_and_status_2(toys, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        MAINS["train"](["transformer", f"{toys}/transformer.yaml", "--max_stepz", "3"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "nextflow-hf train: unrecognized arguments: --max_stepz 3"
 
 
 def test_commands_by_module_too(tmp_path):

@@ -42,7 +42,7 @@ def stepped(num_steps: int) -> list[torch.Tensor]:
     return [weight.detach() for weight in (*matrices, vector)]
 
 
-@pytest.mark.parametrize(("in_bfloat16", "off_diagonal"), [(False, 1e-4), (True, 0.02)])
+@pytest.mark.parametrize(("in_bfloat16", "off_diagonal"), [(False, 1e-4), (True, 0.05)])
 def test_singular_values_come_near_one(in_bfloat16, off_diagonal):
     matrices = torch.randn(5, 12, 40, generator=torch.Generator().manual_seed(0))
     result = orthogonalize(matrices, in_bfloat16=in_bfloat16)
