@@ -130,6 +130,8 @@ def signalled(number: signal.Signals):
     """The command gets a signal in its third step, or at its second shard."""
 
     def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
         def on_step_begin(self, args, state, control, **kwargs) -> None:
             if state.global_step == 2:
                 os.kill(os.getpid(), number)
