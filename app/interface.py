@@ -38,7 +38,7 @@ class App:
         studio ([`Studio`]): Does the work.
         folder (`str`): Where drawn images are kept while the app runs.
         save (`Callable`, *optional*): `save(image, path, drawing)` writes a drawn image, by default without settings.
-        name (`str`): Of the model, for the page.
+        name (`str`): Name of the model, shown on the page.
         prompts, talks (`list[str]`): Examples for the two tabs.
     """
 

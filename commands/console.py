@@ -41,7 +41,7 @@ class Console:
     Where a running command speaks to.
 
     Args:
-        name (`str`): Of the command.
+        name (`str`): Name of the command.
         is_json (`bool`): Whether standard output is for one JSON object alone.
         is_quiet (`bool`): Whether progress is left out.
 

@@ -108,7 +108,7 @@ def load_vision_tokenizer(source: str | os.PathLike, **options: Any) -> NextFlow
     A vision tokenizer: of a folder or a Hub id, its own or that of the pipeline there, or TokenFlow's file of weights.
 
     Args:
-        options: Of [`~NextFlowVisionTokenizer.from_pretrained`]; `dtype` alone for a file.
+        options: Passed to [`~NextFlowVisionTokenizer.from_pretrained`]; a file takes `dtype` alone.
     """
     if is_single_file(source):
         return from_tokenflow(source, **options)

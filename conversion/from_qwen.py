@@ -132,7 +132,7 @@ def from_qwen(
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
             Of the weights; `"auto"` leaves them as they are in the files.
         codebook_size (`int`, *optional*): Needed without `codebook`, whose number of rows it is otherwise.
-        seed (`int`, *optional*, defaults to 0): Of the new rows and modules.
+        seed (`int`, *optional*, defaults to 0): Seed of the new rows and modules.
         config_overrides (`dict`, *optional*): Fields of [`NextFlowConfig`], such as `semantic_code_dim`.
         kwargs: Further arguments of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
 

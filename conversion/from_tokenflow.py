@@ -117,7 +117,7 @@ def from_tokenflow(
             with their code, or its weights as a safetensors file.
         image_size (`int`, *optional*): Side of the images in pixels: 224 or 256 (the default) with CLIP, 384 with
             SigLIP. Their position tables are resized to it once, here.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all but the codebooks, which stay float32.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Codebooks stay float32.
         config_overrides (`dict`, *optional*):
             Fields of [`NextFlowVisionTokenizerConfig`] in the place of those read off the checkpoint.
 

@@ -78,7 +78,7 @@ def create_card(
         license (`str`, *optional*): The Hub's identifier, such as `"apache-2.0"`.
         base_model (`str`, *optional*): `"user/name"` of what it was made from. An adapter and a decoder have one.
         datasets (`Sequence[str]`, *optional*): The Hub's names of the training data.
-        language (`str` or `Sequence[str]`, *optional*, defaults to `"en"`): Of the prompts.
+        language (`str` or `Sequence[str]`, *optional*, defaults to `"en"`): Language of the prompts.
         tags (`Sequence[str]`, *optional*): More than those of the kind.
         standalone (`bool`, *optional*, defaults to `False`): Write that diffusers loads the model without the package.
 
@@ -143,7 +143,7 @@ def run_card(
 
     Args:
         name (`str`): Name of the repository, without its owner.
-        options: Of [`create_card`].
+        options: Passed to [`create_card`].
     """
     ancestors = list(run.ancestors())
     options.setdefault("base_model", next((model for model in ancestors if _hub_name(model)), None))

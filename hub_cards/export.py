@@ -66,7 +66,7 @@ def export_pipeline(
         dtype (`torch.dtype` or `dict[str, torch.dtype]`, *optional*):
             Of the weights in the files, or one for each component and `"default"`, as diffusers writes it. Modules
             that their class keeps in float32 stay so. By default weights are saved as they are.
-        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Of one file of weights.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Largest size of one file of weights.
         include_code (`bool`, *optional*, defaults to `True`):
             See [`write_code`]. Without, the repository is one for places that have the package.
         standalone (`bool`, *optional*, defaults to `False`):

@@ -52,7 +52,7 @@ class SampledScale:
     What is there after a scale was drawn.
 
     Attributes:
-        index: Of the scale, from 0.
+        index: Number of the scale, from 0.
         image_codes:
             (images, codes so far), scale-major. May be replaced by others: the next scale is drawn from the codes of
             this one. What was drawn from those before it stays.

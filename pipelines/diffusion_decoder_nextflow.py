@@ -152,7 +152,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         A decoder that so far ignores its condition: the base denoiser with a wider input layer, new columns zero.
 
         Args:
-            denoiser (`ModelMixin`): Of one of the four classes. It is taken over, not copied.
+            denoiser (`ModelMixin`): A model of one of the four classes. It is taken over, not copied.
             condition_channels (`int`): See [`NextFlowDiffusionDecoder`].
             projection_dim (`int`, *optional*): Defaults to the width of the input layer.
             upscale_factor (`int`, *optional*, defaults to 1): See [`NextFlowDiffusionDecoder`].

@@ -121,7 +121,7 @@ def save_strip(
     The previews side by side, coarse to fine, an image of the call in each row.
 
     Args:
-        previews (`list[NextFlowPreview]` or `list[PIL.Image.Image]`): Of one schedule, or images of one size.
+        previews (`list[NextFlowPreview]` or `list[PIL.Image.Image]`): Previews of one schedule, or images of one size.
         path (`str`, *optional*): Where to save the strip.
     """
     columns = [preview.images if isinstance(preview, NextFlowPreview) else [preview] for preview in previews]

@@ -493,7 +493,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
                 Side in output pixels of squares to predict one by one, overlapping, for large images. The VAE has
                 its own: `pipe.vae.enable_tiling()`.
             num_scales (`int`, *optional*): Use the codes of the first scales only, `image_codes` may end there.
-            max_sequence_length (`int`, *optional*): Of the caption in tokens; by default the denoiser's pipeline's.
+            max_sequence_length (`int`, *optional*): Longest caption in tokens; by default the denoiser pipeline's.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, *optional*, defaults to `True`): Else the same as a tuple.
             callback_on_step_end (`Callable`, *optional*):

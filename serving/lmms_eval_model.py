@@ -28,7 +28,7 @@ class NextFlow(lmms):
         output_dir (`str`, *optional*): Where the images of `mode="generation"` go.
         batch_size (`int`, *optional*, defaults to 1), device (`str`, *optional*), dtype (`str`, *optional*):
             As in any model of lmms-eval.
-        seed (`int`, *optional*, defaults to 0): Of every image.
+        seed (`int`, *optional*, defaults to 0): Seed of every image.
         options: Arguments of the pipeline for images, such as `guidance_scale`.
     """
 

@@ -33,7 +33,7 @@ class BadRequest(ValueError):
     Args:
         message (`str`): What was wrong, and what is expected.
         param (`str`, *optional*): The field.
-        status (`int`, *optional*, defaults to 400): Of HTTP.
+        status (`int`, *optional*, defaults to 400): HTTP status of the answer.
     """
 
     def __init__(self, message: str, param: str | None = None, *, status: int = 400):
@@ -50,10 +50,10 @@ class Limits:
     Args:
         images (`int`): Images that are sampled, `n` or `max_images`.
         source_images (`int`): Images that are sent.
-        prompt_characters (`int`): Of all texts together.
-        new_tokens (`int`): Of an answer.
-        body_bytes (`int`): Of the request.
-        image_bytes (`int`), image_pixels (`int`): Of an image that is sent or that an address gives.
+        prompt_characters (`int`): Most characters of all texts together.
+        new_tokens (`int`): Most new tokens of an answer.
+        body_bytes (`int`): Most bytes of a request.
+        image_bytes (`int`), image_pixels (`int`): Most bytes and pixels of an image that is sent or fetched.
         fetch_seconds (`float`): In which an address has to deliver it.
     """
 

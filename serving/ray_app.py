@@ -22,7 +22,7 @@ class Options(BaseModel):
         dtype (`str`, *optional*), device (`str`, *optional*): As in `nextflow-hf serve`.
         min_replicas, max_replicas (`int`): Bounds of autoscaling.
         gpus_per_replica (`float`), cpus_per_replica (`float`): What each takes; without a GPU 0.
-        max_queue (`int`), max_batch (`int`), max_wait_ms (`float`), timeout (`float`): Of each replica.
+        max_queue (`int`), max_batch (`int`), max_wait_ms (`float`), timeout (`float`): Per replica.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -71,7 +71,7 @@ class Request:
     What a client waits for.
 
     Args:
-        seed (`int`): Of what is sampled.
+        seed (`int`): Seed of what is sampled.
         settings (`dict`): Arguments of the pipeline, with one value for the whole batch.
         emit (`Callable`): Gets what happens, in the worker's threads: [`Partial`], [`Images`], parts of an answer
             (`dict`), [`Done`], or an exception. Must not block.

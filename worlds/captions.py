@@ -91,7 +91,7 @@ class Speaker:
     Words things.
 
     Args:
-        sprites ([`Sprites`]): Of the world.
+        sprites ([`Sprites`]): Sprites of the world.
         rng (`Random`): Chooses the words.
         people (`bool`, *optional*, defaults to `False`): As people write, else cleanly.
     """

@@ -44,7 +44,7 @@ class Row:
 
     Args:
         columns (`dict`): What it says, by the names of the task's columns but for its images.
-        scenes (`tuple[Scene, ...]`): Of its images in reading order.
+        scenes (`tuple[Scene, ...]`): Scenes of its images, in reading order.
         category (`str`): Within the task.
         sentence (`str`, *optional*): What must be in the right split; None where the image asks.
         open_background (`bool`, *optional*): Whether any background of the last scene is right.
@@ -166,7 +166,7 @@ class Task:
 
     Args:
         sample (`Callable`): Makes one.
-        share (`float`): Of all rows.
+        share (`float`): Share of all rows.
         format (`str`): The task by which `nextflow-hf extract` reads them.
         features (`dict`): Its columns. Images fill those named "image", "target", "source" (a list) and "images".
         tests (`bool`, *optional*, defaults to `True`): Whether it is in the splits for evaluation.
@@ -278,13 +278,13 @@ def write_dataset(
     Writes what training and evaluation need, and goes on where it was interrupted: a file is complete or not there.
 
     Args:
-        sprites ([`Sprites`]): Of the world.
+        sprites ([`Sprites`]): Sprites of the world.
         folder (`Path`): Gets `train/TASK`, `test/TASK`, `held_out/TASK`, `images/train`, `images/test` with parquet
             files, and `data.yaml`, which every training takes, with `prompts.yaml`, its images from words alone.
         canvases (`list[tuple[int, int]]`): Heights and widths of the images.
-        seed (`int`, *optional*, defaults to 0): Of everything.
-        rows (`int`, *optional*): Of all training tasks together, in their shares.
-        test_rows (`int`, *optional*): Of each task in each split for evaluation, half of them in clean wording.
+        seed (`int`, *optional*, defaults to 0): Seed of everything.
+        rows (`int`, *optional*): Rows of all training tasks together, in their shares.
+        test_rows (`int`, *optional*): Rows of each task in each split for evaluation, half of them in clean wording.
         images (`int`, *optional*): For the vision tokenizer; a twentieth as many to evaluate it.
         tasks (`Iterable[str]`, *optional*): Those of [`shares`] that are written.
     """

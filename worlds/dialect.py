@@ -64,7 +64,7 @@ class Dialect:
         shares (`dict[str, float]`): Task -> its share of the training rows, for those that are not as usual.
         places (`dict[str, tuple[str, ...]]`): Place -> phrases.
         instructions (`dict[str, tuple[str, ...]]`): Kind -> templates, for those that are not as usual.
-        caption_requests (`tuple[str, ...]`): Of the one full caption.
+        caption_requests (`tuple[str, ...]`): Requests for the one full caption.
         caption_joints (`tuple[str, str]`): In it, before the last of its things and before the background.
         question_end (`str`): After a question.
         what_is (`str`), style_is (`str`), how_many (`str`): Questions for a concept, a style and a number.

@@ -42,11 +42,11 @@ def write_edition(sprites: Sprites, folder: Path, sizes: list[Canvas], *, count:
     Writes `count` samples of each kind that the world knows; the `metadata.jsonl`.
 
     Args:
-        sprites ([`Sprites`]): Of the world.
+        sprites ([`Sprites`]): Sprites of the world.
         folder (`Path`): Gets `images/`, `targets/` and `metadata.jsonl`.
         sizes (`list[tuple[int, int]]`): Heights and widths of the images.
         count (`int`, *optional*, defaults to 20): Samples of each kind.
-        seed (`int`, *optional*, defaults to 0): Of everything.
+        seed (`int`, *optional*, defaults to 0): Seed of everything.
     """
     rows = []
     for kind in (*(kind for kind in TASKS if kind in sprites.dialect.edits), "subject"):

@@ -47,7 +47,7 @@ def load(folder: Path, *, artwork: Path | None = None, concepts: int | None = No
     The sprites, rendered below `folder` where they are not there yet.
 
     Args:
-        folder (`Path`): Of the world's data.
+        folder (`Path`): Folder of the world's data.
         artwork (`Path`, *optional*): Folder with the archives; what it lacks is fetched by `npm pack` into it.
         concepts (`int`, *optional*): The first so many of the committed list. Defaults to all.
     """

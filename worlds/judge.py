@@ -332,7 +332,7 @@ def train_judge(
     Args:
         sprites ([`Sprites`]): All that it is to know; those that are held out from other training, too.
         folder (`Path`): Gets `judge.safetensors`, `judge.json` and `report.json`.
-        seed (`int`, *optional*, defaults to 0): Of everything.
+        seed (`int`, *optional*, defaults to 0): Seed of everything.
         steps, batch_size, learning_rate (*optional*): As usual; AdamW with one cycle.
         save_steps (`int`, *optional*, defaults to 500): How often a checkpoint is written.
         check_scenes (`int`, *optional*, defaults to 500): True scenes of each resolution that the report is of.

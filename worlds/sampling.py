@@ -28,8 +28,8 @@ class Context:
     Samples of a row.
 
     Args:
-        sprites ([`Sprites`]): Of the world.
-        rng (`Random`): Of the row.
+        sprites ([`Sprites`]): Sprites of the world.
+        rng (`Random`): Random numbers of the row.
         canvas (`tuple[int, int]`): Height and width of its images.
         people (`bool`, *optional*, defaults to `False`): How it is worded, see [`Speaker`].
         pool (`str`, *optional*, defaults to `"seen"`):

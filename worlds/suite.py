@@ -39,16 +39,16 @@ class WorldSuite:
     The suite of a world.
 
     Args:
-        sprites ([`Sprites`]): Of the world.
-        judge ([`Judge`]): Of its images.
-        resolution (`int`, *optional*, defaults to 64): Of the images, in all of the world's ratios.
+        sprites ([`Sprites`]): Sprites of the world.
+        judge ([`Judge`]): Judge of its images.
+        resolution (`int`, *optional*, defaults to 64): Resolution of the images, in all of the world's ratios.
         count (`int`, *optional*, defaults to 100): Samples of each task in each wording.
         tasks (`Sequence[str]`, *optional*):
             Those that are asked; all of the world where left out. "reconstruction" judges true images through the
             vision tokenizer, for which that is model enough: the ceiling of what any model can reach with it.
         wordings (`Sequence[str]`, *optional*): Clean, and as people write.
         split (`str`, *optional*, defaults to `"test"`): "held_out" asks for pairs that no training saw.
-        seed (`int`, *optional*, defaults to 0): Of the samples, not of the model.
+        seed (`int`, *optional*, defaults to 0): Seed of the samples, not of the model.
     """
 
     name = "world"

@@ -60,7 +60,7 @@ def stop_training(
 
     Args:
         batches (`list[tuple[dict, torch.Tensor]]`): This process's batches of the step, each with its loss.
-        grad_norm (`torch.Tensor` or `float`, *optional*): Of the whole step, where it is known.
+        grad_norm (`torch.Tensor` or `float`, *optional*): Gradient norm of the whole step, where it is known.
     """
     step, rank = trainer.state.global_step + 1, trainer.accelerator.process_index
     bad = [(index, *batch) for index, batch in enumerate(batches) if not torch.isfinite(batch[1])]

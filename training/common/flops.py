@@ -69,7 +69,7 @@ def batch_flops(config: NextFlowConfig, batch: dict[str, torch.Tensor], *, froze
     counts only at the end of a pack, where it is a document.
 
     Args:
-        batch (`dict[str, torch.Tensor]`): Of one of our collators, with codes: images in pixels are not counted.
+        batch (`dict[str, torch.Tensor]`): From one of our collators, with codes; images in pixels are not counted.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if (positions := batch.get("position_ids")) is None:

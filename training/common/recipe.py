@@ -95,7 +95,7 @@ def load_recipe(kind: str, name_or_path: str | Path, assignments: Sequence[str] 
     The keys of a recipe.
 
     Args:
-        kind (`str`): Of the training, such as `"transformer"`.
+        kind (`str`): Kind of the training, such as `"transformer"`.
         name_or_path (`str` or `Path`): A YAML file, or the name of a shipped recipe of that kind.
         assignments (`Sequence[str]`, *optional*): `key=value` to write over it, see [`override`].
     """

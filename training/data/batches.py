@@ -46,7 +46,7 @@ class BatchEncoder:
     Args:
         source (`str` or `Path` or `Mapping`): What [`read_description`] takes: model, settings and sources.
         overrides (`str`): `key=value` that replaces a key.
-        device (`str` or `torch.device`, *optional*): Of the encoder. By default the accelerator, where there is one.
+        device (`str` or `torch.device`, *optional*): The encoder's; by default the accelerator, if any.
     """
 
     def __init__(

@@ -44,8 +44,8 @@ class PackingCollator:
     of its own, unsupervised, so there is no `attention_mask`. `row_ids` are as in [`NextFlowDataCollator`].
 
     Args:
-        config ([`NextFlowConfig`]): Of the model: its token ids.
-        pad_to_multiple_of (`int`, *optional*, defaults to 1): Of the length of a row. 128 suits flex attention.
+        config ([`NextFlowConfig`]): Config of the model, for its token ids.
+        pad_to_multiple_of (`int`, *optional*, defaults to 1): Pads rows to a multiple; 128 suits flex attention.
         length (`int`, *optional*): Length of all rows of all batches, for compiled models. As needed by default.
     """
 

@@ -49,7 +49,7 @@ class ModelArguments:
         model (`str`, *optional*):
             Folder or Hub id of a pipeline: its processor (at the root or in `processor/`) and vision tokenizer.
         vision_tokenizer, processor (`str`, *optional*): Folders or Hub ids in the place of those of `model`.
-        revision (`str`, *optional*): Of `model`, `vision_tokenizer` and `processor` on the Hub.
+        revision (`str`, *optional*): Revision of `model`, `vision_tokenizer` and `processor` on the Hub.
         output_dir (`str`, *optional*): Folder of the shards.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Of the encoder; the quantizer computes in float32. `"bfloat16"` is faster and gives another code where two

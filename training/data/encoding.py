@@ -49,7 +49,7 @@ class ExtractionSettings:
             its cause. Failures of the encoder and of the disk end the extraction in either case.
         allow_private_addresses (`bool`, *optional*, defaults to `False`):
             Whether rows may name images at addresses of this machine and its network. See [`load_image`].
-        seed (`int`, *optional*, defaults to 0): Of sampling and dropping.
+        seed (`int`, *optional*, defaults to 0): Seeds sampling and dropping.
         preview_images (`int`, *optional*, defaults to 16):
             The first so many images are reconstructed before the extraction: see [`preview_reconstruction`].
         warn_psnr (`float`, *optional*, defaults to 20.0): Mean PSNR of these, in dB, below which a warning is due.

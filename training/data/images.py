@@ -34,7 +34,7 @@ class ImageRows(Dataset):
         on_bad_row (`str`, *optional*, defaults to `"raise"`):
             `"skip"`: the next good row takes the place of a bad one, whose id is in the log and in `bad_rows`.
             `"raise"`: the run stops with its id.
-        max_pixels (`int`, *optional*): Of an image; a larger one is bad.
+        max_pixels (`int`, *optional*): Most pixels of an image; a row with a larger one is bad.
         allow_private_addresses (`bool`, *optional*, defaults to `False`): See [`load_image`].
     """
 
@@ -122,7 +122,7 @@ class NextFlowImageDataset(Dataset):
         random_crop (`float`, *optional*, defaults to 1.0):
             Least share of each side that a random crop keeps (TokenFlow trains with 0.8); 1 crops nothing at random.
         random_flip (`bool`, *optional*, defaults to `False`): Whether every second image is mirrored.
-        seed (`int`, *optional*, defaults to 0): Of crops and flips.
+        seed (`int`, *optional*, defaults to 0): Seeds crops and flips.
     """
 
     def __init__(

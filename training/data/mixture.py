@@ -37,7 +37,7 @@ class MixtureArguments:
             left, `"all_exhausted"` begins the others again until the last one ends, and
             `"all_exhausted_without_replacement"` takes every row once, whatever the weights.
         num_rows (`int`, *optional*): Ends the mixture after that many rows.
-        data_seed (`int`, *optional*, defaults to 0): Of the order of the sources, inversion and caption prompts.
+        data_seed (`int`, *optional*, defaults to 0): Seeds the order of the sources, inversion and caption prompts.
     """
 
     sources: list[dict] = field(default_factory=list)

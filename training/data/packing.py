@@ -77,7 +77,7 @@ class PackedDataset(Dataset):
 
     Args:
         dataset: Rows of tokens and codes, as [`load_codes`] gives them.
-        config ([`NextFlowConfig`]): Of the model: it says what a row costs.
+        config ([`NextFlowConfig`]): Config of the model, which says what a row costs.
         max_length, max_flops, window, seed: See [`make_packs`].
         on_long_row (`str`, *optional*, defaults to `"raise"`):
             What becomes of rows that fit into no pack: `"raise"` is an error, `"skip"` leaves them out and names them.
@@ -120,11 +120,11 @@ class EndlessPackedDataset(Dataset):
 
     Args:
         sources (`Sequence[Dataset]`): Rows of tokens and codes, as [`load_codes`] gives them.
-        config ([`NextFlowConfig`]): Of the model: it says what a row costs.
+        config ([`NextFlowConfig`]): Config of the model, which says what a row costs.
         weights (`Sequence[float]`, *optional*):
             How many rows come from each source, relative to the others. By default as many as it has.
         max_length, max_flops, window, on_long_row: See [`PackedDataset`].
-        seed (`int`, *optional*, defaults to 0): Of all orders.
+        seed (`int`, *optional*, defaults to 0): Seed of all orders.
         counts_file (`Path`, *optional*):
             File that remembers how many packs each block has, so that a run that goes on need not plan again what it
             has behind it.

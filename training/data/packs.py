@@ -23,7 +23,7 @@ class Packs(Sequence):
         documents (`np.ndarray`): The documents of one pack after the other.
         ends (`np.ndarray`): Where each pack ends among them.
         order (`np.ndarray`): Order of the packs.
-        tokens, flops (`np.ndarray`): Of each pack, in that order; no FLOPs where those of documents are not known.
+        tokens, flops (`np.ndarray`): Per pack, in that order; no FLOPs where those of documents are not known.
     """
 
     documents: np.ndarray
@@ -156,7 +156,7 @@ class PackingReport:
     What packs are worth where `num_ranks` of them make a step, and every rank waits for the last.
 
     Attributes:
-        num_documents, num_packs, num_tokens (`int`): Of all packs, padding not counted.
+        num_documents, num_packs, num_tokens (`int`): Sums over all packs, padding not counted.
         padding (`float`): Share of the tokens computed that are padding.
         balance (`float`): Mean FLOPs of a rank over those of the busiest, of all steps; 1 is no waiting.
     """

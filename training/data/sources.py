@@ -134,8 +134,8 @@ class OpenSource:
 
     Args:
         source ([`DataSource`]): What it is.
-        number (`int`): Of the source in its mixture.
-        seed (`int`): Of inversion and caption prompts, with the number of the source and that of the row.
+        number (`int`): Number of the source in its mixture.
+        seed (`int`): Seeds inversion and caption prompts, with the number of the source and that of the row.
     """
 
     def __init__(self, source: DataSource, number: int = 0, seed: int = 0):

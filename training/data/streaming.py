@@ -35,7 +35,7 @@ class RowStream(IterableDataset):
         weights (`Sequence[float]`, *optional*):
             How often each folder is sampled from, relative to the others. By default all their files are one source:
             every row comes once before any comes twice.
-        seed (`int`, *optional*, defaults to 0): Of all the orders.
+        seed (`int`, *optional*, defaults to 0): Seed of all orders.
         shuffle_buffer (`int`, *optional*, defaults to 1000): Rows among which the next one is sampled.
         vision_tokenizer (`NextFlowVisionTokenizer` or `str`, *optional*): See [`load_codes`].
     """

@@ -39,7 +39,7 @@ class TextTokenizerArguments:
     Args:
         output_dir (`str`): Folder of the tokenizer or the processor.
         data (`str`): Description of data as `nextflow-hf extract` reads it: all texts of its rows.
-        vocab_size (`int`, *optional*, defaults to 512): Of the text, special tokens included.
+        vocab_size (`int`, *optional*, defaults to 512): Number of text tokens, special ones included.
         max_texts (`int`, *optional*, defaults to 200000): The first so many are read.
         model_max_length (`int`, *optional*, defaults to 1024): Longest sequence that the tokenizer announces.
         vision_tokenizer_name_or_path (`str`, *optional*):

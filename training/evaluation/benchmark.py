@@ -59,7 +59,7 @@ class Question:
     One question to the judge.
 
     Args:
-        name (`str`): Of its text in `questions.yaml` and in a folder of official questions.
+        name (`str`): Names its text in `questions.yaml` and in a folder of official questions.
         count (`int`, *optional*, defaults to 1): Numbers that the answer has; 0 asks for yes or no.
         low, high (`int`, *optional*, default to 0 and 10): Their range.
         answers (`tuple[str, ...]`, *optional*): Asks for the probability of these instead.
@@ -87,7 +87,7 @@ class Spec:
     A benchmark.
 
     Args:
-        name (`str`): Of its suite, and in `benchmarks.yaml`.
+        name (`str`): Name of its suite, and its key in `benchmarks.yaml`.
         read (`Callable`): (folder, or data set where there is a `hub`; language) -> requests.
         questions (`Callable`): Request -> questions.
         score (`Callable`): (request, the judge's replies: lists of numbers, booleans or probabilities) -> scores.
@@ -121,7 +121,7 @@ class Benchmark:
             `prompts.json` or `judge_prompt.json` with NAME -> text.
         samples (`int`, *optional*): Images of each prompt; the benchmark's number by default.
         count (`int`, *optional*): Only the first so many prompts.
-        language (`str`, *optional*, defaults to `"en"`): Of the prompts, where there are several.
+        language (`str`, *optional*, defaults to `"en"`): Language of the prompts, where there are several.
     """
 
     def __init__(

@@ -117,7 +117,7 @@ def write_card(model: str, folders: Sequence[Path], output: Path, *, update: boo
 
     Args:
         model (`str`): Name of the model; its folder, if it is one.
-        folders (`Sequence[Path]`): Of evaluations with a `report.json`.
+        folders (`Sequence[Path]`): Folders of evaluations, each with a `report.json`.
         output (`Path`): Folder of the page.
         update (`bool`, *optional*, defaults to `False`): Put the `model-index` into `README.md` of the model's folder.
     """

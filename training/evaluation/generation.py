@@ -67,7 +67,7 @@ class GenEval(Benchmark):
 
     Args:
         results (`str`, *optional*): The `results.jsonl` of GenEval's `evaluate_images.py`.
-        prompts, samples, count: Of [`Benchmark`].
+        prompts, samples, count: Arguments of [`Benchmark`].
     """
 
     def __init__(

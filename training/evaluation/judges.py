@@ -43,7 +43,7 @@ class EndpointJudge(VLMJudge):
     Args:
         base_url (`str`): The server, such as `"http://localhost:8000/v1"`.
         model (`str`): The model's name on the server.
-        options: Of [`VLMJudge`], such as `timeout` and `retries`.
+        options: Options of [`VLMJudge`], such as `timeout` and `retries`.
     """
 
     def __init__(self, base_url: str, model: str, **options: Any):

@@ -60,7 +60,7 @@ class Sample:
         turns (`list[Turn]`): Each is answered with those before, and the model's own answers, in view.
         group (`str`): Its table in the report.
         category (`str`, *optional*): Its row in the table.
-        settings (`dict`, *optional*): Of the pipeline's calls, such as `guidance_scale`.
+        settings (`dict`, *optional*): Passed to the pipeline's calls, such as `guidance_scale`.
         reference (*optional*): What `score` needs to know.
     """
 
@@ -78,7 +78,7 @@ class Suite(Protocol):
 
     Attributes:
         name (`str`): Names its folder and its report.
-        ids (`Sequence[str]`): Of all samples, in one fixed order.
+        ids (`Sequence[str]`): Names all samples, in one fixed order.
     """
 
     name: str

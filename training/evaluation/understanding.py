@@ -35,9 +35,9 @@ def evaluate_understanding(
 
     Args:
         model (`str`): Folder or Hub id of a pipeline.
-        folder (`Path`): Of the report; lmms-eval writes below it.
+        folder (`Path`): Folder of the report; lmms-eval writes below it.
         command (`Sequence[str]`): By which this was called, for the report.
-        tasks (`Sequence[str]`, *optional*): Of lmms-eval; by default those of the paper.
+        tasks (`Sequence[str]`, *optional*): Tasks of lmms-eval; by default those of the paper.
         batch_size (`int`, *optional*, defaults to 1): Questions at a time.
         limit (`int`, *optional*): Only the first so many questions of each task.
     """

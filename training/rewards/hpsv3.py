@@ -66,7 +66,7 @@ class HPSv3Reward(HubReward):
         model_id (`str`, *optional*, defaults to `"MizzenAI/HPSv3"`): Hub id or folder with `HPSv3.safetensors`.
         processor_id (`str`, *optional*, defaults to `"Qwen/Qwen2-VL-7B-Instruct"`):
             Hub id or folder of the base model: its config, tokenizer and image processor.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Of the base model; the head is in float32.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): The base model's; the head is in float32.
         device, batch_size (*optional*): As in [`CLIPReward`].
     """
 

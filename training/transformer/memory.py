@@ -42,13 +42,13 @@ class TrainingMemory:
 
     Args:
         parameters, trained_parameters (`int`): How many there are.
-        weights (`float`): Of all parameters; under autocast also the casts that it keeps during a step.
-        gradients (`float`): Of the parameters that are trained.
+        weights (`float`): All parameters; under autocast also the casts that it keeps during a step.
+        gradients (`float`): Gradients of the parameters that are trained.
         optimizer (`float`): Its states.
         paged_optimizer (`float`): The part of `optimizer` that moves to the host where the GPU is full.
         checkpoints (`float`): Inputs of the layers, and what else is kept of them for the backward pass.
         layer (`float`): What one layer keeps while it is recomputed.
-        logits (`float`): Of one chunk of the loss, and its gradient of the head before it is added to the others'.
+        logits (`float`): One chunk of the loss, and its gradient of the head before it is added to the others'.
     """
 
     parameters: int
@@ -98,8 +98,8 @@ def training_memory(
     Args:
         trainable (`str`): `"all"`, `"alignment"`, `"lora"` or `"qlora"` (4 bits).
         optim (`str`): One of `OPTIMIZERS`, by the names of `TrainingArguments.optim`.
-        dtype (`str`): Of the weights: `"bfloat16"`, or `"float32"` computed in bfloat16 (`bf16: true`).
-        tokens (`int`): Of a micro-batch.
+        dtype (`str`): Dtype of the weights: `"bfloat16"`, or `"float32"` computed in bfloat16 (`bf16: true`).
+        tokens (`int`): Tokens in a micro-batch.
         loss_chunk_size (`int`): Tokens whose logits exist at the same time.
         selective (`bool`): With `selective_recomputation`.
     """

@@ -27,12 +27,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Args:
         matrices (`Iterable[nn.Parameter]`): Parameters of two dimensions that are matrices to be multiplied by.
         others (`Iterable[dict]`): Parameter groups of AdamW.
-        lr (`float`): Of both.
-        weight_decay (`float`): Of the matrices, decoupled.
-        momentum (`float`, *optional*, defaults to 0.95): Of the matrices' gradients, with Nesterov's look ahead.
+        lr (`float`): Learning rate of both.
+        weight_decay (`float`): Decay of the matrices, decoupled.
+        momentum (`float`, *optional*, defaults to 0.95): Momentum of the matrices, with Nesterov's look ahead.
         in_bfloat16 (`bool`, *optional*, defaults to `False`):
             Whether a CPU, too, orthogonalises in bfloat16, as accelerators do: for CPUs that train fastest in it.
-        adamw_options: Of `torch.optim.AdamW` (`betas`, `eps`, `fused`).
+        adamw_options: Passed to `torch.optim.AdamW` (`betas`, `eps`, `fused`).
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class PatchDiscriminator(nn.Module):
     real. Each of the `num_layers` first convolutions halves both axes.
 
     Args:
-        channels (`int`, *optional*, defaults to 64): Of the first layer; doubled with every layer, eightfold at most.
+        channels (`int`, *optional*, defaults to 64): Width of the first layer; doubles with each, at most eightfold.
         num_layers (`int`, *optional*, defaults to 3): Strided convolutions.
     """
 
@@ -61,7 +61,7 @@ class Adversary:
 
     Args:
         args ([`NextFlowVisionTokenizerTrainingArguments`]): Sizes, learning rate and seed.
-        accelerator (`Accelerator`): Of the trainer: averages gradients over the processes.
+        accelerator (`Accelerator`): Averages gradients over the processes.
     """
 
     def __init__(self, args: NextFlowVisionTokenizerTrainingArguments, accelerator: Accelerator):

@@ -42,7 +42,7 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
             Whether that weight is further multiplied by VQGAN's ratio of gradients at the decoder's last layer.
         adversarial_start (`int`, *optional*, defaults to 0):
             Step at which the discriminator begins to learn, and to be listened to.
-        discriminator_channels (`int`, *optional*, defaults to 64): Of its first layer.
+        discriminator_channels (`int`, *optional*, defaults to 64): Width of its first layer.
         discriminator_layers (`int`, *optional*, defaults to 3): Its convolutions of stride two.
         discriminator_learning_rate (`float`, *optional*):
             Of its own Adam, times the factor of `lr_scheduler_type`. Defaults to `learning_rate`.

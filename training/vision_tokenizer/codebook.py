@@ -127,7 +127,7 @@ def sample_queries(
             batches of as many images.
         count (`int`): How many.
         accelerator (`Accelerator`): Knows the processes.
-        seed (`Sequence[int]`): Of the random numbers.
+        seed (`Sequence[int]`): Seed of the random numbers.
         replace (`bool`): Whether a vector may be taken twice.
     """
     rank, vectors = accelerator.process_index, batches[0][0]

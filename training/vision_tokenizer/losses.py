@@ -101,7 +101,7 @@ def load_perceptual_loss(
     Args:
         source (`str`): `"lpips-vgg"`, `"lpips-alex"` or `"lpips-squeeze"`: LPIPS, from the package of that name. Else
             the Hub id or the folder of a vision model, see [`BackboneDistance`].
-        layers (`Sequence[int]`, *optional*): Of the vision model.
+        layers (`Sequence[int]`, *optional*): Layers of the vision model.
     """
     if source.startswith("lpips-"):
         network = source.removeprefix("lpips-")
