@@ -103,7 +103,17 @@ def train(module: ModuleType, args: argparse.Namespace, argv: list[str]) -> int:
     is_to_do, checkpoint = begin(args.kind, recipe, training, mode=mode, **options)
     if is_to_do:
         module.train(*groups, checkpoint=checkpoint)
+    leave_processes()
     return 0
+
+
+def leave_processes() -> None:
+    """Take leave of the other processes, if there are some: a thread of theirs that outlives Python aborts it."""
+    import torch.distributed
+    from accelerate import PartialState
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        PartialState().destroy_process_group()
 
 
 def list_recipes(kinds: Sequence[str]) -> int:
