@@ -30,7 +30,7 @@ def sprites(tmp_path_factory):
 def folder(sprites, tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge")
     report = train_judge(sprites, folder, steps=150, batch_size=64, check_scenes=60)
-    assert report["96"]["things"] > 0.9 and report["96"]["passed"] > 0.7
+    assert report["128"]["things"] > 0.9 and report["128"]["passed"] > 0.7
     assert report["64"]["background"] == report["64"]["count"] == 1
     return folder
 

@@ -5,7 +5,7 @@ Microsoft (MIT); Firefox OS Emoji by Mozilla (Apache-2.0); all as packed by Icon
 (MIT).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -79,9 +79,17 @@ class Reward:
 
         self.judge = Judge(Path(judge))
 
-    def __call__(self, images: Sequence[Image.Image], scenes: Sequence[Sequence[str]], **columns) -> list[float]:
-        from .judge import reward
+    def __call__(
+        self,
+        images: Sequence[Image.Image],
+        scenes: Sequence[Sequence[str]],
+        report_masks: Callable | None = None,
+        **columns,
+    ) -> list[float]:
+        from .judge import looked_at, reward
 
+        if report_masks is not None:
+            report_masks([looked_at(image, of_row) for image, of_row in zip(images, scenes, strict=True)])
         return reward(self.judge, images, scenes)
 
 

@@ -28,6 +28,7 @@ from .scene import BACKGROUNDS, CELLS, COLORS, Canvas, Scene, Thing, backdrop, b
 from .sprites import Sprite, Sprites
 
 
+SIDES = (64, 128)  # resolutions that the report is of
 CROP = 48  # pixels of what the classifier sees
 MARGIN = 0.125  # of a box, that is seen around it
 NOTHING = "nothing"
@@ -176,6 +177,15 @@ def reward(judge: Judge, images: Sequence[Image.Image], scenes: Sequence[Sequenc
         passed = checks.pop("passed")
         found.append(1.0 if passed else sum(checks.values()) / (len(checks) + 1))
     return found
+
+
+def looked_at(image: Image.Image, scenes: Sequence[str]) -> np.ndarray:
+    """Return the mask (height, width) of the boxes where the things of the last scene should be."""
+    mask = np.zeros((image.height, image.width), dtype=bool)
+    for thing in Scene.from_json(json.loads(scenes[-1])).things:
+        left, top, side = box(thing, mask.shape)
+        mask[top : top + side, left : left + side] = True
+    return mask
 
 
 def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -370,7 +380,7 @@ def train_judge(
     names["extents"] = [[*vars(sprite).values(), extent(sprites, sprite)] for sprite in crops.drawings]
     (folder / "judge.json").write_text(json.dumps(names))
     save_file({k: v.contiguous().cpu() for k, v in classifier.state_dict().items()}, folder / "judge.safetensors")
-    report = {str(side): check_judge(sprites, Judge(folder), canvases(side), check_scenes) for side in (64, 96)}
+    report = {str(side): check_judge(sprites, Judge(folder), canvases(side), check_scenes) for side in SIDES}
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     return report
 

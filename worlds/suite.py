@@ -15,15 +15,17 @@ from ..processing.messages_nextflow import split_reasoning
 from ..training.data import tasks as row_formats
 from ..training.evaluation.suite import Answer, Part, Sample, Turn, images_of, text_of
 from .captions import read_caption
-from .dataset import TASKS, finish_row, sample_row, shares
+from .dataset import TASKS, Row, finish_row, sample_row, shares
 from .judge import Judge, kept_psnr
 from .questions import is_same
-from .scene import Scene, canvases
+from .sampling import Context
+from .scene import Canvas, Scene, canvases
 from .sprites import Sprites
 
 
 WORDINGS = ("clean", "people")
 _MAX_IMAGES = 4
+_MAX_ATTEMPTS = 1000  # to sample a row of a category
 _RECONSTRUCTION = "reconstruction"
 _TO_MESSAGES = {  # the columns of a task, as `nextflow-hf extract` reads them
     "text_to_image": lambda row: row_formats.text_to_image(row["image"], row["text"]),
@@ -48,6 +50,8 @@ class WorldSuite:
             vision tokenizer, for which that is model enough: the ceiling of what any model can reach with it.
         wordings (`Sequence[str]`, *optional*): Clean, and as people write.
         split (`str`, *optional*, defaults to `"test"`): "held_out" asks for pairs that no training saw.
+        categories (`Sequence[str]`, *optional*): Ask only for rows of these categories, such as "single".
+        sizes (`Sequence[Canvas]`, *optional*): Heights and widths of the images, in the place of the world's ratios.
         seed (`int`, *optional*, defaults to 0): Seed of the samples, not of the model.
     """
 
@@ -63,13 +67,16 @@ class WorldSuite:
         tasks: Sequence[str] | None = None,
         wordings: Sequence[str] = WORDINGS,
         split: str = "test",
+        categories: Sequence[str] | None = None,
+        sizes: Sequence[Canvas] | None = None,
         seed: int = 0,
     ):
         possible = [name for name in shares(sprites) if TASKS[name].tests]
         if unknown := sorted({*(tasks or ())} - {*possible, _RECONSTRUCTION}):
             raise ValueError(f"tasks has {unknown}, expected some of {[*possible, _RECONSTRUCTION]}")
         self.sprites, self.judge, self.split, self.seed = sprites, judge, split, seed
-        self.resolution, self.canvases = resolution, canvases(resolution, sprites.dialect.ratios)
+        self.categories, self.resolution = categories, resolution
+        self.canvases = [tuple(size) for size in sizes or canvases(resolution, sprites.dialect.ratios)]
         self.without = ("transformer",) if tasks and {*tasks} == {_RECONSTRUCTION} else ()
         names = [(task, wording) for wording in wordings for task in tasks or possible]
         self.ids = [f"{task}-{wording}-{number:04d}" for number in range(count) for task, wording in names]
@@ -77,10 +84,8 @@ class WorldSuite:
 
     def _sample(self, id: str) -> Sample:
         task, wording, number = id.split("-")
-        key = f"{self.seed}/evaluation/{int(number)}"
-        people = wording == "people"
         shown = "text_to_image" if task == _RECONSTRUCTION else task
-        row, context = sample_row(self.sprites, shown, key, self.canvases, split=self.split, people=people)
+        row, context = self._row(shown, f"{self.seed}/evaluation/{int(number)}", wording == "people")
         values = finish_row(self.sprites, shown, row, context)
         if task == _RECONSTRUCTION:
             image = Image.open(io.BytesIO(values["image"]["bytes"])).convert("RGB")
@@ -107,6 +112,17 @@ class WorldSuite:
         group = f"{task}, {wording}"
         category = "conversation" if task == "conversation" else values["category"]
         return Sample(id, turns, group, category, settings, (task, scenes, expected))
+
+    def _row(self, task: str, key: str, people: bool) -> tuple[Row, Context]:
+        """The row that `key` names, or the next one of the categories that are asked for."""
+        for attempt in range(_MAX_ATTEMPTS):
+            key_of_attempt = f"{key}/{attempt}" if attempt else key
+            row, context = sample_row(
+                self.sprites, task, key_of_attempt, self.canvases, split=self.split, people=people
+            )
+            if self.categories is None or row.category in self.categories:
+                return row, context
+        raise ValueError(f"no row of {task} in {_MAX_ATTEMPTS} is of the categories {list(self.categories or ())}")
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
         """Return the judge's checks over all images, "text" over all answers in words, and "passed": all of them."""

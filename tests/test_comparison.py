@@ -1,0 +1,98 @@
+"""Verdicts on claims: the effect and its interval on a hand-worked case, and what an experiment may say of nothing."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from nextflow_hf.training.evaluation import comparison
+from nextflow_hf.training.evaluation.comparison import CONFIRMED, CONTRADICTED, NOT_SEEN, effect_of
+
+
+def test_the_effect_of_three_seeds_by_hand():
+    effect = effect_of([0.6, 0.7, 0.8], [0.4, 0.5, 0.6])
+    assert effect.difference == pytest.approx(0.2) and effect.spread == pytest.approx(0.1)
+    error = 0.1 * math.sqrt(2 / 3)
+    # Student's t with four degrees of freedom: 2.776 at 97.5%, 0.941 at 80%.
+    assert effect.low == pytest.approx(0.2 - 2.776 * error, abs=1e-4)
+    assert effect.visible == pytest.approx((2.776 + 0.941) * error, abs=1e-4)
+    assert effect.verdict == NOT_SEEN
+    assert effect_of([0.6, 0.61, 0.62], [0.4, 0.41, 0.42]).verdict == CONFIRMED
+    assert effect_of([0.4, 0.41, 0.42], [0.6, 0.61, 0.62]).verdict == CONTRADICTED
+    with pytest.raises(ValueError, match="two or more"):
+        effect_of([0.6], [0.4, 0.5])
+
+
+def write_run(folder, rate, rewards=(), step_time=1.0):
+    report = {"groups": {"images": {"values": {"passed": rate}, "categories": {"one": {"values": {"passed": rate}}}}}}
+    log = [{"step": number + 1, "reward": value, "step_time": step_time} for number, value in enumerate(rewards)]
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "evaluation" / "report.json").write_text(json.dumps(report))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [*log, {"step": len(log)}]}))
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Verdicts on claims about arms of these rates."""
+
+    def compare(claims, planted="fault", *, arms, **options):
+        for arm, rates in arms.items():
+            for seed, rate in enumerate(rates):
+                write_run(tmp_path / "arms" / f"{arm}-{seed}", rate, **options.get(arm, {}))
+        file = tmp_path / "claims.yaml"
+        file.write_text(yaml.safe_dump({"planted": planted, "claims": claims}))
+        output = tmp_path / "verdicts"
+        names = [name for name in claims if name != "fault"]
+        comparison.main([str(file), *names, "--runs", str(tmp_path / "arms"), "--output-dir", str(output)])
+        return {name: json.loads((output / f"{name}.json").read_text()) for name in names}, output
+
+    return compare
+
+
+CLAIM = {"claim": "new is better", "better": "new", "worse": "old", "measure": "images/passed"}
+FAULT = {"claim": "a fault is worse", "better": "old", "worse": "broken", "measure": "images/one/passed"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "verdict"), [([0.1, 0.12, 0.14], NOT_SEEN), ([0.5, 0.52, 0.54], "undecided"), ([], "undecided")]
+)
+def test_nothing_is_seen_only_where_a_planted_fault_is(judged, broken, verdict):
+    arms = {"new": [0.5, 0.53, 0.54], "old": [0.5, 0.52, 0.54], "broken": broken}
+    found, output = judged({"new": CLAIM, "fault": FAULT}, arms=arms)
+    assert found["new"]["verdict"].startswith(verdict)
+    text = (output / "new.md").read_text()
+    assert f"## new: {verdict}" in text and f"{found['new']['visible']:.4f}" in text
+
+
+def test_a_loss_is_better_when_it_is_lower_and_two_measures_of_one_arm_are_compared(judged):
+    arms = {"new": [0.1, 0.12, 0.11], "old": [0.5, 0.52, 0.54]}
+    claims = {"lower": {**CLAIM, "lower_is_better": True}, "higher": CLAIM}
+    claims["same"] = {**CLAIM, "worse": "new", "worse_measure": "images/one/passed"}
+    found, _ = judged(claims, planted=None, arms=arms)
+    assert [found[name]["verdict"] for name in ("lower", "higher")] == [CONFIRMED, CONTRADICTED]
+    assert found["same"]["difference"] == 0
+
+
+def test_at_equal_time_what_came_later_does_not_count(judged):
+    arms = {"fast": [0, 0, 0], "slow": [0, 0, 0]}
+    fast = {"rewards": [0.1, 0.2, 0.3, 0.4], "step_time": 1.0}
+    slow = {"rewards": [0.2, 0.4, 0.6, 0.8], "step_time": 2.0}
+    claim = {"claim": "fast", "better": "fast", "worse": "slow", "measure": "log/reward"}
+    claims = {"images": {**claim, "curves": ["reward"]}, "time": {**claim, "measure": "log/reward at equal time"}}
+    claims["time"]["curves"] = ["reward at equal time"]
+    found, output = judged(claims, planted=None, arms=arms, fast=fast, slow=slow)
+    assert found["images"]["values"] == {"better": [0.4] * 3, "worse": [0.8] * 3}
+    assert found["time"]["values"] == {"better": [0.4] * 3, "worse": [0.4] * 3}
+    assert (output / found["time"]["images"][0]).is_file() and "](images-reward.png)" in (
+        output / "images.md"
+    ).read_text()
+
+
+def test_what_is_missing_is_named(judged, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run of the arm 'old', expected old-0"):
+        judged({"new": CLAIM}, arms={"new": [0.5, 0.6]})
+    with pytest.raises(ValueError, match="has no 'missed'"):
+        judged({"new": {**CLAIM, "measure": "images/missed"}}, arms={"old": [0.5, 0.6]})
+    with pytest.raises(ValueError, match=r"keys \['wrong'\]"):
+        judged({"new": {**CLAIM, "wrong": 1}}, arms={})
