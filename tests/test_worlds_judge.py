@@ -95,6 +95,16 @@ def test_the_reward_is_the_share_of_the_checks(folder, sprites, scene):
     assert right == 1 and 0.5 < wrong < 1
 
 
+def test_the_reward_reports_the_boxes_that_it_looks_at(folder, sprites, scene):
+    image = Image.fromarray(render(scene, sprites, CANVAS))
+    found = []
+    emoji.Reward(str(folder))([image], scenes=[[json.dumps(scene.to_json())]], prompts=[""], report_masks=found.extend)
+    (mask,) = found
+    places = [box(thing, CANVAS) for thing in scene.things]
+    assert mask.shape == CANVAS and mask.sum() == sum(side * side for _, _, side in places)
+    assert all(mask[top : top + side, left : left + side].all() for left, top, side in places)
+
+
 @pytest.mark.parametrize("canvas", canvases(64))
 def test_backgrounds_are_read_off_the_border(sprites, canvas):
     for index, name in enumerate(BACKGROUNDS):

@@ -162,6 +162,19 @@ def test_the_suite_passes_true_answers_and_fails_others():
         assert not suite.score(sample, wrong)["passed"]
 
 
+def test_the_suite_asks_for_the_categories_and_sizes_that_are_named():
+    options = {"tasks": ["text_to_image"], "wordings": ["clean"], "sizes": [[32, 64]]}
+    suite = shapes.suite(count=6, categories=["single"], **options)
+    samples = [suite.sample(id) for id in suite.ids]
+    assert {(sample.category, len(sample.reference[1][0].things)) for sample in samples} == {("single", 1)}
+    assert {(sample.settings["height"], sample.settings["width"]) for sample in samples} == {(32, 64)}
+    every = shapes.suite(count=6, **options)
+    kept = [id for id in every.ids if every.sample(id).category == "single"]
+    assert kept and all(suite.sample(id).turns == every.sample(id).turns for id in kept)
+    with pytest.raises(ValueError, match=r"of the categories \['plural'\]"):
+        shapes.suite(count=1, categories=["plural"], **options).sample("text_to_image-clean-0000")
+
+
 def _given(sample) -> int:
     return sum(len(images_of(message["content"])) for turn in sample.turns for message in turn.messages)
 
