@@ -144,15 +144,15 @@ def add_options(parser: argparse.ArgumentParser, title: str | None, *names: str,
     return group
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, names_model: bool = True) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, samples: bool = True, names_model: bool = True) -> None:
     """
     What is loaded, and on what.
 
     Args:
-        draws (`bool`): Whether the transformer is loaded.
+        samples (`bool`): Whether the transformer is loaded.
         names_model (`bool`): Whether the pipeline is an option, and no positional argument.
     """
-    left_out = {*(() if names_model else ("model",)), *(() if draws else ("transformer", "quantize", "lora"))}
+    left_out = {*(() if names_model else ("model",)), *(() if samples else ("transformer", "quantize", "lora"))}
     group = add_options(parser, "model", *(name for name in MODEL if name not in left_out))
     group.add_argument(
         "--offload", action="store_true", help="keep a component on the accelerator only while it computes"

@@ -10,9 +10,8 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from ...conversion.assemble import load_processor, load_vision_tokenizer
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from ...processing.processing_nextflow import NextFlowProcessor
 from ..common.checkpoints import train_to_the_end
 from ..common.flops import training_flops
 from ..common.run import BatchArguments, world_size
@@ -223,8 +222,8 @@ def sampling_callback(
         )
     return SampleImagesCallback(
         trainer,
-        NextFlowVisionTokenizer.from_pretrained(model_args.vision_tokenizer_name_or_path).eval(),
-        NextFlowProcessor.from_pretrained(model_args.processor_name_or_path),
+        load_vision_tokenizer(model_args.vision_tokenizer_name_or_path),
+        load_processor(model_args.processor_name_or_path),
         prompts=args.sample_prompts,
         seed=args.sample_seed,
         settings=args.sample_settings,
