@@ -28,7 +28,7 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import patchify
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.checkpoints import StagedCheckpointsMixin, train_to_the_end
 from ..common.folders import PROCESSORS, check_source
-from ..common.processes import ProcessesMixin
+from ..common.processes import check_processes, sum_in_float32
 from ..common.refusals import check_arguments
 from ..common.run import BatchArguments
 from ..data.description import load_captioned_images, read_description
@@ -121,8 +121,16 @@ class ContrastiveCollator:
         }
 
 
-class TeacherTrainer(ProcessesMixin, StagedCheckpointsMixin, Trainer):
+class TeacherTrainer(StagedCheckpointsMixin, Trainer):
     """transformers' Trainer with whole checkpoints."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_processes(self)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        sum_in_float32(self.accelerator)
 
 
 def build_teacher(
