@@ -31,7 +31,7 @@ COMMANDS = {
     "export": ("nextflow_hf.commands.export", "write a training run as a pipeline that everything loads"),
     "push": ("nextflow_hf.commands.push", "upload a pipeline to the Hub"),
     "evaluate": ("nextflow_hf.commands.evaluate", "judge a model by a suite, with tables and contact sheets"),
-    "world": ("nextflow_hf.commands.world", "write data sets that code draws, or train their judge"),
+    "world": ("nextflow_hf.commands.world", "write data sets that code composes, or train their judge"),
     "extract": ("nextflow_hf.commands.extract", "encode data sets as shards of tokens and codes"),
     "train": ("nextflow_hf.commands.train", "train any part of a model by a recipe"),
     "memory": ("nextflow_hf.commands.memory", "estimate the GPU memory that a training takes"),

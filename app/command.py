@@ -1,4 +1,4 @@
-"""The pipeline in the browser: draw, edit, watch images grow, talk.
+"""The pipeline in the browser: generate and edit images, watch them grow, chat.
 
     nextflow-hf app
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .studio import ImageRequest
 
 # For the shipped model.
-TALKS = (
+CONVERSATIONS = (
     "a red circle left of a blue square",
     "a story: a red circle on a white background moves from left to right",
     "what color is the background",
@@ -38,13 +38,13 @@ EXAMPLES = """\
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `nextflow-hf app`."""
-    parser = new_parser("app", "Draw, edit and talk in the browser, and watch images grow.", EXAMPLES)
+    parser = new_parser("app", "Generate and edit images in the browser, watch them grow, and chat.", EXAMPLES)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="default: %(default)s, for this machine only")
     group.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     group.add_argument("--share", action="store_true", help="also at a public address, through gradio.app")
     add_model_options(parser)
-    # As the other commands have them: neither is of use here.
+    # `run` reads both of every command.
     parser.set_defaults(json=False, quiet=False)
     return parser
 
@@ -70,7 +70,7 @@ def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for warning in warnings_about(args.host, args.share):
         console.warn(f"warning: {warning}")
     pipe = loading.load_pipeline(args)
-    examples = {"prompts": PROMPTS[:4], "talks": TALKS} if args.model == SHIPPED_MODEL else {}
+    examples = {"prompts": PROMPTS[:4], "conversations": CONVERSATIONS} if args.model == SHIPPED_MODEL else {}
     with tempfile.TemporaryDirectory(prefix="nextflow-app-") as folder:
         name = f"{Path(args.model).name} on {args.device}"
         page = App(Studio(pipe), folder, save=saver(args, pipe), name=name, **examples).build()
@@ -83,24 +83,24 @@ def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def saver(
     args: argparse.Namespace, pipe: "NextFlowPipeline"
 ) -> "Callable[[PIL.Image.Image, Path, ImageRequest], None]":
-    """Writes a drawn image with its record: `nextflow-hf generate --from-image`, or `edit`, draws it again."""
+    """Return what saves an image with its record, from which `generate --from-image` or `edit` makes it again."""
     args.no_metadata = False
-    modules = loading.drawing_modules(pipe)
+    modules = loading.image_modules(pipe)
     recorders = {
         command: records.Recorder(command, args, images.RECORDED, modules) for command in ("generate", "edit")
     }
 
-    def save(image: "PIL.Image.Image", path: Path, drawn: "ImageRequest") -> None:
+    def save(image: "PIL.Image.Image", path: Path, request: "ImageRequest") -> None:
         own = pipe.get_image_settings()
-        settings = {**{name: own[name] for name in options.SAMPLING}, **drawn.settings}
-        recorders["edit" if drawn.references else "generate"].save(
+        settings = {**{name: own[name] for name in options.SAMPLING}, **request.settings}
+        recorders["edit" if request.references else "generate"].save(
             image,
             path,
-            batch={"seeds": [drawn.seed], "index": 0},
+            batch={"seeds": [request.seed], "index": 0},
             **settings,
-            prompt=drawn.prompt,
-            seed=drawn.seed,
-            image=[Path(reference) for reference in drawn.references] or None,
+            prompt=request.prompt,
+            seed=request.seed,
+            image=[Path(reference) for reference in request.references] or None,
         )
 
     return save

@@ -36,10 +36,11 @@ class App:
 
     Args:
         studio ([`Studio`]): Does the work.
-        folder (`str`): Where drawn images are kept while the app runs.
-        save (`Callable`, *optional*): `save(image, path, drawing)` writes a drawn image, by default without settings.
+        folder (`str`): Where generated images are kept while the app runs.
+        save (`Callable`, *optional*):
+            `save(image, path, image_request)` writes a generated image. By default its settings are not written.
         name (`str`): Name of the model, shown on the page.
-        prompts, talks (`list[str]`): Examples for the two tabs.
+        prompts, conversations (`list[str]`): Examples for the two tabs.
     """
 
     def __init__(
@@ -50,16 +51,16 @@ class App:
         save: Callable[[Any, Path, ImageRequest], None] | None = None,
         name: str = "",
         prompts: Sequence[str] = (),
-        talks: Sequence[str] = (),
+        conversations: Sequence[str] = (),
     ):
         self.studio = studio
         self.folder = Path(folder)
         self.save = save
         self.name = name
         self.prompts = prompts
-        self.talks = talks
+        self.conversations = conversations
 
-    # ---- drawing
+    # ---- images
 
     def generate(
         self,
@@ -77,10 +78,10 @@ class App:
         """(image, status, scales, seed, history, gallery), after each scale and at the end."""
         paths = paths_of(references)
         if not prompt.strip():
-            raise gr.Error("Say what to draw or, with reference images, what to change.", title="No prompt")
+            raise gr.Error("Say what to generate or, with reference images, what to change.", title="No prompt")
         if is_random or seed is None:
             seed = secrets.randbelow(SEEDS)
-        drawing = ImageRequest(
+        image_request = ImageRequest(
             prompt=prompt.strip(),
             references=tuple(paths),
             seed=int(seed),
@@ -90,48 +91,50 @@ class App:
             resolution=resolution or None,
         )
         begun = time.perf_counter()
-        yield gr.skip(), "Starting …", scales_html([]), drawing.seed, gr.skip(), gr.skip()
+        yield gr.skip(), "Starting …", scales_html([]), image_request.seed, gr.skip(), gr.skip()
         previews, last = [], None
         try:
             check_images(paths)
-            for last in self.studio.generate(drawing, owner=request.session_hash):
+            for last in self.studio.generate(image_request, owner=request.session_hash):
                 previews.append((last.images[0], last.grid))
                 height, width = last.grid
                 status = f"Scale {last.scale} of {last.num_scales}: {width} × {height} cells"
                 yield last.images[0], status, scales_html(previews), gr.skip(), gr.skip(), gr.skip()
         except USER_ERRORS as error:
-            status = f"Nothing was drawn: {html.escape(str(error))}"
+            status = f"Nothing was generated: {html.escape(str(error))}"
             yield gr.skip(), status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
-            raise gr.Error(str(error), title="Cannot draw that", print_exception=False) from error
+            raise gr.Error(str(error), title="Cannot generate that", print_exception=False) from error
         if last is None or last.scale < last.num_scales:
             status = f"Stopped after scale {len(previews)}."
             yield gr.skip(), status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
         image = last.images[0]
-        path = self._save(image, drawing)
-        history = [(path, drawing), *history][:MAX_HISTORY]
-        status = f"{image.width} × {image.height} pixels, seed {drawing.seed}, {time.perf_counter() - begun:.1f} s"
+        path = self._save(image, image_request)
+        history = [(path, image_request), *history][:MAX_HISTORY]
+        status = (
+            f"{image.width} × {image.height} pixels, seed {image_request.seed}, {time.perf_counter() - begun:.1f} s"
+        )
         yield path, status, gr.skip(), gr.skip(), history, gallery_of(history)
 
     def recall(self, history: list[tuple[str, ImageRequest]], event: gr.SelectData) -> tuple:
         """The settings of an image of the history, back in their fields, and the image."""
-        path, drawing = history[event.index]
+        path, image_request = history[event.index]
         return (
-            drawing.prompt,
-            [(one, None) for one in drawing.references],
-            drawing.seed,
+            image_request.prompt,
+            [(one, None) for one in image_request.references],
+            image_request.seed,
             False,
-            drawing.guidance_scale or 0,
-            drawing.image_guidance_scale,
-            drawing.aspect_ratio or "",
-            drawing.resolution or 0,
+            image_request.guidance_scale or 0,
+            image_request.image_guidance_scale,
+            image_request.aspect_ratio or "",
+            image_request.resolution or 0,
             path,
-            f"From the history: seed {drawing.seed}",
+            f"From the history: seed {image_request.seed}",
             scales_html([]),
         )
 
     def edit(self, image: str | None) -> list[tuple[str, str | None]]:
-        """The drawn image as the reference of the next."""
+        """The generated image as the reference of the next."""
         if image is None:
             raise gr.Error("There is no image yet.", title="Nothing to edit", print_exception=False)
         return [(image, None)]
@@ -148,9 +151,9 @@ class App:
                 kept.append((path, None))
         return kept
 
-    # ---- talking
+    # ---- conversations
 
-    def talk(
+    def chat(
         self, said: dict[str, Any], max_images: float, messages: list[dict[str, Any]], request: gr.Request
     ) -> Iterator[tuple]:
         """(text box, conversation as shown, messages), as the answer comes and at the end."""
@@ -187,12 +190,12 @@ class App:
     def stop(self, request: gr.Request) -> None:
         """Stop what this browser has running."""
         if not self.studio.stop(request.session_hash):
-            gr.Info("Nothing of yours is being drawn or written.", title="Stop")
+            gr.Info("Nothing of yours is being generated.", title="Stop")
 
-    def _save(self, image: Any, drawing: ImageRequest | None = None) -> str:
+    def _save(self, image: Any, image_request: ImageRequest | None = None) -> str:
         path = self.folder / f"{uuid.uuid4().hex}.png"
-        if drawing is not None and self.save is not None:
-            self.save(image, path, drawing)
+        if image_request is not None and self.save is not None:
+            self.save(image, path, image_request)
         else:
             write_file(path, image.save)
         return str(path)
@@ -204,31 +207,31 @@ class App:
         # Files of a session are deleted a day later, and all of them when the app ends.
         with gr.Blocks(title="NextFlow", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             gr.HTML(f"<h1>NextFlow</h1><p>{html.escape(self.name)}</p>", elem_id="head")
-            with gr.Tab("Draw", id="draw"):
-                self._build_drawing()
+            with gr.Tab("Generate", id="generate"):
+                self._build_images()
             with gr.Tab("Chat", id="chat-tab"):
                 self._build_chat()
         return page
 
-    def _build_drawing(self) -> None:
+    def _build_images(self) -> None:
         small = ["small-images"] if self.studio.is_small else []
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
                 prompt = gr.Textbox(
                     label="Prompt",
-                    placeholder="What to draw or, with reference images, what to change",
+                    placeholder="What to generate or, with reference images, what to change",
                     max_lines=4,
                     max_length=PROMPT_LENGTH,
                     autofocus=True,
                     elem_id="prompt",
                 )
                 with gr.Row():
-                    draw = gr.Button("Draw", variant="primary", elem_id="draw-button")
+                    generate = gr.Button("Generate", variant="primary", elem_id="generate-button")
                     stop = gr.Button("Stop", variant="secondary", elem_id="stop-button")
                 if self.prompts:
                     gr.Examples([[one] for one in self.prompts], prompt, label="For example", **PRIVATE)
                 references = gr.Gallery(
-                    label="Reference images: none to draw, one or several to edit",
+                    label="Reference images: none to generate from the prompt alone, one or several to edit",
                     type="filepath",
                     file_types=FILE_TYPES,
                     sources=["upload", "clipboard"],
@@ -292,7 +295,7 @@ class App:
         history = gr.State([])
         fields = [prompt, references, seed, is_random, guidance, image_guidance, aspect_ratio, resolution]
         gr.on(
-            [draw.click, prompt.submit],
+            [generate.click, prompt.submit],
             self.generate,
             [*fields, history],
             [image, status, scales, seed, history, gallery],
@@ -315,11 +318,11 @@ class App:
         return gr.Slider(1, 10, own, info="Towards the prompt. 1: none", **settings)
 
     def _build_size(self) -> tuple[gr.Dropdown, gr.Dropdown]:
-        ratios, levels = self.studio.aspect_ratios(), self.studio.resolutions()
+        ratios, resolutions = self.studio.aspect_ratios(), self.studio.resolutions()
         choices = [("Automatic", "")]
         choices += [(f"{ratio} ({width} × {height})", ratio) for ratio, (width, height) in ratios.items()]
-        sizes = [(f"{level} × {level}", 0 if level == self.studio.resolution else level) for level in levels]
-        with gr.Row(visible=len(ratios) > 1 or len(levels) > 1):
+        sizes = [(f"{side} × {side}", 0 if side == self.studio.resolution else side) for side in resolutions]
+        with gr.Row(visible=len(ratios) > 1 or len(resolutions) > 1):
             aspect_ratio = gr.Dropdown(
                 choices,
                 value="",
@@ -334,7 +337,7 @@ class App:
                 value=0,
                 label="Size",
                 info="Of a square image. Best what the model was trained on",
-                visible=len(levels) > 1,
+                visible=len(resolutions) > 1,
                 min_width=150,
                 elem_id="resolution",
             )
@@ -348,7 +351,7 @@ class App:
             latex_delimiters=[],
             feedback_options=None,
             buttons=[],
-            placeholder="Talk, ask about images, or ask for images and stories",
+            placeholder="Chat, ask about images, or ask for images and stories",
             elem_id="chat",
             elem_classes=["small-images"] if self.studio.is_small else [],
         )
@@ -367,9 +370,9 @@ class App:
             )
             stop = gr.Button("Stop", size="md", elem_id="chat-stop", min_width=120)
             clear = gr.Button("New conversation", size="md", elem_id="chat-clear", min_width=120)
-        if self.talks:
+        if self.conversations:
             gr.Examples(
-                [[{"text": one, "files": []}] for one in self.talks],
+                [[{"text": one, "files": []}] for one in self.conversations],
                 box,
                 label="For example",
                 api_visibility="private",
@@ -377,7 +380,7 @@ class App:
         uploads_only(box)
         messages = gr.State([])
         box.submit(
-            self.talk, [box, max_images, messages], [box, chat, messages], show_progress="minimal", **MODEL, **PRIVATE
+            self.chat, [box, max_images, messages], [box, chat, messages], show_progress="minimal", **MODEL, **PRIVATE
         )
         stop.click(self.stop, show_progress="hidden", **PRIVATE)  # in a queue of its own
         # The conversation's own button empties what is shown
@@ -406,7 +409,7 @@ def paths_of(gallery: list[tuple[str, str | None]] | None) -> list[str]:
 
 def gallery_of(history: list[tuple[str, ImageRequest]]) -> list[tuple[str, str]]:
     """The history as a gallery shows it, each image with the beginning of its prompt."""
-    return [(path, drawing.prompt[:80]) for path, drawing in history]
+    return [(path, image_request.prompt[:80]) for path, image_request in history]
 
 
 def empty_box() -> dict[str, Any]:

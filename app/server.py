@@ -85,7 +85,7 @@ def serve(page: gr.Blocks, *, host: str = "127.0.0.1", port: int | None = None, 
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        _frontend=False,  # no check that it answers within three seconds, which a machine that draws may not
+        _frontend=False,  # no check that it answers within three seconds, which a machine that samples may not
     )
     return address
 

@@ -1,4 +1,4 @@
-"""What the app does with a pipeline: it samples scale by scale, answers in text and images, and stops.
+"""Runs the pipeline for the app: images scale by scale, answers part by part, one request at a time, with a stop.
 
 Knows neither Gradio nor the browser.
 """
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 
-# "width:height", from square to wide; the tall ones are these upside down.
+# "width:height", from square to wide; [`Studio.aspect_ratios`] adds the tall ones.
 ASPECT_RATIOS = ("1:1", "5:4", "4:3", "3:2", "16:9", "2:1", "21:9", "3:1", "4:1")
 RATIO_TOLERANCE = 1.1  # an aspect ratio is offered where the nearest bucket is within 10%
-SMALL = 256  # sides below it are shown enlarged, pixel by pixel
+SMALL = 256  # pixels; smaller images are shown enlarged, without smoothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """How one image was made; `None` is the model's own. The same settings make it again."""
+    """Settings of one image, which make it again; `None` stands for the model's default."""
 
     prompt: str
     references: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class ImageRequest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of the pipeline's arguments that are not the model's own. Without references nothing guides there."""
+        """Arguments of the pipeline that differ from the model's defaults; no image guidance without references."""
         settings = {
             "guidance_scale": self.guidance_scale,
             "image_guidance_scale": self.image_guidance_scale if self.references else None,
@@ -43,8 +43,8 @@ class ImageRequest:
 
 class Studio:
     """
-    A pipeline that several browsers share. That requests come one after the other is for the app's queue to see to:
-    one that begins ends what was left behind.
+    A pipeline that several browsers share, one request at a time. The app's queue orders the requests; a new one
+    closes the one before it, which a browser may have left unfinished.
 
     Args:
         pipe ([`NextFlowPipeline`]): Makes images and answers. Nobody else may use it meanwhile.
@@ -61,12 +61,12 @@ class Studio:
 
     @property
     def guidance_scale(self) -> float | Sequence[float]:
-        """The model's own."""
+        """The model's default."""
         return self.pipe.get_image_settings()["guidance_scale"]
 
     @property
     def resolution(self) -> int:
-        """The model's own: side in pixels of a square image."""
+        """The model's default: side of a square image in pixels."""
         return self.pipe.processor.image_processor.resolution
 
     @property
@@ -75,12 +75,12 @@ class Studio:
         return self.resolution < SMALL
 
     def resolutions(self) -> list[int]:
-        """To choose from: the model's own, those above, and those below down to a quarter of it."""
+        """Resolutions to choose from: the model's default, all above it, and those below down to a quarter of it."""
         known = self.pipe.processor.image_processor.schedule.resolutions
         return [resolution for resolution in known if 4 * resolution >= self.resolution]
 
     def aspect_ratios(self) -> dict[str, tuple[int, int]]:
-        """The usual ratios that the model has, each with the (width, height) in pixels of its images."""
+        """The usual aspect ratios that the model can sample, with the (width, height) of their images in pixels."""
         schedule = self.pipe.processor.image_processor.schedule
         num_scales = schedule.num_scales(self.resolution)
         found = {}
@@ -89,16 +89,16 @@ class Studio:
             if max(width / height, height / width) > schedule.max_aspect_ratio:
                 continue
             bucket = schedule.bucket_from_aspect_ratio(ratio)
-            off = bucket[1] / bucket[0] / (width / height)
+            error = bucket[1] / bucket[0] / (width / height)
             size = schedule.pixel_size(bucket, num_scales)[::-1]
-            if max(off, 1 / off) <= RATIO_TOLERANCE and size not in found.values():
+            if max(error, 1 / error) <= RATIO_TOLERANCE and size not in found.values():
                 found[ratio] = size
         return found
 
     # ---- what it does
 
     def generate(self, request: ImageRequest, *, owner: Any = None) -> Iterator[Any]:
-        """The image after each scale, as [`~NextFlowPipeline.preview`] gives it, without and with reference images."""
+        """Yield the image after each scale, as [`~NextFlowPipeline.preview`] does, with or without references."""
         references = list(request.references)
         return self._in_turn(
             lambda: self.pipe.preview(
@@ -113,14 +113,14 @@ class Studio:
     def answer(
         self, messages: list[dict[str, Any]], *, max_images: int, seed: int, owner: Any = None
     ) -> Iterator[dict[str, Any]]:
-        """The parts of the next answer as they come, as [`~NextFlowPipeline.interleave`] gives them."""
+        """Yield the parts of the next answer, text and images, as [`~NextFlowPipeline.interleave`] does."""
         generator = torch.Generator().manual_seed(seed)
         return self._in_turn(
             lambda: self.pipe.interleave(messages, max_images, generator=generator, stream=True), owner
         )
 
     def stop(self, owner: Any = None) -> bool:
-        """Stop what `owner` has running after the scale, the word or the image it is at; whether there was any."""
+        """Stop the request of `owner` after the current scale or token; return whether one was running."""
         if self._running is None or self._owner != owner:
             return False
         self.pipe._interrupt = True
@@ -128,8 +128,8 @@ class Studio:
 
     def _in_turn(self, start: Callable[[], Iterator], owner: Any) -> Iterator:
         """
-        What `start()` iterates over. The lock is held for a step, not from one to the next: a browser that leaves asks
-        for no more. What it left is closed by the next request.
+        Yield what `start()` iterates over. The lock is held during a step, not between steps: a browser that leaves
+        asks for no more steps and would never release it. The next request closes what it left.
         """
         with self._lock:
             if self._running is not None:
@@ -144,7 +144,7 @@ class Studio:
                 except StopIteration:
                     return
                 yield item
-        except GeneratorExit:  # without waiting: the one who closes may be the server's event loop
+        except GeneratorExit:  # stop without waiting: the server's event loop may be closing this
             self.stop(owner)
             raise
 
@@ -154,6 +154,6 @@ class Studio:
                 raise RuntimeError("another request began before this one was done")
             try:
                 return next(running)
-            except BaseException:  # its end, too
+            except BaseException:  # also StopIteration, its end
                 self._running = self._owner = None
                 raise

@@ -1,4 +1,4 @@
-"""What people type: the sub-commands of `nextflow-hf` that draw, talk and tell. cli.py lists them.
+"""The sub-commands of `nextflow-hf`; cli.py lists them.
 
 Every module here opens with the standard library alone: what a command needs is imported when it runs, so that
 `--help` takes no time.

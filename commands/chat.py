@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Talk; returns the exit status."""
+    """Chat; returns the exit status."""
     args = (parser := make_parser()).parse_args(argv)
     args.prompt = one_text(args.prompt, parser)
     return run("chat", args, chat)
@@ -63,7 +63,7 @@ def chat(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     args.image = [existing_file(path) for path in args.image or ()]
     args.seed = options.choose_seed(args.seed)
     if args.prompt is None and args.messages is None:
-        turns = _talk(args, console)
+        turns = _converse(args, console)
     else:
         messages = conversation(args.prompt, args.image, history)
         pipe = loading.load_pipeline(args)
@@ -74,7 +74,7 @@ def chat(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {**loading.loaded(args), "seed": args.seed, "answer": said[-1] if said else None, "turns": turns}
 
 
-class Talk:
+class Dialogue:
     """A conversation on one cache, line by line; `turns` is what was said, in JSON."""
 
     def __init__(self, args: argparse.Namespace, console: Console):
@@ -84,14 +84,14 @@ class Talk:
         if self.output.file is not None:
             raise ValueError(f"--output is {args.output}, expected a folder")
         self.pipe = loading.load_pipeline(args)
-        self.recorder = records.Recorder("chat", args, RECORDED, loading.drawing_modules(self.pipe))
+        self.recorder = records.Recorder("chat", args, RECORDED, loading.image_modules(self.pipe))
         self.conversation = self.pipe.start_conversation(args.system)
         self.generator = _generator(args)
         self.shown = list(args.image)  # with the next line
         self.turns: list[dict[str, Any]] = []
 
     def take(self, line: str) -> None:
-        """What a line says or asks for."""
+        """Do what a line says: chat, show an image, or ask for one."""
         command, _, text = line.partition(" ")
         text = text.strip()
         if command == "/image" and text:
@@ -120,20 +120,20 @@ class Talk:
         self.shown = []
 
 
-def _talk(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def _converse(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """The turns of a conversation in the lines of standard input. A mistake does not end it."""
-    talk = Talk(args, console)
+    dialogue = Dialogue(args, console)
     if sys.stdin.isatty():
         console.say("/help says what there is, /quit ends")
     for line in _lines():
         if line == "/quit":
             break
         try:
-            talk.take(line)
+            dialogue.take(line)
         except (ValueError, OSError) as error:
             console.warn(str(error))
             console.status = 1
-    return talk.turns
+    return dialogue.turns
 
 
 def _lines() -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
 
-from .folders import check_folder
+from ..training.common.folders import check_folder
 from .loading import find_model
 
 

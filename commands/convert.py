@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..training.common.folders import VISION_TOKENIZERS, check_folder
 from .console import one_line_mistakes
-from .folders import check_folder
-from .loading import TOKENIZERS
 from .options import new_parser
 
 
@@ -125,7 +124,7 @@ def convert_qwen(args: argparse.Namespace) -> None:
     from ..pipelines.pipeline_nextflow import NextFlowPipeline
 
     check_folder(args.model, "Qwen checkpoint")
-    check_folder(args.vision_tokenizer, "vision tokenizer", *TOKENIZERS, "pipeline")
+    check_folder(args.vision_tokenizer, *VISION_TOKENIZERS, "pipeline")
     print(f"reading {args.model}", flush=True)
     check_source(source := AutoConfig.from_pretrained(args.model, revision=args.revision))
     vision_tokenizer = assemble.load_vision_tokenizer(args.vision_tokenizer)

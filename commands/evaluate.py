@@ -143,12 +143,12 @@ def _origin(pipe: "NextFlowPipeline") -> dict[str, Any]:
     """What the figures are of: the weights and the hardware."""
     import torch
 
-    from .loading import drawing_modules, weights_fingerprint
+    from .loading import image_modules, weights_fingerprint
     from .measuring import peak_memory
 
     device = pipe._execution_device
     return {
-        "weights": {name: weights_fingerprint(module) for name, module in drawing_modules(pipe).items()},
+        "weights": {name: weights_fingerprint(module) for name, module in image_modules(pipe).items()},
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "memory_of": peak_memory(device)[1],
     }

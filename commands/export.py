@@ -6,9 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..training.common.folders import VISION_TOKENIZERS, Run, check_folder, kind_of, read_run
 from .console import one_line_mistakes
-from .folders import Run, check_folder, kind_of, read_run
-from .loading import TOKENIZERS, find_model, load_transformer
+from .loading import find_model, load_transformer
 from .options import new_parser
 
 
@@ -26,7 +26,7 @@ EXPORTED = (
         "adapter",
         "diffusion decoder",
     ),
-    *TOKENIZERS,
+    *VISION_TOKENIZERS,
     "NextFlowDiffusionDecoderPipeline",
 )
 EXAMPLES = """\
@@ -163,7 +163,7 @@ def assemble_pipeline(args: argparse.Namespace, run: Run) -> "NextFlowPipeline":
         parts["transformer"] = load_transformer(transformer)
     named = run.recipe.get("vision_tokenizer_name_or_path") if is_transformer else None
     if args.vision_tokenizer is not None:
-        check_folder(args.vision_tokenizer, "vision tokenizer", *TOKENIZERS, "pipeline")
+        check_folder(args.vision_tokenizer, *VISION_TOKENIZERS, "pipeline")
     if vision_tokenizer := run.result if is_tokenizer else args.vision_tokenizer or named:
         parts["vision_tokenizer"] = load_vision_tokenizer(vision_tokenizer)
     if base is None and (processor := run.recipe.get("processor_name_or_path")):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .folders import HUB_ID, check_folder, kind_of, read_run
+from ..training.common.folders import HUB_ID, TRANSFORMERS, VISION_TOKENIZERS, check_folder, kind_of, read_run
 from .options import SHIPPED_MODEL
 
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .. import NextFlowPipeline
 
 SAMPLED_VALUES = 256  # of each tensor, for a fingerprint
-TOKENIZERS = ("vision tokenizer", "run of a vision tokenizer")
 
 
 def find_model(model: str | None) -> str:
@@ -70,7 +69,9 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     Args:
         without (`Sequence[str]`, *optional*): Components that are not loaded.
     """
-    is_tokenizer = "transformer" in without and args.model is not None and kind_of(Path(args.model)) in TOKENIZERS
+    is_tokenizer = (
+        "transformer" in without and args.model is not None and kind_of(Path(args.model)) in VISION_TOKENIZERS
+    )
     found = args.model if is_tokenizer else find_model(args.model)
     args.model = SHIPPED_MODEL if args.model in (None, SHIPPED_MODEL) else _place(args.model)
     args.device = choose_device(args.device)
@@ -125,7 +126,7 @@ def _load_components(args: argparse.Namespace, found: str, without: Sequence[str
         options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     if args.vision_tokenizer is not None:
         args.vision_tokenizer = _place(args.vision_tokenizer)
-        check_folder(args.vision_tokenizer, "vision tokenizer", *TOKENIZERS, "pipeline")
+        check_folder(args.vision_tokenizer, *VISION_TOKENIZERS, "pipeline")
         options["vision_tokenizer"] = load_vision_tokenizer(args.vision_tokenizer, **dtype)
     try:
         return NextFlowPipeline.from_pretrained(found, **options)
@@ -145,7 +146,7 @@ def load_transformer(source: str, **options: Any) -> "PreTrainedModel":
     from ..conversion.assemble import merge_adapter, subfolder_of
     from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
-    check_folder(source, "transformer", "adapter", "run of a transformer", "run of an adapter", "pipeline")
+    check_folder(source, *TRANSFORMERS, "pipeline")
     if not Path(source).is_dir() or kind_of(Path(source)) == "pipeline":
         if not HUB_ID.fullmatch(source) and not Path(source).is_dir():
             raise ValueError(f"{source!r} is neither a folder nor a Hub id (user/name)")
@@ -231,7 +232,7 @@ def _has_whole_weights(source: str) -> bool:
     return bool(config.get("modules_to_save") or config.get("trainable_token_indices"))
 
 
-def drawing_modules(pipe: "NextFlowPipeline", decoder: str | None = None) -> dict[str, "nn.Module"]:
+def image_modules(pipe: "NextFlowPipeline", decoder: str | None = None) -> dict[str, "nn.Module"]:
     """The components that pixels come from."""
     from torch import nn
 

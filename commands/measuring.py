@@ -65,19 +65,19 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
 @torch.no_grad()
 def measure(pipe: NextFlowPipeline, *, repeats: int = 3) -> dict[str, Any]:
-    """Speed of drawing, writing, encoding and decoding at the model's own settings and size."""
+    """Speed of images, text, encoding and decoding at the model's own settings and size."""
     device = pipe._execution_device
 
-    def draw(count: int) -> Any:
+    def generate(count: int) -> Any:
         generator = torch.Generator().manual_seed(0)
         return pipe(PROMPT, num_images_per_prompt=count, generator=generator)
 
     inputs = pipe.encode_conversations([[{"role": "user", "content": PROMPT}]], generation_mode="text")
-    (image,) = draw(1).images
+    (image,) = generate(1).images
     codes, grids = pipe.encode_images(image)
     seconds = {
-        "image_seconds": lambda: draw(1),
-        "batch_seconds": lambda: draw(BATCH_SIZE),
+        "image_seconds": lambda: generate(1),
+        "batch_seconds": lambda: generate(BATCH_SIZE),
         "encode_seconds": lambda: pipe.encode_images(image),
         "decode_seconds": lambda: pipe.decode_codes(codes, grids),
         "text_seconds": lambda: pipe.transformer.generate(

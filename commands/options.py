@@ -1,7 +1,7 @@
-"""The options that commands share: one table of what each takes and means, and the parsers that are made of it.
+"""The options that commands share: one table of their values and meanings, from which parsers are made.
 
-Names are those of the pipeline's arguments. An option that is not given is `None`: what the pipeline takes by default
-is for it to know, and a value from an image's metadata can tell that it is wanted.
+Names are those of the pipeline's arguments. An option that is not given is `None`: the pipeline has its own defaults,
+and `--from-image` fills in only what is `None`.
 """
 
 import argparse
@@ -17,12 +17,14 @@ SHIPPED_MODEL = "nextflow-shapes"
 
 
 class Option(NamedTuple):
+    """Values, `--help` and placeholder of an option; one without help is a positional argument."""
+
     rule: rules.Rule
     help: str | None = None
     metavar: str | None = None
 
 
-# All that is recorded of an image.
+# Every option that an image's record may have: commands/records.py reads the rules from here.
 OPTIONS = {
     "model": Option(
         rules.NAME, f"folder or Hub id of a pipeline; default: {SHIPPED_MODEL}, which is installed", "MODEL"
@@ -122,7 +124,7 @@ MODEL = ("model", "transformer", "vision_tokenizer", "revision", "device", "dtyp
 
 
 def new_parser(name: str, description: str, examples: str = "") -> argparse.ArgumentParser:
-    """The parser of `nextflow-hf <name>`."""
+    """Return a parser for `nextflow-hf <name>`."""
     parser = OneLineParser(
         prog=f"nextflow-hf {name}",
         description=description,
@@ -135,7 +137,17 @@ def new_parser(name: str, description: str, examples: str = "") -> argparse.Argu
 
 
 def add_options(parser: argparse.ArgumentParser, title: str | None, *names: str, prefix: str = "") -> Any:
-    """Options of the table, their names without `prefix`, in a group of their own, which is returned, or in none."""
+    """
+    Add options of the table.
+
+    Args:
+        title (`str`, *optional*): Title of a new group for them; without it they join the parser's own options.
+        names: Keys of [`OPTIONS`].
+        prefix (`str`, *optional*): What to remove from their names: `text_top_k` becomes `--top-k` where all is text.
+
+    Returns:
+        The group, or the parser.
+    """
     group = parser if title is None else parser.add_argument_group(title)
     for name in names:
         rule, text, metavar = OPTIONS[name]
@@ -144,15 +156,15 @@ def add_options(parser: argparse.ArgumentParser, title: str | None, *names: str,
     return group
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, names_model: bool = True) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, samples: bool = True, names_model: bool = True) -> None:
     """
-    What is loaded, and on what.
+    Add what is loaded, and on which device.
 
     Args:
-        draws (`bool`): Whether the transformer is loaded.
-        names_model (`bool`): Whether the pipeline is an option, and no positional argument.
+        samples (`bool`): Whether the command loads the transformer.
+        names_model (`bool`): Whether the pipeline is the option `--model`, and not a positional argument.
     """
-    left_out = {*(() if names_model else ("model",)), *(() if draws else ("transformer", "quantize", "lora"))}
+    left_out = {*(() if names_model else ("model",)), *(() if samples else ("transformer", "quantize", "lora"))}
     group = add_options(parser, "model", *(name for name in MODEL if name not in left_out))
     group.add_argument(
         "--offload", action="store_true", help="keep a component on the accelerator only while it computes"
@@ -160,29 +172,30 @@ def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True, na
 
 
 def add_image_settings(parser: argparse.ArgumentParser) -> None:
-    """How every image is sampled."""
+    """Add size and sampling of an image."""
     add_options(parser, "size of the image", *SIZE)
     add_options(parser, "sampling (one value, or one for each scale: 1,2,3)", "negative_prompt", *SAMPLING)
 
 
 def add_recall_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--from-image`, which repeats an image from its record."""
     group = parser.add_argument_group("metadata")
     group.add_argument(
         "--from-image",
         type=Path,
         metavar="PNG",
-        help="take all options from what this image says of how it was made; those that are given replace its own",
+        help="take all options from the record in this image; those given on the command line replace them",
     )
     group.add_argument(
         "--allow-model",
         action="store_true",
-        help="with --from-image: load the model and the LoRAs that the image names, from a folder or from the Hub",
+        help="with --from-image: load the model and the LoRAs that the record names, from a folder or the Hub",
     )
     add_no_metadata(group)
 
 
 def add_no_metadata(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    parser.add_argument("--no-metadata", action="store_true", help="do not write into the images how they were made")
+    parser.add_argument("--no-metadata", action="store_true", help="do not record in the images how they were made")
 
 
 def add_console_options(parser: argparse.ArgumentParser) -> None:
@@ -192,14 +205,14 @@ def add_console_options(parser: argparse.ArgumentParser) -> None:
 
 
 def one_text(words: list[str], parser: argparse.ArgumentParser) -> str | None:
-    """The text of a positional argument, which a shell has cut into words where it was not in quotes."""
+    """Return the text of a positional argument. Without quotes the shell splits it into words: refuse several."""
     if len(words) > 1:
         parser.error(f'got {len(words)} texts, expected one, in quotes: "{" ".join(words)}"')
     return words[0] if words else None
 
 
 def choose_seed(seed: int | None) -> int:
-    """The seed that is given, else a random one."""
+    """Return the given seed, or a random one."""
     if seed is None:
         return secrets.randbelow(2**32)
     if not 0 <= seed < 2**63:

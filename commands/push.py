@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..training.common.folders import HUB_ID, check_folder, kind_of
 from .console import one_line_mistakes
-from .folders import HUB_ID, check_folder, kind_of
 from .options import new_parser
 
 

@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_options(parser, None, "resolution", "num_scales")
     options.add_no_metadata(parser)
     options.add_options(parser, "pixels", *options.DECODING, "seed")
-    options.add_model_options(parser, draws=False)
+    options.add_model_options(parser, samples=False)
     options.add_console_options(parser)
     return parser
 
@@ -59,9 +59,9 @@ def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.decoder == "diffusion":
         args.seed = options.choose_seed(args.seed)
 
-    # 2. The model; nothing is drawn
+    # 2. The model without its transformer: nothing is sampled
     pipe = loading.load_pipeline(args, without=["transformer"])
-    recorder = records.Recorder("reconstruct", args, RECORDED, loading.drawing_modules(pipe, args.decoder))
+    recorder = records.Recorder("reconstruct", args, RECORDED, loading.image_modules(pipe, args.decoder))
 
     # 3. There and back, one by one: their sizes differ
     described, left_out = [], []

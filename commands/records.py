@@ -194,7 +194,7 @@ def begin(
     `settings` that are given, and all of sampling, so that the record says it whatever the model's defaults become.
     """
     pipe = loading.load_pipeline(args)
-    modules = loading.drawing_modules(pipe, getattr(args, "decoder", None))
+    modules = loading.image_modules(pipe, getattr(args, "decoder", None))
     recorder = Recorder(command, args, recorded, modules)
     if recalled is not None:
         recalled.check_weights(recorder.weights)

@@ -1,4 +1,4 @@
-"""`nextflow-hf world`: data sets that code draws, such as scenes of emoji, and the judge of their images."""
+"""`nextflow-hf world`: data sets that code composes, such as scenes of emoji, and the judge of their images."""
 
 import argparse
 import importlib

@@ -17,20 +17,24 @@ from ..pipelines.pipeline_nextflow import NextFlowPipeline
 
 
 if TYPE_CHECKING:
-    from ..commands.folders import Run
+    from ..training.common.folders import Run
 
 TAGS = ["nextflow", "next-scale-prediction", "autoregressive", "arxiv:2601.02204"]
-DRAWS = ["text-to-image", "image-to-image"]
+IMAGES = ["text-to-image", "image-to-image"]
 # What the Hub is told of each kind. The library is one that loads the repository by itself, its code trusted:
 # diffusers does where the repository is standalone; a decoder needs this package.
 METADATA = {
-    "model": {"library_name": "transformers", "pipeline_tag": "any-to-any", "tags": [*TAGS, *DRAWS, "diffusers"]},
+    "model": {
+        "library_name": "transformers",
+        "pipeline_tag": "any-to-any",
+        "tags": [*TAGS, *IMAGES, "diffusers"],
+    },
     "vision_tokenizer": {
         "library_name": "transformers",
         "pipeline_tag": "image-feature-extraction",
         "tags": [*TAGS, "image-tokenizer", "vector-quantization"],
     },
-    "adapter": {"library_name": "peft", "pipeline_tag": "any-to-any", "tags": [*TAGS, *DRAWS, "lora"]},
+    "adapter": {"library_name": "peft", "pipeline_tag": "any-to-any", "tags": [*TAGS, *IMAGES, "lora"]},
     "decoder": {"library_name": "nextflow-hf", "pipeline_tag": "image-to-image", "tags": [*TAGS, "image-decoder"]},
 }
 # In the names of repositories whose owner is not known yet: `nextflow-hf push` puts the true name there.
@@ -128,7 +132,7 @@ def converted_card(pipeline: NextFlowPipeline, name: str, source: str, vision_to
         repo_id=f"{PLACEHOLDER_OWNER}/{name}",
         summary=f"A [NextFlow](https://arxiv.org/abs/2601.02204) before its first step: the language model of "
         f"`{sources[0]}` with the codes of the vision tokenizer `{sources[1]}`. It writes text as before and cannot "
-        "draw yet.",
+        "generate images yet.",
         facts=pipeline_facts(pipeline),
         training="Not trained." + _licence_section(sources),
         base_model=_hub_name(source),

@@ -75,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return [torch.Generator().manual_seed(args.seed * 1000 + index) for index in range(count)]
 
     pipe.set_progress_bar_config(desc=f"{len(PROMPTS)} images, scale")
-    drawn = pipe(list(PROMPTS), generator=generators(len(PROMPTS))).images
+    generated = pipe(list(PROMPTS), generator=generators(len(PROMPTS))).images
     pipe.set_progress_bar_config(desc=f"{len(EDITS)} edits, scale")
-    sources = [drawn[index] for index, _ in EDITS]
+    sources = [generated[index] for index, _ in EDITS]
     edited = pipe([text for _, text in EDITS], image=sources, generator=generators(len(EDITS))).images
 
-    tiles = [([image], text) for image, text in zip(drawn, PROMPTS, strict=True)]
+    tiles = [([image], text) for image, text in zip(generated, PROMPTS, strict=True)]
     tiles += [([before, after], text) for before, after, (_, text) in zip(sources, edited, EDITS, strict=True)]
     files = []
     for number, (images, text) in enumerate(tiles, start=1):
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sheet = args.output_dir / "contact_sheet.png"
     write_file(sheet, contact_sheet(tiles).save)
     print(
-        f"{len(drawn)} images and {len(edited)} edits in {time.perf_counter() - start:.1f} s: "
+        f"{len(generated)} images and {len(edited)} edits in {time.perf_counter() - start:.1f} s: "
         f"{sheet.resolve()} (and {len(files)} single files beside it)"
     )
     return 0

@@ -47,12 +47,12 @@ class NextFlowBasePipeline(DiffusionPipeline):
         return torch.device("cpu")
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | PathLike, **kwargs: Any) -> dict[str, Any]:
         """
         The index of a repository. One that brings its code names that, for `DiffusionPipeline`, which asks for trust
         before it runs any: this class is the same code, and so are those of its components.
         """
-        index = super()._dict_from_json_file(json_file)
+        index = super()._dict_from_json_file(json_file, **kwargs)
         package = cls.__module__.split(".")[0]
         if isinstance(index.get("_class_name"), list) and package in LOADABLE_CLASSES:
             index["_class_name"] = index["_class_name"][1]

@@ -187,6 +187,14 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
         self._scale_adapters(1 / self._fused_scale, names)
         self._fused_scale = 1.0
 
+    def get_active_adapters(self) -> list[str]:
+        """Names of the adapters in use. Overwritten: diffusers 0.40 looks for them in its own models alone."""
+        _require_peft()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = (module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer))
+        return next((layer.active_adapters for layer in layers), [])
+
     def _scale_adapters(self, scale: float, names: list[str]) -> None:
         if scale == 0:
             raise ValueError("`lora_scale` is 0, expected another number: `disable_lora` switches adapters off")

@@ -1,7 +1,7 @@
-"""One thread that owns a pipeline: it takes requests from a bounded queue in batches, and stops what nobody needs.
+"""One thread owns a pipeline: it takes requests from a bounded queue in batches, and stops those that are cancelled.
 
-Requests whose images share a schedule and settings are sampled as one batch. Each image has a generator of its own:
-in float32 it equals the one sampled alone. A second thread decodes images beside the next batch. Knows no HTTP.
+Requests with the same schedule and settings are sampled as one batch. Each image has its own generator, so in float32
+it equals the image sampled alone. A second thread decodes images while the next batch is sampled. Knows no HTTP.
 """
 
 import functools
@@ -19,16 +19,16 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-# What a request can cause: an argument that the pipeline refuses. Anything else is a defect of the server.
+# Caused by a request: an argument that the pipeline refuses. Any other exception is a defect of the server.
 REFUSALS = (ValueError, TypeError)
 
 
 class QueueFull(Exception):
     """
-    The queue has no place for another request.
+    The queue is full.
 
     Args:
-        seconds (`int`): When to try again.
+        seconds (`int`): When to try again, in seconds from now.
     """
 
     def __init__(self, seconds: int):
@@ -46,7 +46,7 @@ class OutOfTime(Exception):
 
 @dataclass
 class Partial:
-    """An image of the first scales; `index` counts those that were sent."""
+    """A preview from the first scales; `index` counts the previews of a request."""
 
     image: Image.Image
     index: int
@@ -54,7 +54,7 @@ class Partial:
 
 @dataclass
 class Images:
-    """The images of a request, and the codes of one of them."""
+    """The images of a request, and the number of codes of each."""
 
     images: list[Image.Image]
     codes_per_image: int
@@ -62,20 +62,22 @@ class Images:
 
 @dataclass
 class Done:
-    """The end of an answer that came in parts."""
+    """The end of an answer that was sent in parts."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Request:
     """
-    What a client waits for.
+    What a client asked for.
 
     Args:
-        seed (`int`): Seed of what is sampled.
-        settings (`dict`): Arguments of the pipeline, with one value for the whole batch.
-        emit (`Callable`): Gets what happens, in the worker's threads: [`Partial`], [`Images`], parts of an answer
+        seed (`int`): Seed of the sampling.
+        settings (`dict`): Arguments of the pipeline; requests of a batch have the same.
+        emit (`Callable`): Receives each result in the worker's threads: [`Partial`], [`Images`], a part of an answer
             (`dict`), [`Done`], or an exception. Must not block.
-        seconds (`float`): How long the client waits.
+        seconds (`float`): Time limit, from `submitted` on.
+        submitted (`float`): `time.monotonic()` of its arrival.
+        count (`int`): Images that it samples.
     """
 
     seed: int
@@ -87,7 +89,7 @@ class Request:
     _is_cancelled: bool = False
 
     def cancel(self) -> None:
-        """The client is gone: work for it stops after the scale, or the token, that is being sampled."""
+        """Note that the client is gone: the worker stops after the current scale or token."""
         self._is_cancelled = True
 
     @property
@@ -96,12 +98,15 @@ class Request:
 
     @property
     def key(self) -> Hashable:
-        """Requests with one key can share a batch."""
+        """Requests with equal keys can share a batch. By default none can."""
         return id(self)
 
     @staticmethod
     def run(pipe: Any, requests: list["Request"]) -> list[Callable[[], Any]]:
-        """Samples for `requests`; what is left to do for each of them, beside the next batch, gives its answer."""
+        """
+        Sample for `requests`. Returns a function for each request that does the rest, such as decoding, and returns
+        the result; it may run while the next batch is sampled.
+        """
         raise NotImplementedError
 
 
@@ -114,10 +119,10 @@ class ImageRequest(Request):
         prompt (`str`, *optional*), messages (`list[dict]`, *optional*): One of the two.
         images (`list[PIL.Image.Image]`): Source images of the prompt.
         mask (`PIL.Image.Image`, *optional*): White where the first of them changes.
-        negative_prompt (`str`): What guidance leads away from.
-        schedule (`Hashable`): Tells images apart whose schedules differ.
-        partial_images (`int`): Images to send before the last scale.
-        left_out (`int`): Last scales that are not sampled.
+        negative_prompt (`str`): Text that guidance leads away from.
+        schedule (`Hashable`): Equal for images that have the same scale schedule.
+        partial_images (`int`): Number of previews to send before the last scale.
+        left_out (`int`): Number of last scales that are not sampled.
     """
 
     prompt: str | None = None
@@ -136,7 +141,7 @@ class ImageRequest(Request):
         return (ImageRequest, kind, self.schedule, self.count, self.left_out, settings)
 
     def show(self, pipe: Any, count: int, codes: torch.Tensor, grids: torch.Tensor) -> None:
-        """Sends an image of the first `count` scales where one is due: evenly spread, before the last."""
+        """Send a preview after the first `count` scales if one is due. Previews are spread evenly over the scales."""
         most, wanted = pipe.num_timesteps - 1, self.partial_images
         spread = (round((most + 1) * (index + 1) / (wanted + 1)) for index in range(wanted))
         due = sorted({min(max(one, 1), most) for one in spread if most > 0})
@@ -146,7 +151,7 @@ class ImageRequest(Request):
 
     @staticmethod
     def inputs(requests: list["ImageRequest"]) -> dict[str, Any]:
-        """What the pipeline is given of requests that share a batch."""
+        """Return the pipeline's prompts and images for a batch."""
         first = requests[0]
         inputs: dict[str, Any] = {"negative_prompt": [request.negative_prompt for request in requests]}
         if first.prompt is None:
@@ -191,7 +196,7 @@ class ImageRequest(Request):
             own = slice(row * repeats, (row + 1) * repeats)
             if is_whole:
                 return Images(output.images[own], sampled["codes"])
-            # Each as it would be alone: the last bit of a pixel depends on what is decoded with it.
+            # Requests are decoded apart: rounding depends on the images that are decoded together.
             codes = output.image_codes.view(len(requests) * repeats, -1)[own].flatten()
             images = pipe.decode_codes(codes, sampled["grids"][own], num_scales=sampled["scales"])
             return Images(images, sampled["codes"])
@@ -201,7 +206,7 @@ class ImageRequest(Request):
 
 @dataclass(kw_only=True, eq=False)
 class ChatRequest(Request):
-    """The next answer of a conversation, in parts of text and images; without images where `max_images` is 0."""
+    """The next answer of a conversation, sent in parts of text and at most `max_images` images."""
 
     messages: list[dict[str, Any]]
     max_images: int = 0
@@ -219,7 +224,7 @@ class ChatRequest(Request):
                     break
                 request.emit(part)
         finally:
-            parts.close()  # and wait until the pipeline is free
+            parts.close()  # returns when the pipeline is free
         return [Done]
 
 
@@ -228,11 +233,11 @@ class Worker:
     A pipeline and its queue.
 
     Args:
-        pipe ([`NextFlowPipeline`]): Nobody else may use it meanwhile.
-        max_queue (`int`): Requests that may wait.
-        max_batch (`int`): Images that are sampled together.
-        max_wait (`float`): Seconds that a request waits for others to share its batch.
-        decodes_beside (`bool`): Whether images are decoded beside the next batch; not where weights are offloaded.
+        pipe ([`NextFlowPipeline`]): The pipeline; nothing else may use it.
+        max_queue (`int`): Most requests that wait.
+        max_batch (`int`): Most images that are sampled together.
+        max_wait (`float`): Seconds that a request waits for others to join its batch.
+        decodes_beside (`bool`): Whether to decode images while the next batch is sampled; not with offloaded weights.
         on_batch (`Callable`, *optional*): Called with the requests of each batch before it starts.
     """
 
@@ -254,7 +259,7 @@ class Worker:
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
         self._is_stopped = False
-        self._seconds = 1.0  # of a batch, as it lately was
+        self._seconds = 1.0  # running average of the time of a batch
         self._decoder = ThreadPoolExecutor(1, "nextflow-decoder") if decodes_beside else None
         self._decoding: list[Future] = []
         pipe.set_progress_bar_config(disable=True)
@@ -270,7 +275,7 @@ class Worker:
         return self._thread.is_alive()
 
     def submit(self, request: Request) -> None:
-        """Puts `request` into the queue, or raises [`QueueFull`] or [`Stopped`]."""
+        """Put `request` into the queue, or raise [`QueueFull`] or [`Stopped`]."""
         with self._changed:
             if self._is_stopped or not self.is_alive:
                 raise Stopped("the server is shutting down")
@@ -282,7 +287,7 @@ class Worker:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Takes no more requests, answers those that are here, and ends."""
+        """Refuse new requests, answer those in the queue, and end the threads."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify()
@@ -298,7 +303,7 @@ class Worker:
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
 
     def _next_batch(self) -> list[Request]:
-        """Waits for a request, and for others of its key; none once the worker is stopped."""
+        """Wait for a request, and for others that can join it; return an empty list once the worker is stopped."""
         with self._changed:
             while True:
                 self._drop_what_is_over()
@@ -310,7 +315,7 @@ class Worker:
             return batch
 
     def _find_batch(self) -> tuple[list[Request], float | None]:
-        """The requests that start next, and in how many seconds they do; `None` where nobody waits."""
+        """Return the next batch and the seconds until it starts; `None` if the queue is empty."""
         if not self._waiting:
             return [], 0 if self._is_stopped else None
         first = self._waiting[0]
@@ -325,7 +330,7 @@ class Worker:
         self._waiting = [request for request in self._waiting if not _ends(request)]
 
     def _answer(self, batch: list[Request]) -> None:
-        """Runs a batch. What fails together is tried alone: one request must not fail the others."""
+        """Run a batch. If it fails, run its requests one by one, so that one cannot fail the others."""
         try:
             rest = type(batch[0]).run(self.pipe, batch)
         except Exception as error:
@@ -342,14 +347,14 @@ class Worker:
             for request, one in zip(batch, rest, strict=True):
                 _finish(request, one)
             return
-        wait(self._decoding)  # of the batch before: no more than one is behind
+        wait(self._decoding)  # at most one batch waits to be decoded
         self._decoding = [
             self._decoder.submit(_finish, request, one) for request, one in zip(batch, rest, strict=True)
         ]
 
 
 def _finish(request: Request, rest: Callable[[], Any]) -> None:
-    """The end of an answer."""
+    """Do the rest of a request, and emit its result."""
     if _ends(request):
         return
     try:
@@ -360,7 +365,7 @@ def _finish(request: Request, rest: Callable[[], Any]) -> None:
 
 
 def _ends(request: Request) -> bool:
-    """Whether a request is over, of which it is told."""
+    """Return whether a request is over; if so, emit [`OutOfTime`]."""
     if request.is_over:
         request.emit(OutOfTime(f"the request was not answered within {request.seconds:g} s"))
     return request.is_over

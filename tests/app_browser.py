@@ -177,7 +177,7 @@ class Page:
         """Draw, wait, and say what the page then says."""
         drawn = len(self.find("#history button img"))
         self.type("#prompt textarea", prompt)
-        self.click("#draw-button")
+        self.click("#generate-button")
         self.wait(lambda: len(self.find("#history button img")) == drawn + 1)
         self.settle()
         return self.text("#status")

@@ -16,7 +16,7 @@ from app_browser import MISSING, Page, find_chromium, open_browser
 from PIL import Image
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.app.command import TALKS
+from nextflow_hf.app.command import CONVERSATIONS
 from nextflow_hf.app.interface import App
 from nextflow_hf.app.server import serve
 from nextflow_hf.app.studio import Studio
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = args.model or shapes_model_path()
     pipe = NextFlowPipeline.from_pretrained(model, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
-        app = App(Studio(pipe), folder, name=f"{Path(model).name} on cpu", prompts=PROMPTS[:4], talks=TALKS)
+        app = App(
+            Studio(pipe), folder, name=f"{Path(model).name} on cpu", prompts=PROMPTS[:4], conversations=CONVERSATIONS
+        )
         blocks = app.build()
         address = serve(blocks)
         with open_browser() as page:
@@ -79,7 +81,7 @@ def show_drawing(page: Page, seed: int, *, edits: bool) -> None:
 
 def show_conversation(page: Page) -> None:
     page.tab("Chat")
-    for text in TALKS[1::-1]:
+    for text in CONVERSATIONS[1::-1]:
         answers = len(page.find("#chat .bot-row"))
         page.type("#chat-box textarea", f"{text}\n")
         page.wait(lambda count=answers: len(page.find("#chat .bot-row")) > count)

@@ -38,7 +38,7 @@ def studio(pipe) -> Studio:
 
 @pytest.fixture
 def app(studio, tmp_path) -> App:
-    return App(studio, str(tmp_path), name="a <toy>", prompts=("a circle",), talks=("hello",))
+    return App(studio, str(tmp_path), name="a <toy>", prompts=("a circle",), conversations=("hello",))
 
 
 # ---- uploads
@@ -193,7 +193,7 @@ def test_the_settings_of_an_image_come_back(app, tmp_path):
 
 
 def test_mistakes_are_said_and_leave_the_history(app, tmp_path):
-    with pytest.raises(gr.Error, match="Say what to draw"):
+    with pytest.raises(gr.Error, match="Say what to generate"):
         next(app.generate(**{**FIELDS, "prompt": " "}, history=[], request=ANNA))
     long = [(picture(tmp_path / "long.png", 900, 10), None)]
     large = [(bomb(tmp_path / "bomb.png", 100_000, 100_000), None)]
@@ -202,7 +202,7 @@ def test_mistakes_are_said_and_leave_the_history(app, tmp_path):
         seen = []
         with pytest.raises(gr.Error, match=message):
             seen.extend(iter(steps.__next__, None))
-        assert seen[-1][1].startswith("Nothing was drawn: ") and message in seen[-1][1] and not said(seen[-1][4])
+        assert seen[-1][1].startswith("Nothing was generated: ") and message in seen[-1][1] and not said(seen[-1][4])
 
 
 def test_refused_uploads_are_left_out_and_named(app, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_a_stopped_drawing_says_so(app, monkeypatch):
 
 def test_an_answer_comes_in_parts(app, tmp_path):
     shown = picture(tmp_path / "shown.png")
-    steps = list(app.talk({"text": "what is <b>it</b>?", "files": [shown]}, 1, [], ANNA))
+    steps = list(app.chat({"text": "what is <b>it</b>?", "files": [shown]}, 1, [], ANNA))
     box, chat, _ = steps[0]
     assert box == {"text": "", "files": []}
     assert chat == [{"role": "user", "content": [{"path": shown}, "what is &lt;b&gt;it&lt;/b&gt;?"]}]
@@ -241,15 +241,15 @@ def test_an_answer_comes_in_parts(app, tmp_path):
     assert (first["text"], last["text"]) == ("first, a circle ", " and no more")
     assert Image.open(drawn["image"]).size == (20, 12)  # as the image that was shown
     assert steps[-1][1][1]["content"] == ["first, a circle ", {"path": drawn["image"]}, " and no more"]
-    more = list(app.talk({"text": "go on", "files": []}, 1, messages, ANNA))[-1][2]
+    more = list(app.chat({"text": "go on", "files": []}, 1, messages, ANNA))[-1][2]
     assert len(more) == 4 and more[:2] == messages
 
 
 def test_a_failed_answer_gives_the_words_back(app, tmp_path):
     with pytest.raises(gr.Error, match="Say something"):
-        next(app.talk({"text": "", "files": []}, 1, [], ANNA))
+        next(app.chat({"text": "", "files": []}, 1, [], ANNA))
     words = {"text": "hello", "files": [bomb(tmp_path / "bomb.png", 100_000, 100_000)]}
-    steps, seen = app.talk(words, 1, [], ANNA), []
+    steps, seen = app.chat(words, 1, [], ANNA), []
     with pytest.raises(gr.Error, match="decompression bomb"):
         seen.extend(iter(steps.__next__, None))
     assert seen[-1][:2] == (words, []) and not said(seen[-1][2])

@@ -22,7 +22,11 @@ def served(tmp_path_factory) -> Iterator[tuple[str, Gate]]:
     """The address of the app, and the gate of its pipeline."""
     pipe = scripted_pipeline()
     app = App(
-        Studio(pipe), str(tmp_path_factory.mktemp("drawn")), name="toy", prompts=("a circle",), talks=("a story",)
+        Studio(pipe),
+        str(tmp_path_factory.mktemp("drawn")),
+        name="toy",
+        prompts=("a circle",),
+        conversations=("a story",),
     )
     page = app.build()
     yield serve(page), Gate(pipe)
@@ -51,7 +55,7 @@ def page(browser, served, gate) -> Page:
 def test_an_image_grows_scale_by_scale(page, served, gate):
     gate.close()
     page.type("#prompt textarea", "a red circle")
-    page.click("#draw-button")
+    page.click("#generate-button")
     for scale in (1, 2, 3):
         gate.let(1)
         page.wait_for_text("#status", f"Scale {scale} of 4: {scale} × {scale} cells")
@@ -138,10 +142,10 @@ def pixels(page: Page, address: str) -> list[int]:
 
 def test_stop_ends_a_drawing(page, gate):
     page.click("#stop-button")
-    page.wait_for_text("body", "Nothing of yours is being drawn")
+    page.wait_for_text("body", "Nothing of yours is being generated")
     gate.close()
     page.type("#prompt textarea", "a red circle")
-    page.click("#draw-button")
+    page.click("#generate-button")
     gate.let(1)
     page.wait_for_text("#status", "Scale 1 of 4")
     page.click("#stop-button")
@@ -156,17 +160,17 @@ def test_a_second_window_waits_for_the_first(page, served, gate):
     gate.close()
     first = page.chromium.current_window_handle
     page.type("#prompt textarea", "a red circle")
-    page.click("#draw-button")
+    page.click("#generate-button")
     gate.let(1)
     page.wait_for_text("#status", "Scale 1 of 4")
     page.chromium.switch_to.new_window("tab")
     try:
         page.open(served[0])
         page.type("#prompt textarea", "a blue square")
-        page.click("#draw-button")
+        page.click("#generate-button")
         page.wait_for_text("#status", "queue")
         page.click("#stop-button")  # stops nothing of the first
-        page.wait_for_text("body", "Nothing of yours is being drawn")
+        page.wait_for_text("body", "Nothing of yours is being generated")
         gate.open()
         page.wait_for_text("#status", "pixels")
     finally:

@@ -73,6 +73,7 @@ def folders(tmp_path_factory) -> Path:
         (root / name).mkdir()
         (root / name / file).write_text("{}")
     (root / "empty").mkdir()
+    pipe.processor.save_pretrained(root / "processor")
     save_qwen(root / "qwen")
     return root
 
@@ -81,10 +82,12 @@ PIPELINES = {"saved pipeline", "exported pipeline", "standalone pipeline"}
 TRANSFORMERS = {"run of a transformer", "run of a transformer/checkpoint-5", "run of rewards"}
 TOKENIZERS = {"run of a tokenizer", "vision tokenizer"}
 ADAPTERS = {"run of an adapter", "exported adapter"}
+PROCESSORS = {"processor", "run of a text tokenizer"}
 OTHERS = {
     *("unfinished run", "run of a decoder", "run of a teacher", "run of a text tokenizer"),
-    *("codes", "data", "evaluation", "answer", "empty"),
+    *("codes", "data", "evaluation", "answer", "empty", "processor"),
 }
+KINDS = sorted(PIPELINES | TRANSFORMERS | TOKENIZERS | ADAPTERS | OTHERS)
 GENERATE = ["generate", "a", "--output", "out.png"]
 # The command, and the kinds that it takes.
 COMMANDS = {
@@ -116,26 +119,103 @@ COMMANDS = {
         ["convert", "qwen", "QWEN", "out", "--vision-tokenizer", "FOLDER", "--dry-run"],
         PIPELINES | TOKENIZERS,
     ),
+    "serve": (["serve", "FOLDER"], PIPELINES),
+    "app": (["app", "--model", "FOLDER"], PIPELINES),
+    "memory": (
+        ["memory", "recipe.yaml", "model_name_or_path=FOLDER", "train_codes=[codes]"],
+        PIPELINES | TRANSFORMERS | ADAPTERS,
+    ),
+    "extract model": (["extract", "data.yaml", "model=FOLDER"], PIPELINES),
+    "extract vision_tokenizer": (
+        ["extract", "data.yaml", "model=PIPELINE", "vision_tokenizer=FOLDER"],
+        PIPELINES | TOKENIZERS,
+    ),
+    "extract processor": (["extract", "data.yaml", "model=PIPELINE", "processor=FOLDER"], PIPELINES | PROCESSORS),
+}
+TRAIN = ["output_dir=out", "use_cpu=true", "bf16=false", "report_to=none"]
+BASE = ["base_model=BASE", "denoiser=unet"]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"num_key_value_heads": 1, "head_dim": 16}
+NEW = ["processor_name_or_path=PIPELINE", "vision_tokenizer_name_or_path=PIPELINE", f"config_overrides={SIZES}"]
+# The keys of a training that name a model, what stands beside them, and the kinds that they take.
+TRAININGS = {
+    "transformer model_name_or_path": (["train_codes=[CODES]"], PIPELINES | TRANSFORMERS | ADAPTERS),
+    "transformer processor_name_or_path": (["train_codes=[CODES]", *NEW], PIPELINES | PROCESSORS),
+    "transformer vision_tokenizer_name_or_path": (["train_codes=[CODES]", *NEW], PIPELINES | TOKENIZERS),
+    "tokenizer vision_tokenizer_name_or_path": (["stage=decoder", "data=images"], PIPELINES | TOKENIZERS),
+    "tokenizer semantic_teacher": (["stage=joint", "data=images"], {"run of a teacher"}),
+    "decoder model": (["data=data.yaml", "codes=CODES", *BASE], PIPELINES),
+    "decoder decoder_name_or_path": (
+        ["data=data.yaml", "codes=CODES", "model=PIPELINE", *BASE],
+        {"run of a decoder"},
+    ),
+    "decoder base_model": (["data=data.yaml", "codes=CODES", "model=PIPELINE", *BASE], set()),
+    "grpo model": (["prompts=data.yaml", "rewards=['test_folders:reward']", "num_generations=2"], PIPELINES),
+    "teacher text_tokenizer_name_or_path": (
+        ["data=data.yaml", "num_eval=0"],
+        PIPELINES | PROCESSORS,
+    ),
+    "text_tokenizer vision_tokenizer_name_or_path": (["data=data.yaml"], PIPELINES | TOKENIZERS),
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_folder_is_taken_or_refused_with_a_command(command, folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "nextflow_hf.hub_cards.export.push_folder", lambda *args, **kwargs: SimpleNamespace(commit_url="")
-    )
-    argv, taken = COMMANDS[command]
-    places = {"PIPELINE": "exported pipeline", "RUN": "run of a transformer", "QWEN": "qwen"}
-    for kind in sorted(PIPELINES | TRANSFORMERS | TOKENIZERS | ADAPTERS | OTHERS):
-        (tmp_path / kind / "images").mkdir(parents=True)
+def reward(images, **columns):
+    return [0.0] * len(images)
+
+
+@pytest.fixture
+def run(folders, tmp_path, monkeypatch, capsys):
+    """Runs a command in a folder of its own, in which FOLDER is one of a kind; returns its status and errors."""
+
+    def run_command(argv: list[str], kind: str) -> tuple[int, str]:
+        (tmp_path / kind / "images").mkdir(parents=True, exist_ok=True)
         monkeypatch.chdir(tmp_path / kind)
         for file in ("image.png", "images/image.png"):
             save_picture(tmp_path / kind / file)
-        names = {name: str(folders / place) for name, place in {**places, "FOLDER": kind}.items()}
-        status = cli.main([names.get(word, word) for word in argv])
-        errors = capsys.readouterr().err
-        if kind in taken:
-            assert status == 0, (kind, errors)
-        else:
-            last = errors.splitlines()[-1]
-            assert status == 2 and "Traceback" not in errors and "`nextflow-hf " in last, (kind, errors)
+        Path("images/image.txt").write_text("an image")
+        source = {"path": "images", "format": "captioned_folder", "task": "text_to_image"}
+        Path("data.yaml").write_text(yaml.safe_dump({"sources": [source], "output_dir": "codes"}))
+        Path("recipe.yaml").write_text("{}")
+        names = {"PIPELINE": "exported pipeline", "RUN": "run of a transformer", "QWEN": "qwen", "CODES": "shards"}
+        places = {name: folders / place for name, place in {**names, "BASE": "base", "FOLDER": kind}.items()}
+        for name, place in places.items():
+            argv = [word.replace(name, str(place)) for word in argv]
+        status = cli.main(argv)
+        return status, capsys.readouterr().err
+
+    return run_command
+
+
+def check(kind: str, is_taken: bool, status: int, errors: str) -> None:
+    if is_taken:
+        assert status == 0, (kind, errors)
+    else:
+        assert status == 2 and "Traceback" not in errors and "`nextflow-hf " in errors.splitlines()[-1], (kind, errors)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_is_taken_or_refused_with_a_command(command, run, monkeypatch):
+    push = "nextflow_hf.hub_cards.export.push_folder"
+    monkeypatch.setattr(push, lambda *args, **kwargs: SimpleNamespace(commit_url=""))
+    monkeypatch.setattr("uvicorn.run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("nextflow_hf.app.server.serve", lambda *args, **kwargs: "")
+    monkeypatch.setattr("gradio.Blocks.block_thread", lambda self: None)
+    argv, taken = COMMANDS[command]
+    for kind in KINDS:
+        check(kind, kind in taken, *run(argv, kind))
+
+
+@pytest.mark.parametrize("key", TRAININGS)
+def test_a_folder_is_trained_on_or_refused_with_a_command(key, folders, run, monkeypatch):
+    """All but the steps of the training."""
+    training, name = key.split()
+    for module in ("transformer", "vision_tokenizer", "diffusion_decoder", "grpo"):
+        monkeypatch.setattr(f"nextflow_hf.training.{module}.train.train_to_the_end", lambda *args: None)
+    monkeypatch.setattr("nextflow_hf.training.vision_tokenizer.teacher.train_to_the_end", lambda *args: None)
+    if not (folders / "shards").exists():
+        assert run(["extract", "data.yaml", "model=PIPELINE", f"output_dir={folders / 'shards'}"], "empty")[0] == 0
+    others, taken = TRAININGS[key]
+    for kind in KINDS:
+        options = TRAIN if training != "text_tokenizer" else TRAIN[:1]
+        argv = ["train", training, "recipe.yaml", *options, *others, f"{name}=FOLDER"]
+        check(kind, kind in taken, *run(argv, kind))

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import nextflow_hf
 from nextflow_hf import cli, hub_cards
@@ -18,7 +20,8 @@ from nextflow_hf import cli, hub_cards
 
 ROOT = Path(__file__).parents[1]
 ISLANDS = ("modeling_nextflow", "processing", "pipelines")
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PYPROJECT = PROJECT["tool"]["setuptools"]
 # Folders of the clone that are no part of the package.
 NOT_SHIPPED = {"tests", "benchmarks", "docs", "examples", "integrations", "build", "dist", "runs"}
 
@@ -38,6 +41,25 @@ def test_listed_packages_are_the_folders_with_an_init():
     inits = (path.relative_to(ROOT).parts[:-1] for path in ROOT.rglob("__init__.py"))
     folders = {parts for parts in inits if not parts or not (parts[0] in NOT_SHIPPED or parts[0].startswith("."))}
     assert set(PYPROJECT["packages"]) == {".".join(("nextflow_hf", *parts)) for parts in folders}
+
+
+def test_the_lowest_versions_that_are_tested_are_those_that_are_declared():
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = ["train", "rl", "quant", "app", "deepspeed", "worlds", "serve"]
+    declared = [*PROJECT["project"]["dependencies"], *(line for extra in extras.values() for line in extra)]
+    floors = {
+        Requirement(line).name: specifier.version
+        for line in declared
+        for specifier in Requirement(line).specifier
+        if specifier.operator == ">="
+    }
+    lines = (ROOT / "constraints-min.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(version) for name, version in tested.items()} == {
+        name: Version(floors[name]) for name in tested
+    }
+    for line in [*PROJECT["project"]["dependencies"], *(line for name in needed for line in extras[name])]:
+        assert Requirement(line).name in {*tested, "nextflow-hf"}
 
 
 def test_islands_import_siblings_by_name_and_nothing_else_of_ours():

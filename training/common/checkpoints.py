@@ -154,7 +154,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
     save()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        logger.warning(f"{trainer.args.output_dir} is finished; its losses are drawn in {PLOT_FILE} there")
+        logger.warning(f"{trainer.args.output_dir} is finished; its losses are plotted in {PLOT_FILE} there")
 
 
 class _StopOnSignal(TrainerCallback):
@@ -162,7 +162,7 @@ class _StopOnSignal(TrainerCallback):
     Saves and stops after the step in which a signal came, of whichever process.
 
     transformers' `enable_jit_checkpoint` waits three seconds, saves between the backward pass and the optimizer's step
-    (whose random numbers are then drawn twice), and lets each process decide for itself.
+    (which then reads its random numbers twice), and lets each process decide for itself.
     """
 
     def __init__(self, trainer: Trainer):

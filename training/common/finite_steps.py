@@ -1,6 +1,6 @@
-"""For any `Trainer`: when a loss or a gradient is not finite, the batch is saved and every process stops.
+"""Stops a `Trainer` on every process when a loss or gradient is not finite, and saves the batch. For any `Trainer`.
 
-`Trainer`'s `logging_nan_inf_filter` only hides such a loss from the logs; the weights would be lost all the same.
+`Trainer`'s `logging_nan_inf_filter` hides such a loss from the logs but does not keep it out of the weights.
 """
 
 import functools
@@ -23,8 +23,8 @@ class NotFiniteError(FloatingPointError):
 
 class FiniteStepsMixin:
     """
-    Before `Trainer` among the bases of a trainer, which calls [`watch`] with every loss that it trains on: a step with
-    a loss or a gradient that is not finite raises [`NotFiniteError`] on every process before the weights change.
+    Checks every step. List it before `Trainer` among the bases, and call [`watch`] in `compute_loss`. A loss or
+    gradient that is not finite raises [`NotFiniteError`] on every process before the weights change.
     """
 
     def __init__(self, *args, **kwargs):
@@ -32,16 +32,16 @@ class FiniteStepsMixin:
         self._step_batches: list[tuple[dict, torch.Tensor]] = []  # of this optimisation step, with their losses
 
     def watch(self, inputs: dict, loss: torch.Tensor) -> None:
-        """A batch and its loss, of every process at the same time."""
+        """Note a batch and its loss, and check the losses of a step at its last batch. Every process must call it."""
         self._step_batches.append((inputs, loss.detach()))
-        # Before the last backward pass of a step: DeepSpeed changes the weights in there.
+        # Checked before the last backward pass of a step, in which DeepSpeed changes the weights.
         if self.accelerator.sync_gradients:
             is_bad = ~torch.isfinite(torch.stack([loss for _, loss in self._step_batches])).all()
             if self.accelerator.reduce(is_bad.float()) > 0:
                 stop_training(self, self._step_batches, None)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # After all backward passes of a step and before the weights change; the norm is the same on every process.
+        # Called between the last backward pass and the optimizer; the norm is the same on every process.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         batches, self._step_batches = self._step_batches, []
         is_known = grad_norm is not None and self.accelerator.scaler is None  # fp16's scaler skips such steps itself
@@ -54,13 +54,13 @@ def stop_training(
     trainer: Trainer, batches: list[tuple[dict, torch.Tensor]], grad_norm: torch.Tensor | float | None
 ) -> NoReturn:
     """
-    Save the batches whose loss is not finite, and raise. All processes come here.
+    Save the batches whose loss is not finite, and raise [`NotFiniteError`]. Every process must call it.
 
-    Where all losses are finite (the gradient is not), every batch of the step is saved: it may have been any.
+    If all losses are finite and only the gradient is not, any batch may be the cause: all of the step are saved.
 
     Args:
-        batches (`list[tuple[dict, torch.Tensor]]`): This process's batches of the step, each with its loss.
-        grad_norm (`torch.Tensor` or `float`, *optional*): Gradient norm of the whole step, where it is known.
+        batches (`list[tuple[dict, torch.Tensor]]`): Batches of this process in the step, each with its loss.
+        grad_norm (`torch.Tensor` or `float`, *optional*): Gradient norm of the step; unknown before its last batch.
     """
     step, rank = trainer.state.global_step + 1, trainer.accelerator.process_index
     bad = [(index, *batch) for index, batch in enumerate(batches) if not torch.isfinite(batch[1])]
@@ -80,7 +80,7 @@ def stop_training(
     what = "the loss" if any_loss_is_bad else f"the gradient (norm {float(grad_norm)})"
     raise NotFiniteError(
         f"{what} of step {step} is not finite; the weights are those of step {step - 1}. The batch is in "
-        f"{', '.join(gather_object(files))}, what it was made of in the .json beside it. Remove its rows, or lower "
+        f"{', '.join(gather_object(files))}; the .json beside it names its rows. Remove them, or lower "
         "the learning rate, and go on from the last checkpoint"
     )
 

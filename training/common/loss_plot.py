@@ -1,6 +1,6 @@
 """`loss.png` of a run: its losses over the steps, of every scale where these are logged; a GRPO run's rewards.
 
-Drawn with Pillow, at each checkpoint and at the end.
+Plotted with Pillow, at each checkpoint and at the end.
 """
 
 import math
@@ -19,7 +19,7 @@ TICKS = 5
 
 
 class LossPlotCallback(TrainerCallback):
-    """Draws the losses that were logged so far."""
+    """Plot the losses that were logged so far."""
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self._draw(args, state)
@@ -34,15 +34,15 @@ class LossPlotCallback(TrainerCallback):
 
 
 def loss_curves(history: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """Name -> (step, value) of what is drawn of a trainer's `log_history`."""
+    """Name -> (step, value) of the curves in a trainer's `log_history`."""
     entries = [entry for entry in history if "loss" in entry or "reward" in entry]
     names = {name for entry in entries for name in entry}
     scales = sorted((name for name in names if name.startswith("loss_scale_")), key=lambda name: int(name[11:]))
-    drawn = [*(["text_loss"] if "text_loss" in names else []), *scales]
-    drawn = drawn or (["reward"] if "reward" in names else ["loss"])
+    shown = [*(["text_loss"] if "text_loss" in names else []), *scales]
+    shown = shown or (["reward"] if "reward" in names else ["loss"])
     curves = {
         name: [(entry["step"], float(entry[name])) for entry in entries if math.isfinite(entry.get(name, math.nan))]
-        for name in drawn
+        for name in shown
     }
     return {name: points for name, points in curves.items() if points}
 

@@ -1,41 +1,41 @@
-"""What every trainer of this library asks of the processes it runs in. For any `Trainer`."""
+"""What every trainer of this library asks of the processes it runs in."""
 
 from dataclasses import fields, replace
 
 import torch
+from accelerate import Accelerator
+from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 
-class ProcessesMixin:
+def check_processes(trainer: Trainer, *, can_shard_weights: bool = True) -> None:
     """
-    Before `Trainer` among the bases of a trainer: it refuses several GPUs in one process, and lets FSDP compute in
-    half precision without rounding what is summed.
+    Refuse several GPUs in one process and, where the trainer cannot use them, shards of the weights.
+
+    Args:
+        can_shard_weights (`bool`, *optional*, defaults to `True`):
+            Not where a model is called once for every schedule of a batch: ZeRO-3 gathers weights in each call, and
+            processes with unequally many calls wait for each other. Nor is there code to wrap such a model for FSDP,
+            or to save it.
     """
+    if trainer.args.n_gpu > 1:  # 1 for a model that is split over them by its `device_map`
+        # `nn.DataParallel` cuts every tensor by rows; the codes and grids of a batch are not one a row.
+        raise ValueError(
+            f"one process sees {trainer.args.n_gpu} GPUs, expected one each: start it with torchrun or accelerate "
+            "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+    if not can_shard_weights and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        raise ValueError(
+            f"{type(trainer).__name__} supports neither ZeRO-3, where processes wait for each other when the "
+            "schedules of their batches differ, nor FSDP, which cannot wrap or save its model: use DDP or ZeRO-2"
+        )
 
-    # Not where a model is called once for every schedule of a batch: ZeRO-3 gathers weights in each call, and
-    # processes with unequally many calls wait for each other. Nor is there code to wrap such a model for FSDP, or to
-    # save it.
-    can_shard_weights = True
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:  # 1 for a model that is split over them by its `device_map`
-            # `nn.DataParallel` cuts every tensor by rows; the codes and grids of a batch are not one a row.
-            raise ValueError(
-                f"one process sees {self.args.n_gpu} GPUs, expected one each: start it with torchrun or accelerate "
-                "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES"
-            )
-        if not self.can_shard_weights and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                f"{type(self).__name__} supports neither ZeRO-3, where processes wait for each other when the "
-                "schedules of their batches differ, nor FSDP, which cannot wrap or save its model: use DDP or ZeRO-2"
-            )
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.mixed_precision_policy is not None:
-            plugin.mixed_precision_policy = without_rounded_sums(plugin.mixed_precision_policy)
+def sum_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP compute in half precision without rounding what is summed."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = without_rounded_sums(plugin.mixed_precision_policy)
 
 
 def without_rounded_sums(policy):
@@ -50,4 +50,4 @@ def without_rounded_sums(policy):
     return replace(policy, **{name: dtype for name, dtype in exact.items() if name in names})
 
 
-__all__ = ["ProcessesMixin", "without_rounded_sums"]
+__all__ = ["check_processes", "sum_in_float32", "without_rounded_sums"]

@@ -70,7 +70,7 @@ def load_yaml(text: str) -> Any:
     """The value of a YAML text."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:  # its message is a drawing of several lines
+    except yaml.YAMLError as error:  # its message has several lines, with a pointer
         raise ValueError(f"this is no YAML: {' '.join(str(error).split())}") from error
 
 

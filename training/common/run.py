@@ -20,12 +20,11 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ...atomic import write_text
 from .checkpoints import is_finished, last_checkpoint
+from .folders import RUN_FILE
 from .recipe import Recipe, check_recipe, parse_recipe, source_of
 
 
 logger = logging.get_logger(__name__)
-
-RUN_FILE = "run.yaml"
 
 
 @dataclass

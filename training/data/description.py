@@ -26,6 +26,7 @@ from ...conversion.assemble import load_processor, load_vision_tokenizer
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_loading_nextflow import MAX_PIXELS
 from ...processing.processing_nextflow import NextFlowProcessor
+from ..common.folders import PROCESSOR_FILE, PROCESSORS, VISION_TOKENIZERS, check_source
 from ..common.recipe import override, parse_recipe, read_recipe
 from .encoding import ExtractionSettings
 from .images import ImageRows
@@ -91,6 +92,12 @@ class ModelArguments:
     def _require(self, part: str) -> str:
         if (source := getattr(self, part) or self.model) is None:
             raise ValueError(f"got no model: name a repository with `model`, or its {part} with `{part}`")
+        if getattr(self, part) is None:
+            check_source("model", source, "pipeline")
+        elif part == "processor":
+            check_source(part, source, *PROCESSORS, "pipeline", file=PROCESSOR_FILE)
+        else:
+            check_source(part, source, *VISION_TOKENIZERS, "pipeline")
         return source
 
 

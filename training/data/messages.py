@@ -149,9 +149,9 @@ def drop_condition(
     """
     if any(part["type"] == "text" for part in _parts_of(row["messages"], "assistant")):
         return row["messages"], row["images"]
-    draw = rng.random()
-    drop_images = draw < image_rate and any(part["type"] == "image" for part in _parts_of(row["messages"], "user"))
-    if not drop_images and draw >= image_rate + text_rate:
+    number = rng.random()
+    drop_images = number < image_rate and any(part["type"] == "image" for part in _parts_of(row["messages"], "user"))
+    if not drop_images and number >= image_rate + text_rate:
         return row["messages"], row["images"]
     messages, images, remaining = [], [], iter(row["images"])
     for turn in row["messages"]:

@@ -7,6 +7,7 @@ one row with an error stands for the rest. What has no rows of its own (parquet,
 """
 
 import glob
+import itertools
 import json
 import os
 import tarfile
@@ -87,7 +88,7 @@ def _open_json_lines(files: str, split: str, streaming: bool) -> RawRows:
     rows = _open_text({split: files}, split=split, streaming=streaming)
     rows = rows.filter(lambda lines: [bool(line.strip()) for line in lines], input_columns="text", batched=True)
     names = {}
-    for row in rows.take(_LOOKED_AT):
+    for row in itertools.islice(rows, _LOOKED_AT):
         try:
             names |= dict.fromkeys(_json_object(row))
         except ValueError:  # for whoever reads it as a row

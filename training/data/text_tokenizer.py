@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ...atomic import replaced_folder
-from ...conversion.assemble import make_processor
+from ...conversion.assemble import make_processor, subfolder_of
 from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ...processing.processing_nextflow import NextFlowProcessor
+from ..common.folders import PROCESSOR_FILE, VISION_TOKENIZERS, check_source
 from .description import load_texts, read_description
 
 
@@ -98,9 +99,12 @@ def build_processor(
         append_last_scale (`bool`, *optional*, defaults to `False`): See [`NextFlowProcessor`].
         image_options: Fields of [`NextFlowImageProcessor`] that differ from that image processor.
     """
-    config = NextFlowVisionTokenizerConfig.from_pretrained(vision_tokenizer)
+    check_source("vision_tokenizer_name_or_path", vision_tokenizer, *VISION_TOKENIZERS, "pipeline")
+    where = subfolder_of(vision_tokenizer, "vision_tokenizer")
+    config = NextFlowVisionTokenizerConfig.from_pretrained(vision_tokenizer, **where)
+    where = subfolder_of(vision_tokenizer, "processor", PROCESSOR_FILE)
     return make_processor(
-        NextFlowImageProcessor.from_pretrained(vision_tokenizer, **image_options),
+        NextFlowImageProcessor.from_pretrained(vision_tokenizer, **where, **image_options),
         tokenizer,
         text_vocab_size=len(tokenizer),
         codebook_size=config.codebook_size,

@@ -16,6 +16,7 @@ from transformers import ImageProcessingMixin
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...pipelines.diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from ...pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
+from ..common.folders import COMMANDS, check_source, kind_of
 from ..common.recipe import call_with
 
 
@@ -82,6 +83,8 @@ def build_decoder_pipeline(
     """The pipeline before the first step: a decoder that so far ignores the codes, or that of an earlier stage."""
     parts: dict[str, Any] = {}
     if args.base_model is not None:
+        if Path(args.base_model).is_dir() and kind_of(Path(args.base_model)) in COMMANDS:
+            check_source("base_model", args.base_model, "pipeline of diffusers")
         stock = DiffusionPipeline.from_pretrained(args.base_model, **({} if dtype is None else {"dtype": dtype}))
         kinds = ("scheduler", "vae", "text_encoder", "tokenizer")
         parts = {name: part for name, part in stock.components.items() if name.rstrip("_23") in kinds}
@@ -111,6 +114,7 @@ def build_decoder_pipeline(
 
 def load_decoder(pipeline: NextFlowDiffusionDecoderPipeline, folder: str) -> None:
     """Put what an earlier stage saved, a decoder or a LoRA, into the pipeline."""
+    check_source("decoder_name_or_path", folder, "diffusion decoder", "run of a diffusion decoder")
     if (Path(folder) / "config.json").is_file():
         pipeline.register_modules(diffusion_decoder=NextFlowDiffusionDecoder.from_pretrained(folder))
     else:

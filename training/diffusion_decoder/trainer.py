@@ -25,7 +25,7 @@ from ...pipelines.diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from ...pipelines.latents_nextflow import encode_latents
 from ...pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from ..common.ema import AveragedWeightsMixin
-from ..common.processes import ProcessesMixin
+from ..common.processes import check_processes
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_trainer_options
 from ..data.decoder_rows import NextFlowDecoderCollator
 
@@ -96,7 +96,7 @@ class _TrainedDecoder(nn.Module):
         self.decoder.enable_gradient_checkpointing()
 
 
-class NextFlowDiffusionDecoderTrainer(ProcessesMixin, AveragedWeightsMixin, Trainer):
+class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
     """
     Trains the diffusion decoder of a pipeline.
 
@@ -111,7 +111,6 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, AveragedWeightsMixin, Trai
 
     state_name = "diffusion_decoder_trainer.pt"
     loss_is_scaled_for_ga = False
-    can_shard_weights = False
 
     def __init__(
         self,
@@ -133,6 +132,7 @@ class NextFlowDiffusionDecoderTrainer(ProcessesMixin, AveragedWeightsMixin, Trai
         prepare_decoder(decoder, args)
         pipeline.check_components()
         super().__init__(_TrainedDecoder(decoder), args, data_collator=data_collator, **kwargs)
+        check_processes(self, can_shard_weights=False)
         self.pipeline = pipeline.to(self.args.device)
         self.noise_scheduler = training_scheduler(pipeline.scheduler)
 

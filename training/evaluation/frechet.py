@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 logger = logging.getLogger(__name__)
 
-# Pictures, uint8 (height, width, 3) of any sizes, to features (n, dim).
+# Images, uint8 (height, width, 3) of any sizes, to features (n, dim).
 FeatureModel = Callable[[Sequence[np.ndarray]], torch.Tensor]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from trl import GRPOTrainer
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...pipelines.pipeline_nextflow import NextFlowPipeline
@@ -41,6 +42,14 @@ def load_parts(
     return model, vision_tokenizer, processor
 
 
+def check_sharding(trainer: GRPOTrainer) -> None:
+    """Refuse shards that rollouts cannot work with: they call parts of the policy."""
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError("`fsdp` is version 1, expected 2: set `fsdp_version: 2` in `fsdp_config`")
+    if trainer.is_deepspeed_enabled and not trainer.args.ds3_gather_for_generation:
+        raise ValueError("`ds3_gather_for_generation` is False, expected True: rollouts call parts of the policy")
+
+
 @contextmanager
 def replaced(args: NextFlowGRPOConfig, **values: Any) -> Iterator[None]:
     """`args` with other values for the time being."""
@@ -52,4 +61,4 @@ def replaced(args: NextFlowGRPOConfig, **values: Any) -> Iterator[None]:
         vars(args).update(before)
 
 
-__all__ = ["load_parts", "replaced"]
+__all__ = ["check_sharding", "load_parts", "replaced"]

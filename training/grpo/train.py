@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import datasets
 
 from ..common.checkpoints import train_to_the_end
+from ..common.folders import check_source
 from ..common.import_path import import_object
 from ..common.recipe import call_with
 from ..common.run import BatchArguments
@@ -90,6 +91,7 @@ def read_prompts(source: str) -> datasets.Dataset:
 
 def make_trainer(args: GRPOArguments, config: NextFlowGRPOConfig) -> NextFlowGRPOTrainer:
     """The trainer of a recipe."""
+    check_source("model", args.model, "pipeline")
     options = args.reward_options or {}
     return NextFlowGRPOTrainer(
         args.model,

@@ -41,7 +41,7 @@ from ...pipelines.pipeline_nextflow import NextFlowPipeline
 from ...processing.processing_nextflow import NextFlowProcessor
 from ...processing.scale_schedule_nextflow import num_cells
 from ..common.checkpoints import StagedCheckpointsMixin
-from ..common.processes import ProcessesMixin
+from ..common.processes import check_processes, sum_in_float32
 from ..common.refusals import check_trainer_options
 from ..common.sharding import call_sharded, class_of_user
 from ..data.messages import message
@@ -57,7 +57,7 @@ from .objective import (
     middle_return,
     token_advantages,
 )
-from .parts import load_parts, replaced
+from .parts import check_sharding, load_parts, replaced
 from .policy import add_policy_forward, pad_rows, policy_inputs, policy_row
 from .reward_calls import RewardCalls
 from .rollout import Rollout, conversation_of, decode, encode_rows, sample_codes, sample_thoughts
@@ -77,7 +77,7 @@ REFUSED_OPTIONS = {
 OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
 
 
-class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
+class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
     """
     Aligns [`NextFlowForCausalLM`] with any reward of its images.
 
@@ -166,7 +166,8 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
                 **kwargs,
             )
         check_trl_attributes(self)
-        self._check_sharding()
+        check_processes(self)
+        check_sharding(self)
         self.beta = args.beta
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_policy_forward(policy, temperature=self.temperature, chunk_size=args.log_probs_chunk_size)
@@ -176,11 +177,9 @@ class NextFlowGRPOTrainer(ProcessesMixin, StagedCheckpointsMixin, GRPOTrainer):
         # The policy with its adapters in it: `get_base_model` is the module they were put into.
         self.pipeline = NextFlowPipeline(policy, vision_tokenizer, processing_class)
 
-    def _check_sharding(self) -> None:
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError("`fsdp` is version 1, expected 2: set `fsdp_version: 2` in `fsdp_config`")
-        if self.is_deepspeed_enabled and not self.args.ds3_gather_for_generation:
-            raise ValueError("`ds3_gather_for_generation` is False, expected True: rollouts call parts of the policy")
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        sum_in_float32(self.accelerator)
 
     def _add_reference(self, reference: PreTrainedModel) -> None:
         add_policy_forward(reference, temperature=self.temperature, chunk_size=self.args.log_probs_chunk_size)

@@ -1,6 +1,6 @@
 """A vision language model as the judge, behind any server that speaks OpenAI's chat completions (vLLM, SGLang, ...).
 
-Knows HTTP and nothing of the model that draws. The standard library is enough: no client package.
+Knows HTTP and nothing of the model that samples. The standard library is enough: no client package.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from .checks import one_line
 logger = logging.get_logger(__name__)
 
 QUESTION = (
-    "A picture was made for this request:\n\n{prompt}\n\nHow well does it fulfil the request, and is it free of "
+    "An image was made for this request:\n\n{prompt}\n\nHow well does it fulfil the request, and is it free of "
     'visible errors? Answer with JSON only: {{"score": <number from {low} to {high}>}}'
 )
 MAX_ANSWER_BYTES = 2**20
@@ -97,7 +97,7 @@ def prompt_text(prompt: str | list[dict]) -> str:
 
 class VLMJudge:
     """
-    Asks a model for a score of every picture; an asynchronous reward between 0 and 1.
+    Asks a model for a score of every image; an asynchronous reward between 0 and 1.
 
     A request that fails for good, or an answer without a score in the range, is NaN for its sample: logged in one line
     and excluded. Redirects are not followed, as they would carry the key elsewhere and lose the images. A spent budget
@@ -173,10 +173,10 @@ class VLMJudge:
         return list(scores)
 
     def score(self, image: Image.Image, prompt: Any, source_images: Sequence[Image.Image] = ()) -> float:
-        """Score of one picture, the sources of an edit shown before it; NaN where the judge did not give one."""
+        """Score of one image, the sources of an edit shown before it; NaN where the judge did not give one."""
         low, high = self.score_range
         text = self.question.format(prompt=prompt_text(prompt), low=low, high=high)
-        content = [image_part(picture) for picture in (*source_images, image)] + [{"type": "text", "text": text}]
+        content = [image_part(one) for one in (*source_images, image)] + [{"type": "text", "text": text}]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         try:
             score = parse_score(answer_text(self._request(body)))

@@ -1,7 +1,7 @@
 """What an adapter of the transformer trains besides its low-rank matrices. Knows names and rows, not PEFT.
 
 `LoraConfig()` alone (also with `use_dora=True`) adapts every matrix of the decoder and nothing else: right where the
-model already draws. One that still has to learn it trains the parts that are new to the language model, too:
+model already makes images. One that still has to learn it trains the parts that are new to the language model, too:
 
     LoraConfig(trainable_token_indices=image_token_rows(model.config), modules_to_save=IMAGE_MODULES)
 

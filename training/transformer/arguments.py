@@ -35,7 +35,7 @@ class ModelArguments:
         lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save, use_rslora, use_dora:
             Fields of PEFT's `LoraConfig`. By default it adapts every matrix of the decoder's layers.
         lora_train_image_parts (`bool`, *optional*, defaults to `False`):
-            Whether an adapter also trains what NextFlow added to the language model: for one that cannot draw yet.
+            Whether an adapter also trains what NextFlow added to the language model, which may not make images yet.
         load_in_4bit (`bool`, *optional*, defaults to `False`): Quantise the adapter's base to 4 bits (QLoRA).
         load_in_8bit (`bool`, *optional*, defaults to `False`): Quantise the adapter's base to 8 bits.
         bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): `"nf4"` or `"fp4"`.

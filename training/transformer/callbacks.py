@@ -60,7 +60,7 @@ class SampleImagesCallback(TrainerCallback):
         # A process that has all weights samples alone; where they are sharded, a forward is everybody's.
         if not (state.is_world_process_zero or self._is_sharded):
             return
-        images = self.draw()
+        images = self.sample()
         if state.is_world_process_zero:
             grid = make_image_grid(images, rows=1, cols=len(images))
             write_file(Path(args.output_dir, "samples", f"step-{state.global_step:07d}.png"), grid.save)
@@ -71,7 +71,7 @@ class SampleImagesCallback(TrainerCallback):
         return self.trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     @torch.no_grad()
-    def draw(self) -> list[Image.Image]:
+    def sample(self) -> list[Image.Image]:
         """One image for each prompt."""
         accelerator = self.trainer.accelerator
         model = accelerator.unwrap_model(self.trainer.model_wrapped)
@@ -102,9 +102,9 @@ class SampleImagesCallback(TrainerCallback):
                     import wandb as tracker
                 else:
                     import trackio as tracker
-                pictures = {name: tracker.Image(image, caption=captions[name]) for name, image in named.items()}
+                logged = {name: tracker.Image(image, caption=captions[name]) for name, image in named.items()}
                 # As the integrations log: the step is a column, for trackers count their own.
-                tracker.log({**pictures, "train/global_step": step})
+                tracker.log({**logged, "train/global_step": step})
 
 
 __all__ = ["SampleImagesCallback"]

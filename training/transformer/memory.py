@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...conversion.assemble import subfolder_of
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..common.flops import training_flops
+from ..common.folders import TRANSFORMERS, check_source
 from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from .freezing import set_trainable
 from .model_loading import add_adapter, saved_adapter
@@ -213,8 +215,10 @@ def recipe_config(args: ModelArguments) -> NextFlowConfig:
     source = args.model_name_or_path
     if source is None or (source.startswith("runs/") and not Path(source).exists()):
         return NextFlowConfig(**overrides)
+    check_source("model_name_or_path", source, *TRANSFORMERS, "pipeline")
     adapter = saved_adapter(source)
-    return NextFlowConfig.from_pretrained(source if adapter is None else adapter.base_model_name_or_path, **overrides)
+    base = source if adapter is None else adapter.base_model_name_or_path
+    return NextFlowConfig.from_pretrained(base, **subfolder_of(base, "transformer"), **overrides)
 
 
 def micro_batch_tokens(config: NextFlowConfig, data: DataArguments, args: NextFlowTrainingArguments) -> int:

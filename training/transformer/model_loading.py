@@ -1,19 +1,23 @@
 """The transformer that a recipe trains: a saved one or a new one, quantised or not, with an adapter or without."""
 
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ...conversion.assemble import merge_adapter, transformer_fields
+from ...conversion.assemble import (
+    load_processor,
+    load_vision_tokenizer,
+    merge_adapter,
+    subfolder_of,
+    transformer_fields,
+)
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from ...processing.processing_nextflow import NextFlowProcessor
+from ..common.folders import PROCESSOR_FILE, PROCESSORS, TRANSFORMERS, VISION_TOKENIZERS, check_source
 from ..common.recipe import check_fields
 from .adapters import IMAGE_MODULES, image_token_rows
 from .arguments import ModelArguments
@@ -25,14 +29,13 @@ if TYPE_CHECKING:
 
 def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrainedModel:
     """The model of a recipe, which computes `in_bfloat16` or not; with `use_peft` it is PEFT's around it."""
-    for field in ("model_name_or_path", "processor_name_or_path", "vision_tokenizer_name_or_path"):
-        check_source(field, getattr(args, field))
+    check_sources(args)
     check_fields(args.config_overrides, NextFlowConfig, "config_overrides")
     dtype = args.dtype or ("bfloat16" if args.use_peft and in_bfloat16 else "float32")
     if args.model_name_or_path is None:
         model = new_transformer(
-            NextFlowProcessor.from_pretrained(args.processor_name_or_path),
-            NextFlowVisionTokenizer.from_pretrained(args.vision_tokenizer_name_or_path),
+            load_processor(args.processor_name_or_path),
+            load_vision_tokenizer(args.vision_tokenizer_name_or_path),
             attn_implementation=args.attn_implementation,
             **args.config_overrides or {},
         )
@@ -40,8 +43,10 @@ def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrained
             model = model.to(getattr(torch, dtype))
         return add_adapter(model, args) if args.use_peft else model
     adapter = saved_adapter(args.model_name_or_path)
+    base = args.model_name_or_path if adapter is None else adapter.base_model_name_or_path
     model = NextFlowForCausalLM.from_pretrained(
-        args.model_name_or_path if adapter is None else adapter.base_model_name_or_path,
+        base,
+        **subfolder_of(base, "transformer"),
         dtype=dtype,
         attn_implementation=args.attn_implementation,
         quantization_config=quantization_config(args, dtype),
@@ -56,17 +61,11 @@ def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrained
     return merge_adapter(model, args.model_name_or_path).requires_grad_(True)
 
 
-def check_source(field: str, name_or_path: str | None) -> None:
-    """Refuse what is neither a folder nor can be the name of a repository."""
-    if name_or_path is None or Path(name_or_path).exists():
-        return
-    try:
-        validate_repo_id(name_or_path)
-    except HFValidationError:
-        raise FileNotFoundError(
-            f"{field} is {name_or_path!r}, where there is no folder, and it is no repository of a Hub: is what makes "
-            "it, such as the stage before this one, finished?"
-        ) from None
+def check_sources(args: ModelArguments) -> None:
+    """Refuse folders that hold something else, with the command that takes them."""
+    check_source("model_name_or_path", args.model_name_or_path, *TRANSFORMERS, "pipeline")
+    check_source("processor_name_or_path", args.processor_name_or_path, *PROCESSORS, "pipeline", file=PROCESSOR_FILE)
+    check_source("vision_tokenizer_name_or_path", args.vision_tokenizer_name_or_path, *VISION_TOKENIZERS, "pipeline")
 
 
 def saved_adapter(name_or_path: str) -> "LoraConfig | None":

@@ -10,9 +10,8 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from ...conversion.assemble import load_processor, load_vision_tokenizer
 from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from ...processing.processing_nextflow import NextFlowProcessor
 from ..common.checkpoints import train_to_the_end
 from ..common.flops import training_flops
 from ..common.run import BatchArguments, world_size
@@ -39,13 +38,14 @@ MODEL = "model_name_or_path"
 
 
 def load_rows(folders: Sequence[str], weights: Sequence[float] | None = None, *, seed: int = 0) -> datasets.Dataset:
+    """Load extracted folders and mix their rows."""
     return mix_rows([load_codes(folder) for folder in folders], weights, seed=seed)
 
 
 def mix_rows(
     sources: Sequence[datasets.Dataset], weights: Sequence[float] | None = None, *, seed: int = 0
 ) -> datasets.Dataset:
-    """Rows of tokens and codes from all sources, mixed by their weights."""
+    """Mix rows of tokens and codes by the weights of their sources; without weights, concatenate them."""
     if weights is None:
         return datasets.concatenate_datasets(list(sources)).with_format("numpy")
     probabilities = [weight / sum(weights) for weight in weights]
@@ -58,8 +58,10 @@ def load_sources(
     args: DataArguments, seed: int, vision_tokenizer: str | None = None
 ) -> tuple[list[datasets.Dataset] | RowStream, datasets.Dataset | None]:
     """
-    The rows to train on, of each folder or as one stream, and those to evaluate on; all of one vision tokenizer: the
-    model's, whose fingerprint this is.
+    Load the rows to train on (one data set per folder, or one stream) and those to evaluate on.
+
+    Args:
+        vision_tokenizer (`str`, *optional*): Fingerprint that the codes of all folders must have: the model's.
     """
     check_same_codes([*args.train_codes, *(args.eval_codes or [])])
     evaluation = load_evaluation_rows(args.eval_codes)
@@ -75,9 +77,9 @@ def load_sources(
 
 def hold_out(rows: datasets.Dataset, count: int, folder: str) -> tuple[datasets.Dataset, datasets.Dataset]:
     """
-    The rows to train on, and the last `count` rows behind them that have neither prompt dropout nor self-correction.
-    What a model loses on a sampled code or a missing prompt says nothing of how it answers, and the clean codes of a
-    self-corrected image cannot be told from its inputs and targets.
+    Split off the last `count` clean rows, those with neither prompt dropout nor self-correction; the rows before them
+    are trained on. Evaluation needs clean rows: a loss on sampled codes or without a prompt does not measure answers,
+    and the clean codes of a self-corrected image cannot be recovered from its inputs and targets.
     """
     clean = clean_rows(rows)
     if len(clean) < count or clean[-count] == 0:
@@ -89,18 +91,19 @@ def hold_out(rows: datasets.Dataset, count: int, folder: str) -> tuple[datasets.
 
 
 def clean_rows(rows: datasets.Dataset) -> np.ndarray:
-    """Numbers of the rows with neither prompt dropout nor self-correction; none of shards that do not say it."""
+    """Indices of the rows with neither prompt dropout nor self-correction; empty for shards that do not record it."""
     return np.flatnonzero(rows["is_clean"][:] if "is_clean" in rows.column_names else np.zeros(0))
 
 
 def load_evaluation_rows(folders: Sequence[str] | None) -> datasets.Dataset | None:
+    """Load the folders of `eval_codes`; warn if some of their rows are not clean."""
     if not folders:
         return None
     rows = load_rows(folders)
     if (num_clean := len(clean_rows(rows))) < len(rows):
         logger.warning(
             f"{len(rows) - num_clean} of {len(rows)} rows of eval_codes were extracted with prompt dropout or "
-            "self-correction: their loss is that of training; extract them with purpose=evaluation"
+            "self-correction: their loss is a training loss; extract them with purpose=evaluation"
         )
     return rows
 
@@ -111,7 +114,7 @@ def pack_rows(
     data_args: DataArguments,
     args: NextFlowTrainingArguments,
 ) -> PackedDataset | EndlessPackedDataset | PackedIterableDataset:
-    """The rows in packs; logs the packing efficiency of those that are known."""
+    """Pack rows; log the packing efficiency unless the rows are a stream, whose length is unknown."""
     if args.train_sampling_strategy == "group_by_length":
         raise ValueError("train_sampling_strategy is 'group_by_length', but packs have no length to be grouped by")
     options = {
@@ -139,12 +142,12 @@ def pack_rows(
 
 
 def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlowTrainingArguments) -> None:
-    """A word on what padding to the longest row of a batch costs, from some of the rows."""
+    """Log what padding costs without packs, estimated from at most 4,096 rows."""
     ranks, batch_size = args.world_size, args.per_device_train_batch_size
     if not args.should_log or len(rows) < ranks * batch_size or ranks * batch_size == 1:
         return
-    some = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
-    lengths, flops = document_costs(rows.select(some), config)
+    sampled = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
+    lengths, flops = document_costs(rows.select(sampled), config)
     padding_flops = training_flops(config, 1) - training_flops(config, 0)
     report = PackingReport.of_padding(
         lengths, flops, batch_size=batch_size, padding_flops=padding_flops, num_ranks=ranks
@@ -156,13 +159,13 @@ def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlo
 
 
 def check_same_codes(folders: Sequence[str]) -> None:
-    """Refuse folders whose codes are of different vision tokenizers."""
-    makers = {
+    """Refuse folders whose codes come from different vision tokenizers."""
+    fingerprints = {
         folder: json.loads((Path(folder) / "manifest.json").read_text())["vision_tokenizer"]["fingerprint"]
         for folder in folders
     }
-    if any(maker != makers[folders[0]] for maker in makers.values()):
-        raise ValueError(f"the codes are of different vision tokenizers, expected one: {makers}")
+    if len(set(fingerprints.values())) > 1:
+        raise ValueError(f"the codes come from different vision tokenizers, expected one: {fingerprints}")
 
 
 # --- training
@@ -176,9 +179,9 @@ def train(
     *,
     checkpoint: str | None = None,
 ) -> NextFlowTrainer:
-    """Train from `checkpoint` on, evaluate where there is something to evaluate on, and save in `output_dir`."""
+    """Train, from `checkpoint` on if given, evaluate if there are rows for it, and save in `output_dir`."""
     if data_args.streaming and args.max_steps <= 0:
-        raise ValueError(f"max_steps is {args.max_steps}, expected a number of steps: a stream has no end")
+        raise ValueError(f"max_steps is {args.max_steps}, expected at least 1: a stream has no end")
     if is_deepspeed_zero3_enabled() and (args.trainable == "alignment" or model_args.lora_train_image_parts):
         raise ValueError(
             "ZeRO-3 shards the head, of which 'alignment' and lora_train_image_parts train some rows: use "
@@ -223,8 +226,8 @@ def sampling_callback(
         )
     return SampleImagesCallback(
         trainer,
-        NextFlowVisionTokenizer.from_pretrained(model_args.vision_tokenizer_name_or_path).eval(),
-        NextFlowProcessor.from_pretrained(model_args.processor_name_or_path),
+        load_vision_tokenizer(model_args.vision_tokenizer_name_or_path),
+        load_processor(model_args.processor_name_or_path),
         prompts=args.sample_prompts,
         seed=args.sample_seed,
         settings=args.sample_settings,

@@ -18,7 +18,7 @@ from ...modeling_nextflow.rope_nextflow import get_image_layout
 from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
 from ..common.flops import batch_flops, peak_flops
-from ..common.processes import ProcessesMixin
+from ..common.processes import check_processes, sum_in_float32
 from ..common.refusals import OWN_LOSS, check_arguments, check_trainer_options
 from ..common.sharding import class_of_user
 from ..data.collator import NextFlowDataCollator
@@ -32,7 +32,7 @@ from .muon import MuonWithAdamW
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
 
 
-class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
+class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains [`NextFlowForCausalLM`] (§3.2).
 
@@ -56,6 +56,7 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
                 raise ValueError("with model_init, pass data_collator=NextFlowDataCollator(pad_token_id)")
             data_collator = NextFlowDataCollator(pad_token_id=model.config.pad_token_id)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        check_processes(self)
         if self._wants_muon and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
             raise ValueError("use_muon makes the optimizer, but optimizers or optimizer_cls_and_kwargs name another")
         self.model_accepts_loss_kwargs = True  # the number that is counted below, where the model counts labels
@@ -71,6 +72,7 @@ class NextFlowTrainer(ProcessesMixin, FiniteStepsMixin, StagedCheckpointsMixin, 
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        sum_in_float32(self.accelerator)
         if self.args.torch_compile:  # the layers alone are compiled: see `LayersCallback`
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 

@@ -9,6 +9,7 @@ from ...conversion.assemble import load_vision_tokenizer
 from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
+from ..common.folders import VISION_TOKENIZERS, check_source
 from ..common.recipe import check_fields
 from ..data.description import load_images, read_description
 from ..data.images import NextFlowImageDataset
@@ -73,6 +74,8 @@ class ImageArguments:
 def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
     """The tokenizer before its first step, and the teacher if there is one."""
     check_fields(args.config_overrides, NextFlowVisionTokenizerConfig, "config_overrides")
+    check_source("vision_tokenizer_name_or_path", args.vision_tokenizer_name_or_path, *VISION_TOKENIZERS, "pipeline")
+    check_source("semantic_teacher", args.semantic_teacher, "run of a teacher", "siglip2", "siglip2_vision_model")
     teacher = None if args.semantic_teacher is None else load_teacher(args.semantic_teacher)
     if args.vision_tokenizer_name_or_path is None:
         parts, given, config = [], None, {}

@@ -19,13 +19,16 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import logging
 
 from ...atomic import write_json
+from ...conversion.assemble import subfolder_of
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import patchify
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.checkpoints import StagedCheckpointsMixin, train_to_the_end
-from ..common.processes import ProcessesMixin
+from ..common.folders import PROCESSORS, check_source
+from ..common.processes import check_processes, sum_in_float32
 from ..common.refusals import check_arguments
 from ..common.run import BatchArguments
 from ..data.description import load_captioned_images, read_description
@@ -118,8 +121,16 @@ class ContrastiveCollator:
         }
 
 
-class TeacherTrainer(ProcessesMixin, StagedCheckpointsMixin, Trainer):
+class TeacherTrainer(StagedCheckpointsMixin, Trainer):
     """transformers' Trainer with whole checkpoints."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_processes(self)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        sum_in_float32(self.accelerator)
 
 
 def build_teacher(
@@ -172,7 +183,9 @@ def train(
 ) -> Trainer:
     """Train with SigLIP's sigmoid loss from `checkpoint` on, and save the model and its tokenizer in `output_dir`."""
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_args.text_tokenizer_name_or_path)
+    source = teacher_args.text_tokenizer_name_or_path
+    check_source("text_tokenizer_name_or_path", source, *PROCESSORS, "pipeline", file=TOKENIZER_CONFIG_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(source, **subfolder_of(source, "processor", TOKENIZER_CONFIG_FILE))
     image_processor = NextFlowImageProcessor(**(teacher_args.image_processor or {}))
     images = load_captioned_images(read_description(teacher_args.data))
     num_train = len(images) - teacher_args.num_eval

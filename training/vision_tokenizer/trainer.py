@@ -21,7 +21,7 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import (
 )
 from ...modeling_nextflow.pixel_cnn_nextflow import convolution_layout
 from ..common.ema import AveragedWeightsMixin
-from ..common.processes import ProcessesMixin
+from ..common.processes import check_processes
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_trainer_options
 from ..data.images import NextFlowImageDataset, NextFlowVisionTokenizerCollator
 from ..evaluation.reconstruction_report import measure_batch
@@ -36,7 +36,7 @@ SEMANTIC_CODEBOOK = "quantizer.semantic_codebook"
 LOGGED = ("reconstruction_loss", "quantizer_loss", "commitment_loss", "semantic_loss")
 
 
-class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Trainer):
+class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
     """
     Trains a [`NextFlowVisionTokenizer`].
 
@@ -55,7 +55,6 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
 
     state_name = "vision_tokenizer_trainer.pt"
     loss_is_scaled_for_ga = False
-    can_shard_weights = False
 
     def __init__(
         self,
@@ -70,6 +69,7 @@ class NextFlowVisionTokenizerTrainer(ProcessesMixin, AveragedWeightsMixin, Train
         check_trainable(model, args, semantic_teacher)
         prepare_stage(model, args.stage)
         super().__init__(model, args, data_collator=data_collator or NextFlowVisionTokenizerCollator(), **kwargs)
+        check_processes(self, can_shard_weights=False)
         if self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
             raise ValueError(
                 f"DeepSpeed in {self.accelerator.mixed_precision} rounds the codebooks, and rounded ones have other "

@@ -15,12 +15,16 @@ import yaml
 
 RUN_FILE = "run.yaml"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PROCESSOR_FILE = "processor_config.json"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "diffusion_pytorch_model*", "pytorch_lora_weights*")
 # By `model_type`.
 MODELS = {"nextflow": "transformer", "nextflow_vision_tokenizer": "vision tokenizer"}
 # What `nextflow-hf train` was told -> what the run is of.
 TRAININGS = {"tokenizer": "vision tokenizer", "decoder": "diffusion decoder", "grpo": "transformer"}
 EXPORT = "`nextflow-hf export {folder} --output FOLDER` makes a pipeline of it"
+VISION_TOKENIZERS = ("vision tokenizer", "run of a vision tokenizer")
+PROCESSORS = ("processor", "run of a text tokenizer")
+TRANSFORMERS = ("transformer", "adapter", "run of a transformer", "run of an adapter")
 # What a folder is -> the command that makes a pipeline of it, or that takes it.
 COMMANDS = {
     "pipeline": "--model takes it, and `nextflow-hf push {folder} REPO_ID` uploads it",
@@ -35,6 +39,7 @@ COMMANDS = {
     "adapter": EXPORT + "; beside --model, --lora {folder} takes it",
     "diffusion decoder": EXPORT,
     "vision tokenizer": "`nextflow-hf convert qwen QWEN FOLDER --vision-tokenizer {folder}` puts it into a pipeline",
+    "processor": "`nextflow-hf train transformer RECIPE processor_name_or_path={folder}` uses it",
     "Qwen checkpoint": "`nextflow-hf convert qwen {folder} FOLDER --vision-tokenizer PATH` makes a pipeline of it",
     "data set of codes": "`nextflow-hf train transformer RECIPE train_codes=[{folder}]` trains on it",
     None: "`nextflow-hf convert` and `nextflow-hf export` write pipelines",
@@ -69,7 +74,7 @@ def _kind_of_result(folder: Path) -> str | None:
     if (folder / "manifest.json").is_file():
         return "data set of codes"
     if not (folder / "config.json").is_file():
-        return None
+        return "processor" if (folder / PROCESSOR_FILE).is_file() else None
     config = _read_json(folder / "config.json")
     if config.get("_class_name") == "NextFlowDiffusionDecoder":
         return "diffusion decoder"
@@ -88,6 +93,34 @@ def check_folder(folder: str | Path, expected: str, *others: str) -> None:
         found = f"is {_article(kind)} {kind}" if kind else f"holds no model: {folder / 'model_index.json'} is missing"
         advice = COMMANDS.get(kind, COMMANDS[None]).format(folder=folder)
         raise ValueError(f"{folder} {found}, expected {_article(expected)} {expected}: {advice}")
+
+
+def check_source(key: str, source: str | None, expected: str, *others: str, file: str | None = None) -> None:
+    """
+    [`check_folder`] for the value of a recipe's key, which may be unset.
+
+    Args:
+        file (`str`, *optional*): A folder with this file is taken, whatever else it holds.
+
+    Raises:
+        `FileNotFoundError`: where there is no such folder or file, and no repository of a Hub can have this name.
+    """
+    if source is None or (file is not None and (Path(source) / file).is_file()):
+        return
+    if Path(source).exists():
+        try:
+            return check_folder(source, expected, *others)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"{key} is {source!r}, where there is no folder, and it is no repository of a Hub: is what makes it, such "
+            "as the stage before this one, finished?"
+        ) from None
 
 
 @dataclass(kw_only=True)
