@@ -7,8 +7,8 @@
 A prompt of 128 tokens, the empty negative prompt, guidance 5, decoding and PIL included. The median counts, after a
 call that warms up; on the CPU a second is one of the process's own. Each mode begins with the plain model:
 
-- plain: transformers' layers. lean: `transformer.fuse_qkv_projections()`. graphs: `transformer.compile_sampling()`,
-  that and CUDA graphs. compiled: the same with compiled layers and a compiled pixel decoder.
+- plain: transformers' layers. lean: `transformer.fuse_qkv_projections()`. graphs: `pipe.compile_sampling()`, that and
+  CUDA graphs, and a decoder with compiled norms. compiled: the same with compiled layers.
 - fp8: the decoder's linear layers quantised by torchao (weights and activations by rows), compiled: not equal in
   quality, which `nextflow-hf evaluate` tells. int8: weights alone, anywhere.
 
@@ -56,22 +56,17 @@ def quantize(pipe: NextFlowPipeline, kind: str) -> None:
     quantize_(pipe.transformer.model.layers, config)
 
 
-def compile_all(pipe: NextFlowPipeline) -> None:
-    pipe.transformer.compile_sampling(mode="max-autotune-no-cudagraphs")
-    pipe.vision_tokenizer.pixel_decoder.compile()
-
-
 def quantize_and_compile(pipe: NextFlowPipeline) -> None:
     quantize(pipe, "fp8")
     pipe.transformer.compile_repeated_blocks()
-    pipe.vision_tokenizer.pixel_decoder.compile()
+    pipe.vision_tokenizer.compile_sampling()
 
 
 MODES: dict[str, Callable[[NextFlowPipeline], None]] = {
     "plain": lambda pipe: None,
     "lean": lambda pipe: pipe.transformer.fuse_qkv_projections(),
-    "graphs": lambda pipe: pipe.transformer.compile_sampling(),
-    "compiled": compile_all,
+    "graphs": lambda pipe: pipe.compile_sampling(),
+    "compiled": lambda pipe: pipe.compile_sampling(mode="max-autotune-no-cudagraphs"),
     "fp8": quantize_and_compile,
     "int8": lambda pipe: quantize(pipe, "int8"),
 }

@@ -79,13 +79,18 @@ class NextFlowSamplingInterface(Host):
         """
         Scores (images, cells, codebook_size) of one scale in fp32, from the hidden states of the prompts and of those
         that guide them, `num_images` each, one after the other.
+
+        The head is linear: fused layers in fp32 guide hidden states, for one product instead of one a condition. In
+        half precision the guided states would be rounded more than guided scores are.
         """
-        logits = [self.image_logits(states) for states in hidden_states]
-        logits = (torch.cat(logits) if len(logits) > 1 else logits[0]).float()
-        logits, unconditional, imageless, *_ = [*logits.split(num_images), None, None]
-        return guide(
-            logits, unconditional, step.guidance_scale, imageless=imageless, image_scale=step.image_guidance_scale
+        guides_states = self.model.is_fused and hidden_states[0].dtype == torch.float32
+        scores = list(hidden_states) if guides_states else [self.image_logits(states) for states in hidden_states]
+        scores = (torch.cat(scores) if len(scores) > 1 else scores[0]).float()
+        scores, unconditional, imageless, *_ = [*scores.split(num_images), None, None]
+        guided = guide(
+            scores, unconditional, step.guidance_scale, imageless=imageless, image_scale=step.image_guidance_scale
         )
+        return self.image_logits(guided) if guides_states else guided
 
     @staticmethod
     def sample_scale(

@@ -236,7 +236,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self.post_quant_conv = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
         self.pixel_decoder = NextFlowPixelDecoder(config)
         self.use_slicing = self.use_tiling = False
-        self.tile_size, self.tile_overlap = 512, 0.25
+        self.tile_size, self.tile_overlap = 640, 0.2
         self._codes_fingerprint: str | None = None  # of these weights, which the config need not be about
         self.post_init()
 
@@ -292,15 +292,17 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
     def disable_slicing(self) -> None:
         self.use_slicing = False
 
-    def enable_tiling(self, tile_size: int = 512, tile_overlap: float = 0.25) -> None:
+    def enable_tiling(self, tile_size: int = 640, tile_overlap: float = 0.2) -> None:
         """
         `decode` makes the pixels of a large image in tiles: less memory, at the price of the norms, whose statistics
         then are those of a tile. Attention still sees the whole image. `encode` stays whole: where a tile's features
-        differ a little, its codes would differ altogether.
+        differ a little, its codes would differ altogether. Tiles are as small as their number allows: an image of
+        1,024 pixels takes 4 of 576, for 27% more work.
 
         Args:
-            tile_size (`int`, *optional*, defaults to 512): Side of a tile in pixels; smaller images are decoded whole.
-            tile_overlap (`float`, *optional*, defaults to 0.25):
+            tile_size (`int`, *optional*, defaults to 640):
+                Largest side of a tile in pixels; smaller images are decoded whole.
+            tile_overlap (`float`, *optional*, defaults to 0.2):
                 Share of a tile that it has in common with the next, where the two are blended.
         """
         if tile_size < 2 * self.config.patch_size:
@@ -312,6 +314,17 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     def disable_tiling(self) -> None:
         self.use_tiling = False
+
+    def compile_sampling(self, *, dynamic: bool | None = True, **compile_options) -> None:
+        """
+        Make `decode` faster: each group norm and its swish become one compiled function, whatever the size of the
+        image, and maps lie channels last, as convolutions read them, without a copy in between. The first image takes
+        some seconds more. The counterpart of the transformer's method of this name.
+
+        Args:
+            dynamic, compile_options: As of `torch.compile`.
+        """
+        self.pixel_decoder.compile_norms(dynamic=dynamic, **compile_options)
 
     def encode(
         self,
@@ -500,7 +513,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
         pixel_map = quantized[:, self.config.semantic_code_dim :].to(self.post_quant_conv.weight.dtype)
         # It lies as the codes were looked up, and so would the maps of the whole CNN.
-        pixel_map = pixel_map.contiguous(memory_format=convolution_layout(pixel_map.device))
+        layout = convolution_layout(pixel_map.device, compiled=self.pixel_decoder.is_compiled)
+        pixel_map = pixel_map.contiguous(memory_format=layout)
         pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
         return _resize(pixels, self.pixel_size(quantized.shape[2:]))
 

@@ -16,9 +16,10 @@ from transformers.models.siglip2.modeling_siglip2 import eager_attention_forward
 from .configuration_nextflow import NextFlowVisionTokenizerConfig
 
 
-def convolution_layout(device: torch.device) -> torch.memory_format:
-    """How maps and weights lie for the fastest CNN: channels last, unless group norms copy that back, as on a GPU."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+def convolution_layout(device: torch.device, *, compiled: bool = False) -> torch.memory_format:
+    """How maps and weights lie for the fastest CNN: channels last, unless group norms copy that back, as on a GPU they
+    do where they are not `compiled`."""
+    return torch.channels_last if compiled or device.type == "cpu" else torch.contiguous_format
 
 
 class NextFlowZeroConv2d(nn.Conv2d):
@@ -26,6 +27,31 @@ class NextFlowZeroConv2d(nn.Conv2d):
     The last convolution of a residual branch, which starts at zero: the CNN learns several times faster (not specified
     by the paper). A class of its own, as transformers initialises no module whose parameters are all in its parts.
     """
+
+
+class NextFlowGroupNorm(nn.GroupNorm):
+    """
+    Group norm, then swish unless `swish` is false. Compiled, it keeps the layout of the maps; PyTorch's own norm, which
+    runs eagerly, copies maps whose channels lie last on all devices but a CPU.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, *, swish: bool):
+        super().__init__(num_groups, num_channels, eps=1e-6)
+        self.swish = swish
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        normed = self.normalize(input) if torch.compiler.is_compiling() else super().forward(input)
+        return F.silu(normed) if self.swish else normed
+
+    def normalize(self, input: torch.Tensor) -> torch.Tensor:
+        """The norm of maps (n, channels, height, width), of operators that a compiler fuses."""
+        groups = input.float().unflatten(1, (self.num_groups, -1))
+        # Of each channel first: read along the channels, in the order of memory where they lie last.
+        variance, mean = torch.var_mean(groups, dim=(3, 4), correction=0, keepdim=True)
+        center = mean.mean(2, keepdim=True)
+        variance = (variance + (mean - center).square()).mean(2, keepdim=True)
+        normed = ((groups - center) * (variance + self.eps).rsqrt()).flatten(1, 2)
+        return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
 class NextFlowResnetBlock(GradientCheckpointingLayer):
@@ -41,9 +67,7 @@ class NextFlowResnetBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         residual = self.shortcut(hidden_states)
-        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
-        hidden_states = self.conv2(F.silu(self.norm2(hidden_states)))
-        return residual + hidden_states
+        return residual + self.conv2(self.norm2(self.conv1(self.norm1(hidden_states))))
 
 
 class NextFlowAttentionBlock(GradientCheckpointingLayer):
@@ -55,7 +79,7 @@ class NextFlowAttentionBlock(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.scaling = channels**-0.5
-        self.norm = _group_norm(config, channels)
+        self.norm = _group_norm(config, channels, swish=False)
         self.q_proj = nn.Conv2d(channels, channels, 1)
         self.k_proj = nn.Conv2d(channels, channels, 1)
         self.v_proj = nn.Conv2d(channels, channels, 1)
@@ -160,7 +184,7 @@ class NextFlowPixelEncoder(nn.Module):
         for level in self.levels:
             hidden_states = level(hidden_states)
         hidden_states = self.middle(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return self.conv_out(self.norm_out(hidden_states))
 
 
 class NextFlowPixelDecoder(nn.Module):
@@ -190,6 +214,7 @@ class NextFlowPixelDecoder(nn.Module):
         )
         self.norm_out = _group_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.is_compiled = False
 
     def forward(self, latents: torch.Tensor, tile_size: int | None = None, tile_overlap: int = 0) -> torch.Tensor:
         """`tile_size` and `tile_overlap` in pixels: work in tiles past the first level, see [`in_tiles`]."""
@@ -200,23 +225,32 @@ class NextFlowPixelDecoder(nn.Module):
         factor = 2 ** max(len(self.levels) - 2, 0)
         return in_tiles(self.enlarge, hidden_states, size=tile_size // factor, overlap=tile_overlap // factor)
 
+    def compile_norms(self, **options) -> None:
+        """Compile the norms with `torch.compile`'s options, and lay weights as maps then lie."""
+        for module in self.modules():
+            if isinstance(module, NextFlowGroupNorm):
+                module.compile(**options)
+        self.to(memory_format=torch.channels_last)
+        self.is_compiled = True
+
     def enlarge(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Convolutions and norms, up to pixels: what also works on a part of the map."""
         for level in self.levels[1:]:
             hidden_states = level(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return self.conv_out(self.norm_out(hidden_states))
 
 
-def _group_norm(config: NextFlowVisionTokenizerConfig, channels: int) -> nn.Module:
+def _group_norm(config: NextFlowVisionTokenizerConfig, channels: int, *, swish: bool = True) -> nn.Module:
+    """The config's norm, and swish."""
     if config.norm_num_groups == 0:
-        return nn.Identity()
+        return nn.SiLU() if swish else nn.Identity()
     groups = config.norm_num_groups
     if config.norm_min_group_channels:
         # A group of one channel would erase the mean of that channel, and with it the colour of the image.
         groups = max(1, min(groups, channels // config.norm_min_group_channels))
     if channels % groups:
         raise ValueError(f"a CNN level has {channels} channels, expected a multiple of its {groups} norm groups")
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return NextFlowGroupNorm(groups, channels, swish=swish)
 
 
 def in_tiles(
@@ -227,11 +261,11 @@ def in_tiles(
     `overlap`. Where tiles overlap, their results are blended: each fades out linearly towards its own border.
     """
     height, width = maps.shape[2:]
+    rows, columns = (tile_side(length, size=size, overlap=overlap) for length in (height, width))
     total = weights = None
-    for top in tile_starts(height, size=size, overlap=overlap):
-        for left in tile_starts(width, size=size, overlap=overlap):
-            result = function(maps[:, :, top : top + size, left : left + size])
-            rows, columns = min(size, height), min(size, width)
+    for top in tile_starts(height, size=rows, overlap=overlap):
+        for left in tile_starts(width, size=columns, overlap=overlap):
+            result = function(maps[:, :, top : top + rows, left : left + columns])
             factor = result.shape[2] // rows
             if total is None or weights is None:
                 total = result.new_zeros(*result.shape[:2], factor * height, factor * width, dtype=torch.float32)
@@ -245,6 +279,12 @@ def in_tiles(
             weights[place] += window
     assert total is not None and weights is not None  # a side has one tile at least
     return (total / weights).to(result.dtype)
+
+
+def tile_side(length: int, *, size: int, overlap: int) -> int:
+    """The smallest side of tiles that cover `length` with as few as tiles of `size` take."""
+    count = 1 if length <= size else math.ceil((length - overlap) / (size - overlap))
+    return math.ceil((length + (count - 1) * overlap) / count)
 
 
 def tile_starts(length: int, *, size: int, overlap: int) -> list[int]:

@@ -132,12 +132,12 @@ def sample_codes(logits: torch.Tensor, step: ScaleStep, numbers: torch.Tensor | 
     them, and at temperature 0, the best code."""
     if step.temperature == 0 or numbers is None:
         return logits.argmax(-1)
-    scores = logits.float() / step.temperature
-    vocabulary = None
+    scores, vocabulary = logits.float(), None
     if 0 < step.top_k < scores.shape[-1]:
         scores, vocabulary = scores.topk(step.top_k, dim=-1)
     elif step.top_p < 1:
         scores, vocabulary = scores.sort(dim=-1, descending=True)
+    scores = scores / step.temperature
     if step.top_p < 1:  # keep the codes before which less than top_p of the mass lies, always the first
         probabilities = scores.softmax(-1)
         scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities > step.top_p, -math.inf)
@@ -146,7 +146,8 @@ def sample_codes(logits: torch.Tensor, step: ScaleStep, numbers: torch.Tensor | 
 
 def largest_score(logits: torch.Tensor, step: ScaleStep) -> torch.Tensor:
     """The largest absolute score that [`sample_codes`] computes with: NaN or infinite where any score is."""
-    return torch.linalg.vector_norm(logits, math.inf) / (step.temperature or 1)
+    low, high = logits.aminmax()  # a CPU takes 20 times as long for `vector_norm`
+    return torch.maximum(-low, high) / (step.temperature or 1)
 
 
 def random_numbers(

@@ -166,6 +166,14 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         """The vision tokenizer, under the name that diffusers' tools look for."""
         return self.vision_tokenizer
 
+    def compile_sampling(self, **compile_options: Any) -> None:
+        """
+        Compile what samples images and what decodes them, on a CUDA device: the transformer's and the vision
+        tokenizer's methods of this name. Options are the transformer's.
+        """
+        self.transformer.compile_sampling(**compile_options)
+        self.vision_tokenizer.compile_sampling()
+
     @property
     def diffusion_decoder_pipeline(self) -> NextFlowDiffusionDecoderPipeline:
         """The diffusion decoder as a pipeline of its own, of the same components."""

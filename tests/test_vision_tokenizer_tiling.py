@@ -1,4 +1,4 @@
-"""Decoding in tiles and slices: where it must equal decoding at once, and that it takes less memory."""
+"""Decoding in tiles, slices and compiled: where it must equal decoding at once, and what it saves."""
 
 import pytest
 import torch
@@ -6,7 +6,13 @@ from torch import nn
 from toy_pipeline import toy_pipeline, toy_vision_tokenizer
 
 from nextflow_hf import NextFlowVisionTokenizer, NextFlowVisionTokenizerConfig
-from nextflow_hf.modeling_nextflow.pixel_cnn_nextflow import NextFlowAttentionBlock, in_tiles, tile_starts
+from nextflow_hf.modeling_nextflow.pixel_cnn_nextflow import (
+    NextFlowAttentionBlock,
+    NextFlowGroupNorm,
+    in_tiles,
+    tile_side,
+    tile_starts,
+)
 
 
 GRIDS = torch.tensor([[[1, 1], [3, 5], [13, 22]]])  # 52 x 88 pixels
@@ -38,6 +44,16 @@ def test_tiles_cover_a_side(length, size, overlap):
     assert starts[0] == 0 and starts[-1] == max(length - size, 0)
     assert all(after - before <= size - overlap for before, after in zip(starts, starts[1:]))
     assert len(starts) == 1 or (len(starts) - 1) * (size - overlap) < length - overlap  # no tile too many
+    side = tile_side(length, size=size, overlap=overlap)
+    assert side <= size and len(tile_starts(length, size=side, overlap=overlap)) == len(starts)
+    assert len(tile_starts(length, size=side - 1, overlap=min(overlap, side - 2))) > len(starts)  # none too large
+
+
+def test_an_image_of_1024_pixels_takes_four_tiles():
+    model = tokenizer()
+    size, overlap = model.tile_size, int(model.tile_size * model.tile_overlap)
+    side = tile_side(1024, size=size, overlap=overlap)
+    assert side == 576 and tile_starts(1024, size=side, overlap=overlap) == [0, 448]
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(5, 2), (5, 0), (4, 2), (40, 8)])
@@ -76,11 +92,13 @@ def test_away_from_the_borders_of_tiles_it_is_the_whole_without_norms():
     # What a pixel sees past the first level, in pixels: with places of two, two blocks of two convolutions each; with
     # places of one, the convolution that enlarges, the same blocks, and the last one.
     reach = 2 * 4 + 1 + 4 + 1
-    height, width = (
-        places_of_one_tile(length, [2 * start for start in tile_starts(length // 2, size=20, overlap=5)], 40, reach)
-        for length in (52, 88)
-    )
-    assert height.sum() > 20 and width.sum() > 50
+    places = []
+    for length in (52, 88):
+        side = tile_side(length // 2, size=20, overlap=5)
+        starts = [2 * start for start in tile_starts(length // 2, size=side, overlap=5)]
+        places.append(places_of_one_tile(length, starts, 2 * side, reach))
+    height, width = places
+    assert height.sum() > 20 and width.sum() > 40
     compared = [images[..., height, :][..., width] for images in (tiled, whole)]
     torch.testing.assert_close(*compared, rtol=0, atol=1e-5)
 
@@ -135,7 +153,7 @@ def test_memory():
     model.enable_slicing()
     assert largest_activation(model, grids) == whole / 3
     model.enable_tiling(tile_size=40)
-    assert largest_activation(model, grids) == 8 * 40 * 40
+    assert largest_activation(model, grids) == 8 * 26 * 44  # of the level that stays whole; tiles have 32 x 36
 
 
 def test_slices_are_the_same_images():
@@ -150,6 +168,43 @@ def test_slices_are_the_same_images():
     assert not model.use_slicing
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_that_is_compiled_is_pytorchs(dtype):
+    norm = NextFlowGroupNorm(4, 24, swish=True)
+    norm.weight.data.uniform_(0.5, 2), norm.bias.data.normal_()
+    maps = (3 * torch.randn(2, 24, 7, 9) + 20).to(dtype)  # a mean far from zero costs a sum of squares its digits
+    exact = nn.functional.silu(nn.functional.group_norm(maps.double(), 4, norm.weight.double(), norm.bias.double()))
+    own = nn.functional.silu(norm.normalize(maps))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(own.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_the_norm_that_is_compiled_copies_no_layout():
+    """The meta device stands for an accelerator, whose eager norm copies."""
+    maps = torch.empty(2, 24, 7, 9, device="meta").contiguous(memory_format=torch.channels_last)
+    norm = NextFlowGroupNorm(4, 24, swish=True).to("meta")
+    assert norm.normalize(maps).is_contiguous(memory_format=torch.channels_last)
+    assert not norm(maps).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiled_it_is_the_same_at_every_size_without_another_compilation():
+    model, graphs, grids = tokenizer(), [], torch.tensor([[[1, 1], [3, 5], [10, 12]]])
+    whole, other = decode(model), decode(model, grids)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model.compile_sampling(backend=backend)
+    torch.testing.assert_close(decode(model), whole, rtol=0, atol=1e-5)
+    count = len(graphs)
+    assert 0 < count <= 8
+    torch.testing.assert_close(decode(model, grids), other, rtol=0, atol=1e-5)
+    model.enable_tiling(tile_size=40, tile_overlap=0.5)
+    assert (decode(model) - whole).abs().mean() < 0.1 * whole.std()
+    assert len(graphs) <= count + 1  # a tile is part of a map, which lies otherwise
+
+
 def test_on_the_pipeline():
     pipe = toy_pipeline()
     options = {"num_images_per_prompt": 2, "output_type": "np"}
@@ -159,6 +214,16 @@ def test_on_the_pipeline():
     tiled = pipe("a", generator=torch.Generator().manual_seed(0), **options)
     assert torch.equal(tiled.image_codes, whole.image_codes)
     assert tiled.images.shape == whole.images.shape and (tiled.images != whole.images).any()
+
+
+def test_one_switch_compiles_the_pipeline(monkeypatch):
+    pipe, options = toy_pipeline(), {}
+    with pytest.raises(ValueError, match="expected a CUDA device"):
+        pipe.compile_sampling()
+    assert not pipe.vae.pixel_decoder.is_compiled
+    monkeypatch.setattr(pipe.transformer, "compile_sampling", lambda **given: options.update(given))
+    pipe.compile_sampling(max_cells=9)
+    assert options == {"max_cells": 9} and pipe.vae.pixel_decoder.is_compiled
 
 
 @pytest.mark.parametrize(
