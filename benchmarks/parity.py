@@ -58,10 +58,10 @@ def ways_of(model: str, device: str, count: int) -> dict[str, Callable[[], list[
             getattr(pipe.transformer, method)()
         return sample(pipe, count)
 
-    def int8() -> list[np.ndarray]:
-        from torchao.quantization import Int8WeightOnlyConfig
+    def by_torchao(kind: str) -> list[np.ndarray]:
+        from torchao import quantization
 
-        kinds = {"transformer": TorchAoConfig(Int8WeightOnlyConfig())}
+        kinds = {"transformer": TorchAoConfig(getattr(quantization, kind)())}
         return sample(load(quantization_config=PipelineQuantizationConfig(quant_mapping=kinds)), count)
 
     four_bits = PipelineQuantizationConfig(
@@ -75,7 +75,8 @@ def ways_of(model: str, device: str, count: int) -> dict[str, Callable[[], list[
         "lean, compiled": lambda: prepared("fuse_qkv_projections", "compile_repeated_blocks"),
         "bfloat16": lambda: sample(load(dtype=torch.bfloat16), count),
         "4-bit": lambda: sample(load(quantization_config=four_bits), count),
-        "int8 by torchao": int8,
+        "int8 by torchao": lambda: by_torchao("Int8WeightOnlyConfig"),
+        "fp8 by torchao": lambda: by_torchao("Float8WeightOnlyConfig"),
         "served": lambda: served(load(), count),
     }
     if device == "cuda":

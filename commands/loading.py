@@ -73,6 +73,8 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
         "transformer" in without and args.model is not None and kind_of(Path(args.model)) in VISION_TOKENIZERS
     )
     found = args.model if is_tokenizer else find_model(args.model)
+    from ..modeling_nextflow.fused_nextflow import can_be_fused
+
     args.model = SHIPPED_MODEL if args.model in (None, SHIPPED_MODEL) else _place(args.model)
     args.device = choose_device(args.device)
     args.dtype = args.dtype or "auto"
@@ -83,6 +85,8 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     pipe = _vision_tokenizer_alone(args) if is_tokenizer else _load_components(args, found, without)
     if getattr(args, "lora", None):
         args.lora = _load_loras(pipe, args.lora)
+    if pipe.transformer is not None and can_be_fused(pipe.transformer.model):
+        pipe.transformer.fuse_qkv_projections()  # which gives the same images, faster; adapters unfuse it
     if args.offload:
         pipe.enable_model_cpu_offload(device=args.device)
     else:
@@ -241,11 +245,14 @@ def image_modules(pipe: "NextFlowPipeline", decoder: str | None = None) -> dict[
 
 
 def weights_fingerprint(module: "nn.Module") -> str:
-    """Hash of some values of every tensor of `module`: other weights have another, and the largest take no time."""
+    """Hash of some values of every tensor of `module`, fused or not: other weights have another, and the largest take
+    no time."""
     import torch
 
+    from ..modeling_nextflow.fused_nextflow import separate_weights
+
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(separate_weights(module, module.state_dict()).items()):
         flat = tensor.detach().flatten()
         if not flat.numel():
             continue

@@ -31,8 +31,8 @@ class NextFlowZeroConv2d(nn.Conv2d):
 
 class NextFlowGroupNorm(nn.GroupNorm):
     """
-    Group norm, then swish unless `swish` is false. Compiled, it keeps the layout of the maps; PyTorch's own norm copies
-    maps whose channels lie last, on all devices but a CPU.
+    Group norm, then swish unless `swish` is false. Compiled, it keeps the layout of the maps. Eagerly it is PyTorch's
+    own norm, which copies maps whose channels lie last on all devices but a CPU.
     """
 
     def __init__(self, num_groups: int, num_channels: int, *, swish: bool):

@@ -46,6 +46,17 @@ def test_an_image_is_the_one_of_the_pipeline(command_line, model_folder):
     assert "scale" in command_line.errors and "4/4" in command_line.errors  # the bar over the scales
 
 
+def test_commands_sample_by_fused_layers(command_line, model_folder, monkeypatch):
+    pipe = load(model_folder)
+    use_pipeline(monkeypatch, pipe)
+    command_line.run("generate", "a", "--model", model_folder, "--output", "a.png")
+    assert pipe.transformer.is_fused
+    pipe.transformer.unfuse_qkv_projections()
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["v_proj"]))
+    command_line.run("generate", "a", "--model", model_folder, "--output", "b.png")
+    assert not pipe.transformer.is_fused and "fused" not in command_line.errors
+
+
 def test_the_command_line_and_python_load_what_was_saved(command_line, tmp_path):
     """One rule for both: without a dtype, each component in the one that it was saved in."""
     whole = toy_pipeline()

@@ -254,6 +254,8 @@ def test_files_that_are_no_image_of_ours(command_line, tmp_path):
 def test_fingerprints_tell_weights_apart():
     first, second = toy_pipeline().transformer, toy_pipeline().transformer
     assert weights_fingerprint(first) == weights_fingerprint(second)
+    second.fuse_qkv_projections()
+    assert second.is_fused and weights_fingerprint(first) == weights_fingerprint(second)
     second.model.norm.weight.data[3] += 1e-3
     assert weights_fingerprint(first) != weights_fingerprint(second)
     assert weights_fingerprint(first) != weights_fingerprint(first.bfloat16())

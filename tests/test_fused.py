@@ -90,6 +90,15 @@ def test_images_are_those_of_transformers_layers(mode, kind, attention):
     assert torch.equal(codes, expected)
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_in_float32_guidance_needs_one_product_of_the_head(dtype, rows):
+    model, seen = fused_model().to(dtype), []
+    head = model.image_logits
+    model.image_logits = lambda states: seen.append(len(states)) or head(states)
+    model.generate_images(**{**ONE, **NEGATIVE, "generator": seeded(0)})
+    assert set(seen) == {rows}
+
+
 @pytest.mark.parametrize("mode", IMAGES)
 def test_in_bfloat16_they_are_as_close_to_float32(mode):
     arguments = {"temperature": 0.0, **IMAGES[mode]}

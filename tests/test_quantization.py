@@ -182,9 +182,10 @@ def test_four_bit_lora_trains(folder):
     assert all(parameter.grad.isfinite().all() for parameter in trained.values())
 
 
-def test_torchao(folder):
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao(folder, kind):
     torchao = pytest.importorskip("torchao.quantization")
-    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    config = TorchAoConfig(getattr(torchao, kind)())
     model = NextFlowForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
     quantised = {name for name, one in model.named_modules() if isinstance(one, nn.Linear) and _is_quantised(one)}
     assert quantised == {f"model.{name}" for name in DECODER}
