@@ -107,7 +107,7 @@ def count(model: NextFlowForCausalLM, size: int, negative_length: int, *, length
     moves = []
     with (
         mock.patch.object(NextFlowCacheLayer, "reserve", lambda *args: moves.append(move(*args))),
-        mock.patch.object(generation_image_nextflow, "_is_synchronous", lambda device: False),
+        mock.patch.object(generation_image_nextflow, "SYNCHRONOUS", ()),
         torch.inference_mode(),
         counter,
         counting_passes(model, counter, counts.passes),

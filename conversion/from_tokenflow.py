@@ -1,4 +1,4 @@
-"""A released TokenFlow tokenizer becomes a [`NextFlowVisionTokenizer`] with the same codes and pictures (§2.1).
+"""A released TokenFlow tokenizer becomes a [`NextFlowVisionTokenizer`] with the same codes and images (§2.1).
 
 A table of what goes where, and the sizes read off the checkpoint's shapes. Works on any tensors: on the meta device it
 plans a conversion. Checkpoints are read without running anything that they contain.

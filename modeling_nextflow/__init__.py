@@ -1,6 +1,6 @@
-"""Token ids, grids and tensors in; logits, codes and pixels out. Knows no messages, no PIL images, no pipeline."""
+"""The models: token ids, grids and tensors in; logits, codes and pixels out. No messages, PIL images or pipelines."""
 
-# First, before any of our modules: importing transformers registers them with its auto classes (registration.py).
+# Import transformers before our modules: that registers them with its auto classes (registration.py).
 import transformers  # noqa: F401
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig

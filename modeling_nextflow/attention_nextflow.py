@@ -1,11 +1,12 @@
-"""The attention rule, in the form that each attention implementation of transformers takes (§2.2).
+"""What attention adds to Qwen's: the mask, for each implementation of transformers, and the rotary embedding (§2.2).
 
 A query sees a key of its own document iff `block_id[key] <= block_id[query]`: text is causal, the cells of a scale see
-each other. Knows shapes, positions and the layout of images; no weights.
+each other. Knows shapes, positions and the layout of images.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,12 @@ from transformers.masking_utils import (
     find_packed_sequence_indices,
     flash_attention_mask,
 )
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from .configuration_nextflow import NextFlowConfig
-from .rope_nextflow import ImageLayout
+from .configuration_nextflow import NextFlowConfig, default_mrope_section
+from .grids_nextflow import ImageLayout
+from .unrounded_nextflow import UnroundedModule
 
 
 # diffusers' names of attention backends -> transformers' implementations. Its flash and sage kernels take no mask,
@@ -133,3 +137,47 @@ def _refuse(implementation: str, pattern: str) -> None:
         f"{implementation!r} takes no custom mask, so it would attend causally. It cannot express {pattern}: use "
         "'flex_attention' (for training, on a GPU), 'sdpa' or 'eager'. Text, and images from text, need no mask"
     )
+
+
+class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
+    """Qwen2's rotary embedding with its frequencies dealt out in turn to (scale, row, column).
+
+    Equal coordinates, as text has them, give plain RoPE for any split, so the language model is kept exactly. The
+    frequencies stay float32 however the model is cast: rounded to bfloat16 they are radians off at position 8,000.
+    """
+
+    is_signed = False  # whether the sine of the first half of a head is negative, as fused layers take it
+
+    def __init__(self, config):
+        super().__init__(config)
+        # The config fills it in; not so in `rope_parameters` that were assigned later, to scale RoPE.
+        default = default_mrope_section(2 * len(self.inv_freq))
+        parameters: dict[str, Any] = dict(config.rope_parameters or {})
+        self.mrope_section = list(parameters.get("mrope_section", default))
+        if sum(self.mrope_section) != len(self.inv_freq):
+            raise ValueError(
+                f"mrope_section {self.mrope_section} sums to {sum(self.mrope_section)}, expected half the head "
+                f"dimension = {len(self.inv_freq)}"
+            )
+        if max(self.mrope_section[1:]) * 3 > len(self.inv_freq) + 2:
+            raise ValueError(f"mrope_section {self.mrope_section} cannot be interleaved: its first entry is too small")
+
+    @staticmethod
+    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
+        # Overwritten to count in integers: while DeepSpeed shards what is made, `torch.arange` rounds floats.
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        parameters: dict[str, Any] = dict(config.rope_parameters or {})
+        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids` (3, batch, length) -> cos, sin (batch, length, head_dim) in the dtype of `x`."""
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = freqs[0].clone()
+        for axis, first in ((1, 1), (2, 2)):
+            own = slice(first, self.mrope_section[axis] * 3, 3)
+            angles[..., own] = freqs[axis][..., own]
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin if self.is_signed else sin, sin], dim=-1)
+        return cos.to(x.dtype), sin.to(x.dtype)

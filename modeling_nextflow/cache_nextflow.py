@@ -54,29 +54,24 @@ class NextFlowCacheLayer(DynamicLayer):
         start, end = self.length, self.length + key_states.shape[2]
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        if end > self.memory[0].shape[2]:
-            self.reserve((self.reserved if self.reserved >= end else end + self.room) - start)
-        keys, values = self.memory
-        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
-        self.resize(end)
-        return keys[:, :, :end], values[:, :, :end]
-
-    @property
-    def memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values with the room behind them."""
+            self._keys, self._values = key_states[:, :, :0], value_states[:, :, :0]
         assert self._keys is not None and self._values is not None
-        return self._keys, self._values
+        if end > self._keys.shape[2]:
+            self.reserve((self.reserved if self.reserved >= end else end + self.room) - start)
+        self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
+        self.length = self.num_values = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens."""
         self.reserved = self.length + count
-        if self.is_initialized and self.memory[0].shape[2] < self.reserved:
-            larger = []
-            for old in self.memory:
-                larger.append(old.new_empty(*old.shape[:2], self.reserved, old.shape[3]))
-                larger[-1][:, :, : self.length] = old[:, :, : self.length]
-            self._keys, self._values = larger
+        if self._keys is None or self._values is None or self._keys.shape[2] >= self.reserved:
+            return
+        larger = []
+        for old in (self._keys, self._values):
+            larger.append(old.new_empty(*old.shape[:2], self.reserved, old.shape[3]))
+            larger[-1][:, :, : self.length] = old[:, :, : self.length]
+        self._keys, self._values = larger
 
     def resize(self, length: int) -> None:
         """Count the first `length` tokens of the memory as there."""
@@ -93,7 +88,8 @@ class NextFlowCacheLayer(DynamicLayer):
     def part(self, rows: slice, padding: int) -> "NextFlowCacheLayer":
         """Some rows without their first `padding` tokens, in the same memory."""
         part = copy.copy(self)
-        part._keys, part._values = (states[rows, :, padding:] for states in self.memory)
+        assert self._keys is not None and self._values is not None
+        part._keys, part._values = self._keys[rows, :, padding:], self._values[rows, :, padding:]
         part.resize(self.length - padding)
         part.reserved = self.reserved - padding
         return part

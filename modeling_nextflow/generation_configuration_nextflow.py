@@ -132,17 +132,6 @@ class NextFlowGenerationConfig(GenerationConfig):
         return {name: value for name, value in settings.items() if value is not None or name not in unset}
 
 
-def image_settings(config: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of images as `given`, else as in the config, which need not be one of ours, else by default."""
-    if unknown := given.keys() - IMAGE_DEFAULTS.keys():
-        raise TypeError(f"got {sorted(unknown)}, expected settings of images: {list(IMAGE_DEFAULTS)}")
-    settings = {}
-    for name, default in IMAGE_DEFAULTS.items():
-        candidates = (given.get(name), getattr(config, CONFIG_NAMES[name], None), default)
-        settings[name] = next(value for value in candidates if value is not None)
-    return settings
-
-
 def refuse_options(options: Mapping[str, Any], mode: str, names: Sequence[str]) -> None:
     """Raise where a call has options that mean nothing in this mode."""
     names = ("assistant_model", "custom_generate", "prefix_allowed_tokens_fn", "synced_gpus", *names)
@@ -186,7 +175,6 @@ __all__ = [
     "IMAGE_DEFAULTS",
     "PAPER_SAMPLING",
     "NextFlowGenerationConfig",
-    "image_settings",
     "refuse_config",
     "refuse_options",
     "refuse_text_settings",

@@ -1,32 +1,41 @@
-"""Drawing on a cache: a pass a scale, `embed_scale -> forward -> guide -> sample` (§2.2).
+"""Sampling images: prompts as rows of one cache, then a pass a scale, `embed -> forward -> guide -> sample` (§2.2).
 
-Reads a list of [`ScaleStep`] and rows whose `<boi>` the cache holds; knows neither prompts nor `generate`.
+All that does not depend on codes is prepared before the first scale. Knows nothing of `generate` and its settings of
+text.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
 
 from .attention_nextflow import RowRuns
 from .cache_nextflow import part_of, reserve, reserved_cache
 from .configuration_nextflow import NextFlowConfig
-from .graphs_nextflow import Workspace
-from .grids_nextflow import check_codes
-from .prompt_rows_nextflow import PromptRows
-from .sampling_nextflow import PerScale, ScaleStep, largest_score, random_numbers
+from .graphs_nextflow import PROMPT_LENGTHS, Workspace
+from .grids_nextflow import Schedule, check_codes, schedules_from_grids
+from .image_settings_nextflow import CONFIG_NAMES, IMAGE_DEFAULTS
+from .sampling_nextflow import (
+    NextFlowSamplingInterface,
+    PerScale,
+    SampledScale,
+    ScaleInput,
+    ScaleStep,
+    guides,
+    prepare_scales,
+    scale_plan,
+    split_prefix,
+)
 
 
-if TYPE_CHECKING:
-    from . import modeling_nextflow  # not `from .file import`, which diffusers' loader would follow in a circle
-
-    NextFlowForCausalLM = modeling_nextflow.NextFlowForCausalLM
-
+logger = logging.get_logger(__name__)
 
 ScaleCallback = Callable[[int, ScaleStep, torch.Tensor], Sequence[ScaleStep] | None]
 
@@ -34,6 +43,110 @@ ScaleCallback = Callable[[int, ScaleStep, torch.Tensor], Sequence[ScaleStep] | N
 ARITHMETIC_BOUND = 1024
 # Runs of rows that attend one after the other, without a mask: each costs an operator more a layer.
 MAX_RUNS = 8
+# Devices where a look at a tensor's values costs nothing: an accelerator would have to finish its work first.
+SYNCHRONOUS = {"cpu"}
+
+
+@dataclass
+class NextFlowImageGenerationOutput:
+    r"""
+    Images sampled by [`~NextFlowGenerationMixin.generate_images`]. No `ModelOutput`: `pipeline("any-to-any")` would
+    make a plain one of it, and asks for `to`.
+
+    Args:
+        image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes of all images, in order, scale-major.
+        image_grids (`torch.Tensor` of shape `(batch, max_scales, 2)`): Their schedules.
+    """
+
+    image_codes: torch.Tensor
+    image_grids: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "NextFlowImageGenerationOutput":
+        return NextFlowImageGenerationOutput(self.image_codes.to(device), self.image_grids.to(device))
+
+
+# ---- prompts
+
+
+@dataclass
+class PromptRows:
+    """Prompts as rows of one batch, left-padded: (rows, length), with the images of all rows in reading order."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    image_codes: torch.Tensor
+    image_grids: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        image_codes: torch.Tensor | None,
+        image_grids: torch.Tensor,
+        *,
+        batch: int | None = None,
+    ) -> "PromptRows":
+        """With the defaults of a call filled in, and `batch` rows of the one that there may be."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if not mask[:, -1].all():
+            raise ValueError("prompts must be padded on the left: the last token of a row is padding")
+        codes = input_ids.new_zeros(0) if image_codes is None else image_codes
+        if batch is None or len(input_ids) == batch:
+            return cls(input_ids, mask, codes, image_grids)
+        if len(input_ids) != 1:
+            raise ValueError(f"got {len(input_ids)} unconditional prompts, expected 1 or {batch}")
+        ids, mask = input_ids.expand(batch, -1), mask.expand(batch, -1)
+        return cls(ids, mask, codes.repeat(batch), image_grids.repeat(batch, 1, 1))
+
+
+def negative_rows(
+    rows: PromptRows,
+    boi: int,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    image_codes: torch.Tensor | None,
+    image_grids: torch.Tensor | None,
+    *,
+    missing: str = "guidance_scale is not 1, which needs negative_input_ids: the unconditional prompt",
+) -> PromptRows:
+    """The unconditional prompts of `rows`, one for all or one each, ending in `<boi>` as they do. Without images of
+    their own they have those of `rows`, if they hold as many. Raises `ValueError` where they are `missing`."""
+    if input_ids is None:
+        raise ValueError(missing)
+    if image_grids is None:
+        counts, expected = ((ids == boi).sum(1) for ids in (input_ids, rows.input_ids))
+        if torch.equal(counts, expected):  # the same images
+            image_codes = rows.image_codes if image_codes is None else image_codes
+            image_grids = rows.image_grids
+        else:  # only the one to sample
+            image_grids = rows.image_grids[expected.cumsum(0) - 1][: len(input_ids)]
+    return PromptRows.of(input_ids, attention_mask, image_codes, image_grids, batch=len(rows.input_ids))
+
+
+def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int, multiple: int = 1) -> PromptRows:
+    """The rows of all parts, one part after the other, left-padded to one length, a `multiple` of this."""
+    lengths = [rows.input_ids.shape[1] for rows in parts]
+    missing = [math.ceil(max(lengths) / multiple) * multiple - length for length in lengths]
+    return PromptRows(
+        torch.cat([F.pad(rows.input_ids, (more, 0), value=pad_token_id) for rows, more in zip(parts, missing)]),
+        torch.cat([F.pad(rows.attention_mask, (more, 0)) for rows, more in zip(parts, missing)]),
+        torch.cat([rows.image_codes for rows in parts]),
+        torch.cat([rows.image_grids for rows in parts]),
+    )
+
+
+def shared_schedule(input_ids: torch.Tensor, image_grids: torch.Tensor, boi: int) -> tuple[Schedule, torch.Tensor]:
+    """The schedule that the images of all rows share, as numbers and as (batch, max_scales, 2)."""
+    is_boi = input_ids == boi
+    if not is_boi[:, -1].all():
+        raise ValueError("every row of input_ids must end in <boi> to sample an image (pad on the left)")
+    if int(is_boi.sum()) != len(image_grids):
+        raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
+    target_grids = image_grids[is_boi.sum(1).cumsum(0) - 1]
+    if not (target_grids == target_grids[:1]).all():
+        raise ValueError("the images of one batch must share one schedule: sample other sizes in another call")
+    return schedules_from_grids(target_grids[:1])[0], target_grids
 
 
 def check_context(config: NextFlowConfig, tokens: int, needed: int) -> None:
@@ -46,82 +159,18 @@ def check_context(config: NextFlowConfig, tokens: int, needed: int) -> None:
         )
 
 
-@dataclass
-class SampledScale:
-    """
-    What is there after a scale was drawn.
-
-    Attributes:
-        index: Number of the scale, from 0.
-        image_codes:
-            (images, codes so far), scale-major. May be replaced by others: the next scale is drawn from the codes of
-            this one. What was drawn from those before it stays.
-        plan:
-            The steps of all scales that are drawn. Those after `index` may be replaced, to change how they are drawn,
-            or removed, to stop.
-    """
-
-    index: int
-    image_codes: torch.Tensor
-    plan: list[ScaleStep]
-
-    @property
-    def step(self) -> ScaleStep:
-        return self.plan[self.index]
-
-    def change_guidance(self, guidance_scale: PerScale, image_guidance_scale: PerScale) -> None:
-        """Sample the scales to come with other guidance: a number, or a list with an entry for each scale."""
-        for index in range(self.index + 1, len(self.plan)):
-            scales = [
-                value[index] if isinstance(value, (list, tuple)) else value
-                for value in (guidance_scale, image_guidance_scale)
-            ]
-            text, image = (1.0 if scale is None else scale for scale in scales)
-            self.plan[index] = replace(self.plan[index], guidance_scale=text, image_guidance_scale=image)
+def one_per_row(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> list[torch.Generator | None]:
+    """A generator for each row; one that is not a list is that of them all."""
+    generators: list[torch.Generator | None]
+    generators = [*generator] if isinstance(generator, Sequence) else [generator] * batch
+    if len(generators) != batch:
+        raise ValueError(f"got {len(generators)} generators for a batch of {batch}: pass one, or one per image")
+    return generators
 
 
-@dataclass
-class ScaleInput:
-    """
-    What is known of a scale before the first is sampled.
-
-    Attributes:
-        generators: One an image.
-        given: Codes (images, cells) that are taken as they are; `None` where there are none.
-        is_given: (images, cells), which of them are; `None` for all.
-        numbers: The randomness (images, cells, 1) of the others, see [`pick`]; `None` until it is drawn.
-    """
-
-    generators: Sequence[torch.Generator | None]
-    given: torch.Tensor | None = None
-    is_given: torch.Tensor | None = None
-    numbers: torch.Tensor | None = None
-
-    def draw(self, step: ScaleStep, device: torch.device) -> None:
-        """Draw `numbers` where they are needed: none for the best code, nor for a row that has all codes."""
-        rows = list(range(len(self.generators)))
-        if self.given is not None:
-            rows = [] if self.is_given is None else (~self.is_given.all(dim=1)).nonzero()[:, 0].tolist()
-        if self.numbers is None and step.temperature and rows:
-            cells = math.prod(step.grid)
-            numbers = random_numbers([self.generators[row] for row in rows], len(rows), cells, device)
-            self.numbers = numbers
-            if len(rows) < len(self.generators):
-                self.numbers = numbers.new_zeros(len(self.generators), cells, 1)
-                self.numbers[rows] = numbers
-
-
-def prepare_scales(
-    plan: Sequence[ScaleStep],
-    generators: Sequence[torch.Generator | None],
-    prefix: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    device: torch.device,
-) -> list[ScaleInput]:
-    """The inputs of all scales. `prefix` has codes (images, cells) of the first, and which of them are taken."""
-    inputs = [ScaleInput(generators, *given) for given in [*prefix, *[()] * len(plan)][: len(plan)]]
-    for own, step in zip(inputs, plan):
-        own.draw(step, device)
-    return inputs
+# ---- scales
 
 
 @dataclass
@@ -138,6 +187,7 @@ class ImageRows:
         runs: Neighbours with as much padding before them: (first row, end, padding). `None` where it is not known.
         embeddings: Cosine and sine (rows, cells, head_dim) of the blocks to come.
         workspace: Whose memory the cache is, where passes are recorded.
+        is_fused: Whether the model's layers are, which need no mask for `runs`.
     """
 
     cache: DynamicCache
@@ -148,84 +198,57 @@ class ImageRows:
     runs: list[tuple[int, int, int]] | None = None
     embeddings: Sequence[torch.Tensor] = ()
     workspace: Workspace | None = None
+    is_fused: bool = False
+
+    def part(self, rows: slice, padding: int = 0) -> "ImageRows":
+        """Some rows that need no mask once their first `padding` tokens are left out, in the same memory."""
+        cache, embeddings = part_of(self.cache, rows, padding), [part[rows] for part in self.embeddings]
+        states = self.hidden_states[rows]
+        return ImageRows(cache, None, self.boi_position[rows], states, embeddings=embeddings, is_fused=self.is_fused)
 
     def first(self, count: int) -> "ImageRows":
         """The first `count` rows, in the same memory."""
-        if count == len(self.boi_position):
-            return self
         mask = None if self.mask is None else self.mask[:count]
         runs = [(start, min(end, count), padding) for start, end, padding in self.runs or [] if start < count]
-        return replace(self._part(slice(count)), mask=mask, runs=runs, workspace=self.workspace)
+        return replace(self.part(slice(count)), mask=mask, runs=runs, workspace=self.workspace)
 
-    def split(self, cells: int) -> list["ImageRows"]:
-        """The same rows by runs, which need no mask, where blocks of `cells` are worth a pass of each."""
-        if self.mask is None or self.runs is None:
-            return [self]
-        if cells * min(end - start for start, end, _ in self.runs) < ARITHMETIC_BOUND:
-            return [self]
-        return [self._part(slice(start, end), padding) for start, end, padding in self.runs]
-
-    def _part(self, rows: slice, padding: int = 0) -> "ImageRows":
-        return ImageRows(
-            part_of(self.cache, rows, padding),
-            None,
-            self.boi_position[rows],
-            self.hidden_states[rows],
-            embeddings=[part[rows] for part in self.embeddings],
-        )
-
-    def append(self, model: "NextFlowForCausalLM", embeds: torch.Tensor) -> None:
+    def append(self, model: NextFlowSamplingInterface, embeds: torch.Tensor) -> None:
         """
         Run one block (rows with an image, cells, hidden), the next that `embeddings` are there for, on top of the
         cache. Its cells see all but padding.
         """
-        cells = embeds.shape[1]
+        cells, mask, graphs = embeds.shape[1], self.mask, None
         embeddings = [part[:, :cells] for part in self.embeddings]
         self.embeddings = [part[:, cells:] for part in self.embeddings]
-        workspace, graphs = self.workspace, model.graphs
-        is_recorded = graphs is not None and workspace is not None and cells <= graphs.max_cells
-        if self.mask is None:
-            self.hidden_states = self._run(model, None, embeds, *embeddings)
+        if self.workspace is not None and model.graphs is not None and cells <= model.graphs.max_cells:
+            graphs = model.graphs
+        layer_mask: Any = mask
+        if mask is not None and graphs is None and self.is_fused and self.runs and len(self.runs) <= MAX_RUNS:
+            layer_mask = {"full_attention": RowRuns(tuple(self.runs))}
+        elif mask is not None:
+            missing = self.cache.get_seq_length() + cells - mask.shape[1]
+            self.mask = layer_mask = mask = F.pad(mask, (0, missing), value=1)
+            if self.sampling is not None:
+                embeds = embeds.new_zeros(len(mask), *embeds.shape[1:]).index_copy(0, self.sampling, embeds)
+                mask[:, -cells:] *= torch.zeros_like(mask[:, :1]).index_fill(0, self.sampling, 1)
+        inputs: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True, "is_causal": False}
+        if graphs is None or mask is None or self.workspace is None:
+            inputs |= {"inputs_embeds": embeds, "attention_mask": layer_mask, "position_embeddings": embeddings}
+            self.hidden_states = model.model(**inputs).last_hidden_state
             return
-        if self.runs is not None and model.is_fused and not is_recorded and len(self.runs) <= MAX_RUNS:
-            self.hidden_states = self._run(model, {"full_attention": RowRuns(tuple(self.runs))}, embeds, *embeddings)
-            return
-        missing = self.cache.get_seq_length() + cells - self.mask.shape[1]
-        self.mask = F.pad(self.mask, (0, missing), value=1)
-        if self.sampling is not None:
-            embeds = embeds.new_zeros(len(self.mask), *embeds.shape[1:]).index_copy(0, self.sampling, embeds)
-            self.mask[:, -cells:] *= torch.zeros_like(self.mask[:, :1]).index_fill(0, self.sampling, 1)
-        if graphs is None or workspace is None or not is_recorded:
-            self.hidden_states = self._run(model, self.mask, embeds, *embeddings)
-            return
 
-        def run(mask: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-            return self._run(model, {"full_attention": mask}, *inputs)
+        def run(mask: torch.Tensor, embeds: torch.Tensor, *embeddings: torch.Tensor) -> torch.Tensor:
+            own = {"inputs_embeds": embeds, "position_embeddings": embeddings}
+            return model.model(attention_mask={"full_attention": mask}, **own, **inputs).last_hidden_state
 
-        mask = self.mask[:, None, None].bool()
-        self.hidden_states = graphs.run(workspace, self.cache, run, mask, embeds, *embeddings)
-
-    def _run(
-        self,
-        model: "NextFlowForCausalLM",
-        mask: torch.Tensor | dict[str, Any] | None,
-        embeds: torch.Tensor,
-        *embeddings: torch.Tensor,
-    ) -> torch.Tensor:
-        return model.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_embeddings=embeddings,
-            past_key_values=self.cache,
-            use_cache=True,
-            is_causal=False,
-        ).last_hidden_state
+        mask = mask[:, None, None].bool()
+        self.hidden_states = graphs.run(self.workspace, self.cache, run, mask, embeds, *embeddings)
 
 
-def prefill_rows(model: "NextFlowForCausalLM", rows: PromptRows, cells: int) -> ImageRows:
+def prefill_rows(model: NextFlowSamplingInterface, rows: PromptRows, cells: int) -> ImageRows:
     """Prompts that end in `<boi>`, in a cache of their own with room for `cells` of each image."""
-    length, workspace = rows.input_ids.shape[1] + cells, None
-    if model.graphs is not None and model.is_fused and model.config._attn_implementation == "sdpa":
+    length, workspace, is_fused = rows.input_ids.shape[1] + cells, None, model.is_fused
+    if model.graphs is not None and is_fused and model.config._attn_implementation == "sdpa":
         workspace = model.graphs.take(model.config, len(rows.input_ids), length)
     cache = reserved_cache(model.config, length) if workspace is None else workspace.cache
     padding = (rows.attention_mask == 0).sum(1).tolist()
@@ -243,11 +266,11 @@ def prefill_rows(model: "NextFlowForCausalLM", rows: PromptRows, cells: int) -> 
         runs.append((start, start + len(list(group)), count))
         start = runs[-1][1]
     boi_position = vars(cache)["nextflow_place"].position[1, :, None]
-    return ImageRows(cache, mask, boi_position, states[:, -1:], runs=runs, workspace=workspace)
+    return ImageRows(cache, mask, boi_position, states[:, -1:], runs=runs, workspace=workspace, is_fused=is_fused)
 
 
 def begin_images(
-    model: "NextFlowForCausalLM",
+    model: NextFlowSamplingInterface,
     cache: DynamicCache,
     mask: torch.Tensor | None,
     boi_position: torch.Tensor,
@@ -263,7 +286,7 @@ def begin_images(
     layout = model.model.get_image_layout(tokens, image_grids)
     embeds = model.model.embed_inputs(tokens, image_grids=image_grids, layout=layout)
     reserve(cache, 1 + cells)
-    embeddings = model.model.get_position_embeddings(embeds, boi_position.expand(3, -1, -1))
+    embeddings = model.model.rotary_emb(embeds, boi_position.expand(3, -1, -1))
     rows = ImageRows(cache, mask, boi_position, embeds, sampling, embeddings=embeddings)
     rows.append(model, embeds)
     return rows
@@ -271,16 +294,17 @@ def begin_images(
 
 @torch.no_grad()
 def sample_scales(
-    model: "NextFlowForCausalLM",
+    model: NextFlowSamplingInterface,
     row_sets: Sequence[ImageRows],
     plan: Sequence[ScaleStep],
     image_grids: torch.Tensor,
     inputs: Sequence[ScaleInput],
 ) -> Iterator[SampledScale]:
     """
-    Sample images that share one schedule, `image_grids` (images, max_scales, 2), scale by scale, from `inputs` of all
-    scales. `row_sets` hold the rows that have an image, one an image in order, then those of the same prompts without
-    their text and those without text and source images, if any: in the same cache or in another.
+    Sample images that share one schedule, `image_grids` (images, max_scales, 2), scale by scale, from the `inputs` of
+    all scales, which [`prepare_scales`] has prepared. `row_sets` hold the rows that have an image, one an image in
+    order, then those of the same prompts without their text and those without text and source images, if any: in the
+    same cache or in another.
 
     All that does not depend on codes is prepared before the first scale: from there to the last one the host does not
     wait for an accelerator.
@@ -290,11 +314,11 @@ def sample_scales(
         looking at them earlier would make the host wait at every scale.
     """
     batch, plan, workspaces = len(image_grids), list(plan), [rows.workspace for rows in row_sets]
-    grids = [step.grid for step in plan]
+    grids, is_synchronous = [step.grid for step in plan], image_grids.device.type in SYNCHRONOUS
     terms = model.get_scale_terms(image_grids)
     for rows in row_sets if len(grids) > 1 else ():
         positions = model.get_block_positions(rows.boi_position + 1, grids[1:])
-        rows.embeddings = model.model.get_position_embeddings(rows.hidden_states, positions)
+        rows.embeddings = model.model.rotary_emb(rows.hidden_states, positions)
     codes, unchecked = image_grids.new_zeros(batch, 0), {}
     try:
         for index, own in enumerate(inputs):
@@ -306,21 +330,21 @@ def sample_scales(
             if own.given is not None and own.is_given is None:
                 sampled = own.given
             else:
-                states = [
-                    rows.hidden_states if rows.sampling is None else rows.hidden_states[rows.sampling]
-                    for rows in row_sets
-                ]
+                every = slice(None)
+                states = [rows.hidden_states[every if rows.sampling is None else rows.sampling] for rows in row_sets]
                 logits = model.guided_logits(states, step, batch)
-                unchecked[index] = largest_score(logits, step)
-                own.draw(step, logits.device)  # where a callback has changed the step
+                # The largest score that is sampled from: NaN or infinite where any is.
+                low, high = logits.aminmax()  # a CPU takes 20 times as long for `vector_norm`
+                unchecked[index] = torch.maximum(-low, high) / (step.temperature or 1)
                 sampled = model.sample_scale(logits, step, own.numbers, own.given, own.is_given)
             codes = torch.cat([codes, sampled], dim=1)
-            if _is_synchronous(codes.device) or index + 1 == len(plan):
+            if is_synchronous or index + 1 == len(plan):
                 _check_finite(unchecked, plan)
-            scale = SampledScale(index, codes, plan)
+            scale = SampledScale(index, step, codes, plan, image_grids)
             yield scale
             if scale.image_codes is not codes:
                 codes = _replaced(codes, scale.image_codes.to(codes.device), model.config.codebook_size)
+            prepare_scales(inputs[index + 1 :], plan[index + 1 :], codes.device)  # of steps that were changed
             if index + 1 == len(plan):
                 _check_finite(unchecked, plan)  # where the plan was cut short
                 return
@@ -331,25 +355,29 @@ def sample_scales(
 
 
 def _append_scale(
-    model: "NextFlowForCausalLM", row_sets: Sequence[ImageRows], embeds: torch.Tensor
+    model: NextFlowSamplingInterface, row_sets: Sequence[ImageRows], embeds: torch.Tensor
 ) -> list[ImageRows]:
-    """Run a block (rows, cells, hidden) on the first rows; those that guidance needs no more are left out."""
-    kept, start = [], 0
+    """
+    Run a block (rows, cells, hidden) on the first rows; those that guidance needs no more are left out. Rows go run by
+    run, without a mask, where layers are not fused and blocks are worth a pass each.
+    """
+    kept, start, cells = [], 0, embeds.shape[1]
     for rows in row_sets:
-        if start < len(embeds):
-            count = len(rows.boi_position if rows.sampling is None else rows.sampling)
-            rows = rows if rows.sampling is not None else rows.first(min(count, len(embeds) - start))
-            for part in [rows] if model.is_fused else rows.split(embeds.shape[1]):
-                count = len(part.boi_position if part.sampling is None else part.sampling)
-                part.append(model, embeds[start : start + count])
-                kept.append(part)
-                start += count
+        if start == len(embeds):
+            break
+        count = len(rows.boi_position if rows.sampling is None else rows.sampling)
+        if rows.sampling is None and count > len(embeds) - start:
+            rows = rows.first(len(embeds) - start)
+        parts = [rows]
+        if rows.mask is not None and rows.runs and not rows.is_fused:
+            if cells * min(end - first for first, end, _ in rows.runs) >= ARITHMETIC_BOUND:
+                parts = [rows.part(slice(first, end), padding) for first, end, padding in rows.runs]
+        for part in parts:
+            count = len(part.boi_position if part.sampling is None else part.sampling)
+            part.append(model, embeds[start : start + count])
+            start += count
+        kept += parts
     return kept
-
-
-def _is_synchronous(device: torch.device) -> bool:
-    """Whether a look at a tensor's values costs nothing: an accelerator would have to finish its work first."""
-    return device.type == "cpu"
 
 
 def _check_finite(scores: dict[int, torch.Tensor], plan: Sequence[ScaleStep]) -> None:
@@ -373,21 +401,194 @@ def _replaced(codes: torch.Tensor, others: torch.Tensor, codebook_size: int) -> 
     return check_codes(others, codebook_size)
 
 
-def sample_images(*args, **kwargs) -> torch.Tensor:
-    """Codes (images, codes) of whole images; arguments as [`sample_scales`]."""
-    for scale in sample_scales(*args, **kwargs):
-        codes = scale.image_codes
-    return codes
+# ---- the model's part
+
+
+class NextFlowImageGeneration(NextFlowSamplingInterface):
+    """The methods of [`NextFlowForCausalLM`] that sample images."""
+
+    generation_config: GenerationConfig
+
+    def get_image_settings(
+        self,
+        config: GenerationConfig | None = None,
+        is_guided: bool = True,
+        is_image_guided: bool = True,
+        **given: Any,
+    ) -> dict[str, Any]:
+        """
+        How images are sampled.
+
+        Args:
+            config ([`GenerationConfig`], *optional*): Defaults to the model's. It need not be one of ours.
+            is_guided, is_image_guided (`bool`, *optional*, defaults to `True`):
+                Whether there are unconditional prompts, and unconditional prompts without images. Guidance that only
+                the config asks for is left out without them.
+            given: `guidance_scale`, `guidance_schedule`, `image_guidance_scale`, `temperature`, `top_k`, `top_p`. What
+                is missing or `None` comes from the config, else from [`IMAGE_DEFAULTS`].
+
+        Raises:
+            `ValueError`: on a setting that is no number in its range.
+        """
+        if unknown := given.keys() - IMAGE_DEFAULTS.keys():
+            raise TypeError(f"got {sorted(unknown)}, expected settings of images: {list(IMAGE_DEFAULTS)}")
+        config, settings = self.generation_config if config is None else config, {}
+        for name, default in IMAGE_DEFAULTS.items():
+            candidates = (given.get(name), getattr(config, CONFIG_NAMES[name], None), default)
+            settings[name] = next(value for value in candidates if value is not None)
+        if not is_image_guided and given.get("image_guidance_scale") is None:
+            settings["image_guidance_scale"] = 1.0
+        if not is_guided and given.get("guidance_scale") is None and guides(settings["guidance_scale"]):
+            logger.warning_once(
+                f"the generation config has guidance_scale={settings['guidance_scale']}, but without "
+                "negative_input_ids the image is sampled without guidance: pass the unconditional prompt, which the "
+                "processor makes (`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
+            )
+            settings["guidance_scale"] = 1.0
+        lengths = [len(value) for value in settings.values() if isinstance(value, (list, tuple))]
+        scale_plan([(1, 1)] * max(lengths, default=1), **settings)  # checks them
+        return settings
+
+    @torch.no_grad()
+    def generate_images(
+        self, *args: Any, callback: ScaleCallback | None = None, **kwargs: Any
+    ) -> NextFlowImageGenerationOutput:
+        r"""
+        Sample one image a row. All rows share one schedule.
+
+        Args:
+            args, kwargs: As in [`~NextFlowGenerationMixin.stream_images`].
+            callback (`Callable`, *optional*):
+                Called after every scale with (index, step, codes (batch, codes so far)). May return the steps of the
+                scales still to come, to change how they are sampled; without any, the images are previews.
+        """
+        for scale in self.stream_images(*args, **kwargs):
+            if callback is not None:
+                changed = callback(scale.index, scale.step, scale.image_codes)
+                if changed is not None:
+                    scale.plan[scale.index + 1 :] = changed
+        target_grids = scale.image_grids.clone()
+        target_grids[:, scale.index + 1 :] = 0  # where it stopped early
+        return NextFlowImageGenerationOutput(image_codes=scale.image_codes.flatten(), image_grids=target_grids)
+
+    @torch.no_grad()
+    def stream_images(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_grids: torch.Tensor,
+        image_codes: torch.Tensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        negative_image_codes: torch.Tensor | None = None,
+        negative_image_grids: torch.Tensor | None = None,
+        imageless_input_ids: torch.Tensor | None = None,
+        imageless_attention_mask: torch.Tensor | None = None,
+        imageless_image_codes: torch.Tensor | None = None,
+        imageless_image_grids: torch.Tensor | None = None,
+        prefix_codes: torch.Tensor | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        num_scales: int | None = None,
+        guidance_scale: PerScale = None,
+        guidance_schedule: str | None = None,
+        image_guidance_scale: PerScale = None,
+        temperature: PerScale = None,
+        top_k: PerScale = None,
+        top_p: PerScale = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Iterator[SampledScale]:
+        r"""
+        [`~NextFlowGenerationMixin.generate_images`] step by step: an iterator over the scales, each sampled when it
+        is asked for. To stop, ask for no more.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, length)`): Prompts that end in `<boi>`, left-padded.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 at padding.
+            image_grids (`torch.Tensor` of shape `(n_images, max_scales, 2)`):
+                One row per `<boi>`, in reading order, that of the image to sample included.
+            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*): Codes of the images in the prompts.
+            negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids (*optional*):
+                The unconditional prompts, in the same form, one row or `batch` rows. Needed where guidance is not 1.
+                With as many images as the prompts, these are the prompts' unless said otherwise.
+            imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids (*optional*):
+                The unconditional prompts without their source images. Needed where `image_guidance_scale` is not 1.
+            prefix_codes (`torch.Tensor` of shape `(batch, codes)`, *optional*):
+                Codes of the first scales, which are then taken as they are; the others are sampled after them.
+            prefix_mask (`torch.Tensor` of shape `(batch, codes)`, *optional*):
+                Which of `prefix_codes` are taken, all by default. The other cells of these scales are sampled.
+            num_scales (`int`, *optional*): Sample only so many scales of the schedule: a preview.
+            guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
+                See [`ScaleStep`]. Default to the generation config's `guidance_scale`, `image_temperature`, ...
+            guidance_schedule (`str`, *optional*): `"constant"`, `"linear"` or `"early"`; see [`scale_plan`].
+            image_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
+                Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
+            generator (`torch.Generator` or list of them, *optional*):
+                One, or one per row. With one per row, a row's codes do not depend on the other rows in float32; in
+                lower precision they change where rounding, which does, turns the two best codes of a cell.
+
+        Raises:
+            `ValueError`: on what does not fit together, codes out of range, and logits that are not finite.
+        """
+        # 1. Settings
+        batch, boi = len(input_ids), self.config.boi_token_id
+        grids, target_grids = shared_schedule(input_ids, image_grids, boi)
+        settings: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "image_guidance_scale": image_guidance_scale,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        if any(value is None for value in settings.values()):
+            is_guided = negative_input_ids is not None, imageless_input_ids is not None
+            settings = self.get_image_settings(None, *is_guided, **settings)
+        plan = scale_plan(grids, **settings)
+        if num_scales is not None and not 1 <= num_scales <= len(plan):
+            raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
+        plan = plan[:num_scales]
+        conditions = max(step.num_conditions for step in plan)
+
+        # 2. What is given of each scale, and its randomness
+        given: list[tuple] = [()] * len(plan)
+        if prefix_codes is not None or prefix_mask is not None:
+            prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
+            given[: len(prefix)] = prefix[: len(plan)]
+        generators = one_per_row(generator, batch)
+        inputs = [ScaleInput(generators, *own) for own in given]
+        prepare_scales(inputs, plan, input_ids.device)
+
+        # 3. The prompts and those that guide them, in one batch
+        rows = PromptRows.of(input_ids, attention_mask, image_codes, image_grids)
+        parts = [rows]
+        if conditions > 1:
+            negative = negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
+            parts.append(negative_rows(rows, boi, *negative))
+        if conditions > 2:
+            imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
+            missing = (
+                "image_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt, without "
+                "its source images"
+            )
+            parts.append(negative_rows(rows, boi, *imageless, missing=missing))
+        multiple = 1 if self.graphs is None else PROMPT_LENGTHS
+        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
+        cells = sum(height * width for height, width in grids[1 : len(plan)])
+        check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
+
+        return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)
 
 
 __all__ = [
     "ImageRows",
-    "SampledScale",
-    "ScaleCallback",
+    "NextFlowImageGeneration",
+    "NextFlowImageGenerationOutput",
+    "PromptRows",
     "begin_images",
     "check_context",
+    "negative_rows",
+    "one_per_row",
     "prefill_rows",
-    "prepare_scales",
-    "sample_images",
     "sample_scales",
 ]

@@ -1,8 +1,8 @@
 """Text and images in one answer: text token by token until `<boi>`, then the scales, `<eoi>`, and text again (§2.2).
 
-One cache for the batch. Its rows begin images at different times: one that has begun waits until all others have, or
-are done, and the images are drawn together. A row that does not take part in a step gets padding, which nobody attends
-to, so it ends up with what it would get alone.
+The batch has one cache. Its rows begin images at different times: a row that has begun one waits until all others
+have, or are done, and the images are sampled together. A row that takes no part in a step gets padding, which nothing
+attends to, so its answer is the one that it would get alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,10 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from .cache_nextflow import CachePlace, layers_of, reserve
-from .generation_image_nextflow import (
-    begin_images,
-    check_context,
-    prefill_rows,
-    prepare_scales,
-    sample_images,
-)
-from .prompt_rows_nextflow import PromptRows, schedule_of, split_images
-from .sampling_nextflow import ScaleStep, sample
+from .generation_image_nextflow import PromptRows, begin_images, check_context, prefill_rows, sample_scales
+from .grids_nextflow import Schedule, schedules_from_grids
+from .prompt_rows_nextflow import split_images
+from .sampling_nextflow import ScaleInput, ScaleStep, prepare_scales, sample
 
 
 if TYPE_CHECKING:
@@ -103,7 +98,7 @@ class TextStreamer(BaseStreamer):
 
 @dataclass
 class ImagePlan:
-    """How the images of an answer are drawn.
+    """How the images of an answer are sampled.
 
     Attributes:
         target_grids: (batch, max_scales, 2), the schedule of a row's images.
@@ -111,11 +106,11 @@ class ImagePlan:
         generators: one a row, for text and images alike; `None` is the global one.
         max_images: images that a row may begin.
         negative: the unconditional prompts, one a row, each ending in `<boi>`.
-        stop_at_image: a row ends with the `<boi>` of its first image, which is left to be drawn.
+        stop_at_image: a row ends with the `<boi>` of its first image, which is left to be sampled.
     """
 
     target_grids: torch.Tensor
-    plan_for: Callable[[list[tuple[int, int]]], list[ScaleStep]]
+    plan_for: Callable[[Schedule], list[ScaleStep]]
     generators: Sequence[torch.Generator | None]
     max_images: int
     negative: PromptRows | None = None
@@ -174,32 +169,43 @@ class _Answers:
         self.is_pending = torch.zeros_like(self.is_pending)
         return outputs.logits[:, -1]
 
-    def draw(self, rows: torch.Tensor, drawing: ImagePlan) -> list[torch.Tensor]:
-        """The images of `rows`, which share one schedule and end in a `<boi>` that has not run yet."""
-        target_grids = drawing.target_grids[rows]
-        grids = schedule_of(target_grids[0])
-        plan = drawing.plan_for(grids)
+    def sample_images(self, waiting: torch.Tensor, image_plan: ImagePlan, streamer: TextStreamer | None) -> None:
+        """The images of the rows that are `waiting` (batch,) behind a `<boi>`, those of one schedule together."""
+        schedules, groups = schedules_from_grids(image_plan.target_grids), {}
+        for row in waiting.nonzero()[:, 0].tolist():
+            groups.setdefault(schedules[row], []).append(row)
+        for grids, rows in groups.items():
+            codes = self._sample_group(grids, torch.tensor(rows, device=waiting.device), image_plan)
+            if streamer is not None:
+                streamer.put_image(codes[0], image_plan.target_grids[rows[0]])
+
+    def _sample_group(self, grids: Schedule, rows: torch.Tensor, image_plan: ImagePlan) -> torch.Tensor:
+        """Codes (images, codes) of `rows`, which share one schedule and end in a `<boi>` that has not run yet."""
+        target_grids = image_plan.target_grids[rows]
+        plan = image_plan.plan_for(grids)
         cells = sum(height * width for height, width in grids[1:])
         sampling = None if len(rows) == len(self.length) else rows
         own = begin_images(self.model, self.cache, self.mask, self.position, sampling, target_grids, cells)
         row_sets = [own]
-        if drawing.negative is not None and any(step.guidance_scale != 1 for step in plan):
-            negative = _select_rows(drawing.negative, rows, target_grids, self.model)
+        if image_plan.negative is not None and any(step.guidance_scale != 1 for step in plan):
+            negative = _select_rows(image_plan.negative, rows, target_grids, self.model)
             check_context(self.model.config, int(negative.attention_mask.sum(1).max()), cells)
             row_sets.append(prefill_rows(self.model, negative, cells))
-        inputs = prepare_scales(plan, [drawing.generators[row] for row in rows.tolist()], [], target_grids.device)
-        codes = sample_images(self.model, row_sets, plan, target_grids, inputs)
+        inputs = [ScaleInput([image_plan.generators[row] for row in rows.tolist()]) for _ in plan]
+        prepare_scales(inputs, plan, target_grids.device)
+        *_, scale = sample_scales(self.model, row_sets, plan, target_grids, inputs)
+        codes = scale.image_codes
         self.mask = own.mask
         for row, image_codes, image_grids in zip(rows.tolist(), codes, target_grids):
             self.images[row].append((image_codes, image_grids))
 
         tokens = self.ids.new_full((len(self.length), cells + 1), self.model.config.image_token_id)
         tokens[:, -1] = self.model.config.eoi_token_id
-        drawn = torch.zeros_like(self.is_pending).index_fill(0, rows, True)
-        self.write(tokens, drawn)
-        self.is_pending = self.is_pending | drawn
-        self.position = self.position + len(grids) * drawn[:, None]
-        return list(codes)
+        with_image = torch.zeros_like(self.is_pending).index_fill(0, rows, True)
+        self.write(tokens, with_image)
+        self.is_pending = self.is_pending | with_image
+        self.position = self.position + len(grids) * with_image[:, None]
+        return codes
 
     def finish(
         self,
@@ -258,7 +264,7 @@ def generate_interleaved(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     *,
-    drawing: ImagePlan,
+    image_plan: ImagePlan,
     streamer: TextStreamer | None = None,
     **model_kwargs: Any,
 ) -> NextFlowInterleavedGenerationOutput:
@@ -286,22 +292,22 @@ def generate_interleaved(
     num_tokens, num_images = torch.zeros_like(answers.length), torch.zeros_like(answers.length)
     # What is left of the context for each row, and the tokens of its image: `<boi>`, the cells of scales 2..K, `<eoi>`
     room = model.config.max_position_embeddings - lengths
-    image_tokens = drawing.target_grids[:, 1:].prod(-1).sum(-1) + 2
+    image_tokens = image_plan.target_grids[:, 1:].prod(-1).sum(-1) + 2
     writing = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     waiting = torch.zeros_like(writing)
     while True:
         # 2a. A token for each row that writes
         scores = logits.to(dtype=torch.float32, device=input_ids.device)
-        may_draw = num_images < drawing.max_images
+        may_begin = num_images < image_plan.max_images
         fits = room - answers.length >= image_tokens
-        scores = logits_processor(answers.ids, _keep_text(scores, may_draw & fits, model))
-        scores = _keep_text(scores, may_draw, model)  # whatever the processors wish
+        scores = logits_processor(answers.ids, _keep_text(scores, may_begin & fits, model))
+        scores = _keep_text(scores, may_begin, model)  # whatever the processors wish
         if not scores[writing].amax(-1).isfinite().all():
             raise ValueError(
                 f"the logits of text token {int(num_tokens.max()) + 1} are not finite: expected a higher temperature, "
                 "logits processors that leave a token, or weights without NaN"
             )
-        tokens = _choose(scores, writing, drawing.generators) if generation_config.do_sample else scores.argmax(-1)
+        tokens = _choose(scores, writing, image_plan.generators) if generation_config.do_sample else scores.argmax(-1)
         answers.write(tokens[:, None], writing)
         begun = writing & (tokens == model.config.boi_token_id)
         num_tokens, num_images = num_tokens + writing, num_images + begun
@@ -312,21 +318,16 @@ def generate_interleaved(
         if len(criteria):
             done = done | (criteria(answers.ids, None) & ~begun)
         answers.is_pending = answers.is_pending | (writing & ~begun)
-        if not drawing.stop_at_image:
+        if not image_plan.stop_at_image:
             waiting = waiting | begun
         writing = writing & ~begun & ~done
 
         # 2b. The images, once nobody writes
         if not writing.any() and waiting.any():
-            groups: dict[tuple, list[int]] = {}
-            for row in waiting.nonzero()[:, 0].tolist():
-                # A processor may ask for an image where there is no room.
-                check_context(model.config, int(lengths[row] + answers.length[row]), int(image_tokens[row]) - 1)
-                groups.setdefault(tuple(schedule_of(drawing.target_grids[row])), []).append(row)
-            for rows in groups.values():
-                codes = answers.draw(torch.tensor(rows, device=input_ids.device), drawing)
-                if streamer is not None:
-                    streamer.put_image(codes[0], drawing.target_grids[rows[0]])
+            for row in waiting.nonzero()[:, 0].tolist():  # a processor may ask for an image where there is no room
+                tokens = int(lengths[row] + answers.length[row])
+                check_context(model.config, tokens, int(image_tokens[row]) - 1)
+            answers.sample_images(waiting, image_plan, streamer)
             is_full = is_full | (answers.length >= room)
             writing = waiting & (num_tokens < max_tokens) & ~is_full
             if len(criteria):  # who was told to stop meanwhile
@@ -352,11 +353,11 @@ def generate_interleaved(
     )
 
 
-def _keep_text(scores: torch.Tensor, may_draw: torch.Tensor, model: "NextFlowForCausalLM") -> torch.Tensor:
-    """Scores in which all is ruled out that is no text but, in rows that `may_draw`, `<boi>`."""
+def _keep_text(scores: torch.Tensor, may_begin: torch.Tensor, model: "NextFlowForCausalLM") -> torch.Tensor:
+    """Scores in which all is ruled out that is no text but, in rows that `may_begin`, `<boi>`."""
     config = model.config
     scores = scores.clone()
-    boi = scores[:, config.boi_token_id].where(may_draw, -float("inf"))
+    boi = scores[:, config.boi_token_id].where(may_begin, -float("inf"))
     scores[:, config.image_vocabulary] = -float("inf")
     scores[:, config.image_token_id] = -float("inf")
     scores[:, config.boi_token_id] = boi
@@ -373,7 +374,7 @@ def _choose(scores: torch.Tensor, writing: torch.Tensor, generators: Sequence[to
 def _select_rows(
     prompts: PromptRows, rows: torch.Tensor, target_grids: torch.Tensor, model: "NextFlowForCausalLM"
 ) -> PromptRows:
-    """The unconditional prompts of `rows`, with the schedules of the images that are drawn now."""
+    """The unconditional prompts of `rows`, with the schedules of the images that are sampled now."""
     boi = model.config.boi_token_id
     codes, grids = split_images(prompts.input_ids, prompts.image_codes, prompts.image_grids, boi_token_id=boi)
     return PromptRows(

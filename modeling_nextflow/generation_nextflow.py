@@ -6,8 +6,6 @@ generation_image_nextflow.py and generation_interleaved_nextflow.py. Knows codes
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,18 +28,17 @@ from .generation_configuration_nextflow import (
     DEFAULT_MAX_IMAGES,
     IMAGE_DEFAULTS,
     NextFlowGenerationConfig,
-    image_settings,
     refuse_config,
     refuse_options,
     refuse_text_settings,
 )
 from .generation_image_nextflow import (
-    SampledScale,
-    ScaleCallback,
+    NextFlowImageGeneration,
+    NextFlowImageGenerationOutput,
+    PromptRows,
     check_context,
-    prefill_rows,
-    prepare_scales,
-    sample_scales,
+    negative_rows,
+    one_per_row,
 )
 from .generation_interleaved_nextflow import (
     ImagePlan,
@@ -49,21 +46,9 @@ from .generation_interleaved_nextflow import (
     TextStreamer,
     generate_interleaved,
 )
-from .graphs_nextflow import PROMPT_LENGTHS
-from .interface_nextflow import NextFlowSamplingInterface
-from .prompt_rows_nextflow import (
-    PromptRows,
-    append_boi,
-    check_image_count,
-    find_target_grids,
-    negative_rows,
-    schedule_of,
-    shared_schedule,
-    split_images,
-    split_prefix,
-    stack_rows,
-)
-from .sampling_nextflow import PerScale, ScaleStep, guide, guides, sample_codes, scale_plan
+from .grids_nextflow import Schedule, schedules_from_grids
+from .prompt_rows_nextflow import append_boi, check_image_count, find_target_grids, split_images
+from .sampling_nextflow import ScaleStep, scale_plan
 
 
 logger = logging.get_logger(__name__)
@@ -71,26 +56,8 @@ logger = logging.get_logger(__name__)
 GENERATION_MODES = ("text", "image", "interleaved")
 
 
-@dataclass
-class NextFlowImageGenerationOutput:
-    r"""
-    Images drawn by [`NextFlowGenerationMixin.generate_images`]. No `ModelOutput`: `pipeline("any-to-any")` would make
-    a plain one of it, and asks for `to`.
-
-    Args:
-        image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes of all images, in order, scale-major.
-        image_grids (`torch.Tensor` of shape `(batch, max_scales, 2)`): Their schedules.
-    """
-
-    image_codes: torch.Tensor
-    image_grids: torch.Tensor
-
-    def to(self, device: torch.device | str) -> "NextFlowImageGenerationOutput":
-        return NextFlowImageGenerationOutput(self.image_codes.to(device), self.image_grids.to(device))
-
-
 class TextOnlyLogitsProcessor(LogitsProcessor):
-    """Text mode: no image code, `<boi>`, `<eoi>` or placeholder can be drawn."""
+    """Text mode: no image code, `<boi>`, `<eoi>` or placeholder can be sampled."""
 
     def __init__(self, image_vocabulary: slice, image_token_id: int):
         self.image_vocabulary = image_vocabulary
@@ -103,8 +70,8 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         return scores
 
 
-class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
-    """`generate` in three modes, and [`~NextFlowGenerationMixin.generate_images`]."""
+class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
+    """`generate` in three modes."""
 
     def adjust_generation_fn(self, generation_config: GenerationConfig | None = None, *args, **kwargs) -> None:
         # Overwritten: what transformers loads is a plain `GenerationConfig`, with the names that its file has.
@@ -126,7 +93,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         **kwargs,
     ) -> torch.Tensor | ModelOutput | NextFlowImageGenerationOutput:
         r"""
-        Write, draw, or both.
+        Write text, sample images, or both.
 
         Args:
             inputs, generation_config, logits_processor, stopping_criteria, kwargs:
@@ -142,7 +109,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
                   for the cache. A `streamer` gets the text and, if it has a `put_image`, codes and grids of images.
             image_codes, image_grids (`torch.Tensor`, *optional*): The images in the prompts, as in `forward`.
             target_grids (`torch.Tensor` of shape `(batch or 1, max_scales, 2)`, *optional*):
-                Schedules of the images to draw, where no row of `image_grids` says so. Defaults to that of the last
+                Schedules of the images to sample, where no row of `image_grids` says so. Defaults to that of the last
                 image of the prompt, then to `image_target_grids` of the generation config.
             negative_input_ids (`torch.Tensor` of shape `(batch or 1, length)`, *optional*):
                 Unconditional prompts, where `guidance_scale` is not 1. Without them, guidance of the generation
@@ -150,8 +117,8 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
             generator (`torch.Generator` or list of them, *optional*):
                 One, or one a row. In interleaved mode it also samples the text.
             stop_at_image (`bool`, *optional*, defaults to `False`):
-                In interleaved mode a row ends with its first `<boi>`, and nothing is drawn: the sequences, with a row
-                of `image_grids` for each `<boi>`, are prompts for `"image"` mode.
+                In interleaved mode a row ends with its first `<boi>`, and no image is sampled. The sequences, with a
+                row of `image_grids` for each `<boi>`, are prompts for `"image"` mode.
 
         Returns:
             In `"image"` mode [`NextFlowImageGenerationOutput`], in `"interleaved"` mode
@@ -189,172 +156,6 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
 
     # ---- images
 
-    def get_image_settings(self, config: GenerationConfig | None = None, **given: Any) -> dict[str, Any]:
-        """
-        How images are sampled.
-
-        Args:
-            config ([`GenerationConfig`], *optional*): Defaults to the model's.
-            given: `guidance_scale`, `guidance_schedule`, `image_guidance_scale`, `temperature`, `top_k`, `top_p`. What
-                is missing or `None` comes from the config, else from [`IMAGE_DEFAULTS`].
-
-        Raises:
-            `ValueError`: on a setting that is no number in its range.
-        """
-        settings = image_settings(self.generation_config if config is None else config, given)
-        lengths = [len(value) for value in settings.values() if isinstance(value, (list, tuple))]
-        scale_plan([(1, 1)] * max(lengths, default=1), **settings)
-        return settings
-
-    def _supported_settings(
-        self,
-        config: GenerationConfig,
-        given: dict[str, Any],
-        negative_input_ids: torch.Tensor | None,
-        imageless_input_ids: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        """
-        [`image_settings`], where guidance that only the config asks for is left out without an unconditional
-        prompt. Guidance that the call asks for is an error then.
-        """
-        settings = image_settings(config, given)
-        if given.get("image_guidance_scale") is None and imageless_input_ids is None:
-            settings["image_guidance_scale"] = 1.0
-        if given.get("guidance_scale") is None and negative_input_ids is None and guides(settings["guidance_scale"]):
-            logger.warning_once(
-                f"the generation config has guidance_scale={settings['guidance_scale']}, but without "
-                "negative_input_ids the image is sampled without guidance: pass the unconditional prompt, which the "
-                "processor makes (`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
-            )
-            settings["guidance_scale"] = 1.0
-        return settings
-
-    @torch.no_grad()
-    def generate_images(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        image_grids: torch.Tensor,
-        callback: ScaleCallback | None = None,
-        **kwargs,
-    ) -> NextFlowImageGenerationOutput:
-        r"""
-        Draw one image per row. All rows share one schedule.
-
-        Args:
-            input_ids, attention_mask, image_grids, kwargs: As in [`~NextFlowGenerationMixin.stream_images`].
-            callback (`Callable`, *optional*):
-                Called after every scale with (index, step, codes (batch, codes so far)). May return the steps of the
-                scales still to come, to change how they are drawn; without any, the images are previews.
-        """
-        for scale in self.stream_images(input_ids, attention_mask, image_grids=image_grids, **kwargs):
-            if callback is not None:
-                changed = callback(scale.index, scale.step, scale.image_codes)
-                if changed is not None:
-                    scale.plan[scale.index + 1 :] = changed
-        _, target_grids = shared_schedule(input_ids, image_grids, self.config.boi_token_id)
-        target_grids = target_grids.clone()
-        target_grids[:, scale.index + 1 :] = 0  # where it stopped early
-        return NextFlowImageGenerationOutput(image_codes=scale.image_codes.flatten(), image_grids=target_grids)
-
-    @torch.no_grad()
-    def stream_images(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        image_grids: torch.Tensor,
-        image_codes: torch.Tensor | None = None,
-        negative_input_ids: torch.Tensor | None = None,
-        negative_attention_mask: torch.Tensor | None = None,
-        negative_image_codes: torch.Tensor | None = None,
-        negative_image_grids: torch.Tensor | None = None,
-        imageless_input_ids: torch.Tensor | None = None,
-        imageless_attention_mask: torch.Tensor | None = None,
-        imageless_image_codes: torch.Tensor | None = None,
-        imageless_image_grids: torch.Tensor | None = None,
-        prefix_codes: torch.Tensor | None = None,
-        prefix_mask: torch.Tensor | None = None,
-        num_scales: int | None = None,
-        guidance_scale: PerScale = None,
-        guidance_schedule: str | None = None,
-        image_guidance_scale: PerScale = None,
-        temperature: PerScale = None,
-        top_k: PerScale = None,
-        top_p: PerScale = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> Iterator[SampledScale]:
-        r"""
-        [`~NextFlowGenerationMixin.generate_images`] step by step: an iterator over the scales, each drawn when it is
-        asked for. To stop, ask for no more.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(batch, length)`): Prompts that end in `<boi>`, left-padded.
-            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 at padding.
-            image_grids (`torch.Tensor` of shape `(n_images, max_scales, 2)`):
-                One row per `<boi>`, in reading order, that of the image to draw included.
-            image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*): Codes of the images in the prompts.
-            negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids (*optional*):
-                The unconditional prompts, in the same form, one row or `batch` rows. Needed where guidance is not 1.
-                With as many images as the prompts, these are the prompts' unless said otherwise.
-            imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids (*optional*):
-                The unconditional prompts without their source images. Needed where `image_guidance_scale` is not 1.
-            prefix_codes (`torch.Tensor` of shape `(batch, codes)`, *optional*):
-                Codes of the first scales, which are then taken as they are; the others are drawn after them.
-            prefix_mask (`torch.Tensor` of shape `(batch, codes)`, *optional*):
-                Which of `prefix_codes` are taken, all by default. The other cells of these scales are drawn.
-            num_scales (`int`, *optional*): Draw only so many scales of the schedule: a preview.
-            guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
-                See [`ScaleStep`]. Default to the generation config's `guidance_scale`, `image_temperature`, ...
-            guidance_schedule (`str`, *optional*): `"constant"`, `"linear"` or `"early"`; see [`scale_plan`].
-            image_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
-                Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
-            generator (`torch.Generator` or list of them, *optional*):
-                One, or one per row. With one per row, a row's codes do not depend on the other rows in float32; in
-                lower precision they change where rounding, which does, turns the two best codes of a cell.
-
-        Raises:
-            `ValueError`: on what does not fit together, codes out of range, and logits that are not finite.
-        """
-        batch = len(input_ids)
-        grids, target_grids = shared_schedule(input_ids, image_grids, self.config.boi_token_id)
-        given = {
-            "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule,
-            "image_guidance_scale": image_guidance_scale,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        settings = self._supported_settings(self.generation_config, given, negative_input_ids, imageless_input_ids)
-        plan = scale_plan(grids, **settings)
-        if num_scales is not None and not 1 <= num_scales <= len(plan):
-            raise ValueError(f"num_scales is {num_scales}, expected 1 to {len(plan)}, the scales of the schedule")
-        plan = plan[:num_scales]
-        generators = _one_per_row(generator, batch)
-        prefix = split_prefix(prefix_codes, prefix_mask, grids, batch, self.config.codebook_size)
-        conditions, boi = max(step.num_conditions for step in plan), self.config.boi_token_id
-        rows = PromptRows.of(input_ids, attention_mask, image_codes, image_grids)
-        parts = [rows]
-        if conditions > 1:
-            negative = negative_input_ids, negative_attention_mask, negative_image_codes, negative_image_grids
-            parts.append(negative_rows(rows, boi, *negative))
-        if conditions > 2:
-            imageless = imageless_input_ids, imageless_attention_mask, imageless_image_codes, imageless_image_grids
-            missing = (
-                "image_guidance_scale is not 1, which needs imageless_input_ids: the unconditional prompt, without "
-                "its source images"
-            )
-            parts.append(negative_rows(rows, boi, *imageless, missing=missing))
-        multiple = 1 if self.graphs is None else PROMPT_LENGTHS
-        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
-        cells = sum(height * width for height, width in grids[1 : len(plan)])
-        check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
-        inputs = prepare_scales(plan, generators, prefix, input_ids.device)
-        row_sets = [prefill_rows(self, rows, cells)]  # pyright: ignore[reportArgumentType]  # NextFlowForCausalLM's mixin
-        return sample_scales(self, row_sets, plan, target_grids, inputs)  # pyright: ignore[reportArgumentType]  # as above
-
     def _generate_image(self, input_ids: torch.Tensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
         names = ("logits_processor", "stopping_criteria", "streamer", "past_key_values", "inputs_embeds")
@@ -367,8 +168,8 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         refuse_text_settings(options)
         config, arguments = self._prepare_generation_config(options.pop("generation_config"), **options)
         refuse_config(config, "image")
-        prompts = (arguments.get(name) for name in ("negative_input_ids", "imageless_input_ids"))
-        settings = self._supported_settings(config, settings, *prompts)
+        is_guided = (arguments.get(f"{name}_input_ids") is not None for name in ("negative", "imageless"))
+        settings = self.get_image_settings(config, *is_guided, **settings)
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments = self._end_in_boi({**arguments, "input_ids": input_ids}, config)
         count = config.num_return_sequences if count is None else count
@@ -410,7 +211,7 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         if input_ids is None or (input_ids[:, -1] == self.config.boi_token_id).any():
             raise ValueError(
                 "interleaved generation begins images itself: it needs input_ids that do not end in <boi> (use "
-                'generation_mode="image" to draw one right away)'
+                'generation_mode="image" to sample one right away)'
             )
         self._check_no_images(input_ids, options)
         settings = {name: value for name, value in options.items() if name != "generation_config"}
@@ -436,25 +237,25 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         target_grids = find_target_grids(self.config, config, input_ids, *images, target_grids)
         has_images = max_images and not stop_at_image
         given = {"guidance_scale": options.get("guidance_scale")} if has_images else IMAGE_DEFAULTS
-        image_settings = self._supported_settings(config, given, negative["input_ids"], None)
+        image_settings = self.get_image_settings(config, negative["input_ids"] is not None, False, **given)
         options = self._without_image_guidance({**options, "guidance_scale": None})
 
-        def plan_for(grids: list[tuple[int, int]]) -> list[ScaleStep]:
+        def plan_for(grids: Schedule) -> list[ScaleStep]:
             return scale_plan(grids, names=CONFIG_NAMES, **image_settings)
 
-        plans = [plan_for(schedule_of(row)) for row in target_grids] if has_images else []
-        drawing = ImagePlan(
+        plans = [plan_for(grids) for grids in schedules_from_grids(target_grids)] if has_images else []
+        image_plan = ImagePlan(
             target_grids,
             plan_for,
-            _one_per_row(generator, len(input_ids)),
+            one_per_row(generator, len(input_ids)),
             max_images,
             stop_at_image=bool(stop_at_image),
         )
         if any(step.guidance_scale != 1 for plan in plans for step in plan):
-            drawing.negative = self._negative_context(input_ids, *images, target_grids, negative)
+            image_plan.negative = self._negative_context(input_ids, *images, target_grids, negative)
         if streamer is not None:
             streamer = TextStreamer(streamer, self._is_text)
-        decode = functools.partial(generate_interleaved, drawing=drawing, streamer=streamer)
+        decode = functools.partial(generate_interleaved, image_plan=image_plan, streamer=streamer)
         output = super().generate(input_ids, custom_generate=decode, streamer=streamer, **options)
         return output  # pyright: ignore[reportReturnType]  # what `decode` returns
 
@@ -652,24 +453,9 @@ class NextFlowGenerationMixin(NextFlowSamplingInterface, GenerationMixin):
         return input_ids, {**model_kwargs, **given}
 
 
-def _one_per_row(
-    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
-) -> list[torch.Generator | None]:
-    generators: list[torch.Generator | None] = (
-        [generator] * batch if not isinstance(generator, Sequence) else [*generator]
-    )
-    if len(generators) != batch:
-        raise ValueError(f"got {len(generators)} generators for a batch of {batch}: pass one, or one per image")
-    return generators
-
-
 __all__ = [
     "NextFlowGenerationConfig",
     "NextFlowGenerationMixin",
     "NextFlowImageGenerationOutput",
     "NextFlowInterleavedGenerationOutput",
-    "ScaleStep",
-    "guide",
-    "sample_codes",
-    "scale_plan",
 ]

@@ -1,7 +1,11 @@
-"""Scale schedules as the models get them: `image_grids` (n_images, max_scales, 2), zero past an image's last scale.
+"""Images in a sequence, as numbers: their scale schedules, their layout among the tokens, and positions (§2.2).
 
-Read and checked here, once for the transformer and the vision tokenizer. Which grids there are is the processor's.
+`image_grids` (n_images, max_scales, 2) is zero past an image's last scale; which grids there are is the processor's.
+Its layout is read here: `<boi>`, one placeholder for every cell of scales 2..K, `<eoi>`. Pure functions of `input_ids`
+and `image_grids`; nothing here knows weights or pixels.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -42,3 +46,137 @@ def check_codes(codes: torch.Tensor, codebook_size: int, name: str = "image_code
     if low < 0 or high >= codebook_size:
         raise ValueError(f"{name} must lie in [0, {codebook_size}), got {low} to {high}")
     return codes
+
+
+# ---- layout and positions
+
+
+@dataclass
+class ImageLayout:
+    """Per-token description of the images in `input_ids`; every tensor is (batch, length).
+
+    Attributes:
+        image_index: row of `image_grids` of the image a token belongs to (the last `<boi>` at or before it).
+        scale: the scale that the token's output predicts: 1 at `<boi>`, 2..K at cells, 0 elsewhere.
+        row, column: place of a cell in its grid; 0 elsewhere.
+        block_ids: one id for all cells of one scale of one image, increasing along the row; -1 for every other token.
+        is_cell: whether a token is one of them.
+    """
+
+    image_index: torch.Tensor
+    scale: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    block_ids: torch.Tensor
+    is_cell: torch.Tensor
+
+    @property
+    def is_slot(self) -> torch.Tensor:
+        """Tokens whose output predicts an image code."""
+        return self.scale > 0
+
+
+def get_image_layout(
+    input_ids: torch.Tensor, image_grids: torch.Tensor, *, boi_token_id: int, image_token_id: int
+) -> ImageLayout:
+    """Read the image layout off `input_ids` (batch, length) and `image_grids` (n_images, max_scales, 2).
+
+    Vectorised and free of device synchronisation; that the two fit is checked where codes are embedded.
+    """
+    is_boi = input_ids == boi_token_id
+    is_cell = input_ids == image_token_id
+    image_index = is_boi.flatten().cumsum(0).view_as(input_ids) - 1
+    grids = image_grids[image_index.clamp(min=0, max=len(image_grids) - 1)]  # (batch, length, max_scales, 2)
+    if grids.shape[2] == 1:
+        grids = torch.nn.functional.pad(grids, (0, 0, 0, 1))
+
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    boi_position = torch.where(is_boi, positions, -1).cummax(dim=1).values
+    offset = positions - boi_position - 1  # of a cell among the cells of its image
+    block_end = grids[:, :, 1:].prod(-1).cumsum(-1)  # cells up to and with scale k: (batch, length, max_scales - 1)
+    block = (offset[..., None] >= block_end).sum(-1).clamp(max=block_end.shape[-1] - 1)  # 0 is scale 2
+
+    height_width = grids[:, :, 1:].gather(2, block[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
+    block_start = block_end.gather(2, block[..., None])[..., 0] - height_width.prod(-1)
+    cell = offset - block_start
+    width = height_width[..., 1].clamp(min=1)
+
+    zero = torch.zeros_like(input_ids)
+    block_ids = torch.where(is_cell, (is_cell & (cell == 0)).long().cumsum(1), zero) - 1
+    return ImageLayout(
+        image_index=image_index,
+        scale=torch.where(is_cell, block + 2, is_boi.long()),
+        row=torch.where(is_cell, cell // width, zero),
+        column=torch.where(is_cell, cell % width, zero),
+        block_ids=block_ids,
+        is_cell=block_ids >= 0,
+    )
+
+
+def cell_coordinates(
+    row: torch.Tensor, column: torch.Tensor, height: torch.Tensor, width: torch.Tensor, *, extent: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equation 1: centre of a cell in a frame of constant area `extent ** 2`, whatever the grid."""
+    unit = extent / (height * width).float().clamp(min=1).sqrt()
+    return unit * (row + 0.5), unit * (column + 0.5)
+
+
+def get_position_ids(
+    input_ids: torch.Tensor,
+    image_grids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    token_positions: torch.Tensor | None = None,
+    layout: ImageLayout | None = None,
+    *,
+    boi_token_id: int,
+    image_token_id: int,
+    extent: float,
+    past_tokens: torch.Tensor | int = 0,
+    past_steps: torch.Tensor | int = 0,
+) -> torch.Tensor:
+    """Positions (4, batch, length), float32: the plain token position, then the rotary axes (scale, row, column).
+
+    Text at position t is (t, t, t). A whole block of cells takes ONE step of the first axis, counted on from its
+    `<boi>`, so an image of K scales takes K + 1 steps in all; rows and columns follow [`cell_coordinates`] and do not
+    depend on t. Padding (`attention_mask == 0`) takes no step.
+
+    Args:
+        token_positions: plain positions (batch, length), where they are given: a document begins wherever they do not
+            go up by one, and its rotary axes start from its first. Of packed documents, and instead of a mask.
+        layout: what [`get_image_layout`] gives for the same arguments, where it is there.
+        past_tokens, past_steps: how far the sequence has come before `input_ids`, on the plain position and on the
+            rotary text axis; one for all rows or (batch, 1).
+    """
+    is_packed = token_positions is not None
+    real = torch.ones_like(input_ids) if attention_mask is None or is_packed else attention_mask.long()
+    token_position = token_positions.long() if is_packed else (real.cumsum(1) - 1).clamp(min=0)
+    if image_grids is None or len(image_grids) == 0:
+        step_position = token_position + past_steps
+        return torch.stack([token_position + past_tokens, *[step_position] * 3]).float()
+
+    if layout is None:
+        layout = get_image_layout(input_ids, image_grids, boi_token_id=boi_token_id, image_token_id=image_token_id)
+    first_of_block = layout.is_cell & (layout.row == 0) & (layout.column == 0)
+    steps = torch.where(layout.is_cell, first_of_block.long(), real).cumsum(1)
+    axis = steps + _ahead(token_position, steps) if is_packed else (steps - 1).clamp(min=0)
+    axis = (axis + past_steps).float()
+
+    index = layout.image_index.clamp(min=0)
+    grid = image_grids[index, (layout.scale - 1).clamp(min=0)]
+    row, column = cell_coordinates(layout.row, layout.column, grid[..., 0], grid[..., 1], extent=extent)
+    return torch.stack(
+        [
+            (token_position + past_tokens).float(),
+            axis,
+            torch.where(layout.is_cell, row, axis),
+            torch.where(layout.is_cell, column, axis),
+        ]
+    )
+
+
+def _ahead(token_positions: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """What the position of the first token of every token's document is ahead of its step, (batch, length)."""
+    is_first = torch.ones_like(steps, dtype=torch.bool)
+    is_first[:, 1:] = token_positions.diff(dim=1) != 1
+    index = torch.arange(steps.shape[1], device=steps.device)
+    return (token_positions - steps).gather(1, torch.where(is_first, index, 0).cummax(1).values)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .rope_nextflow import ImageLayout
+from .grids_nextflow import ImageLayout
 
 
 IGNORE_INDEX = -100

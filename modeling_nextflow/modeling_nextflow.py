@@ -1,7 +1,6 @@
-"""The NextFlow transformer: a Qwen2.5 decoder over one sequence of text tokens and image codes (§2.2).
+"""The NextFlow transformer with its one head: the loss of text and of image codes, and `generate` (§2.2).
 
-Only what NextFlow adds to Qwen2.5 is written here: how codes become inputs (codebook features of the previous scale,
-upsampled, through a connector), the block attention rule and the loss. It knows codes, never pixels.
+What runs through the layers is backbone_nextflow.py's. It knows codes, never pixels.
 """
 
 from dataclasses import dataclass
@@ -11,21 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nextflow import get_attention_mask
-from .cache_nextflow import CachePlace, caches_of_layers
+from .backbone_nextflow import NextFlowModel, NextFlowPreTrainedModel
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
-from .inputs_nextflow import NextFlowInputs, NextFlowPreTrainedModel
-from .interface_nextflow import call_with_weight, has_whole_weight_in_call, plain_weight
 from .loss_nextflow import (
     IGNORE_INDEX,
     TokenLosses,
@@ -35,7 +28,7 @@ from .loss_nextflow import (
     token_scores,
     weighted_cross_entropy,
 )
-from .rope_nextflow import NextFlowRotaryEmbedding, get_position_ids
+from .sampling_nextflow import call_with_weight, has_whole_weight_in_call, plain_weight
 
 
 logger = logging.get_logger(__name__)
@@ -88,159 +81,6 @@ class NextFlowTokenScores(ModelOutput):
     label_mask: torch.Tensor | None = None
 
 
-class NextFlowModel(NextFlowInputs):
-    """The decoder without its head. See [`NextFlowForCausalLM.forward`] for the inputs."""
-
-    def __init__(self, config: NextFlowConfig):
-        super().__init__(config)
-        layer_class = Qwen3DecoderLayer if config.qk_norm else Qwen2DecoderLayer
-        self.layers = nn.ModuleList(
-            layer_class(config, layer_idx)  # pyright: ignore[reportArgumentType]  # it has Qwen3's fields, too
-            for layer_idx in range(config.num_hidden_layers)
-        )
-        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = NextFlowRotaryEmbedding(config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        image_codes: torch.Tensor | None = None,
-        image_grids: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        if kwargs.get("pixel_values") is not None:  # a trainer's loss of its own calls this module by itself
-            raise ValueError(
-                "got pixel_values, but the transformer reads image_codes: train and call "
-                "NextFlowForConditionalGeneration, which has the vision tokenizer"
-            )
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
-        layout = None
-        if input_ids is not None and inputs_embeds is None:
-            if image_grids is not None:
-                layout = self.get_image_layout(input_ids, image_grids)
-            inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout)
-        elif inputs_embeds is not None and input_ids is None:
-            if image_grids is not None:
-                input_ids = self.get_placeholder_ids(inputs_embeds)
-                layout = self.get_image_layout(input_ids, image_grids)
-            if input_ids is not None and layout is not None:
-                inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
-        else:
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        is_text = layout is None and (position_ids is None or position_ids.ndim == 2)  # as in any language model
-        if position_embeddings is not None:
-            position_ids = None  # prepared for a block on top of a cache
-        elif position_ids is None:
-            position_ids = self.get_position_ids(
-                input_ids, inputs_embeds, image_grids, attention_mask, past_key_values
-            )
-        elif position_ids.ndim == 2:
-            position_ids = self.get_position_ids(
-                input_ids, inputs_embeds, image_grids, token_positions=position_ids.expand(len(inputs_embeds), -1)
-            )
-        if isinstance(attention_mask, dict):  # prepared by `generate`
-            mask = attention_mask["full_attention"]
-        else:
-            mask = get_attention_mask(
-                self.config,
-                inputs_embeds,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                layout,
-                is_causal=kwargs.get("is_causal", True),
-            )
-
-        hidden_states = inputs_embeds
-        text_positions = None  # tell flash packed documents
-        if position_ids is not None:
-            text_positions = position_ids[0].long() if len(position_ids) == 4 else None
-            position_embeddings = self.get_position_embeddings(hidden_states, position_ids)
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer where an early exit drafts
-        for layer, cache in zip(layers, caches_of_layers(past_key_values, len(layers))):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                position_ids=text_positions,
-                past_key_values=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        hidden_states = self.norm(hidden_states)
-        # Not on a cache of text alone, which stays what other code expects: torch.export flattens its attributes.
-        is_marked = not is_text or CachePlace.of(past_key_values) is not None
-        if (
-            past_key_values is not None
-            and position_ids is not None
-            and is_marked
-            and not torch.compiler.is_compiling()
-        ):
-            CachePlace.mark(past_key_values, position_ids[:, :, -1])
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
-
-    def get_position_embeddings(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine (batch, length, head_dim) of positions (3 or 4, batch, length), as the layers take them."""
-        cos, sin = self.rotary_emb(hidden_states, position_ids[-3:])
-        if self.is_fused:  # fused layers swap the halves of a head, and leave the sign to the sine
-            first, second = sin.chunk(2, dim=-1)
-            sin = torch.cat([-first, second], dim=-1)
-        return cos, sin
-
-    def get_position_ids(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None = None,
-        image_grids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
-        past_key_values: Cache | None = None,
-        token_positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Positions (4, batch, length) from the tokens alone; see [`rope_nextflow.get_position_ids`].
-
-        On top of a cache the tokens go on where it ends, which is not its length: an image took a step a scale.
-        `token_positions` say themselves where their tokens stand.
-        """
-        if input_ids is None:  # only its shape is read
-            if inputs_embeds is None:
-                raise ValueError("pass input_ids or inputs_embeds")
-            input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-        length = input_ids.shape[1]
-        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-        past_tokens = past_steps = 0
-        if past_key_values is not None:
-            past_tokens = past_key_values.get_seq_length()
-            if mask is not None:
-                past_tokens = mask[:, :-length].long().sum(1, keepdim=True)
-            place = CachePlace.of(past_key_values)
-            past_steps = past_tokens + (0 if place is None else place.steps_ahead(past_key_values, len(input_ids)))
-        return get_position_ids(
-            input_ids,
-            image_grids,
-            None if mask is None else mask[:, -length:],
-            token_positions,
-            boi_token_id=self.config.boi_token_id,
-            image_token_id=self.config.image_token_id,
-            extent=self.config.spatial_rope_extent,
-            past_tokens=past_tokens,
-            past_steps=past_steps,
-        )
-
-
 class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     """NextFlow with its one head: next-token prediction for text, next-scale prediction for images."""
 
@@ -250,7 +90,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan: dict[str, tuple[list[str], list[str]]] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # diffusers' group offloading: drawing calls these one by one, without `forward`; names at any depth.
+    # diffusers' group offloading: sampling calls these one by one, without `forward`; names at any depth.
     _group_offload_block_modules = [
         "model",
         "embed_tokens",
@@ -270,6 +110,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         super().__init__(config)
         self.model = NextFlowModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.code_rows = config.code_vocabulary  # of the head
         self.post_init()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -501,11 +342,10 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
 
     def _kinds(self, targets: torch.Tensor, scale: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
         """The supervised positions of text, predicted among all rows of the head, and those of image codes, predicted
-        among the codes, as they are drawn."""
-        codes = self.config.code_vocabulary
+        among the codes, as they are sampled."""
         is_code = (scale > 0) & (not self.config.joint_image_loss)
         supervised = targets != IGNORE_INDEX
-        return [(supervised & ~is_code, slice(0, self.config.vocab_size)), (supervised & is_code, codes)]
+        return [(supervised & ~is_code, slice(0, self.config.vocab_size)), (supervised & is_code, self.code_rows)]
 
     @staticmethod
     def _check_loss_is_own(has_labels: bool, image_grids: torch.Tensor | None, fused_lm_head: bool) -> None:

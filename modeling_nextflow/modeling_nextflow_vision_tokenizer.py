@@ -206,6 +206,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         _check_sizes(config)
         hidden_size = semantic_config.hidden_size
         code_dim = config.semantic_code_dim
+        self.patch_size = config.patch_size
 
         self.semantic_encoder = NextFlowViT._from_config(semantic_config)
         # Where the features are the last but one hidden state, neither the last layer nor the last norm is kept:
@@ -526,7 +527,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         """(height, width) of an image whose last grid is `grid`."""
         if self.config.image_size is None:
             rows, columns = grid
-            return self.config.patch_size * rows, self.config.patch_size * columns
+            return self.patch_size * rows, self.patch_size * columns
         cells = self.config.image_size // self.config.semantic_vit_config.patch_size
         if tuple(grid) != (cells, cells):
             raise ValueError(

@@ -165,7 +165,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Input and target codes (n, cells) of normalised vectors (n, cells, code_dim): the same nearest code, unless
-        `noise` (n, cells, 2) makes a share of the input codes a draw among the nearest.
+        `noise` (n, cells, 2) makes a share of the input codes a sample of the nearest.
         """
         # Between unit vectors |z - e|^2 = 2 - 2 z.e, so the weighted sum of both distances is a constant minus twice
         # one inner product, with the weights folded into the query.
@@ -192,10 +192,10 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
     def _self_correct(self, similarity: torch.Tensor, nearest: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         top_k = min(self.config.self_correction_top_k, self.config.codebook_size)
         candidates = similarity.topk(top_k, -1)
-        # p ~ softmax(-distance), drawn by inverting the cumulative sum: one uniform number a cell.
+        # p ~ softmax(-distance), sampled by inverting the cumulative sum: one uniform number a cell.
         cumulative = (2 * candidates.values).softmax(-1).cumsum(-1)
-        drawn = (cumulative < noise[:, 1:]).sum(-1, keepdim=True).clamp(max=top_k - 1)
-        sampled = candidates.indices.gather(-1, drawn).squeeze(-1)
+        choice = (cumulative < noise[:, 1:]).sum(-1, keepdim=True).clamp(max=top_k - 1)
+        sampled = candidates.indices.gather(-1, choice).squeeze(-1)
         return torch.where(noise[:, 0] < self.config.self_correction_ratio, sampled, nearest)
 
     def _error(self, vectors: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,34 @@
-"""How one scale is drawn: settings fanned out to scales, guidance, sampling. Pure functions of numbers and logits."""
+"""How one scale is sampled: settings, guidance, sampling, and what the transformer offers for it (§2.2, §3.2.5).
+
+Pure functions of numbers and logits, and [`NextFlowSamplingInterface`]: embed the next scale, place its block, and
+sample, guide or score codes. The sampling loop, reinforcement learning and the pipeline need nothing else, and no
+place in the vocabulary. Knows the head and the codes, no prompts.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from .configuration_nextflow import NextFlowConfig
+from .grids_nextflow import cell_coordinates, check_codes
+
+
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel as Host  # what `GenerationMixin` asks of its class
+
+    from . import backbone_nextflow, graphs_nextflow  # not `from .file import`: diffusers' loader would go in a circle
+
+    NextFlowModel = backbone_nextflow.NextFlowModel
+    PassGraphs = graphs_nextflow.PassGraphs
+else:
+    Host = object
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "early")
 PerScale = float | int | None | Sequence[float | int | None]
@@ -15,7 +36,7 @@ PerScale = float | int | None | Sequence[float | int | None]
 
 @dataclass(frozen=True)
 class ScaleStep:
-    """How one scale is drawn. `guidance_scale` 1 and `image_guidance_scale` 1 need no unconditional pass;
+    """How one scale is sampled. `guidance_scale` 1 and `image_guidance_scale` 1 need no unconditional pass;
     `temperature` 0 takes the best code; `top_k` 0 and `top_p` 1 leave all codes."""
 
     grid: tuple[int, int]
@@ -87,7 +108,7 @@ def _setting_of(name: str, value: Any, index: int, count: int, names: Mapping[st
     default, high = (0, math.inf) if name == "top_k" else (1.0, 1.0 if name == "top_p" else math.inf)
     if value is None:
         return default
-    if not _is_number(value):
+    if value is True or value is False or not issubclass(type(value), Real):
         raise ValueError(
             f"{shown} is {value!r} ({type(value).__name__}), expected a number or a list with one a scale"
         )
@@ -98,8 +119,96 @@ def _setting_of(name: str, value: Any, index: int, count: int, names: Mapping[st
     return type(default)(value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+@dataclass
+class SampledScale:
+    """
+    What is there after a scale was sampled.
+
+    Attributes:
+        index: Number of the scale, from 0.
+        step: How it was sampled.
+        image_codes:
+            (images, codes so far), scale-major. May be replaced by others: the next scale is sampled from the codes of
+            this one. What was sampled from those before it stays.
+        plan:
+            The steps of all scales. Those after `index` may be replaced, to change how they are sampled, or removed,
+            to stop.
+        image_grids: (images, max_scales, 2), the schedules of the whole images.
+    """
+
+    index: int
+    step: ScaleStep
+    image_codes: torch.Tensor
+    plan: list[ScaleStep]
+    image_grids: torch.Tensor
+
+    def change_guidance(self, guidance_scale: PerScale, image_guidance_scale: PerScale) -> None:
+        """Sample the scales to come with other guidance: a number, or a list with an entry for each scale."""
+        for index in range(self.index + 1, len(self.plan)):
+            scales = [
+                value[index] if isinstance(value, (list, tuple)) else value
+                for value in (guidance_scale, image_guidance_scale)
+            ]
+            text, image = (1.0 if scale is None else scale for scale in scales)
+            self.plan[index] = replace(self.plan[index], guidance_scale=text, image_guidance_scale=image)
+
+
+@dataclass
+class ScaleInput:
+    """
+    What is known of a scale before the first is sampled.
+
+    Attributes:
+        generators: One an image.
+        given: Codes (images, cells) that are taken as they are; `None` where there are none.
+        is_given: (images, cells), which of them are; `None` for all.
+        numbers: The randomness (images, cells, 1) of the others, see [`pick`]; `None` until it is needed.
+    """
+
+    generators: Sequence[torch.Generator | None]
+    given: torch.Tensor | None = None
+    is_given: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
+
+
+def prepare_scales(inputs: Sequence[ScaleInput], plan: Sequence[ScaleStep], device: torch.device) -> None:
+    """Fill in the `numbers` that are needed: none for the best code, nor for a row that has all codes."""
+    for own, step in zip(inputs, plan):
+        if own.numbers is not None or not step.temperature or (own.given is not None and own.is_given is None):
+            continue
+        batch, cells = len(own.generators), math.prod(step.grid)
+        if own.is_given is None:
+            own.numbers = random_numbers(own.generators, batch, cells, device)
+            continue
+        own.numbers = torch.zeros(batch, cells, 1, dtype=torch.long, device=device)
+        for row in (~own.is_given.all(dim=1)).nonzero()[:, 0].tolist():
+            own.numbers[row] = random_numbers([own.generators[row]], 1, cells, device)[0]
+
+
+def split_prefix(
+    codes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    grids: Sequence[tuple[int, int]],
+    batch: int,
+    codebook_size: int,
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Codes (batch, codes) of the first scales, and which are taken as they are, scale by scale."""
+    if codes is None and mask is None:
+        return []
+    if codes is None:
+        raise ValueError("prefix_mask is given without prefix_codes, expected both or prefix_codes alone")
+    ends = torch.tensor([height * width for height, width in grids]).cumsum(0).tolist()
+    if codes.ndim != 2 or len(codes) != batch or codes.shape[1] not in ends:
+        raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
+    if mask is not None and (mask.shape != codes.shape or mask.dtype != torch.bool):
+        raise ValueError(f"prefix_mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(codes.shape)}")
+    check_codes(codes if mask is None else codes[mask], codebook_size, "prefix_codes")
+    ends = ends[: ends.index(codes.shape[1])]
+    scales = codes.tensor_split(ends, dim=1)
+    if mask is None:
+        return [(scale, None) for scale in scales]
+    masks = [None if part.all() else part for part in mask.tensor_split(ends, dim=1)]
+    return list(zip(scales, masks))
 
 
 def guides(scale: PerScale) -> bool:
@@ -127,27 +236,31 @@ def guide(
     return guided if imageless is None else guided + (image_scale - 1) * (unconditional - imageless)
 
 
-def sample_codes(logits: torch.Tensor, step: ScaleStep, numbers: torch.Tensor | None) -> torch.Tensor:
-    """Sample one code per cell from logits (batch, cells, codebook_size), in fp32. `numbers` as in [`pick`]; without
-    them, and at temperature 0, the best code."""
+def sample_codes(
+    logits: torch.Tensor,
+    step: ScaleStep,
+    numbers: torch.Tensor | None,
+    given: torch.Tensor | None = None,
+    is_given: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Sample one code a cell from logits (batch, cells, codebook_size), in fp32. `numbers` as in [`pick`]; without them,
+    and at temperature 0, the best code. Codes `given` (batch, cells) stay where `is_given`.
+    """
     if step.temperature == 0 or numbers is None:
-        return logits.argmax(-1)
-    scores, vocabulary = logits.float(), None
-    if 0 < step.top_k < scores.shape[-1]:
-        scores, vocabulary = scores.topk(step.top_k, dim=-1)
-    elif step.top_p < 1:
-        scores, vocabulary = scores.sort(dim=-1, descending=True)
-    scores = scores / step.temperature
-    if step.top_p < 1:  # keep the codes before which less than top_p of the mass lies, always the first
-        probabilities = scores.softmax(-1)
-        scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities > step.top_p, -math.inf)
-    return pick(scores, numbers, vocabulary)
-
-
-def largest_score(logits: torch.Tensor, step: ScaleStep) -> torch.Tensor:
-    """The largest absolute score that [`sample_codes`] computes with: NaN or infinite where any score is."""
-    low, high = logits.aminmax()  # a CPU takes 20 times as long for `vector_norm`
-    return torch.maximum(-low, high) / (step.temperature or 1)
+        codes = logits.argmax(-1)
+    else:
+        scores, vocabulary = logits.float(), None
+        if 0 < step.top_k < scores.shape[-1]:
+            scores, vocabulary = scores.topk(step.top_k, dim=-1)
+        elif step.top_p < 1:
+            scores, vocabulary = scores.sort(dim=-1, descending=True)
+        scores = scores / step.temperature
+        if step.top_p < 1:  # keep the codes before which less than top_p of the mass lies, always the first
+            probabilities = scores.softmax(-1)
+            scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities > step.top_p, -math.inf)
+        codes = pick(scores, numbers, vocabulary)
+    return codes if given is None or is_given is None else given.where(is_given, codes)
 
 
 def random_numbers(
@@ -193,15 +306,176 @@ def _splitmix(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return bits.bitwise_and_(2**63 - 1)
 
 
+class NextFlowSamplingInterface(Host):
+    """Methods of [`NextFlowForCausalLM`] for sampling and scoring, of which none knows how prompts look."""
+
+    config: NextFlowConfig
+    sample_scale = staticmethod(sample_codes)
+    if TYPE_CHECKING:  # transformers evaluates what it finds
+        model: NextFlowModel
+        lm_head: nn.Linear
+        code_rows: slice
+        graphs: PassGraphs | None
+
+        @property
+        def is_fused(self) -> bool: ...
+
+    def get_scale_terms(self, image_grids: torch.Tensor) -> torch.Tensor:
+        """
+        What the inputs of each scale of images (images, max_scales, 2) have in common, (images, max_scales, hidden):
+        the embedding of the scale and the encoding of their number, which is part of the input.
+        """
+        scales = torch.arange(self.config.max_scales, device=image_grids.device)
+        return self.model.scale_embedding(scales) + self.model.scale_length_encoding(image_grids)[:, None]
+
+    def embed_next_scale(
+        self, codes: torch.Tensor, grid: tuple[int, int], next_grid: tuple[int, int], terms: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Inputs (images, cells, hidden) of the scale of `next_grid`, from `codes` (images, codes of all scales so far),
+        the last of which are those of `grid`, and the scale's own `terms` (images, hidden), see [`get_scale_terms`].
+        """
+        features = self.model.image_codebook(codes[:, -grid[0] * grid[1] :])
+        embeds = self.model.connector(self.model.upsampled_features(features, grid, next_grid))
+        return (embeds + terms[:, None]).to(self.model.norm.weight.dtype)
+
+    def get_block_positions(self, step: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Rotary positions (3, rows, cells) of consecutive blocks, the first of which takes `step` (rows, 1) of the
+        text axis. Made without waiting for the device."""
+        sides, counts = torch.tensor(grids), torch.tensor([height * width for height, width in grids])
+        height, width = sides.repeat_interleave(counts, dim=0).T
+        cell = torch.cat([torch.arange(count) for count in counts.tolist()])
+        extent = self.config.spatial_rope_extent
+        row, column = cell_coordinates(cell // width, cell % width, height, width, extent=extent)
+        ahead = torch.arange(len(grids)).repeat_interleave(counts).float()
+        ahead, row, column = torch.stack([ahead, row, column]).to(step.device, non_blocking=True)
+        step = step + ahead
+        return torch.stack([step, row.expand_as(step), column.expand_as(step)])
+
+    def image_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""
+        codes = self.code_rows
+        weight = plain_weight(self.lm_head)
+        if weight is not None:
+            return F.linear(hidden_states, weight[codes])
+        if has_whole_weight_in_call(self.lm_head):
+            return call_with_weight(
+                self.lm_head, hidden_states, lambda hidden, weight: F.linear(hidden, weight[codes])
+            )
+        return self.lm_head(hidden_states)[..., codes]
+
+    def guided_logits(self, hidden_states: Sequence[torch.Tensor], step: ScaleStep, num_images: int) -> torch.Tensor:
+        """
+        Scores (images, cells, codebook_size) of one scale in fp32, from the hidden states of the prompts and of those
+        that guide them, `num_images` each, one after the other.
+
+        The head is linear: fused layers in fp32 guide hidden states, for one product instead of one a condition. In
+        half precision the guided states would be rounded more than guided scores are.
+        """
+        guides_states = self.model.is_fused and hidden_states[0].dtype == torch.float32
+        scores = list(hidden_states) if guides_states else [self.image_logits(states) for states in hidden_states]
+        scores = (torch.cat(scores) if len(scores) > 1 else scores[0]).float()
+        scores, unconditional, imageless, *_ = [*scores.split(num_images), None, None]
+        guided = guide(
+            scores, unconditional, step.guidance_scale, imageless=imageless, image_scale=step.image_guidance_scale
+        )
+        return self.image_logits(guided) if guides_states else guided
+
+    def get_text_ids(self) -> torch.Tensor:
+        """The tokens that text before an image is made of: text without the end of the turn, and `<boi>`, its end."""
+        config = self.config
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        excluded = torch.tensor([config.image_token_id, config.pad_token_id, *ends], device=self.device)
+        ids = torch.arange(config.text_vocab_size + 1, device=self.device)
+        ids[-1] = config.boi_token_id
+        return ids[~torch.isin(ids, excluded)]
+
+    def score_targets(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, score: Callable[..., tuple[torch.Tensor, ...]]
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        What `score(states, head, targets)` gives of every target, float32 of the shape of `targets`, 0 where there is
+        none. A code competes with codes alone and text with text, as where they are sampled.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): What the targets are predicted from.
+            targets (`torch.Tensor` of shape `(batch, length)`): Token ids of text and codes, negative for none.
+            score (`Callable`):
+                From states (tokens, hidden), a head that maps them to logits, and targets (tokens,) among these logits
+                to tensors (tokens,), such as log-probabilities and entropies.
+        """
+        codes, ids = self.code_rows, self.get_text_ids()
+        is_code = (targets >= codes.start) & (targets < codes.stop)
+        is_text = (targets >= 0) & ~is_code
+        own_targets = targets[is_code] - codes.start, torch.searchsorted(ids, targets[is_text])
+
+        def score_both(states: Sequence[torch.Tensor], code_head: Callable, text_head: Callable) -> list[Any]:
+            heads = code_head, lambda hidden: text_head(hidden)[..., ids]
+            return [score(*part) for part in zip(states, heads, own_targets)]
+
+        def score_with_weight(states: Sequence[torch.Tensor], weight: torch.Tensor) -> list[Any]:
+            heads = (lambda hidden: F.linear(hidden, weight[codes])), (lambda hidden: F.linear(hidden, weight))
+            return score_both(states, *heads)
+
+        states = [hidden_states[is_code], hidden_states[is_text]]
+        if has_whole_weight_in_call(self.lm_head):  # one call, so that all processes gather the weight as often
+            of_codes, of_text = call_with_weight(self.lm_head, states, score_with_weight)
+        else:
+            of_codes, of_text = score_both(states, self.image_logits, self.lm_head)
+        blank = torch.zeros(targets.shape, device=hidden_states.device)
+        return tuple(
+            blank.masked_scatter(is_code, code).masked_scatter(is_text, text)
+            for code, text in zip(of_codes, of_text, strict=True)
+        )
+
+
+def plain_weight(head: nn.Module) -> torch.Tensor | None:
+    """The matrix of a head that is nothing else, to be multiplied in part. `None` for one that has its weights, or all
+    of them, in its call alone: with an adapter, quantised, offloaded or sharded."""
+    # Offloading replaces the `forward` of the very module, sharding hooks into it.
+    return head.weight if _is_plain(head) and not head._forward_pre_hooks else None
+
+
+def has_whole_weight_in_call(head: nn.Module) -> bool:
+    """Whether hooks make a plain matrix whole for its call: sharded by DeepSpeed or FSDP2, which gather it there."""
+    return _is_plain(head) and bool(head._forward_pre_hooks)
+
+
+def call_with_weight(head: nn.Linear, hidden_states: torch.Tensor | Sequence[torch.Tensor], function: Callable) -> Any:
+    """`function(hidden_states, weight)` in the place of the head's product: in one call of it, so that all processes
+    gather the weight as often, however many tokens each has."""
+    head.forward = lambda input: function(input, head.weight)
+    try:
+        return head(hidden_states)
+    finally:
+        del head.forward
+
+
+def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+    if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
+        return False
+    if type(head) is nn.Linear:
+        return type(head.weight) is nn.Parameter
+    # Joined of rows that are trained and rows that are not; or FSDP2's class for a linear layer.
+    return is_parametrized(head, "weight") or type(head).forward is nn.Linear.forward
+
+
 __all__ = [
+    "NextFlowSamplingInterface",
     "PerScale",
+    "SampledScale",
+    "ScaleInput",
     "ScaleStep",
+    "call_with_weight",
     "guide",
     "guides",
-    "largest_score",
+    "has_whole_weight_in_call",
     "pick",
+    "plain_weight",
+    "prepare_scales",
     "random_numbers",
     "sample",
     "sample_codes",
     "scale_plan",
+    "split_prefix",
 ]

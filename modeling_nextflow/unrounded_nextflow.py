@@ -1,4 +1,4 @@
-"""A module whose numbers stay float32 where the model around it is cast to less. Knows nothing of what they are."""
+"""A module that keeps its parameters and buffers in float32 when the model around it is cast to half precision."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class UnroundedModule(nn.Module):
-    """Its own parameters and buffers are moved by `.half()`, `.to(torch.bfloat16)` and the like, and not rounded."""
+    """`.half()`, `.to(torch.bfloat16)` and the like move this module to their device, and leave its dtype as it is."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "UnroundedModule":
         def without_rounding(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""The ViT of the vision tokenizer's semantic branch: SigLIP2's, and what CLIP and BEiT have besides (§2.1).
+"""The ViT of the vision tokenizer's semantic branch: SigLIP2, with options for teachers like CLIP and BEiT (§2.1).
 
-Patches and their grid in, one feature a patch out. Knows nothing of codes, pixels or sizes of images.
+Takes patches and their grid, and returns one feature for each patch. Knows nothing of codes, pixels or image sizes.
 """
 
 import math
@@ -15,20 +15,20 @@ from .configuration_nextflow import NextFlowViTConfig
 
 
 class NextFlowViTEmbeddings(Siglip2VisionEmbeddings):
-    """SigLIP2's, with a class token before the patches and a norm after all where the config asks for them."""
+    """SigLIP2's embeddings; the config may add a class token before the patches, and a norm after all of them."""
 
     def __init__(self, config: NextFlowViTConfig):
         super().__init__(config)
-        # Its position is part of it: their sum is all that is ever seen.
+        # Its position embedding is added to it once and for all: the model only ever uses the sum.
         self.class_token = nn.Parameter(torch.empty(config.hidden_size)) if config.class_token else None
         self.pre_layernorm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_layernorm else nn.Identity()
         )
 
     def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.LongTensor) -> torch.Tensor:
-        # Of the positions' type: a patch embedding that is quantised holds bytes.
+        # Cast to the dtype of the positions: a quantised patch embedding holds bytes, so its own dtype says nothing.
         patches = self.patch_embedding(pixel_values.to(self.position_embedding.weight.dtype))
-        # Through its call, unlike SigLIP2's: where weights are offloaded, an embedding has them in its call alone.
+        # SigLIP2 reads `.weight`; offloading loads an embedding's weights only while it is called.
         positions = self.position_embedding(torch.arange(self.num_patches, device=patches.device))
         positions = positions.unflatten(0, (self.position_embedding_size, self.position_embedding_size))
         embeddings = patches + self.resize_positional_embeddings(
@@ -40,10 +40,10 @@ class NextFlowViTEmbeddings(Siglip2VisionEmbeddings):
 
 
 class NextFlowViT(Siglip2VisionModel):
-    """`Siglip2VisionModel` with those embeddings, for stacks of one grid."""
+    """`Siglip2VisionModel` with these embeddings, for batches in which all images have one grid."""
 
     config: NextFlowViTConfig
-    post_layernorm: nn.Module  # the vision tokenizer leaves it out where it does not want the last layer's output
+    post_layernorm: nn.Module  # an `Identity` where the vision tokenizer reads the last but one layer
 
     def __init__(self, config: NextFlowViTConfig):
         super().__init__(config)
@@ -58,7 +58,7 @@ class NextFlowViT(Siglip2VisionModel):
 
     def encode(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Patches (n, height * width, channels) of one grid to features (n, height * width, hidden_size)."""
-        # On the CPU: Siglip2 reads the shapes as Python numbers.
+        # On the CPU, because Siglip2 reads the shapes as Python numbers.
         shapes = torch.tensor([grid]).expand(len(patches), 2)
         hidden_states = self(patches, None, shapes).last_hidden_state
         return hidden_states[:, -math.prod(grid) :]  # without the class token

@@ -130,44 +130,34 @@ class NextFlowConversation:
     ) -> list[dict[str, Any]]:
         """The content of the next assistant's message; it and `message` are then part of the conversation."""
         with exclusive(self.pipe):
-            return self._generate(message, size, negative_prompt, generator, settings)
+            pipe, max_images = self.pipe, settings["max_images"]
+            pipe.processor.as_conversations([message])
+            pipe._begin()
+            # 1. The turn, and what is known from those before
+            turn = self._encode_turn(message, "interleaved" if max_images else "text", **size)
+            inputs = self._joined(turn)
+            options = {"resolution": size.get("resolution")}  # of the given images
+            if max_images and (given(**size).keys() - {"resolution"} or "image_grids" not in inputs):
+                inputs["target_grids"] = turn["target_grids"]  # else the image gets the size of the last one
+            if max_images and pipe.do_classifier_free_guidance:
+                inputs["negative_input_ids"] = self._negative(message, negative_prompt, **options)
 
-    def _generate(
-        self,
-        message: dict[str, Any],
-        size: dict[str, Any],
-        negative_prompt: str,
-        generator: torch.Generator | None,
-        settings: dict[str, Any],
-    ) -> list[dict[str, Any]]:
-        pipe, max_images = self.pipe, settings["max_images"]
-        pipe.processor.as_conversations([message])
-        pipe._begin()
-        # 1. The turn, and what is known from those before
-        turn = self._encode_turn(message, "interleaved" if max_images else "text", **size)
-        inputs = self._joined(turn)
-        options = {"resolution": size.get("resolution")}  # of the given images
-        if max_images and (given(**size).keys() - {"resolution"} or "image_grids" not in inputs):
-            inputs["target_grids"] = turn["target_grids"]  # else the image gets the size of the last one
-        if max_images and pipe.do_classifier_free_guidance:
-            inputs["negative_input_ids"] = self._negative(message, negative_prompt, **options)
+            # 2. The answer. A cache that an error leaves half written is of no use
+            cache, self._cache = self._cache, None
+            settings |= {"past_key_values": cache, "return_dict_in_generate": True}
+            output = pipe.generate_answers(inputs, generators=generator_per_image(generator, 1), **settings)
+            (parts,) = pipe.decode_answers(output)
+            pipe.maybe_free_model_hooks()
 
-        # 2. The answer. A cache that an error leaves half written is of no use
-        cache, self._cache = self._cache, None
-        settings |= {"past_key_values": cache, "return_dict_in_generate": True}
-        output = pipe.generate_answers(inputs, generators=generator_per_image(generator, 1), **settings)
-        (parts,) = pipe.decode_answers(output)
-        pipe.maybe_free_model_hooks()
-
-        # 3. What the next turn goes on from
-        answer_ids = output.sequences[:, output.prompt_length :]
-        self._negative_ids = torch.cat([self._negative(message, "", **options), answer_ids], dim=1)
-        self._sequence = {"input_ids": output.sequences}
-        if len(output.image_grids):
-            self._sequence |= {"image_codes": output.image_codes, "image_grids": output.image_grids}
-        self._cache = output.past_key_values
-        self.messages += [message, {"role": "assistant", "content": parts}]
-        return parts
+            # 3. What the next turn goes on from
+            answer_ids = output.sequences[:, output.prompt_length :]
+            self._negative_ids = torch.cat([self._negative(message, "", **options), answer_ids], dim=1)
+            self._sequence = {"input_ids": output.sequences}
+            if len(output.image_grids):
+                self._sequence |= {"image_codes": output.image_codes, "image_grids": output.image_grids}
+            self._cache = output.past_key_values
+            self.messages += [message, {"role": "assistant", "content": parts}]
+            return parts
 
     def _joined(self, turn: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The whole sequence, the turn's behind that of the turns before."""

@@ -348,10 +348,11 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         decoding |= given(strength=decoder_strength, tile_size=decoder_tile_size)
         decoding |= given(prompt=decoder_prompt, generator=decoder_generator)
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        check_prompts(prompt, image, messages, negative_prompt, image_codes, image_grids)
         check_numbers(num_images_per_prompt=num_images_per_prompt, num_scales=num_steps, height=height, width=width)
         self.check_outputs(output_type, decoder, decoding, tensor_inputs, stream)
-        self.check_thinking(think, max_new_tokens)
+        if max_new_tokens is not None:
+            self.check_thinking(think, max_new_tokens)
+        check_prompts(prompt, image, messages, negative_prompt, image_codes, image_grids)
 
         # 2. Settings of sampling, which callbacks see and may change
         conversations = build_messages([] if prompt is None else prompt, image)

@@ -20,7 +20,6 @@ from .helpers_nextflow import (
     check_components,
     check_numbers,
     given,
-    group_equal,
     loaded,
     one_per_prompt,
     warn_once,
@@ -71,8 +70,11 @@ class NextFlowImagePrompt:
 
 def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     """Indices of the images that are sampled together: those of one schedule, and with as much given."""
-    given = [0 if prompt.prefix_codes is None else len(prompt.prefix_codes) for prompt in prompts]
-    return group_equal((count, str(prompt.image_grids[-1].tolist())) for count, prompt in zip(given, prompts))
+    groups: dict[tuple, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        given = 0 if prompt.prefix_codes is None else len(prompt.prefix_codes)
+        groups.setdefault((given, str(prompt.image_grids[-1].tolist())), []).append(index)
+    return list(groups.values())
 
 
 def collate_prompts(
@@ -217,6 +219,8 @@ class NextFlowImageSteps(NextFlowBasePipeline):
     processor: Any
     diffusion_decoder: Any
 
+    build_messages = staticmethod(build_messages)
+
     _guidance_scale: PerScale = 1.0
     _image_guidance_scale: PerScale = 1.0
     _num_timesteps = 0
@@ -272,11 +276,6 @@ class NextFlowImageSteps(NextFlowBasePipeline):
     def get_image_settings(self, **settings: Any) -> dict[str, Any]:
         """How images are sampled: as `settings` say, else as the transformer's generation config and defaults do."""
         return self.transformer.get_image_settings(**settings)
-
-    @staticmethod
-    def build_messages(prompt: str | list[str], image: Any = None) -> list[Conversation]:
-        """One conversation for every prompt: a user's message with the prompt's source images, then its text."""
-        return build_messages(prompt, image)
 
     def encode_images(self, images: Any, *, resolution: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -353,13 +352,14 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         **size: Any,
     ) -> list[NextFlowImagePrompt]:
         """Each prompt's tokens, the codes of its images, and the unconditional prompts that `settings` need."""
-        processor, scales = self.processor, (settings["guidance_scale"], settings["image_guidance_scale"])
-        rows = list(zip(conversations, one_per_prompt("negative_prompt", negative_prompt or "", len(conversations))))
+        processor, count = self.processor, len(conversations)
+        rows = list(zip(conversations, one_per_prompt("negative_prompt", negative_prompt or "", count)))
+        guides_images = guides(settings["image_guidance_scale"])
         unconditional = {}
-        if any(map(guides, scales)):
+        if guides_images or guides(settings["guidance_scale"]):
             negative = [processor.unconditional_messages(row, text) for row, text in rows]
             unconditional["negative_conversations"] = negative
-        if guides(settings["image_guidance_scale"]):
+        if guides_images:
             imageless = [processor.unconditional_messages(row, text, keep_images=False) for row, text in rows]
             unconditional["imageless_conversations"] = imageless
         if think:

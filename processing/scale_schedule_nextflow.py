@@ -165,20 +165,24 @@ def num_cells(grids: Sequence[Sequence[int]]) -> int:
     return sum(int(height) * int(width) for height, width in grids)
 
 
+@lru_cache
+def square_grids(schedule: ScaleSchedule, resolution: int) -> tuple[tuple[int, int], ...]:
+    """The grids of a square image."""
+    return tuple(schedule.grids(schedule.nearest_bucket(1, 1), schedule.num_scales(resolution)))
+
+
 def requested_grids(
     schedule: ScaleSchedule, options: Mapping[str, Any], resolution: int | None, default: int
 ) -> list[list[int]]:
     """
-    Row of `image_grids` that the [`SIZE_OPTIONS`] in `options` describe, else a square's. Of the `resolution`, where
-    one is given, else of the `default` or, for a size in pixels, of one that fits.
+    Row of `image_grids` that the [`SIZE_OPTIONS`] in `options` describe. Of the `resolution`, where one is given, else
+    of the `default` or, for a size in pixels, of one that fits.
     """
     given = [name for name in SIZE_OPTIONS if options.get(name) is not None]
     if len(given) > 1 and given != ["height", "width"]:
         raise ValueError(f"got {given}, expected one of target_grids, aspect_ratio, or height and width")
     num_scales = schedule.num_scales(resolution or default)
-    if not given:
-        grids = schedule.grids(schedule.nearest_bucket(1, 1), num_scales)
-    elif "target_grids" in given:
+    if "target_grids" in given:
         grids = schedule.check_grids(options["target_grids"])
     elif "aspect_ratio" in given:
         grids = schedule.grids(schedule.bucket_from_aspect_ratio(options["aspect_ratio"]), num_scales)
@@ -218,4 +222,4 @@ def grids_of_size(
     return schedule.grids(bucket, schedule.num_scales(resolution))
 
 
-__all__ = ["SIZE_OPTIONS", "ScaleSchedule", "num_cells", "requested_grids"]
+__all__ = ["SIZE_OPTIONS", "ScaleSchedule", "num_cells", "requested_grids", "square_grids"]

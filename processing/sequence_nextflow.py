@@ -16,7 +16,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_nextflow import flatten_images
 from .messages_nextflow import CUT
-from .scale_schedule_nextflow import SIZE_OPTIONS, num_cells, requested_grids
+from .scale_schedule_nextflow import SIZE_OPTIONS, requested_grids, square_grids
 from .tokenizer_extension_nextflow import code_token
 
 
@@ -53,6 +53,18 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         train_on: str | None = None,
         return_mask: bool = False,
     ) -> BatchFeature:
+        """
+        Rendered texts and their images as model inputs.
+
+        Args:
+            texts: One a row. An image stands there as one placeholder, with or without `<boi>` and `<eoi>`.
+            images: In reading order, flat or a list a row.
+            options: Sorted by [`~NextFlowProcessor._options`].
+            by_assistant: For each row and image whether the assistant has sampled it; by default no image is.
+            responses: Character spans (start, end) of the assistant's responses in each text.
+            train_on: `"responses"` or `"all"` adds `labels`.
+            return_mask: Adds `assistant_masks`.
+        """
         text_options = options["text_kwargs"]
         return_tensors = text_options.pop("return_tensors", None)
         return_types, return_replacements = (
@@ -70,7 +82,9 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             raise ValueError(f"conversations {empty} have no assistant response to train on")
 
         # 2. Pixels and schedules
-        flat_images = self._check_images(rows, images)
+        flat_images = []
+        if images is not None or any(self.image_token_id in ids for ids in rows):
+            flat_images = self._check_images(rows, images)
         data = dict(self.image_processor(flat_images, **options["images_kwargs"])) if flat_images else {}
         image_grids, target_grids = self._schedules(rows, data, options, by_assistant, in_full=train_on == "all")
 
@@ -103,7 +117,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         counts = []
         limit = min(self.tokenizer.model_max_length, text_options.get("max_length") or math.inf)
         for index, (ids, schedules) in enumerate(zip(rows, image_grids, strict=True)):
-            cells = [num_cells(grids) for grids in schedules]
+            cells = [sum(height * width for height, width in grids) for grids in schedules]
             to_sample = cells[-1] if ids[-1:] == [self.boi_token_id] else 0  # cells of scales 2..K, and `<eoi>`
             remaining = iter(cells)
             repeats = [next(remaining) - 1 if token == self.image_token_id else 1 for token in ids]
@@ -144,7 +158,9 @@ class NextFlowSequenceProcessor(ProcessorMixin):
                         ids += self.tokenizer.encode(part, add_special_tokens=False)
                         mask += [inside] * (len(ids) - len(mask))
                 position = end
-            ids, mask = self._framed(index, ids, mask)
+            marks = (self.image_token_id, self.boi_token_id, self.eoi_token_id)
+            if any(token in marks or token >= self._first_code_id for token in ids):
+                ids, mask = self._framed(index, ids, mask)
             if ends_in_boi and ids[-1:] != [self.boi_token_id]:
                 ids, mask = [*ids, self.boi_token_id], [*mask, False]
             rows.append(ids)
@@ -153,8 +169,8 @@ class NextFlowSequenceProcessor(ProcessorMixin):
 
     def _framed(self, row: int, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
         """
-        With `<boi>` and `<eoi>` around every placeholder that stands without. Then every image is
-        `<boi><|image_pad|><eoi>`, or the `<boi>` that ends its row; no code is written by name.
+        Put `<boi>` and `<eoi>` around each placeholder that lacks them, so that every image is
+        `<boi><|image_pad|><eoi>`, or the `<boi>` that ends its row. Image codes spelled by name raise `ValueError`.
         """
         frame = [self.boi_token_id, self.image_token_id, self.eoi_token_id]
         framed, inside, position = [], [], 0
@@ -190,8 +206,11 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         in_full: bool,
     ) -> tuple[list[list[Grids]], list[Grids]]:
         """
-        Of every row the schedules of its images, with that of the image to sample where it ends in `<boi>`; and
-        those of images that answers in interleaved mode may have. `in_full`: as they are sampled, none as it is given.
+        Schedules of the images of each row and, in interleaved mode, of the images that its answer may have.
+
+        A row that ends in `<boi>` also has the schedule of the image to sample: the size that `options` ask for, else
+        that of its last image, else a square. With `in_full` all images are laid out as sampled ones, which have no
+        repeated last grid.
         """
         closed = iter(data["image_grids"].tolist() if data else [])
         is_interleaved = options.get("generation_mode") == "interleaved"
@@ -212,7 +231,10 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             target = shown[-1] if shown and not asked else requested
             if target is None:  # as asked for, else square; once a call, as it may warn
                 resolution, default = options["images_kwargs"].get("resolution"), self.image_processor.resolution
-                target = requested = requested_grids(schedule, options, resolution, default)
+                if asked:
+                    target = requested = requested_grids(schedule, options, resolution, default)
+                else:
+                    target = requested = list(map(list, square_grids(schedule, resolution or default)))
             (schedules if samples else target_grids).append(target)
         if asked and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
             raise ValueError(f"{asked} describe an image to sample, but no row ends in {self.boi_token}")
@@ -266,7 +288,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         return flat
 
     def _as_context(self, grids: list[list[int]]) -> list[list[int]]:
-        """The schedule (a row of `image_grids`) in the sequence of an image that is given."""
+        """The schedule of a given image as it stands in the sequence: with `append_last_scale` its last grid twice."""
         grids = [[int(height), int(width)] for height, width in grids if height > 0]
         return [*grids, grids[-1]] if self.append_last_scale else grids
 

@@ -18,8 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nextflow_hf.modeling_nextflow.attention_nextflow import get_attention_mask
+from nextflow_hf.modeling_nextflow.grids_nextflow import get_image_layout
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout
 from nextflow_hf.training.data.collator import PackingCollator
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from toy import BOI, CODES, IDS, TEXT, image_tokens, toy_model
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
+from nextflow_hf.modeling_nextflow.grids_nextflow import get_image_layout, get_position_ids
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout, get_position_ids
 
 
 TABLE = json.loads((Path(__file__).parent / "data" / "scale_schedules.json").read_text())["ratios"]

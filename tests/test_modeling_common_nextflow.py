@@ -41,8 +41,8 @@ from toy import (
 )
 from transformers.cache_utils import DynamicCache
 
+from nextflow_hf.modeling_nextflow.grids_nextflow import get_image_layout
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
-from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout
 
 
 @pytest.fixture(scope="module")

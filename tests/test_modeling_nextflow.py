@@ -30,12 +30,12 @@ from transformers import AutoConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from nextflow_hf.hub_cards import shapes_model_path
-from nextflow_hf.modeling_nextflow import inputs_nextflow
-from nextflow_hf.modeling_nextflow.attention_nextflow import get_attention_mask
+from nextflow_hf.modeling_nextflow import backbone_nextflow
+from nextflow_hf.modeling_nextflow.attention_nextflow import NextFlowRotaryEmbedding, get_attention_mask
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
+from nextflow_hf.modeling_nextflow.grids_nextflow import get_image_layout, get_position_ids
 from nextflow_hf.modeling_nextflow.loss_nextflow import get_targets, scale_weights
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.modeling_nextflow.rope_nextflow import NextFlowRotaryEmbedding, get_image_layout, get_position_ids
 
 
 @pytest.fixture(scope="module")
@@ -469,7 +469,7 @@ def test_rotary_frequencies_are_float32_however_a_model_is_cast(cast, rope):
 def test_image_tokens_without_an_image(model, monkeypatch):
     """Upstream's suites take random tokens for a prompt; whoever loses the images of theirs is told."""
     warnings = []
-    monkeypatch.setattr(inputs_nextflow.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(backbone_nextflow.logger, "warning_once", warnings.append)
     row = torch.tensor([[5, *image_tokens(SQUARE)]])
     assert model(input_ids=row).logits.isfinite().all()
     assert "no image_grids were given: they are embedded as text is" in warnings.pop()

@@ -12,7 +12,7 @@ from toy import BOI, EOS, IDS, SQUARE, WIDE, grids_tensor, image_tokens, random_
 from transformers import TrainingArguments
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
-from nextflow_hf.modeling_nextflow.rope_nextflow import get_image_layout
+from nextflow_hf.modeling_nextflow.grids_nextflow import get_image_layout
 from nextflow_hf.training.common.flops import attended_pairs, training_flops
 from nextflow_hf.training.data import packs as packs_module
 from nextflow_hf.training.data.collator import NextFlowDataCollator, PackingCollator

@@ -13,8 +13,8 @@ from PIL import Image
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.modeling_nextflow.generation_nextflow import guide
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from nextflow_hf.modeling_nextflow.sampling_nextflow import guide
 from nextflow_hf.pipelines import pipeline_nextflow
 from nextflow_hf.pipelines.inpainting_nextflow import cell_footprint, inpainted_cells
 from nextflow_hf.training.data.messages import drop_condition

@@ -165,7 +165,7 @@ NOT_FINITE = {
 @pytest.mark.parametrize("at_once", [True, False], ids=["CPU", "accelerator"])
 @pytest.mark.parametrize("case", NOT_FINITE)
 def test_logits_that_are_not_finite_are_refused_with_their_scale(model, monkeypatch, case, at_once):
-    monkeypatch.setattr(generation_image_nextflow, "_is_synchronous", lambda device: at_once)
+    monkeypatch.setattr(generation_image_nextflow, "SYNCHRONOUS", {"cpu"} if at_once else ())
     settings, scale = NOT_FINITE[case]
     seen = []
     with pytest.raises(ValueError, match=f"the logits of {scale} .* are not finite with guidance_scale"):
@@ -189,7 +189,7 @@ def test_weights_that_are_not_finite_are_refused(monkeypatch):
             torch.tensor([[5, 6]]), generation_mode="interleaved", max_images=0, max_new_tokens=4, do_sample=True
         )
     # An accelerator is asked after the last scale that there is, also where a callback ends the image early.
-    monkeypatch.setattr(generation_image_nextflow, "_is_synchronous", lambda device: False)
+    monkeypatch.setattr(generation_image_nextflow, "SYNCHRONOUS", ())
     with pytest.raises(ValueError, match=r"scale 1 \(1x1\) are not finite"):
         broken.generate_images(**PROMPT, callback=lambda *_: [])
 

@@ -21,9 +21,9 @@ from toy_decoder import toy_decoder_pipeline
 from toy_pipeline import toy_vision_tokenizer
 from transformers import Trainer, TrainingArguments
 
-from nextflow_hf.modeling_nextflow import modeling_nextflow
+from nextflow_hf.modeling_nextflow import backbone_nextflow
+from nextflow_hf.modeling_nextflow.attention_nextflow import NextFlowRotaryEmbedding
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
-from nextflow_hf.modeling_nextflow.rope_nextflow import NextFlowRotaryEmbedding
 from nextflow_hf.training.common.processes import without_rounded_sums
 from nextflow_hf.training.data.collator import PackingCollator
 from nextflow_hf.training.data.packing import PackedDataset
@@ -58,7 +58,7 @@ ROWS = [
 def record(seen: dict) -> None:
     """Keeps what the forward of this process is given and makes of it."""
     forward, rotary = NextFlowForCausalLM.forward, NextFlowRotaryEmbedding.forward
-    get_attention_mask = modeling_nextflow.get_attention_mask
+    get_attention_mask = backbone_nextflow.get_attention_mask
 
     @functools.wraps(forward)
     def recorded_forward(self, *args, **inputs):
@@ -77,7 +77,7 @@ def record(seen: dict) -> None:
 
     NextFlowForCausalLM.forward = recorded_forward
     NextFlowRotaryEmbedding.forward = recorded_rotary
-    modeling_nextflow.get_attention_mask = recorded_mask
+    backbone_nextflow.get_attention_mask = recorded_mask
 
 
 def whole(parameter: torch.nn.Parameter, stage: int | None) -> torch.Tensor:

@@ -13,8 +13,8 @@ from accelerate.utils import TorchDynamoPlugin
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
+from ...modeling_nextflow.grids_nextflow import get_image_layout
 from ...modeling_nextflow.loss_nextflow import get_targets
-from ...modeling_nextflow.rope_nextflow import get_image_layout
 from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
 from ..common.flops import batch_flops, peak_flops

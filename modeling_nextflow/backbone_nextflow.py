@@ -1,11 +1,12 @@
-"""What the transformer is made of besides its layers: the models' base class, and how tokens and codes become inputs.
+"""The NextFlow transformer without its head: embeddings of text and codes, and Qwen's layers (§2.2).
 
-Text rows of the embedding; at a cell the codebook features of the scale before, upsampled, through a connector (§2.2).
+Only what NextFlow adds is written here: text rows of the embedding and, at a cell, the codebook features of the scale
+before, upsampled, through a connector; the positions, and the mask. Knows codes, never pixels.
 """
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +14,29 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 from transformers.utils import logging
+from transformers.utils.output_capturing import capture_outputs
 
-from .attention_nextflow import ATTENTION_BACKENDS
+from .attention_nextflow import ATTENTION_BACKENDS, NextFlowRotaryEmbedding, get_attention_mask
+from .cache_nextflow import CachePlace, caches_of_layers
 from .configuration_nextflow import NextFlowConfig
 from .fused_nextflow import FusedDecoderLayer, can_be_fused, fuse, separate_weights, unfuse
 from .graphs_nextflow import PassGraphs
-from .grids_nextflow import Schedule, check_codes, check_shape, schedules_from_grids
-from .rope_nextflow import ImageLayout, get_image_layout
+from .grids_nextflow import (
+    ImageLayout,
+    Schedule,
+    check_codes,
+    check_shape,
+    get_image_layout,
+    get_position_ids,
+    schedules_from_grids,
+)
 
-
-if TYPE_CHECKING:
-    from . import modeling_nextflow  # not `from .file import`, which diffusers' loader would follow in a circle
-
-    NextFlowModel = modeling_nextflow.NextFlowModel
 
 logger = logging.get_logger(__name__)
 
@@ -80,8 +87,8 @@ class NextFlowPreTrainedModel(PreTrainedModel):
 
     def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
         """
-        Compile the decoder's layers in place, for drawing and writing: they share their code, so it takes a layer's
-        time. As in diffusers, arguments are `torch.compile`'s; `dynamic` is on, as every scale has a shape of its own.
+        Compile the decoder's layers in place, for sampling. They share their code, so it takes the time of one layer.
+        As in diffusers, arguments are `torch.compile`'s; `dynamic` is on, as every scale has a shape of its own.
         """
         for layer in self.base_model.layers:
             layer.compile(*args, dynamic=dynamic, **kwargs)
@@ -144,6 +151,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
             return
         if can_be_fused(self.base_model):
             fuse(self.base_model, qk_norm=self.config.qk_norm)
+            self.base_model.rotary_emb.is_signed = True
         else:
             logger.warning("the layers are quantised, adapted, sharded, offloaded or hooked: they are not fused")
 
@@ -152,6 +160,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         self.graphs = None
         if self.is_fused:
             unfuse(self.base_model, qk_norm=self.config.qk_norm)
+            self.base_model.rotary_emb.is_signed = False
 
     @property
     def is_fused(self) -> bool:
@@ -222,31 +231,23 @@ class NextFlowInputs(NextFlowPreTrainedModel):
             self.check_no_images(input_ids, strict=False)
             return self._with_gradients_of_images(embeds)
         codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
-        images = self._present_grids(input_ids, codes, image_grids, layout)
+        images = self._present_grids(input_ids, codes, schedules_from_grids(image_grids), layout)
 
-        if not (self._trains_with_others or any(len(grids) > 1 for grids, _ in images)):
-            cells = embeds.new_zeros(0, embeds.shape[-1])
-        else:
+        cells = embeds.new_zeros(0, embeds.shape[-1])
+        if any(len(grids) > 1 for grids, _ in images) or (self.training and _trains_with_others()):
             cells = self._embed_cells(codes, images)
         # Of `<boi>`, and of every cell.
         scale_terms = self.scale_embedding(F.pad(layout.scale[layout.is_cell] - 1, (1, 0)))
-        boi_term = self.scale_length_encoding(image_grids) + scale_terms[0] * self.config.boi_scale_embedding
+        length_terms = self.scale_length_encoding(image_grids)
+        boi_term = length_terms + scale_terms[0] * self.config.boi_scale_embedding
         is_boi = layout.scale == 1
         embeds = embeds.masked_scatter(is_boi[..., None], (embeds[is_boi] + boi_term).to(embeds.dtype))
-        length_term = self.scale_length_encoding(image_grids)[layout.image_index[layout.is_cell]]
-        cells = (cells + scale_terms[1:] + length_term).to(embeds.dtype)
-        return embeds.masked_scatter(layout.is_cell[..., None], cells)
-
-    @property
-    def _trains_with_others(self) -> bool:
-        """Processes that train together wait for each other: for the gradients of every parameter, also of what a
-        batch of text does not use, and where weights are sharded at every call of a module. So all call the codebook,
-        the connector and the scale embedding once, in this order, whatever their batch is."""
-        return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        cells = cells + scale_terms[1:] + length_terms[layout.image_index[layout.is_cell]]
+        return embeds.masked_scatter(layout.is_cell[..., None], cells.to(embeds.dtype))
 
     def _with_gradients_of_images(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """`inputs_embeds`, with gradients (zeros) for what only images use."""
-        if not self._trains_with_others:
+        if not (self.training and _trains_with_others()):
             return inputs_embeds
         code = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
         unused = self.connector(self.image_codebook(code)) + self.scale_embedding(code)
@@ -294,7 +295,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
     def scale_length_encoding(self, image_grids: torch.Tensor) -> torch.Tensor:
         """Sinusoidal encoding (n_images, hidden) of the NUMBER of scales of each image, at the amplitude of the scale
         embedding (amplitude not specified by the paper). A grid that stands there twice shows the codes of one scale:
-        an image has as many scales where it is given as where it is drawn."""
+        an image has as many scales where it is given as where it is sampled."""
         hidden = self.config.hidden_size
         is_scale = image_grids[..., 0] > 0
         if not self.config.scale_length_counts_repeats:
@@ -328,18 +329,18 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         self,
         input_ids: torch.Tensor,
         codes: torch.Tensor,
-        image_grids: torch.Tensor,
+        schedules: list[Schedule],
         layout: ImageLayout,
     ) -> list[tuple[Schedule, int]]:
         """Per image: the grids of the scales that are present in `input_ids`, and how many codes it brings.
 
-        A closed image (its `<eoi>` is there) has all its scales and the codes of all; an open one, still being drawn,
-        the scales up to its last block and the codes that are inputs: those of the scales before.
+        A closed image (its `<eoi>` is there) has all its scales and the codes of all; an open one, still being
+        sampled, the scales up to its last block and the codes that are inputs: those of the scales before.
         """
         num_images = int((layout.scale == 1).sum())
-        if num_images != len(image_grids):
-            raise ValueError(f"input_ids hold {num_images} <boi> tokens, but image_grids has {len(image_grids)} rows")
-        is_first = layout.is_cell & ~F.pad(layout.is_slot[:, :-1], (1, 0))
+        if num_images != len(schedules):
+            raise ValueError(f"input_ids hold {num_images} <boi> tokens, but image_grids has {len(schedules)} rows")
+        is_first = layout.is_cell & ~F.pad(layout.scale[:, :-1] > 0, (1, 0))
         if is_first.any():
             raise ValueError(
                 f"input_ids hold {int(is_first.sum())} image placeholder tokens that follow neither <boi> nor another "
@@ -349,7 +350,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         after_eoi = layout.image_index[input_ids == self.config.eoi_token_id]
         closed = torch.bincount(after_eoi.clamp(min=0), minlength=num_images).tolist()
         images = []
-        for index, grids in enumerate(schedules_from_grids(image_grids)):
+        for index, grids in enumerate(schedules):
             if grids[0] != (1, 1):
                 raise ValueError(f"the schedule of image {index} must start with the grid (1, 1), got {grids[0]}")
             if len(grids) > self.config.max_scales:
@@ -376,4 +377,151 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         return images
 
 
-__all__ = ["NextFlowConnector", "NextFlowInputs", "NextFlowPreTrainedModel"]
+def _trains_with_others() -> bool:
+    """
+    Whether there are other processes. Those that train together wait for each other: for the gradients of every
+    parameter, also of what a batch of text does not use, and where weights are sharded at every call of a module. So
+    all call the codebook, the connector and the scale embedding once, in this order, whatever their batch is.
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class NextFlowModel(NextFlowInputs):
+    """The decoder without its head. See [`NextFlowForCausalLM.forward`] for the inputs."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        layer_class = Qwen3DecoderLayer if config.qk_norm else Qwen2DecoderLayer
+        self.layers = nn.ModuleList(
+            layer_class(config, layer_idx)  # pyright: ignore[reportArgumentType]  # it has Qwen3's fields, too
+            for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = NextFlowRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if kwargs.get("pixel_values") is not None:  # a trainer's loss of its own calls this module by itself
+            raise ValueError(
+                "got pixel_values, but the transformer reads image_codes: train and call "
+                "NextFlowForConditionalGeneration, which has the vision tokenizer"
+            )
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if input_ids is None and image_grids is not None and inputs_embeds is not None:
+            input_ids = self.get_placeholder_ids(inputs_embeds)
+        layout = None
+        if input_ids is not None and image_grids is not None:
+            layout = self.get_image_layout(input_ids, image_grids)
+        if input_ids is not None and (inputs_embeds is None or layout is not None):
+            inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
+        assert inputs_embeds is not None
+        is_text = layout is None and (position_ids is None or position_ids.ndim == 2)  # as in any language model
+        if position_embeddings is not None:
+            position_ids = None  # prepared for a block on top of a cache
+        elif position_ids is None:
+            position_ids = self.get_position_ids(
+                input_ids, inputs_embeds, image_grids, attention_mask, past_key_values, layout=layout
+            )
+        elif position_ids.ndim == 2:
+            token_positions = position_ids.expand(len(inputs_embeds), -1)
+            position_ids = self.get_position_ids(
+                input_ids, inputs_embeds, image_grids, token_positions=token_positions, layout=layout
+            )
+        if isinstance(attention_mask, dict):  # prepared by `generate`
+            mask = attention_mask["full_attention"]
+        else:
+            mask = get_attention_mask(
+                self.config,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                layout,
+                is_causal=kwargs.get("is_causal", True),
+            )
+
+        hidden_states = inputs_embeds
+        text_positions = None  # tell flash packed documents
+        if position_ids is not None:
+            text_positions = position_ids[0].long() if len(position_ids) == 4 else None
+            position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer where an early exit drafts
+        for layer, cache in zip(layers, caches_of_layers(past_key_values, len(layers))):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=text_positions,
+                past_key_values=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        if past_key_values is not None and position_ids is not None and not torch.compiler.is_compiling():
+            # Not on a cache of text alone, which stays what other code expects: torch.export flattens its attributes.
+            if not is_text or CachePlace.of(past_key_values) is not None:
+                CachePlace.mark(past_key_values, position_ids[:, :, -1])
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def get_position_ids(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        past_key_values: Cache | None = None,
+        token_positions: torch.Tensor | None = None,
+        layout: ImageLayout | None = None,
+    ) -> torch.Tensor:
+        """Positions (4, batch, length) from the tokens alone; see [`grids_nextflow.get_position_ids`].
+
+        On top of a cache the tokens go on where it ends, which is not its length: an image took a step a scale.
+        `token_positions` say themselves where their tokens stand.
+        """
+        if input_ids is None:  # only its shape is read
+            if inputs_embeds is None:
+                raise ValueError("pass input_ids or inputs_embeds")
+            input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        length = input_ids.shape[1]
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        past_tokens = past_steps = 0
+        if past_key_values is not None:
+            past_tokens = past_key_values.get_seq_length()
+            if mask is not None:
+                past_tokens = mask[:, :-length].long().sum(1, keepdim=True)
+            place = CachePlace.of(past_key_values)
+            past_steps = past_tokens + (0 if place is None else place.steps_ahead(past_key_values, len(input_ids)))
+        return get_position_ids(
+            input_ids,
+            image_grids,
+            None if mask is None else mask[:, -length:],
+            token_positions,
+            layout,
+            boi_token_id=self.config.boi_token_id,
+            image_token_id=self.config.image_token_id,
+            extent=self.config.spatial_rope_extent,
+            past_tokens=past_tokens,
+            past_steps=past_steps,
+        )
+
+
+__all__ = ["NextFlowConnector", "NextFlowInputs", "NextFlowModel", "NextFlowPreTrainedModel"]
