@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from nextflow_hf.training.evaluation import comparison
-from nextflow_hf.training.evaluation.comparison import CONFIRMED, CONTRADICTED, NOT_SEEN, effect_of
+from nextflow_hf.training.evaluation.comparison import ALL_ALIKE, CONFIRMED, CONTRADICTED, NOT_SEEN, effect_of
 
 
 def test_the_effect_of_three_seeds_by_hand():
@@ -20,6 +20,7 @@ def test_the_effect_of_three_seeds_by_hand():
     assert effect.verdict == NOT_SEEN
     assert effect_of([0.6, 0.61, 0.62], [0.4, 0.41, 0.42]).verdict == CONFIRMED
     assert effect_of([0.4, 0.41, 0.42], [0.6, 0.61, 0.62]).verdict == CONTRADICTED
+    assert effect_of([0.6, 0.6], [0.4, 0.4]).verdict == ALL_ALIKE
     with pytest.raises(ValueError, match="two or more"):
         effect_of([0.6], [0.4, 0.5])
 
@@ -84,6 +85,9 @@ def test_at_equal_time_what_came_later_does_not_count(judged):
     found, output = judged(claims, planted=None, arms=arms, fast=fast, slow=slow)
     assert found["images"]["values"] == {"better": [0.4] * 3, "worse": [0.8] * 3}
     assert found["time"]["values"] == {"better": [0.4] * 3, "worse": [0.4] * 3}
+    late = {"rewards": [0.5], "step_time": 9.0}  # its only step began in time
+    found, _ = judged({"time": {**claims["time"], "worse": "late"}}, planted=None, arms={"late": [0, 0]}, late=late)
+    assert found["time"]["values"]["worse"] == [0.5, 0.5]
     assert (output / found["time"]["images"][0]).is_file() and "](images-reward.png)" in (
         output / "images.md"
     ).read_text()

@@ -26,7 +26,8 @@ from ..common.loss_plot import plot
 
 
 CONFIRMED, NOT_SEEN, CONTRADICTED = "confirmed", "not seen at this scale", "contradicted"
-UNDECIDED = "undecided"
+ALL_ALIKE = "undecided: the seeds give equal values, so that their spread is unknown"
+NO_FAULT = "undecided: the planted fault was not seen"
 CONFIDENCE, POWER = 0.95, 0.8
 LAST_SHARE = 0.1  # of the entries of a log, whose mean is its value
 KEYS = {"claim", "better", "worse", "measure", "worse_measure", "lower_is_better", "also", "curves"}
@@ -53,6 +54,8 @@ class Effect:
     @property
     def verdict(self) -> str:
         """Whether all of the interval is above zero, none of it, or some."""
+        if self.spread == 0:
+            return ALL_ALIKE
         return CONFIRMED if self.low > 0 else CONTRADICTED if self.high < 0 else NOT_SEEN
 
 
@@ -82,18 +85,22 @@ def runs_of(folder: Path, arm: str) -> list[Path]:
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """The log of a run's training, whose entries also have the `seconds` since its start, where steps are timed."""
+    """
+    The log of a run's training. Where steps are timed, entries also have the `seconds` from the start of the training
+    to the end of their steps, and to where these `began`.
+    """
     entries, seconds = [], 0.0
     for entry in json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]:
-        seconds += entry.get("step_time", 0.0) * (entry["step"] - (entries[-1]["step"] if entries else 0))
-        entries.append({**entry, "seconds": seconds})
+        began, steps = seconds, entry["step"] - (entries[-1]["step"] if entries else 0)
+        seconds += entry.get("step_time", 0.0) * steps
+        entries.append({**entry, "seconds": seconds, "began": began})
     return entries
 
 
 def read_measure(runs: Sequence[Path], measure: str, seconds: float = math.inf) -> list[float]:
     """
     The value of each run: `GROUP/NAME` or `GROUP/CATEGORY/NAME` of the report, or `log/KEY`, which is the mean over
-    the last tenth of what was logged in the first `seconds`.
+    the last tenth of what was logged of steps that began in the first `seconds`.
     """
     kind, *names = measure.split("/")
     if kind == "log":
@@ -113,9 +120,9 @@ def read_measure(runs: Sequence[Path], measure: str, seconds: float = math.inf) 
 
 
 def _last(log: list[dict[str, float]], key: str, seconds: float) -> float:
-    values = [entry[key] for entry in log if key in entry and entry["seconds"] <= seconds]
+    values = [entry[key] for entry in log if key in entry and entry["began"] < seconds]
     if not values:
-        raise ValueError(f"no entry of the log has {key!r} in the first {seconds:.0f} seconds")
+        raise ValueError(f"no entry of the log has {key!r} in the first {seconds:.0f} seconds, but {sorted(log[0])}")
     return statistics.mean(values[-max(1, round(LAST_SHARE * len(values))) :])
 
 
@@ -204,7 +211,7 @@ def compare(file: Path, names: Sequence[str], folder: Path, output: Path) -> dic
     for name in names or claims:
         found = judge_claim(claims[name], folder)
         if found["verdict"] == NOT_SEEN and not _sees(claims, planted, folder):
-            found["verdict"] = f"{UNDECIDED}: the planted fault was not seen"
+            found["verdict"] = NO_FAULT
         found["images"] = draw_curves(claims[name], folder, output, name)
         write_json(output / f"{name}.json", found)
         write_text(output / f"{name}.md", in_words(name, found))
