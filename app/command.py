@@ -40,9 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of `nextflow-hf app`."""
     parser = new_parser("app", "Generate and edit images in the browser, watch them grow, and chat.", EXAMPLES)
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="default: %(default)s, for this machine only")
-    group.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    group.add_argument("--share", action="store_true", help="also at a public address, through gradio.app")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; default: %(default)s, for this machine only"
+    )
+    group.add_argument("--port", type=int, help="port to listen on; default: the first free one from 7860 on")
+    group.add_argument("--share", action="store_true", help="also serve at a public address, through gradio.app")
     add_model_options(parser)
     # `run` reads both of every command.
     parser.set_defaults(json=False, quiet=False)

@@ -38,17 +38,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("suite", nargs="?", help="short name (--list), or my_module:function")
     parser.add_argument("model", nargs="?", help="folder or Hub id of a NextFlowPipeline")
     parser.add_argument("options", nargs="*", metavar="key=value", help="arguments of the suite")
-    parser.add_argument("--output-dir", type=Path, help="default: evaluations/SUITE/MODEL")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="how to sample, in every call")
-    parser.add_argument("--prompts", metavar="FOLDER", help="of a benchmark: a folder, or a data set on the Hub")
-    parser.add_argument("--judge", metavar="URL|MODEL", help="an OpenAI-compatible server, or a vision language model")
-    parser.add_argument("--judge-model", metavar="NAME", help="the judge's name on its server")
-    parser.add_argument("--judge-prompts", metavar="FOLDER", help="the benchmark's own questions, instead of ours")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--output-dir", type=Path, help="folder of the evaluation; default: evaluations/SUITE/MODEL")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="settings of sampling, for every call of the pipeline",
+    )
+    parser.add_argument(
+        "--prompts", metavar="FOLDER", help="prompts of a benchmark: a folder, or a data set on the Hub"
+    )
+    parser.add_argument(
+        "--judge", metavar="URL|MODEL", help="judge by an OpenAI-compatible server, or by a vision language model"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="name of the judge's model on its server")
+    parser.add_argument("--judge-prompts", metavar="FOLDER", help="ask the benchmark's own questions instead of ours")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling; default: %(default)s")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--generate-only", action="store_true", help="only the answers: they can be scored elsewhere")
-    which.add_argument("--score-only", action="store_true", help="only the scores of the answers that are there")
-    which.add_argument("--list", action="store_true", help="the suites of this package")
+    which.add_argument("--generate-only", action="store_true", help="write the answers, and score none")
+    which.add_argument("--score-only", action="store_true", help="score the answers that are there, and write none")
+    which.add_argument("--list", action="store_true", help="list the suites of this package")
     parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     add_model_options(parser, names_model=False)
     return parser

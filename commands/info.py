@@ -1,4 +1,4 @@
-"""`nextflow-hf info`: what a model is, without loading it; how fast it is here; how an image was made."""
+"""`nextflow-hf info`: what a model is, without loading it; how an image was made."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import loading, options, records
+from . import options, records
 from .console import Console, run
 from .options import new_parser
 
@@ -15,7 +15,6 @@ from .options import new_parser
 EXAMPLES = """\
   nextflow-hf info                                     # the shipped model
   nextflow-hf info user/nextflow --dtype bfloat16      # of a model on the Hub only the configuration is read
-  nextflow-hf info path/to/model --measure             # loads it, and samples
   nextflow-hf info circle.png                          # how an image was made
 """
 
@@ -28,11 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder or Hub id of a pipeline, or of a transformer or vision tokenizer alone; or an image made by "
         f"nextflow-hf; default: {options.SHIPPED_MODEL}",
     )
-    parser.add_argument("--measure", action="store_true", help="also load the model, and measure speed and memory")
-    parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="runs per measurement; default: %(default)s"
-    )
-    options.add_model_options(parser, names_model=False)
+    options.add_options(parser, "model", "revision", "dtype")
     options.add_console_options(parser)
     return parser
 
@@ -47,8 +42,6 @@ def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         record = asdict(records.read_record(Path(args.model)))
         console.show(json.dumps(record, indent=2, ensure_ascii=False))
         return {"image": args.model, "record": record}
-    if args.repeats < 1:
-        raise ValueError(f"--repeats is {args.repeats}, expected at least 1")
 
     from .checkpoint import describe, read_checkpoint
 
@@ -57,19 +50,6 @@ def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     described["model"] = args.model or options.SHIPPED_MODEL
     for line in _lines(described):
         console.show(line)
-    if args.measure:
-        from .measuring import measure
-
-        pipe = loading.load_pipeline(args)
-        pipe.set_progress_bar_config(disable=True)
-        described["measured"] = {
-            "device": args.device,
-            "dtype": args.loaded_dtype,
-            **measure(pipe, repeats=args.repeats),
-            "environment": loading.environment(),
-        }
-        for line in _measured_lines(described["measured"]):
-            console.show(line)
     return described
 
 
@@ -111,19 +91,6 @@ def _lines(described: Mapping[str, Any]) -> list[str]:
         shapes = [f"{bucket['width']}x{bucket['height']}" for bucket in described["buckets"]]
         lines.append(f"shapes      {len(shapes)}, from {shapes[0]} to {shapes[-1]} pixels (width x height)")
     return lines
-
-
-def _measured_lines(measured: Mapping[str, Any]) -> list[str]:
-    return [
-        "",
-        f"here        {measured['device']}, {measured['dtype']}, medians of warm runs",
-        f"  an image            {measured['image_seconds']:.3f} s",
-        f"  {measured['batch_size']} at once           {measured['batch_seconds']:.3f} s, "
-        f"{measured['batch_seconds'] / measured['batch_size']:.3f} s an image",
-        f"  encode, decode      {measured['encode_seconds']:.3f} s, {measured['decode_seconds']:.3f} s",
-        f"  text                {measured['tokens_per_second']:.1f} tokens a second",
-        f"  peak memory         {size(measured['peak_memory_bytes'])} ({measured['peak_memory_of']})",
-    ]
 
 
 def size(count: float) -> str:

@@ -20,10 +20,13 @@ COMBINATIONS = (  # what is trained, optimizer, dtype of the weights
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="nextflow-hf memory", description=__doc__)
     parser.add_argument("recipe", help="a YAML file of `train transformer`, or the name of a shipped recipe")
-    parser.add_argument("assignments", nargs="*", metavar="key=value", help="over the recipe's")
-    parser.add_argument("--tokens", type=int, help="of a micro-batch; default: the most that the recipe allows")
+    parser.add_argument("assignments", nargs="*", metavar="key=value", help="replaces a key of the recipe")
+    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default: the most that the recipe allows")
     parser.add_argument(
-        "--gpus", type=int, default=1, help="that share weights and states (FSDP2); default: %(default)s"
+        "--gpus",
+        type=int,
+        default=1,
+        help="GPUs that share weights and optimizer states (FSDP2); default: %(default)s",
     )
     parser.add_argument("--gpu-gb", type=float, default=80, help="memory of a GPU in 1e9 bytes; default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")

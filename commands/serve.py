@@ -32,17 +32,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("serve", "OpenAI's API: images, edits, conversations, streamed scale by scale.", EXAMPLES)
     parser.add_argument("model", nargs="?", help=f"folder or Hub id; default: {SHIPPED_MODEL}, shipped")
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="default: %(default)s, for this machine only")
-    group.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    group.add_argument("--api-key", help=f"what clients have to send; default: {API_KEY} of the environment")
-    group.add_argument("--served-name", help="what clients call the model; default: the folder's name or the Hub id")
-    group.add_argument("--max-queue", type=int, default=64, metavar="N", help="that wait; default: %(default)s")
-    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="images at once; default: %(default)s")
     group.add_argument(
-        "--max-wait-ms", type=float, default=10, metavar="MS", help="for others in a batch; default: %(default)s"
+        "--host", default="127.0.0.1", help="address to listen on; default: %(default)s, for this machine only"
     )
-    group.add_argument("--max-images", type=int, default=10, metavar="N", help="of a request; default: %(default)s")
-    group.add_argument("--timeout", type=float, default=600, metavar="S", help="of a request; default: %(default)s")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on; default: %(default)s")
+    group.add_argument("--api-key", help=f"key that clients have to send; default: {API_KEY} of the environment")
+    group.add_argument("--served-name", help="name of the model for clients; default: the folder's name or the Hub id")
+    group.add_argument(
+        "--max-queue", type=int, default=64, metavar="N", help="most requests that wait; default: %(default)s"
+    )
+    group.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="most images sampled at once; default: %(default)s"
+    )
+    group.add_argument(
+        "--max-wait-ms",
+        type=float,
+        default=10,
+        metavar="MS",
+        help="time that a request waits for others; default: %(default)s",
+    )
+    group.add_argument(
+        "--max-images", type=int, default=10, metavar="N", help="most images of a request; default: %(default)s"
+    )
+    group.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="seconds for a request; default: %(default)s"
+    )
     add_model_options(parser, names_model=False)
     parser.set_defaults(json=False, quiet=False)
     return parser

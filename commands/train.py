@@ -43,14 +43,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("kind", nargs="?", metavar="KIND", help="; ".join(f"{k}: {v[1]}" for k, v in KINDS.items()))
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("assignments", nargs="*", metavar="key=value", help="over the recipe's; the value is YAML")
+    parser.add_argument(
+        "assignments", nargs="*", metavar="key=value", help="replaces a key of the recipe; the value is YAML"
+    )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", action="store_true", help="fail where there is no checkpoint to go on from")
     modes.add_argument("--fresh", action="store_true", help="begin anew; an earlier run is renamed, not deleted")
     modes.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
     parser.add_argument("--list", action="store_true", help="list the shipped recipes, and what they need")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
-    parser.add_argument("-h", "--help", action="store_true", help="this; after KIND: all keys of its recipes")
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this text; after KIND: all keys of its recipes"
+    )
     return parser
 
 

@@ -47,7 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: %(default)s")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="write only these tasks")
     parser.add_argument("--judge", type=Path, metavar="DIR", help="train the judge into this folder instead")
-    parser.add_argument("--steps", type=int, default=8000, metavar="N", help="of the judge's training (8000)")
+    parser.add_argument(
+        "--steps", type=int, default=8000, metavar="N", help="steps of the judge's training; default: %(default)s"
+    )
     return parser
 
 

@@ -187,16 +187,6 @@ def test_a_model_on_a_hub_without_its_weights(command_line, model_folder, tmp_pa
     assert said | {"model": ""} == local | {"model": ""}
 
 
-def test_speed_here(command_line, model_folder):
-    said = command_line.json("info", model_folder, "--measure", "--repeats", 1)["measured"]
-    numbers = [name for name in said if name.endswith(("_seconds", "_second", "_bytes"))]
-    assert len(numbers) == 6 and all(said[name] > 0 for name in numbers)
-    assert said["device"] == "cpu" and said["environment"]["torch"] == torch.__version__
-    shown = command_line.run("info", model_folder, "--measure", "--repeats", 1)
-    assert "tokens a second" in shown and "peak memory" in shown
-    assert "--repeats is 0" in command_line.mistake("info", model_folder, "--measure", "--repeats", 0)
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak of a process cannot be reset")
 def test_a_peak_is_that_of_what_follows():
     device = torch.device("cpu")

@@ -11,7 +11,7 @@ from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from torch.fx.experimental.proxy_tensor import make_fx
-from toy import BOI, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_model
+from toy import BOI, SQUARE, WIDE, grids_tensor, image_tokens, needs_fused_attention, random_codes, toy_model
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
@@ -254,6 +254,7 @@ def test_an_adapter_unfuses_and_acts(tmp_path):
 # ---- counts
 
 
+@needs_fused_attention
 def test_operators_waits_and_memory_of_a_pass():
     """28 layers stay below 480 operators; from prefill to the last scale nothing waits and no keys or values move."""
     for negative_length in (8, 5):

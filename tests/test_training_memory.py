@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy import toy_config
+from toy import needs_fused_attention, toy_config
 
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, cli
 from nextflow_hf.training.transformer.arguments import ModelArguments
@@ -36,6 +36,7 @@ def test_memory_of_the_7b():
     assert training_memory(config, trainable="qlora", optim="paged_adamw_8bit").fits(24)
 
 
+@needs_fused_attention
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
 def test_what_a_layer_keeps_is_what_autograd_keeps(adapted):
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}

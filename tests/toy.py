@@ -1,6 +1,8 @@
 """A toy NextFlow: 24 codes, grids up to 4x4. Shared by the tests of the transformer and of its generation."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
@@ -11,6 +13,18 @@ PAD, EOS, IMAGE, BOI, EOI = 0, 1, 2, TEXT + CODES, TEXT + CODES + 1
 SQUARE = [(1, 1), (2, 2), (3, 3), (4, 4)]
 WIDE = [(1, 1), (1, 3), (2, 5)]
 IDS = {"boi_token_id": BOI, "image_token_id": IMAGE}
+
+
+def attention_is_fused() -> bool:
+    """Whether this CPU has one kernel for grouped key heads. PyTorch 2.7 and 2.8 compose it, and keep the scores."""
+    queries, keys = (torch.ones(1, heads, 4, 8, requires_grad=True) for heads in (2, 1))
+    attended = F.scaled_dot_product_attention(queries, keys, keys, is_causal=True, enable_gqa=True)
+    return "FlashAttentionForCpu" in attended.grad_fn.name()
+
+
+needs_fused_attention = pytest.mark.skipif(
+    not attention_is_fused(), reason="counts or measures a fused attention, which this PyTorch has not on a CPU"
+)
 
 
 def toy_config(**overrides) -> NextFlowConfig:

@@ -35,10 +35,6 @@ MAX_ANSWER_BYTES = 2**20
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
-class BudgetExceededError(RuntimeError):
-    """The judge was allowed so many requests, and they are spent."""
-
-
 def parse_score(answer: str) -> float:
     """The number after `"score"` in an answer, or the answer if it is a number. Raises `ValueError` otherwise."""
     found = re.search(r'"score"\s*:\s*"?(-?\d+(?:\.\d+)?)', answer)
@@ -100,8 +96,7 @@ class VLMJudge:
     Asks a model for a score of every image; an asynchronous reward between 0 and 1.
 
     A request that fails for good, or an answer without a score in the range, is NaN for its sample: logged in one line
-    and excluded. Redirects are not followed, as they would carry the key elsewhere and lose the images. A spent budget
-    ends the training with [`BudgetExceededError`].
+    and excluded. Redirects are not followed, as they would carry the key elsewhere and lose the images.
 
     Args:
         base_url (`str`): The server, such as `"http://localhost:8000/v1"`.
@@ -113,7 +108,6 @@ class VLMJudge:
         retries (`int`, *optional*, defaults to 3):
             Further attempts after a time-out, a lost connection or a busy server, after 1, 2, 4, ... times `backoff`.
         backoff (`float`, *optional*, defaults to 1): Seconds before the first further attempt.
-        max_requests (`int`, *optional*): The budget, of each process: requests in all, retries included.
         concurrency (`int`, *optional*, defaults to 8): Requests at the same time.
     """
 
@@ -128,7 +122,6 @@ class VLMJudge:
         timeout: float = 60,
         retries: int = 3,
         backoff: float = 1,
-        max_requests: int | None = None,
         concurrency: int = 8,
     ):
         if not score_range[0] < score_range[1]:
@@ -142,7 +135,6 @@ class VLMJudge:
         self.question = question
         self.score_range = score_range
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.max_requests = max_requests
         self.num_requests = 0
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -191,7 +183,8 @@ class VLMJudge:
     def _request(self, body: dict) -> bytes:
         data = json.dumps(body).encode()
         for attempt in range(self.retries + 1):
-            self._spend()
+            with self._lock:
+                self.num_requests += 1
             request = urllib.request.Request(self.url, data, self._headers)
             try:
                 with _OPENER.open(request, timeout=self.timeout) as response:
@@ -204,12 +197,6 @@ class VLMJudge:
                     raise
             time.sleep(self.backoff * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _spend(self) -> None:
-        with self._lock:
-            if self.max_requests is not None and self.num_requests >= self.max_requests:
-                raise BudgetExceededError(f"the judge's budget of {self.max_requests} requests is spent")
-            self.num_requests += 1
 
 
 def image_part(image: Image.Image) -> dict:
