@@ -73,6 +73,8 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
         "transformer" in without and args.model is not None and kind_of(Path(args.model)) in VISION_TOKENIZERS
     )
     found = args.model if is_tokenizer else find_model(args.model)
+    import torch
+
     from ..modeling_nextflow.fused_nextflow import can_be_fused
 
     args.model = SHIPPED_MODEL if args.model in (None, SHIPPED_MODEL) else _place(args.model)
@@ -85,8 +87,10 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
     pipe = _vision_tokenizer_alone(args) if is_tokenizer else _load_components(args, found, without)
     if getattr(args, "lora", None):
         args.lora = _load_loras(pipe, args.lora)
-    if pipe.transformer is not None and can_be_fused(pipe.transformer.model):
-        pipe.transformer.fuse_qkv_projections()  # which gives the same images, faster; adapters unfuse it
+    # In half precision fused layers round otherwise, and on a CPU, where they gain little, a seed keeps its images.
+    pays = pipe.transformer is not None and (args.device != "cpu" or pipe.transformer.dtype == torch.float32)
+    if pays and can_be_fused(pipe.transformer.model):
+        pipe.transformer.fuse_qkv_projections()
     if args.offload:
         pipe.enable_model_cpu_offload(device=args.device)
     else:
