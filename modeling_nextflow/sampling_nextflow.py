@@ -250,11 +250,12 @@ def sample_codes(
     if step.temperature == 0 or numbers is None:
         codes = logits.argmax(-1)
     else:
-        scores, vocabulary = logits.float() / step.temperature, None
+        scores, vocabulary = logits.float(), None
         if 0 < step.top_k < scores.shape[-1]:
             scores, vocabulary = scores.topk(step.top_k, dim=-1)
         elif step.top_p < 1:
             scores, vocabulary = scores.sort(dim=-1, descending=True)
+        scores = scores / step.temperature
         if step.top_p < 1:  # keep the codes before which less than top_p of the mass lies, always the first
             probabilities = scores.softmax(-1)
             scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities > step.top_p, -math.inf)
@@ -363,17 +364,24 @@ class NextFlowSamplingInterface(Host):
             )
         return self.lm_head(hidden_states)[..., codes]
 
-    def guided_logits(self, hidden_states: Sequence[torch.Tensor], step: ScaleStep, num_images: int) -> torch.Tensor:
+    def guided_logits(
+        self, hidden_states: Sequence[torch.Tensor], step: ScaleStep, num_images: int, is_fused: bool = False
+    ) -> torch.Tensor:
         """
         Scores (images, cells, codebook_size) of one scale in fp32, from the hidden states of the prompts and of those
         that guide them, `num_images` each, one after the other.
+
+        The head is linear: fused layers in fp32 guide hidden states, for one product instead of one a condition. In
+        half precision the guided states would be rounded more than guided scores are.
         """
-        logits = [self.image_logits(states) for states in hidden_states]
-        logits = (torch.cat(logits) if len(logits) > 1 else logits[0]).float()
-        logits, unconditional, imageless, *_ = [*logits.split(num_images), None, None]
-        return guide(
-            logits, unconditional, step.guidance_scale, imageless=imageless, image_scale=step.image_guidance_scale
+        guides_states = is_fused and hidden_states[0].dtype == torch.float32
+        scores = list(hidden_states) if guides_states else [self.image_logits(states) for states in hidden_states]
+        scores = (torch.cat(scores) if len(scores) > 1 else scores[0]).float()
+        scores, unconditional, imageless, *_ = [*scores.split(num_images), None, None]
+        guided = guide(
+            scores, unconditional, step.guidance_scale, imageless=imageless, image_scale=step.image_guidance_scale
         )
+        return self.image_logits(guided) if guides_states else guided
 
     def get_text_ids(self) -> torch.Tensor:
         """The tokens that text before an image is made of: text without the end of the turn, and `<boi>`, its end."""
