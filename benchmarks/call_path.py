@@ -21,7 +21,6 @@ from nextflow_hf.hub_cards import shapes_model_path
 
 PACKAGE = str(Path(nextflow_hf.__file__).parent)
 UNNAMED = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>")
-NAMED_ONLY = True
 
 
 class CallPath:
@@ -36,7 +35,7 @@ class CallPath:
         code = frame.f_code
         if event not in ("call", "return") or not code.co_filename.startswith(PACKAGE):
             return
-        if NAMED_ONLY and code.co_name in UNNAMED:
+        if code.co_name in UNNAMED:
             return
         if event == "call":
             self.calls.append((code.co_filename, code.co_qualname))
@@ -45,12 +44,15 @@ class CallPath:
             self.depths.append(self.depth)
         self.deepest = max(self.deepest, self.depth)
 
+    def counts(self) -> dict[str, int]:
+        files = [file for file, _ in self.calls]
+        changes = sum(before != after for before, after in zip(files, files[1:], strict=False))
+        found = {"functions": len(set(self.calls)), "files": len(set(files)), "changes of file": changes}
+        return {**found, "depth": self.deepest}
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print every function with its number of calls")
-    parser.add_argument("--show", action="store_true", help="print every call in order, indented by its depth")
-    args = parser.parse_args()
+
+def trace() -> CallPath:
+    """The path of one prompt, with the model that ships."""
     pipe = NextFlowPipeline.from_pretrained(shapes_model_path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe("a red circle", generator=torch.Generator().manual_seed(0))
@@ -60,13 +62,19 @@ def main() -> None:
         pipe("a red circle", generator=torch.Generator().manual_seed(0))
     finally:
         sys.setprofile(None)
-    files = [file for file, _ in path.calls]
-    changes = sum(before != after for before, after in zip(files, files[1:], strict=False))
-    print(
-        f"functions {len(set(path.calls))}, files {len(set(files))}, changes of file {changes}, depth {path.deepest}"
-    )
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print every function with its number of calls")
+    parser.add_argument("--show", action="store_true", help="print every call in order, indented by its depth")
+    args = parser.parse_args()
+    path = trace()
+    print(", ".join(f"{name} {count}" for name, count in path.counts().items()))
     if args.show:
-        for (file, function), before, depth in zip(path.calls, [None, *files], path.depths, strict=False):
+        files = [None, *(file for file, _ in path.calls)]
+        for (file, function), before, depth in zip(path.calls, files, path.depths, strict=False):
             print(f"{'' if file == before else Path(file).stem:40}{'  ' * depth}{function}")
     if args.list:
         for (file, function), count in Counter(path.calls).items():

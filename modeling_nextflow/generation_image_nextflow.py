@@ -187,7 +187,7 @@ class ImageRows:
         runs: Neighbours with as much padding before them: (first row, end, padding). `None` where it is not known.
         embeddings: Cosine and sine (rows, cells, head_dim) of the blocks to come.
         workspace: Whose memory the cache is, where passes are recorded.
-        is_fused: Whether the model's layers are, which need no mask for `runs`.
+        is_fused: Whether the model's layers are, which need no mask for `runs`, and whose hidden states are guided.
     """
 
     cache: DynamicCache
@@ -287,7 +287,7 @@ def begin_images(
     embeds = model.model.embed_inputs(tokens, image_grids=image_grids, layout=layout)
     reserve(cache, 1 + cells)
     embeddings = model.model.rotary_emb(embeds, boi_position.expand(3, -1, -1))
-    rows = ImageRows(cache, mask, boi_position, embeds, sampling, embeddings=embeddings)
+    rows = ImageRows(cache, mask, boi_position, embeds, sampling, embeddings=embeddings, is_fused=model.is_fused)
     rows.append(model, embeds)
     return rows
 
@@ -332,10 +332,9 @@ def sample_scales(
             else:
                 every = slice(None)
                 states = [rows.hidden_states[every if rows.sampling is None else rows.sampling] for rows in row_sets]
-                logits = model.guided_logits(states, step, batch)
-                # The largest score that is sampled from: NaN or infinite where any is.
+                logits = model.guided_logits(states, step, batch, row_sets[0].is_fused)
                 low, high = logits.aminmax()  # a CPU takes 20 times as long for `vector_norm`
-                unchecked[index] = torch.maximum(-low, high) / (step.temperature or 1)
+                unchecked[index] = torch.maximum(-low, high) / (step.temperature or 1)  # NaN where any score is
                 sampled = model.sample_scale(logits, step, own.numbers, own.given, own.is_given)
             codes = torch.cat([codes, sampled], dim=1)
             if is_synchronous or index + 1 == len(plan):
