@@ -93,7 +93,7 @@ class ModelArguments:
         if (source := getattr(self, part) or self.model) is None:
             raise ValueError(f"got no model: name a repository with `model`, or its {part} with `{part}`")
         if getattr(self, part) is None:
-            check_source("model", source, "pipeline")
+            check_source("model", source, "pipeline", file="vision_tokenizer/config.json")
         elif part == "processor":
             check_source(part, source, *PROCESSORS, "pipeline", file=PROCESSOR_FILE)
         else:
