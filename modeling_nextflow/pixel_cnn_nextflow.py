@@ -230,7 +230,7 @@ class NextFlowPixelDecoder(nn.Module):
         for module in self.modules():
             if isinstance(module, NextFlowGroupNorm):
                 module.compile(**options)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # no overload says it
         self.is_compiled = True
 
     def enlarge(self, hidden_states: torch.Tensor) -> torch.Tensor:
