@@ -7,6 +7,7 @@ package's own frames. Loading is not counted; one call warms up before.
 """
 
 import argparse
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,12 @@ PACKAGE = str(Path(nextflow_hf.__file__).parent)
 UNNAMED = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>")
 
 
+@functools.cache
+def is_ours(file: str) -> bool:
+    """Whether a file is of this package, and not of an environment that lies in its folder."""
+    return file.startswith(PACKAGE) and "site-packages" not in file.removeprefix(PACKAGE)
+
+
 class CallPath:
     """A profile function: counts the calls of named functions of this package."""
 
@@ -33,9 +40,7 @@ class CallPath:
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        if event not in ("call", "return") or not code.co_filename.startswith(PACKAGE):
-            return
-        if code.co_name in UNNAMED:
+        if event not in ("call", "return") or code.co_name in UNNAMED or not is_ours(code.co_filename):
             return
         if event == "call":
             self.calls.append((code.co_filename, code.co_qualname))
