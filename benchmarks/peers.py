@@ -108,7 +108,7 @@ class Contestants:
                     image_grids=inputs["image_grids"].expand(2, -1, -1),
                     use_cache=False,
                 ).last_hidden_state[:, -height * width :]
-                logits = self.ours.guided_logits([hidden], step, 1)
+                logits = self.ours.guided_logits([hidden], step, 1, self.ours.is_fused)
                 numbers = random_numbers([], 1, height * width, hidden.device)
                 codes = torch.cat([codes, self.ours.sample_scale(logits, step, numbers)], dim=1)
             return codes

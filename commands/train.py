@@ -112,7 +112,7 @@ def train(module: ModuleType, args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def leave_processes() -> None:
-    """Take leave of the other processes, if there are some: a thread of theirs that outlives Python aborts it."""
+    """Destroy the process group, if there is one: its threads abort a process that ends while they still run."""
     import torch.distributed
     from accelerate import PartialState
 

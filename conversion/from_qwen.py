@@ -130,7 +130,7 @@ def from_qwen(
         codebook (`torch.Tensor` of shape `(codebook_size, semantic_code_dim + pixel_code_dim)`, *optional*):
             `NextFlowVisionTokenizer.codebook`: where the visual embedding starts (§2.2). Random if absent.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
-            Of the weights; `"auto"` leaves them as they are in the files.
+            Dtype of the weights; `"auto"` leaves them as they are in the files.
         codebook_size (`int`, *optional*): Needed without `codebook`, whose number of rows it is otherwise.
         seed (`int`, *optional*, defaults to 0): Seed of the new rows and modules.
         config_overrides (`dict`, *optional*): Fields of [`NextFlowConfig`], such as `semantic_code_dim`.

@@ -64,8 +64,8 @@ def export_pipeline(
             Created where missing. An older repository in it is replaced as a whole, other files stay.
         card (`ModelCard`): See [`~hub_cards.cards.create_card`].
         dtype (`torch.dtype` or `dict[str, torch.dtype]`, *optional*):
-            Of the weights in the files, or one for each component and `"default"`, as diffusers writes it. Modules
-            that their class keeps in float32 stay so. By default weights are saved as they are.
+            Dtype of the weights in the files, or one for each component and `"default"`, as diffusers writes it.
+            Modules that their class keeps in float32 stay so. By default weights are saved as they are.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): Largest size of one file of weights.
         include_code (`bool`, *optional*, defaults to `True`):
             See [`write_code`]. Without, the repository is one for places that have the package.

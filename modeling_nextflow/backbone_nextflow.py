@@ -151,7 +151,6 @@ class NextFlowPreTrainedModel(PreTrainedModel):
             return
         if can_be_fused(self.base_model):
             fuse(self.base_model, qk_norm=self.config.qk_norm)
-            self.base_model.rotary_emb.is_signed = True
         else:
             logger.warning("the layers are quantised, adapted, sharded, offloaded or hooked: they are not fused")
 
@@ -160,7 +159,6 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         self.graphs = None
         if self.is_fused:
             unfuse(self.base_model, qk_norm=self.config.qk_norm)
-            self.base_model.rotary_emb.is_signed = False
 
     @property
     def is_fused(self) -> bool:

@@ -13,6 +13,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .configuration_nextflow import NextFlowConfig
 
 
+PLACE = "nextflow_place"  # attribute of a cache that holds its [`CachePlace`]
+
+
 class NextFlowCacheLayer(DynamicLayer):
     """
     A dynamic layer whose keys and values fill the front of memory that is reserved for those to come: a block is
@@ -147,13 +150,13 @@ class CachePlace:
 
     @classmethod
     def of(cls, cache: Cache | None) -> "CachePlace | None":
-        return getattr(cache, "nextflow_place", None)
+        return getattr(cache, PLACE, None)
 
     @classmethod
     def mark(cls, cache: Cache, position: torch.Tensor) -> None:
         """Let the cache know the positions (3 or 4, batch) of its last token."""
         length = cache.get_seq_length() + 0  # a static cache's length is one tensor
-        vars(cache)["nextflow_place"] = cls(length, position)
+        vars(cache)[PLACE] = cls(length, position)
 
     def steps_ahead(self, cache: Cache, batch: int) -> torch.Tensor | int:
         """Steps of the rotary text axis less tokens, (batch, 1)."""

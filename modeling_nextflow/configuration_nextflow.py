@@ -95,7 +95,7 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         search_chunk_size (`int`, *optional*, defaults to 512):
             Tokens whose distances exist at the same time: few enough for a CPU's cache.
         codes_fingerprint (`str`, *optional*):
-            Of the saved weights, as [`~NextFlowVisionTokenizer.get_codes_fingerprint`] gives it. Saving writes it.
+            What [`~NextFlowVisionTokenizer.get_codes_fingerprint`] gives for the saved weights. Saving writes it.
     """
 
     model_type = "nextflow_vision_tokenizer"
@@ -237,11 +237,10 @@ class NextFlowConfig(Qwen2Config):
         train_codebook (`bool`, *optional*, defaults to `True`):
             Whether the transformer's own copy of the codebook is trained (not specified by the paper).
         vision_tokenizer_fingerprint (`str`, *optional*):
-            Of the vision tokenizer whose codes the model knows, its
-            [`~NextFlowVisionTokenizer.get_codes_fingerprint`]: with it, the codes of another one are refused, in
-            training and wherever the two are put together.
+            What [`~NextFlowVisionTokenizer.get_codes_fingerprint`] gives for the vision tokenizer whose codes the
+            model knows: with it, the codes of another one are refused, in training and wherever the two meet.
         vision_tokenizer_config (`NextFlowVisionTokenizerConfig` or `dict`, *optional*):
-            Of the vision tokenizer at the transformer's side, for [`NextFlowForConditionalGeneration`] alone.
+            Config of the vision tokenizer at the transformer's side, for [`NextFlowForConditionalGeneration`] alone.
     """
 
     model_type = "nextflow"

@@ -6,7 +6,7 @@ in place, module by module, so its weights exist once. Every weight is read in i
 needs it. Knows layers, not what runs through them.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ class Decoder(Protocol):
 
     @property
     def norm(self) -> nn.Module: ...
+
+    @property
+    def rotary_emb(self) -> Any: ...
 
 
 class FusedRMSNorm(Qwen2RMSNorm):
@@ -168,7 +171,7 @@ def can_be_fused(decoder: Decoder) -> bool:
 
 
 def fuse(decoder: Decoder, *, qk_norm: bool) -> None:
-    """Change the layers of a decoder and its last norm in place: Qwen3's with `qk_norm`, else Qwen2.5's."""
+    """Change a decoder in place: its layers, Qwen3's with `qk_norm`, else Qwen2.5's; its last norm; its rotations."""
     classes = QWEN3 if qk_norm else QWEN2
     for layer in decoder.layers:
         for part, (joined, names) in JOINED.items():
@@ -176,6 +179,7 @@ def fuse(decoder: Decoder, *, qk_norm: bool) -> None:
             setattr(owner, joined, FusedLinear.of({name: owner._modules.pop(name) for name in names}))
         _change_classes(layer, classes)
     decoder.norm.__class__ = FusedRMSNorm
+    decoder.rotary_emb.is_signed = True
 
 
 def unfuse(decoder: Decoder, *, qk_norm: bool) -> None:
@@ -188,6 +192,7 @@ def unfuse(decoder: Decoder, *, qk_norm: bool) -> None:
                 setattr(owner, name, linear)
         _change_classes(layer, classes)
     decoder.norm.__class__ = Qwen2RMSNorm
+    decoder.rotary_emb.is_signed = False
 
 
 def _change_classes(layer: nn.Module, classes: dict[type, type]) -> None:

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from .attention_nextflow import RowRuns
-from .cache_nextflow import part_of, reserve, reserved_cache
+from .cache_nextflow import PLACE, part_of, reserve, reserved_cache
 from .configuration_nextflow import NextFlowConfig
 from .graphs_nextflow import PROMPT_LENGTHS, Workspace
 from .grids_nextflow import Schedule, check_codes, schedules_from_grids
@@ -265,7 +265,7 @@ def prefill_rows(model: NextFlowSamplingInterface, rows: PromptRows, cells: int)
     for count, group in groupby(padding):
         runs.append((start, start + len(list(group)), count))
         start = runs[-1][1]
-    boi_position = vars(cache)["nextflow_place"].position[1, :, None]
+    boi_position = vars(cache)[PLACE].position[1, :, None]
     return ImageRows(cache, mask, boi_position, states[:, -1:], runs=runs, workspace=workspace, is_fused=is_fused)
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from .cache_nextflow import layers_of, reserved_cache
+from .cache_nextflow import PLACE, layers_of, reserved_cache
 from .configuration_nextflow import NextFlowConfig
 
 
@@ -59,7 +59,7 @@ class PassGraphs:
         """A workspace of so many rows and tokens, of this call alone until it is given back."""
         free = self.free.setdefault((rows, length), [])
         workspace = free.pop() if free else Workspace((rows, length), reserved_cache(config, length))
-        vars(workspace.cache).pop("nextflow_place", None)
+        vars(workspace.cache).pop(PLACE, None)
         for layer in layers_of(workspace.cache):
             layer.resize(0)
         return workspace

@@ -365,14 +365,14 @@ class NextFlowSamplingInterface(Host):
         return self.lm_head(hidden_states)[..., codes]
 
     def guided_logits(
-        self, hidden_states: Sequence[torch.Tensor], step: ScaleStep, num_images: int, is_fused: bool = False
+        self, hidden_states: Sequence[torch.Tensor], step: ScaleStep, num_images: int, is_fused: bool
     ) -> torch.Tensor:
         """
         Scores (images, cells, codebook_size) of one scale in fp32, from the hidden states of the prompts and of those
         that guide them, `num_images` each, one after the other.
 
-        The head is linear: fused layers in fp32 guide hidden states, for one product instead of one a condition. In
-        half precision the guided states would be rounded more than guided scores are.
+        The head is linear: where layers are fused (`is_fused`) and compute in fp32, hidden states are guided, for one
+        product instead of one a condition. In half precision guided states would be rounded more than guided scores.
         """
         guides_states = is_fused and hidden_states[0].dtype == torch.float32
         scores = list(hidden_states) if guides_states else [self.image_logits(states) for states in hidden_states]

@@ -67,7 +67,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         embedded_guidance (`float`, *optional*, defaults to 1.0):
             What a guidance-distilled denoiser is told, in training as in sampling. Others ignore it.
         vision_tokenizer_fingerprint (`str`, *optional*):
-            Of the vision tokenizer whose codes it knows: those of another one are refused.
+            Fingerprint of the vision tokenizer whose codes it knows: those of another one are refused.
     """
 
     config: Any  # diffusers types it as a plain dict; its entries are attributes, too

@@ -4,8 +4,8 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any, TypeVar
@@ -140,12 +140,12 @@ def check_vocabulary(processor: Any, config: Any) -> None:
 _LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
-def exclusive(pipeline: DiffusionPipeline) -> ExitStack:
+@contextmanager
+def exclusive(pipeline: DiffusionPipeline) -> Iterator[None]:
     """
-    Keep other threads out of `pipeline` until the `with` block of the result ends: it holds the guidance, the steps
-    and the interruption of one call. They get an error rather than a place in a queue: who waits for whom is for the
-    caller to decide. The same thread may enter again. Do not use it across a `yield`: the generator may go on in
-    another thread.
+    Keep other threads out of `pipeline` in the `with` block: it holds the guidance, the steps and the interruption of
+    one call. They get an error rather than a place in a queue: who waits for whom is for the caller to decide. The
+    same thread may enter again. Do not use it across a `yield`: the generator may go on in another thread.
     """
     lock = _LOCKS.setdefault(pipeline, threading.RLock())
     if not lock.acquire(blocking=False):
@@ -155,9 +155,10 @@ def exclusive(pipeline: DiffusionPipeline) -> ExitStack:
             f"a pipeline of its own on the same weights, `{name}(**pipe.components)` (not with offloading, which "
             "would move weights that another thread computes with)"
         )
-    block = ExitStack()
-    block.callback(lock.release)
-    return block
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def exclusively(method: Callable) -> Callable:

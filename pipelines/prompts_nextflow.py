@@ -20,6 +20,7 @@ from .helpers_nextflow import (
     check_components,
     check_numbers,
     given,
+    group_equal,
     loaded,
     one_per_prompt,
     warn_once,
@@ -70,11 +71,8 @@ class NextFlowImagePrompt:
 
 def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     """Indices of the images that are sampled together: those of one schedule, and with as much given."""
-    groups: dict[tuple, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        given = 0 if prompt.prefix_codes is None else len(prompt.prefix_codes)
-        groups.setdefault((given, str(prompt.image_grids[-1].tolist())), []).append(index)
-    return list(groups.values())
+    given = [0 if prompt.prefix_codes is None else len(prompt.prefix_codes) for prompt in prompts]
+    return group_equal([(count, str(prompt.image_grids[-1].tolist())) for count, prompt in zip(given, prompts)])
 
 
 def collate_prompts(

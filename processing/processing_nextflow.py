@@ -258,8 +258,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         rendering = {"tools": tools, "documents": documents, "continue_final_message": continue_final_message}
         rendering["add_generation_prompt"] = add_generation_prompt or (mode is not None and not continue_final_message)
         samples = mode in ("image", "interleaved") and tokenize and return_dict
-        if variables or tools:
-            self._check_template(template, variables, tools)
+        self._check_template(template, variables, tools)
         if negative_prompt and not samples:
             raise ValueError(
                 "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that samples images, got "

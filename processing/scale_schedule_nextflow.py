@@ -175,12 +175,14 @@ def requested_grids(
     schedule: ScaleSchedule, options: Mapping[str, Any], resolution: int | None, default: int
 ) -> list[list[int]]:
     """
-    Row of `image_grids` that the [`SIZE_OPTIONS`] in `options` describe. Of the `resolution`, where one is given, else
-    of the `default` or, for a size in pixels, of one that fits.
+    Row of `image_grids` that the [`SIZE_OPTIONS`] in `options` describe, else a square's. Of the `resolution`, where
+    one is given, else of the `default` or, for a size in pixels, of one that fits.
     """
     given = [name for name in SIZE_OPTIONS if options.get(name) is not None]
     if len(given) > 1 and given != ["height", "width"]:
         raise ValueError(f"got {given}, expected one of target_grids, aspect_ratio, or height and width")
+    if not given:
+        return list(map(list, square_grids(schedule, resolution or default)))
     num_scales = schedule.num_scales(resolution or default)
     if "target_grids" in given:
         grids = schedule.check_grids(options["target_grids"])
@@ -222,4 +224,4 @@ def grids_of_size(
     return schedule.grids(bucket, schedule.num_scales(resolution))
 
 
-__all__ = ["SIZE_OPTIONS", "ScaleSchedule", "num_cells", "requested_grids", "square_grids"]
+__all__ = ["SIZE_OPTIONS", "ScaleSchedule", "num_cells", "requested_grids"]

@@ -16,7 +16,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_nextflow import flatten_images
 from .messages_nextflow import CUT
-from .scale_schedule_nextflow import SIZE_OPTIONS, requested_grids, square_grids
+from .scale_schedule_nextflow import SIZE_OPTIONS, requested_grids
 from .tokenizer_extension_nextflow import code_token
 
 
@@ -158,9 +158,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
                         ids += self.tokenizer.encode(part, add_special_tokens=False)
                         mask += [inside] * (len(ids) - len(mask))
                 position = end
-            marks = (self.image_token_id, self.boi_token_id, self.eoi_token_id)
-            if any(token in marks or token >= self._first_code_id for token in ids):
-                ids, mask = self._framed(index, ids, mask)
+            ids, mask = self._framed(index, ids, mask)
             if ends_in_boi and ids[-1:] != [self.boi_token_id]:
                 ids, mask = [*ids, self.boi_token_id], [*mask, False]
             rows.append(ids)
@@ -231,10 +229,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             target = shown[-1] if shown and not asked else requested
             if target is None:  # as asked for, else square; once a call, as it may warn
                 resolution, default = options["images_kwargs"].get("resolution"), self.image_processor.resolution
-                if asked:
-                    target = requested = requested_grids(schedule, options, resolution, default)
-                else:
-                    target = requested = list(map(list, square_grids(schedule, resolution or default)))
+                target = requested = requested_grids(schedule, options, resolution, default)
             (schedules if samples else target_grids).append(target)
         if asked and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
             raise ValueError(f"{asked} describe an image to sample, but no row ends in {self.boi_token}")

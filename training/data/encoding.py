@@ -32,7 +32,7 @@ class ExtractionSettings:
         purpose (`str`, *optional*, defaults to `"training"`):
             With `"evaluation"` no condition is dropped and no code is sampled, whatever the other settings say. The
             `eval_codes` of a training are such a folder.
-        resolution (`int`, *optional*): Of the images of rows that name none. Defaults to the processor's.
+        resolution (`int`, *optional*): Resolution of rows that name none; by default the processor's.
         train_on (`str`, *optional*, defaults to `"responses"`): As in [`~NextFlowProcessor.apply_chat_template`].
         self_correction (`bool`, *optional*, defaults to `True`):
             Store sampled input codes and the targets that correct them (§2.2) for the images that are trained on.

@@ -80,7 +80,7 @@ class DataSource:
             Columns that prompts keep for the rewards of GRPO and for evaluation, under their own names.
         max_images (`int`, *optional*):
             Images of an interleaved document, whose rest is left out (§5.4: 5 at 512 pixels, 3 at 1024).
-        resolution (`int`, *optional*): Of its images: side in pixels of a square one. Defaults to the processor's.
+        resolution (`int`, *optional*): Resolution of its images; by default the processor's.
     """
 
     path: str

@@ -49,7 +49,7 @@ class NextFlowDiffusionDecoderTrainingArguments(TrainingArguments):
         condition_dropout (`float`, *optional*, defaults to 0.1):
             Share of the images that lose their condition and caption together, for guidance.
         weighting_scheme (`str`, *optional*, defaults to `"logit_normal"`):
-            Of a flow-matching scheduler: how its times are sampled (`"logit_normal"`, `"mode"`) or weighted
+            How the times of a flow-matching scheduler are sampled (`"logit_normal"`, `"mode"`) or weighted
             (`"sigma_sqrt"`, `"cosmap"`), or `"none"`. A diffusion scheduler's are uniform.
         logit_mean (`float`, *optional*, defaults to 0.0): For `"logit_normal"`.
         logit_std (`float`, *optional*, defaults to 1.0): For `"logit_normal"`.

@@ -27,9 +27,9 @@ class ModelArguments:
         processor_name_or_path (`str`, *optional*): The processor; needed to sample images.
         vision_tokenizer_name_or_path (`str`, *optional*): The vision tokenizer; needed to sample images.
         dtype (`str`, *optional*):
-            Of the weights. By default float32, where `bf16: true` computes in bfloat16 and keeps what is trained
-            exact; under an adapter, whose base is frozen, bfloat16 with `bf16: true`. A model whose float32 copy does
-            not fit is best in bfloat16.
+            Dtype of the weights. By default float32, where `bf16: true` computes in bfloat16 and keeps exact what is
+            trained; under an adapter, whose base is frozen, bfloat16 with `bf16: true`. A model whose float32 copy
+            does not fit is best in bfloat16.
         attn_implementation (`str`, *optional*): As in `from_pretrained`.
         use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter in the place of the model.
         lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save, use_rslora, use_dora:

@@ -45,7 +45,7 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
         discriminator_channels (`int`, *optional*, defaults to 64): Width of its first layer.
         discriminator_layers (`int`, *optional*, defaults to 3): Its convolutions of stride two.
         discriminator_learning_rate (`float`, *optional*):
-            Of its own Adam, times the factor of `lr_scheduler_type`. Defaults to `learning_rate`.
+            Learning rate of its own Adam, times the factor of `lr_scheduler_type`. Defaults to `learning_rate`.
         continuous_steps (`int`, *optional*, defaults to 0):
             Steps that train the branches as plain autoencoders, before the codebook is initialised from what they
             have learnt and quantising begins (not specified by the paper).
