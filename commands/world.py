@@ -46,6 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: %(default)s")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="write only these tasks")
+    parser.add_argument(
+        "--categories", nargs="+", metavar="CATEGORY", help='write only rows of these, such as "single"'
+    )
     parser.add_argument("--judge", type=Path, metavar="DIR", help="train the judge into this folder instead")
     parser.add_argument(
         "--steps", type=int, default=8000, metavar="N", help="steps of the judge's training; default: %(default)s"
@@ -83,5 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         test_rows=args.test_rows,
         images=args.images,
         tasks=args.tasks,
+        categories=args.categories,
     )
     return 0

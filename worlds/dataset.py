@@ -9,7 +9,7 @@ sentences, and scenes where an image asks, and `held_out` has a held-out pair in
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -35,6 +35,7 @@ from .thinking import sample_conversation, sample_implied, sample_text
 SPLITS = ("train", "test", "held_out")
 PEOPLE_SHARE = 0.5  # of the rows, worded as people write
 ROWS_PER_FILE = 2000
+_MAX_ATTEMPTS = 1000  # to sample a row of a category
 
 
 @dataclass
@@ -211,9 +212,30 @@ def test_splits(sprites: Sprites) -> tuple[str, ...]:
 
 
 def sample_row(
-    sprites: Sprites, task: str, key: str, canvases: list[Canvas], *, split: str = "train", people: bool | None = None
+    sprites: Sprites,
+    task: str,
+    key: str,
+    canvases: list[Canvas],
+    *,
+    split: str = "train",
+    people: bool | None = None,
+    categories: Collection[str] | None = None,
 ) -> tuple[Row, Context]:
-    """Sample the row of a task that `key` names, and its context; `people=None` words half of them as people do."""
+    """
+    Sample the row of a task that `key` names, or the next one of `categories`, and its context.
+
+    `people=None` words half of the rows as people do.
+    """
+    for attempt in range(_MAX_ATTEMPTS):
+        row, context = _sample_row(sprites, task, f"{key}/{attempt}" if attempt else key, canvases, split, people)
+        if categories is None or row.category in categories:
+            return row, context
+    raise ValueError(f"no row of {task} in {_MAX_ATTEMPTS} is of the categories {list(categories or ())}")
+
+
+def _sample_row(
+    sprites: Sprites, task: str, key: str, canvases: list[Canvas], split: str, people: bool | None
+) -> tuple[Row, Context]:
     rng = Random(f"{key}/{split}/{task}")
     canvas = rng.choice(canvases)
     people = rng.random() < PEOPLE_SHARE if people is None else people
@@ -273,6 +295,7 @@ def write_dataset(
     test_rows: int = 200,
     images: int = 20_000,
     tasks: Iterable[str] | None = None,
+    categories: Collection[str] | None = None,
 ) -> None:
     """
     Writes what training and evaluation need, and goes on where it was interrupted: a file is complete or not there.
@@ -287,17 +310,19 @@ def write_dataset(
         test_rows (`int`, *optional*): Rows of each task in each split for evaluation, half of them in clean wording.
         images (`int`, *optional*): For the vision tokenizer; a twentieth as many to evaluate it.
         tasks (`Iterable[str]`, *optional*): Those of [`shares`] that are written.
+        categories (`Collection[str]`, *optional*): Write only rows of these categories, such as "single".
     """
     datasets.disable_progress_bars()  # they count batches; ours count rows
     chosen = {name: share for name, share in shares(sprites).items() if tasks is None or name in tasks}
     numbers = {"seed": seed, "rows": rows, "test_rows": test_rows, "images": images, "concepts": len(sprites.names)}
-    _check_manifest(folder, {**numbers, "tasks": list(chosen), "sizes": [list(canvas) for canvas in canvases]})
+    kinds = {"tasks": list(chosen), "categories": categories and list(categories)}
+    _check_manifest(folder, {**numbers, **kinds, "sizes": [list(canvas) for canvas in canvases]})
     whole = sum(chosen.values())
     for name, share in chosen.items():
         count = max(1, round(rows * share / whole))
-        _write_task(sprites, folder / "train" / name, name, canvases, "train", seed, count)
+        _write_task(sprites, folder / "train" / name, name, canvases, "train", seed, count, categories)
         for split in test_splits(sprites) if TASKS[name].tests else ():
-            _write_task(sprites, folder / split / name, name, canvases, split, seed, test_rows)
+            _write_task(sprites, folder / split / name, name, canvases, split, seed, test_rows, categories)
     for split, count in (("train", images), ("test", images // 20)):
         _write_images(sprites, folder / "images" / split, canvases, f"{seed}/images/{split}", count)
     sources = []
@@ -326,13 +351,22 @@ def _check_manifest(folder: Path, options: dict) -> None:
 
 
 def _write_task(
-    sprites: Sprites, folder: Path, task: str, canvases: list[Canvas], split: str, seed: int, count: int
+    sprites: Sprites,
+    folder: Path,
+    task: str,
+    canvases: list[Canvas],
+    split: str,
+    seed: int,
+    count: int,
+    categories: Collection[str] | None,
 ) -> None:
     features = datasets.Features({**TASKS[task].features, **_MORE})
 
     def make(number: int) -> dict:
         people = None if split == "train" else number % 2 == 1
-        row, context = sample_row(sprites, task, f"{seed}/{number}", canvases, split=split, people=people)
+        row, context = sample_row(
+            sprites, task, f"{seed}/{number}", canvases, split=split, people=people, categories=categories
+        )
         return finish_row(sprites, task, row, context)
 
     _write_files(folder, features, make, count, f"{split} {task}")

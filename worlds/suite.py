@@ -15,17 +15,15 @@ from ..processing.messages_nextflow import split_reasoning
 from ..training.data import tasks as row_formats
 from ..training.evaluation.suite import Answer, Part, Sample, Turn, images_of, text_of
 from .captions import read_caption
-from .dataset import TASKS, Row, finish_row, sample_row, shares
+from .dataset import TASKS, finish_row, sample_row, shares
 from .judge import Judge, kept_psnr
 from .questions import is_same
-from .sampling import Context
 from .scene import Canvas, Scene, canvases
 from .sprites import Sprites
 
 
 WORDINGS = ("clean", "people")
 _MAX_IMAGES = 4
-_MAX_ATTEMPTS = 1000  # to sample a row of a category
 _RECONSTRUCTION = "reconstruction"
 _TO_MESSAGES = {  # the columns of a task, as `nextflow-hf extract` reads them
     "text_to_image": lambda row: row_formats.text_to_image(row["image"], row["text"]),
@@ -85,7 +83,10 @@ class WorldSuite:
     def _sample(self, id: str) -> Sample:
         task, wording, number = id.split("-")
         shown = "text_to_image" if task == _RECONSTRUCTION else task
-        row, context = self._row(shown, f"{self.seed}/evaluation/{int(number)}", wording == "people")
+        key, people = f"{self.seed}/evaluation/{int(number)}", wording == "people"
+        row, context = sample_row(
+            self.sprites, shown, key, self.canvases, split=self.split, people=people, categories=self.categories
+        )
         values = finish_row(self.sprites, shown, row, context)
         if task == _RECONSTRUCTION:
             image = Image.open(io.BytesIO(values["image"]["bytes"])).convert("RGB")
@@ -112,17 +113,6 @@ class WorldSuite:
         group = f"{task}, {wording}"
         category = "conversation" if task == "conversation" else values["category"]
         return Sample(id, turns, group, category, settings, (task, scenes, expected))
-
-    def _row(self, task: str, key: str, people: bool) -> tuple[Row, Context]:
-        """The row that `key` names, or the next one of the categories that are asked for."""
-        for attempt in range(_MAX_ATTEMPTS):
-            key_of_attempt = f"{key}/{attempt}" if attempt else key
-            row, context = sample_row(
-                self.sprites, task, key_of_attempt, self.canvases, split=self.split, people=people
-            )
-            if self.categories is None or row.category in self.categories:
-                return row, context
-        raise ValueError(f"no row of {task} in {_MAX_ATTEMPTS} is of the categories {list(self.categories or ())}")
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
         """Return the judge's checks over all images, "text" over all answers in words, and "passed": all of them."""
