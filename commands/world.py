@@ -13,6 +13,7 @@ from .options import new_parser
 EXAMPLES = """\
   nextflow-hf world emoji --output-dir data/emoji
   nextflow-hf world emoji --output-dir data/emoji --resolution 96 --rows 200000 --concepts 400
+  nextflow-hf world emoji --output-dir data/emoji --dataset single --tasks text_to_image --categories single
   nextflow-hf world emoji --output-dir data/emoji --judge data/emoji/judge
 """
 
@@ -28,8 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", help="emoji or shapes: a module of nextflow_hf.worlds")
     parser.add_argument(
-        "--output-dir", type=Path, required=True, metavar="DIR", help="folder to write, with one for each resolution"
+        "--output-dir", type=Path, required=True, metavar="DIR", help="folder to write, with one for each data set"
     )
+    parser.add_argument("--dataset", metavar="NAME", help="folder in --output-dir to write; default: the resolution")
     parser.add_argument("--artwork", type=Path, metavar="DIR", help="archives of artwork; default: in --output-dir")
     parser.add_argument("--concepts", type=int, metavar="N", help="use the first N concepts; default: all")
     parser.add_argument(
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     write_dataset(
         sprites,
-        args.output_dir / str(args.resolution),
+        args.output_dir / (args.dataset or str(args.resolution)),
         args.sizes or canvases(args.resolution, ratios=sprites.dialect.ratios),
         seed=args.seed,
         rows=args.rows,

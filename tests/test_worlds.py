@@ -327,9 +327,9 @@ def test_the_command_writes_what_extraction_and_the_tokenizer_read(tmp_path, mon
     assert [part["type"] for part in story["messages"][1]["content"]][:2] == ["text", "image"]
     for row in rows:
         assert len(row["images"]) == sum(p["type"] == "image" for m in row["messages"] for p in m["content"])
-    single = ["--tasks", "text_to_image", "--categories", "single", "--sizes", "64x64"]
-    assert cli.main([*command[:3], str(tmp_path / "single"), *command[4:], *single]) == 0
-    rows = datasets.load_dataset("parquet", data_dir=str(tmp_path / "single/64/train/text_to_image"), split="train")
+    single = ["--dataset", "single", "--tasks", "text_to_image", "--categories", "single", "--sizes", "64x64"]
+    assert cli.main([*command, *single]) == 0
+    rows = datasets.load_dataset("parquet", data_dir=str(folder / "single/train/text_to_image"), split="train")
     assert set(rows["category"]) == {"single"} and {image.size for image in rows["image"]} == {(64, 64)}
 
     test = MixtureArguments(sources=[{"path": str(folder / "64/held_out/edit"), "format": "parquet", "task": "edit"}])
