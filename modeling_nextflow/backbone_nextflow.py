@@ -34,6 +34,7 @@ from .grids_nextflow import (
     check_shape,
     get_image_layout,
     get_position_ids,
+    group_by_schedule,
     schedules_from_grids,
 )
 
@@ -253,16 +254,13 @@ class NextFlowInputs(NextFlowPreTrainedModel):
 
     def _embed_cells(self, codes: torch.Tensor, images: list[tuple[Schedule, int]]) -> torch.Tensor:
         """Connector outputs (cells of scales 2..m of all images, hidden), images with one schedule in one go."""
-        groups: dict[Schedule, list[int]] = {}
-        for index, (grids, _) in enumerate(images):
-            groups.setdefault(grids, []).append(index)
         # A closed image also brings the codes of its last scale, which are no input.
         used = [sum(height * width for height, width in grids[:-1]) for grids, _ in images]
         per_image = codes.split([count for _, count in images])
         looked_up = self.image_codebook(torch.cat([rows[:count] for rows, count in zip(per_image, used)]))
         per_image = looked_up.split(used)
         embedded = [rows[:0] for rows in per_image]  # of an image of one scale: nothing
-        for grids, members in groups.items():
+        for grids, members in group_by_schedule(grids for grids, _ in images).items():
             if len(grids) == 1:
                 continue
             stacked = torch.stack([per_image[index] for index in members])  # (images, codes, code_dim)

@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from .cache_nextflow import CachePlace, layers_of, reserve
 from .generation_image_nextflow import PromptRows, begin_images, check_context, prefill_rows, sample_scales
-from .grids_nextflow import Schedule, schedules_from_grids
+from .grids_nextflow import Schedule, group_by_schedule, schedules_from_grids
 from .prompt_rows_nextflow import split_images
 from .sampling_nextflow import ScaleInput, ScaleStep, prepare_scales, sample
 
@@ -171,13 +171,12 @@ class _Answers:
 
     def sample_images(self, waiting: torch.Tensor, image_plan: ImagePlan, streamer: TextStreamer | None) -> None:
         """The images of the rows that are `waiting` (batch,) behind a `<boi>`, those of one schedule together."""
-        schedules, groups = schedules_from_grids(image_plan.target_grids), {}
-        for row in waiting.nonzero()[:, 0].tolist():
-            groups.setdefault(schedules[row], []).append(row)
-        for grids, rows in groups.items():
-            codes = self._sample_group(grids, torch.tensor(rows, device=waiting.device), image_plan)
+        waiting_rows = waiting.nonzero()[:, 0]
+        schedules = schedules_from_grids(image_plan.target_grids[waiting_rows])
+        for grids, members in group_by_schedule(schedules).items():
+            codes = self._sample_group(grids, waiting_rows[members], image_plan)
             if streamer is not None:
-                streamer.put_image(codes[0], image_plan.target_grids[rows[0]])
+                streamer.put_image(codes[0], image_plan.target_grids[waiting_rows[members[0]]])
 
     def _sample_group(self, grids: Schedule, rows: torch.Tensor, image_plan: ImagePlan) -> torch.Tensor:
         """Codes (images, codes) of `rows`, which share one schedule and end in a `<boi>` that has not run yet."""

@@ -5,6 +5,7 @@ Its layout is read here: `<boi>`, one placeholder for every cell of scales 2..K,
 and `image_grids`; nothing here knows weights or pixels.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,22 @@ def check_shape(image_grids: torch.Tensor) -> None:
 def count_codes(schedule: Schedule) -> int:
     """Codes of an image: the cells of all its scales."""
     return sum(height * width for height, width in schedule)
+
+
+def split_codes(image_codes: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[torch.Tensor, ...]:
+    """Flat codes (total_codes,) as one tensor an image, or `ValueError` where they are too few or too many."""
+    sizes = [count_codes(schedule) for schedule in schedules]
+    if image_codes.ndim != 1 or image_codes.numel() != sum(sizes):
+        raise ValueError(f"image_codes has shape {tuple(image_codes.shape)}, image_grids asks for ({sum(sizes)},)")
+    return image_codes.split(sizes)
+
+
+def group_by_schedule(schedules: Iterable[Schedule]) -> dict[Schedule, list[int]]:
+    """Indices of the images of each schedule, which are processed as one stack."""
+    groups: dict[Schedule, list[int]] = {}
+    for index, schedule in enumerate(schedules):
+        groups.setdefault(schedule, []).append(index)
+    return groups
 
 
 def check_codes(codes: torch.Tensor, codebook_size: int, name: str = "image_codes") -> torch.Tensor:
