@@ -32,6 +32,7 @@ from .grids_nextflow import (
     Schedule,
     check_codes,
     check_shape,
+    count_codes,
     get_image_layout,
     get_position_ids,
     group_by_schedule,
@@ -255,7 +256,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
     def _embed_cells(self, codes: torch.Tensor, images: list[tuple[Schedule, int]]) -> torch.Tensor:
         """Connector outputs (cells of scales 2..m of all images, hidden), images with one schedule in one go."""
         # A closed image also brings the codes of its last scale, which are no input.
-        used = [sum(height * width for height, width in grids[:-1]) for grids, _ in images]
+        used = [count_codes(grids[:-1]) for grids, _ in images]
         per_image = codes.split([count for _, count in images])
         looked_up = self.image_codebook(torch.cat([rows[:count] for rows, count in zip(per_image, used)]))
         per_image = looked_up.split(used)
@@ -358,7 +359,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
             while present < len(grids) and count < cells[index]:
                 count += grids[present][0] * grids[present][1]
                 present += 1
-            whole = sum(height * width for height, width in grids[1:])
+            whole = count_codes(grids[1:])
             if count != cells[index] or (closed[index] and count != whole):
                 raise ValueError(
                     f"image {index} has {cells[index]} placeholder tokens, which do not fill its scales: its grids "
@@ -518,6 +519,3 @@ class NextFlowModel(NextFlowInputs):
             past_tokens=past_tokens,
             past_steps=past_steps,
         )
-
-
-__all__ = ["NextFlowConnector", "NextFlowInputs", "NextFlowModel", "NextFlowPreTrainedModel"]

@@ -34,6 +34,11 @@ def check_shape(image_grids: torch.Tensor) -> None:
         raise ValueError(f"image_grids is {image_grids.dtype}, expected integers")
 
 
+def check_image_count(is_boi: torch.Tensor, image_grids: torch.Tensor) -> None:
+    if int(is_boi.sum()) != len(image_grids):
+        raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
+
+
 def count_codes(schedule: Schedule) -> int:
     """Codes of an image: the cells of all its scales."""
     return sum(height * width for height, width in schedule)

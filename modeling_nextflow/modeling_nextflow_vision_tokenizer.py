@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,6 +151,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         config.check_sizes()
         hidden_size = semantic_config.hidden_size
         code_dim = config.semantic_code_dim
+        self.patch_size = config.patch_size
 
         self.semantic_encoder = NextFlowViT._from_config(semantic_config)
         # Where the features are the last but one hidden state, neither the last layer nor the last norm is kept:
@@ -311,7 +312,9 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         noise = self._sample_noise(schedules, generator, pixel_values.device) if self_correction else None
         codes, targets = [torch.empty(0)] * len(schedules), [torch.empty(0)] * len(schedules)
         for schedule, indices in group_by_schedule(schedules).items():
-            features = self._sliced(self._encode_features, self._crop(pixel_values, schedule, indices))
+            stack = self._crop(pixel_values, schedule, indices)
+            slices = stack.split(1 if self.use_slicing else len(stack))
+            features = torch.cat([self._encode_features(one) for one in slices])
             group_noise = None if noise is None else torch.stack([noise[i] for i in indices]).to(features.device)
             output = self.quantizer(features, schedule, noise=group_noise)
             for row, index in enumerate(indices):
@@ -341,7 +344,11 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         if self.use_tiling:
             tiles = {"tile_size": self.tile_size, "tile_overlap": int(self.tile_size * self.tile_overlap)}
         decode = functools.partial(self._decode_pixels, **tiles)
-        return _pad_maps([self._sliced(decode, quantized).float().clamp(-1, 1) for quantized in maps], groups)
+        pixels = []
+        for quantized in maps:
+            slices = quantized.split(1 if self.use_slicing else len(quantized))
+            pixels.append(torch.cat([decode(one) for one in slices]).float().clamp(-1, 1))
+        return _pad_maps(pixels, groups)
 
     def decode_features(
         self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
@@ -430,11 +437,8 @@ class NextFlowVisionTokenizer(PreTrainedModel):
                 codes[index] = quantization.image_codes[row]
 
         reconstruction_loss, quantizer_loss, commitment_loss, *semantic_loss = torch.stack(losses).sum(0)
-        loss = (
-            reconstruction_loss
-            + self.config.quantizer_loss_weight * quantizer_loss
-            + self.config.commitment_loss_weight * commitment_loss
-        )
+        loss = reconstruction_loss + self.config.quantizer_loss_weight * quantizer_loss
+        loss = loss + self.config.commitment_loss_weight * commitment_loss
         if semantic_loss:
             loss = loss + self.config.semantic_loss_weight * semantic_loss[0]
         return NextFlowVisionTokenizerOutput(
@@ -454,7 +458,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         grid = (rows, columns)
         hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
-        pixel_size = (self.config.patch_size * rows, self.config.patch_size * columns)
+        pixel_size = (self.patch_size * rows, self.patch_size * columns)
         pixel_map = self.quant_conv(self.pixel_encoder(_resize(pixels, pixel_size)))
         return torch.cat([semantic_map.float(), pixel_map.float()], 1)
 
@@ -473,15 +477,11 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
         return _resize(pixels, self.pixel_size(quantized.shape[2:]))
 
-    def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
-        """`function` of a stack of images, with slicing of one after the other."""
-        return torch.cat([function(one) for one in stack.split(1)]) if self.use_slicing else function(stack)
-
     def pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
         """(height, width) of an image whose last grid is `grid`."""
         if self.config.image_size is None:
             rows, columns = grid
-            return self.config.patch_size * rows, self.config.patch_size * columns
+            return self.patch_size * rows, self.patch_size * columns
         cells = self.config.image_size // self.config.semantic_vit_config.patch_size
         if tuple(grid) != (cells, cells):
             raise ValueError(
