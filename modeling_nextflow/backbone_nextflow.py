@@ -31,7 +31,6 @@ from .grids_nextflow import (
     ImageLayout,
     Schedule,
     check_codes,
-    check_shape,
     count_codes,
     get_image_layout,
     get_position_ids,
@@ -201,17 +200,6 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         self.connector = NextFlowConnector(config)
         self.scale_embedding = nn.Embedding(config.max_scales, config.hidden_size)
         self.scale_embedding_std = math.sqrt(1 / (3 * config.hidden_size))
-
-    def get_image_layout(self, input_ids: torch.Tensor, image_grids: torch.Tensor) -> ImageLayout | None:
-        if len(image_grids) == 0:
-            return None
-        check_shape(image_grids)
-        return get_image_layout(
-            input_ids,
-            image_grids,
-            boi_token_id=self.config.boi_token_id,
-            image_token_id=self.config.image_token_id,
-        )
 
     def embed_inputs(
         self,
@@ -427,7 +415,7 @@ class NextFlowModel(NextFlowInputs):
             input_ids = self.get_placeholder_ids(inputs_embeds)
         layout = None
         if input_ids is not None and image_grids is not None:
-            layout = self.get_image_layout(input_ids, image_grids)
+            layout = get_image_layout(self.config, input_ids, image_grids)
         if input_ids is not None and (inputs_embeds is None or layout is not None):
             inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
         assert inputs_embeds is not None
@@ -508,14 +496,12 @@ class NextFlowModel(NextFlowInputs):
             place = CachePlace.of(past_key_values)
             past_steps = past_tokens + (0 if place is None else place.steps_ahead(past_key_values, len(input_ids)))
         return get_position_ids(
+            self.config,
             input_ids,
             image_grids,
             None if mask is None else mask[:, -length:],
             token_positions,
             layout,
-            boi_token_id=self.config.boi_token_id,
-            image_token_id=self.config.image_token_id,
-            extent=self.config.spatial_rope_extent,
             past_tokens=past_tokens,
             past_steps=past_steps,
         )

@@ -20,7 +20,14 @@ from .attention_nextflow import RowRuns
 from .cache_nextflow import PLACE, part_of, reserve, reserved_cache
 from .configuration_nextflow import NextFlowConfig
 from .graphs_nextflow import PROMPT_LENGTHS, Workspace
-from .grids_nextflow import Schedule, check_codes, check_image_count, count_codes, schedules_from_grids
+from .grids_nextflow import (
+    Schedule,
+    check_codes,
+    check_image_count,
+    count_codes,
+    get_image_layout,
+    schedules_from_grids,
+)
 from .image_settings_nextflow import CONFIG_NAMES, IMAGE_DEFAULTS
 from .sampling_nextflow import (
     NextFlowSamplingInterface,
@@ -282,7 +289,7 @@ def begin_images(
     Arguments as in [`ImageRows`].
     """
     tokens = torch.full((len(image_grids), 1), model.config.boi_token_id, device=image_grids.device)
-    layout = model.model.get_image_layout(tokens, image_grids)
+    layout = get_image_layout(model.config, tokens, image_grids)
     embeds = model.model.embed_inputs(tokens, image_grids=image_grids, layout=layout)
     reserve(cache, 1 + cells)
     embeddings = model.model.rotary_emb(embeds, boi_position.expand(3, -1, -1))

@@ -45,7 +45,7 @@ from .generation_interleaved_nextflow import (
     generate_interleaved,
     keep_text,
 )
-from .grids_nextflow import Schedule, check_image_count, schedules_from_grids
+from .grids_nextflow import Schedule, check_image_count, get_image_layout, schedules_from_grids
 from .image_settings_nextflow import CONFIG_NAMES, DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS
 from .prompt_rows_nextflow import append_boi, find_target_grids, split_images
 from .sampling_nextflow import ScaleStep, scale_plan
@@ -383,7 +383,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
                     attention_mask,
                     kwargs["position_ids"][..., -prompt_ids.shape[1] :],
                     past_key_values,
-                    self.model.get_image_layout(prompt_ids, kwargs["image_grids"]),
+                    get_image_layout(self.config, prompt_ids, kwargs["image_grids"]),
                 )
         inputs = super().prepare_inputs_for_generation(
             input_ids,

@@ -19,6 +19,7 @@ from .attention_nextflow import get_attention_mask
 from .backbone_nextflow import NextFlowModel, NextFlowPreTrainedModel
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
+from .grids_nextflow import get_image_layout
 from .loss_nextflow import (
     IGNORE_INDEX,
     TokenLosses,
@@ -254,7 +255,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         if image_grids is not None:
             if input_ids is None:
                 raise ValueError("the targets of images need input_ids")
-            layout = self.model.get_image_layout(input_ids, image_grids)
+            layout = get_image_layout(self.config, input_ids, image_grids)
         targets, weights = get_targets(
             input_ids,
             labels,
