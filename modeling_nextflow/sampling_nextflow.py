@@ -434,10 +434,10 @@ def with_weight(
     head: nn.Module, hidden_states: Any, function: Callable[..., Any], otherwise: Callable[..., Any]
 ) -> Any:
     """
-    `function(hidden_states, weight)` with the matrix of a head that is nothing else. Where hooks make it whole for a
-    call (sharded by DeepSpeed or FSDP2), that is one call of the head, so that all processes gather the weight as
-    often, however many tokens each has. `otherwise(hidden_states)` for a head that has its weights in its call alone:
-    with an adapter, quantised or offloaded.
+    Use a head's matrix itself, `function(hidden_states, weight)`, or `otherwise(hidden_states)` where a head has its
+    weights in its call alone: with an adapter, quantised or offloaded. Where hooks gather a sharded matrix for a call
+    (DeepSpeed, FSDP2), `function` runs in one call of the head, so that all processes gather it as often, however many
+    tokens each has.
     """
     if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
         return otherwise(hidden_states)
