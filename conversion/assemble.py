@@ -150,15 +150,3 @@ def merge_adapter(transformer: PreTrainedModel, adapter: str | os.PathLike) -> P
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
-
-
-__all__ = [
-    "image_processor_for",
-    "load_image_processor",
-    "load_processor",
-    "load_text_tokenizer",
-    "load_vision_tokenizer",
-    "make_processor",
-    "merge_adapter",
-    "transformer_fields",
-]

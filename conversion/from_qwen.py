@@ -18,8 +18,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from ..modeling_nextflow.configuration_nextflow import NextFlowConfig
-from ..modeling_nextflow.generation_configuration_nextflow import PAPER_SAMPLING, NextFlowGenerationConfig
+from ..modeling_nextflow.generation_configuration_nextflow import NextFlowGenerationConfig
+from ..modeling_nextflow.image_settings_nextflow import PAPER_SAMPLING
 from ..modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
+from .checks import check_whole
 
 
 logger = logging.get_logger(__name__)
@@ -206,19 +208,7 @@ def convert_qwen(
     embedding, head = GROWN_TABLES
     if tied and embedding in converted:
         converted[head] = converted[embedding]
-    missing = [name for name in expected if name not in converted]
-    unknown += [name for name in converted if name not in expected]
-    wrong = [
-        f"{name} {tuple(tensor.shape)} (expected {expected[name]})"
-        for name, tensor in converted.items()
-        if name in expected and tuple(tensor.shape) != expected[name]
-    ]
-    for names, problem in ((missing, "are missing"), (unknown, "have no place"), (wrong, "have another shape")):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(
-                f"not a whole checkpoint of its config: {len(names)} tensors {problem}: {', '.join(names[:5])}{more}"
-            )
+    check_whole(converted, expected, what="checkpoint of its config", unknown=unknown)
     return {name: converted[name] for name in expected}
 
 
@@ -292,6 +282,3 @@ def _grow(text_rows: torch.Tensor, num_rows: int, generator: torch.Generator) ->
     for rows in table[known:].split(4096):
         rows.copy_(torch.randn(rows.shape, generator=generator) * deviation + mean)
     return table
-
-
-__all__ = ["config_from_qwen", "from_qwen"]

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from ..modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from ..modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from .checks import check_whole, first_of
 
 
 # Theirs -> ours; the first row that matches counts. `@` is encoder or decoder, `#` a number, `?` one of q, k, v, `*`
@@ -167,7 +168,7 @@ def load_tokenflow(checkpoint: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
     state = next((content[name] for name in ("ema", "model", "state_dict") if name in content), content)
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} has {_first(content)} at its top, expected ema, model or state_dict with tensors")
+        raise ValueError(f"{path} has {first_of(content)} at its top, expected ema, model or state_dict with tensors")
     # transformers 4 had one module more around SigLIP.
     return {name.replace("encoder_vqkd.vision_model.", "encoder_vqkd."): value for name, value in state.items()}
 
@@ -180,7 +181,7 @@ def config_from_tokenflow(
         values = _read_fields(state, image_size, known_size="scale_sides" not in overrides)
     except KeyError as error:
         raise ValueError(
-            f"not a whole TokenFlow tokenizer: {error.args[0]} is missing among {_first(state)}"
+            f"not a whole TokenFlow tokenizer: {error.args[0]} is missing among {first_of(state)}"
         ) from None
     return NextFlowVisionTokenizerConfig(**{**values, **overrides})
 
@@ -192,7 +193,7 @@ def _read_fields(state: Mapping[str, torch.Tensor], image_size: int | None, *, k
     elif "encoder_vqkd.embeddings.patch_embedding.weight" in state:
         encoder, semantic = "siglip", _siglip_fields(state)
     else:
-        found = _first(name for name in state if name.startswith("encoder_vqkd."))
+        found = first_of(name for name in state if name.startswith("encoder_vqkd."))
         raise ValueError(f"the semantic encoder has {found}, expected CLIP's or SigLIP's: ViTamin is not supported")
     image_size = DEFAULT_IMAGE_SIZE[encoder] if image_size is None else image_size
     if known_size and (encoder, image_size) not in SCALE_SIDES:
@@ -244,7 +245,6 @@ def _read_fields(state: Mapping[str, torch.Tensor], image_size: int | None, *, k
 
 def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTokenizer) -> dict[str, torch.Tensor]:
     """`model`'s state dict out of `state`, every tensor checked against its shape in `model`."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     converted: dict[str, torch.Tensor] = {}
     unknown = []
     for name, tensor in state.items():
@@ -255,7 +255,7 @@ def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTo
             parts = tensor.chunk(3) if len(targets) == 3 else (tensor,)
             converted.update(zip(targets, parts, strict=True))
     if unknown:
-        raise ValueError(f"{len(unknown)} tensors belong to no part of a TokenFlow tokenizer: {_first(unknown)}")
+        raise ValueError(f"{len(unknown)} tensors belong to no part of a TokenFlow tokenizer: {first_of(unknown)}")
 
     for part in ("semantic_encoder", "semantic_decoder"):
         _convert_embeddings(converted, f"{part}.embeddings", math.isqrt(getattr(model, part).config.num_patches))
@@ -263,16 +263,8 @@ def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTo
         # No bias: attention does not see one on the keys.
         converted[name.replace("q_proj", "k_proj")] = torch.zeros_like(converted[name])
 
-    missing = [name for name in expected if name not in converted]
-    left_over = [name for name in converted if name not in expected]
-    wrong = [
-        f"{name} {tuple(converted[name].shape)} (expected {tuple(shape)})"
-        for name, shape in expected.items()
-        if name in converted and converted[name].shape != shape
-    ]
-    for names, problem in ((missing, "are missing"), (left_over, "have no place"), (wrong, "have another shape")):
-        if names:
-            raise ValueError(f"not a whole TokenFlow tokenizer: {len(names)} tensors {problem}: {_first(names)}")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_whole(converted, expected, what="TokenFlow tokenizer")
     return {name: converted[name].contiguous() for name in expected}
 
 
@@ -358,11 +350,3 @@ def _pattern(row: str) -> re.Pattern:
 
 def _count(state: Mapping[str, torch.Tensor], prefix: str) -> int:
     return len({name[len(prefix) + 1 :].split(".")[0] for name in state if name.startswith(f"{prefix}.")})
-
-
-def _first(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
-
-
-__all__ = ["config_from_tokenflow", "convert_tokenflow", "from_tokenflow", "load_tokenflow"]

@@ -31,9 +31,10 @@ from .grids_nextflow import (
     ImageLayout,
     Schedule,
     check_codes,
-    check_shape,
+    count_codes,
     get_image_layout,
     get_position_ids,
+    group_by_schedule,
     schedules_from_grids,
 )
 
@@ -200,17 +201,6 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         self.scale_embedding = nn.Embedding(config.max_scales, config.hidden_size)
         self.scale_embedding_std = math.sqrt(1 / (3 * config.hidden_size))
 
-    def get_image_layout(self, input_ids: torch.Tensor, image_grids: torch.Tensor) -> ImageLayout | None:
-        if len(image_grids) == 0:
-            return None
-        check_shape(image_grids)
-        return get_image_layout(
-            input_ids,
-            image_grids,
-            boi_token_id=self.config.boi_token_id,
-            image_token_id=self.config.image_token_id,
-        )
-
     def embed_inputs(
         self,
         input_ids: torch.Tensor,
@@ -253,16 +243,13 @@ class NextFlowInputs(NextFlowPreTrainedModel):
 
     def _embed_cells(self, codes: torch.Tensor, images: list[tuple[Schedule, int]]) -> torch.Tensor:
         """Connector outputs (cells of scales 2..m of all images, hidden), images with one schedule in one go."""
-        groups: dict[Schedule, list[int]] = {}
-        for index, (grids, _) in enumerate(images):
-            groups.setdefault(grids, []).append(index)
         # A closed image also brings the codes of its last scale, which are no input.
-        used = [sum(height * width for height, width in grids[:-1]) for grids, _ in images]
+        used = [count_codes(grids[:-1]) for grids, _ in images]
         per_image = codes.split([count for _, count in images])
         looked_up = self.image_codebook(torch.cat([rows[:count] for rows, count in zip(per_image, used)]))
         per_image = looked_up.split(used)
         embedded = [rows[:0] for rows in per_image]  # of an image of one scale: nothing
-        for grids, members in groups.items():
+        for grids, members in group_by_schedule(grids for grids, _ in images).items():
             if len(grids) == 1:
                 continue
             stacked = torch.stack([per_image[index] for index in members])  # (images, codes, code_dim)
@@ -360,7 +347,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
             while present < len(grids) and count < cells[index]:
                 count += grids[present][0] * grids[present][1]
                 present += 1
-            whole = sum(height * width for height, width in grids[1:])
+            whole = count_codes(grids[1:])
             if count != cells[index] or (closed[index] and count != whole):
                 raise ValueError(
                     f"image {index} has {cells[index]} placeholder tokens, which do not fill its scales: its grids "
@@ -428,7 +415,7 @@ class NextFlowModel(NextFlowInputs):
             input_ids = self.get_placeholder_ids(inputs_embeds)
         layout = None
         if input_ids is not None and image_grids is not None:
-            layout = self.get_image_layout(input_ids, image_grids)
+            layout = get_image_layout(self.config, input_ids, image_grids)
         if input_ids is not None and (inputs_embeds is None or layout is not None):
             inputs_embeds = self.embed_inputs(input_ids, image_codes, image_grids, layout, inputs_embeds)
         assert inputs_embeds is not None
@@ -509,17 +496,12 @@ class NextFlowModel(NextFlowInputs):
             place = CachePlace.of(past_key_values)
             past_steps = past_tokens + (0 if place is None else place.steps_ahead(past_key_values, len(input_ids)))
         return get_position_ids(
+            self.config,
             input_ids,
             image_grids,
             None if mask is None else mask[:, -length:],
             token_positions,
             layout,
-            boi_token_id=self.config.boi_token_id,
-            image_token_id=self.config.image_token_id,
-            extent=self.config.spatial_rope_extent,
             past_tokens=past_tokens,
             past_steps=past_steps,
         )
-
-
-__all__ = ["NextFlowConnector", "NextFlowInputs", "NextFlowModel", "NextFlowPreTrainedModel"]

@@ -169,6 +169,3 @@ class CachePlace:
             "written with rotary positions alone): pass position_ids, the last of get_position_ids(...) over all of "
             "input_ids and image_grids"
         )
-
-
-__all__ = ["CachePlace", "NextFlowCacheLayer", "caches_of_layers", "part_of", "reserve", "reserved_cache"]

@@ -183,6 +183,33 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         """The pixel branch's stride: its pixels per cell of the last grid, along each axis."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
+    def check_sizes(self) -> None:
+        """Raises `ValueError` where a model of this configuration cannot be made."""
+        encoder, levels = self.semantic_vit_config, len(self.channel_multipliers)
+        if self.semantic_layer not in (-1, -2):
+            raise ValueError(f"semantic_layer is {self.semantic_layer}, expected -1 or -2")
+        if self.semantic_layer == -2 and encoder.num_hidden_layers < 2:
+            raise ValueError(
+                f"semantic_config.num_hidden_layers is {encoder.num_hidden_layers}, expected at least 2: the features "
+                "are those before the last layer"
+            )
+        if self.decoder_channel_multipliers is not None and len(self.decoder_channel_multipliers) != levels:
+            raise ValueError(
+                f"decoder_channel_multipliers has {len(self.decoder_channel_multipliers)} levels, expected the "
+                f"encoder's {levels}: both have one stride"
+            )
+        if self.image_size is None and encoder.patch_size != self.patch_size:
+            raise ValueError(
+                f"semantic_config.patch_size is {encoder.patch_size}, expected the pixel branch's stride "
+                f"2 ** (len(channel_multipliers) - 1) = {self.patch_size}"
+            )
+        if self.image_size is not None and (self.image_size // encoder.patch_size) ** 2 != encoder.num_patches:
+            raise ValueError(
+                f"image_size {self.image_size} has {self.image_size // encoder.patch_size} patches of "
+                f"{encoder.patch_size} pixels a side, expected the square root of semantic_config.num_patches = "
+                f"{encoder.num_patches}"
+            )
+
 
 @strict
 class NextFlowConfig(Qwen2Config):

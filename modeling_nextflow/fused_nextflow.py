@@ -213,6 +213,3 @@ def separate_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> d
                     pieces = zip(module.sizes, joined.split(list(module.sizes.values())))
                     state_dict |= {f"{owner}.{name}.{kind}": piece for name, piece in pieces}
     return state_dict
-
-
-__all__ = ["FusedDecoderLayer", "can_be_fused", "fuse", "separate_weights", "unfuse"]

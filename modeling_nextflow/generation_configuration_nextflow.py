@@ -9,14 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from .image_settings_nextflow import (
-    CONFIG_NAMES,
-    DEFAULT_MAX_IMAGES,
-    FORMAT,
-    IMAGE_DEFAULTS,
-    PAPER_SAMPLING,
-    in_this_format,
-)
+from .image_settings_nextflow import CONFIG_NAMES, FORMAT, in_this_format
 from .sampling_nextflow import PerScale, scale_plan
 
 
@@ -167,15 +160,3 @@ def refuse_config(config: GenerationConfig, mode: str) -> None:
         value = getattr(config, name, None)
         if value and (name, value) != ("cache_implementation", "dynamic"):
             raise ValueError(f"generation_mode={mode!r} does not go with {name}, got {value!r}")
-
-
-__all__ = [
-    "CONFIG_NAMES",
-    "DEFAULT_MAX_IMAGES",
-    "IMAGE_DEFAULTS",
-    "PAPER_SAMPLING",
-    "NextFlowGenerationConfig",
-    "refuse_config",
-    "refuse_options",
-    "refuse_text_settings",
-]

@@ -20,7 +20,14 @@ from .attention_nextflow import RowRuns
 from .cache_nextflow import PLACE, part_of, reserve, reserved_cache
 from .configuration_nextflow import NextFlowConfig
 from .graphs_nextflow import PROMPT_LENGTHS, Workspace
-from .grids_nextflow import Schedule, check_codes, schedules_from_grids
+from .grids_nextflow import (
+    Schedule,
+    check_codes,
+    check_image_count,
+    count_codes,
+    get_image_layout,
+    schedules_from_grids,
+)
 from .image_settings_nextflow import CONFIG_NAMES, IMAGE_DEFAULTS
 from .sampling_nextflow import (
     NextFlowSamplingInterface,
@@ -141,8 +148,7 @@ def shared_schedule(input_ids: torch.Tensor, image_grids: torch.Tensor, boi: int
     is_boi = input_ids == boi
     if not is_boi[:, -1].all():
         raise ValueError("every row of input_ids must end in <boi> to sample an image (pad on the left)")
-    if int(is_boi.sum()) != len(image_grids):
-        raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
+    check_image_count(is_boi, image_grids)
     target_grids = image_grids[is_boi.sum(1).cumsum(0) - 1]
     if not (target_grids == target_grids[:1]).all():
         raise ValueError("the images of one batch must share one schedule: sample other sizes in another call")
@@ -283,7 +289,7 @@ def begin_images(
     Arguments as in [`ImageRows`].
     """
     tokens = torch.full((len(image_grids), 1), model.config.boi_token_id, device=image_grids.device)
-    layout = model.model.get_image_layout(tokens, image_grids)
+    layout = get_image_layout(model.config, tokens, image_grids)
     embeds = model.model.embed_inputs(tokens, image_grids=image_grids, layout=layout)
     reserve(cache, 1 + cells)
     embeddings = model.model.rotary_emb(embeds, boi_position.expand(3, -1, -1))
@@ -343,10 +349,10 @@ def sample_scales(
             yield scale
             if scale.image_codes is not codes:
                 codes = _replaced(codes, scale.image_codes.to(codes.device), model.config.codebook_size)
-            prepare_scales(inputs[index + 1 :], plan[index + 1 :], codes.device)  # of steps that were changed
             if index + 1 == len(plan):
                 _check_finite(unchecked, plan)  # where the plan was cut short
                 return
+            prepare_scales(inputs[index + 1 :], plan[index + 1 :], codes.device)  # of steps that were changed
     finally:
         for workspace in workspaces:
             if workspace is not None and model.graphs is not None:
@@ -573,21 +579,7 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
             parts.append(negative_rows(rows, boi, *imageless, missing=missing))
         multiple = 1 if self.graphs is None else PROMPT_LENGTHS
         rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
-        cells = sum(height * width for height, width in grids[1 : len(plan)])
+        cells = count_codes(grids[1 : len(plan)])
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
 
         return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)
-
-
-__all__ = [
-    "ImageRows",
-    "NextFlowImageGeneration",
-    "NextFlowImageGenerationOutput",
-    "PromptRows",
-    "begin_images",
-    "check_context",
-    "negative_rows",
-    "one_per_row",
-    "prefill_rows",
-    "sample_scales",
-]

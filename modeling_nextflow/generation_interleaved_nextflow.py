@@ -18,8 +18,9 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from .cache_nextflow import CachePlace, layers_of, reserve
+from .configuration_nextflow import NextFlowConfig
 from .generation_image_nextflow import PromptRows, begin_images, check_context, prefill_rows, sample_scales
-from .grids_nextflow import Schedule, schedules_from_grids
+from .grids_nextflow import Schedule, count_codes, group_by_schedule, schedules_from_grids
 from .prompt_rows_nextflow import split_images
 from .sampling_nextflow import ScaleInput, ScaleStep, prepare_scales, sample
 
@@ -171,19 +172,18 @@ class _Answers:
 
     def sample_images(self, waiting: torch.Tensor, image_plan: ImagePlan, streamer: TextStreamer | None) -> None:
         """The images of the rows that are `waiting` (batch,) behind a `<boi>`, those of one schedule together."""
-        schedules, groups = schedules_from_grids(image_plan.target_grids), {}
-        for row in waiting.nonzero()[:, 0].tolist():
-            groups.setdefault(schedules[row], []).append(row)
-        for grids, rows in groups.items():
-            codes = self._sample_group(grids, torch.tensor(rows, device=waiting.device), image_plan)
+        waiting_rows = waiting.nonzero()[:, 0]
+        schedules = schedules_from_grids(image_plan.target_grids[waiting_rows])
+        for grids, members in group_by_schedule(schedules).items():
+            codes = self._sample_group(grids, waiting_rows[members], image_plan)
             if streamer is not None:
-                streamer.put_image(codes[0], image_plan.target_grids[rows[0]])
+                streamer.put_image(codes[0], image_plan.target_grids[waiting_rows[members[0]]])
 
     def _sample_group(self, grids: Schedule, rows: torch.Tensor, image_plan: ImagePlan) -> torch.Tensor:
         """Codes (images, codes) of `rows`, which share one schedule and end in a `<boi>` that has not run yet."""
         target_grids = image_plan.target_grids[rows]
         plan = image_plan.plan_for(grids)
-        cells = sum(height * width for height, width in grids[1:])
+        cells = count_codes(grids[1:])
         sampling = None if len(rows) == len(self.length) else rows
         own = begin_images(self.model, self.cache, self.mask, self.position, sampling, target_grids, cells)
         row_sets = [own]
@@ -300,8 +300,8 @@ def generate_interleaved(
         scores = logits.to(dtype=torch.float32, device=input_ids.device)
         may_begin = num_images < image_plan.max_images
         fits = room - answers.length >= image_tokens
-        scores = logits_processor(answers.ids, _keep_text(scores, may_begin & fits, model))
-        scores = _keep_text(scores, may_begin, model)  # whatever the processors wish
+        scores = logits_processor(answers.ids, keep_text(scores, model.config, may_begin & fits))
+        scores = keep_text(scores, model.config, may_begin)  # whatever the processors wish
         if not scores[writing].amax(-1).isfinite().all():
             raise ValueError(
                 f"the logits of text token {int(num_tokens.max()) + 1} are not finite: expected a higher temperature, "
@@ -353,15 +353,13 @@ def generate_interleaved(
     )
 
 
-def _keep_text(scores: torch.Tensor, may_begin: torch.Tensor, model: "NextFlowForCausalLM") -> torch.Tensor:
-    """Scores in which all is ruled out that is no text but, in rows that `may_begin`, `<boi>`."""
-    config = model.config
-    scores = scores.clone()
-    boi = scores[:, config.boi_token_id].where(may_begin, -float("inf"))
-    scores[:, config.image_vocabulary] = -float("inf")
-    scores[:, config.image_token_id] = -float("inf")
-    scores[:, config.boi_token_id] = boi
-    return scores
+def keep_text(scores: torch.Tensor, config: NextFlowConfig, may_begin: torch.Tensor | None = None) -> torch.Tensor:
+    """Scores in which all is ruled out that is no text but, in rows that `may_begin` an image, `<boi>`."""
+    kept = scores.clone()
+    kept[:, config.image_vocabulary] = kept[:, config.image_token_id] = -float("inf")
+    if may_begin is not None:
+        kept[:, config.boi_token_id] = scores[:, config.boi_token_id].where(may_begin, -float("inf"))
+    return kept
 
 
 def _choose(scores: torch.Tensor, writing: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
@@ -395,6 +393,3 @@ def _close_gaps(cache: DynamicCache, mask: torch.Tensor, prompt_length: int, len
         index = order[:, None, :, None].to(keys.device)
         layer.keys = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3]))
         layer.values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
-
-
-__all__ = ["ImagePlan", "NextFlowInterleavedGenerationOutput", "TextStreamer", "generate_interleaved"]

@@ -23,10 +23,8 @@ from transformers.utils.generic import ModelOutput
 
 from .attention_nextflow import get_attention_mask
 from .cache_nextflow import CachePlace, reserve
+from .configuration_nextflow import NextFlowConfig
 from .generation_configuration_nextflow import (
-    CONFIG_NAMES,
-    DEFAULT_MAX_IMAGES,
-    IMAGE_DEFAULTS,
     NextFlowGenerationConfig,
     refuse_config,
     refuse_options,
@@ -45,9 +43,11 @@ from .generation_interleaved_nextflow import (
     NextFlowInterleavedGenerationOutput,
     TextStreamer,
     generate_interleaved,
+    keep_text,
 )
-from .grids_nextflow import Schedule, schedules_from_grids
-from .prompt_rows_nextflow import append_boi, check_image_count, find_target_grids, split_images
+from .grids_nextflow import Schedule, check_image_count, get_image_layout, schedules_from_grids
+from .image_settings_nextflow import CONFIG_NAMES, DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS
+from .prompt_rows_nextflow import append_boi, find_target_grids, split_images
 from .sampling_nextflow import ScaleStep, scale_plan
 
 
@@ -59,15 +59,11 @@ GENERATION_MODES = ("text", "image", "interleaved")
 class TextOnlyLogitsProcessor(LogitsProcessor):
     """Text mode: no image code, `<boi>`, `<eoi>` or placeholder can be sampled."""
 
-    def __init__(self, image_vocabulary: slice, image_token_id: int):
-        self.image_vocabulary = image_vocabulary
-        self.image_token_id = image_token_id
+    def __init__(self, config: NextFlowConfig):
+        self.config = config
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        scores[:, self.image_vocabulary] = -float("inf")
-        scores[:, self.image_token_id] = -float("inf")
-        return scores
+        return keep_text(scores, self.config)
 
 
 class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
@@ -143,8 +139,9 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         self._check_room(kwargs.get("input_ids", inputs), kwargs)
         if options.get("guidance_scale") is None:
             options = self._without_image_guidance(options)
-        text_only = TextOnlyLogitsProcessor(self.config.image_vocabulary, self.config.image_token_id)
-        options["logits_processor"] = LogitsProcessorList([text_only, *(logits_processor or [])])
+        options["logits_processor"] = LogitsProcessorList(
+            [TextOnlyLogitsProcessor(self.config), *(logits_processor or [])]
+        )
         return super().generate(inputs, **options)
 
     def _without_image_guidance(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -386,7 +383,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
                     attention_mask,
                     kwargs["position_ids"][..., -prompt_ids.shape[1] :],
                     past_key_values,
-                    self.model.get_image_layout(prompt_ids, kwargs["image_grids"]),
+                    get_image_layout(self.config, prompt_ids, kwargs["image_grids"]),
                 )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -451,11 +448,3 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         )
         given = {name: value for name, value in repeated.items() if value is not None}
         return input_ids, {**model_kwargs, **given}
-
-
-__all__ = [
-    "NextFlowGenerationConfig",
-    "NextFlowGenerationMixin",
-    "NextFlowImageGenerationOutput",
-    "NextFlowInterleavedGenerationOutput",
-]

@@ -106,6 +106,3 @@ def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         return result
 
     return replay
-
-
-__all__ = ["PROMPT_LENGTHS", "PassGraphs", "Workspace", "capture"]

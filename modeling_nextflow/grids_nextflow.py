@@ -1,13 +1,16 @@
 """Images in a sequence, as numbers: their scale schedules, their layout among the tokens, and positions (§2.2).
 
 `image_grids` (n_images, max_scales, 2) is zero past an image's last scale; which grids there are is the processor's.
-Its layout is read here: `<boi>`, one placeholder for every cell of scales 2..K, `<eoi>`. Pure functions of `input_ids`
-and `image_grids`; nothing here knows weights or pixels.
+Its layout is read here: `<boi>`, one placeholder for every cell of scales 2..K, `<eoi>`. Pure functions of tokens,
+grids and the configuration's numbers; nothing here knows weights or pixels.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from .configuration_nextflow import NextFlowConfig
 
 
 Schedule = tuple[tuple[int, int], ...]  # (height, width) of every scale, coarse to fine
@@ -33,9 +36,30 @@ def check_shape(image_grids: torch.Tensor) -> None:
         raise ValueError(f"image_grids is {image_grids.dtype}, expected integers")
 
 
+def check_image_count(is_boi: torch.Tensor, image_grids: torch.Tensor) -> None:
+    if int(is_boi.sum()) != len(image_grids):
+        raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
+
+
 def count_codes(schedule: Schedule) -> int:
     """Codes of an image: the cells of all its scales."""
     return sum(height * width for height, width in schedule)
+
+
+def split_codes(image_codes: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[torch.Tensor, ...]:
+    """Flat codes (total_codes,) as one tensor an image, or `ValueError` where they are too few or too many."""
+    sizes = [count_codes(schedule) for schedule in schedules]
+    if image_codes.ndim != 1 or image_codes.numel() != sum(sizes):
+        raise ValueError(f"image_codes has shape {tuple(image_codes.shape)}, image_grids asks for ({sum(sizes)},)")
+    return image_codes.split(sizes)
+
+
+def group_by_schedule(schedules: Iterable[Schedule]) -> dict[Schedule, list[int]]:
+    """Indices of the images of each schedule, which are processed as one stack."""
+    groups: dict[Schedule, list[int]] = {}
+    for index, schedule in enumerate(schedules):
+        groups.setdefault(schedule, []).append(index)
+    return groups
 
 
 def check_codes(codes: torch.Tensor, codebook_size: int, name: str = "image_codes") -> torch.Tensor:
@@ -76,15 +100,16 @@ class ImageLayout:
         return self.scale > 0
 
 
-def get_image_layout(
-    input_ids: torch.Tensor, image_grids: torch.Tensor, *, boi_token_id: int, image_token_id: int
-) -> ImageLayout:
-    """Read the image layout off `input_ids` (batch, length) and `image_grids` (n_images, max_scales, 2).
+def get_image_layout(config: NextFlowConfig, input_ids: torch.Tensor, image_grids: torch.Tensor) -> ImageLayout | None:
+    """Read the image layout off `input_ids` (batch, length) and `image_grids` (n_images, max_scales, 2), if any.
 
     Vectorised and free of device synchronisation; that the two fit is checked where codes are embedded.
     """
-    is_boi = input_ids == boi_token_id
-    is_cell = input_ids == image_token_id
+    if len(image_grids) == 0:
+        return None
+    check_shape(image_grids)
+    is_boi = input_ids == config.boi_token_id
+    is_cell = input_ids == config.image_token_id
     image_index = is_boi.flatten().cumsum(0).view_as(input_ids) - 1
     grids = image_grids[image_index.clamp(min=0, max=len(image_grids) - 1)]  # (batch, length, max_scales, 2)
     if grids.shape[2] == 1:
@@ -122,15 +147,13 @@ def cell_coordinates(
 
 
 def get_position_ids(
+    config: NextFlowConfig,
     input_ids: torch.Tensor,
     image_grids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     token_positions: torch.Tensor | None = None,
     layout: ImageLayout | None = None,
     *,
-    boi_token_id: int,
-    image_token_id: int,
-    extent: float,
     past_tokens: torch.Tensor | int = 0,
     past_steps: torch.Tensor | int = 0,
 ) -> torch.Tensor:
@@ -150,12 +173,12 @@ def get_position_ids(
     is_packed = token_positions is not None
     real = torch.ones_like(input_ids) if attention_mask is None or is_packed else attention_mask.long()
     token_position = token_positions.long() if is_packed else (real.cumsum(1) - 1).clamp(min=0)
-    if image_grids is None or len(image_grids) == 0:
+    if layout is None and image_grids is not None:
+        layout = get_image_layout(config, input_ids, image_grids)
+    if layout is None or image_grids is None:
         step_position = token_position + past_steps
         return torch.stack([token_position + past_tokens, *[step_position] * 3]).float()
 
-    if layout is None:
-        layout = get_image_layout(input_ids, image_grids, boi_token_id=boi_token_id, image_token_id=image_token_id)
     first_of_block = layout.is_cell & (layout.row == 0) & (layout.column == 0)
     steps = torch.where(layout.is_cell, first_of_block.long(), real).cumsum(1)
     axis = steps + _ahead(token_position, steps) if is_packed else (steps - 1).clamp(min=0)
@@ -163,7 +186,8 @@ def get_position_ids(
 
     index = layout.image_index.clamp(min=0)
     grid = image_grids[index, (layout.scale - 1).clamp(min=0)]
-    row, column = cell_coordinates(layout.row, layout.column, grid[..., 0], grid[..., 1], extent=extent)
+    height, width = grid.unbind(-1)
+    row, column = cell_coordinates(layout.row, layout.column, height, width, extent=config.spatial_rope_extent)
     return torch.stack(
         [
             (token_position + past_tokens).float(),

@@ -36,14 +36,3 @@ def in_this_format(saved: dict) -> dict:
         return saved
     others = {name: value for name, value in saved.items() if name not in FORMAT_1_NAMES}
     return {**others, **{new: saved.get(old) for old, new in FORMAT_1_NAMES.items()}, "nextflow_format": FORMAT}
-
-
-__all__ = [
-    "CONFIG_NAMES",
-    "DEFAULT_MAX_IMAGES",
-    "FORMAT",
-    "FORMAT_1_NAMES",
-    "IMAGE_DEFAULTS",
-    "PAPER_SAMPLING",
-    "in_this_format",
-]

@@ -19,6 +19,7 @@ from .attention_nextflow import get_attention_mask
 from .backbone_nextflow import NextFlowModel, NextFlowPreTrainedModel
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationConfig, NextFlowGenerationMixin
+from .grids_nextflow import get_image_layout
 from .loss_nextflow import (
     IGNORE_INDEX,
     TokenLosses,
@@ -28,7 +29,7 @@ from .loss_nextflow import (
     token_scores,
     weighted_cross_entropy,
 )
-from .sampling_nextflow import call_with_weight, has_whole_weight_in_call, plain_weight
+from .sampling_nextflow import with_weight
 
 
 logger = logging.get_logger(__name__)
@@ -254,7 +255,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         if image_grids is not None:
             if input_ids is None:
                 raise ValueError("the targets of images need input_ids")
-            layout = self.model.get_image_layout(input_ids, image_grids)
+            layout = get_image_layout(self.config, input_ids, image_grids)
         targets, weights = get_targets(
             input_ids,
             labels,
@@ -284,7 +285,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         )
         parts = [(int(members.sum()), rows) for members, rows in kinds]
 
-        weight = plain_weight(self.lm_head)
         cross_entropy = partial(
             self.weighted_cross_entropy,
             targets=targets,
@@ -292,23 +292,22 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             parts=parts,
             chunk_size=self.loss_chunk_size,
         )
-        if weight is not None:
-            return *cross_entropy(hidden_states, weight), scale
-        if has_whole_weight_in_call(self.lm_head):
-            return *call_with_weight(self.lm_head, hidden_states, cross_entropy), scale
-        losses = []
-        counts = [count for count, _ in parts]
-        for hidden, target, (_, rows) in zip(hidden_states.split(counts), targets.split(counts), parts):
-            losses.append(
-                linear_cross_entropy(
-                    hidden,
-                    lambda hidden, rows=rows: self.lm_head(hidden)[..., rows],
-                    target - rows.start,
-                    chunk_size=self.loss_chunk_size,
+
+        def of_any_head(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            losses, counts = [], [count for count, _ in parts]
+            for hidden, target, (_, rows) in zip(hidden_states.split(counts), targets.split(counts), parts):
+                losses.append(
+                    linear_cross_entropy(
+                        hidden,
+                        lambda hidden, rows=rows: self.lm_head(hidden)[..., rows],
+                        target - rows.start,
+                        chunk_size=self.loss_chunk_size,
+                    )
                 )
-            )
-        losses = torch.cat(losses)
-        return (losses * weights).sum(), losses.detach(), scale
+            losses = torch.cat(losses)
+            return (losses * weights).sum(), losses.detach()
+
+        return *with_weight(self.lm_head, hidden_states, cross_entropy, of_any_head), scale
 
     def score_tokens(
         self,
@@ -320,19 +319,17 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     ) -> NextFlowTokenScores:
         """The loss `total` of [`get_losses`] token by token, and what is reported of each. Arguments as there."""
         kinds = self._kinds(targets, scale)
-        options = {
-            "parts": [(targets[members], rows) for members, rows in kinds],
-            "chunk_size": self.loss_chunk_size,
-        }
-        hidden = torch.cat([hidden_states[members] for members, _ in kinds])
-
-        def score(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return token_scores(hidden, partial(F.linear, weight=weight), **options)
-
-        if has_whole_weight_in_call(self.lm_head):
-            scores = call_with_weight(self.lm_head, hidden, score)
-        else:
-            scores = token_scores(hidden, self.lm_head, **options)
+        score = partial(
+            token_scores,
+            parts=[(targets[members], rows) for members, rows in kinds],
+            chunk_size=self.loss_chunk_size,
+        )
+        scores = with_weight(
+            self.lm_head,
+            torch.cat([hidden_states[members] for members, _ in kinds]),
+            lambda hidden, weight: score(hidden, partial(F.linear, weight=weight)),
+            lambda hidden: score(hidden, self.lm_head),
+        )
         places = torch.cat([members.flatten().nonzero()[:, 0] for members, _ in kinds])
         placed = scores.new_zeros(3, targets.numel()).index_copy(1, places, scores)
         losses, entropy, is_top1 = placed.unflatten(1, targets.shape)

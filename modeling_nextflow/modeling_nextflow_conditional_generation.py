@@ -20,6 +20,7 @@ from .generation_nextflow import (
     NextFlowImageGenerationOutput,
     NextFlowInterleavedGenerationOutput,
 )
+from .grids_nextflow import check_image_count
 from .modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForCausalLM, NextFlowTokenScores
 from .modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 
@@ -200,9 +201,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
         if image_grids is None or (input_ids is None and inputs_embeds is None):
             raise ValueError("pixel_values need input_ids and image_grids: they say where images are, and how large")
         is_boi = self._prompt_ids(input_ids, inputs_embeds) == self.config.boi_token_id
-        if int(is_boi.sum()) != len(image_grids):
-            count = int(is_boi.sum())
-            raise ValueError(f"input_ids hold {count} <boi> tokens, image_grids has {len(image_grids)} rows")
+        check_image_count(is_boi, image_grids)
         has_pixels = is_boi.clone()
         has_pixels[:, -1] = False
         if len(pixel_values) != int(has_pixels.sum()):

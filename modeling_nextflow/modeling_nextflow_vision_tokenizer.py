@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +23,18 @@ from transformers import PreTrainedModel, Siglip2VisionModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from .configuration_nextflow import NextFlowVisionTokenizerConfig, NextFlowViTConfig
-from .grids_nextflow import Schedule, check_codes, count_codes, schedules_from_grids
-from .pixel_cnn_nextflow import (
-    NextFlowPixelDecoder,
-    NextFlowPixelEncoder,
-    NextFlowZeroConv2d,
-    convolution_layout,
+from .configuration_nextflow import NextFlowVisionTokenizerConfig
+from .grids_nextflow import (
+    Schedule,
+    check_codes,
+    count_codes,
+    group_by_schedule,
+    schedules_from_grids,
+    split_codes,
 )
+from .pixel_cnn_nextflow import NextFlowPixelDecoder, NextFlowPixelEncoder, NextFlowZeroConv2d, convolution_layout
 from .quantizer_nextflow import NextFlowMultiScaleQuantizer
-from .vit_nextflow import NextFlowViT
+from .vit_nextflow import NextFlowViT, patchify
 
 
 @dataclass
@@ -94,60 +96,29 @@ class NextFlowVisionTokenizerOutput(ModelOutput):
     image_codes: torch.Tensor | None = None
 
 
-def split_image_codes(image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Flat codes (total_codes,) as one list an image of (height, width) maps, coarse to fine (§2.1)."""
-    schedules = schedules_from_grids(image_grids)
-    code_maps = []
-    for codes, schedule in zip(_split_images(image_codes, schedules), schedules, strict=True):
-        scales = codes.split([math.prod(grid) for grid in schedule])
-        code_maps.append([scale.view(grid) for scale, grid in zip(scales, schedule, strict=True)])
-    return code_maps
-
-
-def join_image_codes(code_maps: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Inverse of [`split_image_codes`]."""
-    return torch.cat([code_map.reshape(-1) for maps in code_maps for code_map in maps])
-
-
-def _split_images(image_codes: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[torch.Tensor, ...]:
-    sizes = [count_codes(schedule) for schedule in schedules]
-    if image_codes.ndim != 1 or image_codes.numel() != sum(sizes):
-        raise ValueError(f"image_codes has shape {tuple(image_codes.shape)}, image_grids asks for ({sum(sizes)},)")
-    return image_codes.split(sizes)
-
-
-def _group_by_schedule(schedules: Sequence[Schedule]) -> list[tuple[Schedule, list[int]]]:
-    groups: dict[Schedule, list[int]] = {}
-    for index, schedule in enumerate(schedules):
-        groups.setdefault(schedule, []).append(index)
-    return list(groups.items())
-
-
-def _pad_maps(stacks: Sequence[torch.Tensor], groups: Sequence[tuple[Schedule, list[int]]]) -> torch.Tensor:
-    """Stacks (n_group, channels, height, width) as one zero-padded batch in the order of the images."""
+def _pad_maps(stacks: Sequence[torch.Tensor], groups: Collection[list[int]]) -> torch.Tensor:
+    """Stacks (n_group, channels, height, width) as one zero-padded batch in the order of the images, whose indices are
+    those of `groups`."""
     if len(stacks) == 1:
         return stacks[0]
-    count = sum(len(indices) for _, indices in groups)
+    count = sum(map(len, groups))
     height, width = (max(stack.shape[axis] for stack in stacks) for axis in (2, 3))
     padded = stacks[0].new_zeros(count, stacks[0].shape[1], height, width)
-    for stack, (_, indices) in zip(stacks, groups, strict=True):
+    for stack, indices in zip(stacks, groups, strict=True):
         padded[indices, :, : stack.shape[2], : stack.shape[3]] = stack
     return padded
 
 
-def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+class NextFlowVisionTokenizer(PreTrainedModel):
     """
-    (n, channels, height, width) to (n, patches, patch_size**2 * channels), in the order of Siglip2's processor. Less
-    than a patch on the right and below is left out, as by a strided convolution.
+    Dual-codebook multi-scale vision tokenizer (§2.1): SigLIP2 and a CNN encode, one index a cell addresses both
+    codebooks, a CNN decodes pixels and a small ViT the teacher's features.
+
+    Pixels are float (n, 3, max_height, max_width) in [-1, 1]; image i occupies the top-left corner, `patch_size` times
+    its last grid, the rest is ignored. `image_grids` is (n, max_scales, 2), rows after an image's last scale zero. A
+    tokenizer of fixed size, TokenFlow's, takes and gives `(n, 3, image_size, image_size)`.
     """
-    batch, channels, height, width = pixel_values.shape
-    rows, columns = height // patch_size, width // patch_size
-    pixel_values = pixel_values[:, :, : rows * patch_size, : columns * patch_size]
-    patches = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
-
-class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
     config: NextFlowVisionTokenizerConfig
     base_model_prefix = "vision_tokenizer"
     main_input_name = "pixel_values"
@@ -174,36 +145,10 @@ class NextFlowVisionTokenizerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, NextFlowZeroConv2d):
-            init.zeros_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
-            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            # The only embeddings here are the codebooks: directions uniform on the sphere, length about one.
-            init.normal_(module.weight, std=module.embedding_dim**-0.5)
-
-
-class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
-    """
-    Dual-codebook multi-scale vision tokenizer (§2.1): SigLIP2 and a CNN encode, one index a cell addresses both
-    codebooks, a CNN decodes pixels and a small ViT the teacher's features.
-
-    Pixels are float (n, 3, max_height, max_width) in [-1, 1]; image i occupies the top-left corner, `patch_size` times
-    its last grid, the rest is ignored. `image_grids` is (n, max_scales, 2), rows after an image's last scale zero. A
-    tokenizer of fixed size, TokenFlow's, takes and gives `(n, 3, image_size, image_size)`.
-    """
-
     def __init__(self, config: NextFlowVisionTokenizerConfig):
         super().__init__(config)
         semantic_config = config.semantic_vit_config
-        _check_sizes(config)
+        config.check_sizes()
         hidden_size = semantic_config.hidden_size
         code_dim = config.semantic_code_dim
         self.patch_size = config.patch_size
@@ -223,12 +168,11 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self.quantizer = NextFlowMultiScaleQuantizer(config)
 
         # A pre-norm ViT whose "image" is the quantised map: one patch a cell, the code's dimensions its channels.
-        decoder_config = config.semantic_decoder_vit_config
-        if decoder_config is None:
-            decoder_config = _vit_variant(semantic_config, num_hidden_layers=config.semantic_decoder_layers)
-        self.semantic_decoder = NextFlowViT._from_config(
-            _vit_variant(decoder_config, num_channels=code_dim, patch_size=1)
-        )
+        decoder_config = copy.deepcopy(config.semantic_decoder_vit_config or semantic_config)
+        if config.semantic_decoder_config is None:
+            decoder_config.num_hidden_layers = config.semantic_decoder_layers
+        decoder_config.num_channels, decoder_config.patch_size = code_dim, 1
+        self.semantic_decoder = NextFlowViT._from_config(decoder_config)
         decoder_size = decoder_config.hidden_size
         feature_size = hidden_size if config.semantic_feature_size is None else config.semantic_feature_size
         self.decode_task_layer = nn.Sequential(
@@ -240,6 +184,20 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         self.tile_size, self.tile_overlap = 640, 0.2
         self._codes_fingerprint: str | None = None  # of these weights, which the config need not be about
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            if isinstance(module, NextFlowZeroConv2d):
+                init.zeros_(module.weight)
+            else:
+                init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            # The only embeddings here are the codebooks: directions uniform on the sphere, length about one.
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
 
     def get_codes_fingerprint(self) -> str | None:
         """
@@ -353,8 +311,10 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         schedules = self._check_pixels(pixel_values, image_grids)
         noise = self._sample_noise(schedules, generator, pixel_values.device) if self_correction else None
         codes, targets = [torch.empty(0)] * len(schedules), [torch.empty(0)] * len(schedules)
-        for schedule, indices in _group_by_schedule(schedules):
-            features = self._sliced(self._encode_features, self._crop(pixel_values, schedule, indices))
+        for schedule, indices in group_by_schedule(schedules).items():
+            stack = self._crop(pixel_values, schedule, indices)
+            slices = stack.split(1 if self.use_slicing else len(stack))
+            features = torch.cat([self._encode_features(one) for one in slices])
             group_noise = None if noise is None else torch.stack([noise[i] for i in indices]).to(features.device)
             output = self.quantizer(features, schedule, noise=group_noise)
             for row, index in enumerate(indices):
@@ -384,10 +344,11 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         if self.use_tiling:
             tiles = {"tile_size": self.tile_size, "tile_overlap": int(self.tile_size * self.tile_overlap)}
         decode = functools.partial(self._decode_pixels, **tiles)
-        if self.use_slicing:
-            decode = functools.partial(self._sliced, decode)
-        pixels = [decode(quantized).float().clamp(-1, 1) for quantized in maps]
-        return _pad_maps(pixels, groups) if len(pixels) > 1 else pixels[0]
+        pixels = []
+        for quantized in maps:
+            slices = quantized.split(1 if self.use_slicing else len(quantized))
+            pixels.append(torch.cat([decode(one) for one in slices]).float().clamp(-1, 1))
+        return _pad_maps(pixels, groups)
 
     def decode_features(
         self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
@@ -416,7 +377,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         """
         schedules = self._check_pixels(pixel_values, image_grids)
         targets = [torch.empty(0)] * len(schedules)
-        for schedule, indices in _group_by_schedule(schedules):
+        for schedule, indices in group_by_schedule(schedules).items():
             patches = self._semantic_patches(self._crop(pixel_values, schedule, indices))
             shapes = torch.tensor([schedule[-1]]).expand(len(indices), 2)
             output = teacher(patches, None, shapes, output_hidden_states=True)
@@ -452,10 +413,10 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             self._codes_fingerprint = None  # the next step may change the weights
         schedules = self._check_pixels(pixel_values, image_grids)
         dropped = self._dropped_scales(drop_scales, image_grids.shape[1])
-        groups = _group_by_schedule(schedules)
+        groups = group_by_schedule(schedules)
         codes = [torch.empty(0)] * len(schedules)
         reconstructions, losses = [], []
-        for schedule, indices in groups:
+        for schedule, indices in groups.items():
             pixels = self._crop(pixel_values, schedule, indices)
             features = self._encode_features(pixels)
             quantization = self.quantizer(features, schedule, dropped=dropped, quantize=quantize)
@@ -476,11 +437,8 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
                 codes[index] = quantization.image_codes[row]
 
         reconstruction_loss, quantizer_loss, commitment_loss, *semantic_loss = torch.stack(losses).sum(0)
-        loss = (
-            reconstruction_loss
-            + self.config.quantizer_loss_weight * quantizer_loss
-            + self.config.commitment_loss_weight * commitment_loss
-        )
+        loss = reconstruction_loss + self.config.quantizer_loss_weight * quantizer_loss
+        loss = loss + self.config.commitment_loss_weight * commitment_loss
         if semantic_loss:
             loss = loss + self.config.semantic_loss_weight * semantic_loss[0]
         return NextFlowVisionTokenizerOutput(
@@ -489,7 +447,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
             quantizer_loss=quantizer_loss,
             commitment_loss=commitment_loss,
             semantic_loss=semantic_loss[0] if semantic_loss else None,
-            reconstruction=_pad_maps(reconstructions, groups),
+            reconstruction=_pad_maps(reconstructions, groups.values()),
             image_codes=torch.cat(codes),
         )
 
@@ -500,7 +458,7 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         grid = (rows, columns)
         hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
-        pixel_size = (self.config.patch_size * rows, self.config.patch_size * columns)
+        pixel_size = (self.patch_size * rows, self.patch_size * columns)
         pixel_map = self.quant_conv(self.pixel_encoder(_resize(pixels, pixel_size)))
         return torch.cat([semantic_map.float(), pixel_map.float()], 1)
 
@@ -518,10 +476,6 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
         pixel_map = pixel_map.contiguous(memory_format=layout)
         pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
         return _resize(pixels, self.pixel_size(quantized.shape[2:]))
-
-    def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
-        """`function` of a stack of images, with slicing of one after the other."""
-        return torch.cat([function(one) for one in stack.split(1)]) if self.use_slicing else function(stack)
 
     def pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
         """(height, width) of an image whose last grid is `grid`."""
@@ -545,26 +499,21 @@ class NextFlowVisionTokenizer(NextFlowVisionTokenizerPreTrainedModel):
 
     def _decode_codes(
         self, image_codes: torch.Tensor, image_grids: torch.Tensor, num_scales: int | None
-    ) -> tuple[list[torch.Tensor], list[tuple[Schedule, list[int]]]]:
-        """Quantised maps of every group of images with one schedule, and those groups."""
+    ) -> tuple[list[torch.Tensor], list[list[int]]]:
+        """Quantised maps of every group of images with one schedule, and the images of each group."""
         schedules = schedules_from_grids(image_grids)
         if num_scales is not None and num_scales < 1:
             raise ValueError(f"num_scales is {num_scales}, expected at least 1")
-        prefixes = [schedule[:num_scales] for schedule in schedules]
-        lengths = [count_codes(prefix) for prefix in prefixes]
-        full = sum(count_codes(schedule) for schedule in schedules)
-        if image_codes.numel() == full:
-            codes_of_images = _split_images(image_codes, schedules)
-            per_image = [codes[:length] for codes, length in zip(codes_of_images, lengths, strict=True)]
-        else:
-            per_image = _split_images(image_codes, prefixes)
+        is_whole = image_codes.numel() == sum(map(count_codes, schedules))
+        given = schedules if is_whole else [schedule[:num_scales] for schedule in schedules]
+        per_image = split_codes(image_codes, given)
         check_codes(image_codes, self.config.codebook_size)
-        groups = _group_by_schedule(schedules)
-        maps = [
-            self.quantizer.decode(torch.stack([per_image[i] for i in indices]), schedule, num_scales=num_scales)
-            for schedule, indices in groups
-        ]
-        return maps, groups
+        maps, groups = [], group_by_schedule(schedules)
+        for schedule, indices in groups.items():
+            length = count_codes(schedule[:num_scales])
+            codes = torch.stack([per_image[index][:length] for index in indices])
+            maps.append(self.quantizer.decode(codes, schedule, num_scales=num_scales))
+        return maps, list(groups.values())
 
     def _check_pixels(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> list[Schedule]:
         schedules = schedules_from_grids(image_grids)
@@ -636,42 +585,6 @@ def _codes_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _check_sizes(config: NextFlowVisionTokenizerConfig) -> None:
-    semantic_config = config.semantic_vit_config
-    if config.semantic_layer not in (-1, -2):
-        raise ValueError(f"semantic_layer is {config.semantic_layer}, expected -1 or -2")
-    if config.semantic_layer == -2 and semantic_config.num_hidden_layers < 2:
-        raise ValueError(
-            f"semantic_config.num_hidden_layers is {semantic_config.num_hidden_layers}, expected at least 2: the "
-            "features are those before the last layer"
-        )
-    levels = len(config.channel_multipliers)
-    if config.decoder_channel_multipliers is not None and len(config.decoder_channel_multipliers) != levels:
-        raise ValueError(
-            f"decoder_channel_multipliers has {len(config.decoder_channel_multipliers)} levels, expected the "
-            f"encoder's {levels}: both have one stride"
-        )
-    if config.image_size is None:
-        if semantic_config.patch_size != config.patch_size:
-            raise ValueError(
-                f"semantic_config.patch_size is {semantic_config.patch_size}, expected the pixel branch's stride "
-                f"2 ** (len(channel_multipliers) - 1) = {config.patch_size}"
-            )
-    elif (config.image_size // semantic_config.patch_size) ** 2 != semantic_config.num_patches:
-        raise ValueError(
-            f"image_size {config.image_size} has {config.image_size // semantic_config.patch_size} patches of "
-            f"{semantic_config.patch_size} pixels a side, expected the square root of semantic_config.num_patches = "
-            f"{semantic_config.num_patches}"
-        )
-
-
-def _vit_variant(config: NextFlowViTConfig, **changes: int) -> NextFlowViTConfig:
-    variant = copy.deepcopy(config)
-    for name, value in changes.items():
-        setattr(variant, name, value)
-    return variant
-
-
 def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return pixels if tuple(pixels.shape[2:]) == size else F.interpolate(pixels, size, mode="bicubic")
 
@@ -681,10 +594,4 @@ __all__ = [
     "NextFlowVisionTokenizerEncoderOutput",
     "NextFlowVisionTokenizerFeatures",
     "NextFlowVisionTokenizerOutput",
-    "NextFlowVisionTokenizerPreTrainedModel",
-    "count_codes",
-    "join_image_codes",
-    "patchify",
-    "schedules_from_grids",
-    "split_image_codes",
 ]

@@ -220,10 +220,11 @@ class NextFlowPixelDecoder(nn.Module):
         """`tile_size` and `tile_overlap` in pixels: work in tiles past the first level, see [`in_tiles`]."""
         # The first level has the attention, over all cells, and little memory: a cell is still one or four places.
         hidden_states = self.levels[0](self.middle(self.conv_in(latents)))
+        enlarge = nn.Sequential(*self.levels[1:], self.norm_out, self.conv_out)  # also works on a part of the map
         if tile_size is None:
-            return self.enlarge(hidden_states)
+            return enlarge(hidden_states)
         factor = 2 ** max(len(self.levels) - 2, 0)
-        return in_tiles(self.enlarge, hidden_states, size=tile_size // factor, overlap=tile_overlap // factor)
+        return in_tiles(enlarge, hidden_states, size=tile_size // factor, overlap=tile_overlap // factor)
 
     def compile_norms(self, **options) -> None:
         """Compile the norms with `torch.compile`'s options, and lay weights as maps then lie."""
@@ -232,12 +233,6 @@ class NextFlowPixelDecoder(nn.Module):
                 module.compile(**options)
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # no overload says it
         self.is_compiled = True
-
-    def enlarge(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Convolutions and norms, up to pixels: what also works on a part of the map."""
-        for level in self.levels[1:]:
-            hidden_states = level(hidden_states)
-        return self.conv_out(self.norm_out(hidden_states))
 
 
 def _group_norm(config: NextFlowVisionTokenizerConfig, channels: int, *, swish: bool = True) -> nn.Module:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from .configuration_nextflow import NextFlowConfig
+from .grids_nextflow import check_image_count
 
 
 def split_images(
@@ -24,11 +25,6 @@ def split_images(
     if len(codes) != sum(sizes):
         raise ValueError(f"the images in input_ids need {sum(sizes)} codes, got image_codes of length {len(codes)}")
     return list(codes.split(sizes)), grids
-
-
-def check_image_count(is_boi: torch.Tensor, image_grids: torch.Tensor) -> None:
-    if int(is_boi.sum()) != len(image_grids):
-        raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
 
 
 def find_target_grids(
@@ -84,6 +80,3 @@ def append_boi(prompts: dict[str, Any], target_grids: torch.Tensor, boi: int, pr
         both = [grids for row, own in zip(by_row, target_grids) for grids in (row, own[None])]
         appended[names[3]] = torch.cat(both)
     return {**prompts, **appended}
-
-
-__all__ = ["append_boi", "check_image_count", "find_target_grids", "split_images"]

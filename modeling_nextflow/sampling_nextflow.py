@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -355,14 +355,12 @@ class NextFlowSamplingInterface(Host):
     def image_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""
         codes = self.code_rows
-        weight = plain_weight(self.lm_head)
-        if weight is not None:
-            return F.linear(hidden_states, weight[codes])
-        if has_whole_weight_in_call(self.lm_head):
-            return call_with_weight(
-                self.lm_head, hidden_states, lambda hidden, weight: F.linear(hidden, weight[codes])
-            )
-        return self.lm_head(hidden_states)[..., codes]
+        return with_weight(
+            self.lm_head,
+            hidden_states,
+            lambda hidden, weight: F.linear(hidden, weight[codes]),
+            lambda hidden: self.lm_head(hidden)[..., codes],
+        )
 
     def guided_logits(
         self, hidden_states: Sequence[torch.Tensor], step: ScaleStep, num_images: int, is_fused: bool
@@ -419,11 +417,12 @@ class NextFlowSamplingInterface(Host):
             heads = (lambda hidden: F.linear(hidden, weight[codes])), (lambda hidden: F.linear(hidden, weight))
             return score_both(states, *heads)
 
-        states = [hidden_states[is_code], hidden_states[is_text]]
-        if has_whole_weight_in_call(self.lm_head):  # one call, so that all processes gather the weight as often
-            of_codes, of_text = call_with_weight(self.lm_head, states, score_with_weight)
-        else:
-            of_codes, of_text = score_both(states, self.image_logits, self.lm_head)
+        of_codes, of_text = with_weight(
+            self.lm_head,
+            [hidden_states[is_code], hidden_states[is_text]],
+            score_with_weight,
+            lambda states: score_both(states, self.image_logits, self.lm_head),
+        )
         blank = torch.zeros(targets.shape, device=hidden_states.device)
         return tuple(
             blank.masked_scatter(is_code, code).masked_scatter(is_text, text)
@@ -431,53 +430,26 @@ class NextFlowSamplingInterface(Host):
         )
 
 
-def plain_weight(head: nn.Module) -> torch.Tensor | None:
-    """The matrix of a head that is nothing else, to be multiplied in part. `None` for one that has its weights, or all
-    of them, in its call alone: with an adapter, quantised, offloaded or sharded."""
-    # Offloading replaces the `forward` of the very module, sharding hooks into it.
-    return head.weight if _is_plain(head) and not head._forward_pre_hooks else None
-
-
-def has_whole_weight_in_call(head: nn.Module) -> bool:
-    """Whether hooks make a plain matrix whole for its call: sharded by DeepSpeed or FSDP2, which gather it there."""
-    return _is_plain(head) and bool(head._forward_pre_hooks)
-
-
-def call_with_weight(head: nn.Linear, hidden_states: torch.Tensor | Sequence[torch.Tensor], function: Callable) -> Any:
-    """`function(hidden_states, weight)` in the place of the head's product: in one call of it, so that all processes
-    gather the weight as often, however many tokens each has."""
+def with_weight(
+    head: nn.Module, hidden_states: Any, function: Callable[..., Any], otherwise: Callable[..., Any]
+) -> Any:
+    """
+    Use a head's matrix itself, `function(hidden_states, weight)`, or `otherwise(hidden_states)` where a head has its
+    weights in its call alone: with an adapter, quantised or offloaded. Where hooks gather a sharded matrix for a call
+    (DeepSpeed, FSDP2), `function` runs in one call of the head, so that all processes gather it as often, however many
+    tokens each has.
+    """
+    if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
+        return otherwise(hidden_states)
+    is_plain = type(head.weight) is nn.Parameter
+    if type(head) is not nn.Linear:  # joined of rows that are trained and rows that are not; or FSDP2's class
+        is_plain = is_parametrized(head, "weight") or type(head).forward is nn.Linear.forward
+    if not is_plain:
+        return otherwise(hidden_states)
+    if not head._forward_pre_hooks:
+        return function(hidden_states, head.weight)
     head.forward = lambda input: function(input, head.weight)
     try:
         return head(hidden_states)
     finally:
         del head.forward
-
-
-def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
-    if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
-        return False
-    if type(head) is nn.Linear:
-        return type(head.weight) is nn.Parameter
-    # Joined of rows that are trained and rows that are not; or FSDP2's class for a linear layer.
-    return is_parametrized(head, "weight") or type(head).forward is nn.Linear.forward
-
-
-__all__ = [
-    "NextFlowSamplingInterface",
-    "PerScale",
-    "SampledScale",
-    "ScaleInput",
-    "ScaleStep",
-    "call_with_weight",
-    "guide",
-    "guides",
-    "has_whole_weight_in_call",
-    "pick",
-    "plain_weight",
-    "prepare_scales",
-    "random_numbers",
-    "sample",
-    "sample_codes",
-    "scale_plan",
-    "split_prefix",
-]

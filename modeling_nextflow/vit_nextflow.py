@@ -14,6 +14,18 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from .configuration_nextflow import NextFlowViTConfig
 
 
+def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """
+    (n, channels, height, width) to (n, patches, patch_size**2 * channels), in the order of Siglip2's processor. Less
+    than a patch on the right and below is left out, as by a strided convolution.
+    """
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    pixel_values = pixel_values[:, :, : rows * patch_size, : columns * patch_size]
+    patches = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
+
+
 class NextFlowViTEmbeddings(Siglip2VisionEmbeddings):
     """SigLIP2's embeddings; the config may add a class token before the patches, and a norm after all of them."""
 

@@ -354,16 +354,13 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         if min_images:
             if max_new_tokens < min_images:
                 raise ValueError(f"`max_new_tokens` is {max_new_tokens}, expected at least {min_images}: one an image")
-            config = self.transformer.config
             eos = self.transformer.generation_config.eos_token_id
             eos = self.processor.tokenizer.eos_token_id if eos is None else eos
             forcing = ImagesBeforeEnding(
                 input_ids,
                 num_images=min_images,
                 max_new_tokens=max_new_tokens,
-                boi_token_id=config.boi_token_id,
-                eoi_token_id=config.eoi_token_id,
-                image_token_id=config.image_token_id,
+                config=self.transformer.config,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
                 eos_token_ids=[eos] if isinstance(eos, int) else eos,
             )
@@ -419,6 +416,3 @@ def _frames_of(parts: list[dict[str, Any]]) -> tuple[list, list[str]]:
             texts.append(text.strip())
             text = ""
     return images, texts
-
-
-__all__ = ["NextFlowConversationMixin"]

@@ -18,7 +18,8 @@ class ImagesBeforeEnding(LogitsProcessor):
         input_ids (`torch.Tensor` of shape `(rows, length)`): The prompts.
         num_images (`int`): Images that a row must have.
         max_new_tokens (`int`): Tokens of text, with one for each image.
-        boi_token_id, eoi_token_id, image_token_id, pad_token_id (`int`): What images are written with, and padding.
+        config ([`NextFlowConfig`]): Knows the tokens that images are written with.
+        pad_token_id (`int`): Padding.
         eos_token_ids (`Sequence[int]`): What ends an answer.
     """
 
@@ -28,16 +29,15 @@ class ImagesBeforeEnding(LogitsProcessor):
         *,
         num_images: int,
         max_new_tokens: int,
-        boi_token_id: int,
-        eoi_token_id: int,
-        image_token_id: int,
+        config: Any,
         pad_token_id: int,
         eos_token_ids: Sequence[int],
     ):
         self.num_images = num_images
         self.max_new_tokens = max_new_tokens
-        self.boi_token_id = boi_token_id
-        self.uncounted = torch.tensor([eoi_token_id, image_token_id, pad_token_id], device=input_ids.device)
+        self.boi_token_id = config.boi_token_id
+        uncounted = [config.eoi_token_id, config.image_token_id, pad_token_id]
+        self.uncounted = torch.tensor(uncounted, device=input_ids.device)
         self.ending = sorted({*eos_token_ids, pad_token_id})
         self.prompts = self._count(input_ids)
         self.was_forced = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -98,38 +98,29 @@ class PartStreamer(TextStreamer):
         self.emit({"type": "image", "image": self.decode_image(image_codes, image_grids)})
 
 
-class _Failure:
-    def __init__(self, error: BaseException):
-        self.error = error
-
-
 def iterate(work: Callable[[Callable[[Any], None]], None], stop: Callable[[], None]) -> Iterator[Any]:
     """
     What `work(emit)` emits, one by one, while it goes on in a thread of its own. An exception there is raised here;
     leaving the loop early calls `stop`, and waits for the thread.
     """
     parts: queue.SimpleQueue = queue.SimpleQueue()
-    done = object()
+    done, failures = object(), []
 
     @torch.no_grad()  # this, too, is a thread's own
     def run() -> None:
         try:
             work(parts.put)
         except BaseException as error:
-            parts.put(_Failure(error))
-        else:
-            parts.put(done)
+            failures.append(error)
+        parts.put(done)
 
     thread = threading.Thread(target=run, name="nextflow-answer", daemon=True)
     thread.start()
     try:
         while (part := parts.get()) is not done:
-            if isinstance(part, _Failure):
-                raise part.error
             yield part
+        if failures:
+            raise failures[0]
     finally:
         stop()
         thread.join()
-
-
-__all__ = ["ImagesBeforeEnding", "PartStreamer", "StopWhen", "iterate"]

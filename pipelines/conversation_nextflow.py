@@ -171,10 +171,7 @@ class NextFlowConversation:
 
     def _negative(self, message: dict[str, Any], text: str, **options: Any) -> torch.Tensor:
         """The unconditional prompt: the conversation without the user's text, then `text`."""
-        parts = [part for part in message["content"] if part["type"] != "text"]
-        if text:
-            parts.append({"type": "text", "text": text})
-        message = {**message, "content": parts}
+        (message,) = self.pipe.processor.unconditional_messages([message], text)
         ids = self._encode_turn(message, "text", ask_to_think=False, encode_images=False, **options)["input_ids"]
         return ids if self._negative_ids is None else torch.cat([self._negative_ids, ids], dim=1)
 
@@ -200,6 +197,3 @@ class NextFlowConversation:
         # The answer before ends in it, unless it was cut off or ends in an image.
         start += int(self._sequence["input_ids"][0, -1] == eos)
         return {**turn, "input_ids": turn["input_ids"][:, start:]}
-
-
-__all__ = ["NextFlowConversation"]

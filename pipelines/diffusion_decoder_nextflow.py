@@ -199,11 +199,6 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         own = self.denoiser.config.in_channels - self.config.projection_dim
         return own // 4 if self.family.is_packed else own
 
-    @property
-    def needs_even_latents(self) -> bool:
-        """Whether 2x2 latents become a token."""
-        return self.config.denoiser_class != "UNet2DConditionModel"
-
     def check_codes(self, vision_tokenizer: PreTrainedModel) -> None:
         """Raises `ValueError` where it knows the codes of another vision tokenizer."""
         check_fingerprint("diffusion decoder", self.config.vision_tokenizer_fingerprint, vision_tokenizer)
@@ -225,7 +220,8 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"the diffusion decoder's latents have {self.latent_channels} channels, those of the VAE "
                 f"{vae_channels}"
             )
-        needed = 2 * pixels_per_latent if self.needs_even_latents else pixels_per_latent
+        is_unet = self.config.denoiser_class == "UNet2DConditionModel"
+        needed = pixels_per_latent if is_unet else 2 * pixels_per_latent  # of transformers 2x2 latents are a token
         if pixels_per_cell % needed:
             raise ValueError(
                 f"a cell is {pixels_per_cell} pixels wide, expected a multiple of {needed}: of the VAE's "
@@ -407,6 +403,3 @@ def _grid_positions(rows: int, columns: int, device: torch.device) -> torch.Tens
     """FLUX's positions of an image, (rows * columns, 3): 0, row, column."""
     axes = [torch.arange(length, device=device, dtype=torch.float32) for length in (1, rows, columns)]
     return torch.cartesian_prod(*axes)
-
-
-__all__ = ["FAMILIES", "DenoiserFamily", "NextFlowDiffusionDecoder", "decoder_condition", "encode_captions"]

@@ -33,6 +33,23 @@ class NextFlowBasePipeline(DiffusionPipeline):
     vision_tokenizer: Any
     progress_bar: Any  # diffusers' decorator hides its signature
 
+    _num_timesteps = 0
+    _interrupt = False
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call: scales or, of the diffusion decoder, timesteps. Images that differ in schedule are
+        sampled one after the other."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """
+        Set `pipe._interrupt = True` in a callback to stop there: the images are previews of what was sampled. Set
+        while the diffusion decoder samples, it ends that: the images are as far as they have come.
+        """
+        return self._interrupt
+
     @property
     def _execution_device(self) -> torch.device:
         # Overwritten: diffusers walks over all modules in search of offloading. That is needed only where a component

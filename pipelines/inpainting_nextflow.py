@@ -196,6 +196,3 @@ def mask_pixels(mask: PIL.Image.Image, grids: Grids) -> torch.Tensor:
     if not pixels.any():
         raise ValueError("`mask_image` has no white pixel, so nothing would be sampled again: white is what changes")
     return pixels
-
-
-__all__ = ["cell_footprint", "given_images", "inpainted_cells", "keep_codes"]

@@ -328,6 +328,3 @@ def _regroup(model: nn.Module) -> None:
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
     _maybe_remove_and_reapply_group_offloading(model)
-
-
-__all__ = ["NextFlowLoraLoaderMixin"]

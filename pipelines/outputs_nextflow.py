@@ -151,6 +151,3 @@ def make_preview(prompts: Sequence[NextFlowImagePrompt], members: list[int], ima
         image_codes=image_codes,
         image_grids=image_grids,
     )
-
-
-__all__ = ["NextFlowFramesOutput", "NextFlowPipelineOutput", "NextFlowPreview", "save_strip"]

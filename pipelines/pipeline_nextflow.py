@@ -41,7 +41,6 @@ from .prompts_nextflow import (
     PerScale,
     build_messages,
     call_back,
-    check_only_decodes,
     check_prompts,
     collate_prompts,
     join_codes,
@@ -364,8 +363,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
 
         # 3. Encode prompts; without any, codes are only decoded
         if not conversations:
-            check_only_decodes(num_images_per_prompt, size | kept | given(image=image, think=think or None))
-            prompts = self.given_prompts(**kept)
+            others = size | given(image=image, think=think or None, keep_scales=keep_scales, mask_image=mask_image)
+            prompts = self.given_prompts(image_codes, image_grids, num_images_per_prompt, others)
         else:
             options = {"think": think, "keep_first_size": messages is None, **size}
             prompts = self.encode_prompts(conversations, negative_prompt, settings, **options)
@@ -441,8 +440,16 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
 
     # ---- 3. Encode prompts
 
-    def given_prompts(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[NextFlowImagePrompt]:
-        """Images whose codes are all there is: they are only decoded."""
+    def given_prompts(
+        self, image_codes: Any, image_grids: Any, num_images_per_prompt: int, others: dict[str, Any]
+    ) -> list[NextFlowImagePrompt]:
+        """Images whose codes are all there is: they are only decoded, and `others` may say no more."""
+        names = [*others, *(["num_images_per_prompt"] if num_images_per_prompt != 1 else [])]
+        if names:
+            raise ValueError(
+                f"got {names} with `image_codes` and neither `prompt` nor `messages`: without them codes are only "
+                "decoded"
+            )
         images = given_images(image_codes, image_grids, len(image_grids), 1, self.transformer.config.codebook_size)
         nothing = image_grids.new_zeros(0)
         return [NextFlowImagePrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]

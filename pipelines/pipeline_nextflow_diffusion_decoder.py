@@ -5,7 +5,6 @@ decodes. It may change fine structure: off by default, and no choice for local e
 """
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,6 +90,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     scheduler: Any
     image_processor: Any
     vae: Any
+    _guidance_scale = 1.0
 
     def __init__(
         self,
@@ -121,9 +121,6 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             tokenizer_3=tokenizer_3,
         )
         self.pixel_processor = VaeImageProcessor(vae_scale_factor=1)
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
-        self._interrupt = False
 
     def register_modules(self, **components: Any) -> None:
         super().register_modules(**components)
@@ -139,16 +136,6 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     def do_classifier_free_guidance(self) -> bool:
         """Whether there is guidance."""
         return self._guidance_scale != 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the call; images that differ in size are sampled one after the other."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop there: the images are what the latents then show."""
-        return self._interrupt
 
     @property
     def pixels_per_cell(self) -> int:
@@ -333,12 +320,16 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         texts: dict[str, torch.Tensor | None],
         generators: list[torch.Generator] | None,
         *,
-        tile: int | None = None,
-        after_step: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+        tile: int | None,
+        progress: Any,
+        first_step: int,
+        callback: Callable | None,
+        tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
         """
         Latents after all timesteps, or where `pipe._interrupt` stopped them. `texts` has the rows that guidance leads
-        away from and then those of the images. `after_step(step, timestep, latents)` may replace the latents.
+        away from and then those of the images. The `callback` may replace the latents; `first_step` counts the steps
+        of the groups before.
         """
         conditional = {name: None if rows is None else rows.chunk(2)[1] for name, rows in texts.items()}
         for step, timestep in enumerate(timesteps):
@@ -347,25 +338,12 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             # Asked at every step, as a callback may switch guidance on or off.
             text = texts if self.do_classifier_free_guidance else conditional
             prediction = self.predict(scheduler, latents, timestep, condition, text, tile=tile)
-            latents = after_step(step, timestep, self.step(scheduler, prediction, timestep, latents, generators))
+            latents = self.step(scheduler, prediction, timestep, latents, generators)
+            progress.update()
+            if callback is not None:
+                tensors = dict.fromkeys(tensor_inputs, latents)  # "latents" is all that there is
+                latents = (callback(self, first_step + step, timestep, tensors) or {}).get("latents", latents)
         return latents
-
-    def _after_step(
-        self,
-        callback: Callable | None,
-        tensor_inputs: Sequence[str],
-        progress: Any,
-        first_step: int,
-        step: int,
-        timestep: torch.Tensor,
-        latents: torch.Tensor,
-    ) -> torch.Tensor:
-        """The callback's latents, if it returns any; `first_step` counts the steps of the groups before."""
-        progress.update()
-        if callback is None:
-            return latents
-        tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
-        return (callback(self, first_step + step, timestep, tensors) or {}).get("latents", latents)
 
     def predict(
         self,
@@ -552,12 +530,9 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
                 )
                 rows = [*members, *(index + num_images for index in members)]
                 text = {name: None if value is None else value[rows] for name, value in texts.items()}
-                after_step = functools.partial(
-                    self._after_step, callback_on_step_end, tensor_inputs, progress, position * len(timesteps)
-                )
-                sample = self.denoise(
-                    scheduler, timesteps, sample, condition, text, own, tile=tile, after_step=after_step
-                )
+                options = {"tile": tile, "progress": progress, "first_step": position * len(timesteps)}
+                options |= {"callback": callback_on_step_end, "tensor_inputs": tensor_inputs}
+                sample = self.denoise(scheduler, timesteps, sample, condition, text, own, **options)
                 decoded = sample if output_type == "latent" else self.decode_latents(sample, output_type)
                 for index, one in zip(members, decoded, strict=True):
                     images[index] = one

@@ -134,16 +134,6 @@ def check_prompts(
         raise ValueError(f"`image_codes` and `image_grids` go together, got no `{missing}`")
 
 
-def check_only_decodes(num_images_per_prompt: int, others: dict[str, Any]) -> None:
-    """Raises `ValueError` where a call without a prompt says more than which codes to decode."""
-    names = [name for name in others if name not in ("image_codes", "image_grids")]
-    names += ["num_images_per_prompt"] if num_images_per_prompt != 1 else []
-    if names:
-        raise ValueError(
-            f"got {names} with `image_codes` and neither `prompt` nor `messages`: without them codes are only decoded"
-        )
-
-
 def guides(scale: PerScale) -> bool:
     """Whether a guidance scale asks for an unconditional pass at any scale."""
     return any(value not in (None, 1) for value in (scale if isinstance(scale, (list, tuple)) else [scale]))
@@ -221,8 +211,6 @@ class NextFlowImageSteps(NextFlowBasePipeline):
 
     _guidance_scale: PerScale = 1.0
     _image_guidance_scale: PerScale = 1.0
-    _num_timesteps = 0
-    _interrupt = False
     _current: Any = None  # the work that the pipeline is at, by which a preview knows that it may go on
 
     @property
@@ -239,19 +227,6 @@ class NextFlowImageSteps(NextFlowBasePipeline):
     def do_classifier_free_guidance(self) -> bool:
         """Whether there is guidance at any scale."""
         return guides(self._guidance_scale) or guides(self._image_guidance_scale)
-
-    @property
-    def num_timesteps(self) -> int:
-        """Scales that the call samples; images that differ in schedule are sampled one after the other."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """
-        Set `pipe._interrupt = True` in a callback to stop there: the images are previews of what was sampled. Set
-        while the diffusion decoder samples, it ends that: the images are as far as they have come.
-        """
-        return self._interrupt
 
     def register_modules(self, **components: Any) -> None:
         super().register_modules(**components)
@@ -458,25 +433,3 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         return self.processor.image_processor.post_process_images(
             pixel_values.float().cpu(), image_grids.cpu(), output_type=output_type
         )
-
-
-__all__ = [
-    "Conversation",
-    "Grids",
-    "Image",
-    "NextFlowImagePrompt",
-    "NextFlowImageSteps",
-    "PerScale",
-    "build_messages",
-    "call_back",
-    "check_only_decodes",
-    "check_prompts",
-    "collate_prompts",
-    "group_prompts",
-    "guides",
-    "has_user_image",
-    "join_codes",
-    "num_cells",
-    "schedule_of",
-    "user_message",
-]

@@ -142,6 +142,3 @@ def _read(response: HTTPResponse, max_bytes: int, deadline: float) -> bytes:
     if announced is not None and len(data) < announced:
         raise ValueError(f"it ends after {len(data)} of {announced} bytes")
     return bytes(data)
-
-
-__all__ = ["fetch"]

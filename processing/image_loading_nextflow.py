@@ -310,6 +310,3 @@ def _array_to_8_bits(array: np.ndarray, name: str, *, depth: int | None = None, 
     if low < 0 or high > limit:
         raise ValueError(f"{name} is of integers in [{low}, {high}], expected [0, {limit}]")
     return np.rint(array.astype(np.float32) / (limit / 255)).astype(np.uint8)
-
-
-__all__ = ["FORMATS", "load_image", "open_header"]

@@ -284,18 +284,3 @@ class ControlTokens:
         if refuse:
             self.cut("".join(part.get("text") or "" for part in parts), refuse=True)
         return {**cut, "content": parts}
-
-
-__all__ = [
-    "CUT",
-    "ControlTokens",
-    "THINKING_PROMPT",
-    "as_conversations",
-    "check_text",
-    "join_reasoning",
-    "split_reasoning",
-    "take_images",
-    "unconditional_messages",
-    "with_thinking_prompt",
-    "without_thinking_prompt",
-]

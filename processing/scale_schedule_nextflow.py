@@ -222,6 +222,3 @@ def grids_of_size(
             f"size of the bucket nearest to the {height} x {width} asked for"
         )
     return schedule.grids(bucket, schedule.num_scales(resolution))
-
-
-__all__ = ["SIZE_OPTIONS", "ScaleSchedule", "num_cells", "requested_grids"]

@@ -313,6 +313,3 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             )
             gained += len(replacement) - length
         return found
-
-
-__all__ = ["NextFlowSequenceProcessor"]

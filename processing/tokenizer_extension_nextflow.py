@@ -60,6 +60,3 @@ def extend_tokenizer(
             f"{(expected, text_vocab_size, expected - 2, expected - 1)}"
         )
     return tokenizer
-
-
-__all__ = ["code_token", "extend_tokenizer"]

@@ -11,7 +11,7 @@ import torch
 import transformers.integrations.flex_attention
 import transformers.masking_utils
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from toy import BOI, EOS, IDS, PAD, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_config, toy_model
+from toy import BOI, EOS, PAD, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_config, toy_model
 from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
@@ -147,7 +147,7 @@ def collated_packs() -> dict[str, torch.Tensor]:
 def test_packed_documents_see_themselves_alone(model, use):
     batch = collated_packs()
     ids, starts = batch["input_ids"], batch["position_ids"] == 0
-    layout = get_image_layout(ids, batch["image_grids"], **IDS)
+    layout = get_image_layout(toy_config(), ids, batch["image_grids"])
     positions = model.model.get_position_ids(
         ids, image_grids=batch["image_grids"], token_positions=batch["position_ids"]
     )
@@ -228,7 +228,7 @@ def test_a_block_sees_only_what_a_static_cache_holds(model, use, implementation,
 def test_a_given_4d_mask_is_taken_as_it_is(model, use):
     row, grids = torch.tensor([ROWS[0]]), grids_tensor(SQUARE)
     codes = random_codes(SQUARE)
-    layout = get_image_layout(row, grids, **IDS)
+    layout = get_image_layout(toy_config(), row, grids)
     length = row.shape[1]
     # A cell's block ends where the next begins; a text token's is itself.
     ends = [

@@ -12,7 +12,7 @@ from nextflow_hf import cli
 from nextflow_hf.conversion import from_tokenflow as tokenflow_module
 from nextflow_hf.conversion.from_qwen import from_qwen
 from nextflow_hf.conversion.from_tokenflow import from_tokenflow
-from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import PAPER_SAMPLING
+from nextflow_hf.modeling_nextflow.image_settings_nextflow import PAPER_SAMPLING
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import BOI, CODES, IDS, TEXT, image_tokens, toy_model
+from toy import BOI, CODES, TEXT, image_tokens, toy_config, toy_model
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.grids_nextflow import get_image_layout, get_position_ids
@@ -97,8 +97,8 @@ def test_inputs_and_positions_of_every_ratio(level: int):
         grids = F.pad(torch.tensor([schedule]), (0, 0, 0, 18 - len(schedule)))
         ids = torch.tensor([[5] * start + image_tokens(schedule)])
         codes = torch.randint(CODES, (num_codes(schedule),), generator=torch.Generator().manual_seed(level))
-        embeds = model.embed_inputs(ids, codes, grids, get_image_layout(ids, grids, **IDS))[0, start + 1 : -1]
-        positions = get_position_ids(ids, grids, extent=extent, **IDS)[1:, 0]
+        embeds = model.embed_inputs(ids, codes, grids, get_image_layout(toy_config(), ids, grids))[0, start + 1 : -1]
+        positions = get_position_ids(toy_config(spatial_rope_extent=extent), ids, grids)[1:, 0]
         assert positions[:, start].tolist() == [start] * 3
         assert positions[:, -1].tolist() == [start + len(schedule)] * 3
 

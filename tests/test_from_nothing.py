@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nextflow_hf import NextFlowForCausalLM, cli
-from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import patchify
+from nextflow_hf.modeling_nextflow.vit_nextflow import patchify
 from nextflow_hf.processing import NextFlowProcessor
 from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProcessor
 from nextflow_hf.training.data.text_tokenizer import train_text_tokenizer

@@ -28,7 +28,6 @@ from toy import (
     BOI,
     CODES,
     EOS,
-    IDS,
     PAD,
     SQUARE,
     TEXT,
@@ -80,7 +79,7 @@ def test_hidden_states_and_attentions_are_those_of_every_layer(model, batch):
     assert [tuple(state.shape) for state in out.hidden_states] == [(2, length, 32)] * 3
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
     assert [tuple(weights.shape) for weights in out.attentions] == [(2, 4, length, length)] * 2
-    layout = get_image_layout(batch["input_ids"], batch["image_grids"], **IDS)
+    layout = get_image_layout(toy_config(), batch["input_ids"], batch["image_grids"])
     same_block = (layout.block_ids[:, :, None] == layout.block_ids[:, None]) & layout.is_cell[:, None]
     seen = (torch.ones(length, length).bool().tril() | same_block) & batch["attention_mask"].bool()[:, None]
     real = batch["attention_mask"].bool()

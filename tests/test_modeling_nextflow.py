@@ -14,7 +14,6 @@ from toy import (
     CODES,
     EOI,
     EOS,
-    IDS,
     IMAGE,
     PAD,
     SQUARE,
@@ -60,7 +59,7 @@ def test_positions_of_figure_5():
     # <boi> at 0, a 2x2 and a 3x3 map, <eoi>, five text tokens, a second image: figure 5 of the paper, C = 6.
     schedule = SQUARE[:3]
     input_ids = torch.tensor([[*image_tokens(schedule), 5, 6, 7, 8, 9, *image_tokens(schedule)]])
-    positions = get_position_ids(input_ids, grids_tensor(schedule, schedule), extent=6.0, **IDS)
+    positions = get_position_ids(toy_config(spatial_rope_extent=6.0), input_ids, grids_tensor(schedule, schedule))
     assert positions.shape == (4, 1, 15 + 5 + 15)
     assert positions[0, 0].tolist() == list(range(35))
     image = [(0, 0, 0)]
@@ -76,7 +75,9 @@ def test_positions_of_figure_5():
 def test_positions_of_a_wide_grid_keep_the_area():
     # Equation 1 divides both axes by sqrt(h * w): 1:4 spans C/2 rows and 2C columns.
     schedule = [(1, 1), (4, 16)]
-    positions = get_position_ids(torch.tensor([image_tokens(schedule)]), grids_tensor(schedule), extent=64.0, **IDS)
+    positions = get_position_ids(
+        toy_config(spatial_rope_extent=64.0), torch.tensor([image_tokens(schedule)]), grids_tensor(schedule)
+    )
     rows, columns = positions[2, 0, 1:-1], positions[3, 0, 1:-1]
     assert rows.min() == 4 and rows.max() == 28 and columns.min() == 4 and columns.max() == 124
 
@@ -84,15 +85,16 @@ def test_positions_of_a_wide_grid_keep_the_area():
 def test_left_padding_takes_no_position():
     schedule = SQUARE[:3]
     row = [5, 6, *image_tokens(schedule), 7]
-    alone = get_position_ids(torch.tensor([row]), grids_tensor(schedule), extent=8.0, **IDS)
+    alone = get_position_ids(toy_config(spatial_rope_extent=8.0), torch.tensor([row]), grids_tensor(schedule))
     mask = torch.tensor([[0] * 3 + [1] * len(row)])
-    padded = get_position_ids(torch.tensor([[PAD] * 3 + row]), grids_tensor(schedule), mask, extent=8.0, **IDS)
+    padded = get_position_ids(
+        toy_config(spatial_rope_extent=8.0), torch.tensor([[PAD] * 3 + row]), grids_tensor(schedule), mask
+    )
     torch.testing.assert_close(padded[:, :, 3:], alone)
 
 
 def test_integers_that_restart_are_the_positions_of_packed_documents(model):
     """`position_ids` (batch, length) give what each document has alone, to the bit, whatever they begin with."""
-    layout = {**IDS, "extent": model.config.spatial_rope_extent}
     documents = [
         ([5, *image_tokens(WIDE), 6, 7, *image_tokens(SQUARE)], [WIDE, SQUARE]),
         ([8], []),
@@ -101,13 +103,13 @@ def test_integers_that_restart_are_the_positions_of_packed_documents(model):
         ([*range(3, 35)] * 10, []),
     ]
     alone = [
-        get_position_ids(torch.tensor([ids]), grids_tensor(*grids) if grids else None, **layout)
+        get_position_ids(model.config, torch.tensor([ids]), grids_tensor(*grids) if grids else None)
         for ids, grids in documents
     ]
     packed = torch.tensor([[token for ids, _ in documents for token in ids]])
     restarting = torch.cat([torch.arange(len(ids)) for ids, _ in documents])[None]
     grids = grids_tensor(*[schedule for _, schedules in documents for schedule in schedules])
-    positions = get_position_ids(packed, grids, token_positions=restarting, **layout)
+    positions = get_position_ids(model.config, packed, grids, token_positions=restarting)
     assert torch.equal(positions, torch.cat(alone, dim=-1)) and positions.dtype == torch.float32
 
     rows, both = packed.expand(2, -1), torch.cat([grids, grids])
@@ -118,11 +120,10 @@ def test_integers_that_restart_are_the_positions_of_packed_documents(model):
 
     first = [5, *image_tokens(WIDE), 6]
     later = get_position_ids(
+        model.config,
         torch.tensor([first]),
         grids_tensor(WIDE),
         token_positions=torch.arange(7, 7 + len(first))[None],
-        extent=8.0,
-        **IDS,
     )
     assert later[1].tolist() == [[7, 8, *[9] * 3, *[10] * 10, 11, 12]]
     text = torch.tensor([[5, 6, 7]])
@@ -156,7 +157,7 @@ def test_mask_is_the_block_rule(model):
     row = [5, 6, *image_tokens(SQUARE), 7, *image_tokens(WIDE), 8, 9]
     grids = grids_tensor(SQUARE, WIDE)
     input_ids = torch.tensor([row])
-    layout = get_image_layout(input_ids, grids, **IDS)
+    layout = get_image_layout(toy_config(), input_ids, grids)
     position_ids = model.model.get_position_ids(input_ids, image_grids=grids)
     embeds = torch.zeros(1, len(row), 32)
     mask = get_attention_mask(model.config, embeds, None, position_ids, None, layout)
@@ -170,7 +171,7 @@ def test_no_mask_is_made_where_none_is_needed(model):
     assert get_attention_mask(model.config, embeds, None, positions, None, None) is None
     assert get_attention_mask(model.config, embeds, None, positions, None, None, is_causal=False) is None
     prompt = torch.tensor([[5, 6, BOI]])  # an image to be drawn has no cell yet
-    layout = get_image_layout(prompt, grids_tensor(SQUARE), **IDS)
+    layout = get_image_layout(toy_config(), prompt, grids_tensor(SQUARE))
     assert get_attention_mask(model.config, embeds[:, :3], None, positions[:, :, :3], None, layout) is None
 
 
@@ -179,7 +180,7 @@ def test_cell_inputs_are_upsampled_residual_features(model):
     base = model.model
     embeds = base.embed_inputs(
         torch.tensor([image_tokens(WIDE)]), codes, grids_tensor(WIDE),
-        get_image_layout(torch.tensor([image_tokens(WIDE)]), grids_tensor(WIDE), **IDS),
+        get_image_layout(toy_config(), torch.tensor([image_tokens(WIDE)]), grids_tensor(WIDE)),
     )  # fmt: skip
     angles = [3 / 10000 ** (2 * i / 32) for i in range(16)]  # three scales
     length = torch.tensor([f(a) for a in angles for f in (math.sin, math.cos)]) * math.sqrt(1 / 96)
@@ -250,7 +251,7 @@ def test_targets_by_hand():
     labels = [-100, -100, -100, -100, -100, 6, BOI, -100, -100, -100, EOS]  # the first image is context
     grids = grids_tensor(schedule, schedule)
     input_ids, codes = torch.tensor([row]), torch.tensor([1, 2, 3, 4, 5, 6])
-    layout = get_image_layout(input_ids, grids, **IDS)
+    layout = get_image_layout(toy_config(), input_ids, grids)
     targets, weights = get_targets(
         input_ids, torch.tensor([labels]), layout, codes, grids, text_vocab_size=TEXT, alpha=1.0
     )

@@ -9,6 +9,7 @@ Of transformers' own suite for models (ModelTesterMixin of 5.23) these cannot ru
 
 import copy
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -18,20 +19,29 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
-from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import (
-    NextFlowVisionTokenizer,
-    count_codes,
-    join_image_codes,
-    patchify,
-    schedules_from_grids,
-    split_image_codes,
-)
+from nextflow_hf.modeling_nextflow.grids_nextflow import count_codes, schedules_from_grids, split_codes
+from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
+from nextflow_hf.modeling_nextflow.vit_nextflow import patchify
 
 
 PATCH, CODES, SEMANTIC_DIM, PIXEL_DIM = 4, 40, 6, 4
 SQUARE = [(1, 1), (2, 2), (3, 3), (4, 4)]
 TALL = [(1, 1), (3, 1), (5, 2)]
 WIDE = [(1, 1), (1, 2), (2, 5), (3, 8), (5, 13)]
+
+
+def split_image_codes(image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Flat codes (total_codes,) as one list an image of (height, width) maps, coarse to fine."""
+    schedules = schedules_from_grids(image_grids)
+    return [
+        [scale.view(grid) for scale, grid in zip(codes.split([height * width for height, width in grids]), grids)]
+        for codes, grids in zip(split_codes(image_codes, schedules), schedules)
+    ]
+
+
+def join_image_codes(code_maps: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Inverse of `split_image_codes`."""
+    return torch.cat([code_map.reshape(-1) for maps in code_maps for code_map in maps])
 
 
 def config(**overrides) -> NextFlowVisionTokenizerConfig:

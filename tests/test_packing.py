@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from toy import BOI, EOS, IDS, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_config, toy_model
+from toy import BOI, EOS, SQUARE, WIDE, grids_tensor, image_tokens, random_codes, toy_config, toy_model
 from transformers import TrainingArguments
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig
@@ -51,7 +51,7 @@ ROWS = [row(SQUARE), row(seed=1), row(WIDE, seed=2), row(text=9, seed=3), row(SQ
 
 def test_attended_pairs_are_those_of_the_mask():
     ids = ROWS[0]["input_ids"]
-    layout = get_image_layout(torch.tensor([ids]), grids_tensor(SQUARE), **IDS)
+    layout = get_image_layout(toy_config(), torch.tensor([ids]), grids_tensor(SQUARE))
     blocks, block = [], 0  # a scale is one block, every other token its own
     for index, cell_block in enumerate(layout.block_ids[0].tolist()):
         block += cell_block < 0 or cell_block != layout.block_ids[0, index - 1].item()

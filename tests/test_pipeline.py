@@ -12,7 +12,7 @@ from toy_decoder import toy_whole_pipeline
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import CONFIG_NAMES
+from nextflow_hf.modeling_nextflow.image_settings_nextflow import CONFIG_NAMES
 from nextflow_hf.pipelines import helpers_nextflow
 
 

@@ -11,7 +11,7 @@ from toy_pipeline import spelling_pipeline, toy_processor
 from transformers import TextIteratorStreamer
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import CONFIG_NAMES
+from nextflow_hf.modeling_nextflow.image_settings_nextflow import CONFIG_NAMES
 from nextflow_hf.processing import THINKING_PROMPT, join_reasoning, split_reasoning
 
 

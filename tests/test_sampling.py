@@ -10,7 +10,7 @@ from toy import BOI, CODES, SQUARE, grids_tensor, toy_model
 from nextflow_hf import NextFlowGenerationConfig
 from nextflow_hf.hub_cards import shapes_model_path
 from nextflow_hf.modeling_nextflow import generation_image_nextflow
-from nextflow_hf.modeling_nextflow.generation_configuration_nextflow import (
+from nextflow_hf.modeling_nextflow.image_settings_nextflow import (
     CONFIG_NAMES,
     IMAGE_DEFAULTS,
     PAPER_SAMPLING,

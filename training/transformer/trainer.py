@@ -124,12 +124,8 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         layout = codes = None
         if batch.get("image_grids") is not None:
-            layout = get_image_layout(
-                batch["input_ids"],
-                batch["image_grids"],
-                boi_token_id=config.boi_token_id,
-                image_token_id=config.image_token_id,
-            )
+            layout = get_image_layout(config, batch["input_ids"], batch["image_grids"])
+        if layout is not None:
             codes = layout.is_slot.new_zeros(int(layout.is_slot.sum()), dtype=torch.long)
         targets, _ = get_targets(
             batch["input_ids"],

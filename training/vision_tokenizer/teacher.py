@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ...atomic import write_json
 from ...conversion.assemble import subfolder_of
-from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import patchify
+from ...modeling_nextflow.vit_nextflow import patchify
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.checkpoints import StagedCheckpointsMixin, train_to_the_end
 from ..common.folders import PROCESSORS, check_source
