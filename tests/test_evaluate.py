@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from command_line import use_pipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from toy_pipeline import toy_pipeline
 
@@ -92,6 +93,32 @@ def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "there is no suite 'toy_suite:other'" in command_line.mistake("evaluate", "toy_suite:other", "model")
     assert "SUITE and MODEL are missing" in command_line.mistake("evaluate")
     assert "nextflow_hf.worlds.shapes:suite" in command_line.run("evaluate", "--list")
+
+
+def test_a_models_card_gets_its_rates_and_sheets_and_none_of_other_weights(
+    evaluate, command_line, tmp_path, monkeypatch
+):
+    for index in range(2):
+        evaluate("--output-dir", tmp_path / f"out{index}", f"count={index + 2}")
+    readme = tmp_path / "model" / "README.md"
+    readme.write_text("---\nlicense: mit\n---\n\n# Mine\n\n## Evaluation\n\nOld.\n\n## Limits\n\nMany.\n")
+    command = ["evaluate", "card", "model", "update=true", f"folders=[{tmp_path / 'out0'},{tmp_path / 'out1'}]"]
+    command_line.run(*command)
+    once = readme.read_text()
+    command_line.run(*command)
+    assert readme.read_text() == once  # an older section gives way
+    text = ModelCard.load(readme).text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Evaluation", "## Limits"]
+    assert "Old." not in text and text.count("### toy_suite:suite\n") == 2
+    assert "| | samples | passed | 95% interval | corner |" in text and "| **talk** | 3 | 1 | 0.44 to 1.00 |" in text
+    assert "![talk: the first samples, none left out" in text and str(tmp_path) not in text
+    assert (tmp_path / "model" / "evaluation-2-talk.png").read_bytes() == (tmp_path / "out1" / "talk.png").read_bytes()
+    rates = {one.dataset_name: one.metric_value for one in ModelCard.load(readme).data.eval_results}
+    assert rates == {"toy_suite:suite: image": 1, "toy_suite:suite: talk": 1}
+    other = toy_pipeline()
+    other.vision_tokenizer.pixel_decoder.conv_in.weight.data.add_(0.1)
+    use_pipeline(monkeypatch, other)
+    assert "an evaluation of other weights than" in command_line.mistake(*command)
 
 
 class Numbers:
