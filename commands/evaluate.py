@@ -178,8 +178,8 @@ def _write_card(args: argparse.Namespace, options: dict[str, Any], folder: Path)
     from ..training.evaluation.suite import bind
 
     folders = options.pop("folders", None)
-    found = folder.parent.parent.glob(f"*/{_file_name(args.model)}") if folders is None else map(Path, folders)
-    evaluated = sorted(path for path in found if (path / "report.json").is_file())
+    found = sorted(folder.parent.parent.glob(f"*/{_file_name(args.model)}")) if folders is None else map(Path, folders)
+    evaluated = [path for path in found if (path / "report.json").is_file()]
     if options.get("update"):
         _check_weights(args, evaluated)
     return bind(args.suite, write_card, {"model": args.model, "folders": evaluated, "output": folder, **options})

@@ -32,7 +32,19 @@ EXPORTED = (
     "NextFlowDiffusionDecoderPipeline",
 )
 # Arguments of `create_card` that a file may give.
-CARD_KEYS = ("title", "summary", "example", "use", "limits", "credits", "license", "language", "datasets", "tags")
+CARD_KEYS = (
+    "title",
+    "summary",
+    "images",
+    "example",
+    "use",
+    "limits",
+    "credits",
+    "license",
+    "language",
+    "datasets",
+    "tags",
+)
 EXAMPLES = """\
   nextflow-hf export runs/full --output my-model
   nextflow-hf export runs/lora --checkpoint 500 --output my-model

@@ -146,11 +146,13 @@ def contact_sheet(tiles: list[Tile], columns: int = 4) -> "Image.Image":
             x, y = 0, y + 1
         places.append((x, y))
         x += width
-    row = cell + LINE_HEIGHT * max(LEAST_LINES, *map(len, texts)) + 6
-    sheet = Image.new("RGB", (columns * cell + MARGIN, (y + 1) * row + MARGIN), "white")
+    heights = [0] * (y + 1)  # of each row
+    for lines, (_, y) in zip(texts, places, strict=True):
+        heights[y] = max(heights[y], cell + LINE_HEIGHT * max(LEAST_LINES, len(lines)) + 6)
+    sheet = Image.new("RGB", (columns * cell + MARGIN, sum(heights) + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
     for (images, _), lines, (x, y) in zip(tiles, texts, places, strict=True):
-        left, top = MARGIN + x * cell, MARGIN + y * row
+        left, top = MARGIN + x * cell, MARGIN + sum(heights[:y])
         for index, image in enumerate(images):
             fitted = ImageOps.pad(image, (TILE, TILE), Image.Resampling.BICUBIC, color="white")
             sheet.paste(fitted, (left + index * cell, top))

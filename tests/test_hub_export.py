@@ -307,7 +307,7 @@ def test_a_sheet_has_room_for_its_texts_and_for_answers_without_images():
     image = Image.new("RGB", (16, 8), "red")
     short = contact_sheet([([image], "a"), ([image] * 3, "b"), ([], "c")])
     long = contact_sheet([([image], "word " * 30), ([image] * 3, "b"), ([], "c")])
-    assert short.width == long.width and long.height - short.height == 2 * 17 * (6 - 2)
+    assert short.width == long.width and long.height - short.height == 17 * (6 - 2)
     assert short.getpixel((100, 100)) == (255, 0, 0) != short.getpixel((100, 30))  # as wide as the tile, not as high
 
 

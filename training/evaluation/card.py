@@ -109,6 +109,8 @@ def _notes(report: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]
     provenance, notes = report["provenance"], []
     if not report["complete"]:
         notes.append(f"Not complete: {report['samples']} samples have a score. No figure of the benchmark.")
+    if _is_sampled(report):
+        return notes
     if "count" in report.get("options", {}):
         notes.append(f"Only the first {report['options']['count']} prompts. No figure of the benchmark.")
     if judge := provenance.get("judge"):
@@ -129,6 +131,14 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     if "seconds_per_sample" in provenance:
         facts["Seconds a sample (median)"] = f"{provenance['seconds_per_sample']:.2f}"
         facts["Peak memory"] = f"{provenance['peak_bytes'] / 2**30:.2f} GiB, {provenance.get('memory_of', '')}"
+    judge = Path(provenance.get("judge") or "", "report.json")
+    if _is_sampled(report) and judge.is_file():
+        rates = json.loads(judge.read_text(encoding="utf-8")).items()
+        said = [
+            f"{side} px {rate['things']:.1%} of the sprites, {rate['passed']:.1%} of the scenes"
+            for side, rate in rates
+        ]
+        facts["The judge on true scenes"] = "; ".join(said)
     for name in ("hardware", "weights", "environment"):
         if name in provenance:
             value = provenance[name]
