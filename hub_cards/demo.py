@@ -124,6 +124,7 @@ def generate(pipe: "NextFlowPipeline", demo: dict[str, list], seed: int) -> list
     sources = [generated[index] for index, _ in edits]
     edited = call([text for _, text in edits], "edits", image=sources)
     tiles += [([before, after], text) for before, after, (_, text) in zip(sources, edited, edits, strict=True)]
+    pipe.set_progress_bar_config(desc="story, scale")
     for generator, text in zip(generators(len(stories)), stories, strict=True):
         answer = pipe.interleave([{"role": "user", "content": text}], generator=generator)
         tiles.append(([part["image"] for part in answer if part["type"] == "image"], text))

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from toy_pipeline import toy_pipeline
 
+from nextflow_hf.training.evaluation.card import _title
 from nextflow_hf.training.evaluation.report import _sheet, summarize, wilson_interval
 from nextflow_hf.training.evaluation.runner import EvaluationRun
 from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of
@@ -73,6 +74,19 @@ def test_the_report_and_what_is_kept(evaluate, tmp_path):
         assert image.size == (16, 16) and "make it blue" in image.text["prompt"] and image.text["seed"]
         assert json.loads(image.text["settings"])["guidance_scale"] == 1.5
     assert "another --output-dir" in evaluate("--output-dir", folder, "--seed", "4", mistake=True)
+
+
+def test_evaluations_of_one_suite_are_told_apart():
+    options = {
+        "folder": "/data",
+        "resolution": 64,
+        "sizes": [[64, 64], [32, 96]],
+        "categories": ["single"],
+        "count": 9,
+    }
+    assert _title({"suite": "emoji", "options": options}) == (
+        "emoji, resolution 64, sizes 64x64 and 32x96, categories single"
+    )
 
 
 def test_sheets_have_room_for_long_prompts_and_rows_as_high_as_their_highest():

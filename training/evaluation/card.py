@@ -31,7 +31,7 @@ HUB_TASKS = {
     "questions": "visual-question-answering",
 }
 # Options of a world's suite that tell one evaluation of it from another.
-TELLING = ("resolution", "split", "categories")
+TELLING = ("concepts", "resolution", "sizes", "split", "categories")
 SHEET_CAPTION = "the first samples, none left out: what passed in green, what did not in red, what was given in grey"
 
 
@@ -84,8 +84,13 @@ def _is_sampled(report: Mapping[str, Any]) -> bool:
 
 def _title(report: Mapping[str, Any]) -> str:
     options = {name: report["options"][name] for name in TELLING if name in report.get("options", {})}
-    said = [f"{name} {', '.join(value) if isinstance(value, list) else value}" for name, value in options.items()]
-    return ", ".join([report["suite"], *said])
+    return ", ".join([report["suite"], *(f"{name} {_said(value)}" for name, value in options.items())])
+
+
+def _said(value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    return " and ".join("x".join(map(str, one)) if isinstance(one, list) else str(one) for one in value)
 
 
 def _group_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any], bool]]]:
