@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..hub_cards.cards import run_plots
 
     run = read_run(args.run, args.checkpoint)
+    if args.vision_tokenizer is not None:  # the stages on the card are those of what is exported
+        run.recipe["vision_tokenizer_name_or_path"] = args.vision_tokenizer
     if args.adapter:
         export_adapter_alone(args, run)
     elif run.kind == "tokenizer" and args.model is None and args.transformer is None:

@@ -216,6 +216,8 @@ def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line
     assert [text.find(part) for part in order] == sorted(text.index(part) for part in order)
     assert Path("exported", "loss_tokenizer.png").is_file() and text.count("nextflow-hf train transformer") == 2
     assert str(tmp_path) not in text and "/data/codes" not in text
+    command_line.run("export", runs["full"], "--vision-tokenizer", runs["tokenizer"], "--output", "other")
+    assert "| `tokenizer` | tokenizer | 7 |" in Path("other", "README.md").read_text()
     wrong = [("--card", write_yaml("wrong.yaml", {"colour": 1})), ("--set", "colour=1"), ("--set", "resolution=17")]
     for option, said in zip(wrong, ("'colour'], expected some of", "'colour'], expected some of", "resolution is 17")):
         assert said in command_line.mistake("export", run, "--output", "wrong", *option)
