@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..commands import images, loading, options, records
 from ..commands.console import Console, run
-from ..commands.options import SHIPPED_MODEL, add_model_options, new_parser
+from ..commands.options import add_model_options, new_parser
 
 
 if TYPE_CHECKING:
@@ -24,12 +24,7 @@ if TYPE_CHECKING:
     from .. import NextFlowPipeline
     from .studio import ImageRequest
 
-# For the shipped model.
-CONVERSATIONS = (
-    "a red circle left of a blue square",
-    "a story: a red circle on a white background moves from left to right",
-    "what color is the background",
-)
+EXAMPLE_PROMPTS = 4  # of the model's own
 EXAMPLES = """\
   nextflow-hf app
   nextflow-hf app --model path/to/pipeline --device cuda --port 8000
@@ -64,7 +59,7 @@ def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError('the app needs Gradio: pip install "nextflow-hf[app]"') from error
 
-    from ..hub_cards.demo import PROMPTS
+    from ..hub_cards.demo import read_demo
     from .interface import App
     from .server import serve, warnings_about
     from .studio import Studio
@@ -72,7 +67,8 @@ def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for warning in warnings_about(args.host, args.share):
         console.warn(f"warning: {warning}")
     pipe = loading.load_pipeline(args)
-    examples = {"prompts": PROMPTS[:4], "conversations": CONVERSATIONS} if args.model == SHIPPED_MODEL else {}
+    demo = read_demo(loading.find_model(args.model))
+    examples = {"prompts": demo.get("prompts", ())[:EXAMPLE_PROMPTS], "conversations": demo.get("conversations", ())}
     with tempfile.TemporaryDirectory(prefix="nextflow-app-") as folder:
         name = f"{Path(args.model).name} on {args.device}"
         page = App(Studio(pipe), folder, save=saver(args, pipe), name=name, **examples).build()

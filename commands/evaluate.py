@@ -178,9 +178,25 @@ def _write_card(args: argparse.Namespace, options: dict[str, Any], folder: Path)
     from ..training.evaluation.suite import bind
 
     folders = options.pop("folders", None)
-    found = folder.parent.parent.glob(f"*/{_file_name(args.model)}") if folders is None else map(Path, folders)
-    evaluated = sorted(path for path in found if (path / "report.json").is_file())
+    found = sorted(folder.parent.parent.glob(f"*/{_file_name(args.model)}")) if folders is None else map(Path, folders)
+    evaluated = [path for path in found if (path / "report.json").is_file()]
+    if options.get("update"):
+        _check_weights(args, evaluated)
     return bind(args.suite, write_card, {"model": args.model, "folders": evaluated, "output": folder, **options})
+
+
+def _check_weights(args: argparse.Namespace, evaluated: Sequence[Path]) -> None:
+    """Refuse evaluations of other weights: a model's card has no figures of another one."""
+    import json
+
+    reports = {folder: json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in evaluated}
+    for dtype in {report.get("dtype") for report in reports.values()}:
+        args.dtype = dtype
+        weights = _origin(load_pipeline(args))["weights"]
+        for folder, report in reports.items():
+            measured = report["provenance"].get("weights", {})
+            if report.get("dtype") == dtype and not measured.items() <= weights.items():
+                raise ValueError(f"{folder} has an evaluation of other weights than {args.model}: evaluate this model")
 
 
 def _file_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """`nextflow-hf export`: a run of training as a repository that everything loads, with a filled card."""
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.common.folders import VISION_TOKENIZERS, Run, check_folder, kind_of, read_run
 from .console import one_line_mistakes
+from .evaluate import parse_values
 from .loading import find_model, load_transformer
 from .options import new_parser
 
@@ -28,6 +30,20 @@ EXPORTED = (
     ),
     *VISION_TOKENIZERS,
     "NextFlowDiffusionDecoderPipeline",
+)
+# Arguments of `create_card` that a file may give.
+CARD_KEYS = (
+    "title",
+    "summary",
+    "images",
+    "example",
+    "use",
+    "limits",
+    "credits",
+    "license",
+    "language",
+    "datasets",
+    "tags",
 )
 EXAMPLES = """\
   nextflow-hf export runs/full --output my-model
@@ -71,6 +87,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="type of the weights in the files; default: as the run saved them",
     )
     parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="defaults of sampling that the model is exported with, such as guidance_scale=3 resolution=64",
+    )
+    parser.add_argument(
+        "--card",
+        type=Path,
+        metavar="YAML",
+        help="what the card says beyond the run: title, summary, use, limits, credits, license, ...",
+    )
+    parser.add_argument(
+        "--without-code", action="store_true", help="leave out the code that loads the model without this package"
+    )
+    parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights; default: %(default)s"
     )
     return parser
@@ -85,24 +117,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(args.run, "run", *EXPORTED, *(["unfinished run"] if args.checkpoint else []))
     if args.model is not None:
         args.model = find_model(args.model)
+    from ..hub_cards.cards import run_plots
+
     run = read_run(args.run, args.checkpoint)
+    if args.vision_tokenizer is not None:  # the stages on the card are those of what is exported
+        run.recipe["vision_tokenizer_name_or_path"] = args.vision_tokenizer
     if args.adapter:
         export_adapter_alone(args, run)
     elif run.kind == "tokenizer" and args.model is None and args.transformer is None:
         export_tokenizer_alone(args, run)
     else:
         export_whole(args, run)
+    for name, plot in run_plots(run).items():
+        shutil.copyfile(plot, args.output / name)
     return 0
 
 
 def export_whole(args: argparse.Namespace, run: Run) -> None:
     import torch
+    import yaml
 
     from ..hub_cards.cards import run_card
     from ..hub_cards.export import export_pipeline
 
+    texts = {} if args.card is None else yaml.safe_load(args.card.read_text(encoding="utf-8"))
+    if unknown := sorted({*texts} - {*CARD_KEYS}):
+        raise ValueError(f"{args.card} has {unknown}, expected some of {list(CARD_KEYS)}")
     pipeline = assemble_pipeline(args, run)
-    card = run_card("model", args.output.name, run, pipeline=pipeline, standalone=args.standalone)
+    set_defaults(pipeline, parse_values(args.set))
+    code = {"include_code": not args.without_code, "standalone": args.standalone}
+    card = run_card("model", args.output.name, run, pipeline=pipeline, **code, **texts)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     export_pipeline(
         pipeline,
@@ -110,9 +154,23 @@ def export_whole(args: argparse.Namespace, run: Run) -> None:
         card,
         dtype=dtype,
         max_shard_size=args.max_shard_size,
-        standalone=args.standalone,
+        **code,
     )
     print(f"written: {args.output.resolve()}, a pipeline: `nextflow-hf generate TEXT --model {args.output}` uses it")
+
+
+def set_defaults(pipeline: "NextFlowPipeline", settings: dict[str, Any]) -> None:
+    """Write into a pipeline how it samples images where a call does not say, by the names of its call."""
+    from ..modeling_nextflow.image_settings_nextflow import CONFIG_NAMES
+
+    if unknown := sorted({*settings} - {*CONFIG_NAMES, "resolution"}):
+        raise ValueError(f"--set has {unknown}, expected some of {[*CONFIG_NAMES, 'resolution']}")
+    image_processor = pipeline.processor.image_processor
+    if resolution := settings.get("resolution"):
+        image_processor.schedule.num_scales(resolution)  # refuses what it does not have
+        image_processor.resolution = resolution
+    of_config = {CONFIG_NAMES[name]: value for name, value in settings.items() if name in CONFIG_NAMES}
+    pipeline.transformer.generation_config.update(**of_config)
 
 
 def export_tokenizer_alone(args: argparse.Namespace, run: Run) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .. import __version__, hub_cards
+from ..hub_cards import SHIPPED
 from ..training.common.folders import HUB_ID, TRANSFORMERS, VISION_TOKENIZERS, check_folder, kind_of, read_run
 from .options import SHIPPED_MODEL
 
@@ -25,10 +26,8 @@ SAMPLED_VALUES = 256  # of each tensor, for a fingerprint
 
 def find_model(model: str | None) -> str:
     """What `from_pretrained` takes for `--model`: a folder that has a pipeline, or a Hub id."""
-    if model in (None, SHIPPED_MODEL):
-        from ..hub_cards import shapes_model_path
-
-        return str(shapes_model_path())
+    if model is None or model in SHIPPED:
+        return str(hub_cards.shipped_model_path(model or SHIPPED_MODEL))
     folder = Path(model)
     if folder.is_dir():
         check_folder(folder, "pipeline")
@@ -77,7 +76,8 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
 
     from ..modeling_nextflow.fused_nextflow import can_be_fused
 
-    args.model = SHIPPED_MODEL if args.model in (None, SHIPPED_MODEL) else _place(args.model)
+    args.model = args.model or SHIPPED_MODEL
+    args.model = args.model if args.model in SHIPPED else _place(args.model)
     args.device = choose_device(args.device)
     args.dtype = args.dtype or "auto"
     if args.offload and args.device == "cpu":

@@ -9,11 +9,12 @@ import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..hub_cards import SHIPPED
 from . import rules
 from .console import OneLineParser
 
 
-SHIPPED_MODEL = "nextflow-shapes"
+SHIPPED_MODEL = SHIPPED[0]
 
 
 class Option(NamedTuple):
@@ -27,7 +28,9 @@ class Option(NamedTuple):
 # Every option that an image's record may have: commands/records.py reads the rules from here.
 OPTIONS = {
     "model": Option(
-        rules.NAME, f"folder or Hub id of a pipeline; default: {SHIPPED_MODEL}, which is installed", "MODEL"
+        rules.NAME,
+        f"folder or Hub id of a pipeline, or one of {', '.join(SHIPPED)}; default: {SHIPPED_MODEL}",
+        "MODEL",
     ),
     "transformer": Option(
         rules.NAME, "use this transformer in the pipeline: a run, a checkpoint, a pipeline or a Hub id", "PATH"

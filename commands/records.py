@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import write_file
+from ..hub_cards import SHIPPED
 from . import loading, options, rules
 from .console import Console
 
@@ -326,7 +327,7 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
 def _check_sources(recorded: Mapping[str, Any], given: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Refuse weights that a record names, wherever they are: they are the user's to choose."""
     named = {name: recorded[name] for name in SOURCES if name in recorded and name not in given}
-    if named.get("model") == options.SHIPPED_MODEL:
+    if named.get("model") in SHIPPED:
         del named["model"]
     if named and not args.allow_model:
         wanted = "; ".join(f"--{name.replace('_', '-')} {value!r:.200}" for name, value in named.items())

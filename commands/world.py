@@ -15,6 +15,7 @@ EXAMPLES = """\
   nextflow-hf world emoji --output-dir data/emoji --resolution 96 --rows 200000 --concepts 400
   nextflow-hf world emoji --output-dir data/emoji --dataset single --tasks text_to_image --categories single
   nextflow-hf world emoji --output-dir data/emoji --judge data/emoji/judge
+  nextflow-hf world emoji --output-dir data/emoji --concepts 400 --demo my-model --tasks text_to_image edit
 """
 
 
@@ -53,6 +54,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--judge", type=Path, metavar="DIR", help="train the judge into this folder instead")
     parser.add_argument(
+        "--demo",
+        type=Path,
+        metavar="MODEL",
+        help="write what a trained model is shown with into its folder instead: held-out requests of --tasks",
+    )
+    parser.add_argument(
         "--steps", type=int, default=8000, metavar="N", help="steps of the judge's training; default: %(default)s"
     )
     return parser
@@ -78,6 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for side, rates in report.items():
             print(f"{side} px: {rates['things']:.1%} of the sprites, {rates['passed']:.1%} of the true scenes whole")
         print(args.judge / "report.json")
+        return 0
+    if args.demo is not None:
+        from ..worlds.demo import write_demo
+
+        kinds = {"tasks": args.tasks, "categories": args.categories}
+        for path in write_demo(sprites, args.demo, args.resolution, **kinds, seed=args.seed):
+            print(path)
         return 0
     write_dataset(
         sprites,

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
+from ..training.common.folders import without_folders
 
 
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ def create_card(
     title: str | None = None,
     summary: str | None = None,
     example: str = "a red circle",
+    use: str | None = None,
     facts: Mapping[str, str] | None = None,
     training: str | None = None,
     results: Sequence[EvalResult] = (),
     limits: str | None = None,
+    credits: str | None = None,
     images: Mapping[str, str] | None = None,
     license: str | None = None,
     base_model: str | None = None,
@@ -64,6 +67,7 @@ def create_card(
     language: str | Sequence[str] = "en",
     tags: Sequence[str] = (),
     standalone: bool = False,
+    include_code: bool = True,
 ) -> ModelCard:
     """
     The card of one repository.
@@ -74,10 +78,12 @@ def create_card(
         title (`str`, *optional*): Defaults to the repository's name.
         summary (`str`, *optional*): First paragraph, Markdown. A line on the kind by default.
         example (`str`, *optional*, defaults to `"a red circle"`): Prompt of the snippet.
+        use (`str`, *optional*): How it is loaded and called, Markdown, in the place of the snippet of its kind.
         facts (`Mapping[str, str]`, *optional*): Rows of the table on the model, such as [`pipeline_facts`].
         training (`str`, *optional*): How it was trained, Markdown.
         results (`Sequence[EvalResult]`, *optional*): What was measured: a table, and the Hub's `model-index`.
         limits (`str`, *optional*): What it cannot do, Markdown.
+        credits (`str`, *optional*): Whose work it was made from, and their licences, Markdown.
         images (`Mapping[str, str]`, *optional*): Captions by file names relative to the repository.
         license (`str`, *optional*): The Hub's identifier, such as `"apache-2.0"`.
         base_model (`str`, *optional*): `"user/name"` of what it was made from. An adapter and a decoder have one.
@@ -85,6 +91,7 @@ def create_card(
         language (`str` or `Sequence[str]`, *optional*, defaults to `"en"`): Language of the prompts.
         tags (`Sequence[str]`, *optional*): More than those of the kind.
         standalone (`bool`, *optional*, defaults to `False`): Write that diffusers loads the model without the package.
+        include_code (`bool`, *optional*, defaults to `True`): Write that transformers does.
 
     Raises:
         `ValueError`: where the kind is unknown, or lacks what its card says.
@@ -110,15 +117,18 @@ def create_card(
     text = TEMPLATES.get_template(f"{kind}_card.md").render(
         card_data=metadata.to_yaml(),
         standalone=standalone,
+        include_code=include_code,
         title=title,
         repo_id=repo_id,
         base_model=base_model,
         summary=summary,
         example=example,
+        use=use,
         facts=facts,
         training=training,
         results=results,
         limits=limits,
+        credits=credits,
         images=images or {},
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text))  # parts that are left out leave their blank lines
@@ -147,15 +157,20 @@ def run_card(
 
     Args:
         name (`str`): Name of the repository, without its owner.
-        options: Passed to [`create_card`].
+        options: Passed to [`create_card`]. Without `license` the card asks for one.
+
+    The card names the plots of [`run_plots`], which are to lie beside it.
     """
     ancestors = list(run.ancestors())
+    training = _training_section(run, [_public(model) for model in ancestors])
+    if not options.get("license"):
+        training += _licence_section([_public(model) for model in ancestors])
     options.setdefault("base_model", next((model for model in ancestors if _hub_name(model)), None))
     return create_card(
         kind,
         repo_id=f"{PLACEHOLDER_OWNER}/{name}",
         facts=None if pipeline is None else pipeline_facts(pipeline),
-        training=_training_section(run, [_public(model) for model in ancestors]),
+        training=training,
         **options,
     )
 
@@ -172,9 +187,34 @@ def _training_section(run: "Run", ancestors: list[str]) -> str:
         losses |= {key: value for key, value in entry.items() if "loss" in key and isinstance(value, (int, float))}
     rows |= {f"Last `{key}`": f"{value:.4g}" for key, value in losses.items()}
     lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
-    if run.command:
-        lines += ["", "```bash", shlex.join(_public(word) for word in run.command), "```"]
-    return "\n".join(lines) + _licence_section(ancestors)
+    stages = run.stages()
+    if len(stages) > 1:
+        lines += ["", "It was made in stages:", "", "| stage | training | steps | seconds |", "|---|---|---:|---:|"]
+        lines += [f"| `{one.folder.name}` | {one.kind} | {_steps(one)} | {_seconds(one)} |" for one in stages]
+    if commands := [shlex.join(map(_public, stage.command)) for stage in stages if stage.command]:
+        lines += ["", "```bash", *commands, "```"]
+    for name, plot in run_plots(run).items():
+        lines += ["", f"![Losses of the stage {plot.parent.name}]({name})"]
+    return "\n".join(lines)
+
+
+def _steps(run: "Run") -> str:
+    return f"{run.state()['global_step']:,}" if run.state() else ""
+
+
+def _seconds(run: "Run") -> str:
+    """What the log has: of all starts of a training, else of the last one; both on whatever machine it ran."""
+    history = run.state().get("log_history", ())
+    for name, remark in (("train_seconds", ""), ("train_runtime", " since its last start")):
+        if found := [entry[name] for entry in history if name in entry]:
+            return f"{found[-1]:,.0f}{remark}"
+    return ""
+
+
+def run_plots(run: "Run") -> dict[str, Path]:
+    """The plots of the losses of a run and of its stages, by the names that they have beside a card."""
+    plots = {f"loss_{stage.folder.name}.png": stage.folder / "loss.png" for stage in run.stages()}
+    return {name: plot for name, plot in plots.items() if plot.is_file()}
 
 
 def _licence_section(sources: Sequence[str]) -> str:
@@ -195,8 +235,7 @@ def _public(value: Any) -> str:
         return ", ".join(map(_public, value))
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_public(one)}" for key, one in value.items())
-    key, separator, path = str(value).rpartition("=")
-    return key + separator + (Path(path).name if Path(path).is_absolute() else path)
+    return without_folders(str(value))
 
 
 def pipeline_facts(pipeline: NextFlowPipeline) -> dict[str, str]:
@@ -221,4 +260,5 @@ __all__ = [
     "create_card",
     "pipeline_facts",
     "run_card",
+    "run_plots",
 ]

@@ -16,15 +16,15 @@ from app_browser import MISSING, Page, find_chromium, open_browser
 from PIL import Image
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.app.command import CONVERSATIONS
 from nextflow_hf.app.interface import App
 from nextflow_hf.app.server import serve
 from nextflow_hf.app.studio import Studio
 from nextflow_hf.hub_cards import shapes_model_path
-from nextflow_hf.hub_cards.demo import EDITS, PROMPTS
+from nextflow_hf.hub_cards.demo import read_demo
 
 
 MAX_BYTES = 300_000
+PROMPTS, EDITS, CONVERSATIONS = read_demo(str(shapes_model_path())).values()
 EDIT = 2  # which of the demo's edits
 BEFORE = (7, 6, 5, 3, 1)  # prompts of the demo, for the history
 

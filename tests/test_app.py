@@ -321,12 +321,12 @@ def test_others_than_this_machine_are_warned_about(host, here):
 
 
 def test_the_command_says_what_is_missing(monkeypatch, capsys):
-    def nothing():
-        raise FileNotFoundError("no Shapes model at /x")
+    def nothing(name):
+        raise FileNotFoundError(f"no {name} at /x")
 
-    monkeypatch.setattr("nextflow_hf.hub_cards.shapes_model_path", nothing)
+    monkeypatch.setattr("nextflow_hf.hub_cards.shipped_model_path", nothing)
     assert command.main([]) == 2
-    assert "no Shapes model at /x" in capsys.readouterr().err
+    assert "no nextflow-shapes at /x" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert command.main([]) == 2
     assert 'nextflow-hf app: the app needs Gradio: pip install "nextflow-hf[app]" (' in capsys.readouterr().err

@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 from command_line import use_pipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from toy_pipeline import toy_pipeline
 
-from nextflow_hf.training.evaluation.report import summarize, wilson_interval
+from nextflow_hf.training.evaluation.card import _title
+from nextflow_hf.training.evaluation.report import _sheet, summarize, wilson_interval
 from nextflow_hf.training.evaluation.runner import EvaluationRun
 from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of
 
@@ -74,6 +76,26 @@ def test_the_report_and_what_is_kept(evaluate, tmp_path):
     assert "another --output-dir" in evaluate("--output-dir", folder, "--seed", "4", mistake=True)
 
 
+def test_evaluations_of_one_suite_are_told_apart():
+    options = {
+        "folder": "/data",
+        "resolution": 64,
+        "sizes": [[64, 64], [32, 96]],
+        "categories": ["single"],
+        "count": 9,
+    }
+    assert _title({"suite": "emoji", "options": options}) == (
+        "emoji, resolution 64, sizes 64x64 and 32x96, categories single"
+    )
+
+
+def test_sheets_have_room_for_long_prompts_and_rows_as_high_as_their_highest():
+    tiles = [Image.new("RGB", (128, height), color) for height, color in ((90, "red"), (200, "green"), (90, "blue"))]
+    sheet = _sheet([*tiles, *[tiles[0]] * 6])
+    assert sheet.height == 200 + 90 and sheet.getpixel((128, 199)) == (0, 128, 0)
+    assert sheet.getpixel((0, 201)) == (255, 0, 0) and sheet.getpixel((0, 199)) == (255, 255, 255)
+
+
 def test_generate_only_then_score_only_is_the_whole(evaluate, tmp_path):
     evaluate("--output-dir", tmp_path / "whole")
     evaluate("--output-dir", tmp_path / "parts", "--generate-only")
@@ -92,6 +114,33 @@ def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "there is no suite 'toy_suite:other'" in command_line.mistake("evaluate", "toy_suite:other", "model")
     assert "SUITE and MODEL are missing" in command_line.mistake("evaluate")
     assert "nextflow_hf.worlds.shapes:suite" in command_line.run("evaluate", "--list")
+
+
+def test_a_models_card_gets_its_rates_and_sheets_and_none_of_other_weights(
+    evaluate, command_line, tmp_path, monkeypatch
+):
+    for index in range(2):
+        evaluate("--output-dir", tmp_path / f"out{index}", f"count={index + 2}")
+    readme = tmp_path / "model" / "README.md"
+    readme.write_text("---\nlicense: mit\n---\n\n# Mine\n\n## Evaluation\n\nOld.\n\n## Limits\n\nMany.\n")
+    command = ["evaluate", "card", "model", "update=true", f"folders=[{tmp_path / 'out0'},{tmp_path / 'out1'}]"]
+    command_line.run(*command)
+    once = readme.read_text()
+    command_line.run(*command)
+    assert readme.read_text() == once  # an older section gives way
+    text = ModelCard.load(readme).text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Evaluation", "## Limits"]
+    assert "Old." not in text and text.count("### toy_suite:suite\n") == 2
+    assert "| | samples | passed | 95% interval | corner |" in text and "| **talk** | 3 | 1 | 0.44 to 1.00 |" in text
+    assert "Only the first" not in text and "| **talk** | 2 |" not in text.split("### toy_suite:suite")[2]
+    assert "![talk: the first samples, none left out" in text and str(tmp_path) not in text
+    assert (tmp_path / "model" / "evaluation-2-talk.png").read_bytes() == (tmp_path / "out1" / "talk.png").read_bytes()
+    rates = {one.dataset_name: one.metric_value for one in ModelCard.load(readme).data.eval_results}
+    assert rates == {"toy_suite:suite: image": 1, "toy_suite:suite: talk": 1}
+    other = toy_pipeline()
+    other.vision_tokenizer.pixel_decoder.conv_in.weight.data.add_(0.1)
+    use_pipeline(monkeypatch, other)
+    assert "an evaluation of other weights than" in command_line.mistake(*command)
 
 
 class Numbers:

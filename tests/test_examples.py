@@ -16,6 +16,7 @@ from toy import SQUARE
 from toy_codes import extract_toy_codes
 from toy_pipeline import toy_pipeline, toy_processor, toy_vision_tokenizer
 
+from nextflow_hf.commands.export import CARD_KEYS
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
 from nextflow_hf.training.data.extraction import load_codes
 
@@ -47,6 +48,23 @@ def test_every_stage_is_one_command_and_is_done_once(tmp_path, world, size):
     (tmp_path / "run" / "done" / "transformer_mixture").unlink()
     left = commands(make(tmp_path, world, "-n", "model", nextflow="STAGE").stdout)
     assert list(dict.fromkeys(command.split()[0] for command in left)) == ["train", "export", "evaluate"]
+
+
+def test_what_ships_is_what_was_evaluated(tmp_path):
+    """The evaluated folder gets its demo and its card, and is copied as it is."""
+    options = ["LAST=transformer", "RESOLUTION=64", "SHOWN=text_to_image", f"SHIPPED={tmp_path / 'shipped'}"]
+    plan = make(tmp_path, "emoji", "-n", *options, "ship", nextflow="STAGE").stdout.replace("\\\n", "")
+    planned = [line for line in plan.splitlines() if line.startswith("STAGE")]
+    model = str(tmp_path / "run" / "nextflow-emoji")
+    export = next(line for line in planned if line.startswith("STAGE export"))
+    assert f"export {tmp_path / 'run' / 'transformer'} --output {model} " in export
+    assert "--card card.yaml" in export and "resolution=64" in export and "train transformer " in plan
+    assert commands("\n".join(planned[-3:])) == ["world emoji", "evaluate card", "demo --model"]
+    assert all(model in line for line in planned[planned.index(export) + 1 :] if "--judge" not in line)
+    assert "--resolution 64 --tasks text_to_image" in planned[-3] and "update=true" in planned[-2]
+    assert f"\ncp -r {model} {tmp_path / 'shipped'}\n" in plan
+    texts = yaml.safe_load((EXAMPLES / "emoji" / "card.yaml").read_text())
+    assert {*texts} <= {*CARD_KEYS} and "Mozilla" in texts["credits"] and "concepts.txt" in texts["limits"]
 
 
 @pytest.mark.parametrize("example", [*WORLDS, "ablations"])

@@ -1,6 +1,8 @@
 """The exported repository: both libraries load the same bits from it, offline, and the demo draws with it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrai
 
 from nextflow_hf import NextFlowPipeline, cli, hub_cards
 from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
+from nextflow_hf.hub_cards.demo import contact_sheet
 from nextflow_hf.hub_cards.export import cast_copy, export_pipeline
 
 
@@ -251,22 +254,79 @@ def test_a_card_lacks_nothing_that_it_says(kind, options, message):
         create_card(kind, repo_id="toy/made", **options)
 
 
-def test_demo(folder, tmp_path, monkeypatch, capsys):
-    assert cli.main(["demo", "--model", str(folder), "--output-dir", str(tmp_path / "first")]) == 0
+DEMO = {"prompts": ["a red circle", "a blue ring"], "edits": [[1, "make the ring red"]], "stories": ["a circle moves"]}
+
+
+@pytest.fixture
+def shown(folder, tmp_path):
+    """The toy with what it is shown with."""
+    shown = shutil.copytree(folder, tmp_path / "shipped" / "nextflow-emoji")
+    (shown / "demo.json").write_text(json.dumps(DEMO))
+    return shown
+
+
+def test_demo(shown, tmp_path, monkeypatch, capsys):
+    assert cli.main(["demo", "--model", str(shown), "--output-dir", str(tmp_path / "first")]) == 0
     output = capsys.readouterr()
-    assert str(tmp_path / "first" / "contact_sheet.png") in output.out
-    assert "8 images, scale" in output.err and "4 edits, scale" in output.err and "4x4" in output.err
-    files = sorted((tmp_path / "first").iterdir())
-    assert len(files) == 13 and files[0].name == "01-a-red-circle.png"
+    sheet = tmp_path / "first" / "nextflow-emoji" / "contact_sheet.png"
+    assert "2 prompts, 1 edits, 1 stories in" in output.out and str(sheet) in output.out
+    assert "2 images, scale" in output.err and "1 edits, scale" in output.err and "4x4" in output.err
+    files = sorted(sheet.parent.iterdir())
+    assert [file.name for file in files[:3]] == [
+        "01-a-red-circle.png",
+        "02-a-blue-ring.png",
+        "03-make-the-ring-red.png",
+    ]
     assert Image.open(files[0]).size == (64, 64)
-    monkeypatch.setattr(hub_cards, "shapes_model_path", lambda: folder)
+    monkeypatch.setattr(hub_cards, "files", lambda package: shown.parent)  # one of the two is installed
+    assert hub_cards.emoji_model_path() == shown
     assert cli.main(["demo", "--output-dir", str(tmp_path / "second")]) == 0
     for file in files:
-        assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes()
+        assert (tmp_path / "second" / "nextflow-emoji" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_shipped_model_is_named_and_its_images_are_made_again(shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub_cards, "files", lambda package: shown.parent)
+    made, again = (str(tmp_path / name) for name in ("made.png", "again.png"))
+    assert cli.main(["generate", "a", "--model", "nextflow-emoji", "--seed", "1", "--output", made]) == 0
+    assert cli.main(["generate", "--from-image", made, "--output", again]) == 0, capsys.readouterr().err
+    assert Image.open(made).tobytes() == Image.open(again).tobytes()
+
+
+def test_demo_shows_only_what_the_model_is_said_to_do(shown, tmp_path, capsys):
+    (shown / "demo.json").write_text(json.dumps({"prompts": DEMO["prompts"]}))
+    assert cli.main(["demo", "--model", str(shown), "--output-dir", str(tmp_path)]) == 0
+    assert len(list((tmp_path / "nextflow-emoji").iterdir())) == 3
+    assert "edits" not in "".join(capsys.readouterr())
+    (shown / "demo.json").unlink()
+    assert cli.main(["demo", "--model", str(shown), "--output-dir", str(tmp_path)]) == 2
+    assert "has no demo.json, which says what a model is shown with" in capsys.readouterr().err
+
+
+def test_a_sheet_has_room_for_its_texts_and_for_answers_without_images():
+    image = Image.new("RGB", (16, 8), "red")
+    short = contact_sheet([([image], "a"), ([image] * 3, "b"), ([], "c")])
+    long = contact_sheet([([image], "word " * 30), ([image] * 3, "b"), ([], "c")])
+    assert short.width == long.width and long.height - short.height == 17 * (6 - 2)
+    assert short.getpixel((100, 100)) == (255, 0, 0) != short.getpixel((100, 30))  # as wide as the tile, not as high
 
 
 def test_demo_without_the_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(hub_cards, "files", lambda package: tmp_path)
     assert cli.main(["demo", "--output-dir", str(tmp_path / "out")]) == 2
-    assert "no Shapes model" in capsys.readouterr().err
+    assert "no nextflow-shapes at" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", hub_cards.SHIPPED)
+def test_shipped_models_say_what_they_are_shown_with(name):
+    if name not in hub_cards.installed_models():
+        pytest.skip(f"{name} is not shipped")
+    demo = json.loads((hub_cards.shipped_model_path(name) / "demo.json").read_text())
+    assert demo["prompts"] and all(index < len(demo["prompts"]) for index, _ in demo.get("edits", ()))
+
+
+@pytest.mark.parametrize("name", hub_cards.SHIPPED)
+def test_shipped_models_are_small(name):
+    folder = Path(hub_cards.__file__).parent / name
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 40e6

@@ -13,6 +13,7 @@ import pytest
 from processes import in_processes
 from safetensors import SafetensorError
 from toy_commands import ToyCommand, files_of, toy_commands
+from transformers import TrainerState
 
 from nextflow_hf import cli
 from nextflow_hf.commands import convert, extract, train
@@ -105,11 +106,29 @@ def test_more_steps_go_on(commands, whole, tmp_path):
     assert commands["transformer"].run(output, "max_steps=15") == 0
     state = json.loads((output / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 16))
+    seconds = [entry["train_seconds"] for entry in state["log_history"]]
+    assert seconds == sorted(seconds) and seconds[-1] > 0
     assert steps_of(output) == [14, 15] and (output / "notes.txt").read_text() == "mine"
     assert commands["transformer"].result(output) != commands["transformer"].result(whole["transformer"])
     # A shorter training is finished, too.
     before = files_of(output)
     assert commands["transformer"].run(output) == 0 and files_of(output) == before
+
+
+def test_seconds_are_those_of_all_starts_and_unknown_where_an_older_version_began(monkeypatch):
+    times = iter([10.0, 15.0, 100.0, 103.0, 200.0])
+    monkeypatch.setattr(checkpoints.time, "perf_counter", lambda: next(times))
+    clock, state = checkpoints._Clock(), TrainerState()
+    for step in (0, 4):
+        state.global_step = step
+        clock.on_train_begin(None, state, None)
+        state.log_history.append({"step": step + 1})
+        clock.on_log(None, state, None)
+    assert state.log_history == [{"step": 1, "train_seconds": 5.0}, {"step": 5, "train_seconds": 8.0}]
+    state.log_history = [{"step": 5}]
+    clock.on_train_begin(None, state, None)
+    clock.on_log(None, state, None)
+    assert state.log_history == [{"step": 5}]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

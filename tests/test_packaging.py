@@ -199,11 +199,13 @@ def test_commands_have_their_modules():
 def clone(tmp_path_factory) -> Path:
     """The clone under another name; the shipped model's files are there, but empty."""
     clone = tmp_path_factory.mktemp("clones") / "any-name of.a clone"
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "nextflow-shapes")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "nextflow-*")
     shutil.copytree(ROOT, clone, ignore=ignored)
-    model = Path("hub_cards", "nextflow-shapes")
-    files = [path.relative_to(ROOT) for path in (ROOT / model).rglob("*") if path.is_file()]
-    for file in [*files, model / "model_index.json", model / "vision_tokenizer" / "model.safetensors"]:
+    models = [Path("hub_cards", name) for name in hub_cards.SHIPPED]
+    files = [path.relative_to(ROOT) for model in models for path in (ROOT / model).rglob("*") if path.is_file()]
+    for model in models:
+        files += [model / "model_index.json", model / "vision_tokenizer" / "model.safetensors", model / "concepts.txt"]
+    for file in files:
         (clone / file).parent.mkdir(parents=True, exist_ok=True)
         (clone / file).touch()
     return clone
@@ -228,19 +230,21 @@ def test_wheel_holds_the_package_whole_and_nothing_else(wheel, clone):
     assert tops == {"nextflow_hf", f"nextflow_hf-{nextflow_hf.__version__}.dist-info"}
 
 
-def test_installed_wheel_finds_its_model(wheel, tmp_path):
+def test_installed_wheel_finds_its_models(wheel, tmp_path):
     wheel.extractall(tmp_path)
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from nextflow_hf.hub_cards import shapes_model_path
-print(shapes_model_path())
+from nextflow_hf.hub_cards import emoji_model_path, shapes_model_path
+print(shapes_model_path(), emoji_model_path(), sep="\\n")
 """
-    found = run_python(code, tmp_path).strip()
-    assert found == str(tmp_path / "nextflow_hf" / "hub_cards" / "nextflow-shapes")
+    folder = tmp_path / "nextflow_hf" / "hub_cards"
+    assert run_python(code, tmp_path).split("\n")[:2] == [str(folder / name) for name in hub_cards.SHIPPED]
 
 
 def test_missing_model_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(hub_cards, "files", lambda package: tmp_path)
-    with pytest.raises(FileNotFoundError, match="nextflow-shapes"):
-        hub_cards.shapes_model_path()
+    for name, path in zip(hub_cards.SHIPPED, (hub_cards.shapes_model_path, hub_cards.emoji_model_path)):
+        with pytest.raises(FileNotFoundError, match=f"no {name} at .* train one by `make -C examples/"):
+            path()
+    assert hub_cards.installed_models() == []

@@ -12,6 +12,7 @@ import yaml
 from command_line import pixels, save_picture
 from huggingface_hub import constants, hf_api
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from tokenflow_reference import tiny_checkpoint
 from toy_decoder import toy_base_model
 from toy_hub import ToyHub
@@ -113,7 +114,7 @@ def write_yaml(path: str, values: dict) -> str:
 
 def save_run(folder: Path, kind: str, model: Path, **recipe) -> Path:
     """What a training of `kind` leaves beside its weights."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     command = ["nextflow-hf", "train", kind, "sft_512", f"model_name_or_path={model}"]
     notes = {
         "kind": kind,
@@ -190,6 +191,37 @@ def test_export_of_a_transformer(run, options, runs, converted, command_line):
     assert "nextflow-hf train" in card and "## Licence" in card and "library_name: transformers" in card
     assert str(converted.parent) not in card
     command_line.run("generate", "a", "--model", "exported", "--seed", "1", "--output", "drawn.png")
+
+
+def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line, tmp_path):
+    """A card of a model that ships: what people say of it, and the command and seconds of every stage."""
+    tokenizer = save_run(tmp_path / "stages" / "tokenizer", "tokenizer", converted)
+    Image.new("RGB", (8, 8)).save(tokenizer / "loss.png")
+    log = [{"loss": 3.0, "step": 1, "train_seconds": 40.2}, {"step": 7, "train_runtime": 9, "train_seconds": 81.4}]
+    run = save_run(tmp_path / "stages" / "last", "transformer", runs["full"], vision_tokenizer=str(tokenizer))
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 7, "log_history": log}))
+    changed(run, converted, 5)
+    card = {"title": "Mine", "use": "Call it.", "limits": "Many.", "credits": "Theirs.", "license": "mit"}
+    options = ["--without-code", "--card", write_yaml("card.yaml", card)]
+    options += ["--set", "resolution=16", "guidance_scale=2.5", "top_k=3"]
+    command_line.run("export", run, "--output", "exported", *options)
+    pipe = NextFlowPipeline.from_pretrained("exported")
+    settings = pipe.get_image_settings()
+    assert settings["guidance_scale"] == 2.5 and settings["top_k"] == 3
+    assert pipe.processor.image_processor.resolution == 16 and not list(Path("exported").rglob("*.py"))
+    text = Path("exported", "README.md").read_text()
+    assert text.count("## ") == text.count("\n## ") == 6 and "# Mine\n" in text and "license: mit" in text
+    order = ["## Use\n\nCall it.\n\n## Model", "| `full` |", "| `tokenizer` |", "| `last` | transformer | 7 | 81 |"]
+    order += ["![Losses of the stage tokenizer](loss_tokenizer.png)", "## Limits\n\nMany.\n\n## Credits\n\nTheirs.\n"]
+    assert [text.find(part) for part in order] == sorted(text.index(part) for part in order)
+    assert Path("exported", "loss_tokenizer.png").is_file() and text.count("nextflow-hf train transformer") == 2
+    assert str(tmp_path) not in text and "/data/codes" not in text
+    command_line.run("export", runs["full"], "--vision-tokenizer", runs["tokenizer"], "--output", "other")
+    assert "| `tokenizer` | tokenizer | 7 |" in Path("other", "README.md").read_text()
+    wrong = [("--card", write_yaml("wrong.yaml", {"colour": 1})), ("--set", "colour=1"), ("--set", "resolution=17")]
+    for option, said in zip(wrong, ("'colour'], expected some of", "'colour'], expected some of", "resolution is 17")):
+        assert said in command_line.mistake("export", run, "--output", "wrong", *option)
+        assert not Path("wrong").exists()
 
 
 def test_export_of_an_adapter_alone(runs, converted, command_line):

@@ -17,6 +17,7 @@ from nextflow_hf.training.data.mixture import MixtureArguments, load_mixture
 from nextflow_hf.worlds import artwork, emoji
 from nextflow_hf.worlds.captions import Speaker, caption, plural, read_caption, with_article
 from nextflow_hf.worlds.dataset import TASKS, finish_row, sample_row
+from nextflow_hf.worlds.demo import PROMPTS, write_demo
 from nextflow_hf.worlds.dialect import Dialect
 from nextflow_hf.worlds.edits import INSTRUCTIONS, changed_boxes, sample_edit
 from nextflow_hf.worlds.questions import is_same, sample_questions
@@ -339,6 +340,27 @@ def test_the_command_writes_what_extraction_and_the_tokenizer_read(tmp_path, mon
     scene = Scene.from_json(json.loads(first["scenes"][-1]))
     assert scene.background in BACKGROUNDS
     assert first["target"].size == (first["width"], first["height"])
+
+
+def test_a_demo_asks_for_what_no_training_saw_and_lists_all_that_is_known(sprites, tmp_path, capsys):
+    for folder in ("one", "two"):
+        write_demo(sprites, tmp_path / folder, 64)
+    texts = [(tmp_path / folder / "demo.json").read_text() for folder in ("one", "two")]
+    assert texts[0] == texts[1]
+    demo = json.loads(texts[0])
+    new = demo["prompts"][PROMPTS["test"] : sum(PROMPTS.values())]
+    assert all(is_held_out(text.lower()) for text in demo["prompts"][: PROMPTS["test"]])
+    assert all(any(concept in text for concept, _ in sprites.held_out) for text in new)
+    assert [index for index, _ in demo["edits"]] == list(range(12, len(demo["prompts"])))
+    assert len(demo["stories"]) == 2 and demo["conversations"][-1].endswith("?")
+    lines = (tmp_path / "one" / "concepts.txt").read_text().splitlines()
+    assert len(lines) == 1 + len(sprites.concepts) and lines[0].startswith(f"# {len(sprites.concepts)} concepts in ")
+    assert sum(line.count("[") for line in lines[1:]) == len(sprites.held_out) > 0
+    command = ["world", "shapes", "--output-dir", str(tmp_path), "--demo", str(tmp_path / "shapes")]
+    assert cli.main([*command, "--tasks", "text_to_image", "--categories", "single"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "shapes" / "demo.json")
+    demo = json.loads((tmp_path / "shapes" / "demo.json").read_text())
+    assert list(demo) == ["prompts"] and len(demo["prompts"]) == 8
 
 
 def test_an_unknown_world_is_one_line(tmp_path, capsys):

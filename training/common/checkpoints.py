@@ -8,6 +8,7 @@ nothing resumes from; the finished checkpoint is then flushed to the disk and mo
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ logger = logging.get_logger(__name__)
 
 STAGING_FOLDER = "unfinished-checkpoint"
 STATE_FILE = "trainer_state.json"
+SECONDS = "train_seconds"
 
 
 class StagedCheckpointsMixin:
@@ -140,6 +142,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
     callback = _StopOnSignal(trainer)
     trainer.add_callback(callback)
     trainer.add_callback(LossPlotCallback)
+    trainer.add_callback(_Clock)
     with callback.handlers():
         trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
@@ -155,6 +158,19 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
     trainer.save_state()
     if trainer.is_world_process_zero():
         logger.warning(f"{trainer.args.output_dir} is finished; its losses are plotted in {PLOT_FILE} there")
+
+
+class _Clock(TrainerCallback):
+    """Logs `train_seconds`: the duration of the training so far, over all its starts, without lost steps."""
+
+    def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        before = 0.0 if state.global_step == 0 else next((e.get(SECONDS) for e in state.log_history[-1:]), None)
+        # A run that was begun without this clock has no sum.
+        self.began = None if before is None else time.perf_counter() - before
+
+    def on_log(self, args, state: TrainerState, control: TrainerControl, logs=None, **kwargs) -> None:
+        if self.began is not None:
+            state.log_history[-1][SECONDS] = round(time.perf_counter() - self.began, 1)
 
 
 class _StopOnSignal(TrainerCallback):

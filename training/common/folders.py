@@ -62,6 +62,11 @@ def kind_of(folder: Path) -> str | None:
     return f"run of {_article(name)} {name}"
 
 
+def without_folders(text: str) -> str:
+    """Text, such as a word of a command, in which absolute paths are names alone: for what leaves this machine."""
+    return re.sub(r"(?<![\w./:])/(?:[^/,\[\]{}]+/)*", "", text)
+
+
 def _article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
@@ -164,10 +169,25 @@ class Run:
                 return model
         return None
 
+    def stages(self) -> list["Run"]:
+        """The runs that it is made of, by what their recipes name, each after those that it needs; itself last."""
+        found: dict[Path, Run] = {}
+        _add_stages(self, found, set())
+        return list(found.values())
+
     def state(self) -> dict[str, Any]:
         """`Trainer`'s record of its steps and losses; empty where there is none."""
         files = [self.result / "trainer_state.json", self.folder / "trainer_state.json"]
         return next((_read_json(file) for file in files if file.is_file()), {})
+
+
+def _add_stages(run: Run, found: dict[Path, Run], seen: set[Path]) -> None:
+    seen.add(run.folder.resolve())
+    for source in (run.model, *run.recipe.values()):
+        folder = Path(source) if isinstance(source, str) else None
+        if folder is not None and (folder / RUN_FILE).is_file() and folder.resolve() not in seen:
+            _add_stages(_run(folder, folder), found, seen)
+    found[run.folder.resolve()] = run
 
 
 def read_run(source: str | Path, checkpoint: int | None = None) -> Run:
@@ -189,6 +209,10 @@ def read_run(source: str | Path, checkpoint: int | None = None) -> Run:
         steps = checkpoints(folder)
         found = f"--checkpoint takes one of {steps}" if steps else "nor has it checkpoints"
         raise ValueError(f"{result} has no weights, {found}")
+    return _run(folder, result)
+
+
+def _run(folder: Path, result: Path) -> Run:
     notes = _notes(result)
     return Run(
         folder=folder,

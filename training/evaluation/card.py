@@ -1,13 +1,15 @@
 """One page of all evaluations of a model: tables beside published figures, images, speed, memory, command, revision.
 
-It is `card.md` and `card.html` (with its images inside), and the `model-index` of a model card.
+It is `card.md` and `card.html` (with its images inside), and a section and the `model-index` of a model card.
 """
 
 import base64
 import json
 import os
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,22 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
 from ...atomic import write_text
+from ..common.folders import without_folders
 from .benchmark import BENCHMARKS
+from .report import PASSED
+
+
+# The Hub's names of what a group of a world asks for.
+HUB_TASKS = {
+    "text_to_image": "text-to-image",
+    "edit": "image-to-image",
+    "subject": "image-to-image",
+    "caption": "image-to-text",
+    "questions": "visual-question-answering",
+}
+# Options of a world's suite that tell one evaluation of it from another.
+TELLING = ("concepts", "resolution", "sizes", "split", "categories")
+SHEET_CAPTION = "the first samples, none left out: what passed in green, what did not in red, what was given in grey"
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
@@ -34,19 +51,24 @@ def section(folder: Path) -> dict[str, Any]:
     """What the page says of the evaluation in a folder."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     found, published = figures(report), BENCHMARKS.get(report["suite"], {})
-    columns = [name for name in published.get("columns", found) if name in found or published.get("rows")]
-    rows = [(report["model"], [found.get(name) for name in columns], True)]
-    for model, values in (published.get("rows") or {}).items():
-        rows.append((model, [*values, *[None] * (len(columns) - len(values))], False))
+    if _is_sampled(report):
+        columns, rows = _group_table(report)
+    else:
+        columns = [name for name in published.get("columns", found) if name in found or published.get("rows")]
+        rows = [(without_folders(report["model"]), [found.get(name) for name in columns], True)]
+        for model, values in (published.get("rows") or {}).items():
+            rows.append((model, [*values, *[None] * (len(columns) - len(values))], False))
     return {
-        "title": published.get("title", report["suite"]),
+        "title": published.get("title", _title(report)),
         "columns": columns,
         "rows": rows,
         "source": published.get("source"),
         "notes": _notes(report, published),
         "facts": _facts(report),
         "commands": dict.fromkeys(
-            shlex.join(report["provenance"][name]) for name in ("command", "scored_by") if name in report["provenance"]
+            shlex.join(map(without_folders, report["provenance"][name]))
+            for name in ("command", "scored_by")
+            if name in report["provenance"]
         ),
         "images": [(name, folder / name) for name in report.get("sheets", ())],
         "report": report,
@@ -54,11 +76,46 @@ def section(folder: Path) -> dict[str, Any]:
     }
 
 
+def _is_sampled(report: Mapping[str, Any]) -> bool:
+    """Whether a suite makes its samples, in any number, and passes or fails each: a world's does, no benchmark."""
+    passed = [PASSED in group["values"] for group in report["groups"].values()]
+    return report["suite"] not in BENCHMARKS and any(passed)
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    options = {name: report["options"][name] for name in TELLING if name in report.get("options", {})}
+    return ", ".join([report["suite"], *(f"{name} {_said(value)}" for name, value in options.items())])
+
+
+def _said(value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    return " and ".join("x".join(map(str, one)) if isinstance(one, list) else str(one) for one in value)
+
+
+def _group_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any], bool]]]:
+    """Columns, and a row for each group and, under it, for each of its categories."""
+    named: list[tuple[str, Mapping[str, Any], bool]] = []
+    for group, found in report["groups"].items():
+        named.append((group, found, True))
+        if len(found["categories"]) > 1:
+            named += [(f"{group}: {name}", row, False) for name, row in found["categories"].items()]
+    others = dict.fromkeys(name for _, row, _ in named for name in row["values"] if name != PASSED)
+    rows = []
+    for name, row, is_group in named:
+        low, high = row["interval"]
+        rate = [row["total"], row["values"][PASSED], f"{low:.2f} to {high:.2f}"]
+        rows.append((name, [*rate, *(row["values"].get(other) for other in others)], is_group))
+    return ["samples", PASSED, "95% interval", *others], rows
+
+
 def _notes(report: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
     """What keeps the first row from being compared with the others."""
     provenance, notes = report["provenance"], []
     if not report["complete"]:
         notes.append(f"Not complete: {report['samples']} samples have a score. No figure of the benchmark.")
+    if _is_sampled(report):
+        return notes
     if "count" in report.get("options", {}):
         notes.append(f"Only the first {report['options']['count']} prompts. No figure of the benchmark.")
     if judge := provenance.get("judge"):
@@ -79,6 +136,14 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     if "seconds_per_sample" in provenance:
         facts["Seconds a sample (median)"] = f"{provenance['seconds_per_sample']:.2f}"
         facts["Peak memory"] = f"{provenance['peak_bytes'] / 2**30:.2f} GiB, {provenance.get('memory_of', '')}"
+    judge = Path(provenance.get("judge") or "", "report.json")
+    if _is_sampled(report) and judge.is_file():
+        rates = json.loads(judge.read_text(encoding="utf-8")).items()
+        said = [
+            f"{side} px {rate['things']:.1%} of the sprites, {rate['passed']:.1%} of the scenes"
+            for side, rate in rates
+        ]
+        facts["The judge on true scenes"] = "; ".join(said)
     for name in ("hardware", "weights", "environment"):
         if name in provenance:
             value = provenance[name]
@@ -88,10 +153,16 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def eval_results(sections: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
-    """Entries of a `model-index`: the figures of complete evaluations of whole benchmarks, and no others."""
+    """
+    Entries of a `model-index`: the figures of complete evaluations of whole benchmarks, and the rates of a world's
+    tasks, of as many samples as were made.
+    """
     results = []
     for one in sections:
         report = one["report"]
+        if report["complete"] and _is_sampled(report):
+            results += _rates(one)
+            continue
         if not report["complete"] or "count" in report.get("options", {}):
             continue
         provenance = report["provenance"]
@@ -111,6 +182,19 @@ def eval_results(sections: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
     return results
 
 
+def _rates(one: Mapping[str, Any]) -> Iterator[EvalResult]:
+    for group, found in one["report"]["groups"].items():
+        yield EvalResult(
+            task_type=HUB_TASKS.get(re.split(r"\W", group)[0], "any-to-any"),
+            dataset_type=one["report"]["suite"],
+            dataset_name=f"{one['title']}: {group}",
+            dataset_config=f"{one['title']}: {group}",  # the Hub tells results apart by it
+            metric_type="accuracy",
+            metric_name=PASSED,
+            metric_value=round(found["values"][PASSED], 4),
+        )
+
+
 def write_card(model: str, folders: Sequence[Path], output: Path, *, update: bool = False) -> list[Path]:
     """
     Writes `card.md`, with a `model-index`, and `card.html`.
@@ -119,7 +203,9 @@ def write_card(model: str, folders: Sequence[Path], output: Path, *, update: boo
         model (`str`): Name of the model; its folder, if it is one.
         folders (`Sequence[Path]`): Folders of evaluations, each with a `report.json`.
         output (`Path`): Folder of the page.
-        update (`bool`, *optional*, defaults to `False`): Put the `model-index` into `README.md` of the model's folder.
+        update (`bool`, *optional*, defaults to `False`):
+            Put the `model-index` and a section "Evaluation", with its sheets, into the model's folder and its
+            `README.md`, in the place of older ones.
     """
     if not folders:
         raise ValueError(f"there are no evaluations of {model}: run `nextflow-hf evaluate SUITE {model}` first")
@@ -131,23 +217,48 @@ def write_card(model: str, folders: Sequence[Path], output: Path, *, update: boo
     )
     templates.filters |= {"number": _number, "data_url": _data_url}
     templates.filters["relative"] = lambda file: Path(os.path.relpath(file, output)).as_posix()
+    page = {"model": without_folders(model), "sections": sections, "metadata": metadata.to_yaml()}
     files = []
     for kind in ("md", "html"):
-        text = templates.get_template(f"card.{kind}.jinja").render(
-            model=model, sections=sections, metadata=metadata.to_yaml()
-        )
         files.append(output / f"card.{kind}")
-        write_text(files[-1], text)
+        write_text(files[-1], templates.get_template(f"card.{kind}.jinja").render(page))
     if update:
-        readme = Path(model) / "README.md"
-        card = ModelCard.load(readme)
-        card.data.model_name, card.data.eval_results = Path(model).name, results
-        card.save(readme)
-        files.append(readme)
+        files.append(_update(Path(model), sections, results, templates))
     return files
 
 
-def _number(value: float | None) -> str:
+def _update(model: Path, sections: list[dict[str, Any]], results: list[EvalResult], templates: Environment) -> Path:
+    """Put evaluations into a model's folder; returns its `README.md`."""
+    for sheet in model.glob("evaluation-*.png"):
+        sheet.unlink()
+    for number, one in enumerate(sections, start=1):
+        sheets = {name: model / f"evaluation-{number}-{name}" for name, _ in one["images"]}
+        for name, file in one["images"]:
+            shutil.copyfile(file, sheets[name])
+        one["images"] = [(f"{name.rpartition('.')[0]}: {SHEET_CAPTION}", sheet) for name, sheet in sheets.items()]
+    templates.filters["relative"] = lambda file: file.name
+    section = templates.get_template("sections.md.jinja").render(sections=sections, heading="###")
+    card = ModelCard.load(model / "README.md")
+    card.data.eval_results = results or None
+    card.data.model_name = (card.data.model_name or model.name) if results else None
+    card.text = replaced_section(card.text, "Evaluation", section)
+    card.save(model / "README.md")
+    return model / "README.md"
+
+
+def replaced_section(text: str, title: str, section: str) -> str:
+    """Markdown with another section of this title, in its place, or else before what stands at the end of a card."""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    kept = [part for part in parts if not part.startswith(f"## {title}\n")]
+    last = [index for index, part in enumerate(kept) if re.match(r"## (Limits|Credits|Citation)\n", part)]
+    found = [index for index, part in enumerate(parts) if part.startswith(f"## {title}\n")]
+    place = (found or last or [len(kept)])[0]
+    return "".join([*kept[:place], f"## {title}\n\n{section.strip()}\n\n", *kept[place:]]).rstrip() + "\n"
+
+
+def _number(value: float | str | None) -> str:
+    if isinstance(value, str):
+        return value
     return "" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"
 
 

@@ -17,7 +17,7 @@ from .suite import images_of, text_of
 PASSED = "passed"
 ORIGIN = "origin.json"  # what the command writes of what answers: command, weights, hardware
 SHEET_SAMPLES, SHEET_COLUMNS = 36, 6
-TILE, FRAME, TEXT_HEIGHT = 128, 4, 54
+TILE, FRAME, TEXT_HEIGHT, LINE_HEIGHT, MOST_LINES = 128, 4, 54, 13, 12
 PASS_COLOR, FAIL_COLOR, GIVEN_COLOR = (40, 170, 70), (215, 40, 40), (200, 200, 200)
 
 
@@ -128,28 +128,29 @@ def _draw_tile(run: EvaluationRun, answer: dict, result: dict) -> Image.Image:
     words = [text_of(message["content"]) for message in messages]
     words += [f"-> {text}" for parts in answer["answer"] if (text := text_of(parts))]
     columns = max(1, len(framed))
-    tile = Image.new("RGB", (columns * (TILE + 2 * FRAME) + FRAME, TILE + 3 * FRAME + TEXT_HEIGHT), "white")
+    lines = textwrap.wrap(" / ".join(words), 22 * columns)[:MOST_LINES]
+    text_height = max(TEXT_HEIGHT, LINE_HEIGHT * len(lines) + FRAME)
+    tile = Image.new("RGB", (columns * (TILE + 2 * FRAME) + FRAME, TILE + 3 * FRAME + text_height), "white")
     for index, (image, color) in enumerate(framed):
         fitted = ImageOps.pad(image.convert("RGB"), (TILE, TILE), Image.Resampling.NEAREST, color="white")
         tile.paste(ImageOps.expand(fitted, FRAME, color), (index * (TILE + 2 * FRAME), FRAME))
     pen = ImageDraw.Draw(tile)
     if not framed:
         pen.rectangle((0, FRAME, FRAME, TILE), fill=outcome)
-    lines = textwrap.wrap(" / ".join(words), 22 * columns)
-    pen.multiline_text((FRAME, TILE + 3 * FRAME), "\n".join(lines[:4]), fill="black", spacing=1)
+    pen.multiline_text((FRAME, TILE + 3 * FRAME), "\n".join(lines), fill="black", spacing=1)
     return tile
 
 
 def _sheet(tiles: list[Image.Image]) -> Image.Image:
     """Tiles in rows, each as wide as it is."""
     width = max(SHEET_COLUMNS * (TILE + 3 * FRAME), max(tile.width for tile in tiles))
-    places, x, y = [], 0, 0
+    places, x, y, height = [], 0, 0, 0
     for tile in tiles:
         if x + tile.width > width:
-            x, y = 0, y + tile.height
+            x, y, height = 0, y + height, 0
         places.append((x, y))
-        x += tile.width
-    sheet = Image.new("RGB", (width, y + tiles[0].height), "white")
+        x, height = x + tile.width, max(height, tile.height)
+    sheet = Image.new("RGB", (width, y + height), "white")
     for tile, place in zip(tiles, places, strict=True):
         sheet.paste(tile, place)
     return sheet
