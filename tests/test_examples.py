@@ -105,6 +105,11 @@ def test_every_claim_has_a_target_and_every_arm_its_runs(tmp_path):
     judged = {arm for name in names for arm in (claims["claims"][name]["better"], claims["claims"][name]["worse"])}
     evaluated = set(re.findall(r"evaluate emoji \S+/arms/(\w+)-1/pipeline", planned))
     assert evaluated == judged and planned.count("nextflow_hf.training.evaluation.comparison") == len(names)
+    # Rows are extracted where they were composed, and images from words have one emoji.
+    composed = dict(re.findall(r"world emoji .*--output-dir (\S+) .*--tasks (.*?) --rows", planned))
+    assert composed[str(tmp_path / "data")] == "text_to_image --categories single"
+    named = re.findall(r"path: (\S+)/64/train/(\w+)", planned)
+    assert named and all(task in composed[folder].split() for folder, task in named)
     # Each arm is trained once a seed, whatever claims name it.
     trained = re.findall(r"train (?:transformer|grpo) .*output_dir=\S+/arms/(\S+)", planned)
     assert len(trained) == len(set(trained)) == 2 * len(judged)
