@@ -93,10 +93,15 @@ def test_at_equal_time_what_came_later_does_not_count(judged):
     ).read_text()
 
 
-def test_what_is_missing_is_named(judged, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run of the arm 'old', expected old-0"):
-        judged({"new": CLAIM}, arms={"new": [0.5, 0.6]})
-    with pytest.raises(ValueError, match="has no 'missed'"):
-        judged({"new": {**CLAIM, "measure": "images/missed"}}, arms={"old": [0.5, 0.6]})
-    with pytest.raises(ValueError, match=r"keys \['wrong'\]"):
-        judged({"new": {**CLAIM, "wrong": 1}}, arms={})
+def test_what_is_missing_is_named(judged, tmp_path, capsys):
+    def refused(claims, **options) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            judged(claims, **options)
+        return capsys.readouterr().err
+
+    assert "no run of the arm 'old', expected old-0" in refused({"new": CLAIM}, arms={"new": [0.5, 0.6]})
+    missed = {"new": {**CLAIM, "measure": "images/missed"}}
+    assert "has no 'missed'" in refused(missed, arms={"old": [0.5, 0.6]})
+    assert "keys ['wrong']" in refused({"new": {**CLAIM, "wrong": 1}}, arms={})
+    (tmp_path / "arms" / "old-1" / "evaluation" / "report.json").unlink()
+    assert "old-1/evaluation/report.json" in refused({"new": CLAIM}, arms={})

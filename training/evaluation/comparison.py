@@ -237,7 +237,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="folder of the runs, ARM-SEED each")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder of the verdicts")
     args = parser.parse_args(argv)
-    for name, found in compare(args.claims, args.names, args.runs, args.output_dir).items():
+    try:
+        verdicts = compare(args.claims, args.names, args.runs, args.output_dir)
+    except (OSError, ValueError) as error:  # such as a run that has not ended
+        parser.error(str(error))
+    for name, found in verdicts.items():
         print(in_words(name, found))
     return 0
 
