@@ -24,7 +24,7 @@ COMMANDS = {
     "serve": ("nextflow_hf.commands.serve", "serve a model by OpenAI's API"),
     "reconstruct": ("nextflow_hf.commands.reconstruct", "encode and decode images by the vision tokenizer"),
     "info": ("nextflow_hf.commands.info", "describe a model, or say how an image was made"),
-    "demo": ("nextflow_hf.hub_cards.demo", "make and edit images with the installed models"),
+    "demo": ("nextflow_hf.commands.demo", "make and edit images with the installed models"),
     "diffusers": ("nextflow_hf.commands.diffusers_cli", "run diffusers-cli with NextFlow registered"),
     "transformers": ("nextflow_hf.commands.transformers_cli", "run transformers' command line, likewise"),
     "convert": ("nextflow_hf.commands.convert", "convert a Qwen or a TokenFlow to what training starts from"),

@@ -59,7 +59,7 @@ def open_app(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError('the app needs Gradio: pip install "nextflow-hf[app]"') from error
 
-    from ..hub_cards.demo import read_demo
+    from ..commands.demo import read_demo
     from .interface import App
     from .server import serve, warnings_about
     from .studio import Studio

@@ -64,25 +64,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_values(assignments: Sequence[str]) -> dict[str, Any]:
-    """`key=value` as a recipe reads them: values are YAML."""
-    import yaml
-
-    found = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"got {assignment!r}, expected key=value")
-        found[key] = yaml.safe_load(value)
-    return found
-
-
 @one_line_mistakes("evaluate")
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_intermixed_args(argv)  # key=value anywhere
     args.command = ["nextflow-hf", "evaluate", *argv]
+    from ..training.common.recipe import parse_assignments
     from ..training.evaluation.suite import SUITES
 
     if args.list:
@@ -90,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.suite is None or args.model is None:
         raise ValueError("SUITE and MODEL are missing, see --help and --list")
-    options = parse_values(args.options)
+    options = parse_assignments(args.options)
     options |= {name: getattr(args, name) for name in (*PROMPTS, *SCORING[:3]) if getattr(args, name) is not None}
     folder = args.output_dir or Path("evaluations", _file_name(args.suite), _file_name(args.model))
     work = {"understanding": _understand, "card": _write_card}.get(args.suite, _evaluate)
@@ -100,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -> list[Path]:
+    from ..training.common.recipe import parse_assignments
     from ..training.evaluation.benchmark import Benchmark
     from ..training.evaluation.report import write_report
     from ..training.evaluation.runner import EvaluationRun
@@ -114,7 +103,7 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
         "suite": args.suite,
         "model": args.model,
         "options": options,
-        "settings": parse_values(args.set),
+        "settings": parse_assignments(args.set),
         "seed": args.seed,
         **{name: getattr(args, name) for name in weights if getattr(args, name, None)},
     }

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.common.folders import VISION_TOKENIZERS, Run, check_folder, kind_of, read_run
 from .console import one_line_mistakes
-from .evaluate import parse_values
 from .loading import find_model, load_transformer
 from .options import new_parser
 
@@ -135,16 +134,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export_whole(args: argparse.Namespace, run: Run) -> None:
     import torch
-    import yaml
 
     from ..hub_cards.cards import run_card
     from ..hub_cards.export import export_pipeline
+    from ..training.common.recipe import parse_assignments, read_recipe
 
-    texts = {} if args.card is None else yaml.safe_load(args.card.read_text(encoding="utf-8"))
+    texts = {} if args.card is None else read_recipe(args.card)
     if unknown := sorted({*texts} - {*CARD_KEYS}):
         raise ValueError(f"{args.card} has {unknown}, expected some of {list(CARD_KEYS)}")
     pipeline = assemble_pipeline(args, run)
-    set_defaults(pipeline, parse_values(args.set))
+    set_defaults(pipeline, parse_assignments(args.set))
     code = {"include_code": not args.without_code, "standalone": args.standalone}
     card = run_card("model", args.output.name, run, pipeline=pipeline, **code, **texts)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)

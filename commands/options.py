@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..hub_cards import SHIPPED
+from ..hub_cards import SHIPPED, installed_models
 from . import rules
 from .console import OneLineParser
 
@@ -29,7 +29,8 @@ class Option(NamedTuple):
 OPTIONS = {
     "model": Option(
         rules.NAME,
-        f"folder or Hub id of a pipeline, or one of {', '.join(SHIPPED)}; default: {SHIPPED_MODEL}",
+        f"folder or Hub id of a pipeline, or one that is installed ({', '.join(installed_models())}); "
+        f"default: {SHIPPED_MODEL}",
         "MODEL",
     ),
     "transformer": Option(

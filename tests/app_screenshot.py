@@ -19,8 +19,8 @@ from nextflow_hf import NextFlowPipeline
 from nextflow_hf.app.interface import App
 from nextflow_hf.app.server import serve
 from nextflow_hf.app.studio import Studio
+from nextflow_hf.commands.demo import read_demo
 from nextflow_hf.hub_cards import shapes_model_path
-from nextflow_hf.hub_cards.demo import read_demo
 
 
 MAX_BYTES = 300_000

@@ -14,8 +14,8 @@ from toy_pipeline import toy_pipeline
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from nextflow_hf import NextFlowPipeline, cli, hub_cards
+from nextflow_hf.commands.demo import contact_sheet
 from nextflow_hf.hub_cards.cards import create_card, pipeline_facts
-from nextflow_hf.hub_cards.demo import contact_sheet
 from nextflow_hf.hub_cards.export import cast_copy, export_pipeline
 
 

@@ -1,6 +1,6 @@
 """What shows a model of a world: requests that no training saw, sampled and not picked, and a list of all it can know.
 
-`demo.json` is what `nextflow-hf demo` and the app read (hub_cards/demo.py); `concepts.txt` is for people.
+`demo.json` is what `nextflow-hf demo` and the app read (commands/demo.py); `concepts.txt` is for people.
 """
 
 import json

@@ -166,6 +166,14 @@ def override(recipe: dict[str, Any], assignment: str) -> None:
         raise ValueError(f"{assignment}: {error}") from error
 
 
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """What several `key=value` say, see [`override`]."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        override(values, assignment)
+    return values
+
+
 def parse_recipe(recipe: dict[str, Any], groups: Iterable[type]) -> tuple[Any, ...]:
     """A recipe's keys as one instance of each group of arguments, which are dataclasses."""
     groups, source = tuple(groups), source_of(recipe)

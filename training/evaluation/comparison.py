@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verdicts = compare(args.claims, args.names, args.runs, args.output_dir)
     except (OSError, ValueError) as error:  # such as a run that has not ended
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
     for name, found in verdicts.items():
         print(in_words(name, found))
     return 0

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import write_file
-from ..commands.console import one_line_mistakes
-from ..commands.loading import find_model, silence_loading
-from ..commands.options import SHIPPED_MODEL, new_parser
-from . import installed_models
+from ..hub_cards import installed_models
+from .console import one_line_mistakes
+from .loading import find_model, silence_loading
+from .options import SHIPPED_MODEL, new_parser
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,15 @@ def read_demo(model: str) -> dict[str, list]:
 
     optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     file = cached_file(model, DEMO_FILE, **optional)
-    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    demo = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(demo, dict) or not all(isinstance(value, list) for value in demo.values()):
+        raise ValueError(f"{file} is no object of lists, which `{__name__}` describes")
+    numbers = range(len(demo.get("prompts", [])))
+    if wrong := [edit for edit in demo.get("edits", []) if len(edit) != 2 or edit[0] not in numbers]:
+        raise ValueError(
+            f"{file} has the edit {wrong[0]}, expected the number of one of {len(numbers)} prompts and a text"
+        )
+    return demo
 
 
 def make_parser() -> argparse.ArgumentParser:
