@@ -48,10 +48,9 @@ def read_demo(model: str) -> dict[str, list]:
     Args:
         model (`str`): Folder or Hub id of a pipeline.
     """
-    from transformers.utils import cached_file
+    from ..conversion.assemble import find_file
 
-    optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-    file = cached_file(model, DEMO_FILE, **optional)
+    file = find_file(model, DEMO_FILE)
     demo = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(demo, dict) or not all(isinstance(value, list) for value in demo.values()):
         raise ValueError(f"{file} is no object of lists, which `{__name__}` describes")

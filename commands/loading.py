@@ -231,11 +231,11 @@ def _load_loras(pipe: "NextFlowPipeline", loras: Sequence[str]) -> list[str]:
 
 def _has_whole_weights(source: str) -> bool:
     """Whether PEFT's adapter has more than low-rank matrices: modules or rows that were trained whole."""
-    from transformers.utils import cached_file
+    from ..conversion.assemble import find_file
 
     if Path(source).is_file():
         return False
-    file = cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    file = find_file(source, "adapter_config.json")
     config = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     return bool(config.get("modules_to_save") or config.get("trainable_token_indices"))
 

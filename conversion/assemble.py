@@ -92,10 +92,16 @@ def load_text_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrained
         ) from error
 
 
+def find_file(source: str | os.PathLike, name: str, **options: Any) -> str | None:
+    """Path of a file of a folder or of a Hub id, downloaded if need be; `None` where it has none of that name."""
+    # The one use of two private options of transformers, which its own loaders take for files that may be absent.
+    optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    return cached_file(source, name, **optional, **options)
+
+
 def subfolder_of(source: str | os.PathLike, name: str, file: str = CONFIG_NAME, **options: Any) -> dict[str, str]:
     """`{"subfolder": name}` where the repository has that part there, nothing where the part lies at its root."""
-    found = cached_file(source, file, subfolder=name, _raise_exceptions_for_missing_entries=False, **options)
-    return {} if found is None else {"subfolder": name}
+    return {} if find_file(source, file, subfolder=name, **options) is None else {"subfolder": name}
 
 
 def is_single_file(source: str | os.PathLike) -> bool:
@@ -127,7 +133,7 @@ def load_image_processor(
         return image_processor_for(config)
     for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
         for where in (subfolder_of(source, "processor", name, **options), {}):
-            if cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where, **options):
+            if find_file(source, name, **where, **options):
                 return NextFlowImageProcessor.from_pretrained(source, **where, **options)
     return image_processor_for(config)
 
