@@ -1,7 +1,6 @@
 """`nextflow-hf export`: a run of training as a repository that everything loads, with a filled card."""
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -116,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(args.run, "run", *EXPORTED, *(["unfinished run"] if args.checkpoint else []))
     if args.model is not None:
         args.model = find_model(args.model)
-    from ..hub_cards.cards import run_plots
+    from ..hub_cards.cards import save_stages
 
     run = read_run(args.run, args.checkpoint)
     if args.vision_tokenizer is not None:  # the stages on the card are those of what is exported
@@ -127,8 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         export_tokenizer_alone(args, run)
     else:
         export_whole(args, run)
-    for name, plot in run_plots(run).items():
-        shutil.copyfile(plot, args.output / name)
+    save_stages(run, args.output)
     return 0
 
 

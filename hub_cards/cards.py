@@ -4,8 +4,10 @@ A card is a Jinja template (`<kind>_card.md` beside this file, all on `base_card
 filters by, and what was measured. Measured results are written once and stand in both.
 """
 
+import json
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..atomic import write_text
 from ..pipelines.pipeline_nextflow import NextFlowPipeline
-from ..training.common.folders import without_folders
+from ..training.common.folders import STAGES_FILE, without_folders
 
 
 if TYPE_CHECKING:
@@ -159,7 +162,7 @@ def run_card(
         name (`str`): Name of the repository, without its owner.
         options: Passed to [`create_card`]. Without `license` the card asks for one.
 
-    The card names the plots of [`run_plots`], which are to lie beside it.
+    The card names plots that [`save_stages`] puts beside it.
     """
     ancestors = list(run.ancestors())
     training = _training_section(run, [_public(model) for model in ancestors])
@@ -190,31 +193,30 @@ def _training_section(run: "Run", ancestors: list[str]) -> str:
     stages = run.stages()
     if len(stages) > 1:
         lines += ["", "It was made in stages:", "", "| stage | training | steps | seconds |", "|---|---|---:|---:|"]
-        lines += [f"| `{one.folder.name}` | {one.kind} | {_steps(one)} | {_seconds(one)} |" for one in stages]
+        lines += [f"| `{one.name}` | {one.kind} | {_thousands(one.steps)} | {one.seconds} |" for one in stages]
     if commands := [shlex.join(map(_public, stage.command)) for stage in stages if stage.command]:
         lines += ["", "```bash", *commands, "```"]
-    for name, plot in run_plots(run).items():
-        lines += ["", f"![Losses of the stage {plot.parent.name}]({name})"]
+    for stage in stages:
+        lines += ["", f"![Losses of the stage {stage.name}]({stage.plot_name})"] if stage.plot else []
     return "\n".join(lines)
 
 
-def _steps(run: "Run") -> str:
-    return f"{run.state()['global_step']:,}" if run.state() else ""
+def _thousands(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
 
 
-def _seconds(run: "Run") -> str:
-    """What the log has: of all starts of a training, else of the last one; both on whatever machine it ran."""
-    history = run.state().get("log_history", ())
-    for name, remark in (("train_seconds", ""), ("train_runtime", " since its last start")):
-        if found := [entry[name] for entry in history if name in entry]:
-            return f"{found[-1]:,.0f}{remark}"
-    return ""
-
-
-def run_plots(run: "Run") -> dict[str, Path]:
-    """The plots of the losses of a run and of its stages, by the names that they have beside a card."""
-    plots = {f"loss_{stage.folder.name}.png": stage.folder / "loss.png" for stage in run.stages()}
-    return {name: plot for name, plot in plots.items() if plot.is_file()}
+def save_stages(run: "Run", folder: Path) -> None:
+    """Write the stages of a run beside its card, for the cards of what starts from that folder, and their plots."""
+    stages = run.stages()
+    records = [
+        {"name": one.name, "kind": one.kind, "steps": one.steps, "seconds": one.seconds}
+        | {"command": list(map(_public, one.command))}
+        for one in stages
+    ]
+    write_text(folder / STAGES_FILE, json.dumps(records, indent=1) + "\n")
+    for stage in stages:
+        if stage.plot:
+            shutil.copyfile(stage.plot, folder / stage.plot_name)
 
 
 def _licence_section(sources: Sequence[str]) -> str:
@@ -260,5 +262,5 @@ __all__ = [
     "create_card",
     "pipeline_facts",
     "run_card",
-    "run_plots",
+    "save_stages",
 ]

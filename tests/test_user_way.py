@@ -224,6 +224,30 @@ def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line
         assert not Path("wrong").exists()
 
 
+def test_a_card_has_the_stages_of_an_exported_model_that_training_went_on_from(runs, converted, command_line, tmp_path):
+    """Also of what started from a checkpoint; each stage once, in order, with its plot."""
+    first = save_run(tmp_path / "first", "transformer", converted)
+    changed(first, converted, 4)
+    Image.new("RGB", (8, 8)).save(first / "loss.png")
+    command_line.run("export", first, "--output", "middle")
+    again = save_run(tmp_path / "again", "transformer", Path("middle").resolve())
+    changed(again, converted, 5), changed(again / "checkpoint-5", converted, 6)
+    last = save_run(tmp_path / "last", "grpo", again / "checkpoint-5")
+    changed(last, converted, 7)
+    command_line.run("export", last, "--output", "exported", "--model", converted)
+    stages = json.loads(Path("exported", "stages.json").read_text())
+    assert [(one["name"], one["kind"], one["steps"]) for one in stages] == [
+        ("first", "transformer", 7),
+        ("again", "transformer", 7),
+        ("last", "grpo", 7),
+    ]
+    text = Path("exported", "README.md").read_text()
+    assert text.count("| `first` |") == 1 and "![Losses of the stage first](loss_first.png)" in text
+    assert Path("exported", "loss_first.png").is_file() and str(tmp_path) not in json.dumps(stages)
+    Path("middle", "stages.json").write_text('[{"name": 3}]')
+    assert "middle/stages.json is no list of stages" in command_line.mistake("export", again, "--output", "wrong")
+
+
 def test_export_of_an_adapter_alone(runs, converted, command_line):
     command_line.run("export", runs["lora"], "--adapter", "--output", "adapter")
     drawn = {}

@@ -5,8 +5,8 @@ Reads configurations alone; weights and torch stay where they are.
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 
 
 RUN_FILE = "run.yaml"
+STAGES_FILE = "stages.json"  # of an exported folder: the trainings that its card lists
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PROCESSOR_FILE = "processor_config.json"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "diffusion_pytorch_model*", "pytorch_lora_weights*")
@@ -128,6 +129,33 @@ def check_source(key: str, source: str | None, expected: str, *others: str, file
         ) from None
 
 
+@dataclass(kw_only=True, frozen=True)
+class Stage:
+    """
+    A training that a model went through, as its card names it.
+
+    Args:
+        name (`str`): Name of its folder.
+        kind (`str`): What `nextflow-hf train` was told.
+        steps (`int`, *optional*): That it took.
+        seconds (`str`): That they took, in words.
+        command (`list[str]`): That started it.
+        plot (`Path`, *optional*): Plot of its losses.
+    """
+
+    name: str
+    kind: str
+    steps: int | None = None
+    seconds: str = ""
+    command: list[str] = field(default_factory=list)
+    plot: Path | None = field(default=None, compare=False)
+
+    @property
+    def plot_name(self) -> str:
+        """Name of the plot beside a card."""
+        return f"loss_{Path(self.name).name}.png"
+
+
 @dataclass(kw_only=True)
 class Run:
     """
@@ -169,25 +197,75 @@ class Run:
                 return model
         return None
 
-    def stages(self) -> list["Run"]:
-        """The runs that it is made of, by what their recipes name, each after those that it needs; itself last."""
-        found: dict[Path, Run] = {}
+    def stages(self) -> list[Stage]:
+        """The trainings that it is made of, by what their recipes name, each after those it needs; itself last."""
+        found: list[Stage] = []
         _add_stages(self, found, set())
-        return list(found.values())
+        return found
 
     def state(self) -> dict[str, Any]:
         """`Trainer`'s record of its steps and losses; empty where there is none."""
         files = [self.result / "trainer_state.json", self.folder / "trainer_state.json"]
         return next((_read_json(file) for file in files if file.is_file()), {})
 
+    def stage(self) -> Stage:
+        """It alone, as a stage of what starts from it."""
+        state, plot = self.state(), self.folder / "loss.png"
+        return Stage(
+            name=self.folder.name,
+            kind=self.kind,
+            steps=state.get("global_step"),
+            seconds=_seconds(state.get("log_history", ())),
+            command=self.command,
+            plot=plot if plot.is_file() else None,
+        )
 
-def _add_stages(run: Run, found: dict[Path, Run], seen: set[Path]) -> None:
+
+def _seconds(history: Sequence[Mapping[str, Any]]) -> str:
+    """What the log has: of all starts of a training, else of the last one; both on whatever machine it ran."""
+    for name, remark in (("train_seconds", ""), ("train_runtime", " since its last start")):
+        if found := [entry[name] for entry in history if name in entry]:
+            return f"{found[-1]:,.0f}{remark}"
+    return ""
+
+
+def _add_stages(run: Run, found: list[Stage], seen: set[Path]) -> None:
     seen.add(run.folder.resolve())
-    for source in (run.model, *run.recipe.values()):
+    for source in filter(None, (run.model, *run.recipe.values())):
         folder = Path(source) if isinstance(source, str) else None
-        if folder is not None and (folder / RUN_FILE).is_file() and folder.resolve() not in seen:
-            _add_stages(_run(folder, folder), found, seen)
-    found[run.folder.resolve()] = run
+        if folder is None or folder.resolve() in seen:
+            continue
+        if (folder / STAGES_FILE).is_file():
+            found += [stage for stage in _read_stages(folder) if stage not in found]
+        elif (run_folder := _run_folder(folder)).resolve() not in seen and (run_folder / RUN_FILE).is_file():
+            _add_stages(_run(run_folder, folder), found, seen)
+        seen.add(folder.resolve())
+    if (stage := run.stage()) not in found:
+        found.append(stage)
+
+
+def _read_stages(folder: Path) -> list[Stage]:
+    """The stages of an exported folder, with the plots that lie there."""
+    try:
+        stages = [
+            Stage(
+                name=str(entry["name"]),
+                kind=str(entry["kind"]),
+                steps=None if entry["steps"] is None else int(entry["steps"]),
+                seconds=str(entry["seconds"]),
+                command=list(map(str, entry["command"])),
+            )
+            for entry in _read_json(folder / STAGES_FILE)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / STAGES_FILE} is no list of stages, as `nextflow-hf export` writes it") from error
+    plots = [folder / stage.plot_name for stage in stages]
+    return [replace(stage, plot=plot) if plot.is_file() else stage for stage, plot in zip(stages, plots, strict=True)]
+
+
+def _run_folder(folder: Path) -> Path:
+    """The folder of the run that `folder` is, or is a checkpoint of."""
+    return folder.parent if folder.name.startswith("checkpoint-") and not (folder / RUN_FILE).is_file() else folder
 
 
 def read_run(source: str | Path, checkpoint: int | None = None) -> Run:
@@ -201,8 +279,7 @@ def read_run(source: str | Path, checkpoint: int | None = None) -> Run:
     folder = result = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {source}")
-    if folder.name.startswith("checkpoint-") and not (folder / RUN_FILE).is_file():
-        folder = folder.parent
+    folder = _run_folder(folder)
     if checkpoint is not None:
         result = folder / f"checkpoint-{checkpoint}"
     if not any(path for pattern in WEIGHTS for path in result.glob(pattern)):
