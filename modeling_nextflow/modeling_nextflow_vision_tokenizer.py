@@ -309,12 +309,13 @@ class NextFlowVisionTokenizer(PreTrainedModel):
             `ValueError`: on pixels that are not finite or do not fit their grids.
         """
         schedules = self._check_pixels(pixel_values, image_grids)
+        # In the order of the images, so that grouping them by schedule changes no code.
         noise = self._sample_noise(schedules, generator, pixel_values.device) if self_correction else None
         codes, targets = [torch.empty(0)] * len(schedules), [torch.empty(0)] * len(schedules)
         for schedule, indices in group_by_schedule(schedules).items():
             stack = self._crop(pixel_values, schedule, indices)
             slices = stack.split(1 if self.use_slicing else len(stack))
-            features = torch.cat([self._encode_features(one) for one in slices])
+            features = torch.cat([self._encode_features(one) for one in slices])  # what takes the memory
             group_noise = None if noise is None else torch.stack([noise[i] for i in indices]).to(features.device)
             output = self.quantizer(features, schedule, noise=group_noise)
             for row, index in enumerate(indices):
@@ -379,7 +380,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         targets = [torch.empty(0)] * len(schedules)
         for schedule, indices in group_by_schedule(schedules).items():
             patches = self._semantic_patches(self._crop(pixel_values, schedule, indices))
-            shapes = torch.tensor([schedule[-1]]).expand(len(indices), 2)
+            shapes = torch.tensor([schedule[-1]]).expand(len(indices), 2)  # on the CPU, as Siglip2 reads numbers
             output = teacher(patches, None, shapes, output_hidden_states=True)
             for row, index in enumerate(indices):
                 targets[index] = output.hidden_states[-2][row]
@@ -432,7 +433,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
                 target = torch.stack([semantic_targets[index][:cells] for index in indices])
                 parts.append(1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean())
             reconstructions.append(reconstruction)
-            losses.append(torch.stack(parts) * (len(indices) / len(schedules)))
+            losses.append(torch.stack(parts) * (len(indices) / len(schedules)))  # images weigh alike, not groups
             for row, index in enumerate(indices):
                 codes[index] = quantization.image_codes[row]
 
@@ -460,7 +461,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
         pixel_size = (self.patch_size * rows, self.patch_size * columns)
         pixel_map = self.quant_conv(self.pixel_encoder(_resize(pixels, pixel_size)))
-        return torch.cat([semantic_map.float(), pixel_map.float()], 1)
+        return torch.cat([semantic_map.float(), pixel_map.float()], 1)  # (n, code_dim, rows, columns)
 
     def _semantic_patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (n, 3, height, width) as the semantic encoder takes them, see [`patchify`]."""
@@ -505,7 +506,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         if num_scales is not None and num_scales < 1:
             raise ValueError(f"num_scales is {num_scales}, expected at least 1")
         is_whole = image_codes.numel() == sum(map(count_codes, schedules))
-        given = schedules if is_whole else [schedule[:num_scales] for schedule in schedules]
+        given = schedules if is_whole else [schedule[:num_scales] for schedule in schedules]  # of whole images, too
         per_image = split_codes(image_codes, given)
         check_codes(image_codes, self.config.codebook_size)
         maps, groups = [], group_by_schedule(schedules)
@@ -538,7 +539,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         if drop_scales is None:
             if not self.training or self.config.scale_dropout == 0:
                 return None
-            drop_scales = torch.rand(max_scales) < self.config.scale_dropout
+            drop_scales = torch.rand(max_scales) < self.config.scale_dropout  # the same for the whole batch
         if len(drop_scales) != max_scales:
             raise ValueError(f"drop_scales has {len(drop_scales)} entries, expected one per scale: {max_scales}")
         return [bool(drop) for drop in drop_scales]
@@ -572,6 +573,7 @@ def _check_folder(folder: Path, subfolder: str) -> None:
 
 
 def _codes_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str | None:
+    # What decodes changes no code: the third stage trains the pixel decoder alone (§3.1).
     decoders = ("post_quant_conv.", "pixel_decoder.", "semantic_decoder.", "decode_task_layer.")
     state = {name: tensor for name, tensor in state_dict.items() if not name.startswith(decoders)}
     # Compared as bfloat16, to which float16 may round another way.
