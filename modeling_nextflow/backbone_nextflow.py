@@ -493,7 +493,7 @@ class NextFlowModel(NextFlowInputs):
     ) -> torch.Tensor:
         """Positions (4, batch, length) from the tokens alone; see [`grids_nextflow.get_position_ids`].
 
-        On top of a cache the tokens go on where it ends, which is not its length: an image took a step a scale.
+        On top of a cache the tokens continue where it ends, which is not its length: an image took one step a scale.
         `token_positions` say themselves where their tokens stand.
         """
         if input_ids is None:  # only its shape is read

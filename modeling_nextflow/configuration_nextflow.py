@@ -255,7 +255,7 @@ class NextFlowConfig(Qwen2Config):
             Scale reweight `k_s = (h_s * w_s) ** -alpha` (§2.2, §3.2.3). 0 weighs every code alike.
         joint_image_loss (`bool`, *optional*, defaults to `True`):
             Whether the loss of an image code is over the whole vocabulary of the one head, as that of text always is
-            (not specified by the paper). `False`: over the codes alone, among which it is drawn; at the sizes of the
+            (not specified by the paper). `False`: over the codes alone, among which it is sampled; at the sizes of the
             7B model that takes 5.6 times less of the head's work.
         connector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the connector's two layers (not specified by the paper; TokenFlow).

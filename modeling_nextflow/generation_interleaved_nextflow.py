@@ -308,7 +308,7 @@ def generate_interleaved(
         may_begin = num_images < image_plan.max_images
         fits = room - answers.length >= image_tokens
         scores = logits_processor(answers.ids, keep_text(scores, model.config, may_begin & fits))
-        scores = keep_text(scores, model.config, may_begin)  # whatever the processors wish
+        scores = keep_text(scores, model.config, may_begin)  # processors cannot allow a code either
         if not scores[writing].amax(-1).isfinite().all():
             raise ValueError(
                 f"the logits of text token {int(num_tokens.max()) + 1} are not finite: expected a higher temperature, "

@@ -550,7 +550,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> tuple[torch.Tensor, ...]:
-        """Two uniform numbers for every code of every image, drawn in the order of the images."""
+        """Two uniform numbers for every code of every image, in the order of the images."""
         sizes = [count_codes(schedule) for schedule in schedules]
         generators = generator if isinstance(generator, list) else [generator] * len(sizes)
         if len(generators) != len(sizes):

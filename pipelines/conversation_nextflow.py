@@ -149,8 +149,9 @@ class NextFlowConversation:
             (parts,) = pipe.decode_answers(output)
             pipe.maybe_free_model_hooks()
 
-            # 3. What the next turn goes on from
+            # 3. What the next turn continues
             answer_ids = output.sequences[:, output.prompt_length :]
+            # This turn without the user's text, and the answer as it is: the unconditional prompt of images to come.
             self._negative_ids = torch.cat([self._negative(message, "", **options), answer_ids], dim=1)
             self._sequence = {"input_ids": output.sequences}
             if len(output.image_grids):

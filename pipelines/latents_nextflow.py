@@ -37,6 +37,7 @@ def encode_latents(
     """Pixels (n, 3, height, width) in [-1, 1] to float32 latents: the VAE's mode, with `sample` a sample."""
     if vae is None:
         return pixels.float()
+    # A video VAE takes a frame axis: (n, 3, 1, height, width).
     is_video = _is_qwen(vae)
     pixels = pixels.to(vae.dtype)  # where the VAE computes the caller knows: offloaded, it does not say
     distribution = vae.encode(pixels.unsqueeze(2) if is_video else pixels).latent_dist
@@ -62,6 +63,7 @@ def _is_qwen(vae: DecoderVAE) -> bool:
 
 
 def _shift_and_scale(vae: DecoderVAE, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    # What denoisers are trained on: latents of about unit variance.
     if _is_qwen(vae):
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
@@ -110,12 +112,14 @@ def predict_in_tiles(
             weight = ramps[0][:, None] * ramps[1]
             total[place] += weight * part
             weights[place] += weight
+    # Ramps begin at 1, so no weight is 0.
     return total / weights
 
 
 def _tile_starts(length: int, tile: int) -> list[int]:
     if length <= tile:
         return [0]
+    # A quarter of a tile overlaps with the next; the last tile ends at the border.
     return [*range(0, length - tile, tile - tile // 4), length - tile]
 
 

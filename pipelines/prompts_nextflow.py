@@ -1,7 +1,7 @@
 """Prompts of images: from messages to the rows that the transformer samples from, and from its codes to pixels.
 
-The components meet here through data alone: tokens, `image_grids`, `image_codes`, pixels. Knows nothing of how a call
-goes on.
+The components meet here through data alone: tokens, `image_grids`, `image_codes`, pixels. Knows nothing of the order
+of a call's steps.
 """
 
 import math
@@ -71,6 +71,7 @@ class NextFlowImagePrompt:
 
 def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     """Indices of the images that are sampled together: those of one schedule, and with as much given."""
+    # A pass of the transformer has one grid, and one boundary between given and sampled scales, for all its rows.
     given = [0 if prompt.prefix_codes is None else len(prompt.prefix_codes) for prompt in prompts]
     return group_equal([(count, str(prompt.image_grids[-1].tolist())) for count, prompt in zip(given, prompts)])
 
@@ -107,6 +108,7 @@ def join_codes(prompts: Sequence[NextFlowImagePrompt]) -> tuple[torch.Tensor, to
     """Codes (total_codes,) so far of all images, and the schedules (images, max_scales, 2) of the scales they are."""
     codes = torch.cat([prompt.codes for prompt in prompts if prompt.codes is not None])
     grids = torch.stack([prompt.image_grids[-1] for prompt in prompts])
+    # `stack` has copied them: the prompts keep their whole schedules.
     for row, prompt in zip(grids, prompts, strict=True):
         row[prompt.num_sampled :] = 0
     return codes, grids.to(codes.device)
@@ -189,8 +191,10 @@ def call_back(
     """Let the callback see the codes so far, and replace them by those that it returns."""
     codes = scale.image_codes
     grids = torch.stack([prompt.image_grids[-1] for prompt in group])
+    # Copies, so that a change counts only where it is returned.
     tensors = {"latents": codes.clone(), "image_codes": codes.clone(), "image_grids": grids}
     returned = callback(pipe, step, scale.index, {name: tensors[name] for name in tensor_inputs}) or {}
+    # Two names of one tensor, of which a callback may return both: the one that differs was changed.
     for name in ("latents", "image_codes"):
         changed = returned.get(name)
         if changed is not None and not torch.equal(changed.to(codes.device), codes):
@@ -211,11 +215,11 @@ class NextFlowImageSteps(NextFlowBasePipeline):
 
     _guidance_scale: PerScale = 1.0
     _image_guidance_scale: PerScale = 1.0
-    _current: Any = None  # the work that the pipeline is at, by which a preview knows that it may go on
+    _current: Any = None  # the prompts of the newest call: previews of an older one are refused
 
     @property
     def guidance_scale(self) -> PerScale:
-        """Guidance towards the text, in the call that goes on or the last one."""
+        """Guidance towards the text, in the current call or the last one."""
         return self._guidance_scale
 
     @property
@@ -239,8 +243,9 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         self._checked = components  # what was refused is refused again
 
     def _begin(self, work: Any = None) -> None:
-        """From now on nobody has interrupted the pipeline, and what went on before cannot go on."""
+        """Start `work`: clear an earlier interruption, and let previews of earlier work raise when resumed."""
         components = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
+        # A component may have been assigned since (`pipe.transformer = ...`), which registers nothing.
         if any(one is not other for one, other in zip(components, self._checked, strict=True)):
             self.check_components()
         self._interrupt = False
@@ -310,7 +315,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
             prompt.negative_input_ids = ids[count + index] if negative else None
             prompt.imageless = imageless[index] if imageless else None
             if keep_first_size and len(prompt.image_grids) > 1 and not size.keys() - {"resolution"}:
-                first = self.processor.target_image_grids(prompt.image_grids[:1])
+                first = self.processor.target_image_grids(prompt.image_grids[:1])  # without a repeated last grid
                 prompt.image_grids = torch.cat([prompt.image_grids[:-1], first])
         return prompts
 
@@ -329,6 +334,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         rows = list(zip(conversations, one_per_prompt("negative_prompt", negative_prompt or "", count)))
         guides_images = guides(settings["image_guidance_scale"])
         unconditional = {}
+        # Guidance towards images compares three prompts, so it also needs the one without text.
         if guides_images or guides(settings["guidance_scale"]):
             negative = [processor.unconditional_messages(row, text) for row, text in rows]
             unconditional["negative_conversations"] = negative
@@ -395,6 +401,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         if height is not None:
             warn_once(f"`resolution` is {resolution}, which is none of {known}: `height` and `width` say the size")
             return None
+        # By ratio, as resolutions double: 384 is nearer to 512 than to 256.
         nearest = min(known, key=lambda one: abs(math.log(one / resolution)))
         warn_once(f"`resolution` is {resolution}, which is none of {known}: the nearest is taken, {nearest}")
         return nearest

@@ -120,10 +120,12 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             cells = [sum(height * width for height, width in grids) for grids in schedules]
             to_sample = cells[-1] if ids[-1:] == [self.boi_token_id] else 0  # cells of scales 2..K, and `<eoi>`
             remaining = iter(cells)
+            # Scale 1 is predicted at `<boi>`, so it has no placeholder.
             repeats = [next(remaining) - 1 if token == self.image_token_id else 1 for token in ids]
             counts.append([count for token, count in zip(ids, repeats) if token == self.image_token_id])
             ids = [token for token, count in zip(ids, repeats) for _ in range(count)]
             mask = [inside for inside, count in zip(in_response[index], repeats) for _ in range(count)]
+            # An image to sample must fit as well, or sampling would have to stop within it.
             kept = slice(None)
             if len(ids) + to_sample > limit:
                 kept = self._kept_tokens(index, len(ids), to_sample, int(limit), text_options, bool(schedules))
@@ -154,6 +156,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             ids, mask, position = [], [], 0
             for start, end in [*(responses[index] if responses else ()), (len(text), len(text))]:
                 for piece, inside in ((text[position:start], False), (text[start:end], True)):
+                    # A cut lies inside what spells a control token, whose halves are tokenized as text.
                     for part in filter(None, piece.split(CUT)):
                         ids += self.tokenizer.encode(part, add_special_tokens=False)
                         mask += [inside] * (len(ids) - len(mask))
@@ -226,6 +229,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             samples = ids[-1:] == [self.boi_token_id]
             if not (samples or is_interleaved):
                 continue
+            # Taken from `shown`: an image to sample has no repeated last grid.
             target = shown[-1] if shown and not asked else requested
             if target is None:  # as asked for, else square; once a call, as it may warn
                 resolution, default = options["images_kwargs"].get("resolution"), self.image_processor.resolution
@@ -251,6 +255,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         self, rows: list[list[int]], columns: dict[str, tuple[list[list[int]], int]], text_options: dict[str, Any]
     ) -> dict[str, list[list[int]]]:
         """The rows with their mask, and further columns with what fills them, padded as the tokenizer does."""
+        # Rows are cut already; the tokenizer would cut through images.
         names = ["truncation"] if text_options.get("padding") == "max_length" else ["truncation", "max_length"]
         text_options = {name: value for name, value in text_options.items() if name not in names}
         padded = self.tokenizer.pad({"input_ids": rows}, **text_options)
@@ -301,6 +306,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             cells = self.image_token * count
             framed = text.endswith(self.boi_token, 0, match.start())
             replacement = cells if framed else f"{self.boi_token}{cells}{self.eoi_token}"
+            # The caller never sees the cuts.
             start, length = match.start() - text.count(CUT, 0, match.start()), len(self.image_token)
             found.append(
                 {
