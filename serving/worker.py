@@ -136,6 +136,7 @@ class ImageRequest(Request):
 
     @property
     def key(self) -> Hashable:
+        # By their `repr`, as lists cannot be hashed.
         settings = tuple(sorted((name, repr(value)) for name, value in self.settings.items()))
         kind = (self.prompt is None, bool(self.images), self.mask is None)
         return (ImageRequest, kind, self.schedule, self.count, self.left_out, settings)
@@ -173,6 +174,7 @@ class ImageRequest(Request):
             codes, grids = tensors["image_codes"], tensors["image_grids"]
             sampled.update(codes=codes.shape[1], grids=grids, scales=scale + 1)
             is_enough = 0 < first.left_out >= pipe.num_timesteps - scale - 1
+            # One call samples the whole batch, so it stops only when nobody waits for any of its images.
             if is_enough or all(request.is_over for request in requests):
                 pipe._interrupt = True
                 return {}
@@ -181,6 +183,8 @@ class ImageRequest(Request):
                 request.show(pipe, scale + 1, codes[own].flatten(), grids[own])
             return {}
 
+        # The pipeline takes one number of its generator for each image: the images of a request differ, whoever shares
+        # the batch.
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         output = pipe(
             **ImageRequest.inputs(requests),
@@ -281,6 +285,7 @@ class Worker:
                 raise Stopped("the server is shutting down")
             self._drop_what_is_over()
             if len(self._waiting) >= self.max_queue:
+                # An estimate: the images that wait, in full batches of average duration.
                 batches = sum(waiting.count for waiting in self._waiting) / self.max_batch
                 raise QueueFull(max(1, round(batches * self._seconds)))
             self._waiting.append(request)
@@ -318,6 +323,7 @@ class Worker:
         """Return the next batch and the seconds until it starts; `None` if the queue is empty."""
         if not self._waiting:
             return [], 0 if self._is_stopped else None
+        # The oldest request decides: others may overtake to join it, but nothing overtakes the oldest.
         first = self._waiting[0]
         alike = [request for request in self._waiting if request.key == first.key]
         most = max(1, self.max_batch // first.count)

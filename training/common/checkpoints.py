@@ -72,6 +72,7 @@ class StagedCheckpointsMixin:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
         wait()
+        # From here on `Trainer` writes there: `_get_output_dir` names it.
         self._staging_folder = staging
         try:
             yield source
@@ -87,8 +88,10 @@ class StagedCheckpointsMixin:
             self._staging_folder = None
         wait()
         if self.args.should_save:
+            # Only now that every process has written its part.
             self._move_checkpoint(source, target)
             shutil.rmtree(staging)
+            # Only now that the new checkpoint is in its place: at no moment is there none.
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=self.args.save_total_limit,
@@ -101,6 +104,7 @@ class StagedCheckpointsMixin:
         if self.state.best_global_step == self.state.global_step:  # `Trainer` named it where it was written
             self.state.best_model_checkpoint = target
             self.state.save_to_json(os.path.join(source, STATE_FILE))
+        # To the disk before the rename: after a power failure a name may be there without the data.
         flush_tree(Path(source))
         if os.path.isdir(target):  # of an earlier run that went on from further back
             os.rename(target, os.path.join(os.path.dirname(source), "replaced"))
@@ -202,6 +206,7 @@ class _StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if args.world_size > 1:
+            # Signals reach processes at different times. If one stopped alone, the others would wait for it forever.
             everyone = self.trainer.accelerator.gather(torch.tensor([self.signal], device=args.device))
             self.signal = int(everyone.max())
         if self.signal:

@@ -155,12 +155,14 @@ class RowEncoder:
     def _prepare_ahead(self, numbered_rows: Iterable[tuple[int, dict]]) -> Iterator[_Item]:
         """The rows as tokens and pixels, in order, some batches ahead: nothing but the encoder is on this thread."""
         with ThreadPoolExecutor(self.settings.decoding_threads) as threads, ThreadPoolExecutor(1) as reader:
+            # Rows are read on one thread, in order, as an iterator demands; they are decoded on several.
             rows = iter(numbered_rows)
 
             def read() -> Future[_Item] | None:
                 numbered = next(rows, None)
                 return None if numbered is None else threads.submit(self.prepare, *numbered)
 
+            # Two batches: one is prepared while the other is encoded.
             pending = deque(reader.submit(read) for _ in range(2 * self.settings.batch_size))
             try:
                 while (item := pending.popleft().result()) is not None:
@@ -171,6 +173,7 @@ class RowEncoder:
 
     def prepare(self, number: int, row: dict) -> _Item:
         """A row's tokens, labels, pixels and grids, or its error. Runs on any thread."""
+        # A row that could not be read comes with its error, and takes its place in the order.
         item, settings = _Item(number, row, error=row.get("error")), self.settings
         if item.error is not None:
             return item
@@ -214,7 +217,7 @@ class RowEncoder:
             {
                 "pixels": self._crop(pixels, grids),
                 "grids": grids,
-                "corrected": trained and corrects,
+                "corrected": trained and corrects,  # what is only read stays clean
                 "rng": self._rng(item, 3, place),
             }
             for place, (pixels, grids, trained) in enumerate(
@@ -269,6 +272,7 @@ class RowEncoder:
         return pixels[:, :height, :width]
 
     def _rng(self, item: _Item, *stream: int) -> np.random.Generator:
+        # Streams of their own: whether a condition is dropped does not change which codes are sampled.
         return np.random.default_rng((self.settings.seed, *stream, item.number))
 
 

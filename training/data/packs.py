@@ -74,11 +74,12 @@ def make_packs(
     rng = np.random.default_rng(seed)
     order = np.arange(len(lengths)) if seed is None else rng.permutation(len(lengths))
     whole = len(order) // window * window
+    # Whole windows side by side, then the documents that are left as a shorter one.
     rows = [*_blocks(order[:whole].reshape(-1, window)), *_blocks(order[whole:][None])]
     packed = [_first_fit(block, shares) for block in rows]
     sizes = np.concatenate([np.zeros(0, dtype=np.int64), *(sizes for _, sizes in packed)])
     documents, ends = np.concatenate([order[:0], *(documents for documents, _ in packed)]), np.cumsum(sizes)
-    order = np.arange(len(sizes)) if seed is None else rng.permutation(len(sizes))
+    order = np.arange(len(sizes)) if seed is None else rng.permutation(len(sizes))  # not the costliest first
     tokens, flops = (
         None if values is None else np.add.reduceat(np.asarray(values)[documents], ends - sizes)[order]
         for values in (lengths, flops)
@@ -125,12 +126,15 @@ def _first_fit(windows: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.
         if begun == room.shape[2]:
             room = np.concatenate([room, np.ones_like(room)], axis=2)
         needed = costs[:, place, :, None]
+        # One pack more than is begun, so that one always fits. Fractions rarely add up to 1 exactly, hence the
+        # tolerance.
         fits = (room[:, :, : begun + 1] >= needed - 1e-9).all(axis=0)
         first = fits.argmax(axis=1)
         room[:, all_windows, first] -= needed[:, :, 0]
         pack_of[:, place] = first
         np.maximum(num_packs, first + 1, out=num_packs)
     by_pack = np.argsort(pack_of, axis=1, kind="stable")
+    # Packs are numbered through all windows.
     numbers = pack_of + (np.cumsum(num_packs) - num_packs)[:, None]
     return np.take_along_axis(windows, by_pack, axis=1).ravel(), np.bincount(numbers.ravel())
 
@@ -146,6 +150,7 @@ def endless_rows(start: int, stop: int, size: int, seed: Sequence[int]) -> np.nd
         rng = np.random.default_rng((*seed, epoch))
         chunks = np.append(rng.permutation(size // CHUNK), size // CHUNK)  # the last one may be short
         number, place = np.divmod(places[epochs == epoch], CHUNK)
+        # Turned by a random number, so that chunks have other borders in each epoch.
         rows[epochs == epoch] = (chunks[number] * CHUNK + place + rng.integers(size)) % size
     return rows
 

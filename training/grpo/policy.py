@@ -41,7 +41,7 @@ def policy_row(
     prompt, grids = rollout.prompt, rollout.prompt.grids
     seen, skipped = num_cells(grids[: scales.stop]), num_cells(grids[: scales.start])
     inputs = seen - num_cells(grids[scales.stop - 1 : scales.stop])  # the last scale is predicted, but not read
-    input_ids = torch.cat([prompt.input_ids, torch.full((seen - 1,), config.image_token_id)])
+    input_ids = torch.cat([prompt.input_ids, torch.full((seen - 1,), config.image_token_id)])  # scale 1 has no cell
     length, first = len(input_ids), len(prompt.input_ids) - 1  # `<boi>` predicts the first code
     targets = torch.full((length,), IGNORE_INDEX)
     scale_ids = torch.zeros(length, dtype=torch.long)
@@ -118,6 +118,7 @@ def add_policy_forward(model: NextFlowForCausalLM, *, temperature: float, chunk_
         }
         if policy_targets is None:
             return type(self).forward(self, **inputs, **kwargs)
+        # Hidden states rather than logits: only what is taught goes through the head, a chunk at a time.
         hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
         score = functools.partial(chunked_log_probs, temperature=temperature, chunk_size=chunk_size)
         logps, entropies = self.score_targets(hidden_states, policy_targets, score)

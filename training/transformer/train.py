@@ -49,6 +49,7 @@ def mix_rows(
     if weights is None:
         return datasets.concatenate_datasets(list(sources)).with_format("numpy")
     probabilities = [weight / sum(weights) for weight in weights]
+    # Sources begin again until each of them has been read to its end.
     return datasets.interleave_datasets(
         list(sources), probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
     ).with_format("numpy")
