@@ -39,8 +39,8 @@ ATTENTION_BACKENDS = {
 @dataclass(frozen=True)
 class RowRuns:
     """
-    In the place of a mask, for a block on top of a cache: runs of rows (first, end, padding) with equal padding before
-    them. A run attends without a mask, in one call.
+    Replaces the mask of a block on top of a cache: runs of rows (first, end, padding) whose left padding is equally
+    long. Each run attends in one call, without a mask.
     """
 
     runs: tuple[tuple[int, int, int], ...]

@@ -81,7 +81,7 @@ class NextFlowCacheLayer(DynamicLayer):
         self._keys, self._values = larger
 
     def resize(self, length: int) -> None:
-        """Count the first `length` tokens of the memory as there."""
+        """Set how many tokens of the memory count as cached."""
         self.length = self.num_values = length
 
     def get_seq_length(self) -> int:
@@ -138,8 +138,8 @@ def part_of(cache: DynamicCache, rows: slice, padding: int = 0) -> DynamicCache:
 
 
 def caches_of_layers(past_key_values: Cache | None, count: int) -> list:
-    """What each layer is given as its cache: its own layer of a dynamic one, which has the same `update`, else the
-    whole. To find its part a layer reads its index, and torch.compile would make code for every one of them."""
+    """The cache that each layer is given: of a dynamic cache its own layer, which has the same `update`, else the
+    whole. A layer finds its part of the whole by an index, for each of which torch.compile would compile it anew."""
     if type(past_key_values) is DynamicCache and not past_key_values.offloading:
         if len(past_key_values.layers) >= count:
             return past_key_values.layers[:count]

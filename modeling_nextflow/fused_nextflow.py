@@ -45,7 +45,7 @@ class FusedRMSNorm(Qwen2RMSNorm):
 
 
 class FusedLinear(nn.Linear):
-    """Linear layers of one input as one: their rows stand below each other, `sizes` of them by name."""
+    """Linear layers of one input, joined: their weights are stacked by rows, `sizes` rows for each name."""
 
     sizes: dict[str, int]
 

@@ -193,10 +193,10 @@ class ImageRows:
         boi_position: (rows, 1), place of `<boi>` on the first rotary axis.
         hidden_states: (rows, cells, hidden) of the last block; its scale's codes are read off them.
         sampling: Indices of the rows that have an image, `None` for all. The others get padding.
-        runs: Neighbours with as much padding before them: (first row, end, padding). `None` where it is not known.
+        runs: Neighbouring rows with equal left padding: (first row, end, padding). `None` where it is not known.
         embeddings: Cosine and sine (rows, cells, head_dim) of the blocks to come.
-        workspace: Whose memory the cache is, where passes are recorded.
-        is_fused: Whether the model's layers are, which need no mask for `runs`, and whose hidden states are guided.
+        workspace: Owner of the cache's memory, where passes are recorded.
+        is_fused: Whether the model's layers are fused: then `runs` need no mask, and hidden states may be guided.
     """
 
     cache: DynamicCache
@@ -224,8 +224,8 @@ class ImageRows:
 
     def append(self, model: NextFlowSamplingInterface, embeds: torch.Tensor) -> None:
         """
-        Run one block (rows with an image, cells, hidden), the next that `embeddings` are there for, on top of the
-        cache. Its cells see all but padding.
+        Run the next block (rows with an image, cells, hidden) on top of the cache, at the positions of the next
+        `embeddings`. Its cells see everything but padding.
         """
         cells, mask, graphs = embeds.shape[1], self.mask, None
         embeddings = [part[:, :cells] for part in self.embeddings]

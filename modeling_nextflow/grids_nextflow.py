@@ -30,7 +30,7 @@ def schedules_from_grids(image_grids: torch.Tensor) -> list[Schedule]:
 
 
 def check_shape(image_grids: torch.Tensor) -> None:
-    """Without a look at the numbers, which may be on another device."""
+    """Check shape and dtype alone: reading values would make the host wait for the device."""
     if image_grids.ndim != 3 or image_grids.shape[-1] != 2:
         raise ValueError(f"image_grids has shape {tuple(image_grids.shape)}, expected (n_images, max_scales, 2)")
     if image_grids.is_floating_point():
@@ -171,9 +171,9 @@ def get_position_ids(
     depend on t. Padding (`attention_mask == 0`) takes no step.
 
     Args:
-        token_positions: plain positions (batch, length), where they are given: a document begins wherever they do not
-            go up by one, and its rotary axes start from its first. Of packed documents, and instead of a mask.
-        layout: what [`get_image_layout`] gives for the same arguments, where it is there.
+        token_positions: plain positions (batch, length) of packed documents, in the place of a mask: a document begins
+            wherever they do not go up by one, and its rotary axes start from its first position.
+        layout: what [`get_image_layout`] gives for the same arguments, if it has been called.
         past_tokens, past_steps: how far the sequence has come before `input_ids`, on the plain position and on the
             rotary text axis; one for all rows or (batch, 1).
     """
@@ -206,7 +206,7 @@ def get_position_ids(
 
 
 def _ahead(token_positions: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """What the position of the first token of every token's document is ahead of its step, (batch, length)."""
+    """Position less steps at the first token of each token's document, (batch, length)."""
     is_first = torch.ones_like(steps, dtype=torch.bool)
     is_first[:, 1:] = token_positions.diff(dim=1) != 1
     # Documents are found by a break in the positions, so the last break holds until the next.

@@ -226,7 +226,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, state_dict: dict | None = None, **kwargs):
         saved = _codes_fingerprint(self.state_dict() if state_dict is None else state_dict)
-        self.config.codes_fingerprint = saved or self._codes_fingerprint
+        self.config.codes_fingerprint = saved or self._codes_fingerprint  # float16 has none of its own
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     # diffusers reads its signature. Not as a decorator, which type checkers take for a method that is not bound.
@@ -421,7 +421,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
             pixels = self._crop(pixel_values, schedule, indices)
             features = self._encode_features(pixels)
             quantization = self.quantizer(features, schedule, dropped=dropped, quantize=quantize)
-            reconstruction = self._decode_pixels(quantization.quantized).float()
+            reconstruction = self._decode_pixels(quantization.quantized).float()  # losses in float32
             parts = [
                 F.mse_loss(reconstruction, pixels.float()),
                 quantization.quantizer_loss,
@@ -457,7 +457,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         pixels = pixels.to(self.quant_conv.weight.dtype)  # of a convolution: quantised linear layers hold bytes
         rows, columns = (side // self.config.semantic_vit_config.patch_size for side in pixels.shape[2:])
         grid = (rows, columns)
-        hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
+        hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)  # (n, cells, hidden_size)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
         pixel_size = (self.patch_size * rows, self.patch_size * columns)
         pixel_map = self.quant_conv(self.pixel_encoder(_resize(pixels, pixel_size)))
@@ -512,7 +512,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         maps, groups = [], group_by_schedule(schedules)
         for schedule, indices in groups.items():
             length = count_codes(schedule[:num_scales])
-            codes = torch.stack([per_image[index][:length] for index in indices])
+            codes = torch.stack([per_image[index][:length] for index in indices])  # (n, codes)
             maps.append(self.quantizer.decode(codes, schedule, num_scales=num_scales))
         return maps, list(groups.values())
 

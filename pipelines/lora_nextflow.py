@@ -1,7 +1,7 @@
 """LoRA on the transformer, under the names of diffusers' pipelines: `load_lora_weights`, `set_adapters`, `fuse_lora`.
 
 diffusers' mixin does most of it for any model. Here is what it does for its own denoisers alone: which layouts come
-in, and how they get into a transformers model. By PEFT's hands: transformers' `load_adapter` drops DoRA's magnitudes.
+in, and how they get into a transformers model. PEFT does that: transformers' `load_adapter` drops DoRA's magnitudes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

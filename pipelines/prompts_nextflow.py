@@ -294,14 +294,14 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         rows = [*conversations, *negative, *(imageless_conversations or [])]
         inputs = self.processor.apply_chat_template(rows, **options, padding=False, return_tensors=None, **size)
         ids = [torch.tensor(row) for row in inputs["input_ids"]]
-        counts = [row.count(self.processor.boi_token_id) for row in inputs["input_ids"]]
+        counts = [row.count(self.processor.boi_token_id) for row in inputs["input_ids"]]  # with the one to sample
         grids = torch.tensor(inputs["image_grids"]).split(counts)
         if counts[count:][: len(negative)] != counts[: len(negative)]:
             raise ValueError("the unconditional prompts have other images than the prompts, expected the same")
 
         # The images of unconditional prompts are those of the prompts, or some of them.
         encoded = [*range(count), *range(count + len(negative), len(rows))]
-        sources = torch.cat([grids[row][:-1] for row in encoded])
+        sources = torch.cat([grids[row][:-1] for row in encoded])  # without it: it has no codes yet
         codes = sources.new_zeros(0)
         if len(sources):
             row_of_image = [row for row, part in enumerate(grids) for _ in part[:-1]]

@@ -1,4 +1,4 @@
-"""A training that may be killed or stopped at any moment, and goes on by the same command. For any `Trainer`.
+"""Trainings that may be killed or stopped at any moment: the same command resumes them. For any `Trainer`.
 
 `Trainer` writes into `checkpoint-N` file by file and resumes from the highest N. Here it writes into a folder that
 nothing resumes from; the finished checkpoint is then flushed to the disk and moved to its place by one rename.
@@ -106,7 +106,7 @@ class StagedCheckpointsMixin:
             self.state.save_to_json(os.path.join(source, STATE_FILE))
         # To the disk before the rename: after a power failure a name may be there without the data.
         flush_tree(Path(source))
-        if os.path.isdir(target):  # of an earlier run that went on from further back
+        if os.path.isdir(target):  # this run was resumed from further back
             os.rename(target, os.path.join(os.path.dirname(source), "replaced"))
         os.rename(source, target)
         flush(Path(target).parent)
@@ -120,7 +120,7 @@ class StagedCheckpointsMixin:
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The checkpoint to go on from, None at the first start."""
+    """The checkpoint to resume from; `None` at the first start."""
     return get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
 
 
@@ -141,7 +141,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
     Train from `checkpoint` on, `save` the result, and note that the run is finished, for [`is_finished`].
 
     SIGTERM or Ctrl-C during the training ends it after a step, by `SystemExit` with the status that a shell gives,
-    and a checkpoint that the same command goes on from. A second one of the same kind ends it at once.
+    and a checkpoint that the same command resumes from. A second one of the same kind ends it at once.
     """
     callback = _StopOnSignal(trainer)
     trainer.add_callback(callback)

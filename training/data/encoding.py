@@ -86,7 +86,7 @@ class ExtractionSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the shards."""
-        # An extraction may go on with others of these.
+        # An extraction may be resumed with other values of these.
         free = ("batch_size", "decoding_threads", "on_bad_row", "allow_private_addresses")
         free += ("preview_images", "warn_psnr")
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -1,7 +1,7 @@
 """Documents -> packs of equal cost: what one step of one GPU computes (§4).
 
 A pack is documents one after the other in a row; each sees only itself. Its size is limited by tokens (memory), by
-FLOPs (time), or by both: packs of as many tokens are not as long at work, since attention grows with the square of a
+FLOPs (time), or by both: packs of equally many tokens differ in time, since attention grows with the square of a
 document. Deterministic; over a data set at once, over a large one block by block, or over a stream window by window.
 """
 
@@ -129,8 +129,8 @@ class EndlessPackedDataset(Dataset):
         max_length, max_flops, window, on_long_row: See [`PackedDataset`].
         seed (`int`, *optional*, defaults to 0): Seed of all orders.
         counts_file (`Path`, *optional*):
-            File that remembers how many packs each block has, so that a run that goes on need not plan again what it
-            has behind it.
+            File that remembers how many packs each block has, so that a resumed run need not plan the blocks that it
+            has passed again.
     """
 
     def __init__(

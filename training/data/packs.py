@@ -50,7 +50,7 @@ def make_packs(
     seed: int | Sequence[int] | None = None,
 ) -> Packs:
     """
-    Indices of documents, in packs that none of both limits is exceeded in: first fit, the costliest first.
+    Packs of document indices that exceed neither limit: first fit, the costliest documents first.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each document.

@@ -2,7 +2,7 @@
 
 The folder has `evaluation.json` (what is evaluated), `images/`, `answers-P.jsonl` and `results-P.jsonl` of process P.
 A line is appended and flushed to the disk when its images are; a line that a kill cut short is not counted. Processes
-share the samples that are left, so a run may go on with another number of them. `timings-P.jsonl` has the seconds and
+share the samples that are left, so a run may be resumed with another number. `timings-P.jsonl` has the seconds and
 the peak memory of each sample, `scoring.json` what decides the scores. Knows neither suites nor models.
 """
 
@@ -36,7 +36,7 @@ class EvaluationRun:
 
     Args:
         suite ([`Suite`]): What is asked.
-        folder (`Path`): Goes on there if it is of the same evaluation.
+        folder (`Path`): Resumed if it is of the same evaluation.
         description (`dict`): What decides the answers: the suite, the model, the settings, the seed.
     """
 

@@ -48,6 +48,7 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any
     for turn in row["prompt"]:
         content = turn["content"]
         if not isinstance(content, str):
+            # `datasets` gives each part the keys of all parts.
             content = [{name: value for name, value in part.items() if value is not None} for part in content]
             for part in content:
                 if part["type"] == "image":
@@ -189,7 +190,7 @@ def sample_thoughts(
                 thought.append(token)
         if all(thought[-1] == config.boi_token_id for thought in thoughts):
             break
-        # A row that is done goes on with padding, which nobody reads.
+        # A row that has ended continues with padding, whose outputs are not read.
         inputs = {"input_ids": tokens.masked_fill(tokens == config.boi_token_id, config.pad_token_id)}
         # Text takes one step on every axis.
         positions = positions[:, :, -1:] + 1
