@@ -231,8 +231,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         cells = embeds.new_zeros(0, embeds.shape[-1])
         if any(len(grids) > 1 for grids, _ in images) or (self.training and _trains_with_others()):
             cells = self._embed_cells(codes, images)
-        # The scale embedding in one call, see `_trains_with_others`:
-        # Of `<boi>`, and of every cell.
+        # Row 0 is `<boi>`'s, the others are those of the cells: one call for all, see `_trains_with_others`.
         scale_terms = self.scale_embedding(F.pad(layout.scale[layout.is_cell] - 1, (1, 0)))
         length_terms = self.scale_length_encoding(image_grids)
         boi_term = length_terms + scale_terms[0] * self.config.boi_scale_embedding

@@ -167,7 +167,7 @@ def is_plain(module: nn.Module) -> bool:
     The rule for what is fused, asked of every module of a decoder: what has weights is transformers' or PyTorch's own
     class, and nothing quantises, adapts, shards, offloads or watches it.
     """
-    # accelerate's offloading puts its own `forward` on each module, and one that is joined is called no more.
+    # accelerate's offloading replaces `forward` on the instance, and a module that is joined is never called again.
     has_hooks = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
     weights = list(module.parameters())
     # An adapter's layers, and most quantised ones, are classes of their own; other quantised and sharded weights are

@@ -315,7 +315,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         for schedule, indices in group_by_schedule(schedules).items():
             stack = self._crop(pixel_values, schedule, indices)
             slices = stack.split(1 if self.use_slicing else len(stack))
-            features = torch.cat([self._encode_features(one) for one in slices])  # what takes the memory
+            features = torch.cat([self._encode_features(one) for one in slices])  # these take the memory
             group_noise = None if noise is None else torch.stack([noise[i] for i in indices]).to(features.device)
             output = self.quantizer(features, schedule, noise=group_noise)
             for row, index in enumerate(indices):
@@ -506,7 +506,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         if num_scales is not None and num_scales < 1:
             raise ValueError(f"num_scales is {num_scales}, expected at least 1")
         is_whole = image_codes.numel() == sum(map(count_codes, schedules))
-        given = schedules if is_whole else [schedule[:num_scales] for schedule in schedules]  # of whole images, too
+        given = schedules if is_whole else [schedule[:num_scales] for schedule in schedules]
         per_image = split_codes(image_codes, given)
         check_codes(image_codes, self.config.codebook_size)
         maps, groups = [], group_by_schedule(schedules)

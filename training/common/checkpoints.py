@@ -91,7 +91,7 @@ class StagedCheckpointsMixin:
             # Only now that every process has written its part.
             self._move_checkpoint(source, target)
             shutil.rmtree(staging)
-            # Only now that the new checkpoint is in its place: at no moment is there none.
+            # Only now that the new checkpoint is in its place, so that one is always there.
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=self.args.save_total_limit,

@@ -129,8 +129,8 @@ class EndlessPackedDataset(Dataset):
         max_length, max_flops, window, on_long_row: See [`PackedDataset`].
         seed (`int`, *optional*, defaults to 0): Seed of all orders.
         counts_file (`Path`, *optional*):
-            File that remembers how many packs each block has, so that a resumed run need not plan the blocks that it
-            has passed again.
+            File that remembers how many packs each block has, so that a resumed run skips blocks without planning
+            them.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def set_trainable(model: PreTrainedModel, trainable: str) -> None:
             "trainable='alignment' trains rows of the head, which are the embedding's too in a model with "
             "tie_word_embeddings=True: untie them first"
         )
-    # Everything first, then what alignment trains: connector and the image rows of the head.
+    # Freeze everything, then free what alignment trains: the connector, and the head's image rows.
     model.requires_grad_(False)
     model.model.connector.requires_grad_(True)
     parametrize.register_parametrization(model.lm_head, "weight", HeadRows(model.config.image_vocabulary))

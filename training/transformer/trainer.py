@@ -89,8 +89,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
 
     def _create_muon(self, model: torch.nn.Module) -> MuonWithAdamW:
         layers = self.accelerator.unwrap_model(model).model.layers
-        # The matrices of the layers alone: embedding and head are tables of tokens, whose rows AdamW updates one by
-        # one.
+        # The matrices of the layers alone: embedding and head have a row for each token, which AdamW suits better.
         matrices = [weight for weight in layers.parameters() if weight.ndim == 2 and weight.requires_grad]
         of_muon = {id(matrix) for matrix in matrices}
         names = self.get_decay_parameter_names(model)
@@ -143,8 +142,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            # `Trainer` drops the columns that `forward` does not take; the collator makes the names of bad rows of
-            # this one.
+            # `Trainer` drops columns that `forward` does not take; from this one the collator makes `row_ids`.
             self._signature_columns.append("row_id")
 
     # --- losses

@@ -153,8 +153,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
             last_layer = self.tokenizer.pixel_decoder.conv_out.weight
             weight = weight * adaptive_weight(pixel_loss, adversarial_loss, last_layer, self.accelerator)
         # After the tokenizer's loss: autocast caches the weights it casts, here with a gradient, there without.
-        # Gradients of micro-batches add up, as the tokenizer's do.
-        share = 1 / self.current_gradient_accumulation_steps
+        share = 1 / self.current_gradient_accumulation_steps  # micro-batches add up, as the tokenizer's do
         discriminator_loss = self.adversary.learn(fake, real, share=share)
         return {
             "adversarial_loss": adversarial_loss,
