@@ -186,6 +186,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
             if target_grids is not None:
                 raise ValueError("got target_grids, but the prompts end in <boi>: image_grids has their schedules")
             return prompts
+        # Rows share one batch, in which the image to sample has its place at the end of each.
         if ends.any():
             raise ValueError(f"{int(ends.sum())} of {len(ends)} prompts end in <boi>, expected all or none")
         images = prompts.get("image_codes"), prompts.get("image_grids")

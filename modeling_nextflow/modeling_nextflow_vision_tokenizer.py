@@ -525,7 +525,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected} for the last grids of the "
                 f"{len(schedules)} rows of image_grids"
             )
-        if not torch.isfinite(pixel_values).all():
+        if not torch.isfinite(pixel_values).all():  # a NaN would get a code all the same
             bad = int((~torch.isfinite(pixel_values)).sum())
             raise ValueError(f"pixel_values has {bad} non-finite of {pixel_values.numel()} values, expected none")
         return schedules

@@ -436,6 +436,8 @@ class NextFlowSamplingInterface(Host):
             heads = (lambda hidden: F.linear(hidden, weight[codes])), (lambda hidden: F.linear(hidden, weight))
             return score_both(states, *heads)
 
+        # Both kinds in one call of the head: a process may have tokens of one kind alone, and others wait for its
+        # calls.
         of_codes, of_text = with_weight(
             self.lm_head,
             [hidden_states[is_code], hidden_states[is_text]],

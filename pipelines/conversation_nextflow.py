@@ -167,7 +167,7 @@ class NextFlowConversation:
             tensors = [part[name] for part in (self._sequence, turn) if name in part]
             if tensors:
                 inputs[name] = torch.cat(tensors, dim=dim)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # one row, never padded
         return inputs
 
     def _negative(self, message: dict[str, Any], text: str, **options: Any) -> torch.Tensor:

@@ -43,6 +43,7 @@ def decoder_condition(
     semantic_embeds: torch.Tensor, pixel_embeds: torch.Tensor, semantic_features: torch.Tensor
 ) -> torch.Tensor:
     """What the vision tokenizer's `decode_features` says of every cell, as one map (n, channels, rows, columns)."""
+    # Quantised maps are float32; the semantic decoder computes in the tokenizer's dtype.
     return torch.cat([semantic_embeds, pixel_embeds, semantic_features.to(semantic_embeds.dtype)], dim=1)
 
 

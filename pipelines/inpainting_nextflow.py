@@ -186,7 +186,7 @@ def inpainted_cells(mask: torch.Tensor, grids: Grids, *, coverage: float, footpr
         # Bicubic weights are partly negative, and change pixels just as much.
         weights = footprint(grid, grids[-1]).abs().double()
         outside = (weights * (1 - last)).sum((1, 2)) / weights.sum((1, 2))
-        sampled.append(outside <= 1 - coverage + 1e-6)
+        sampled.append(outside <= 1 - coverage + 1e-6)  # sums of weights round
     return sampled
 
 

@@ -76,6 +76,7 @@ def _shift_and_scale(vae: DecoderVAE, latents: torch.Tensor) -> tuple[torch.Tens
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     """(n, channels, height, width) to (n, height / 2 * width / 2, channels * 4): 2x2 patches, row-major."""
     batch, channels, height, width = latents.shape
+    # In the order that FLUX and Qwen-Image were trained with: channels, then rows and columns of the patch.
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, height // 2 * (width // 2), channels * 4)
 

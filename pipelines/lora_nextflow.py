@@ -155,6 +155,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
             from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
             prepare_model_for_compiled_hotswap(self.transformer, config=config, **self._hotswap_options)
+            # Once: later adapters are swapped into the matrices that were padded here.
             self._hotswap_options = None
 
     def fuse_lora(

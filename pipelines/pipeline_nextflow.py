@@ -539,6 +539,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
 
         for members in groups:
             group = [prompts[index] for index in members]
+            # Whole schedules: a preview is decoded on the last grid.
             codes, grids = join_codes(group)[0], torch.stack([prompt.image_grids[-1] for prompt in group])
             options: dict[str, Any] = {"num_scales": group[0].num_sampled, "output_type": output_type}
             if decoder == "diffusion":

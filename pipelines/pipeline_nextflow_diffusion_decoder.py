@@ -275,6 +275,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         init_image: list | None = None,
     ) -> torch.Tensor:
         """Latents of the image to begin with: `init_image`, or what the vision tokenizer decodes."""
+        # All images share the schedule of the first, whose largest grid is the last.
         height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
         device = self._execution_device
         if init_image is not None:
@@ -392,6 +393,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         generators: list[torch.Generator] | None,
     ) -> torch.Tensor:
         """One step of the scheduler. One that needs noise takes it from the images' generators."""
+        # Schedulers that add no noise take no generator.
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": generators} if takes_generator else {}
         return scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
@@ -534,7 +536,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
                 sample = self.prepare_latents(
                     scheduler, timesteps[0], len(members), size, own, noise=latents, start=start
                 )
-                rows = [*members, *(index + num_images for index in members)]
+                rows = [*members, *(index + num_images for index in members)]  # negatives, then captions
                 text = {name: None if value is None else value[rows] for name, value in texts.items()}
                 options = {"tile": tile, "progress": progress, "first_step": position * len(timesteps)}
                 options |= {"callback": callback_on_step_end, "tensor_inputs": tensor_inputs}

@@ -94,6 +94,7 @@ def collate_prompts(
     for index, (name, rows) in enumerate(conditions.items()):
         members = slice(index * len(prompts), (index + 1) * len(prompts))
         targets = [prompt.image_grids[-1:] for prompt in prompts]
+        # What guides a prompt may hold fewer sources, but it samples the same image: the target is the prompt's.
         grids = [part for (one, _), target in zip(rows, targets) for part in (one.image_grids[:-1], target)]
         inputs[f"{name}input_ids"], inputs[f"{name}attention_mask"] = padded[members], mask[members]
         inputs[f"{name}image_grids"] = torch.cat(grids)
@@ -386,7 +387,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
             grids = grids[:num_scales]
             for prompt in (prompts[index] for index in members):
                 prompt.num_scales = len(grids)
-                given = None if prompt.prefix_mask is not None else prompt.prefix_codes
+                given = None if prompt.prefix_mask is not None else prompt.prefix_codes  # cells of it are sampled
                 if given is not None and len(given) >= num_cells(grids):  # nothing is left to sample
                     prompt.codes, prompt.num_sampled = given[: num_cells(grids)].to(self._execution_device), len(grids)
             self._num_timesteps += 0 if first.codes is not None else len(grids)

@@ -109,6 +109,7 @@ def _connect(host: str, port: int, deadline: float, allow_private_addresses: boo
     for index, address in enumerate(addresses):
         try:
             timeout = max(min(MAX_SILENCE, deadline - time.monotonic()), 1e-3)
+            # To the address that was checked: looked up again, the name could lead elsewhere.
             return socket.create_connection((address, port), timeout=timeout)
         except OSError:
             if index == len(addresses) - 1:

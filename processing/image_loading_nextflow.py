@@ -71,7 +71,7 @@ def load_image(
     """
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
-        source = source.float() if source.is_floating_point() else source
+        source = source.float() if source.is_floating_point() else source  # NumPy has no bfloat16
         return _from_array(source.numpy(), bool(channels_last), max_pixels, name or "the image tensor")
     if isinstance(source, np.ndarray):
         return _from_array(source, channels_last in (None, True), max_pixels, name or "the image array")
@@ -211,7 +211,7 @@ def _first_frame(image: Image.Image, name: str) -> tuple[Image.Image, int | None
         frame = image.tell()
         image.seek(0)
         first, depth = image.copy(), _header_depth(image)
-        image.seek(frame)
+        image.seek(frame)  # as the caller had it
         return first, depth
 
 
@@ -258,6 +258,7 @@ def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
         warnings.warn(f"the colour profile of {name} is ignored: {error}", stacklevel=2)
         return image
     assert colors is not None  # as it is not done in place
+    # Profiles know no transparency: it is carried over.
     if image.has_transparency_data:
         colors.putalpha(image.convert("RGBA").getchannel("A"))
     return colors

@@ -149,6 +149,7 @@ def take_images(
                 if not data:
                     data = spare[len(empty) : len(empty) + 1]
                     empty.append(f"message {index}, part {number}")
+                # A part that finds no image is counted, and refused below.
                 rows[-1].extend(data)
                 by_assistant[-1].append(message["role"] == "assistant")
                 message["content"][number] = {"type": "image"}
@@ -220,6 +221,7 @@ def unconditional_messages(
     if conversation and conversation[0]["role"] == "system":
         conversation = without_thinking_prompt(conversation)
     for message in conversation:
+        # As training drops text: the words of the system and of the assistant stay.
         if message["role"] == "user":
             parts = [] if isinstance(message["content"], str) else message["content"]
             kept = [part for part in parts if part["type"] != "text" and (keep_images or part["type"] != "image")]
@@ -250,6 +252,7 @@ class ControlTokens:
     def cut(self, given: Any, *, refuse: bool) -> Any:
         """Strings in `given` with a cut inside every control token, so that the tokenizer never sees it whole."""
         if isinstance(given, str):
+            # Our mark is no text: inside a control token it would hide that from the search.
             given = given.replace(CUT, "")
             found = self.pattern.search(given)
             if found is None:

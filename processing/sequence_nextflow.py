@@ -154,6 +154,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         rows, in_response = [], []
         for index, text in enumerate(texts):
             ids, mask, position = [], [], 0
+            # The last span is empty: before it stands the text behind the last response.
             for start, end in [*(responses[index] if responses else ()), (len(text), len(text))]:
                 for piece, inside in ((text[position:start], False), (text[start:end], True)):
                     # A cut lies inside what spells a control token, whose halves are tokenized as text.
@@ -193,6 +194,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
                 framed.append(token)
             else:
                 framed.append(token)
+            # A frame that is added belongs to a response if its placeholder does.
             inside += [mask[position]] * (len(framed) - len(inside))
             position += length
         return framed, inside
@@ -217,6 +219,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         is_interleaved = options.get("generation_mode") == "interleaved"
         asked = [name for name in SIZE_OPTIONS if options.get(name) is not None]
         requested, schedule = None, self.image_processor.schedule
+        # Rows of one length, as `image_grids` is a tensor.
         blank = [[0, 0]] * (schedule.max_scales + self.append_last_scale)
         image_grids, target_grids = [], []
         for index, ids in enumerate(rows):
@@ -296,6 +299,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         """Rows of `image_grids` (images, max_scales, 2) of given images, for images to sample at their size."""
         if not self.append_last_scale:
             return image_grids
+        # The repeated grid shows the codes of a scale that an image to sample ends with.
         is_last = (image_grids[..., 0] > 0).sum(-1, keepdim=True) - 1 == torch.arange(image_grids.shape[1])
         return image_grids.masked_fill(is_last[..., None], 0)
 

@@ -289,6 +289,7 @@ class Api:
             raise BadRequest(f"n is {body.n}, expected 1 in a conversation", "n")
         messages = await asyncio.to_thread(body.conversation, self.limits)
         if set(body.modalities) == {"image"}:
+            # A schedule of its own keeps a conversation out of batches: its size follows from its images.
             job: Any = worker.ImageRequest(
                 messages=messages, schedule=uuid.uuid4(), **self._image_job(body, body.image_settings)
             )

@@ -328,6 +328,7 @@ class Worker:
         alike = [request for request in self._waiting if request.key == first.key]
         most = max(1, self.max_batch // first.count)
         batch = alike[:most]
+        # A conversation shares no batch, so it need not wait for others.
         if self._is_stopped or len(alike) >= most or isinstance(first, ChatRequest):
             return batch, 0
         return batch, max(0, first.submitted + self.max_wait - time.monotonic())

@@ -158,6 +158,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
                 "goes on from it"
             )
         raise SystemExit(128 + callback.signal)
+    # The state comes last: with it the run counts as finished.
     save()
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -82,7 +82,7 @@ def extract_rows(
         "data": data,
     }
     check_manifest(output_dir, manifest, vision_tokenizer)
-    if (output_dir / INDEX).exists():
+    if (output_dir / INDEX).exists():  # finished, maybe by other processes
         return num_rows_of(output_dir)
     encoder, state, num_shards = RowEncoder(processor, vision_tokenizer, settings), PartialState(), 0
 
@@ -102,7 +102,7 @@ def extract_rows(
             if bad:
                 logger.warning(f"shard {shard}: {len(bad)} of {len(good + bad)} rows left out, the first: {bad[0]}")
             write_shard(output_dir, shard, good, bad)
-    finish(output_dir, num_shards)
+    finish(output_dir, num_shards)  # does nothing unless all shards are there
     return num_rows_of(output_dir)
 
 

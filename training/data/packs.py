@@ -201,6 +201,7 @@ class PackingReport:
         cls, num_documents: int, tokens: np.ndarray, padding: np.ndarray, work: np.ndarray, num_ranks: int
     ) -> "PackingReport":
         """From the tokens, the padding and the FLOPs of each pack or batch."""
+        # Whole steps alone: in a part of one, fewer processes would wait.
         work = work[: len(work) // num_ranks * num_ranks].reshape(-1, num_ranks)
         if not len(work):
             raise ValueError(f"{len(tokens)} packs make no step of {num_ranks} ranks")

@@ -195,6 +195,7 @@ def load_codes(
         `is_clean` (neither dropout nor self-correction), and for the reader `task`, `source` and `row_id`.
     """
     files = [str(path) for path in checked_files(folder, vision_tokenizer=vision_tokenizer, verify=verify)]
+    # Shards of an engine have one column more, and older ones may lack some.
     columns = [name for name in pq.read_schema(files[0]).names if name in SHARD_FEATURES]
     rows = (IterableDataset if streaming else Dataset).from_parquet(files, columns=columns)
     return rows.with_format("numpy")

@@ -214,6 +214,7 @@ class OpenSource:
         row["extras"] = "{}"
         try:
             values = read()
+            # Named before anything else can fail, so that a bad row is reported by its name.
             row["row_id"] = self._row_id(values, number)
             values = self.decode(values)
             row["extras"] = json.dumps({name: values.get(name) for name in source.extra_columns})

@@ -70,6 +70,7 @@ class RowStream(IterableDataset):
             if len(buffer) < self.shuffle_buffer:
                 buffer.append(row)
                 continue
+            # A random row leaves the buffer, and the new one takes its place.
             place = rng.integers(len(buffer))
             row, buffer[place] = buffer[place], row
             yield row

@@ -196,6 +196,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
                 size = len(batch["captions"])
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, batch)
+                # Sums rather than means, as the last batch may be smaller.
                 totals += torch.stack([loss * size, loss.new_tensor(size)])
         model.train(was_training)
         total, count = self.accelerator.reduce(totals, "sum").tolist()

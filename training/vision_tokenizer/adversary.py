@@ -43,7 +43,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)  # DCGAN's, as in pix2pix and VQGAN
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         smallest = 2**self.num_layers

@@ -148,6 +148,7 @@ def sample_queries(
     sampled = vectors.new_zeros(count, vectors.shape[-1])
     for own_ends, batch in zip(ends[:, rank], batches, strict=True):
         for end, image in zip(own_ends.tolist(), batch):
+            # Counted from the first vector of this image; those outside of it are another's.
             rows = chosen - (end - len(image))
             inside = (rows >= 0) & (rows < len(image))
             sampled[inside.to(sampled.device)] = image[rows[inside].to(sampled.device)]
