@@ -183,6 +183,16 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         """The pixel branch's stride: its pixels per cell of the last grid, along each axis."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that the semantic decoder predicts."""
+        return self.semantic_feature_size or self.semantic_vit_config.hidden_size
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of all maps that `decode_features` gives: the condition of a diffusion decoder."""
+        return self.semantic_code_dim + self.pixel_code_dim + self.feature_size
+
     def check_sizes(self) -> None:
         """Raises `ValueError` where a model of this configuration cannot be made."""
         encoder, levels = self.semantic_vit_config, len(self.channel_multipliers)

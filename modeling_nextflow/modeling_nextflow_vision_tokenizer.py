@@ -61,7 +61,7 @@ class NextFlowVisionTokenizerFeatures(ModelOutput):
     Args:
         semantic_embeds (`torch.Tensor` of shape `(n, semantic_code_dim, max_height, max_width)`): Quantised map.
         pixel_embeds (`torch.Tensor` of shape `(n, pixel_code_dim, max_height, max_width)`): Quantised map.
-        semantic_features (`torch.Tensor` of shape `(n, semantic_hidden_size, max_height, max_width)`):
+        semantic_features (`torch.Tensor` of shape `(n, feature_size, max_height, max_width)`):
             The teacher's features as the semantic decoder predicts them.
     """
 
@@ -174,9 +174,8 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         decoder_config.num_channels, decoder_config.patch_size = code_dim, 1
         self.semantic_decoder = NextFlowViT._from_config(decoder_config)
         decoder_size = decoder_config.hidden_size
-        feature_size = hidden_size if config.semantic_feature_size is None else config.semantic_feature_size
         self.decode_task_layer = nn.Sequential(
-            nn.Linear(decoder_size, decoder_size), nn.Tanh(), nn.Linear(decoder_size, feature_size)
+            nn.Linear(decoder_size, decoder_size), nn.Tanh(), nn.Linear(decoder_size, config.feature_size)
         )
         self.post_quant_conv = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
         self.pixel_decoder = NextFlowPixelDecoder(config)

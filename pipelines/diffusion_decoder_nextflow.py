@@ -58,8 +58,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
             `"QwenImageTransformer2DModel"`.
         denoiser_config (`dict`): Its configuration, input channels already widened by `projection_dim`.
         condition_channels (`int`):
-            Channels of the condition: the tokenizer's `semantic_code_dim + pixel_code_dim` and its semantic hidden
-            size.
+            Channels of the condition: the vision tokenizer's `config.condition_channels`.
         projection_dim (`int`): Channels that the condition is projected to.
         projection_type (`str`, *optional*, defaults to `"linear"`): `"linear"`, or `"mlp"`: two layers and a GELU.
         upscale_factor (`int`, *optional*, defaults to 1):
@@ -208,8 +207,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, vision_tokenizer: Any, *, vae_channels: int, pixels_per_cell: int, pixels_per_latent: int
     ) -> None:
         """Raises `ValueError` where the vision tokenizer, or the latents of a VAE, do not fit the decoder."""
-        tokenizer = vision_tokenizer.config
-        channels = tokenizer.semantic_code_dim + tokenizer.pixel_code_dim + tokenizer.semantic_config.hidden_size
+        channels = vision_tokenizer.config.condition_channels
         if channels != self.config.condition_channels:
             raise ValueError(
                 f"the diffusion decoder wants {self.config.condition_channels} channels of condition, but the "
