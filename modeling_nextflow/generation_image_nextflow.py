@@ -230,8 +230,9 @@ class ImageRows:
         cells, mask, graphs = embeds.shape[1], self.mask, None
         embeddings = [part[:, :cells] for part in self.embeddings]
         self.embeddings = [part[:, cells:] for part in self.embeddings]
-        if self.workspace is not None and model.graphs is not None and cells <= model.graphs.max_cells:
-            graphs = model.graphs
+        own = None if self.workspace is None else self.workspace.graphs
+        if own is not None and own is model.graphs and cells <= own.max_cells:  # the model's is another once it moved
+            graphs = own
         layer_mask: Any = mask
         if mask is not None and graphs is None and self.is_fused and self.runs and len(self.runs) <= MAX_RUNS:
             layer_mask = {"full_attention": RowRuns(tuple(self.runs))}
@@ -250,8 +251,8 @@ class ImageRows:
             return
 
         def run(mask: torch.Tensor, embeds: torch.Tensor, *embeddings: torch.Tensor) -> torch.Tensor:
-            own = {"inputs_embeds": embeds, "position_embeddings": embeddings}
-            return model.model(attention_mask={"full_attention": mask}, **own, **inputs).last_hidden_state
+            block = {"inputs_embeds": embeds, "position_embeddings": embeddings}
+            return model.model(attention_mask={"full_attention": mask}, **block, **inputs).last_hidden_state
 
         mask = mask[:, None, None].bool()  # (rows, 1, 1, cached), as sdpa broadcasts it
         self.hidden_states = graphs.run(self.workspace, self.cache, run, mask, embeds, *embeddings)
@@ -364,8 +365,8 @@ def sample_scales(
             prepare_scales(inputs[index + 1 :], plan[index + 1 :], codes.device)  # of steps that were changed
     finally:  # also where the caller asks for no more scales
         for workspace in workspaces:
-            if workspace is not None and model.graphs is not None:
-                model.graphs.give_back(workspace)
+            if workspace is not None:
+                workspace.graphs.give_back(workspace)
 
 
 def _append_scale(

@@ -25,6 +25,7 @@ PROMPT_LENGTHS = 64  # graphs are for prompts of a multiple of it
 class Workspace:
     """Keys and values of one call at a time, and the passes that were recorded on them."""
 
+    graphs: "PassGraphs"  # to which it is given back, and whose weights its passes read
     key: tuple[int, int]
     cache: DynamicCache
     passes: dict[tuple, "RecordedPass"] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class PassGraphs:
     def take(self, config: NextFlowConfig, rows: int, length: int) -> Workspace:
         """A workspace of so many rows and tokens, of this call alone until it is given back."""
         free = self.free.setdefault((rows, length), [])
-        workspace = free.pop() if free else Workspace((rows, length), reserved_cache(config, length))
+        workspace = free.pop() if free else Workspace(self, (rows, length), reserved_cache(config, length))
         # The positions that the last call left on the cache are not this prompt's.
         vars(workspace.cache).pop(PLACE, None)
         # Rewind instead of allocating: graphs write to the addresses they were recorded with.
