@@ -445,7 +445,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
                 if not prefix:
                     ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
                 assert ids is not None  # images come with tokens
-                # transformers would repeat the flat tensors image by image, across the rows.
+                # transformers would repeat each code and each grid by itself, not the images of a row together.
                 rows = split_images(ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
                 image_codes, image_grids = (
                     torch.cat([row for row in by_row for _ in range(expand_size)]) for by_row in rows

@@ -102,7 +102,7 @@ def predict_in_tiles(
     longer than a tile nothing is cut.
     """
     rows, columns = condition.shape[2:]
-    ratio = latents.shape[2] // rows
+    ratio = latents.shape[2] // rows  # latents that a cell spans
     total, weights = torch.zeros_like(latents), latents.new_zeros(latents.shape[2:])
     for top in _tile_starts(rows, tile):
         for left in _tile_starts(columns, tile):

@@ -54,6 +54,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
         source = pretrained_model_name_or_path_or_dict
         source = source if isinstance(source, dict) else str(source)
         state_dict, metadata = super().lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        # PEFT's layout, whose configuration lies beside the weights and not in their file.
         if any(name.startswith(PEFT_PREFIX) for name in state_dict):
             if not isinstance(source, dict):
                 metadata = {f"transformer.{name}": value for name, value in _peft_config(source, **kwargs).items()}

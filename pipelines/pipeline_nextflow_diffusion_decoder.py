@@ -401,6 +401,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
         """Images of latents."""
         pixels = decode_latents(self.vae, latents)
+        # Tensors come on the CPU, as those of `NextFlowPipeline.decode_codes` do.
         return self.pixel_processor.postprocess(pixels.cpu() if output_type == "pt" else pixels, output_type)
 
     def load_lora_weights(

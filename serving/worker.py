@@ -138,12 +138,14 @@ class ImageRequest(Request):
     def key(self) -> Hashable:
         # By their `repr`, as lists cannot be hashed.
         settings = tuple(sorted((name, repr(value)) for name, value in self.settings.items()))
+        # What all requests of a batch have or lack: the pipeline's arguments are lists for the whole batch.
         kind = (self.prompt is None, bool(self.images), self.mask is None)
         return (ImageRequest, kind, self.schedule, self.count, self.left_out, settings)
 
     def show(self, pipe: Any, count: int, codes: torch.Tensor, grids: torch.Tensor) -> None:
         """Send a preview after the first `count` scales if one is due. Previews are spread evenly over the scales."""
         most, wanted = pipe.num_timesteps - 1, self.partial_images
+        # After equal shares of the scales, and never the last, which is the image itself.
         spread = (round((most + 1) * (index + 1) / (wanted + 1)) for index in range(wanted))
         due = sorted({min(max(one, 1), most) for one in spread if most > 0})
         if count in due and not self.is_over:
@@ -315,6 +317,7 @@ class Worker:
                 batch, seconds = self._find_batch()
                 if seconds == 0:
                     break
+                # Until a request comes, or the oldest has waited long enough.
                 self._changed.wait(seconds)
             self._waiting = [request for request in self._waiting if request not in batch]
             return batch

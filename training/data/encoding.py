@@ -142,6 +142,7 @@ class RowEncoder:
         """Batch by batch, the encoded rows and descriptions of those left out."""
         items = self._prepare_ahead(numbered_rows)
         while batch := list(itertools.islice(items, self.settings.batch_size)):
+            # First, as encoding may find further rows bad.
             good = self._encode(batch)
             bad = [item for item in batch if item.error is not None]
             if bad and self.settings.on_bad_row == "raise":
@@ -203,12 +204,14 @@ class RowEncoder:
         images = [self._images_of(item) for item in items]
         self._encode_images(list(itertools.chain.from_iterable(images)))
         rows = [self._row(item, members) for item, members in zip(items, images)]
+        # Those that were refused have their error on their item, and are reported with the others.
         return [row for row in rows if row is not None]
 
     def _images_of(self, item: _Item) -> list[dict[str, Any]]:
         """The images of a row, and whether what is trained on is corrected for."""
         row = item.inputs
         places = row["input_ids"] == self.processor.boi_token_id
+        # As in the loss: an image is trained on if its `<boi>` has a label.
         is_trained = (row["labels"] != IGNORE_INDEX)[places].tolist()
         corrects = (
             self.settings.self_correction and self._rng(item, 2).random() < self.settings.self_correction_samples

@@ -185,6 +185,7 @@ class EndlessPackedDataset(Dataset):
 
     def _plan(self, block: int) -> Packs:
         if block not in self._plans:
+            # Seed 1 is that of the packs; seed 0, below, that of the rows in a block.
             options = {**self.limits, "window": self.window, "seed": (self.seed, 1, block)}
             packs = _pack(self.rows, self.config, np.sort(self._rows_of(block)), self.on_long_row, **options)
             # The newest plan and the one before it are kept; blocks are asked for in order.

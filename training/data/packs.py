@@ -115,6 +115,7 @@ def _first_fit(windows: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.
     room for it. Returns the documents of one pack after the other, and how many each pack has.
     """
     count, num_documents = windows.shape
+    # By the limit that a document takes most of.
     costliest = np.argsort(-shares[windows].max(axis=2), axis=1, kind="stable")
     windows = np.take_along_axis(windows, costliest, axis=1)
     all_windows, pack_of = np.arange(count), np.empty_like(windows)

@@ -152,6 +152,7 @@ def index_shards(folder: str | os.PathLike) -> int:
         `ValueError`: where the files hold codes of several vision tokenizers, or none.
     """
     folder, entries, fingerprints = Path(folder), [], set()
+    # Sorted, so that rows have one order on every machine.
     for path in sorted(folder.glob("*.parquet")):
         fingerprints |= set(pq.read_table(path, columns=["fingerprint"])["fingerprint"].unique().to_pylist())
         num_rows = pq.read_metadata(path).num_rows

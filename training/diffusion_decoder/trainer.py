@@ -304,6 +304,7 @@ def add_training_noise(
         sigmas = sigmas.view(-1, 1, 1, 1)
         # A straight path from image to noise, and its velocity as the target.
         return (1 - sigmas) * latents + sigmas * noise, timesteps, noise - latents, weights
+    # On the CPU, as the times above: the same numbers on any device.
     timesteps = torch.randint(steps, (count,)).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     prediction_type = scheduler.config.prediction_type

@@ -221,6 +221,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
             if index == self.args.codebook_init_batches:
                 break
             batch = self._prepare_inputs(batch)
+            # Encoding calls the quantiser, whose input is what the hook keeps.
             with self.compute_loss_context_manager(), self._capture_features(batch["image_grids"]):
                 self.tokenizer.encode(batch["pixel_values"], batch["image_grids"])
             batches.append(self._queries(quantize=False))
