@@ -114,6 +114,7 @@ class EvaluationRun:
         done = self.rows(kind)
         left = [i for i, id in enumerate(self.suite.ids) if id not in done and (only is None or id in only)]
         self.state.wait_for_everyone()  # all have read what is done
+        # Dealt out by turns: neighbours are of one category, so each process gets some of every kind.
         mine = left[self.state.process_index :: self.state.num_processes]
         path = self.folder / f"{kind}-{self.state.process_index}.jsonl"
         with open(path, "a", encoding="utf-8") as file:
