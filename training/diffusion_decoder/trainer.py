@@ -157,7 +157,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         captions = ["" if drop else text for text, drop in zip(inputs["captions"], dropped.tolist(), strict=True)]
         codes_of_images = inputs["image_codes"].split(image_grids.prod(-1).sum(-1).tolist())
         with torch.no_grad():
-            texts = self.pipeline.encode_prompt(captions)
+            texts = self.pipeline.encode_prompt(captions)  # all at once, padded to one length
         loss = 0.0
         # Images of one schedule have one size: a stack without padding.
         for members in _groups(image_grids):

@@ -143,6 +143,7 @@ def sample_queries(
     total = int(sizes.sum())
     if not replace and total < count:
         raise ValueError(f"got {total} features, expected at least one for each of the {count} codes")
+    # All processes choose alike, as they have the same seed and sizes.
     chosen = np.random.default_rng(list(seed)).choice(total, count, replace=replace)
     chosen = torch.from_numpy(chosen)
     sampled = vectors.new_zeros(count, vectors.shape[-1])
