@@ -39,13 +39,14 @@ ATTENTION_BACKENDS = {
 @dataclass(frozen=True)
 class RowRuns:
     """
-    In the place of a mask, for a block on top of a cache: runs of rows (first, end, padding) with equal padding before
-    them. A run attends without a mask, in one call.
+    Replaces the mask of a block on top of a cache: runs of rows (first, end, padding) whose left padding is equally
+    long. Each run attends in one call, without a mask.
     """
 
     runs: tuple[tuple[int, int, int], ...]
 
     def split(self, query: torch.Tensor, *keys_and_values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        # The padding of a run has one length: cut off the keys, it leaves nothing to mask.
         for first, end, padding in self.runs:
             yield query[first:end], *(states[first:end, :, padding:] for states in keys_and_values)
 
@@ -73,6 +74,7 @@ def get_attention_mask(
         # transformers looks for packed documents only where there is no cache; an empty one changes nothing else.
         past_key_values = None
     text_positions = position_ids[0] if position_ids is not None and len(position_ids) == 4 else None
+    # Without cells the rule is plain causality, which sdpa and flash kernels do without a mask.
     block_ids = layout.block_ids if is_causal and layout is not None and bool(layout.is_cell.any()) else None
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
     # Flash kernels know padding and causality, and an implementation without a mask function gets no mask at all.
@@ -90,9 +92,9 @@ def get_attention_mask(
         "past_key_values": past_key_values,
     }
     if not is_causal:
-        return create_bidirectional_mask(**arguments)
+        return create_bidirectional_mask(**arguments)  # padding alone
     if block_ids is not None:
-        block_ids = F.pad(block_ids, (int(past_length), 0), value=-1)
+        block_ids = F.pad(block_ids, (int(past_length), 0), value=-1)  # cached keys are in no block of these queries
     return create_causal_mask(**arguments, position_ids=text_positions, block_sequence_ids=block_ids)
 
 
@@ -104,6 +106,7 @@ def _check_needs_no_mask(
         _refuse(implementation, "the cells of a scale, which see each other")
     if attention_mask is not None and attention_mask.ndim == 4:
         _refuse(implementation, "a 4D attention_mask")
+    # In one row, flash kernels read the documents off the positions themselves.
     if positions is not None and len(positions) > 1 and find_packed_sequence_indices(positions) is not None:
         _refuse(implementation, f"packed documents in {len(positions)} rows; it can in one row")
 
@@ -124,8 +127,10 @@ def _mask_of_static_cache(
         )
     # Flash kernels cut the keys to the mask's length.
     takes_padding_only = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) is flash_attention_mask
+    # A causal mask already hides the slots behind the newest token. A block that sees everything would see them, too.
     if attention_mask is not None or (is_causal and not takes_padding_only):
         return attention_mask
+    # Layers write before they attend: the new tokens count as written.
     length = cache.get_seq_length() + inputs_embeds.shape[1]
     slots, _ = cache.get_mask_sizes(inputs_embeds.shape[1], 0)
     written = torch.arange(int(length) if takes_padding_only else slots, device=inputs_embeds.device) < length
@@ -159,7 +164,8 @@ class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
                 f"mrope_section {self.mrope_section} sums to {sum(self.mrope_section)}, expected half the head "
                 f"dimension = {len(self.inv_freq)}"
             )
-        if max(self.mrope_section[1:]) * 3 > len(self.inv_freq) + 2:
+        # Interleaving deals frequency 3n + 1 to the row and 3n + 2 to the column: there must be as many.
+        if any(axis + 3 * (self.mrope_section[axis] - 1) >= len(self.inv_freq) for axis in (1, 2)):
             raise ValueError(f"mrope_section {self.mrope_section} cannot be interleaved: its first entry is too small")
 
     @staticmethod
@@ -173,11 +179,16 @@ class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` (3, batch, length) -> cos, sin (batch, length, head_dim) in the dtype of `x`."""
+        # (3, batch, length, head_dim / 2). In float32, as bfloat16 rounds whole positions from 257 on.
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = freqs[0].clone()
+        # Of three neighbouring frequencies one turns with each axis, until the sections of row and column are used up;
+        # the slowest are left to the scale. In Qwen2.5-VL's contiguous sections columns would have slow frequencies
+        # alone, which hardly tell the cells of an image apart.
         for axis, first in ((1, 1), (2, 2)):
             own = slice(first, self.mrope_section[axis] * 3, 3)
             angles[..., own] = freqs[axis][..., own]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        # Both halves of a head turn by the same angles.
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin if self.is_signed else sin, sin], dim=-1)
         return cos.to(x.dtype), sin.to(x.dtype)

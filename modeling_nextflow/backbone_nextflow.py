@@ -47,6 +47,7 @@ class NextFlowConnector(nn.Module):
 
     def __init__(self, config: NextFlowConfig):
         super().__init__()
+        # TokenFlow's `mlp2x_gelu`, of both halves of a code together.
         self.linear_1 = nn.Linear(config.semantic_code_dim + config.pixel_code_dim, config.hidden_size)
         self.act = ACT2FN[config.connector_hidden_act]
         self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
@@ -127,6 +128,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         """
         if self.device.type != "cuda":
             raise ValueError(f"the model is on {self.device}, expected a CUDA device: CUDA graphs need one")
+        # What can be fused has no hooks, adapters or offloading, whose Python a replay would leave out.
         self.fuse_qkv_projections()
         if not self.is_fused:
             raise ValueError("the layers cannot be fused, and what is quantised or adapted is not recorded")
@@ -150,6 +152,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         """
         if self.is_fused:
             return
+        # All layers or none: `is_fused` asks the first one alone.
         if can_be_fused(self.base_model):
             fuse(self.base_model, qk_norm=self.config.qk_norm)
         else:
@@ -176,6 +179,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, state_dict: dict[str, torch.Tensor] | None = None, **kwargs):
         if self.is_fused:
+            # Files have Qwen's names whatever the layers are at the moment.
             state_dict = separate_weights(self, self.state_dict() if state_dict is None else state_dict)
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
@@ -196,10 +200,12 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.image_codebook = nn.Embedding(config.codebook_size, config.semantic_code_dim + config.pixel_code_dim)
+        # A copy of the tokenizer's codebooks, side by side: trained, it moves away from them without changing any
+        # code.
         self.image_codebook.weight.requires_grad_(config.train_codebook)
         self.connector = NextFlowConnector(config)
         self.scale_embedding = nn.Embedding(config.max_scales, config.hidden_size)
-        self.scale_embedding_std = math.sqrt(1 / (3 * config.hidden_size))
+        self.scale_embedding_std = math.sqrt(1 / (3 * config.hidden_size))  # as VAR initialises its own
 
     def embed_inputs(
         self,
@@ -221,13 +227,15 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
         images = self._present_grids(input_ids, codes, schedules_from_grids(image_grids), layout)
 
+        # An image of one scale has no cells; among other processes the modules are called all the same.
         cells = embeds.new_zeros(0, embeds.shape[-1])
         if any(len(grids) > 1 for grids, _ in images) or (self.training and _trains_with_others()):
             cells = self._embed_cells(codes, images)
-        # Of `<boi>`, and of every cell.
+        # Row 0 is `<boi>`'s, the others are those of the cells: one call for all, see `_trains_with_others`.
         scale_terms = self.scale_embedding(F.pad(layout.scale[layout.is_cell] - 1, (1, 0)))
         length_terms = self.scale_length_encoding(image_grids)
         boi_term = length_terms + scale_terms[0] * self.config.boi_scale_embedding
+        # The terms may be float32 where embeddings are not: sum first, then round once.
         is_boi = layout.scale == 1
         embeds = embeds.masked_scatter(is_boi[..., None], (embeds[is_boi] + boi_term).to(embeds.dtype))
         cells = cells + scale_terms[1:] + length_terms[layout.image_index[layout.is_cell]]
@@ -239,6 +247,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
             return inputs_embeds
         code = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
         unused = self.connector(self.image_codebook(code)) + self.scale_embedding(code)
+        # Gradients that exist and are zero: the reduction across processes waits for those of every parameter.
         return inputs_embeds + (0 * unused).to(inputs_embeds.dtype)
 
     def _embed_cells(self, codes: torch.Tensor, images: list[tuple[Schedule, int]]) -> torch.Tensor:
@@ -254,6 +263,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
                 continue
             stacked = torch.stack([per_image[index] for index in members])  # (images, codes, code_dim)
             features, start = [], 0
+            # The codes of a scale are the input of the next, so those of the last scale are used by no block.
             for grid, next_grid in zip(grids, grids[1:]):
                 cells = grid[0] * grid[1]
                 features.append(self.upsampled_features(stacked[:, start : start + cells], grid, next_grid))
@@ -271,9 +281,11 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         Bicubic in fp32; both halves l2-normalised as the tokenizer looks them up. Returns (batch, h'*w', code_dim).
         """
         halves = [self.config.semantic_code_dim, self.config.pixel_code_dim]
+        # As in the quantiser: unit vectors, whatever length training gave the rows.
         semantic, pixel = looked_up.float().split(halves, dim=-1)
         features = torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
         features = features.transpose(1, 2).unflatten(2, grid)  # (batch, code_dim, h, w)
+        # The residual of one scale: with VAR's sum of all scales so far self-correction hurts (figure 10).
         features = F.interpolate(features, size=next_grid, mode="bicubic", align_corners=False)
         return features.flatten(2).transpose(1, 2).to(looked_up.dtype)
 
@@ -296,6 +308,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
         input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         for token_id in (self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id):
             embedding = self.embed_tokens(input_ids.new_full((1,), token_id)).to(inputs_embeds.device)
+            # Bit for bit: both come from the same row of the table.
             input_ids = torch.where((inputs_embeds == embedding).all(-1), token_id, input_ids)
         return input_ids
 
@@ -343,7 +356,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
                     f"image {index} has {len(grids)} scales, expected at most config.max_scales = "
                     f"{self.config.max_scales}; an image whose last grid stands there twice has one more"
                 )
-            present, count = 1, 0
+            present, count = 1, 0  # scale 1 has no cell, `<boi>` predicts it
             while present < len(grids) and count < cells[index]:
                 count += grids[present][0] * grids[present][1]
                 present += 1
@@ -353,7 +366,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
                     f"image {index} has {cells[index]} placeholder tokens, which do not fill its scales: its grids "
                     f"{list(grids)} need {whole}"
                 )
-            last = grids[present - 1][0] * grids[present - 1][1]
+            last = grids[present - 1][0] * grids[present - 1][1]  # codes that an open image has yet to sample
             images.append((grids[:present], 1 + count if closed[index] else 1 + count - last))
         expected = sum(count for _, count in images)
         if len(codes) != expected:
@@ -479,7 +492,7 @@ class NextFlowModel(NextFlowInputs):
     ) -> torch.Tensor:
         """Positions (4, batch, length) from the tokens alone; see [`grids_nextflow.get_position_ids`].
 
-        On top of a cache the tokens go on where it ends, which is not its length: an image took a step a scale.
+        On top of a cache the tokens continue where it ends, which is not its length: an image took one step a scale.
         `token_positions` say themselves where their tokens stand.
         """
         if input_ids is None:  # only its shape is read
@@ -492,6 +505,7 @@ class NextFlowModel(NextFlowInputs):
         if past_key_values is not None:
             past_tokens = past_key_values.get_seq_length()
             if mask is not None:
+                # Padding takes no position, so rows differ in how far they have come.
                 past_tokens = mask[:, :-length].long().sum(1, keepdim=True)
             place = CachePlace.of(past_key_values)
             past_steps = past_tokens + (0 if place is None else place.steps_ahead(past_key_values, len(input_ids)))
@@ -499,6 +513,7 @@ class NextFlowModel(NextFlowInputs):
             self.config,
             input_ids,
             image_grids,
+            # The mask also covers what is cached.
             None if mask is None else mask[:, -length:],
             token_positions,
             layout,

@@ -35,6 +35,7 @@ class NextFlowCacheLayer(DynamicLayer):
         self.length = self.num_values = 0
         super().__init__()
 
+    # The properties and their setters are what transformers' methods (select, repeat, offload) read and assign.
     @property
     def keys(self) -> torch.Tensor | None:
         return None if self._keys is None else self._keys[:, :, : self.length]
@@ -57,9 +58,11 @@ class NextFlowCacheLayer(DynamicLayer):
         start, end = self.length, self.length + key_states.shape[2]
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            # Empty, but with the number of heads and the dtype that memory is reserved with.
             self._keys, self._values = key_states[:, :, :0], value_states[:, :, :0]
         assert self._keys is not None and self._values is not None
         if end > self._keys.shape[2]:
+            # More than was asked for where that is used up, so that text does not copy the cache at every token.
             self.reserve((self.reserved if self.reserved >= end else end + self.room) - start)
         self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
         self.length = self.num_values = end
@@ -72,18 +75,20 @@ class NextFlowCacheLayer(DynamicLayer):
             return
         larger = []
         for old in (self._keys, self._values):
+            # Not zeroed: nothing reads behind `length`.
             larger.append(old.new_empty(*old.shape[:2], self.reserved, old.shape[3]))
             larger[-1][:, :, : self.length] = old[:, :, : self.length]
         self._keys, self._values = larger
 
     def resize(self, length: int) -> None:
-        """Count the first `length` tokens of the memory as there."""
+        """Set how many tokens of the memory count as cached."""
         self.length = self.num_values = length
 
     def get_seq_length(self) -> int:
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
+        # transformers cuts the tensors. The setters take the new length from that; the memory itself stays reserved.
         memory = self._keys, self._values
         super().crop(tokens_to_remove)
         self._keys, self._values = memory
@@ -92,6 +97,7 @@ class NextFlowCacheLayer(DynamicLayer):
         """Some rows without their first `padding` tokens, in the same memory."""
         part = copy.copy(self)
         assert self._keys is not None and self._values is not None
+        # Views: what the part appends is written to the whole cache's memory, but only the part counts it.
         part._keys, part._values = self._keys[rows, :, padding:], self._values[rows, :, padding:]
         part.resize(self.length - padding)
         part.reserved = self.reserved - padding
@@ -112,9 +118,11 @@ def reserved_cache(config: NextFlowConfig, length: int = 0) -> DynamicCache:
 
 def reserve(cache: DynamicCache, count: int) -> None:
     """Let a dynamic cache grow in place, with room for `count` more tokens. Offloaded layers stay as they are."""
+    # transformers moves the tensors of offloaded layers itself, so they would not stay in reserved memory.
     for index, layer in enumerate(() if cache.offloading else cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = own = NextFlowCacheLayer()
+            # All that transformers keeps on a layer; `keys` and `values` are properties here, and set below.
             vars(own).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
             own.keys, own.values = layer.keys, layer.values
     for layer in layers_of(cache):
@@ -130,8 +138,8 @@ def part_of(cache: DynamicCache, rows: slice, padding: int = 0) -> DynamicCache:
 
 
 def caches_of_layers(past_key_values: Cache | None, count: int) -> list:
-    """What each layer is given as its cache: its own layer of a dynamic one, which has the same `update`, else the
-    whole. To find its part a layer reads its index, and torch.compile would make code for every one of them."""
+    """The cache that each layer is given: of a dynamic cache its own layer, which has the same `update`, else the
+    whole. A layer finds its part of the whole by an index, for each of which torch.compile would compile it anew."""
     if type(past_key_values) is DynamicCache and not past_key_values.offloading:
         if len(past_key_values.layers) >= count:
             return past_key_values.layers[:count]
@@ -155,13 +163,15 @@ class CachePlace:
     @classmethod
     def mark(cls, cache: Cache, position: torch.Tensor) -> None:
         """Let the cache know the positions (3 or 4, batch) of its last token."""
-        length = cache.get_seq_length() + 0  # a static cache's length is one tensor
+        length = cache.get_seq_length() + 0  # a copy: a static cache counts in one tensor, in place
         vars(cache)[PLACE] = cls(length, position)
 
     def steps_ahead(self, cache: Cache, batch: int) -> torch.Tensor | int:
         """Steps of the rotary text axis less tokens, (batch, 1)."""
+        # With the rotary axes alone (3), or other rows by now, nothing says how far each row is ahead.
         if len(self.position) == 4 and self.position.shape[1] == batch:
             ahead = (self.position[1] - self.position[0])[:, None]
+            # Where no row is ahead there was no image, and cutting tokens changes nothing.
             if cache.get_seq_length() == self.length or not ahead.any():
                 return ahead
         raise ValueError(

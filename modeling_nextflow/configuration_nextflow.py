@@ -183,6 +183,16 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         """The pixel branch's stride: its pixels per cell of the last grid, along each axis."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that the semantic decoder predicts."""
+        return self.semantic_feature_size or self.semantic_vit_config.hidden_size
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of all maps that `decode_features` gives: the condition of a diffusion decoder."""
+        return self.semantic_code_dim + self.pixel_code_dim + self.feature_size
+
     def check_sizes(self) -> None:
         """Raises `ValueError` where a model of this configuration cannot be made."""
         encoder, levels = self.semantic_vit_config, len(self.channel_multipliers)
@@ -255,7 +265,7 @@ class NextFlowConfig(Qwen2Config):
             Scale reweight `k_s = (h_s * w_s) ** -alpha` (§2.2, §3.2.3). 0 weighs every code alike.
         joint_image_loss (`bool`, *optional*, defaults to `True`):
             Whether the loss of an image code is over the whole vocabulary of the one head, as that of text always is
-            (not specified by the paper). `False`: over the codes alone, among which it is drawn; at the sizes of the
+            (not specified by the paper). `False`: over the codes alone, among which it is sampled; at the sizes of the
             7B model that takes 5.6 times less of the head's work.
         connector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the connector's two layers (not specified by the paper; TokenFlow).

@@ -45,7 +45,7 @@ class FusedRMSNorm(Qwen2RMSNorm):
 
 
 class FusedLinear(nn.Linear):
-    """Linear layers of one input as one: their rows stand below each other, `sizes` of them by name."""
+    """Linear layers of one input, joined: their weights are stacked by rows, `sizes` rows for each name."""
 
     sizes: dict[str, int]
 
@@ -53,6 +53,7 @@ class FusedLinear(nn.Linear):
     def of(cls, layers: dict[str, nn.Linear]) -> "FusedLinear":
         first, *_ = layers.values()
         sizes = {name: layer.out_features for name, layer in layers.items()}
+        # On meta, so the rows put in below are its only memory.
         joined = cls(first.in_features, sum(sizes.values()), bias=first.bias is not None, device="meta")
         joined.sizes = sizes
         for kind, weight in first.named_parameters():
@@ -65,6 +66,7 @@ class FusedLinear(nn.Linear):
         for name, size in self.sizes.items():
             parts[name] = part = nn.Linear(self.in_features, size, bias=self.bias is not None, device="meta")
             for kind, joined in self.named_parameters():
+                # A view would keep the memory of all parts alive, and safetensors refuses to save shared memory.
                 rows = joined.detach()[start : start + size].clone()
                 setattr(part, kind, nn.Parameter(rows, requires_grad=joined.requires_grad))
             start += size
@@ -75,6 +77,7 @@ class ResidualLinear(nn.Linear):
     """A linear layer whose product is added to a residual of its shape."""
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        # `addmm` adds within the product's kernel, and takes matrices only.
         total = residual if self.bias is None else residual + self.bias
         return torch.addmm(total.flatten(0, -2), input.flatten(0, -2), self.weight.t()).view_as(residual)
 
@@ -99,9 +102,11 @@ class FusedAttention(Qwen2Attention):
         num_queries, num_keys, _ = (size // self.head_dim for size in self.qkv_proj.sizes.values())
         turned, value = heads.split([num_queries + num_keys, num_keys], dim=1)
         if self.config.qk_norm:
+            # Qwen3 norms each head before it is rotated.
             query, key = turned.split([num_queries, num_keys], dim=1)
             turned = torch.cat([self.q_norm(query), self.k_norm(key)], dim=1)
         cos, sin = position_embeddings  # of the first half of a head the sine is negative
+        # Rotating is x * cos + [-second, first] * sin. With the sign in the sine the halves only change places.
         first, second = turned.chunk(2, dim=-1)
         turned = torch.addcmul(turned * cos[:, None], torch.cat([second, first], dim=-1), sin[:, None])
         query, key = turned.split([num_queries, num_keys], dim=1)
@@ -111,6 +116,7 @@ class FusedAttention(Qwen2Attention):
             self.config._attn_implementation or "eager", eager_attention_forward
         )
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        # SDPA's flash kernel takes no mask, so a few calls without one beat a single call with one.
         if isinstance(attention_mask, RowRuns):
             runs = [attend(self, *part, None, **kwargs)[0] for part in attention_mask.split(query, key, value)]
             attended, weights = torch.cat(runs), None
@@ -123,6 +129,7 @@ class FusedMLP(Qwen2MLP):
     gate_up_proj: FusedLinear
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        # In the order in which `JOINED` names them.
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         return self.down_proj(self.act_fn(gate) * up, residual)
 
@@ -160,8 +167,11 @@ def is_plain(module: nn.Module) -> bool:
     The rule for what is fused, asked of every module of a decoder: what has weights is transformers' or PyTorch's own
     class, and nothing quantises, adapts, shards, offloads or watches it.
     """
+    # accelerate's offloading replaces `forward` on the instance, and a module that is joined is never called again.
     has_hooks = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
     weights = list(module.parameters())
+    # An adapter's layers, and most quantised ones, are classes of their own; other quantised and sharded weights are
+    # not plain `Parameter`s.
     is_own = not weights or type(module) in {**QWEN2, **QWEN3}
     return is_own and not has_hooks and all(type(weight) is nn.Parameter for weight in weights)
 
@@ -173,12 +183,14 @@ def can_be_fused(decoder: Decoder) -> bool:
 def fuse(decoder: Decoder, *, qk_norm: bool) -> None:
     """Change a decoder in place: its layers, Qwen3's with `qk_norm`, else Qwen2.5's; its last norm; its rotations."""
     classes = QWEN3 if qk_norm else QWEN2
+    # Part by part, so that the separate weights of one part are freed before the next is joined.
     for layer in decoder.layers:
         for part, (joined, names) in JOINED.items():
             owner = getattr(layer, part)
             setattr(owner, joined, FusedLinear.of({name: owner._modules.pop(name) for name in names}))
         _change_classes(layer, classes)
     decoder.norm.__class__ = FusedRMSNorm
+    # The fused layers share the rotary embedding of the decoder, so all of them switch together.
     decoder.rotary_emb.is_signed = True
 
 

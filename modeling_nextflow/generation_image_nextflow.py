@@ -123,17 +123,19 @@ def negative_rows(
         raise ValueError(missing)
     if image_grids is None:
         counts, expected = ((ids == boi).sum(1) for ids in (input_ids, rows.input_ids))
+        # Tokens do not say which images they are, so the count decides: as many as the prompts' are the prompts' own.
         if torch.equal(counts, expected):  # the same images
             image_codes = rows.image_codes if image_codes is None else image_codes
             image_grids = rows.image_grids
         else:  # only the one to sample
-            image_grids = rows.image_grids[expected.cumsum(0) - 1][: len(input_ids)]
+            image_grids = rows.image_grids[expected.cumsum(0) - 1][: len(input_ids)]  # each row's last
     return PromptRows.of(input_ids, attention_mask, image_codes, image_grids, batch=len(rows.input_ids))
 
 
 def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int, multiple: int = 1) -> PromptRows:
     """The rows of all parts, one part after the other, left-padded to one length, a `multiple` of this."""
     lengths = [rows.input_ids.shape[1] for rows in parts]
+    # Left padding keeps every `<boi>` in the last column, which the first scale is read from.
     missing = [math.ceil(max(lengths) / multiple) * multiple - length for length in lengths]
     return PromptRows(
         torch.cat([F.pad(rows.input_ids, (more, 0), value=pad_token_id) for rows, more in zip(parts, missing)]),
@@ -149,6 +151,7 @@ def shared_schedule(input_ids: torch.Tensor, image_grids: torch.Tensor, boi: int
     if not is_boi[:, -1].all():
         raise ValueError("every row of input_ids must end in <boi> to sample an image (pad on the left)")
     check_image_count(is_boi, image_grids)
+    # The last image of each row, of images that lie flat over the batch.
     target_grids = image_grids[is_boi.sum(1).cumsum(0) - 1]
     if not (target_grids == target_grids[:1]).all():
         raise ValueError("the images of one batch must share one schedule: sample other sizes in another call")
@@ -190,10 +193,10 @@ class ImageRows:
         boi_position: (rows, 1), place of `<boi>` on the first rotary axis.
         hidden_states: (rows, cells, hidden) of the last block; its scale's codes are read off them.
         sampling: Indices of the rows that have an image, `None` for all. The others get padding.
-        runs: Neighbours with as much padding before them: (first row, end, padding). `None` where it is not known.
+        runs: Neighbouring rows with equal left padding: (first row, end, padding). `None` where it is not known.
         embeddings: Cosine and sine (rows, cells, head_dim) of the blocks to come.
-        workspace: Whose memory the cache is, where passes are recorded.
-        is_fused: Whether the model's layers are, which need no mask for `runs`, and whose hidden states are guided.
+        workspace: Owner of the cache's memory, where passes are recorded.
+        is_fused: Whether the model's layers are fused: then `runs` need no mask, and hidden states may be guided.
     """
 
     cache: DynamicCache
@@ -215,28 +218,32 @@ class ImageRows:
     def first(self, count: int) -> "ImageRows":
         """The first `count` rows, in the same memory."""
         mask = None if self.mask is None else self.mask[:count]
+        # The conditional rows come first: dropping guidance cuts rows off the end.
         runs = [(start, min(end, count), padding) for start, end, padding in self.runs or [] if start < count]
         return replace(self.part(slice(count)), mask=mask, runs=runs, workspace=self.workspace)
 
     def append(self, model: NextFlowSamplingInterface, embeds: torch.Tensor) -> None:
         """
-        Run one block (rows with an image, cells, hidden), the next that `embeddings` are there for, on top of the
-        cache. Its cells see all but padding.
+        Run the next block (rows with an image, cells, hidden) on top of the cache, at the positions of the next
+        `embeddings`. Its cells see everything but padding.
         """
         cells, mask, graphs = embeds.shape[1], self.mask, None
         embeddings = [part[:, :cells] for part in self.embeddings]
         self.embeddings = [part[:, cells:] for part in self.embeddings]
-        if self.workspace is not None and model.graphs is not None and cells <= model.graphs.max_cells:
-            graphs = model.graphs
+        own = None if self.workspace is None else self.workspace.graphs
+        if own is not None and own is model.graphs and cells <= own.max_cells:  # the model's is another once it moved
+            graphs = own
         layer_mask: Any = mask
         if mask is not None and graphs is None and self.is_fused and self.runs and len(self.runs) <= MAX_RUNS:
             layer_mask = {"full_attention": RowRuns(tuple(self.runs))}
         elif mask is not None:
+            # New columns count as seen by all rows, but for rows without an image, which get padding.
             missing = self.cache.get_seq_length() + cells - mask.shape[1]
             self.mask = layer_mask = mask = F.pad(mask, (0, missing), value=1)
             if self.sampling is not None:
                 embeds = embeds.new_zeros(len(mask), *embeds.shape[1:]).index_copy(0, self.sampling, embeds)
                 mask[:, -cells:] *= torch.zeros_like(mask[:, :1]).index_fill(0, self.sampling, 1)
+        # One block after the cache: every cell sees all before it and its whole scale, so there is no causal mask.
         inputs: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True, "is_causal": False}
         if graphs is None or mask is None or self.workspace is None:
             inputs |= {"inputs_embeds": embeds, "attention_mask": layer_mask, "position_embeddings": embeddings}
@@ -244,10 +251,10 @@ class ImageRows:
             return
 
         def run(mask: torch.Tensor, embeds: torch.Tensor, *embeddings: torch.Tensor) -> torch.Tensor:
-            own = {"inputs_embeds": embeds, "position_embeddings": embeddings}
-            return model.model(attention_mask={"full_attention": mask}, **own, **inputs).last_hidden_state
+            block = {"inputs_embeds": embeds, "position_embeddings": embeddings}
+            return model.model(attention_mask={"full_attention": mask}, **block, **inputs).last_hidden_state
 
-        mask = mask[:, None, None].bool()
+        mask = mask[:, None, None].bool()  # (rows, 1, 1, cached), as sdpa broadcasts it
         self.hidden_states = graphs.run(self.workspace, self.cache, run, mask, embeds, *embeddings)
 
 
@@ -257,7 +264,9 @@ def prefill_rows(model: NextFlowSamplingInterface, rows: PromptRows, cells: int)
     if model.graphs is not None and is_fused and model.config._attn_implementation == "sdpa":
         workspace = model.graphs.take(model.config, len(rows.input_ids), length)
     cache = reserved_cache(model.config, length) if workspace is None else workspace.cache
+    # The host has to know the runs before the first scale, and waits for them here.
     padding = (rows.attention_mask == 0).sum(1).tolist()
+    # A recorded pass always takes a mask: the next prompts may need one.
     mask = rows.attention_mask if any(padding) or workspace is not None else None
     states = model.model(
         input_ids=rows.input_ids,
@@ -271,7 +280,7 @@ def prefill_rows(model: NextFlowSamplingInterface, rows: PromptRows, cells: int)
     for count, group in groupby(padding):
         runs.append((start, start + len(list(group)), count))
         start = runs[-1][1]
-    boi_position = vars(cache)[PLACE].position[1, :, None]
+    boi_position = vars(cache)[PLACE].position[1, :, None]  # the forward pass left it there
     return ImageRows(cache, mask, boi_position, states[:, -1:], runs=runs, workspace=workspace, is_fused=is_fused)
 
 
@@ -291,7 +300,8 @@ def begin_images(
     tokens = torch.full((len(image_grids), 1), model.config.boi_token_id, device=image_grids.device)
     layout = get_image_layout(model.config, tokens, image_grids)
     embeds = model.model.embed_inputs(tokens, image_grids=image_grids, layout=layout)
-    reserve(cache, 1 + cells)
+    reserve(cache, 1 + cells)  # once for `<boi>` and all scales
+    # A text token has three equal coordinates.
     embeddings = model.model.rotary_emb(embeds, boi_position.expand(3, -1, -1))
     rows = ImageRows(cache, mask, boi_position, embeds, sampling, embeddings=embeddings, is_fused=model.is_fused)
     rows.append(model, embeds)
@@ -321,20 +331,20 @@ def sample_scales(
     """
     batch, plan, workspaces = len(image_grids), list(plan), [rows.workspace for rows in row_sets]
     grids, is_synchronous = [step.grid for step in plan], image_grids.device.type in SYNCHRONOUS
-    terms = model.get_scale_terms(image_grids)
+    terms = model.get_scale_terms(image_grids)  # (images, max_scales, hidden)
     for rows in row_sets if len(grids) > 1 else ():
-        positions = model.get_block_positions(rows.boi_position + 1, grids[1:])
+        positions = model.get_block_positions(rows.boi_position + 1, grids[1:])  # (3, rows, cells)
         rows.embeddings = model.model.rotary_emb(rows.hidden_states, positions)
     codes, unchecked = image_grids.new_zeros(batch, 0), {}
     try:
         for index, own in enumerate(inputs):
             if index:
-                conditions = max(later.num_conditions for later in plan[index:])
+                conditions = max(later.num_conditions for later in plan[index:])  # a later scale needs its keys
                 embeds = model.embed_next_scale(codes, grids[index - 1], grids[index], terms[:, index])
-                row_sets = _append_scale(model, row_sets, embeds.repeat(conditions, 1, 1))
+                row_sets = _append_scale(model, row_sets, embeds.repeat(conditions, 1, 1))  # conditions share codes
             step = plan[index]
             if own.given is not None and own.is_given is None:
-                sampled = own.given
+                sampled = own.given  # no logits are needed
             else:
                 every = slice(None)
                 states = [rows.hidden_states[every if rows.sampling is None else rows.sampling] for rows in row_sets]
@@ -342,21 +352,21 @@ def sample_scales(
                 low, high = logits.aminmax()  # a CPU takes 20 times as long for `vector_norm`
                 unchecked[index] = torch.maximum(-low, high) / (step.temperature or 1)  # NaN where any score is
                 sampled = model.sample_scale(logits, step, own.numbers, own.given, own.is_given)
-            codes = torch.cat([codes, sampled], dim=1)
+            codes = torch.cat([codes, sampled], dim=1)  # (images, codes so far)
             if is_synchronous or index + 1 == len(plan):
                 _check_finite(unchecked, plan)
             scale = SampledScale(index, step, codes, plan, image_grids)
             yield scale
-            if scale.image_codes is not codes:
+            if scale.image_codes is not codes:  # the caller replaced them
                 codes = _replaced(codes, scale.image_codes.to(codes.device), model.config.codebook_size)
             if index + 1 == len(plan):
                 _check_finite(unchecked, plan)  # where the plan was cut short
                 return
             prepare_scales(inputs[index + 1 :], plan[index + 1 :], codes.device)  # of steps that were changed
-    finally:
+    finally:  # also where the caller asks for no more scales
         for workspace in workspaces:
-            if workspace is not None and model.graphs is not None:
-                model.graphs.give_back(workspace)
+            if workspace is not None:
+                workspace.graphs.give_back(workspace)
 
 
 def _append_scale(
@@ -369,12 +379,13 @@ def _append_scale(
     kept, start, cells = [], 0, embeds.shape[1]
     for rows in row_sets:
         if start == len(embeds):
-            break
+            break  # guidance needs no more conditions
         count = len(rows.boi_position if rows.sampling is None else rows.sampling)
         if rows.sampling is None and count > len(embeds) - start:
             rows = rows.first(len(embeds) - start)
         parts = [rows]
         if rows.mask is not None and rows.runs and not rows.is_fused:
+            # Every run has to be compute-bound by itself, or splitting would only add launches.
             if cells * min(end - first for first, end, _ in rows.runs) >= ARITHMETIC_BOUND:
                 parts = [rows.part(slice(first, end), padding) for first, end, padding in rows.runs]
         for part in parts:
@@ -387,6 +398,7 @@ def _append_scale(
 
 def _check_finite(scores: dict[int, torch.Tensor], plan: Sequence[ScaleStep]) -> None:
     """Raise where the largest score of a scale is not finite; empties `scores`."""
+    # One copy to the host for all scales.
     found = torch.stack(list(scores.values())).isfinite().tolist() if scores else []
     for (index, _), is_finite in zip(scores.items(), found, strict=True):
         if not is_finite:
@@ -577,9 +589,9 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
                 "its source images"
             )
             parts.append(negative_rows(rows, boi, *imageless, missing=missing))
-        multiple = 1 if self.graphs is None else PROMPT_LENGTHS
+        multiple = 1 if self.graphs is None else PROMPT_LENGTHS  # few lengths find recorded passes
         rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
-        cells = count_codes(grids[1 : len(plan)])
+        cells = count_codes(grids[1 : len(plan)])  # `<boi>` is scale 1
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
 
         return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)

@@ -147,6 +147,7 @@ class _Answers:
     def write(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
         """`tokens` (batch, n) behind the `rows` (batch,); the others move one padding to the right."""
         count = tokens.shape[1]
+        # All rows end at the right edge, where processors and criteria look.
         grown = torch.cat([self.ids, tokens], dim=1)
         moved = F.pad(self.ids, (count, 0), value=self.pad)
         self.ids = torch.where(rows[:, None], grown, moved)  # pyright: ignore[reportAttributeAccessIssue]  # of longs
@@ -158,6 +159,7 @@ class _Answers:
         real = self.is_pending.long()
         if self.mask is not None:
             self.mask = torch.cat([self.mask, real[:, None]], dim=1)
+        # Rows without a pending token run padding, which the mask hides for good. The axes of text are equal.
         outputs = self.model(
             input_ids=torch.where(self.is_pending, self.pending, self.pad)[:, None],
             attention_mask=self.mask,
@@ -185,9 +187,11 @@ class _Answers:
         plan = image_plan.plan_for(grids)
         cells = count_codes(grids[1:])
         sampling = None if len(rows) == len(self.length) else rows
+        # `<boi>` was chosen but has not run: its hidden state is what scale 1 is sampled from.
         own = begin_images(self.model, self.cache, self.mask, self.position, sampling, target_grids, cells)
         row_sets = [own]
         if image_plan.negative is not None and any(step.guidance_scale != 1 for step in plan):
+            # Anew for every image, in a cache of its own: the unconditional prompt has nothing of the answer.
             negative = _select_rows(image_plan.negative, rows, target_grids, self.model)
             check_context(self.model.config, int(negative.attention_mask.sum(1).max()), cells)
             row_sets.append(prefill_rows(self.model, negative, cells))
@@ -195,15 +199,18 @@ class _Answers:
         prepare_scales(inputs, plan, target_grids.device)
         *_, scale = sample_scales(self.model, row_sets, plan, target_grids, inputs)
         codes = scale.image_codes
+        # Grown by the columns of the image.
         self.mask = own.mask
         for row, image_codes, image_grids in zip(rows.tolist(), codes, target_grids):
             self.images[row].append((image_codes, image_grids))
 
+        # `<eoi>` is not sampled: it always follows the last scale, and runs with the next token.
         tokens = self.ids.new_full((len(self.length), cells + 1), self.model.config.image_token_id)
         tokens[:, -1] = self.model.config.eoi_token_id
         with_image = torch.zeros_like(self.is_pending).index_fill(0, rows, True)
         self.write(tokens, with_image)
         self.is_pending = self.is_pending | with_image
+        # `<boi>` and K - 1 blocks take a step each; the next is that of `<eoi>`.
         self.position = self.position + len(grids) * with_image[:, None]
         return codes
 
@@ -301,7 +308,7 @@ def generate_interleaved(
         may_begin = num_images < image_plan.max_images
         fits = room - answers.length >= image_tokens
         scores = logits_processor(answers.ids, keep_text(scores, model.config, may_begin & fits))
-        scores = keep_text(scores, model.config, may_begin)  # whatever the processors wish
+        scores = keep_text(scores, model.config, may_begin)  # processors cannot allow a code either
         if not scores[writing].amax(-1).isfinite().all():
             raise ValueError(
                 f"the logits of text token {int(num_tokens.max()) + 1} are not finite: expected a higher temperature, "
@@ -317,10 +324,10 @@ def generate_interleaved(
         done = (num_tokens >= max_tokens) | is_full
         if len(criteria):
             done = done | (criteria(answers.ids, None) & ~begun)
-        answers.is_pending = answers.is_pending | (writing & ~begun)
+        answers.is_pending = answers.is_pending | (writing & ~begun)  # `<boi>` runs with its image
         if not image_plan.stop_at_image:
             waiting = waiting | begun
-        writing = writing & ~begun & ~done
+        writing = writing & ~begun & ~done  # a row that began an image waits for the others
 
         # 2b. The images, once nobody writes
         if not writing.any() and waiting.any():
@@ -364,6 +371,7 @@ def keep_text(scores: torch.Tensor, config: NextFlowConfig, may_begin: torch.Ten
 
 def _choose(scores: torch.Tensor, writing: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
     """A token for each row that writes; the generators of the others stay where they are."""
+    # A row's numbers must not depend on how long others write.
     rows = writing.nonzero()[:, 0]
     chosen = sample(scores[rows][:, None], [generators[row] for row in rows.tolist()])[:, 0]
     return scores.argmax(-1).index_copy(0, rows, chosen)
@@ -386,6 +394,7 @@ def _select_rows(
 def _close_gaps(cache: DynamicCache, mask: torch.Tensor, prompt_length: int, length: int) -> None:
     """Move the generated columns of every row up to each other, behind its prompt, and cut at `length`."""
     column = torch.arange(mask.shape[1], device=mask.device)
+    # A stable sort keeps tokens in order, and puts columns of padding behind them.
     order = torch.where(column < prompt_length, 0, 1 - mask).argsort(dim=1, stable=True)[:, :length]
     for layer in layers_of(cache):
         keys, values = layer.keys, layer.values

@@ -137,7 +137,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
             return self._generate_interleaved(kwargs.pop("input_ids", inputs), options)
         self._check_no_images(kwargs.get("input_ids", inputs), kwargs)
         self._check_room(kwargs.get("input_ids", inputs), kwargs)
-        if options.get("guidance_scale") is None:
+        if options.get("guidance_scale") is None:  # transformers would guide text by that of images
             options = self._without_image_guidance(options)
         options["logits_processor"] = LogitsProcessorList(
             [TextOnlyLogitsProcessor(self.config), *(logits_processor or [])]
@@ -160,6 +160,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         count = options.pop("num_return_sequences", None)
         # Names that transformers would take for the text's: here they are the image's, as in `generate_images`.
         settings = {name: options.pop(name, None) for name in IMAGE_DEFAULTS}
+        # Greedy decoding of an image takes the best code of each cell.
         if options.get("do_sample") is False and settings["temperature"] is None:
             settings["temperature"] = 0.0
         refuse_text_settings(options)
@@ -170,6 +171,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments = self._end_in_boi({**arguments, "input_ids": input_ids}, config)
         count = config.num_return_sequences if count is None else count
+        # Copies are rows like any other: a list of generators has one for each.
         if count > 1:
             input_ids, arguments = self._expand_inputs_for_generation(count, **arguments)
             arguments["input_ids"] = input_ids
@@ -184,6 +186,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
             if target_grids is not None:
                 raise ValueError("got target_grids, but the prompts end in <boi>: image_grids has their schedules")
             return prompts
+        # Rows share one batch, in which the image to sample has its place at the end of each.
         if ends.any():
             raise ValueError(f"{int(ends.sum())} of {len(ends)} prompts end in <boi>, expected all or none")
         images = prompts.get("image_codes"), prompts.get("image_grids")
@@ -228,14 +231,14 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         max_images = DEFAULT_MAX_IMAGES if max_images is None else max_images
         if max_images < 0:
             raise ValueError(f"max_images is {max_images}, expected at least 0")
-        if max_images == 0 and target_grids is None:
+        if max_images == 0 and target_grids is None:  # nothing needs a size
             target_grids = input_ids.new_zeros(1, self.config.max_scales, 2)
         images = arguments.get("image_codes"), arguments.get("image_grids")
         target_grids = find_target_grids(self.config, config, input_ids, *images, target_grids)
         has_images = max_images and not stop_at_image
         given = {"guidance_scale": options.get("guidance_scale")} if has_images else IMAGE_DEFAULTS
         image_settings = self.get_image_settings(config, negative["input_ids"] is not None, False, **given)
-        options = self._without_image_guidance({**options, "guidance_scale": None})
+        options = self._without_image_guidance({**options, "guidance_scale": None})  # text is unguided
 
         def plan_for(grids: Schedule) -> list[ScaleStep]:
             return scale_plan(grids, names=CONFIG_NAMES, **image_settings)
@@ -261,6 +264,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         if target_grids is not None and len(target_grids) > 1:
             target_grids = target_grids.repeat_interleave(count, dim=0)
         input_ids, arguments = self._expand_inputs_for_generation(count, input_ids=input_ids, **arguments)
+        # Only what the caller passed: `generate` prepares everything else again.
         options = {**options, **{name: value for name, value in arguments.items() if name in options}}
         return input_ids, arguments, target_grids, self._configured(options, "num_return_sequences", 1)
 
@@ -301,6 +305,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         if input_ids is None or input_ids.ndim != 2:  # transformers says what is wrong
             return
         cache, mask = options.get("past_key_values"), options.get("attention_mask")
+        # A mask longer than the tokens says that these are only the new ones.
         is_whole = mask is None or mask.shape[1] == input_ids.shape[1]
         cached = 0 if cache is None or not is_whole else int(cache.get_seq_length())
         self.model.check_no_images(input_ids[:, cached:])
@@ -311,6 +316,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         prompts = next((one for one in (prompts, input_ids, options.get("inputs_embeds")) if one is not None), None)
         if prompts is None or prompts.ndim < 2:
             return
+        # A 2D mask tells tokens from padding; of anything else the length counts.
         is_mask = prompts is options.get("attention_mask") and prompts.ndim == 2
         check_context(self.config, int(prompts.sum(1).max()) if is_mask else prompts.shape[1], 1)
 
@@ -420,6 +426,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         rows = image_grids.split(is_boi.sum(1).tolist())
         rows = [row[len(row) - count :] for row, count in zip(rows, counts)]
         is_open = is_boi[:, -1].tolist()
+        # The image of a `<boi>` that ends its row has grids, but no codes yet.
         sizes = [int(row[: len(row) - opens].prod(-1).sum()) for row, opens in zip(rows, is_open)]
         if image_codes is None or len(image_codes) != sum(sizes):
             codes, _ = split_images(input_ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
@@ -438,6 +445,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
                 if not prefix:
                     ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
                 assert ids is not None  # images come with tokens
+                # transformers would repeat each code and each grid by itself, not the images of a row together.
                 rows = split_images(ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
                 image_codes, image_grids = (
                     torch.cat([row for row in by_row for _ in range(expand_size)]) for by_row in rows

@@ -25,6 +25,7 @@ PROMPT_LENGTHS = 64  # graphs are for prompts of a multiple of it
 class Workspace:
     """Keys and values of one call at a time, and the passes that were recorded on them."""
 
+    graphs: "PassGraphs"  # to which it is given back, and whose weights its passes read
     key: tuple[int, int]
     cache: DynamicCache
     passes: dict[tuple, "RecordedPass"] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class RecordedPass:
     replay: Callable[[], torch.Tensor]
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        # On the current stream, where the replay follows: the copies are done before it reads.
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         return self.replay()
@@ -58,8 +60,10 @@ class PassGraphs:
     def take(self, config: NextFlowConfig, rows: int, length: int) -> Workspace:
         """A workspace of so many rows and tokens, of this call alone until it is given back."""
         free = self.free.setdefault((rows, length), [])
-        workspace = free.pop() if free else Workspace((rows, length), reserved_cache(config, length))
+        workspace = free.pop() if free else Workspace(self, (rows, length), reserved_cache(config, length))
+        # The positions that the last call left on the cache are not this prompt's.
         vars(workspace.cache).pop(PLACE, None)
+        # Rewind instead of allocating: graphs write to the addresses they were recorded with.
         for layer in layers_of(workspace.cache):
             layer.resize(0)
         return workspace
@@ -72,18 +76,22 @@ class PassGraphs:
     ) -> torch.Tensor:
         """`function(*inputs)`, which appends to rows of the workspace's keys and values, by its graph."""
         length, cells = cache.get_seq_length(), inputs[1].shape[1]
+        # A graph has its shapes and the place that it writes to built in.
         key = (len(inputs[0]), cells, length)
         if key not in workspace.passes:
             start = time.perf_counter()
+            # The graph reads these copies at every replay: callers' tensors lie elsewhere each time.
             own = [tensor.clone() for tensor in inputs]
 
             def run() -> torch.Tensor:
+                # The function runs once to warm up and once to record, and both must append at the same place.
                 for layer in layers_of(cache):
                     layer.resize(length)
                 return function(*own)
 
             workspace.passes[key] = RecordedPass(own, capture(run))
             logger.info(f"recorded a pass of {key[0]} x {cells} cells in {time.perf_counter() - start:.2f} s")
+        # A replay runs kernels only: no Python counts the tokens that they append.
         result = workspace.passes[key](*inputs)
         for layer in layers_of(cache):
             layer.resize(length + cells)
@@ -93,6 +101,7 @@ class PassGraphs:
 def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """A CUDA graph of `run`, which reads and writes the same memory at each replay."""
     stream = torch.cuda.Stream()
+    # Warm up on another stream, as PyTorch asks for before a capture.
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries make their workspaces outside of the graph
         run()
@@ -103,6 +112,7 @@ def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
     def replay() -> torch.Tensor:
         graph.replay()
+        # Always the same tensor, which the next replay overwrites.
         return result
 
     return replay

@@ -20,6 +20,7 @@ def schedules_from_grids(image_grids: torch.Tensor) -> list[Schedule]:
     """Scale schedules, one tuple of (height, width) an image, from `image_grids` (n, max_scales, 2), zero-padded."""
     check_shape(image_grids)
     schedules = []
+    # One copy to the host; as tuples, schedules can be compared and are keys of groups.
     for index, rows in enumerate(image_grids.tolist()):
         grids = tuple((height, width) for height, width in rows if height or width)
         if not grids or min(min(grid) for grid in grids) < 1 or any(any(row) for row in rows[len(grids) :]):
@@ -29,7 +30,7 @@ def schedules_from_grids(image_grids: torch.Tensor) -> list[Schedule]:
 
 
 def check_shape(image_grids: torch.Tensor) -> None:
-    """Without a look at the numbers, which may be on another device."""
+    """Check shape and dtype alone: reading values would make the host wait for the device."""
     if image_grids.ndim != 3 or image_grids.shape[-1] != 2:
         raise ValueError(f"image_grids has shape {tuple(image_grids.shape)}, expected (n_images, max_scales, 2)")
     if image_grids.is_floating_point():
@@ -66,6 +67,7 @@ def check_codes(codes: torch.Tensor, codebook_size: int, name: str = "image_code
     """`codes`, or `ValueError` where they are no codes of the codebook. Looks at the numbers: the host waits."""
     if codes.is_floating_point() or codes.dtype == torch.bool:
         raise ValueError(f"{name} are {codes.dtype}, expected integers")
+    # An index out of range would abort a CUDA process, or read another row of the joint vocabulary.
     low, high = (int(bound) for bound in codes.aminmax()) if codes.numel() else (0, 0)
     if low < 0 or high >= codebook_size:
         raise ValueError(f"{name} must lie in [0, {codebook_size}), got {low} to {high}")
@@ -112,21 +114,25 @@ def get_image_layout(config: NextFlowConfig, input_ids: torch.Tensor, image_grid
     is_cell = input_ids == config.image_token_id
     image_index = is_boi.flatten().cumsum(0).view_as(input_ids) - 1
     grids = image_grids[image_index.clamp(min=0, max=len(image_grids) - 1)]  # (batch, length, max_scales, 2)
+    # An image of one scale has no block; the gathers below still want one to choose.
     if grids.shape[2] == 1:
         grids = torch.nn.functional.pad(grids, (0, 0, 0, 1))
 
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    # The nearest `<boi>` at or before each token.
     boi_position = torch.where(is_boi, positions, -1).cummax(dim=1).values
     offset = positions - boi_position - 1  # of a cell among the cells of its image
     block_end = grids[:, :, 1:].prod(-1).cumsum(-1)  # cells up to and with scale k: (batch, length, max_scales - 1)
     block = (offset[..., None] >= block_end).sum(-1).clamp(max=block_end.shape[-1] - 1)  # 0 is scale 2
 
+    # (batch, length, 2), the grid of the block that a token falls into
     height_width = grids[:, :, 1:].gather(2, block[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
     block_start = block_end.gather(2, block[..., None])[..., 0] - height_width.prod(-1)
     cell = offset - block_start
-    width = height_width[..., 1].clamp(min=1)
+    width = height_width[..., 1].clamp(min=1)  # tokens of no image may gather a zero row
 
     zero = torch.zeros_like(input_ids)
+    # Counted at the first cell of each block, so ids also differ between the images of a row.
     block_ids = torch.where(is_cell, (is_cell & (cell == 0)).long().cumsum(1), zero) - 1
     return ImageLayout(
         image_index=image_index,
@@ -142,6 +148,7 @@ def cell_coordinates(
     row: torch.Tensor, column: torch.Tensor, height: torch.Tensor, width: torch.Tensor, *, extent: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation 1: centre of a cell in a frame of constant area `extent ** 2`, whatever the grid."""
+    # Both axes by the area, not each by its own side: a cell is as high as wide at any aspect ratio.
     unit = extent / (height * width).float().clamp(min=1).sqrt()
     return unit * (row + 0.5), unit * (column + 0.5)
 
@@ -164,9 +171,9 @@ def get_position_ids(
     depend on t. Padding (`attention_mask == 0`) takes no step.
 
     Args:
-        token_positions: plain positions (batch, length), where they are given: a document begins wherever they do not
-            go up by one, and its rotary axes start from its first. Of packed documents, and instead of a mask.
-        layout: what [`get_image_layout`] gives for the same arguments, where it is there.
+        token_positions: plain positions (batch, length) of packed documents, in the place of a mask: a document begins
+            wherever they do not go up by one, and its rotary axes start from its first position.
+        layout: what [`get_image_layout`] gives for the same arguments, if it has been called.
         past_tokens, past_steps: how far the sequence has come before `input_ids`, on the plain position and on the
             rotary text axis; one for all rows or (batch, 1).
     """
@@ -179,13 +186,13 @@ def get_position_ids(
         step_position = token_position + past_steps
         return torch.stack([token_position + past_tokens, *[step_position] * 3]).float()
 
-    first_of_block = layout.is_cell & (layout.row == 0) & (layout.column == 0)
+    first_of_block = layout.is_cell & (layout.row == 0) & (layout.column == 0)  # a block takes its one step here
     steps = torch.where(layout.is_cell, first_of_block.long(), real).cumsum(1)
     axis = steps + _ahead(token_position, steps) if is_packed else (steps - 1).clamp(min=0)
     axis = (axis + past_steps).float()
 
-    index = layout.image_index.clamp(min=0)
-    grid = image_grids[index, (layout.scale - 1).clamp(min=0)]
+    index = layout.image_index.clamp(min=0)  # -1 before the first image, where no grid is used
+    grid = image_grids[index, (layout.scale - 1).clamp(min=0)]  # (batch, length, 2)
     height, width = grid.unbind(-1)
     row, column = cell_coordinates(layout.row, layout.column, height, width, extent=config.spatial_rope_extent)
     return torch.stack(
@@ -199,8 +206,9 @@ def get_position_ids(
 
 
 def _ahead(token_positions: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """What the position of the first token of every token's document is ahead of its step, (batch, length)."""
+    """Position less steps at the first token of each token's document, (batch, length)."""
     is_first = torch.ones_like(steps, dtype=torch.bool)
     is_first[:, 1:] = token_positions.diff(dim=1) != 1
+    # Documents are found by a break in the positions, so the last break holds until the next.
     index = torch.arange(steps.shape[1], device=steps.device)
     return (token_positions - steps).gather(1, torch.where(is_first, index, 0).cummax(1).values)

@@ -1,4 +1,4 @@
-"""How images are sampled where nobody says so, and under which names a generation config says it.
+"""Defaults for sampling images, and the names of these settings in a generation config.
 
 Knows numbers and names only; imports nothing, so that a file can be read without torch.
 """

@@ -21,6 +21,7 @@ def scale_weights(image_grids: torch.Tensor, alpha: float) -> torch.Tensor:
     """Weight of one code at every scale, (n_images, max_scales): `(h * w) ** -alpha`, normalised per image so that its
     codes weigh together what they would weigh unweighted (equation 2). Zero past the last scale."""
     cells = image_grids.prod(-1).float()
+    # Where there is no scale `cells` is 0, and 0 ** -alpha would be infinite.
     weight = torch.where(cells > 0, cells.clamp(min=1) ** -alpha, 0.0)
     return weight * cells.sum(-1, keepdim=True) / (weight * cells).sum(-1, keepdim=True).clamp(min=1e-12)
 
@@ -45,6 +46,7 @@ def get_targets(
         image_codes: the target codes of all images, (total_codes,), every scale of every image.
         is_shifted: whether `labels` stand where they are predicted already, one place before their tokens.
     """
+    # `targets` stand where they are predicted, `labels` where their tokens are: `<boi>` is asked by its own label.
     if is_shifted:
         targets, labels = labels, F.pad(labels[:, :-1], (1, 0), value=IGNORE_INDEX)
     else:
@@ -59,9 +61,12 @@ def get_targets(
         got = 0 if image_codes is None else len(image_codes)
         raise ValueError(f"labels need the codes of every scale of every image: got {got} codes, expected {num_slots}")
     # In reading order, `<boi>` and the cells after it are the codes of the image, one to one.
+    # Code `c` is token `text_vocab_size + c` of the one head.
     code_targets = torch.full_like(targets, IGNORE_INDEX).masked_scatter(is_slot, image_codes + text_vocab_size)
     boi_labels = labels[layout.scale == 1]
+    # (batch, length); `image_index` is -1 before the first image, where nothing is a slot.
     trained = (boi_labels != IGNORE_INDEX)[layout.image_index.clamp(min=0)]
+    # The last cell predicts its own code, so nothing is trained to predict `<eoi>`.
     targets = torch.where(is_slot, torch.where(trained, code_targets, IGNORE_INDEX), targets)
     scale = (layout.scale - 1).clamp(min=0)
     weights = torch.where(is_slot, scale_weights(image_grids, alpha)[layout.image_index.clamp(min=0), scale], weights)
@@ -87,6 +92,7 @@ def linear_cross_entropy(
     if len(targets) <= chunk_size:
         return chunk_loss(hidden_states, targets)
     chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size))
+    # Not reentrant: the head may need a gradient where hidden states need none.
     return torch.cat([checkpoint(chunk_loss, hidden, target, use_reentrant=False) for hidden, target in chunks])
 
 
@@ -122,10 +128,13 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         hidden_needed, weight_needed = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
+        # Every row of the one is written below; rows of the head without a target keep a gradient of zero.
         hidden_gradient = torch.empty_like(hidden_states) if hidden_needed else None
         weight_gradient = torch.zeros_like(weight) if weight_needed else None
+        # In float32, as everything that is summed here.
         losses = torch.empty(targets.shape, device=targets.device)
         end = 0
+        # The dtype is chosen above, for all products alike: autocast does not reach the in-place `addmm_`.
         with torch.autocast(device, enabled=False):
             for count, rows in parts:
                 first, end = end, end + count
@@ -135,6 +144,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                     hidden = hidden_states[chunk].to(dtype)
                     target = (targets[chunk] - rows.start)[:, None]
                     scores = (hidden @ matrix.T).float()  # (chunk, rows), and reused for all that follows
+                    # Against overflow; softmax does not change.
                     scores -= scores.amax(-1, keepdim=True)
                     target_score = scores.gather(1, target)
                     total = scores.exp_().sum(-1, keepdim=True)
@@ -142,14 +152,17 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                     if not (hidden_needed or weight_needed):
                         continue
                     token_weight = token_weights[chunk, None]
+                    # The gradient of a cross-entropy: weight * (softmax - one-hot).
                     gradient = scores.mul_(token_weight / total).scatter_add_(1, target, -token_weight).to(dtype)
                     if hidden_gradient is not None:
                         hidden_gradient[chunk] = gradient @ matrix
                     if weight_gradient is not None and weight.dtype == dtype:
                         weight_gradient[rows].addmm_(gradient.T, hidden)
+                    # Master weights in float32 with half-precision products: the sum over chunks stays in float32.
                     elif weight_gradient is not None:
                         weight_gradient[rows] += gradient.T @ hidden
         ctx.gradients = hidden_gradient, weight_gradient
+        # For reports: no gradient was made for the tokens one by one.
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses
 
@@ -179,6 +192,7 @@ def token_scores(
     scores, groups = [], hidden_states.split([len(targets) for targets, _ in parts])
     for group, (targets, rows) in zip(groups, parts):
         for hidden, target in zip(group.split(chunk_size), (targets - rows.start).split(chunk_size)):
+            # (tokens of a chunk, rows)
             log_probs = head(hidden)[..., rows].float().log_softmax(-1)
             loss = F.nll_loss(log_probs, target, reduction="none")
             entropy = -(log_probs.exp() * log_probs).sum(-1)
@@ -199,6 +213,7 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # One number for all tokens, or the gradient made in `forward` is not theirs.
         first = gradient.flatten()[0]
         if (gradient != first).any():
             raise ValueError(
@@ -211,5 +226,6 @@ class TokenLosses(torch.autograd.Function):
 def mean_by_scale(losses: torch.Tensor, scale: torch.Tensor, max_scales: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of `losses` (tokens,) at scale 0 (text) and at each image scale, (max_scales + 1,), and their counts."""
     count = torch.bincount(scale, minlength=max_scales + 1)
+    # A scale without tokens has mean 0, and its count says so.
     total = torch.zeros(max_scales + 1, device=losses.device).index_add_(0, scale, losses.detach().float())
     return total / count.clamp(min=1), count

@@ -200,18 +200,18 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         loss = scale_losses = scale_counts = logits = None
         if has_labels:
             if image_grids is None and input_ids is not None:
-                self.model.check_no_images(input_ids)
+                self.model.check_no_images(input_ids)  # they would be trained on as text
             if input_ids is None and inputs_embeds is not None and image_grids is not None:
                 input_ids = self.model.get_placeholder_ids(inputs_embeds)
             targets, weights, scale = self.get_targets(
                 input_ids,
                 given_labels,
-                image_codes if image_target_codes is None else image_target_codes,
+                image_codes if image_target_codes is None else image_target_codes,  # differ with self-correction
                 image_grids,
                 is_shifted=shift_labels is not None,
             )
             total, losses, supervised_scale = self.get_losses(hidden_states, targets, weights, scale)
-            loss = total / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+            loss = total / (len(losses) if num_items_in_batch is None else num_items_in_batch)  # of the whole step
             if fused_lm_head:
                 return self.score_tokens(hidden_states, targets, weights, scale, total)
             scale_losses, scale_counts = mean_by_scale(losses, supervised_scale, self.config.max_scales)
@@ -279,12 +279,14 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
 
         Arguments are (batch, length), as [`get_targets`] gives them. The logits are those of a chunk at a time.
         """
+        # Text first, then codes: each kind is one slice of the head, and unsupervised positions cost no logits.
         kinds = self._kinds(targets, scale)
         hidden_states, targets, weights, scale = (
             torch.cat([tensor[members] for members, _ in kinds]) for tensor in (hidden_states, targets, weights, scale)
         )
         parts = [(int(members.sum()), rows) for members, rows in kinds]
 
+        # With the head's matrix at hand the gradient is made with the logits; any other head is called chunk by chunk.
         cross_entropy = partial(
             self.weighted_cross_entropy,
             targets=targets,
@@ -330,9 +332,11 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             lambda hidden, weight: score(hidden, partial(F.linear, weight=weight)),
             lambda hidden: score(hidden, self.lm_head),
         )
+        # Back from the order of kinds to that of the sequence.
         places = torch.cat([members.flatten().nonzero()[:, 0] for members, _ in kinds])
         placed = scores.new_zeros(3, targets.numel()).index_copy(1, places, scores)
         losses, entropy, is_top1 = placed.unflatten(1, targets.shape)
+        # Their gradient is that of `total`, which was made with the logits.
         log_probs = -TokenLosses.apply(total, losses * weights)
         mask = targets != IGNORE_INDEX
         return NextFlowTokenScores(total / mask.sum(), log_probs, entropy, is_top1, mask)
@@ -340,6 +344,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     def _kinds(self, targets: torch.Tensor, scale: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
         """The supervised positions of text, predicted among all rows of the head, and those of image codes, predicted
         among the codes, as they are sampled."""
+        # With `joint_image_loss` codes are predicted among all rows, as text is: there is one kind.
         is_code = (scale > 0) & (not self.config.joint_image_loss)
         supervised = targets != IGNORE_INDEX
         return [(supervised & ~is_code, slice(0, self.config.vocab_size)), (supervised & is_code, self.code_rows)]

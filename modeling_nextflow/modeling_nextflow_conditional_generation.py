@@ -204,6 +204,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
         check_image_count(is_boi, image_grids)
         has_pixels = is_boi.clone()
         has_pixels[:, -1] = False
+        # Pixels are given of all images or, on top of a cache, of those behind it: their number tells.
         if len(pixel_values) != int(has_pixels.sum()):
             has_pixels[:, :cached] = False
         given = image_grids[has_pixels[is_boi]]

@@ -61,7 +61,7 @@ class NextFlowVisionTokenizerFeatures(ModelOutput):
     Args:
         semantic_embeds (`torch.Tensor` of shape `(n, semantic_code_dim, max_height, max_width)`): Quantised map.
         pixel_embeds (`torch.Tensor` of shape `(n, pixel_code_dim, max_height, max_width)`): Quantised map.
-        semantic_features (`torch.Tensor` of shape `(n, semantic_hidden_size, max_height, max_width)`):
+        semantic_features (`torch.Tensor` of shape `(n, feature_size, max_height, max_width)`):
             The teacher's features as the semantic decoder predicts them.
     """
 
@@ -174,9 +174,8 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         decoder_config.num_channels, decoder_config.patch_size = code_dim, 1
         self.semantic_decoder = NextFlowViT._from_config(decoder_config)
         decoder_size = decoder_config.hidden_size
-        feature_size = hidden_size if config.semantic_feature_size is None else config.semantic_feature_size
         self.decode_task_layer = nn.Sequential(
-            nn.Linear(decoder_size, decoder_size), nn.Tanh(), nn.Linear(decoder_size, feature_size)
+            nn.Linear(decoder_size, decoder_size), nn.Tanh(), nn.Linear(decoder_size, config.feature_size)
         )
         self.post_quant_conv = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
         self.pixel_decoder = NextFlowPixelDecoder(config)
@@ -226,7 +225,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, state_dict: dict | None = None, **kwargs):
         saved = _codes_fingerprint(self.state_dict() if state_dict is None else state_dict)
-        self.config.codes_fingerprint = saved or self._codes_fingerprint
+        self.config.codes_fingerprint = saved or self._codes_fingerprint  # float16 has none of its own
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     # diffusers reads its signature. Not as a decorator, which type checkers take for a method that is not bound.
@@ -309,12 +308,13 @@ class NextFlowVisionTokenizer(PreTrainedModel):
             `ValueError`: on pixels that are not finite or do not fit their grids.
         """
         schedules = self._check_pixels(pixel_values, image_grids)
+        # In the order of the images, so that grouping them by schedule changes no code.
         noise = self._sample_noise(schedules, generator, pixel_values.device) if self_correction else None
         codes, targets = [torch.empty(0)] * len(schedules), [torch.empty(0)] * len(schedules)
         for schedule, indices in group_by_schedule(schedules).items():
             stack = self._crop(pixel_values, schedule, indices)
             slices = stack.split(1 if self.use_slicing else len(stack))
-            features = torch.cat([self._encode_features(one) for one in slices])
+            features = torch.cat([self._encode_features(one) for one in slices])  # these take the memory
             group_noise = None if noise is None else torch.stack([noise[i] for i in indices]).to(features.device)
             output = self.quantizer(features, schedule, noise=group_noise)
             for row, index in enumerate(indices):
@@ -379,7 +379,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         targets = [torch.empty(0)] * len(schedules)
         for schedule, indices in group_by_schedule(schedules).items():
             patches = self._semantic_patches(self._crop(pixel_values, schedule, indices))
-            shapes = torch.tensor([schedule[-1]]).expand(len(indices), 2)
+            shapes = torch.tensor([schedule[-1]]).expand(len(indices), 2)  # on the CPU, as Siglip2 reads numbers
             output = teacher(patches, None, shapes, output_hidden_states=True)
             for row, index in enumerate(indices):
                 targets[index] = output.hidden_states[-2][row]
@@ -420,7 +420,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
             pixels = self._crop(pixel_values, schedule, indices)
             features = self._encode_features(pixels)
             quantization = self.quantizer(features, schedule, dropped=dropped, quantize=quantize)
-            reconstruction = self._decode_pixels(quantization.quantized).float()
+            reconstruction = self._decode_pixels(quantization.quantized).float()  # losses in float32
             parts = [
                 F.mse_loss(reconstruction, pixels.float()),
                 quantization.quantizer_loss,
@@ -432,7 +432,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
                 target = torch.stack([semantic_targets[index][:cells] for index in indices])
                 parts.append(1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean())
             reconstructions.append(reconstruction)
-            losses.append(torch.stack(parts) * (len(indices) / len(schedules)))
+            losses.append(torch.stack(parts) * (len(indices) / len(schedules)))  # images weigh alike, not groups
             for row, index in enumerate(indices):
                 codes[index] = quantization.image_codes[row]
 
@@ -456,11 +456,11 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         pixels = pixels.to(self.quant_conv.weight.dtype)  # of a convolution: quantised linear layers hold bytes
         rows, columns = (side // self.config.semantic_vit_config.patch_size for side in pixels.shape[2:])
         grid = (rows, columns)
-        hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)
+        hidden_states = self.semantic_encoder.encode(self._semantic_patches(pixels), grid)  # (n, cells, hidden_size)
         semantic_map = self.encode_task_layer(hidden_states).transpose(1, 2).unflatten(2, grid)
         pixel_size = (self.patch_size * rows, self.patch_size * columns)
         pixel_map = self.quant_conv(self.pixel_encoder(_resize(pixels, pixel_size)))
-        return torch.cat([semantic_map.float(), pixel_map.float()], 1)
+        return torch.cat([semantic_map.float(), pixel_map.float()], 1)  # (n, code_dim, rows, columns)
 
     def _semantic_patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (n, 3, height, width) as the semantic encoder takes them, see [`patchify`]."""
@@ -511,7 +511,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         maps, groups = [], group_by_schedule(schedules)
         for schedule, indices in groups.items():
             length = count_codes(schedule[:num_scales])
-            codes = torch.stack([per_image[index][:length] for index in indices])
+            codes = torch.stack([per_image[index][:length] for index in indices])  # (n, codes)
             maps.append(self.quantizer.decode(codes, schedule, num_scales=num_scales))
         return maps, list(groups.values())
 
@@ -524,7 +524,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected} for the last grids of the "
                 f"{len(schedules)} rows of image_grids"
             )
-        if not torch.isfinite(pixel_values).all():
+        if not torch.isfinite(pixel_values).all():  # a NaN would get a code all the same
             bad = int((~torch.isfinite(pixel_values)).sum())
             raise ValueError(f"pixel_values has {bad} non-finite of {pixel_values.numel()} values, expected none")
         return schedules
@@ -538,7 +538,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         if drop_scales is None:
             if not self.training or self.config.scale_dropout == 0:
                 return None
-            drop_scales = torch.rand(max_scales) < self.config.scale_dropout
+            drop_scales = torch.rand(max_scales) < self.config.scale_dropout  # the same for the whole batch
         if len(drop_scales) != max_scales:
             raise ValueError(f"drop_scales has {len(drop_scales)} entries, expected one per scale: {max_scales}")
         return [bool(drop) for drop in drop_scales]
@@ -549,7 +549,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> tuple[torch.Tensor, ...]:
-        """Two uniform numbers for every code of every image, drawn in the order of the images."""
+        """Two uniform numbers for every code of every image, in the order of the images."""
         sizes = [count_codes(schedule) for schedule in schedules]
         generators = generator if isinstance(generator, list) else [generator] * len(sizes)
         if len(generators) != len(sizes):
@@ -572,6 +572,7 @@ def _check_folder(folder: Path, subfolder: str) -> None:
 
 
 def _codes_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str | None:
+    # What decodes changes no code: the third stage trains the pixel decoder alone (§3.1).
     decoders = ("post_quant_conv.", "pixel_decoder.", "semantic_decoder.", "decode_task_layer.")
     state = {name: tensor for name, tensor in state_dict.items() if not name.startswith(decoders)}
     # Compared as bfloat16, to which float16 may round another way.

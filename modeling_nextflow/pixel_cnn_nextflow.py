@@ -40,15 +40,18 @@ class NextFlowGroupNorm(nn.GroupNorm):
         self.swish = swish
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # PyTorch's norm is one kernel; plain operators are what a compiler fuses with the swish.
         normed = self.normalize(input) if torch.compiler.is_compiling() else super().forward(input)
         return F.silu(normed) if self.swish else normed
 
     def normalize(self, input: torch.Tensor) -> torch.Tensor:
         """The norm of maps (n, channels, height, width), of operators that a compiler fuses."""
+        # (n, groups, channels of a group, height, width); statistics in float32, as in PyTorch's norm
         groups = input.float().unflatten(1, (self.num_groups, -1))
         # Of each channel first: read along the channels, in the order of memory where they lie last.
         variance, mean = torch.var_mean(groups, dim=(3, 4), correction=0, keepdim=True)
         center = mean.mean(2, keepdim=True)
+        # The variance of a group is that within its channels plus that between their means.
         variance = (variance + (mean - center).square()).mean(2, keepdim=True)
         normed = ((groups - center) * (variance + self.eps).rsqrt()).flatten(1, 2)
         return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
@@ -95,6 +98,7 @@ class NextFlowAttentionBlock(GradientCheckpointingLayer):
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
+        # No mask: a stack has images of one size, without padding.
         attended, _ = attention_interface(self, query, key, value, None, scaling=self.scaling, is_causal=False)
         # (batch, height * width, 1 head, channels) -> (batch, channels, height, width)
         attended = attended.squeeze(2).transpose(1, 2).unflatten(2, hidden_states.shape[2:])
@@ -138,6 +142,7 @@ class NextFlowDownsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # VQGAN's padding, which TokenFlow's weights were trained with.
         return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
 
 
@@ -223,6 +228,7 @@ class NextFlowPixelDecoder(nn.Module):
         enlarge = nn.Sequential(*self.levels[1:], self.norm_out, self.conv_out)  # also works on a part of the map
         if tile_size is None:
             return enlarge(hidden_states)
+        # The last level keeps the resolution and the first has doubled it already.
         factor = 2 ** max(len(self.levels) - 2, 0)
         return in_tiles(enlarge, hidden_states, size=tile_size // factor, overlap=tile_overlap // factor)
 
@@ -263,6 +269,7 @@ def in_tiles(
             result = function(maps[:, :, top : top + rows, left : left + columns])
             factor = result.shape[2] // rows
             if total is None or weights is None:
+                # Sums in float32: several tiles meet at a place.
                 total = result.new_zeros(*result.shape[:2], factor * height, factor * width, dtype=torch.float32)
                 weights = total.new_zeros(factor * height, factor * width)
             window = torch.outer(
@@ -292,6 +299,7 @@ def tile_starts(length: int, *, size: int, overlap: int) -> list[int]:
 
 def _fade(cells: int, start: int, length: int, *, overlap: int, factor: int) -> torch.Tensor:
     """Weights (cells * factor,) along a side of a tile: rising from a border that is none of the map, and falling."""
+    # Half a step away from the border, so that no weight is 0 where only one tile lies.
     steps = (torch.arange(cells * factor) + 0.5) / max(overlap * factor, 1)
     weights = torch.ones(cells * factor)
     if start > 0:

@@ -77,6 +77,7 @@ def append_boi(prompts: dict[str, Any], target_grids: torch.Tensor, boi: int, pr
         appended[names[1]] = F.pad(attention_mask, (0, 1), value=1)
     if image_grids is not None:
         _, by_row = split_images(input_ids, image_codes, image_grids, boi_token_id=boi)
+        # Images lie flat over the batch, so each target goes behind the images of its own row.
         both = [grids for row, own in zip(by_row, target_grids) for grids in (row, own[None])]
         appended[names[3]] = torch.cat(both)
     return {**prompts, **appended}

@@ -82,8 +82,8 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
             features = features.float()
             # Not `codebook()`: where weights are offloaded, an embedding has them in its call alone.
             codebook = self.lookup(torch.arange(self.config.codebook_size, device=features.device))
-            target = features.detach()
-            residual, total = features, torch.zeros_like(target)
+            target = features.detach()  # (n, code_dim, height, width)
+            residual, total = features, torch.zeros_like(target)  # the residual keeps its gradient, for the commitment
             codes, target_codes, quantizer_losses, commitment_losses = [], [], [], []
             start = 0
             for index, grid in enumerate(schedule):
@@ -97,7 +97,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
                     continue
 
                 # (n, code_dim, height, width) -> (n, cells, code_dim)
-                query = residual if grid == schedule[-1] else F.interpolate(residual, grid, mode="area")
+                query = residual if grid == schedule[-1] else F.interpolate(residual, grid, mode="area")  # as in VAR
                 query = self.normalize(query.flatten(2).transpose(1, 2))
                 if quantize:
                     sampling = None if noise is None or last else noise[:, cells]
@@ -108,12 +108,12 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
                     code_vectors = query.detach()
                 up = self.upsample(code_vectors, grid, schedule[-1])
                 total = total + up
-                residual = residual - up.detach()
+                residual = residual - up.detach()  # of the sampled code, so later targets correct it
 
                 codes.append(scale_codes)
                 target_codes.append(scale_targets)
-                quantizer_losses.append(self._error(code_vectors, query.detach()))
-                commitment_losses.append(self._error(query, code_vectors.detach()))
+                quantizer_losses.append(self._error(code_vectors, query.detach()))  # moves the codebook
+                commitment_losses.append(self._error(query, code_vectors.detach()))  # moves the features
 
             # The lookup ignores lengths, so directions do not tie the features to the sum that stands in for them.
             weight = self.config.accumulated_loss_weight
@@ -136,6 +136,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
         grids = schedule[:num_scales]
         with torch.autocast(image_codes.device.type, enabled=False):
             scales = image_codes.split([math.prod(grid) for grid in grids], 1)
+            # In the order of `forward`, as the sum of floats depends on it.
             maps = (
                 self.upsample(self.lookup(codes), grid, schedule[-1])
                 for codes, grid in zip(scales, grids, strict=True)
@@ -153,10 +154,12 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
     def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
         """Both parts of (..., code_dim) to length one, in float32."""
         split = [self.config.semantic_code_dim, self.config.pixel_code_dim]
+        # Each part by itself, so neither codebook outweighs the other by its length.
         return torch.cat([F.normalize(part, dim=-1) for part in vectors.float().split(split, -1)], -1)
 
     def upsample(self, code_vectors: torch.Tensor, grid: tuple[int, int], last_grid: tuple[int, int]) -> torch.Tensor:
         """(n, cells of grid, code_dim) to (n, code_dim, *last_grid)."""
+        # As in TokenFlow, no convolution (VAR's phi) follows the upsampling.
         code_map = code_vectors.transpose(1, 2).unflatten(2, grid)
         return code_map if grid == last_grid else F.interpolate(code_map, last_grid, mode="bicubic")
 
@@ -177,9 +180,11 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
             ],
             -1,
         ).flatten(0, 1)
+        # (code_dim, codebook_size); an index has no gradient.
         codebook = codebook.detach().T
         inputs, targets = [], []
         for start in range(0, len(weighted), self.config.search_chunk_size):
+            # A similarity matrix is (cells, codebook_size): of a batch of large images it would not fit.
             cells = slice(start, start + self.config.search_chunk_size)
             similarity = weighted[cells] @ codebook
             nearest = similarity.argmax(-1)
@@ -191,6 +196,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
 
     def _self_correct(self, similarity: torch.Tensor, nearest: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         top_k = min(self.config.self_correction_top_k, self.config.codebook_size)
+        # `similarity` is a constant minus half the distance, hence the factor 2 below.
         candidates = similarity.topk(top_k, -1)
         # p ~ softmax(-distance), sampled by inverting the cumulative sum: one uniform number a cell.
         cumulative = (2 * candidates.values).softmax(-1).cumsum(-1)

@@ -90,6 +90,7 @@ def scale_plan(
         for name in ("guidance_scale", "image_guidance_scale"):
             if isinstance(settings[name], (list, tuple)):
                 continue
+            # Lists say themselves what each scale has.
             if guidance_schedule == "early" and index >= max(1, last - 1):
                 step[name] = 1.0
             elif guidance_schedule == "linear" and name == "guidance_scale":
@@ -108,6 +109,7 @@ def _setting_of(name: str, value: Any, index: int, count: int, names: Mapping[st
     default, high = (0, math.inf) if name == "top_k" else (1.0, 1.0 if name == "top_p" else math.inf)
     if value is None:
         return default
+    # `bool` is a number to Python, and almost always a mistake here.
     if value is True or value is False or not issubclass(type(value), Real):
         raise ValueError(
             f"{shown} is {value!r} ({type(value).__name__}), expected a number or a list with one a scale"
@@ -174,6 +176,7 @@ class ScaleInput:
 def prepare_scales(inputs: Sequence[ScaleInput], plan: Sequence[ScaleStep], device: torch.device) -> None:
     """Fill in the `numbers` that are needed: none for the best code, nor for a row that has all codes."""
     for own, step in zip(inputs, plan):
+        # Numbers that exist are kept: a callback that changes later steps must not change the noise.
         if own.numbers is not None or not step.temperature or (own.given is not None and own.is_given is None):
             continue
         batch, cells = len(own.generators), math.prod(step.grid)
@@ -181,6 +184,7 @@ def prepare_scales(inputs: Sequence[ScaleInput], plan: Sequence[ScaleStep], devi
             own.numbers = random_numbers(own.generators, batch, cells, device)
             continue
         own.numbers = torch.zeros(batch, cells, 1, dtype=torch.long, device=device)
+        # A row that has all codes takes no numbers, as it would alone, where the scale has no mask.
         for row in (~own.is_given.all(dim=1)).nonzero()[:, 0].tolist():
             own.numbers[row] = random_numbers([own.generators[row]], 1, cells, device)[0]
 
@@ -202,11 +206,13 @@ def split_prefix(
         raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
     if mask is not None and (mask.shape != codes.shape or mask.dtype != torch.bool):
         raise ValueError(f"prefix_mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(codes.shape)}")
+    # What is sampled again need not be a code.
     check_codes(codes if mask is None else codes[mask], codebook_size, "prefix_codes")
     ends = ends[: ends.index(codes.shape[1])]
     scales = codes.tensor_split(ends, dim=1)
     if mask is None:
         return [(scale, None) for scale in scales]
+    # A scale that is given in full is not sampled: no logits, no random numbers.
     masks = [None if part.all() else part for part in mask.tensor_split(ends, dim=1)]
     return list(zip(scales, masks))
 
@@ -232,6 +238,7 @@ def guide(
     """
     if unconditional is None:
         return logits
+    # One kernel, and exactly `logits` at a scale of 1.
     guided = unconditional.lerp(logits, scale)
     return guided if imageless is None else guided + (image_scale - 1) * (unconditional - imageless)
 
@@ -251,6 +258,7 @@ def sample_codes(
         codes = logits.argmax(-1)
     else:
         scores, vocabulary = logits.float(), None
+        # Either way the scores descend, as top-p needs; temperature does not change their order.
         if 0 < step.top_k < scores.shape[-1]:
             scores, vocabulary = scores.topk(step.top_k, dim=-1)
         elif step.top_p < 1:
@@ -269,6 +277,8 @@ def random_numbers(
     """Numbers (batch, cells, 1) for [`pick`], of each row's own generator. A CPU generator works for any device."""
     return torch.stack(
         [
+            # One number a cell, not one a choice: 32,768 codes would take as many numbers, and top-k would reorder
+            # them.
             torch.randint(2**63 - 1, (cells, 1), generator=one, device=one.device if one else device).to(device)
             for one in (generators if len(generators) else [None] * batch)
         ]
@@ -291,7 +301,9 @@ def pick(scores: torch.Tensor, numbers: torch.Tensor, ids: torch.Tensor | None =
     choices before it would move a sample.)
     """
     choices = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
+    # Noise is a function of (number of the cell, id of the choice), so any subset in any order gets the same.
     uniform = _splitmix(numbers, choices).float() * 2.0**-63
+    # Gumbel noise is -log(-log(1 - u)). `log1p` keeps small u exact, and these make the large noise that decides.
     choice = (scores - (-torch.log1p(-uniform)).log()).argmax(-1)
     return choice if ids is None else ids.gather(-1, choice[..., None])[..., 0]
 
@@ -299,6 +311,7 @@ def pick(scores: torch.Tensor, numbers: torch.Tensor, ids: torch.Tensor | None =
 def _splitmix(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Number `indices` of SplitMix64's sequence from `seeds`, in [0, 2**63): on any device, without a state."""
 
+    # Constants of SplitMix64, as signed 64-bit integers, which wrap around as unsigned ones do.
     bits = seeds + (indices + 1) * (0x9E3779B97F4A7C15 - 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
         bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1))  # with a logical shift
@@ -335,13 +348,16 @@ class NextFlowSamplingInterface(Host):
         Inputs (images, cells, hidden) of the scale of `next_grid`, from `codes` (images, codes of all scales so far),
         the last of which are those of `grid`, and the scale's own `terms` (images, hidden), see [`get_scale_terms`].
         """
+        # Only the last scale's codes are an input: the sequence has the others in its cache.
         features = self.model.image_codebook(codes[:, -grid[0] * grid[1] :])
         embeds = self.model.connector(self.model.upsampled_features(features, grid, next_grid))
+        # The connector may stay in float32 where the layers are in half precision.
         return (embeds + terms[:, None]).to(self.model.norm.weight.dtype)
 
     def get_block_positions(self, step: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Rotary positions (3, rows, cells) of consecutive blocks, the first of which takes `step` (rows, 1) of the
         text axis. Made without waiting for the device."""
+        # On the CPU, then copied once: with repeats counted on the device the host would wait for their sum.
         sides, counts = torch.tensor(grids), torch.tensor([height * width for height, width in grids])
         height, width = sides.repeat_interleave(counts, dim=0).T
         cell = torch.cat([torch.arange(count) for count in counts.tolist()])
@@ -374,7 +390,9 @@ class NextFlowSamplingInterface(Host):
         """
         guides_states = is_fused and hidden_states[0].dtype == torch.float32
         scores = list(hidden_states) if guides_states else [self.image_logits(states) for states in hidden_states]
+        # Guidance extrapolates: rounding errors of half precision would grow with its scale.
         scores = (torch.cat(scores) if len(scores) > 1 else scores[0]).float()
+        # Up to three conditions, in the order of the prompts' rows.
         scores, unconditional, imageless, *_ = [*scores.split(num_images), None, None]
         guided = guide(
             scores, unconditional, step.guidance_scale, imageless=imageless, image_scale=step.image_guidance_scale
@@ -404,6 +422,7 @@ class NextFlowSamplingInterface(Host):
                 From states (tokens, hidden), a head that maps them to logits, and targets (tokens,) among these logits
                 to tensors (tokens,), such as log-probabilities and entropies.
         """
+        # Sorted ids, so a binary search finds a target's place among them.
         codes, ids = self.code_rows, self.get_text_ids()
         is_code = (targets >= codes.start) & (targets < codes.stop)
         is_text = (targets >= 0) & ~is_code
@@ -417,12 +436,15 @@ class NextFlowSamplingInterface(Host):
             heads = (lambda hidden: F.linear(hidden, weight[codes])), (lambda hidden: F.linear(hidden, weight))
             return score_both(states, *heads)
 
+        # Both kinds in one call of the head: a process may have tokens of one kind alone, and others wait for its
+        # calls.
         of_codes, of_text = with_weight(
             self.lm_head,
             [hidden_states[is_code], hidden_states[is_text]],
             score_with_weight,
             lambda states: score_both(states, self.image_logits, self.lm_head),
         )
+        # `masked_scatter` fills in reading order, in which the boolean indices above have taken the states.
         blank = torch.zeros(targets.shape, device=hidden_states.device)
         return tuple(
             blank.masked_scatter(is_code, code).masked_scatter(is_text, text)
@@ -441,6 +463,7 @@ def with_weight(
     """
     if not isinstance(head, nn.Linear) or head.bias is not None or "forward" in vars(head):
         return otherwise(hidden_states)
+    # A weight of another type is quantised or a shard: only the head's own call knows how to multiply it.
     is_plain = type(head.weight) is nn.Parameter
     if type(head) is not nn.Linear:  # joined of rows that are trained and rows that are not; or FSDP2's class
         is_plain = is_parametrized(head, "weight") or type(head).forward is nn.Linear.forward
@@ -448,6 +471,7 @@ def with_weight(
         return otherwise(hidden_states)
     if not head._forward_pre_hooks:
         return function(hidden_states, head.weight)
+    # On the instance, and called through `__call__`, so that the hooks around it run.
     head.forward = lambda input: function(input, head.weight)
     try:
         return head(hidden_states)

@@ -12,6 +12,7 @@ class UnroundedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "UnroundedModule":
         def without_rounding(tensor: torch.Tensor) -> torch.Tensor:
             applied = fn(tensor)
+            # Only casts to fewer than four bytes round; other devices and wider dtypes are let through.
             rounds = applied.dtype != tensor.dtype and applied.itemsize < 4
             return tensor.to(applied.device) if rounds else applied
 

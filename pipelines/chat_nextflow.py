@@ -257,12 +257,14 @@ class NextFlowConversationMixin(NextFlowImageSteps):
             inputs["image_grids"] = torch.cat([prompt.image_grids[:-1] for prompt in prompts])
             inputs["image_codes"] = torch.cat([prompt.image_codes for prompt in prompts])
         inputs = {name: tensor.to(self._execution_device) for name, tensor in inputs.items()}
+        # Text alone: the image is then sampled like any other, with guidance and previews.
         answer = self.generate_answers(
             inputs, min_images=1, max_images=1, stop_at_image=True, generators=generators, **text
         ).answer()
         thought, reasonings, final_prompts = [], [], []
         for prompt, ids, mask in zip(prompts, answer.sequences.cpu(), answer.attention_mask.cpu(), strict=True):
             written = ids[mask.bool()]
+            # The `<boi>` that ended the text comes back as the end of the prompt.
             written = written[written != self.processor.boi_token_id]
             said = self.processor.tokenizer.decode(written, skip_special_tokens=True)
             reasoning, final_prompt = self.processor.split_reasoning(said)

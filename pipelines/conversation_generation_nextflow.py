@@ -1,4 +1,4 @@
-"""How an answer goes on: when it begins an image, when it stops, and its parts as they come."""
+"""Control of an answer while it is generated: when it begins an image, when it stops, and its parts as they come."""
 
 import queue
 import threading
@@ -50,9 +50,11 @@ class ImagesBeforeEnding(LogitsProcessor):
         begun, tokens = (now - before for now, before in zip(self._count(input_ids), self.prompts))
         missing = self.num_images - begun
         needs_image = missing > 0
+        # The length that is left is just enough for the missing images.
         forced = needs_image & (tokens + missing >= self.max_new_tokens)
         self.was_forced |= forced
         changed = scores.clone()
+        # What would have ended the answer begins an image instead, with the same probability.
         changed[:, self.boi_token_id] = scores[:, [self.boi_token_id, *self.ending]].logsumexp(1)
         changed[:, self.ending] = -float("inf")
         changed[forced] = -float("inf")
@@ -100,9 +102,10 @@ class PartStreamer(TextStreamer):
 
 def iterate(work: Callable[[Callable[[Any], None]], None], stop: Callable[[], None]) -> Iterator[Any]:
     """
-    What `work(emit)` emits, one by one, while it goes on in a thread of its own. An exception there is raised here;
+    What `work(emit)` emits, one by one, while it runs in a thread of its own. An exception there is raised here;
     leaving the loop early calls `stop`, and waits for the thread.
     """
+    # Unbounded, so the thread never waits for a reader who has left.
     parts: queue.SimpleQueue = queue.SimpleQueue()
     done, failures = object(), []
 

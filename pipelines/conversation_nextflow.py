@@ -149,8 +149,9 @@ class NextFlowConversation:
             (parts,) = pipe.decode_answers(output)
             pipe.maybe_free_model_hooks()
 
-            # 3. What the next turn goes on from
+            # 3. What the next turn continues
             answer_ids = output.sequences[:, output.prompt_length :]
+            # This turn without the user's text, and the answer as it is: the unconditional prompt of images to come.
             self._negative_ids = torch.cat([self._negative(message, "", **options), answer_ids], dim=1)
             self._sequence = {"input_ids": output.sequences}
             if len(output.image_grids):
@@ -166,7 +167,7 @@ class NextFlowConversation:
             tensors = [part[name] for part in (self._sequence, turn) if name in part]
             if tensors:
                 inputs[name] = torch.cat(tensors, dim=dim)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # one row, never padded
         return inputs
 
     def _negative(self, message: dict[str, Any], text: str, **options: Any) -> torch.Tensor:

@@ -43,6 +43,7 @@ def decoder_condition(
     semantic_embeds: torch.Tensor, pixel_embeds: torch.Tensor, semantic_features: torch.Tensor
 ) -> torch.Tensor:
     """What the vision tokenizer's `decode_features` says of every cell, as one map (n, channels, rows, columns)."""
+    # Quantised maps are float32; the semantic decoder computes in the tokenizer's dtype.
     return torch.cat([semantic_embeds, pixel_embeds, semantic_features.to(semantic_embeds.dtype)], dim=1)
 
 
@@ -57,8 +58,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
             `"QwenImageTransformer2DModel"`.
         denoiser_config (`dict`): Its configuration, input channels already widened by `projection_dim`.
         condition_channels (`int`):
-            Channels of the condition: the tokenizer's `semantic_code_dim + pixel_code_dim` and its semantic hidden
-            size.
+            Channels of the condition: the vision tokenizer's `config.condition_channels`.
         projection_dim (`int`): Channels that the condition is projected to.
         projection_type (`str`, *optional*, defaults to `"linear"`): `"linear"`, or `"mlp"`: two layers and a GELU.
         upscale_factor (`int`, *optional*, defaults to 1):
@@ -166,7 +166,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         layer = denoiser.get_submodule(family.input_layer)
         width: int = projection_dim or layer.weight.shape[0]
         old_channels = layer.weight.shape[1]
-        wide = _widened(layer, width)
+        wide = _widened(layer, width)  # with zeros: the base model at first
         parent, _, attribute = family.input_layer.rpartition(".")
         setattr(denoiser.get_submodule(parent), attribute, wide)
         # Where `out_channels` was left to follow `in_channels`, it no longer may.
@@ -207,8 +207,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, vision_tokenizer: Any, *, vae_channels: int, pixels_per_cell: int, pixels_per_latent: int
     ) -> None:
         """Raises `ValueError` where the vision tokenizer, or the latents of a VAE, do not fit the decoder."""
-        tokenizer = vision_tokenizer.config
-        channels = tokenizer.semantic_code_dim + tokenizer.pixel_code_dim + tokenizer.semantic_config.hidden_size
+        channels = vision_tokenizer.config.condition_channels
         if channels != self.config.condition_channels:
             raise ValueError(
                 f"the diffusion decoder wants {self.config.condition_channels} channels of condition, but the "
@@ -267,7 +266,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         height, width = hidden_states.shape[-2:]
         hidden_states = hidden_states.to(self.dtype)
-        visual = self.condition_projection(condition.to(self.dtype))
+        visual = self.condition_projection(condition.to(self.dtype))  # (batch, projection_dim, rows, columns)
         if self.family.is_packed:  # a cell is a token, or 2x2 tokens after the second stage
             visual = spread(visual, (height // 2, width // 2)).flatten(2).transpose(1, 2)
             hidden_states = torch.cat([pack_latents(hidden_states), visual], dim=2)
@@ -291,7 +290,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
             assert encoder_hidden_states is not None  # of FLUX it is no option
             sample = self.denoiser(
                 hidden_states,
-                timestep=timestep / 1000,
+                timestep=timestep / 1000,  # from 0 to 1, as its own pipeline passes it
                 guidance=self._guidance(timestep),
                 pooled_projections=pooled_projections,
                 img_ids=_grid_positions(height // 2, width // 2, hidden_states.device),
@@ -301,7 +300,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             sample = self.denoiser(
                 hidden_states,
-                timestep=timestep / 1000,
+                timestep=timestep / 1000,  # likewise
                 encoder_hidden_states_mask=encoder_hidden_states_mask,
                 img_shapes=[[(1, height // 2, width // 2)]] * len(hidden_states),
                 **inputs,
@@ -334,6 +333,7 @@ def encode_captions(
     options |= {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     unused: dict[str, Any] = {"vae": None, "scheduler": None, "transformer": decoder.denoiser}  # for its config
     parts = {name: components[name] for name in components if name.startswith(("text_", "tokenizer"))}
+    # SD3 has up to three text encoders, FLUX two, the UNet and Qwen-Image one.
     two = {name: part for name, part in parts.items() if not name.endswith("_3")}
     first = {name: part for name, part in two.items() if not name.endswith("_2")}
     name = decoder.config.denoiser_class
@@ -374,6 +374,7 @@ def _widened(layer: nn.Linear | nn.Conv2d, extra: int) -> nn.Linear | nn.Conv2d:
         shape = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding")}
         wide = nn.Conv2d(in_channels + extra, out_channels, **shape, **options)
     with torch.no_grad():
+        # Zeros rather than noise: the first training step starts from the base model's predictions.
         wide.weight.zero_()
         wide.weight[:, :in_channels] = layer.weight
         if layer.bias is not None and wide.bias is not None:

@@ -200,6 +200,7 @@ def generator_per_image(
         raise ValueError(f"`generator` is {generator!r:.80}, expected a torch.Generator or a list of them")
     if len(sources) != num_images:
         raise ValueError(f"`generator` has {len(sources)} entries for {num_images} images, expected one or as many")
+    # So an image depends on its own seed alone, not on how many numbers its neighbours use.
     seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=source.device)) for source in sources]
     return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds, strict=True)]
 

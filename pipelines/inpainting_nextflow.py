@@ -79,6 +79,7 @@ def _check_mask(schedule: Any, mask: PIL.Image.Image, grids: list[tuple[int, int
 
 def cell_footprint(vision_tokenizer: Any, grid: tuple[int, int], last_grid: tuple[int, int]) -> torch.Tensor:
     """What each cell of a grid reaches on the last one: (cells, height, width), weights of the enlargement."""
+    # One channel a cell: what a unit vector becomes are the weights of its cell.
     cells = torch.eye(grid[0] * grid[1])[None]
     return vision_tokenizer.quantizer.upsample(cells, grid, last_grid)[0]
 
@@ -163,6 +164,7 @@ def with_prefix(
     if len(given) < len(grids):
         raise ValueError(f"`mask_image` needs a whole image, got {len(given)} of its {len(grids)} scales")
     sampled = inpainted_cells(mask_pixels(mask, grids), grids, coverage=coverage, footprint=footprint)
+    # Scales to keep are kept everywhere, also inside the mask.
     for scale in range(keep_scales or 0):
         sampled[scale][:] = False
     return replace(prompt, prefix_codes=codes, prefix_mask=~torch.cat(sampled))
@@ -181,9 +183,10 @@ def inpainted_cells(mask: torch.Tensor, grids: Grids, *, coverage: float, footpr
         if grid == grids[-1]:
             sampled.append(last.flatten() > 0)
             continue
+        # Bicubic weights are partly negative, and change pixels just as much.
         weights = footprint(grid, grids[-1]).abs().double()
         outside = (weights * (1 - last)).sum((1, 2)) / weights.sum((1, 2))
-        sampled.append(outside <= 1 - coverage + 1e-6)
+        sampled.append(outside <= 1 - coverage + 1e-6)  # sums of weights round
     return sampled
 
 

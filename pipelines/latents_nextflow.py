@@ -37,6 +37,7 @@ def encode_latents(
     """Pixels (n, 3, height, width) in [-1, 1] to float32 latents: the VAE's mode, with `sample` a sample."""
     if vae is None:
         return pixels.float()
+    # A video VAE takes a frame axis: (n, 3, 1, height, width).
     is_video = _is_qwen(vae)
     pixels = pixels.to(vae.dtype)  # where the VAE computes the caller knows: offloaded, it does not say
     distribution = vae.encode(pixels.unsqueeze(2) if is_video else pixels).latent_dist
@@ -62,6 +63,7 @@ def _is_qwen(vae: DecoderVAE) -> bool:
 
 
 def _shift_and_scale(vae: DecoderVAE, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    # What denoisers are trained on: latents of about unit variance.
     if _is_qwen(vae):
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
@@ -74,6 +76,7 @@ def _shift_and_scale(vae: DecoderVAE, latents: torch.Tensor) -> tuple[torch.Tens
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     """(n, channels, height, width) to (n, height / 2 * width / 2, channels * 4): 2x2 patches, row-major."""
     batch, channels, height, width = latents.shape
+    # In the order that FLUX and Qwen-Image were trained with: channels, then rows and columns of the patch.
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, height // 2 * (width // 2), channels * 4)
 
@@ -99,7 +102,7 @@ def predict_in_tiles(
     longer than a tile nothing is cut.
     """
     rows, columns = condition.shape[2:]
-    ratio = latents.shape[2] // rows
+    ratio = latents.shape[2] // rows  # latents that a cell spans
     total, weights = torch.zeros_like(latents), latents.new_zeros(latents.shape[2:])
     for top in _tile_starts(rows, tile):
         for left in _tile_starts(columns, tile):
@@ -110,12 +113,14 @@ def predict_in_tiles(
             weight = ramps[0][:, None] * ramps[1]
             total[place] += weight * part
             weights[place] += weight
+    # Ramps begin at 1, so no weight is 0.
     return total / weights
 
 
 def _tile_starts(length: int, tile: int) -> list[int]:
     if length <= tile:
         return [0]
+    # A quarter of a tile overlaps with the next; the last tile ends at the border.
     return [*range(0, length - tile, tile - tile // 4), length - tile]
 
 

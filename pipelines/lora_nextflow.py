@@ -1,7 +1,7 @@
 """LoRA on the transformer, under the names of diffusers' pipelines: `load_lora_weights`, `set_adapters`, `fuse_lora`.
 
 diffusers' mixin does most of it for any model. Here is what it does for its own denoisers alone: which layouts come
-in, and how they get into a transformers model. By PEFT's hands: transformers' `load_adapter` drops DoRA's magnitudes.
+in, and how they get into a transformers model. PEFT does that: transformers' `load_adapter` drops DoRA's magnitudes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,6 +54,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
         source = pretrained_model_name_or_path_or_dict
         source = source if isinstance(source, dict) else str(source)
         state_dict, metadata = super().lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        # PEFT's layout, whose configuration lies beside the weights and not in their file.
         if any(name.startswith(PEFT_PREFIX) for name in state_dict):
             if not isinstance(source, dict):
                 metadata = {f"transformer.{name}": value for name, value in _peft_config(source, **kwargs).items()}
@@ -125,7 +126,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
                     self._prepare_hotswap(config)
         except Exception:
             if not hotswap and adapter_name in self.get_list_adapters().get("transformer", []):
-                self.delete_adapters(adapter_name)
+                self.delete_adapters(adapter_name)  # the transformer is as it was
             raise
         finally:
             if with_models:
@@ -155,6 +156,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
             from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
             prepare_model_for_compiled_hotswap(self.transformer, config=config, **self._hotswap_options)
+            # Once: later adapters are swapped into the matrices that were padded here.
             self._hotswap_options = None
 
     def fuse_lora(
@@ -184,6 +186,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
         """Takes the adapters out of the weights again; they stay active."""
         names = list(self.fused_loras)
         super().unfuse_lora(components=list(components))
+        # Back from what `fuse_lora` multiplied, so that they weigh the same when they are active again.
         self._scale_adapters(1 / self._fused_scale, names)
         self._fused_scale = 1.0
 
@@ -264,6 +267,7 @@ def _lora_config(state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] |
     }
     if not ranks:
         raise ValueError(f"the LoRA has the weights {list(state_dict)[:3]}, expected names in 'lora_A' and 'lora_B'")
+    # Layers may differ in rank. With alpha = rank each has a scale of 1.
     rank = max(ranks.values())
     return LoraConfig(
         r=rank,
@@ -278,6 +282,7 @@ def _lora_config(state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] |
 def _add_adapter(model: Any, config: Any, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    # Our model also unfuses its layers here: an adapter knows Qwen's names.
     model.add_adapter(config, adapter_name)
     # PEFT need not ask the Hub whether the vocabulary has grown: embeddings are not in the adapter.
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -309,6 +314,7 @@ def _swap_adapter(model: Any, config: Any, state_dict: dict[str, torch.Tensor], 
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     _check_names(own, state_dict)
     for name, value in state_dict.items():
+        # Where the rank stands in the shape. A lower one is padded with zeros by PEFT.
         rank = 0 if "lora_A" in name else 1
         if (
             value.ndim != 2

@@ -102,7 +102,7 @@ class NextFlowPreview:
         grid (`tuple[int, int]`): (height, width) of this scale.
         image_codes (`torch.Tensor` of shape `(total_codes,)`): Codes so far, scale-major.
         image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`):
-            The scales sampled so far: with these as `image_grids` and the codes as `image_codes` another call goes on.
+            The scales sampled so far: with these as `image_grids` and the codes as `image_codes` another call resumes.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor

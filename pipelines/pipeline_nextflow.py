@@ -1,8 +1,8 @@
 """Prompts, source images and messages in, images out (§2): the lifecycle of one call.
 
 The work is done by the components, which meet here through data alone: tokens, `image_grids`, `image_codes`, pixels.
-They are annotated with transformers' base classes, as an island imports no other. diffusers wants exact classes of its
-own models only (`from_pipe` drops others); transformers' it checks with `isinstance`, so nothing is lost.
+Their annotations are transformers' base classes, because this package imports neither modeling nor processing.
+diffusers checks transformers' classes with `isinstance`, so nothing is lost; of its own it wants the exact class.
 """
 
 import copy
@@ -107,6 +107,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             Its parts, as in [`NextFlowDiffusionDecoderPipeline`].
     """
 
+    # In the order in which a call first needs them.
     model_cpu_offload_seq = (
         "vision_tokenizer->transformer->decoder_text_encoder->decoder_text_encoder_2->decoder_text_encoder_3->"
         "diffusion_decoder->decoder_vae"
@@ -186,6 +187,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             for name, part in self.components.items()
             if name.startswith("decoder_")
         }
+        # Anew each time, as components may have been replaced; the weights are shared.
         pipeline = NextFlowDiffusionDecoderPipeline(
             self.diffusion_decoder,
             vision_tokenizer=self.vision_tokenizer,
@@ -310,7 +312,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             decoder_num_inference_steps, decoder_guidance_scale, decoder_strength, decoder_tile_size (*optional*):
                 For the diffusion decoder, as in [`NextFlowDiffusionDecoderPipeline`], with its defaults.
             decoder_generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                For its noise, one or one for each image. By default each image goes on with its own of `generator`.
+                For its noise, one or one for each image. By default each image continues with its own of `generator`.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"`, or `"codes"` (also `"latent"`, as diffusers calls it): no decoding.
             return_dict (`bool`, *optional*, defaults to `True`): Else the same as a tuple.
@@ -368,7 +370,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         else:
             options = {"think": think, "keep_first_size": messages is None, **size}
             prompts = self.encode_prompts(conversations, negative_prompt, settings, **options)
-            prompts = [copy.copy(one) for one in prompts for _ in range(num_images_per_prompt)]
+            prompts = [copy.copy(one) for one in prompts for _ in range(num_images_per_prompt)]  # own codes each
         if conversations and kept:
             source = 0 if messages is None else -1  # the image to keep codes of where none is given
             keep_codes(self, prompts, len(conversations), source, mask_coverage, size_is_given=bool(size), **kept)
@@ -474,7 +476,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         with self.progress_bar(total=self._num_timesteps) as progress:
             for members in groups:
                 group = [prompts[index] for index in members]
-                if group[0].codes is not None:
+                if group[0].codes is not None:  # all were given
                     continue
                 # A callback changes the guidance of one group; the next begins with that of the call.
                 self._guidance_scale = settings["guidance_scale"]
@@ -485,9 +487,11 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 for scale in loaded(self.transformer).stream_images(**inputs):
                     progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
                     progress.update()
+                    # A callback, or whoever reads the previews, may set other guidance before the next scale.
                     guidance = self._guidance_scale, self._image_guidance_scale
                     if callback is not None:
                         call_back(callback, self, first_step + scale.index, scale, group, tensor_inputs)
+                    # Before the `yield`: a preview is made from the codes of its prompts.
                     for prompt, row in zip(group, scale.image_codes, strict=True):
                         prompt.codes, prompt.num_sampled = row, scale.index + 1
                     yield members, scale
@@ -495,7 +499,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                         del scale.plan[scale.index + 1 :]
                     elif guidance != (self._guidance_scale, self._image_guidance_scale):
                         scale.change_guidance(self._guidance_scale, self._image_guidance_scale)
-                first_step += group[0].num_scales or 0
+                first_step += group[0].num_scales or 0  # callbacks count steps through all groups
 
     # ---- 5. Decode
 
@@ -528,12 +532,14 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         images: list[Any] = [None] * len(prompts)
         was_interrupted = self._interrupt
 
+        # An interruption from before has shortened the codes already; one from now on stops the decoder.
         def pass_on(decoder: NextFlowDiffusionDecoderPipeline, *_: Any) -> dict:
             decoder._interrupt = self._interrupt and not was_interrupted
             return {}
 
         for members in groups:
             group = [prompts[index] for index in members]
+            # Whole schedules: a preview is decoded on the last grid.
             codes, grids = join_codes(group)[0], torch.stack([prompt.image_grids[-1] for prompt in group])
             options: dict[str, Any] = {"num_scales": group[0].num_sampled, "output_type": output_type}
             if decoder == "diffusion":

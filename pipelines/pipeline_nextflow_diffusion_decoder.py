@@ -71,6 +71,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         tokenizer, tokenizer_2, tokenizer_3 (`PreTrainedTokenizerBase`, *optional*): Theirs.
     """
 
+    # In the order in which a call first needs them.
     model_cpu_offload_seq = "vision_tokenizer->text_encoder->text_encoder_2->text_encoder_3->diffusion_decoder->vae"
     _optional_components = [
         "image_processor",
@@ -129,7 +130,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance by the codes and the caption, in the call that goes on or the last one."""
+        """Guidance by the codes and the caption, in the current call or the last one."""
         return self._guidance_scale
 
     @property
@@ -252,12 +253,14 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             if scheduler.config["use_dynamic_shifting"]:
                 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+                # Larger images take noisier timesteps; a token is 2x2 latents.
                 names = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
                 tokens = latent_size[0] * latent_size[1] // 4
                 options["mu"] = calculate_shift(tokens, *(scheduler.config[name] for name in names))
             if self.diffusion_decoder.family.is_packed:  # as the pipelines of these denoisers do
                 options["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **options)
+        # Schedulers of second order have two timesteps a step.
         first = (num_inference_steps - int(num_inference_steps * strength)) * scheduler.order
         if hasattr(scheduler, "set_begin_index"):  # DDIM and DDPM know their place by the timestep
             scheduler.set_begin_index(first)
@@ -272,6 +275,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         init_image: list | None = None,
     ) -> torch.Tensor:
         """Latents of the image to begin with: `init_image`, or what the vision tokenizer decodes."""
+        # All images share the schedule of the first, whose largest grid is the last.
         height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
         device = self._execution_device
         if init_image is not None:
@@ -301,6 +305,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         device = self._execution_device
         shape = (num_images, self.diffusion_decoder.latent_channels, *size)
         if noise is None:
+            # Float32 from each image's own generator: the same noise in any batch and precision.
             noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(noise.shape)}, expected {shape}")
@@ -363,6 +368,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             latents = scheduler.scale_model_input(latents, timestep)
         if self.do_classifier_free_guidance:
             latents = latents.repeat(2, 1, 1, 1)
+            # Training drops the condition to zeros, together with the caption.
             condition = torch.cat([torch.zeros_like(condition), condition])
 
         def denoise(latents: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -387,6 +393,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         generators: list[torch.Generator] | None,
     ) -> torch.Tensor:
         """One step of the scheduler. One that needs noise takes it from the images' generators."""
+        # Schedulers that add no noise take no generator.
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": generators} if takes_generator else {}
         return scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
@@ -394,6 +401,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
         """Images of latents."""
         pixels = decode_latents(self.vae, latents)
+        # Tensors come on the CPU, as those of `NextFlowPipeline.decode_codes` do.
         return self.pixel_processor.postprocess(pixels.cpu() if output_type == "pt" else pixels, output_type)
 
     def load_lora_weights(
@@ -414,6 +422,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         unknown = sorted(set(plain) - set(self.diffusion_decoder.state_dict()))
         if unknown:
             raise ValueError(f"the LoRA has weights {unknown[:4]}, expected some of the diffusion decoder's")
+        # Before the LoRA is in, which renames the weights of the layers that it wraps.
         self.diffusion_decoder.load_state_dict(plain, strict=False)
         lora = {name: value for name, value in state_dict.items() if ".lora_" in name}
         self.diffusion_decoder.load_lora_adapter(
@@ -528,7 +537,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
                 sample = self.prepare_latents(
                     scheduler, timesteps[0], len(members), size, own, noise=latents, start=start
                 )
-                rows = [*members, *(index + num_images for index in members)]
+                rows = [*members, *(index + num_images for index in members)]  # negatives, then captions
                 text = {name: None if value is None else value[rows] for name, value in texts.items()}
                 options = {"tile": tile, "progress": progress, "first_step": position * len(timesteps)}
                 options |= {"callback": callback_on_step_end, "tensor_inputs": tensor_inputs}

@@ -1,7 +1,7 @@
 """Prompts of images: from messages to the rows that the transformer samples from, and from its codes to pixels.
 
-The components meet here through data alone: tokens, `image_grids`, `image_codes`, pixels. Knows nothing of how a call
-goes on.
+The components meet here through data alone: tokens, `image_grids`, `image_codes`, pixels. Knows nothing of the order
+of a call's steps.
 """
 
 import math
@@ -71,6 +71,7 @@ class NextFlowImagePrompt:
 
 def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     """Indices of the images that are sampled together: those of one schedule, and with as much given."""
+    # A pass of the transformer has one grid, and one boundary between given and sampled scales, for all its rows.
     given = [0 if prompt.prefix_codes is None else len(prompt.prefix_codes) for prompt in prompts]
     return group_equal([(count, str(prompt.image_grids[-1].tolist())) for count, prompt in zip(given, prompts)])
 
@@ -93,6 +94,7 @@ def collate_prompts(
     for index, (name, rows) in enumerate(conditions.items()):
         members = slice(index * len(prompts), (index + 1) * len(prompts))
         targets = [prompt.image_grids[-1:] for prompt in prompts]
+        # What guides a prompt may hold fewer sources, but it samples the same image: the target is the prompt's.
         grids = [part for (one, _), target in zip(rows, targets) for part in (one.image_grids[:-1], target)]
         inputs[f"{name}input_ids"], inputs[f"{name}attention_mask"] = padded[members], mask[members]
         inputs[f"{name}image_grids"] = torch.cat(grids)
@@ -107,6 +109,7 @@ def join_codes(prompts: Sequence[NextFlowImagePrompt]) -> tuple[torch.Tensor, to
     """Codes (total_codes,) so far of all images, and the schedules (images, max_scales, 2) of the scales they are."""
     codes = torch.cat([prompt.codes for prompt in prompts if prompt.codes is not None])
     grids = torch.stack([prompt.image_grids[-1] for prompt in prompts])
+    # `stack` has copied them: the prompts keep their whole schedules.
     for row, prompt in zip(grids, prompts, strict=True):
         row[prompt.num_sampled :] = 0
     return codes, grids.to(codes.device)
@@ -189,8 +192,10 @@ def call_back(
     """Let the callback see the codes so far, and replace them by those that it returns."""
     codes = scale.image_codes
     grids = torch.stack([prompt.image_grids[-1] for prompt in group])
+    # Copies, so that a change counts only where it is returned.
     tensors = {"latents": codes.clone(), "image_codes": codes.clone(), "image_grids": grids}
     returned = callback(pipe, step, scale.index, {name: tensors[name] for name in tensor_inputs}) or {}
+    # Two names of one tensor, of which a callback may return both: the one that differs was changed.
     for name in ("latents", "image_codes"):
         changed = returned.get(name)
         if changed is not None and not torch.equal(changed.to(codes.device), codes):
@@ -211,11 +216,11 @@ class NextFlowImageSteps(NextFlowBasePipeline):
 
     _guidance_scale: PerScale = 1.0
     _image_guidance_scale: PerScale = 1.0
-    _current: Any = None  # the work that the pipeline is at, by which a preview knows that it may go on
+    _current: Any = None  # the prompts of the newest call: previews of an older one are refused
 
     @property
     def guidance_scale(self) -> PerScale:
-        """Guidance towards the text, in the call that goes on or the last one."""
+        """Guidance towards the text, in the current call or the last one."""
         return self._guidance_scale
 
     @property
@@ -239,8 +244,9 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         self._checked = components  # what was refused is refused again
 
     def _begin(self, work: Any = None) -> None:
-        """From now on nobody has interrupted the pipeline, and what went on before cannot go on."""
+        """Start `work`: clear an earlier interruption, and let previews of earlier work raise when resumed."""
         components = self.transformer, self.vision_tokenizer, self.processor, self.diffusion_decoder
+        # A component may have been assigned since (`pipe.transformer = ...`), which registers nothing.
         if any(one is not other for one, other in zip(components, self._checked, strict=True)):
             self.check_components()
         self._interrupt = False
@@ -289,14 +295,14 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         rows = [*conversations, *negative, *(imageless_conversations or [])]
         inputs = self.processor.apply_chat_template(rows, **options, padding=False, return_tensors=None, **size)
         ids = [torch.tensor(row) for row in inputs["input_ids"]]
-        counts = [row.count(self.processor.boi_token_id) for row in inputs["input_ids"]]
+        counts = [row.count(self.processor.boi_token_id) for row in inputs["input_ids"]]  # with the one to sample
         grids = torch.tensor(inputs["image_grids"]).split(counts)
         if counts[count:][: len(negative)] != counts[: len(negative)]:
             raise ValueError("the unconditional prompts have other images than the prompts, expected the same")
 
         # The images of unconditional prompts are those of the prompts, or some of them.
         encoded = [*range(count), *range(count + len(negative), len(rows))]
-        sources = torch.cat([grids[row][:-1] for row in encoded])
+        sources = torch.cat([grids[row][:-1] for row in encoded])  # without it: it has no codes yet
         codes = sources.new_zeros(0)
         if len(sources):
             row_of_image = [row for row, part in enumerate(grids) for _ in part[:-1]]
@@ -310,7 +316,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
             prompt.negative_input_ids = ids[count + index] if negative else None
             prompt.imageless = imageless[index] if imageless else None
             if keep_first_size and len(prompt.image_grids) > 1 and not size.keys() - {"resolution"}:
-                first = self.processor.target_image_grids(prompt.image_grids[:1])
+                first = self.processor.target_image_grids(prompt.image_grids[:1])  # without a repeated last grid
                 prompt.image_grids = torch.cat([prompt.image_grids[:-1], first])
         return prompts
 
@@ -329,6 +335,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         rows = list(zip(conversations, one_per_prompt("negative_prompt", negative_prompt or "", count)))
         guides_images = guides(settings["image_guidance_scale"])
         unconditional = {}
+        # Guidance towards images compares three prompts, so it also needs the one without text.
         if guides_images or guides(settings["guidance_scale"]):
             negative = [processor.unconditional_messages(row, text) for row, text in rows]
             unconditional["negative_conversations"] = negative
@@ -380,7 +387,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
             grids = grids[:num_scales]
             for prompt in (prompts[index] for index in members):
                 prompt.num_scales = len(grids)
-                given = None if prompt.prefix_mask is not None else prompt.prefix_codes
+                given = None if prompt.prefix_mask is not None else prompt.prefix_codes  # cells of it are sampled
                 if given is not None and len(given) >= num_cells(grids):  # nothing is left to sample
                     prompt.codes, prompt.num_sampled = given[: num_cells(grids)].to(self._execution_device), len(grids)
             self._num_timesteps += 0 if first.codes is not None else len(grids)
@@ -395,6 +402,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         if height is not None:
             warn_once(f"`resolution` is {resolution}, which is none of {known}: `height` and `width` say the size")
             return None
+        # By ratio, as resolutions double: 384 is nearer to 512 than to 256.
         nearest = min(known, key=lambda one: abs(math.log(one / resolution)))
         warn_once(f"`resolution` is {resolution}, which is none of {known}: the nearest is taken, {nearest}")
         return nearest

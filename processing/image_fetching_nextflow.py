@@ -64,6 +64,7 @@ def _get(url: str, deadline: float, allow_private_addresses: bool) -> Iterator[H
     host, port = parts.hostname, parts.port or _PORTS[parts.scheme]
     sock = _connect(host, port, deadline, allow_private_addresses)
     if parts.scheme == "https":
+        # The handshake waits for the server as well, so it comes later, under the timer.
         sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     # The timeout of a socket counts from each byte, of which a slow server may send many.
     timer = threading.Timer(deadline - time.monotonic(), _shut_down, [sock])
@@ -108,6 +109,7 @@ def _connect(host: str, port: int, deadline: float, allow_private_addresses: boo
     for index, address in enumerate(addresses):
         try:
             timeout = max(min(MAX_SILENCE, deadline - time.monotonic()), 1e-3)
+            # To the address that was checked: looked up again, the name could lead elsewhere.
             return socket.create_connection((address, port), timeout=timeout)
         except OSError:
             if index == len(addresses) - 1:
@@ -117,6 +119,7 @@ def _connect(host: str, port: int, deadline: float, allow_private_addresses: boo
 
 def _is_public(text: str) -> bool:
     address = ipaddress.ip_address(text)
+    # ::ffff:10.0.0.1 leads to 10.0.0.1.
     address = getattr(address, "ipv4_mapped", None) or address
     translated = address.version == 6 and any(address in network for network in _TRANSLATED)
     site_local = address.version == 6 and address.is_site_local

@@ -71,7 +71,7 @@ def load_image(
     """
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
-        source = source.float() if source.is_floating_point() else source
+        source = source.float() if source.is_floating_point() else source  # NumPy has no bfloat16
         return _from_array(source.numpy(), bool(channels_last), max_pixels, name or "the image tensor")
     if isinstance(source, np.ndarray):
         return _from_array(source, channels_last in (None, True), max_pixels, name or "the image array")
@@ -101,6 +101,7 @@ def open_header(
         raise ValueError(f"{name} has {size} bytes, expected at most {max_bytes}")
     Image.init()  # knows all formats from here on
     with _decoding(name, formats):
+        # A build of Pillow may lack a format, such as AVIF.
         image = Image.open(opened, formats=[one for one in formats if one in Image.OPEN])
     with image:
         _check_size(image.height, image.width, max_pixels, name)
@@ -123,6 +124,7 @@ def _find_file(source: Any, name: str | None, max_bytes: int, fetching: dict[str
     if isinstance(source, str) and source.startswith("data:"):
         name = name or "the data URI"
         try:
+            # Strictly: by default Python skips what is no base64, and the rest decodes to another image.
             return base64.b64decode(source.partition(",")[2], validate=True), name
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"{name} is not base64: {error}") from error
@@ -153,7 +155,7 @@ def _decoding(name: str, formats: Sequence[str] = FORMATS) -> Iterator[None]:
     """Turns whatever Pillow's decoders raise into a `ValueError` about `name`. Wraps calls of Pillow alone."""
     try:
         yield
-    except MemoryError:
+    except MemoryError:  # says nothing about the file
         raise
     except UnidentifiedImageError as error:
         raise ValueError(
@@ -180,6 +182,7 @@ def _to_rgb(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     image, depth = _first_frame(image, name)
     image = _upright(image, name)
     profile = image.info.get("icc_profile")
+    # First, as the conversion of a profile takes 8 bits.
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image, depth, name)
     if profile:
@@ -208,7 +211,7 @@ def _first_frame(image: Image.Image, name: str) -> tuple[Image.Image, int | None
         frame = image.tell()
         image.seek(0)
         first, depth = image.copy(), _header_depth(image)
-        image.seek(frame)
+        image.seek(frame)  # as the caller had it
         return first, depth
 
 
@@ -255,6 +258,7 @@ def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
         warnings.warn(f"the colour profile of {name} is ignored: {error}", stacklevel=2)
         return image
     assert colors is not None  # as it is not done in place
+    # Profiles know no transparency: it is carried over.
     if image.has_transparency_data:
         colors.putalpha(image.convert("RGBA").getchannel("A"))
     return colors

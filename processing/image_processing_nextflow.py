@@ -88,6 +88,7 @@ def crop_box(
             f"without do_resize the image is {height} x {width} pixels (height x width), expected "
             f"{target_height} x {target_width}, the size of its bucket"
         )
+    # Whole pixels: without a resize nothing is interpolated.
     left, top = float((width - target_width) // 2), float((height - target_height) // 2)
     return left, top, left + target_width, top + target_height
 

@@ -144,10 +144,12 @@ def take_images(
                     continue
                 data = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
                 if data and part.get("base64") is not None:
+                    # The value may be a whole data URI already.
                     data = [f"data:image/any;base64,{data[0].rpartition(',')[2]}"]
                 if not data:
                     data = spare[len(empty) : len(empty) + 1]
                     empty.append(f"message {index}, part {number}")
+                # A part that finds no image is counted, and refused below.
                 rows[-1].extend(data)
                 by_assistant[-1].append(message["role"] == "assistant")
                 message["content"][number] = {"type": "image"}
@@ -180,7 +182,7 @@ def with_thinking_prompt(conversation: list[dict[str, Any]]) -> list[dict[str, A
     """The messages with `THINKING_PROMPT` as their system message, in front of what theirs says, once."""
     if not conversation or conversation[0].get("role") != "system":
         return [{"role": "system", "content": THINKING_PROMPT}, *conversation]
-    if without_thinking_prompt(conversation) is not conversation:
+    if without_thinking_prompt(conversation) is not conversation:  # it asks already
         return conversation
     first, *others = conversation
     content = first.get("content") or ""
@@ -219,6 +221,7 @@ def unconditional_messages(
     if conversation and conversation[0]["role"] == "system":
         conversation = without_thinking_prompt(conversation)
     for message in conversation:
+        # As training drops text: the words of the system and of the assistant stay.
         if message["role"] == "user":
             parts = [] if isinstance(message["content"], str) else message["content"]
             kept = [part for part in parts if part["type"] != "text" and (keep_images or part["type"] != "image")]
@@ -249,6 +252,7 @@ class ControlTokens:
     def cut(self, given: Any, *, refuse: bool) -> Any:
         """Strings in `given` with a cut inside every control token, so that the tokenizer never sees it whole."""
         if isinstance(given, str):
+            # Our mark is no text: inside a control token it would hide that from the search.
             given = given.replace(CUT, "")
             found = self.pattern.search(given)
             if found is None:
@@ -258,6 +262,7 @@ class ControlTokens:
                     f"a message contains the control token {given[found.start() : found.start() + 24]!r}: as text it "
                     "is safe only with tokenize=True; if it is meant, pass sanitize_control_tokens=False"
                 )
+            # Behind the first character: the rest is no token any more, wherever the text is split.
             starts = {match.start() for match in self.pattern.finditer(given)}
             return "".join(letter + CUT if index in starts else letter for index, letter in enumerate(given))
         if isinstance(given, dict):
@@ -281,6 +286,7 @@ class ControlTokens:
         for part in content or []:
             part = {name: self.cut(value, refuse=refuse) for name, value in part.items()}
             parts.append({**part, "text": seam + part["text"] + seam} if part.get("type") == "text" else part)
+        # A token may also be spelled across two parts, which templates join.
         if refuse:
             self.cut("".join(part.get("text") or "" for part in parts), refuse=True)
         return {**cut, "content": parts}

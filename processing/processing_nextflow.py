@@ -247,7 +247,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         conversations, is_batched = as_conversations(conversation, template)
         kwargs |= processor_kwargs or {}
         images, negative_prompt = kwargs.pop("images", images), kwargs.pop("negative_prompt", negative_prompt)
-        given = dict(kwargs)
+        given = dict(kwargs)  # the unconditional prompts take the same
         if not kwargs.get("load_audio_from_video", True):  # `transformers serve` says it to all processors
             del kwargs["load_audio_from_video"]
         variables = {name: kwargs.pop(name) for name in [*kwargs] if name not in _OPTIONS}
@@ -323,6 +323,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         tokens |= {name: variables.pop(name) for name in tokens if name in variables}
         rendering = {**rendering, **variables}
         if sanitize:
+            # All that the caller gives is cut, also a template's variables: only the template itself is trusted.
             cut = self._control_tokens
             chats = [[cut.as_text(message, refuse=refuse) for message in row] for row in chats]
             rendering = {name: value and cut.cut(value, refuse=refuse) for name, value in rendering.items()}
@@ -352,6 +353,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         text_options.pop("add_special_tokens", None)  # the template writes them all
         if unknown := sorted(name for name, value in text_options.items() if value and name not in _TEXT_OPTIONS):
             raise TypeError(f"got unsupported tokenizer options {unknown}")
+        # Pixels come in the form that tokens do.
         options["images_kwargs"]["return_tensors"] = text_options.get("return_tensors")
         mode = options.get("generation_mode")
         if mode not in _GENERATION_MODES:
@@ -360,6 +362,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
 
     @staticmethod
     def _check_template(template: str, variables: dict[str, Any], tools: list[dict] | None) -> None:
+        # A template ignores what it does not know, and a misspelled option with it.
         if unknown := sorted(name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)):
             raise TypeError(f"got unexpected options {unknown}, which the chat template does not use either")
         if tools and "tool" not in template:
@@ -378,6 +381,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
+        # Made once: its pattern covers tens of thousands of tokens.
         return ControlTokens(self.tokenizer, (self.image_token, self.boi_token, self.eoi_token))
 
     # ---- back again

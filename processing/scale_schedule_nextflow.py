@@ -105,6 +105,7 @@ class ScaleSchedule:
         height, width = self.grids(bucket, num_scales)[-1]
         return round(height * self.patch_size), round(width * self.patch_size)
 
+    # Schedules are frozen and few, so it does no harm that the cache keeps them alive.
     @lru_cache(maxsize=1024)  # noqa: B019
     def nearest_bucket(self, height: float, width: float) -> tuple[int, int]:
         """
@@ -206,6 +207,7 @@ def grids_of_size(
     sizes = {side: schedule.pixel_size(bucket, schedule.num_scales(side)) for side in schedule.resolutions}
     exact = [side for side, size in sizes.items() if size == (height, width)]
     if resolution is None and exact:
+        # Small grids of neighbouring resolutions may be equal after rounding: take the one with more scales.
         resolution = exact[-1]
     elif resolution is None:
         halvings = range(default.bit_length())

@@ -120,10 +120,12 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             cells = [sum(height * width for height, width in grids) for grids in schedules]
             to_sample = cells[-1] if ids[-1:] == [self.boi_token_id] else 0  # cells of scales 2..K, and `<eoi>`
             remaining = iter(cells)
+            # Scale 1 is predicted at `<boi>`, so it has no placeholder.
             repeats = [next(remaining) - 1 if token == self.image_token_id else 1 for token in ids]
             counts.append([count for token, count in zip(ids, repeats) if token == self.image_token_id])
             ids = [token for token, count in zip(ids, repeats) for _ in range(count)]
             mask = [inside for inside, count in zip(in_response[index], repeats) for _ in range(count)]
+            # An image to sample must fit as well, or sampling would have to stop within it.
             kept = slice(None)
             if len(ids) + to_sample > limit:
                 kept = self._kept_tokens(index, len(ids), to_sample, int(limit), text_options, bool(schedules))
@@ -152,8 +154,10 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         rows, in_response = [], []
         for index, text in enumerate(texts):
             ids, mask, position = [], [], 0
+            # The last span is empty: before it stands the text behind the last response.
             for start, end in [*(responses[index] if responses else ()), (len(text), len(text))]:
                 for piece, inside in ((text[position:start], False), (text[start:end], True)):
+                    # A cut lies inside what spells a control token, whose halves are tokenized as text.
                     for part in filter(None, piece.split(CUT)):
                         ids += self.tokenizer.encode(part, add_special_tokens=False)
                         mask += [inside] * (len(ids) - len(mask))
@@ -190,6 +194,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
                 framed.append(token)
             else:
                 framed.append(token)
+            # A frame that is added belongs to a response if its placeholder does.
             inside += [mask[position]] * (len(framed) - len(inside))
             position += length
         return framed, inside
@@ -214,6 +219,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         is_interleaved = options.get("generation_mode") == "interleaved"
         asked = [name for name in SIZE_OPTIONS if options.get(name) is not None]
         requested, schedule = None, self.image_processor.schedule
+        # Rows of one length, as `image_grids` is a tensor.
         blank = [[0, 0]] * (schedule.max_scales + self.append_last_scale)
         image_grids, target_grids = [], []
         for index, ids in enumerate(rows):
@@ -226,6 +232,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             samples = ids[-1:] == [self.boi_token_id]
             if not (samples or is_interleaved):
                 continue
+            # Taken from `shown`: an image to sample has no repeated last grid.
             target = shown[-1] if shown and not asked else requested
             if target is None:  # as asked for, else square; once a call, as it may warn
                 resolution, default = options["images_kwargs"].get("resolution"), self.image_processor.resolution
@@ -251,6 +258,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         self, rows: list[list[int]], columns: dict[str, tuple[list[list[int]], int]], text_options: dict[str, Any]
     ) -> dict[str, list[list[int]]]:
         """The rows with their mask, and further columns with what fills them, padded as the tokenizer does."""
+        # Rows are cut already; the tokenizer would cut through images.
         names = ["truncation"] if text_options.get("padding") == "max_length" else ["truncation", "max_length"]
         text_options = {name: value for name, value in text_options.items() if name not in names}
         padded = self.tokenizer.pad({"input_ids": rows}, **text_options)
@@ -291,6 +299,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
         """Rows of `image_grids` (images, max_scales, 2) of given images, for images to sample at their size."""
         if not self.append_last_scale:
             return image_grids
+        # The repeated grid shows the codes of a scale that an image to sample ends with.
         is_last = (image_grids[..., 0] > 0).sum(-1, keepdim=True) - 1 == torch.arange(image_grids.shape[1])
         return image_grids.masked_fill(is_last[..., None], 0)
 
@@ -301,6 +310,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             cells = self.image_token * count
             framed = text.endswith(self.boi_token, 0, match.start())
             replacement = cells if framed else f"{self.boi_token}{cells}{self.eoi_token}"
+            # The caller never sees the cuts.
             start, length = match.start() - text.count(CUT, 0, match.start()), len(self.image_token)
             found.append(
                 {

@@ -46,11 +46,11 @@ def extend_tokenizer(
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, expected at most text_vocab_size = {text_vocab_size}"
         )
-    add([f"<|text_filler_{index}|>" for index in range(len(tokenizer), text_vocab_size)])
+    add([f"<|text_filler_{index}|>" for index in range(len(tokenizer), text_vocab_size)])  # Qwen pads its embedding
     add([*map(code_token, range(codebook_size)), "<boi>", "<eoi>"])
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
-    # Where rows are padded that are to be gone on with. What is not an argument of the tokenizer's is not saved.
+    # Pad on the left, for generation. The tokenizer saves only what is among its arguments.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
     ids = [tokenizer.convert_tokens_to_ids(token) for token in (code_token(0), "<boi>", "<eoi>")]

@@ -129,6 +129,7 @@ class Guard:
         async def limited() -> Message:
             nonlocal num_bytes
             message = await receive()
+            # Counted on arrival: a chunked request announces no length.
             num_bytes += len(message.get("body", b""))
             if num_bytes > self.max_bytes:
                 raise BadRequest(f"the request has more than {self.max_bytes} bytes", status=413)
@@ -153,6 +154,7 @@ class Guard:
             if foreign:
                 return BadRequest("this server answers its own machine alone", status=403)
             return None
+        # Compared in constant time below, which tells nothing of the key.
         given = headers.get("authorization", "").removeprefix("Bearer ").encode()
         if path != "/health" and not hmac.compare_digest(given, self.api_key.encode()):
             return BadRequest("the API key is missing or wrong: send `Authorization: Bearer KEY`", status=401)
@@ -287,6 +289,7 @@ class Api:
             raise BadRequest(f"n is {body.n}, expected 1 in a conversation", "n")
         messages = await asyncio.to_thread(body.conversation, self.limits)
         if set(body.modalities) == {"image"}:
+            # A schedule of its own keeps a conversation out of batches: its size follows from its images.
             job: Any = worker.ImageRequest(
                 messages=messages, schedule=uuid.uuid4(), **self._image_job(body, body.image_settings)
             )
@@ -451,6 +454,7 @@ class Api:
                 try:
                     found = await asyncio.wait_for(events.get(), POLL_SECONDS)
                 except TimeoutError:
+                    # A client that has gone is noticed only when asked for.
                     if await request.is_disconnected():
                         raise ClientGone from None
                     continue

@@ -136,13 +136,16 @@ class ImageRequest(Request):
 
     @property
     def key(self) -> Hashable:
+        # By their `repr`, as lists cannot be hashed.
         settings = tuple(sorted((name, repr(value)) for name, value in self.settings.items()))
+        # What all requests of a batch have or lack: the pipeline's arguments are lists for the whole batch.
         kind = (self.prompt is None, bool(self.images), self.mask is None)
         return (ImageRequest, kind, self.schedule, self.count, self.left_out, settings)
 
     def show(self, pipe: Any, count: int, codes: torch.Tensor, grids: torch.Tensor) -> None:
         """Send a preview after the first `count` scales if one is due. Previews are spread evenly over the scales."""
         most, wanted = pipe.num_timesteps - 1, self.partial_images
+        # After equal shares of the scales, and never the last, which is the image itself.
         spread = (round((most + 1) * (index + 1) / (wanted + 1)) for index in range(wanted))
         due = sorted({min(max(one, 1), most) for one in spread if most > 0})
         if count in due and not self.is_over:
@@ -173,6 +176,7 @@ class ImageRequest(Request):
             codes, grids = tensors["image_codes"], tensors["image_grids"]
             sampled.update(codes=codes.shape[1], grids=grids, scales=scale + 1)
             is_enough = 0 < first.left_out >= pipe.num_timesteps - scale - 1
+            # One call samples the whole batch, so it stops only when nobody waits for any of its images.
             if is_enough or all(request.is_over for request in requests):
                 pipe._interrupt = True
                 return {}
@@ -181,6 +185,8 @@ class ImageRequest(Request):
                 request.show(pipe, scale + 1, codes[own].flatten(), grids[own])
             return {}
 
+        # The pipeline takes one number of its generator for each image: the images of a request differ, whoever shares
+        # the batch.
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         output = pipe(
             **ImageRequest.inputs(requests),
@@ -281,6 +287,7 @@ class Worker:
                 raise Stopped("the server is shutting down")
             self._drop_what_is_over()
             if len(self._waiting) >= self.max_queue:
+                # An estimate: the images that wait, in full batches of average duration.
                 batches = sum(waiting.count for waiting in self._waiting) / self.max_batch
                 raise QueueFull(max(1, round(batches * self._seconds)))
             self._waiting.append(request)
@@ -310,6 +317,7 @@ class Worker:
                 batch, seconds = self._find_batch()
                 if seconds == 0:
                     break
+                # Until a request comes, or the oldest has waited long enough.
                 self._changed.wait(seconds)
             self._waiting = [request for request in self._waiting if request not in batch]
             return batch
@@ -318,10 +326,12 @@ class Worker:
         """Return the next batch and the seconds until it starts; `None` if the queue is empty."""
         if not self._waiting:
             return [], 0 if self._is_stopped else None
+        # The oldest request decides: others may overtake to join it, but nothing overtakes the oldest.
         first = self._waiting[0]
         alike = [request for request in self._waiting if request.key == first.key]
         most = max(1, self.max_batch // first.count)
         batch = alike[:most]
+        # A conversation shares no batch, so it need not wait for others.
         if self._is_stopped or len(alike) >= most or isinstance(first, ChatRequest):
             return batch, 0
         return batch, max(0, first.submitted + self.max_wait - time.monotonic())

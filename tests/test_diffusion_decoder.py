@@ -365,6 +365,9 @@ def test_bad_decoders_are_refused():
     pipe.vision_tokenizer.config.pixel_code_dim = 5
     with pytest.raises(ValueError, match="wants 26 channels of condition, but the vision tokenizer has 27"):
         pipe(codes, grids)
+    pipe.vision_tokenizer.config.semantic_feature_size = 3  # other than the encoder's width
+    with pytest.raises(ValueError, match="wants 26 channels of condition, but the vision tokenizer has 14"):
+        pipe(codes, grids)
 
 
 def test_without_a_vae_it_denoises_pixels():

@@ -481,9 +481,13 @@ def test_image_tokens_without_an_image(model, monkeypatch):
             model.generate(row, max_new_tokens=1, generation_mode=mode)
 
 
-def test_rotary_split_must_fit_the_head():
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [24, 20, 20]}
-    with pytest.raises(ValueError, match="sums to 64, expected half the head dimension = 4"):
+@pytest.mark.parametrize(
+    "section, message",
+    [([24, 20, 20], "sums to 64, expected half the head dimension = 4"), ([0, 2, 2], "its first entry is too small")],
+)
+def test_rotary_split_must_fit_the_head(section, message):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    with pytest.raises(ValueError, match=message):
         NextFlowForCausalLM(toy_config(rope_parameters=rope))
 
 

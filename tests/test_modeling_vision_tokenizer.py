@@ -587,6 +587,7 @@ def test_class_token_takes_part_and_is_left_out():
     assert torch.equal(changed[:, SEMANTIC_DIM:], features[:, SEMANTIC_DIM:])
     output = model.decode_features(random_codes(TALL), grids(TALL))
     assert output.semantic_features.shape == (1, 9, 5, 2)
+    assert model.config.condition_channels == sum(maps.shape[1] for maps in output.values())
 
 
 def test_fixed_size_has_its_schedule():

@@ -1,4 +1,4 @@
-"""A training that may be killed or stopped at any moment, and goes on by the same command. For any `Trainer`.
+"""Trainings that may be killed or stopped at any moment: the same command resumes them. For any `Trainer`.
 
 `Trainer` writes into `checkpoint-N` file by file and resumes from the highest N. Here it writes into a folder that
 nothing resumes from; the finished checkpoint is then flushed to the disk and moved to its place by one rename.
@@ -72,6 +72,7 @@ class StagedCheckpointsMixin:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
         wait()
+        # From here on `Trainer` writes there: `_get_output_dir` names it.
         self._staging_folder = staging
         try:
             yield source
@@ -87,8 +88,10 @@ class StagedCheckpointsMixin:
             self._staging_folder = None
         wait()
         if self.args.should_save:
+            # Only now that every process has written its part.
             self._move_checkpoint(source, target)
             shutil.rmtree(staging)
+            # Only now that the new checkpoint is in its place, so that one is always there.
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=self.args.save_total_limit,
@@ -101,8 +104,9 @@ class StagedCheckpointsMixin:
         if self.state.best_global_step == self.state.global_step:  # `Trainer` named it where it was written
             self.state.best_model_checkpoint = target
             self.state.save_to_json(os.path.join(source, STATE_FILE))
+        # To the disk before the rename: after a power failure a name may be there without the data.
         flush_tree(Path(source))
-        if os.path.isdir(target):  # of an earlier run that went on from further back
+        if os.path.isdir(target):  # this run was resumed from further back
             os.rename(target, os.path.join(os.path.dirname(source), "replaced"))
         os.rename(source, target)
         flush(Path(target).parent)
@@ -116,7 +120,7 @@ class StagedCheckpointsMixin:
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The checkpoint to go on from, None at the first start."""
+    """The checkpoint to resume from; `None` at the first start."""
     return get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
 
 
@@ -137,7 +141,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
     Train from `checkpoint` on, `save` the result, and note that the run is finished, for [`is_finished`].
 
     SIGTERM or Ctrl-C during the training ends it after a step, by `SystemExit` with the status that a shell gives,
-    and a checkpoint that the same command goes on from. A second one of the same kind ends it at once.
+    and a checkpoint that the same command resumes from. A second one of the same kind ends it at once.
     """
     callback = _StopOnSignal(trainer)
     trainer.add_callback(callback)
@@ -154,6 +158,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
                 "goes on from it"
             )
         raise SystemExit(128 + callback.signal)
+    # The state comes last: with it the run counts as finished.
     save()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -202,6 +207,7 @@ class _StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if args.world_size > 1:
+            # Signals reach processes at different times. If one stopped alone, the others would wait for it forever.
             everyone = self.trainer.accelerator.gather(torch.tensor([self.signal], device=args.device))
             self.signal = int(everyone.max())
         if self.signal:

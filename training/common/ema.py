@@ -50,6 +50,7 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
         self.ema = None
         if self.args.ema_decay is not None:
             parameters = self.averaged_parameters
+            # With warmup: a fixed decay would hold on to the initial weights for thousands of steps.
             self.ema = EMAModel(parameters, decay=self.args.ema_decay, use_ema_warmup=True, power=0.75)
         self.add_callback(StepCallback(self))
 

@@ -64,6 +64,7 @@ def stop_training(
     """
     step, rank = trainer.state.global_step + 1, trainer.accelerator.process_index
     bad = [(index, *batch) for index, batch in enumerate(batches) if not torch.isfinite(batch[1])]
+    # A collective call: every process comes here, also those whose own batches are fine.
     any_loss_is_bad = sum(gather_object([len(bad)])) > 0
     if not any_loss_is_bad:
         bad = [(index, *batch) for index, batch in enumerate(batches)]

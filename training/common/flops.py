@@ -54,11 +54,13 @@ def flops_of_counts(
     [`attended_pairs`]."""
     linear = length * (config.num_hidden_layers * _layer_parameters(config))
     linear = linear + (codes - images) * _connector_parameters(config)  # the 1x1 scale is no cell
+    # The head multiplies the rows that a token is predicted among.
     code_rows = config.vocab_size if config.joint_image_loss else config.codebook_size
     # `<boi>` and the cells predict codes and nothing else.
     linear = linear + config.hidden_size * (codes * code_rows + (length - codes) * config.vocab_size)
     # Scores and their sum of values, each a product of the width of all heads.
     attention = pairs * (2 * config.num_attention_heads * config.head_dim) * config.num_hidden_layers
+    # A product has two in the backward pass, one for each of its factors. Frozen weights need none.
     backward = attention * 2 + linear * (1 if frozen else 2)
     return 2.0 * (linear + attention + backward)
 
@@ -74,6 +76,7 @@ def batch_flops(config: NextFlowConfig, batch: dict[str, torch.Tensor], *, froze
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if (positions := batch.get("position_ids")) is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    # A token at place p of its document sees p + 1 keys: packed documents restart, and so end what is seen.
     seen = (positions.double() + 1) * (1 if mask is None else mask)
     length = ids.numel() if mask is None else mask.sum().double()
     if (grids := batch.get("image_grids")) is None:

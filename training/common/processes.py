@@ -45,6 +45,7 @@ def without_rounded_sums(policy):
     Losses leave the model as they were computed, gradients are summed over the processes in float32, and buffers
     (which FSDP1 casts past the modules' own methods) stay as they are.
     """
+    # In half precision a sum over many processes would lose what each of them adds.
     exact = {"reduce_dtype": torch.float32, "output_dtype": None, "buffer_dtype": None}
     names = {field.name for field in fields(policy)}
     return replace(policy, **{name: dtype for name, dtype in exact.items() if name in names})

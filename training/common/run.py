@@ -115,11 +115,11 @@ def begin(kind: str, recipe: Recipe, args: TrainingArguments, *, model: str | No
 
     Args:
         mode (`str`):
-            `"auto"` goes on from the last checkpoint if there is one, `"resume"` insists on one, `"fresh"` moves an
+            `"auto"` resumes from the last checkpoint if there is one, `"resume"` insists on one, `"fresh"` moves an
             earlier run aside, to `<output_dir>.old-<time>`, and begins anew.
 
     Returns:
-        Whether there is something to do, and the checkpoint to go on from.
+        Whether there is something to do, and the checkpoint to resume from.
     """
     folder = Path(args.output_dir)
     if mode == "fresh":

@@ -38,11 +38,13 @@ def call_sharded(root: torch.nn.Module, decoder: NextFlowModel, function: Callab
 
     def run() -> None:
         for module in others:
+            # Parts outside of the layers are called in any order and number: they stay gathered to the end.
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         with _announced(decoder):
             results.append(function())
         weight = decoder.norm.weight
+        # The smallest pass that gathers every layer once.
         token = weight.new_zeros(1, 1, len(weight))
         is_any_busy = True
         while is_any_busy:

@@ -55,7 +55,7 @@ class ModelArguments:
         dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype of the encoder; the quantizer computes in float32. `"bfloat16"` is faster and gives another code
             where two are nearly as near: 0.9% of the last scale's codes for the 128 of Shapes, 4 to 16% for 32,768
-            random ones. The shards remember it, and an extraction only goes on with the same.
+            random ones. The shards remember it, and an extraction resumes only with the same.
         self_correction_top_k, self_correction_ratio (`int`, `float`, *optional*):
             Candidates of a sampled code (§2.2), and the share of the codes that are sampled (§3.2.1). Default to the
             tokenizer's config: 10 and 0.6, the paper's share.

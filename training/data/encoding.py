@@ -86,7 +86,7 @@ class ExtractionSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the shards."""
-        # An extraction may go on with others of these.
+        # An extraction may be resumed with other values of these.
         free = ("batch_size", "decoding_threads", "on_bad_row", "allow_private_addresses")
         free += ("preview_images", "warn_psnr")
         return {name: value for name, value in asdict(self).items() if name not in free}
@@ -142,6 +142,7 @@ class RowEncoder:
         """Batch by batch, the encoded rows and descriptions of those left out."""
         items = self._prepare_ahead(numbered_rows)
         while batch := list(itertools.islice(items, self.settings.batch_size)):
+            # First, as encoding may find further rows bad.
             good = self._encode(batch)
             bad = [item for item in batch if item.error is not None]
             if bad and self.settings.on_bad_row == "raise":
@@ -155,12 +156,14 @@ class RowEncoder:
     def _prepare_ahead(self, numbered_rows: Iterable[tuple[int, dict]]) -> Iterator[_Item]:
         """The rows as tokens and pixels, in order, some batches ahead: nothing but the encoder is on this thread."""
         with ThreadPoolExecutor(self.settings.decoding_threads) as threads, ThreadPoolExecutor(1) as reader:
+            # Rows are read on one thread, in order, as an iterator demands; they are decoded on several.
             rows = iter(numbered_rows)
 
             def read() -> Future[_Item] | None:
                 numbered = next(rows, None)
                 return None if numbered is None else threads.submit(self.prepare, *numbered)
 
+            # Two batches: one is prepared while the other is encoded.
             pending = deque(reader.submit(read) for _ in range(2 * self.settings.batch_size))
             try:
                 while (item := pending.popleft().result()) is not None:
@@ -171,6 +174,7 @@ class RowEncoder:
 
     def prepare(self, number: int, row: dict) -> _Item:
         """A row's tokens, labels, pixels and grids, or its error. Runs on any thread."""
+        # A row that could not be read comes with its error, and takes its place in the order.
         item, settings = _Item(number, row, error=row.get("error")), self.settings
         if item.error is not None:
             return item
@@ -200,12 +204,14 @@ class RowEncoder:
         images = [self._images_of(item) for item in items]
         self._encode_images(list(itertools.chain.from_iterable(images)))
         rows = [self._row(item, members) for item, members in zip(items, images)]
+        # Those that were refused have their error on their item, and are reported with the others.
         return [row for row in rows if row is not None]
 
     def _images_of(self, item: _Item) -> list[dict[str, Any]]:
         """The images of a row, and whether what is trained on is corrected for."""
         row = item.inputs
         places = row["input_ids"] == self.processor.boi_token_id
+        # As in the loss: an image is trained on if its `<boi>` has a label.
         is_trained = (row["labels"] != IGNORE_INDEX)[places].tolist()
         corrects = (
             self.settings.self_correction and self._rng(item, 2).random() < self.settings.self_correction_samples
@@ -214,7 +220,7 @@ class RowEncoder:
             {
                 "pixels": self._crop(pixels, grids),
                 "grids": grids,
-                "corrected": trained and corrects,
+                "corrected": trained and corrects,  # what is only read stays clean
                 "rng": self._rng(item, 3, place),
             }
             for place, (pixels, grids, trained) in enumerate(
@@ -269,6 +275,7 @@ class RowEncoder:
         return pixels[:, :height, :width]
 
     def _rng(self, item: _Item, *stream: int) -> np.random.Generator:
+        # Streams of their own: whether a condition is dropped does not change which codes are sampled.
         return np.random.default_rng((self.settings.seed, *stream, item.number))
 
 

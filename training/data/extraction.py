@@ -2,7 +2,7 @@
 
 Rows of `messages` and `images` become shards of token ids, labels and codes (shards.py). Shard n holds the rows
 `n * rows_per_shard` and on, and is a function of them, the settings and the seed alone: not of the number of
-processes, of kills, or of the rows that were left out before. So an interrupted extraction goes on with the shards
+processes, of kills, or of the rows that were left out before. So an interrupted extraction resumes with the shards
 that are missing, and ends in the same files.
 
 Rows with a length are read by number. A stream is read in order by every process, which skips the rows of the shards
@@ -53,7 +53,7 @@ def extract_rows(
     data: dict[str, Any] | None = None,
 ) -> int | None:
     """
-    Encode rows and store them as shards for [`load_codes`]; go on where an earlier call was interrupted.
+    Encode rows and store them as shards for [`load_codes`]; resume where an earlier call was interrupted.
 
     Under `accelerate launch` or `torchrun` every process takes its share of the shards. The processes never wait for
     each other: the one that completes the set writes the index.
@@ -66,7 +66,7 @@ def extract_rows(
         processor ([`NextFlowProcessor`]): Tokens, labels and pixels of the messages.
         vision_tokenizer ([`NextFlowVisionTokenizer`]): The frozen encoder.
         settings ([`ExtractionSettings`]): How.
-        data (`dict`, *optional*): What the rows are, for the manifest: an extraction only goes on with the same.
+        data (`dict`, *optional*): What the rows are, for the manifest: an extraction resumes only with the same.
 
     Returns:
         The number of rows in the finished folder, or None where other processes are still at work on it.
@@ -82,7 +82,7 @@ def extract_rows(
         "data": data,
     }
     check_manifest(output_dir, manifest, vision_tokenizer)
-    if (output_dir / INDEX).exists():
+    if (output_dir / INDEX).exists():  # finished, maybe by other processes
         return num_rows_of(output_dir)
     encoder, state, num_shards = RowEncoder(processor, vision_tokenizer, settings), PartialState(), 0
 
@@ -102,7 +102,7 @@ def extract_rows(
             if bad:
                 logger.warning(f"shard {shard}: {len(bad)} of {len(good + bad)} rows left out, the first: {bad[0]}")
             write_shard(output_dir, shard, good, bad)
-    finish(output_dir, num_shards)
+    finish(output_dir, num_shards)  # does nothing unless all shards are there
     return num_rows_of(output_dir)
 
 

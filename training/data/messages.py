@@ -149,6 +149,7 @@ def drop_condition(
     """
     if any(part["type"] == "text" for part in _parts_of(row["messages"], "assistant")):
         return row["messages"], row["images"]
+    # One number decides both: images go only where the text goes, too.
     number = rng.random()
     drop_images = number < image_rate and any(part["type"] == "image" for part in _parts_of(row["messages"], "user"))
     if not drop_images and number >= image_rate + text_rate:

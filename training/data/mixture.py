@@ -128,7 +128,7 @@ def load_mixture(mixture: MixtureArguments, purpose: str = "training") -> Datase
         return {name: [row[name] for row in rows] for name in ROW_FEATURES}
 
     logger.info(f"{len(index)} rows of {[(source.label, len(rows)) for source, rows in zip(sources, numbers)]}")
-    return index.with_transform(fetch)
+    return index.with_transform(fetch)  # rows are made when they are asked for; `map` would copy all images
 
 
 class MixtureRows:

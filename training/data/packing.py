@@ -1,7 +1,7 @@
 """Documents -> packs of equal cost: what one step of one GPU computes (§4).
 
 A pack is documents one after the other in a row; each sees only itself. Its size is limited by tokens (memory), by
-FLOPs (time), or by both: packs of as many tokens are not as long at work, since attention grows with the square of a
+FLOPs (time), or by both: packs of equally many tokens differ in time, since attention grows with the square of a
 document. Deterministic; over a data set at once, over a large one block by block, or over a stream window by window.
 """
 
@@ -46,6 +46,7 @@ def document_costs(
         flops.append(np.array([training_flops(config, int(n), grid) for n, grid in zip(lengths[-1], grids)]))
         return np.concatenate(lengths), np.concatenate(flops)
     columns = rows.select_columns(["length", "image_grids"]).with_format("arrow")
+    # Consecutive rows are read as one slice, without a look-up for each.
     for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
         for part in np.split(run, range(_ROWS_AT_ONCE, len(run), _ROWS_AT_ONCE)) if len(run) else ():
             table = columns[int(part[0]) : int(part[-1]) + 1]
@@ -60,11 +61,13 @@ def _count_cells(grids: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     images = np.asarray(grids.offsets)
     if pa.types.is_null(grids.type.value_type):  # no row has an image
         return (np.zeros(len(grids), dtype=np.int64),) * 3
+    # Arrow keeps nested lists flat, with the offsets of each level: rows, images, scales, (height, width).
     scales = np.asarray(grids.values.offsets)
     sides = np.asarray(grids.values.values.offsets)[:-1]
     numbers = grids.values.values.values.to_numpy()
     cells = numbers[sides] * numbers[sides + 1]
     pairs = cells * (cells - 1) // 2
+    # Scale 1 is predicted at `<boi>`, which sees no later token.
     pairs[scales[:-1][np.diff(scales) > 0]] = 0
     of_row = scales[images]  # first scale of each row, and the end
     codes, pairs = (np.diff(np.concatenate([[0], np.cumsum(values)])[of_row]) for values in (cells, pairs))
@@ -126,8 +129,8 @@ class EndlessPackedDataset(Dataset):
         max_length, max_flops, window, on_long_row: See [`PackedDataset`].
         seed (`int`, *optional*, defaults to 0): Seed of all orders.
         counts_file (`Path`, *optional*):
-            File that remembers how many packs each block has, so that a run that goes on need not plan again what it
-            has behind it.
+            File that remembers how many packs each block has, so that a resumed run skips blocks without planning
+            them.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class EndlessPackedDataset(Dataset):
         self.limits, self.window = {"max_length": max_length, "max_flops": max_flops}, window
         self.block_size = WINDOWS_AT_ONCE * window
         self._plans: dict[int, Packs] = {}  # of the last two blocks: a batch may reach from one to the next
+        # Whatever changes the packs: counts of other ones would send a resumed run to other rows.
         self._key = json.dumps(
             [self.rows._fingerprint, self.shares.tolist(), self.limits, window, seed, on_long_row, config.to_dict()],
             default=str,
@@ -181,14 +185,17 @@ class EndlessPackedDataset(Dataset):
 
     def _plan(self, block: int) -> Packs:
         if block not in self._plans:
+            # Seed 1 is that of the packs; seed 0, below, that of the rows in a block.
             options = {**self.limits, "window": self.window, "seed": (self.seed, 1, block)}
             packs = _pack(self.rows, self.config, np.sort(self._rows_of(block)), self.on_long_row, **options)
+            # The newest plan and the one before it are kept; blocks are asked for in order.
             last = max(self._plans, default=None)
             self._plans = {block: packs} if last is None else {last: self._plans[last], block: packs}
         return self._plans[block]
 
     def _rows_of(self, block: int) -> np.ndarray:
         """The rows of a block: of each source those that follow its rows of the block before."""
+        # Positions are rounded, and not the rows of a block, so that errors of rounding never add up.
         edges = (self.shares[:, None] * [block * self.block_size, (block + 1) * self.block_size]).round().astype(int)
         offsets = np.cumsum([0, *self.sizes])
         return np.concatenate(

@@ -50,7 +50,7 @@ def make_packs(
     seed: int | Sequence[int] | None = None,
 ) -> Packs:
     """
-    Indices of documents, in packs that none of both limits is exceeded in: first fit, the costliest first.
+    Packs of document indices that exceed neither limit: first fit, the costliest documents first.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each document.
@@ -74,11 +74,12 @@ def make_packs(
     rng = np.random.default_rng(seed)
     order = np.arange(len(lengths)) if seed is None else rng.permutation(len(lengths))
     whole = len(order) // window * window
+    # Whole windows side by side, then the documents that are left as a shorter one.
     rows = [*_blocks(order[:whole].reshape(-1, window)), *_blocks(order[whole:][None])]
     packed = [_first_fit(block, shares) for block in rows]
     sizes = np.concatenate([np.zeros(0, dtype=np.int64), *(sizes for _, sizes in packed)])
     documents, ends = np.concatenate([order[:0], *(documents for documents, _ in packed)]), np.cumsum(sizes)
-    order = np.arange(len(sizes)) if seed is None else rng.permutation(len(sizes))
+    order = np.arange(len(sizes)) if seed is None else rng.permutation(len(sizes))  # not the costliest first
     tokens, flops = (
         None if values is None else np.add.reduceat(np.asarray(values)[documents], ends - sizes)[order]
         for values in (lengths, flops)
@@ -114,6 +115,7 @@ def _first_fit(windows: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.
     room for it. Returns the documents of one pack after the other, and how many each pack has.
     """
     count, num_documents = windows.shape
+    # By the limit that a document takes most of.
     costliest = np.argsort(-shares[windows].max(axis=2), axis=1, kind="stable")
     windows = np.take_along_axis(windows, costliest, axis=1)
     all_windows, pack_of = np.arange(count), np.empty_like(windows)
@@ -125,12 +127,15 @@ def _first_fit(windows: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.
         if begun == room.shape[2]:
             room = np.concatenate([room, np.ones_like(room)], axis=2)
         needed = costs[:, place, :, None]
+        # One pack more than is begun, so that one always fits. Fractions rarely add up to 1 exactly, hence the
+        # tolerance.
         fits = (room[:, :, : begun + 1] >= needed - 1e-9).all(axis=0)
         first = fits.argmax(axis=1)
         room[:, all_windows, first] -= needed[:, :, 0]
         pack_of[:, place] = first
         np.maximum(num_packs, first + 1, out=num_packs)
     by_pack = np.argsort(pack_of, axis=1, kind="stable")
+    # Packs are numbered through all windows.
     numbers = pack_of + (np.cumsum(num_packs) - num_packs)[:, None]
     return np.take_along_axis(windows, by_pack, axis=1).ravel(), np.bincount(numbers.ravel())
 
@@ -146,6 +151,7 @@ def endless_rows(start: int, stop: int, size: int, seed: Sequence[int]) -> np.nd
         rng = np.random.default_rng((*seed, epoch))
         chunks = np.append(rng.permutation(size // CHUNK), size // CHUNK)  # the last one may be short
         number, place = np.divmod(places[epochs == epoch], CHUNK)
+        # Turned by a random number, so that chunks have other borders in each epoch.
         rows[epochs == epoch] = (chunks[number] * CHUNK + place + rng.integers(size)) % size
     return rows
 
@@ -196,6 +202,7 @@ class PackingReport:
         cls, num_documents: int, tokens: np.ndarray, padding: np.ndarray, work: np.ndarray, num_ranks: int
     ) -> "PackingReport":
         """From the tokens, the padding and the FLOPs of each pack or batch."""
+        # Whole steps alone: in a part of one, fewer processes would wait.
         work = work[: len(work) // num_ranks * num_ranks].reshape(-1, num_ranks)
         if not len(work):
             raise ValueError(f"{len(tokens)} packs make no step of {num_ranks} ranks")

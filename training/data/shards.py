@@ -65,6 +65,7 @@ def describe_tokenizer(vision_tokenizer: NextFlowVisionTokenizer) -> dict[str, A
     return {
         "fingerprint": fingerprint,
         "codebook_size": config.codebook_size,
+        # Features of another precision may have other nearest codes.
         "dtype": str(vision_tokenizer.dtype).removeprefix("torch."),
         "self_correction_top_k": config.self_correction_top_k,
         "self_correction_ratio": config.self_correction_ratio,
@@ -89,6 +90,7 @@ def check_manifest(folder: Path, manifest: dict[str, Any], vision_tokenizer: Nex
     tokenizer was loaded from is written for the reader, and not compared.
     """
     path, config = folder / MANIFEST, vision_tokenizer.config
+    # As the other one was read: JSON makes lists of tuples.
     manifest = json.loads(json.dumps(manifest))
     if not path.exists():
         revision = getattr(config, "_commit_hash", None)  # set by the loading from the Hub alone
@@ -123,6 +125,7 @@ def write_shard(folder: Path, shard: int, rows: list[dict], bad_rows: list[dict]
     write_file(path, lambda temporary: pq.write_table(table, temporary))
     entry = {"file": path.name, "sha256": checksum(path), "num_rows": len(rows)}
     entry["num_read"] = len(rows) + len(bad_rows)
+    # Last: a shard counts once its checksum is there, and a kill before that leaves it to be written again.
     write_json(path.with_suffix(".json"), {**entry, "bad_rows": bad_rows})
 
 
@@ -135,6 +138,7 @@ def finish(folder: Path, num_shards: int) -> None:
     report = "".join(json.dumps(row) + "\n" for row in bad_rows)
     write_text(folder / BAD_ROWS, report)
     totals = {"num_rows": sum(entry["num_rows"] for entry in entries), "num_bad_rows": len(bad_rows)}
+    # Last: with its index the folder counts as finished.
     write_json(folder / INDEX, {**totals, "shards": entries})
     logger.warning(f"{folder}: {totals['num_rows']} rows in {num_shards} shards, {len(bad_rows)} bad rows left out")
     log_causes(row["reason"] for row in bad_rows)
@@ -148,6 +152,7 @@ def index_shards(folder: str | os.PathLike) -> int:
         `ValueError`: where the files hold codes of several vision tokenizers, or none.
     """
     folder, entries, fingerprints = Path(folder), [], set()
+    # Sorted, so that rows have one order on every machine.
     for path in sorted(folder.glob("*.parquet")):
         fingerprints |= set(pq.read_table(path, columns=["fingerprint"])["fingerprint"].unique().to_pylist())
         num_rows = pq.read_metadata(path).num_rows
@@ -191,6 +196,7 @@ def load_codes(
         `is_clean` (neither dropout nor self-correction), and for the reader `task`, `source` and `row_id`.
     """
     files = [str(path) for path in checked_files(folder, vision_tokenizer=vision_tokenizer, verify=verify)]
+    # Shards of an engine have one column more, and older ones may lack some.
     columns = [name for name in pq.read_schema(files[0]).names if name in SHARD_FEATURES]
     rows = (IterableDataset if streaming else Dataset).from_parquet(files, columns=columns)
     return rows.with_format("numpy")

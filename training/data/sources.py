@@ -125,6 +125,7 @@ class DataSource:
 
 def is_held_out(numbers: np.ndarray, fraction: float) -> np.ndarray:
     """Whether the rows of these numbers are for evaluation: `fraction` of them, evenly spread."""
+    # Told by the number alone: rows that are added later do not move those before them to the other side.
     return np.floor((numbers + 1) * fraction) > np.floor(numbers * fraction)
 
 
@@ -213,11 +214,14 @@ class OpenSource:
         row["extras"] = "{}"
         try:
             values = read()
+            # Named before anything else can fail, so that a bad row is reported by its name.
             row["row_id"] = self._row_id(values, number)
             values = self.decode(values)
             row["extras"] = json.dumps({name: values.get(name) for name in source.extra_columns})
             found = {part: _lookup(values, column) for part, column in self.columns.items() if part != "id"}
             task = self.task
+            # A function of the row, so that neither the order of reading nor the number of processes changes what it
+            # says.
             rng = np.random.default_rng((self.seed, self.number, number))
             if source.task == "text_to_image" and rng.random() < source.inversion_rate:
                 task, row["task"] = TASKS["image_to_text"], "image_to_text"

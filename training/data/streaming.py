@@ -61,6 +61,7 @@ class RowStream(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # The same in all processes, which read the same rows and take turns.
         rng = np.random.default_rng((self.seed, 0, part))
         sources = [self._endless(number, part, parts) for number in range(len(self.sources))]
         buffer: list[dict] = []
@@ -69,6 +70,7 @@ class RowStream(IterableDataset):
             if len(buffer) < self.shuffle_buffer:
                 buffer.append(row)
                 continue
+            # A random row leaves the buffer, and the new one takes its place.
             place = rng.integers(len(buffer))
             row, buffer[place] = buffer[place], row
             yield row

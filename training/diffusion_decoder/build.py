@@ -67,12 +67,6 @@ class DecoderArguments:
             raise ValueError(f"frozen_dtype is {self.frozen_dtype!r}, expected bfloat16, float16 or float32")
 
 
-def condition_channels(vision_tokenizer: NextFlowVisionTokenizer) -> int:
-    """Of the maps that `decode_features` gives."""
-    config = vision_tokenizer.config
-    return config.semantic_code_dim + config.pixel_code_dim + config.semantic_config.hidden_size
-
-
 def build_decoder_pipeline(
     args: DecoderArguments,
     vision_tokenizer: NextFlowVisionTokenizer,
@@ -98,7 +92,7 @@ def build_decoder_pipeline(
         parts["scheduler"] = make_scheduler(args.scheduler, parts.get("scheduler"))
     decoder = NextFlowDiffusionDecoder.from_denoiser(
         denoiser,
-        condition_channels=condition_channels(vision_tokenizer),
+        condition_channels=vision_tokenizer.config.condition_channels,
         projection_dim=args.projection_dim,
         embedded_guidance=args.embedded_guidance,
     )
@@ -144,7 +138,6 @@ def make_scheduler(options: dict[str, Any], base: SchedulerMixin | None) -> Sche
 __all__ = [
     "DecoderArguments",
     "build_decoder_pipeline",
-    "condition_channels",
     "load_decoder",
     "make_denoiser",
     "make_scheduler",

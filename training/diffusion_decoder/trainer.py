@@ -152,12 +152,14 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         image_grids, num_images = inputs["image_grids"], len(inputs["captions"])
+        # Both conditions go together, as guidance leads away from an image that has neither.
         dropped = torch.rand(num_images) < (self.args.condition_dropout if model.training else 0)
         captions = ["" if drop else text for text, drop in zip(inputs["captions"], dropped.tolist(), strict=True)]
         codes_of_images = inputs["image_codes"].split(image_grids.prod(-1).sum(-1).tolist())
         with torch.no_grad():
-            texts = self.pipeline.encode_prompt(captions)
+            texts = self.pipeline.encode_prompt(captions)  # all at once, padded to one length
         loss = 0.0
+        # Images of one schedule have one size: a stack without padding.
         for members in _groups(image_grids):
             grids = image_grids[members]
             with torch.no_grad():
@@ -165,11 +167,13 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
                 condition = condition * (~dropped[members]).to(condition).view(-1, 1, 1, 1)
                 height, width = (side * self.pipeline.pixels_per_cell for side in condition.shape[2:])
                 pixels = inputs["pixel_values"][members, :, :height, :width]
+                # Training sees samples of the VAE's posterior; evaluation its mode, which does not change.
                 latents = encode_latents(self.pipeline.vae, pixels, sample=model.training)
             noisy, timesteps, target, weights = add_training_noise(self.noise_scheduler, latents, self.args)
             prompt = {name: None if rows is None else rows[members] for name, rows in texts.items()}
             predicted = model(noisy, timesteps, condition, prompt).float()
             errors = (predicted - target).square().flatten(1).mean(1)
+            # A mean over the images, into however many groups they fall.
             loss = loss + (weights * errors).sum() / num_images
         if model.training:
             self.watch(inputs, loss)
@@ -183,6 +187,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         model, totals = self.model, torch.zeros(2, device=self.args.device)
         was_training = model.training
         model.eval()
+        # The same noise at every evaluation; the random numbers of the training stay where they are.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self.averaged_weights(), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed)
@@ -191,6 +196,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
                 size = len(batch["captions"])
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, batch)
+                # Sums rather than means, as the last batch may be smaller.
                 totals += torch.stack([loss * size, loss.new_tensor(size)])
         model.train(was_training)
         total, count = self.accelerator.reduce(totals, "sum").tolist()
@@ -221,6 +227,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         prefix = f"{NextFlowDiffusionDecoderPipeline.transformer_name}."
         saved = {name.removeprefix(prefix): value for name, value in saved.items()}
         lora = {name: value for name, value in saved.items() if ".lora_" in name}
+        # Not strict: weights that are frozen are in no file of the LoRA.
         self.decoder.load_state_dict({name: saved[name] for name in saved.keys() - lora.keys()}, strict=False)
         result = set_peft_model_state_dict(self.decoder, lora, adapter_name="default")
         if result.unexpected_keys:
@@ -246,6 +253,7 @@ def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDe
                 f"the decoder has LoRAs of the ranks {ranks}, expected none or one to train on, named 'default' and "
                 f"of lora_rank {args.lora_rank}"
             )
+        # An adapter that was there already was frozen with the rest, above.
         for name, parameter in decoder.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         for module in visual_modules(decoder).values():
@@ -289,11 +297,14 @@ def add_training_noise(
         times = compute_density_for_timestep_sampling(
             args.weighting_scheme, count, args.logit_mean, args.logit_std, args.mode_scale
         )
+        # Looked up in the scheduler's table, so that a shifted schedule is trained at its own noise levels.
         indices = (times * steps).long().clamp(max=steps - 1)
         timesteps, sigmas = (part[indices].to(latents.device) for part in (scheduler.timesteps, scheduler.sigmas))
         weights = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
         sigmas = sigmas.view(-1, 1, 1, 1)
+        # A straight path from image to noise, and its velocity as the target.
         return (1 - sigmas) * latents + sigmas * noise, timesteps, noise - latents, weights
+    # On the CPU, as the times above: the same numbers on any device.
     timesteps = torch.randint(steps, (count,)).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     prediction_type = scheduler.config.prediction_type

@@ -28,6 +28,7 @@ class FeatureStatistics:
 
     def update(self, features: torch.Tensor) -> None:
         """Adds features (n, dim)."""
+        # Products less squared means cancel in the covariance: float32 would lose its small eigenvalues.
         features = features.double().cpu()
         self.count += len(features)
         self.total = self.total + features.sum(0)

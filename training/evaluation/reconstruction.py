@@ -31,7 +31,7 @@ def peak_signal_to_noise(decoded: torch.Tensor, true: torch.Tensor, mask: torch.
     squared = (decoded - true).square().mean(1)
     mask = torch.ones_like(squared, dtype=torch.bool) if mask is None else mask
     if not mask.flatten(1).any(1).all():
-        raise ValueError("a image's mask is empty, expected at least one pixel in each")
+        raise ValueError("an image's mask is empty, expected at least one pixel in each")
     error = (squared * mask).sum((1, 2)) / mask.sum((1, 2))
     return -10 * error.clamp(min=1e-10).log10()
 
@@ -48,7 +48,7 @@ def structural_similarity(decoded: torch.Tensor, true: torch.Tensor) -> torch.Te
     weights = weights / weights.sum()
 
     def windows(images: torch.Tensor) -> torch.Tensor:
-        flat = images.flatten(0, 1).unsqueeze(1)  # every channel a image of its own
+        flat = images.flatten(0, 1).unsqueeze(1)  # every channel an image of its own
         flat = F.conv2d(F.conv2d(flat, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
         return flat.view(*images.shape[:2], *flat.shape[2:])
 

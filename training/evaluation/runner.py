@@ -2,7 +2,7 @@
 
 The folder has `evaluation.json` (what is evaluated), `images/`, `answers-P.jsonl` and `results-P.jsonl` of process P.
 A line is appended and flushed to the disk when its images are; a line that a kill cut short is not counted. Processes
-share the samples that are left, so a run may go on with another number of them. `timings-P.jsonl` has the seconds and
+share the samples that are left, so a run may be resumed with another number. `timings-P.jsonl` has the seconds and
 the peak memory of each sample, `scoring.json` what decides the scores. Knows neither suites nor models.
 """
 
@@ -36,7 +36,7 @@ class EvaluationRun:
 
     Args:
         suite ([`Suite`]): What is asked.
-        folder (`Path`): Goes on there if it is of the same evaluation.
+        folder (`Path`): Resumed if it is of the same evaluation.
         description (`dict`): What decides the answers: the suite, the model, the settings, the seed.
     """
 
@@ -114,6 +114,7 @@ class EvaluationRun:
         done = self.rows(kind)
         left = [i for i, id in enumerate(self.suite.ids) if id not in done and (only is None or id in only)]
         self.state.wait_for_everyone()  # all have read what is done
+        # Dealt out by turns: neighbours are of one category, so each process gets some of every kind.
         mine = left[self.state.process_index :: self.state.num_processes]
         path = self.folder / f"{kind}-{self.state.process_index}.jsonl"
         with open(path, "a", encoding="utf-8") as file:

@@ -32,7 +32,7 @@ SUITES = {
 
 
 class UnscoredError(ValueError):
-    """One answer got no score: the run reports it, goes on without it, and asks again when it is started again."""
+    """One answer got no score: the run reports it, continues without it, and asks again when it is restarted."""
 
 
 @dataclass(frozen=True)

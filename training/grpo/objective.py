@@ -22,6 +22,7 @@ def code_weights(grids: Sequence[tuple[int, int]], alpha: float) -> torch.Tensor
     Summed over a grid, a weight `k_t` on every per-code ratio has on-policy the gradient of `k_t` times the paper's
     ratio of whole grids (a product of up to thousands of factors, which no clip can hold once it is off-policy).
     """
+    # Normalised over the scales that are trained: a shorter prefix gets no smaller loss.
     schedule = torch.tensor([list(grids)])
     cells = schedule[0].prod(-1)
     return scale_weights(schedule, alpha)[0].repeat_interleave(cells)
@@ -38,6 +39,7 @@ def mask_to_cells(mask: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> 
     active = torch.from_numpy(mask).float()[None, None]
     levels = []
     for grid in reversed(grids):
+        # Adaptive windows overlap where sizes do not divide, so no active pixel falls between two cells.
         active = F.adaptive_max_pool2d(active, grid)
         levels.append(active.flatten() > 0)
     return torch.cat(levels[::-1])
@@ -54,11 +56,13 @@ def combine_rewards(
     failed = torch.isinf(rewards)
     rewards = rewards.masked_fill(failed, torch.nan)
     missing = torch.isnan(rewards)
+    # A function that applies to nobody in a group adds 0 to all of it, which leaves the group comparable.
     unused = missing.view(-1, num_generations, rewards.shape[1]).all(1, keepdim=True) & ~failed.view(
         -1, num_generations, rewards.shape[1]
     ).any(1, keepdim=True)
     unused = unused.expand(-1, num_generations, -1).reshape_as(missing)
     total = (rewards * weights).masked_fill(unused, 0.0).sum(1)
+    # Where no function applies there is no reward, rather than one of 0.
     return rewards, total.masked_fill(unused.all(1), torch.nan)
 
 
@@ -70,6 +74,7 @@ def middle_return(rewards: torch.Tensor, eta: float) -> torch.Tensor:
     if len(rewards) == 1:
         return rewards[0]
     known = ~torch.isnan(rewards)
+    # A suffix without a reward adds exp(-inf) = 0 to the sum, and is not counted below.
     exponents = torch.where(known, rewards / eta, -math.inf)
     value = eta * (torch.logsumexp(exponents, 0) - known.sum(0).clamp(min=1).log())
     return value.masked_fill(~known.any(0), torch.nan)
@@ -90,6 +95,7 @@ def group_advantages(
     deviation = _deviation(groups, dim=1).masked_fill(alike, 0.0)
     advantages = centered
     if scale == "group":
+        # As in TRL; rewards that differ by less than this are damped instead of blown up.
         advantages = centered / (deviation[:, None] + 1e-4)
     elif scale == "batch":
         advantages = centered / (_deviation(rewards, dim=0) + 1e-4)
@@ -104,6 +110,7 @@ def group_advantages_by_function(
     """As [`group_advantages`], of rewards (samples, functions) that are each normalised in the group, then summed with
     their weights and normalised over all samples (TRL's `"normalize_then_sum"`)."""
     _, total = combine_rewards(rewards, weights, num_generations)
+    # Normalised one by one, no function outweighs the others by its spread.
     columns = [group_advantages(column, num_generations)[0] for column in rewards.unbind(1)]
     summed = (torch.stack(columns, 1) * weights).sum(1).masked_fill(torch.isnan(total), torch.nan)
     advantages = (summed - summed.nanmean()) / (_deviation(summed, dim=0) + 1e-4)
@@ -124,6 +131,7 @@ def gated_advantages(advantages: Callable, rewards: torch.Tensor, gates: torch.T
         rewards (`torch.Tensor` of shape `(samples, suffixes or functions)`): Groups one after the other.
         gates (`torch.Tensor` of shape `(samples, suffixes or 1, codes)`): Which codes the masks cover.
     """
+    # (samples, suffixes or functions, codes)
     gated = torch.where(gates, rewards[..., None], torch.nan)
     return torch.vmap(lambda of_code: advantages(of_code)[0], in_dims=-1, out_dims=-1)(gated)
 
@@ -134,6 +142,7 @@ def token_advantages(advantages: torch.Tensor, of_codes: torch.Tensor | None, sc
     if of_codes is None:
         return advantages
     is_code = scale_ids > 0
+    # (samples, length), the place of each token's code among the codes of its sample
     index = (is_code.cumsum(1) - 1).clamp(min=0)
     return torch.where(is_code, of_codes.gather(1, index), advantages[:, None])
 
@@ -154,6 +163,7 @@ def clipped_loss(
     delta: float | None = None,
 ) -> torch.Tensor:
     """`-min(r A, clip(r, 1 - low, 1 + high) A)` per token. `delta` also bounds r where A is negative."""
+    # Where A is negative the minimum is the unclipped term, which grows with r without a bound.
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(bounded * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)
 
@@ -161,6 +171,7 @@ def clipped_loss(
 def kl_to_reference(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
     """The estimator `exp(d) - d - 1` of KL(policy || reference) per token, d = log reference - log policy; never
     negative."""
+    # Schulman's k3: unbiased for samples of the policy, with less variance than the log-ratio.
     difference = reference_logps - logps
     return difference.exp() - difference - 1
 
@@ -180,6 +191,7 @@ def chunked_log_probs(
     """
 
     def chunk(hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # At the temperature of sampling, for old, new and reference alike: ratios compare one distribution.
         log_probs = (head(hidden).float() / temperature).log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         return log_probs.gather(-1, target[:, None])[:, 0], entropy.detach()
@@ -188,6 +200,7 @@ def chunked_log_probs(
         return (hidden_states.new_zeros(0, dtype=torch.float),) * 2
     if len(targets) <= chunk_size:
         return chunk(hidden_states, targets)
+    # Made again in the backward pass: logits (chunk, vocabulary) are the largest tensors of an update.
     parts = [
         checkpoint(chunk, hidden, target, use_reentrant=False)
         for hidden, target in zip(hidden_states.split(chunk_size), targets.split(chunk_size))

@@ -41,7 +41,7 @@ def policy_row(
     prompt, grids = rollout.prompt, rollout.prompt.grids
     seen, skipped = num_cells(grids[: scales.stop]), num_cells(grids[: scales.start])
     inputs = seen - num_cells(grids[scales.stop - 1 : scales.stop])  # the last scale is predicted, but not read
-    input_ids = torch.cat([prompt.input_ids, torch.full((seen - 1,), config.image_token_id)])
+    input_ids = torch.cat([prompt.input_ids, torch.full((seen - 1,), config.image_token_id)])  # scale 1 has no cell
     length, first = len(input_ids), len(prompt.input_ids) - 1  # `<boi>` predicts the first code
     targets = torch.full((length,), IGNORE_INDEX)
     scale_ids = torch.zeros(length, dtype=torch.long)
@@ -52,14 +52,14 @@ def policy_row(
     targets[codes] = rollout.codes[skipped:seen] + config.code_vocabulary.start
     cells = torch.tensor([num_cells([grid]) for grid in grids[scales.start : scales.stop]])
     scale_ids[codes] = (torch.arange(scales.start, scales.stop) + 1).repeat_interleave(cells)
-    thoughts = rollout.thoughts if scales.start == 0 else range(0)
-    loss_weights[codes] = weights / len(weights) * (1 if cell_mask is None else cell_mask.cpu())
+    thoughts = rollout.thoughts if scales.start == 0 else range(0)  # taught with the prefix
+    loss_weights[codes] = weights / len(weights) * (1 if cell_mask is None else cell_mask.cpu())  # they sum to 1
     if thoughts:  # a token is predicted by the one before it
         targets[thoughts.start - 1 : thoughts.stop - 1] = prompt.input_ids[thoughts.start : thoughts.stop]
         loss_weights[thoughts.start - 1 : thoughts.stop - 1] = thinking_weight / len(thoughts)
     return {
         "input_ids": input_ids,
-        "image_codes": torch.cat([prompt.image_codes.cpu(), rollout.codes[:inputs]]),
+        "image_codes": torch.cat([prompt.image_codes.cpu(), rollout.codes[:inputs]]),  # no finer scale is run
         "image_grids": prompt.image_grids,
         "targets": targets,
         "scale_ids": scale_ids,
@@ -87,6 +87,7 @@ def pad_rows(
 def policy_inputs(batch: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
     """Arguments of the policy's `forward` for some rows of a batch, cut to the longest of them."""
     mask = batch["attention_mask"][rows]
+    # Rows are padded for the whole generation batch, of which these may be the short ones.
     length = int(mask.sum(1).max())
     return {
         "input_ids": batch["input_ids"][rows, :length],
@@ -118,6 +119,7 @@ def add_policy_forward(model: NextFlowForCausalLM, *, temperature: float, chunk_
         }
         if policy_targets is None:
             return type(self).forward(self, **inputs, **kwargs)
+        # Hidden states rather than logits: only what is taught goes through the head, a chunk at a time.
         hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
         score = functools.partial(chunked_log_probs, temperature=temperature, chunk_size=chunk_size)
         logps, entropies = self.score_targets(hidden_states, policy_targets, score)

@@ -52,6 +52,7 @@ class RewardCalls:
                 values = reward(prompts=prompts, **columns, **masks)
             return self._mark_failures(check_rewards(name, values, prompts))
 
+        # TRL awaits the coroutines of all rewards together, and calls plain functions one by one.
         function = awaited if is_async_reward(reward) else called
         function.__name__ = name
         return function

@@ -48,6 +48,7 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any
     for turn in row["prompt"]:
         content = turn["content"]
         if not isinstance(content, str):
+            # `datasets` gives each part the keys of all parts.
             content = [{name: value for name, value in part.items() if value is not None} for part in content]
             for part in content:
                 if part["type"] == "image":
@@ -127,6 +128,7 @@ def sample_codes(
     sampled: list[torch.Tensor | None] = [None] * len(prompts)
 
     def stop(scale: int, step: Any, codes: torch.Tensor) -> list | None:
+        # Without steps for the scales to come, sampling ends here.
         return [] if scale + 1 == num_scales else None
 
     for members in group_prompts(prompts):
@@ -180,6 +182,7 @@ def sample_thoughts(
         hidden = model.model(
             **inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
+        # The choices that `score_targets` scores, at its temperature.
         scores = model.lm_head(hidden)[:, allowed].float() / temperature
         tokens = allowed[sample(scores[:, None], generators)]
         for thought, token in zip(thoughts, tokens[:, 0].tolist()):
@@ -187,8 +190,9 @@ def sample_thoughts(
                 thought.append(token)
         if all(thought[-1] == config.boi_token_id for thought in thoughts):
             break
-        # A row that is done goes on with padding, which nobody reads.
+        # A row that has ended continues with padding, whose outputs are not read.
         inputs = {"input_ids": tokens.masked_fill(tokens == config.boi_token_id, config.pad_token_id)}
+        # Text takes one step on every axis.
         positions = positions[:, :, -1:] + 1
         mask = F.pad(mask, (0, 1), value=1)
     return [_with_thought(prompt, thought, config.boi_token_id) for prompt, thought in zip(prompts, thoughts)]
@@ -199,6 +203,7 @@ def _with_thought(
 ) -> tuple[NextFlowImagePrompt, range]:
     """The prompt with its thought, closed by `<boi>` where that was not sampled, and the places of the thought."""
     start = len(prompt.input_ids) - 1
+    # A `<boi>` that was put there is not among the thoughts: the policy did not choose it, and is not taught it.
     closed = thought if thought[-1] == boi_token_id else [*thought, boi_token_id]
     input_ids = torch.cat([prompt.input_ids[:-1], torch.tensor(closed)])
     return replace(prompt, input_ids=input_ids), range(start, start + len(thought))

@@ -151,7 +151,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             raise ValueError("`sync_ref_model` needs a reference model: `beta` other than 0, and no adapters")
         self._train_sampler: torch.utils.data.Sampler | None = None
         self.reward_calls = RewardCalls(reward_funcs, takes_masks=args.mask_propagation)
-        for_trl = {"beta": 0.0 if needs_reference else args.any_beta, "model_init_kwargs": None}
+        for_trl = {"beta": 0.0 if needs_reference else args.any_beta, "model_init_kwargs": None}  # else TRL loads one
         with replaced(args, **for_trl, sync_ref_model=False):
             super().__init__(
                 model=model,
@@ -283,7 +283,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
                 prompts, thoughts = (list(column) for column in zip(*longer))
             if shared_prefix:
                 depth = self._num_prefix_scales(prompts[0].grids)
-                codes = self._sample_codes(prompts, generators(), num_scales=depth)
+                codes = self._sample_codes(prompts, generators(), num_scales=depth)  # the prefix alone
                 starts = self._leaders([Rollout(*parts) for parts in zip(prompts, codes, thoughts)])
                 prompts, thoughts = [start.prompt for start in starts], [start.thoughts for start in starts]
                 codes = self._sample_codes(prompts, generators(), prefixes=[start.codes for start in starts])
@@ -291,7 +291,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
                 codes = self._sample_codes(prompts, generators())
             rollouts = [Rollout(*parts) for parts in zip(prompts, codes, thoughts)]
             others = []
-            if was_training and not shared_prefix:
+            if was_training and not shared_prefix:  # VMR: more suffixes of each prefix
                 for _ in range(args.vmr_num_suffixes - 1):
                     codes = self._sample_codes(prompts, generators(), prefixes=self._prefixes(rollouts))
                     others.append([Rollout(*parts) for parts in zip(prompts, codes, thoughts)])
@@ -329,12 +329,12 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             raw, _, masks = self._score(inputs, suffixes)
             totals.append(combine_rewards(raw, weights, num_generations)[1])
             all_masks.append(masks)
-        totals = torch.stack(totals)
+        totals = torch.stack(totals)  # (suffixes, samples)
         if others:
             self._pending_extra_logs.clear()
             self._pending_extra_logs.update(extra)  # the table of completions has the first images only
             self._metrics[mode]["vmr/suffix_std"].append(totals.std(0).nanmean().item())
-            rewards = middle_return(totals, self.args.vmr_eta)
+            rewards = middle_return(totals, self.args.vmr_eta)  # the value of each prefix
         if torch.isnan(rewards).all():
             raise RuntimeError("no sample of the generation batch has a reward: see the failures reported above")
 
@@ -394,6 +394,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         reference."""
         args = self.args
         with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            # Without an update in between the old log-probabilities are those of the loss itself: the ratio is 1.
             if args.gradient_accumulation_steps % math.prod(self._window) != 0:
                 batch["old_per_token_logps"] = self._log_probs(self.model, batch)
             if self.args.any_beta == 0:
@@ -421,7 +422,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         arguments = policy_inputs(inputs)
         outputs = model(**arguments)
-        logps, entropies = outputs["logps"], outputs["entropies"]
+        logps, entropies = outputs["logps"], outputs["entropies"]  # (batch, length)
         length = logps.shape[1]
         weights, advantages = inputs["loss_weights"][:, :length], inputs["advantages"]
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages[:, :length]
@@ -436,7 +437,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             if self.args.use_bias_correction_kl:
                 divergence = divergence * ratio
             losses = losses + beta * divergence
-        loss = (losses * weights).sum(1).mean()
+        loss = (losses * weights).sum(1).mean()  # the weights of a sample's codes sum to 1
 
         clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
         per_token = {"entropy": entropies, "clip_ratio": clipped.float(), "sampling_gap": logps.detach() + entropies}
@@ -565,7 +566,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         state = {"step": self.state.global_step * self.args.gradient_accumulation_steps, "window": None}
         if os.path.exists(path):
             state = torch.load(path, map_location=self.accelerator.device.type, weights_only=True)
-        self._step = state["step"]
+        self._step = state["step"]  # TRL counts from 0
         if state["window"] == self._window:
             self._buffered_inputs = state["rollouts"]
         elif self._step % math.prod(self._window):

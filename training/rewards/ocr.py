@@ -96,7 +96,7 @@ class RapidOCREngine:
         self._engine = RapidOCR(**params)
 
     def __call__(self, image: Image.Image) -> list[OCRWord]:
-        result = self._engine(np.asarray(image.convert("RGB"))[..., ::-1])
+        result = self._engine(np.asarray(image.convert("RGB"))[..., ::-1])  # BGR, as OpenCV has it
         if result.txts is None:
             return []
         boxes = [(*np.min(box, axis=0).tolist(), *np.max(box, axis=0).tolist()) for box in result.boxes]

@@ -74,7 +74,7 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
             raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
         if time.monotonic() > deadline:
             raise TimeoutError("the answer takes longer than `timeout`")
-    if response.length:
+    if response.length:  # the server announced more
         raise http.client.IncompleteRead(body, response.length)
     return body
 
@@ -153,6 +153,7 @@ class VLMJudge:
     ) -> list[float]:
         sources = source_images if source_images is not None else [[]] * len(images)
         loop = asyncio.get_running_loop()
+        # Threads, as the standard library's client blocks; the pool bounds how many ask at once.
         scores = await asyncio.gather(
             *(
                 loop.run_in_executor(self._pool, self.score, image, prompt, given)

@@ -21,7 +21,7 @@ class ModelArguments:
     Args:
         model_name_or_path (`str`, *optional*):
             A NextFlow transformer (`nextflow-hf convert qwen` makes the one that alignment starts from), or an adapter
-            of one: with `use_peft` the training goes on with it, else with the weights that it is merged into. Without
+            of one: with `use_peft` that adapter is trained, else the weights that it is merged into. Without
             it a model with random weights is made for `processor_name_or_path` and `vision_tokenizer_name_or_path`.
         config_overrides (`dict`, *optional*): Fields of [`NextFlowConfig`], for either.
         processor_name_or_path (`str`, *optional*): The processor; needed to sample images.

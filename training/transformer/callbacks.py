@@ -81,7 +81,7 @@ class SampleImagesCallback(TrainerCallback):
         was_training = transformer.training
         pipeline = NextFlowPipeline(transformer.eval(), self.vision_tokenizer.to(accelerator.device), self.processor)
         pipeline.set_progress_bar_config(disable=True)
-        # Generators of our own: the training's randomness goes on as if nothing had been sampled.
+        # Generators of our own, so that sampling leaves the random state of the training alone.
         generators = [torch.Generator(accelerator.device).manual_seed(self.seed + i) for i in range(len(self.prompts))]
         images = pipeline(self.prompts, generator=generators, **self.settings).images
         transformer.train(was_training)

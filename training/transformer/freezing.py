@@ -29,6 +29,7 @@ class HeadRows(nn.Module):
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         others = torch.cat([weight[: self.rows.start], weight[self.rows.stop :]])
+        # A copy, as a view would keep the memory of the whole head.
         return weight[self.rows].clone(), others
 
 
@@ -50,6 +51,7 @@ def set_trainable(model: PreTrainedModel, trainable: str) -> None:
             "trainable='alignment' trains rows of the head, which are the embedding's too in a model with "
             "tie_word_embeddings=True: untie them first"
         )
+    # Freeze everything, then free what alignment trains: the connector, and the head's image rows.
     model.requires_grad_(False)
     model.model.connector.requires_grad_(True)
     parametrize.register_parametrization(model.lm_head, "weight", HeadRows(model.config.image_vocabulary))

@@ -121,6 +121,7 @@ def liger_weighted_cross_entropy(
                 losses.append(F.linear(hidden, matrix[:1])[:, 0].float())
                 continue
             losses.append(
+                # The head's gradient is a sum over chunks, which half precision would round at each of them.
                 liger_fused_linear_cross_entropy(
                     hidden, matrix, target - rows.start, reduction="none", accum_dtype=torch.float32
                 )

@@ -76,7 +76,7 @@ def saved_adapter(name_or_path: str) -> "LoraConfig | None":
 
 
 def check_adapter(adapter: "LoraConfig", args: ModelArguments) -> None:
-    """Refuse to go on with an adapter of another shape than the recipe's."""
+    """Refuse to train on an adapter of another shape than the recipe's."""
     found = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
     found["use_dora"] = adapter.use_dora
     if differing := {name: value for name, value in found.items() if value != getattr(args, name)}:

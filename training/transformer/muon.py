@@ -71,6 +71,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         batches: dict[tuple, list[nn.Parameter]] = {}
         for matrix in group["params"]:
             if matrix.grad is not None:
+                # Sorted: a matrix and its transpose have the same orthogonal factor, so both shapes share a batch.
                 key = (*sorted(matrix.shape), matrix.device, matrix.dtype)
                 batches.setdefault(key, []).append(matrix)
         for matrices in batches.values():
@@ -79,6 +80,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             updates = orthogonalize_in_shares(stack, in_bfloat16=self.in_bfloat16)
             for matrix, update in zip(matrices, updates):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                # An orthogonal matrix has entries of RMS 1 / sqrt(longer side): scaled to those of AdamW's updates.
                 wide(matrix).add_(update, alpha=-group["lr"] * RMS * max(matrix.shape) ** 0.5)
 
     def _direction(self, matrix: nn.Parameter, momentum: float) -> torch.Tensor:
@@ -86,6 +88,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix.grad)
         mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+        # Nesterov: the gradient counts once more, on top of the mean that it is part of.
         return matrix.grad.lerp(mean, momentum)
 
 
@@ -101,6 +104,7 @@ def orthogonalize_in_shares(matrices: torch.Tensor, *, in_bfloat16: bool = False
     share = -(-len(matrices) // dist.get_world_size())
     mine = matrices[dist.get_rank() * share :][:share]
     gathered = matrices.new_zeros(dist.get_world_size() * share, *matrices.shape[1:])
+    # `all_gather` wants equal sizes, and the last share may be smaller.
     padded = matrices.new_zeros(share, *matrices.shape[1:])
     padded[: len(mine)] = orthogonalize(mine, in_bfloat16=in_bfloat16)
     dist.all_gather(list(gathered.chunk(dist.get_world_size())), padded)
@@ -116,6 +120,7 @@ def orthogonalize(matrices: torch.Tensor, *, in_bfloat16: bool = False) -> torch
     a, b, c = COEFFICIENTS
     # Many CPUs multiply fastest in fp32; elsewhere bf16 is enough.
     x = matrices.to(torch.float32 if matrices.device.type == "cpu" and not in_bfloat16 else torch.bfloat16)
+    # The Frobenius norm is no less than the largest singular value, so all of them are in (0, 1].
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NUM_STEPS):
         gram = x @ x.mT

@@ -49,6 +49,7 @@ def mix_rows(
     if weights is None:
         return datasets.concatenate_datasets(list(sources)).with_format("numpy")
     probabilities = [weight / sum(weights) for weight in weights]
+    # Sources begin again until each of them has been read to its end.
     return datasets.interleave_datasets(
         list(sources), probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
     ).with_format("numpy")
@@ -126,6 +127,7 @@ def pack_rows(
     if isinstance(rows, RowStream):
         return PackedIterableDataset(rows, config, **options)
     options["seed"] = args.seed
+    # Too many rows to plan before the first step: block by block, which knows no length.
     if args.max_steps > 0 and sum(map(len, rows)) > WINDOWS_AT_ONCE * data_args.pack_window:
         counts_file = Path(args.output_dir, "packs.json")
         packs = EndlessPackedDataset(rows, config, data_args.train_weights, **options, counts_file=counts_file)

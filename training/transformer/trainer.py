@@ -89,6 +89,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
 
     def _create_muon(self, model: torch.nn.Module) -> MuonWithAdamW:
         layers = self.accelerator.unwrap_model(model).model.layers
+        # The matrices of the layers alone: embedding and head have a row for each token, which AdamW suits better.
         matrices = [weight for weight in layers.parameters() if weight.ndim == 2 and weight.requires_grad]
         of_muon = {id(matrix) for matrix in matrices}
         names = self.get_decay_parameter_names(model)
@@ -141,6 +142,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
+            # `Trainer` drops columns that `forward` does not take; from this one the collator makes `row_ids`.
             self._signature_columns.append("row_id")
 
     # --- losses
@@ -201,6 +203,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
 
     def store_flos(self) -> None:
         before = self.state.total_flos
+        # `Trainer` adds this up over the processes: `total_flos` and the difference below are those of all.
         self.current_flos, self._flops = float(self._flops), 0.0
         super().store_flos()
         self._flops_to_log += self.state.total_flos - before
@@ -246,6 +249,7 @@ class _LossSums:
     def add(self, outputs: dict, num_items: torch.Tensor | int | None) -> None:
         """`outputs` of the model, and the number that its loss was divided by if not its own."""
         counts = outputs["scale_counts"]
+        # The loss is a mean. Times its denominator it is a sum, which adds up over micro-batches and processes.
         weighted = outputs["loss"].detach().float() * (counts.sum() if num_items is None else num_items)
         sums = [weighted, outputs["scale_losses"].float() * counts, counts]
         self._sums = sums if self._sums is None else [old + new for old, new in zip(self._sums, sums)]

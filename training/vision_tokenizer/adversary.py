@@ -43,7 +43,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)  # DCGAN's, as in pix2pix and VQGAN
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         smallest = 2**self.num_layers
@@ -86,8 +86,10 @@ class Adversary:
         self, reconstruction: Sequence[torch.Tensor], true: Sequence[torch.Tensor], *, share: float
     ) -> torch.Tensor:
         """Adds the gradients of the discriminator's hinge loss, times `share` of the step; returns the loss."""
+        # Detached: the tokenizer must not learn from what improves the discriminator.
         fake = self._logits([stack.detach() for stack in reconstruction])
         loss = hinge_loss(self._logits(true), fake)
+        # The backward pass runs outside of autocast, as PyTorch asks.
         with torch.autocast(loss.device.type, enabled=False):
             (loss * share).backward()
         return loss.detach()
@@ -98,6 +100,7 @@ class Adversary:
         gradients = [parameter.grad for parameter in self.discriminator.parameters()]
         if gradients[0] is None:
             return
+        # The discriminator is in no wrapper: its gradients are averaged over the processes here, in one call.
         mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

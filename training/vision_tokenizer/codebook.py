@@ -51,6 +51,7 @@ class CodeUsage:
     def metrics(self) -> dict[str, float]:
         """Usage and perplexity since the last call, of every scale and in total; empty if nothing was counted."""
         scales = torch.tensor([len(self.scale_counts)], device=self.scale_counts.device)
+        # Processes may have counted schedules of other lengths, and a reduction wants equal shapes.
         self._grow(int(self.accelerator.gather(scales).max()))
         if not len(self.scale_counts):
             return {}
@@ -77,6 +78,7 @@ def count_codes_per_scale(image_codes: torch.Tensor, image_grids: torch.Tensor, 
     max_scales = image_grids.shape[1]
     cells = image_grids.prod(-1)  # (n, max_scales), zero after an image's last scale
     scales = torch.arange(max_scales, device=cells.device).expand_as(cells).flatten()
+    # One number for (scale, code), so that both are counted at once.
     joint = scales.repeat_interleave(cells.flatten()) * codebook_size + image_codes.clamp(min=0)
     counts = torch.zeros(max_scales * codebook_size, device=image_codes.device)
     return counts.index_add_(0, joint, (image_codes >= 0).float()).view(max_scales, codebook_size)
@@ -100,6 +102,7 @@ def scale_queries(
     The vectors that all scales look up, (n, cells of all scales, code_dim), both parts of length one. Without
     `quantize` each is its own code: what a perfect codebook would see, for a codebook that does not exist yet.
     """
+    # The arithmetic of the quantiser's `forward`, which does not return its queries.
     residual, codebook, queries = features, quantizer.codebook(), []
     for grid in schedule:
         query = residual if grid == schedule[-1] else F.interpolate(residual, grid, mode="area")
@@ -140,11 +143,13 @@ def sample_queries(
     total = int(sizes.sum())
     if not replace and total < count:
         raise ValueError(f"got {total} features, expected at least one for each of the {count} codes")
+    # All processes choose alike, as they have the same seed and sizes.
     chosen = np.random.default_rng(list(seed)).choice(total, count, replace=replace)
     chosen = torch.from_numpy(chosen)
     sampled = vectors.new_zeros(count, vectors.shape[-1])
     for own_ends, batch in zip(ends[:, rank], batches, strict=True):
         for end, image in zip(own_ends.tolist(), batch):
+            # Counted from the first vector of this image; those outside of it are another's.
             rows = chosen - (end - len(image))
             inside = (rows >= 0) & (rows < len(image))
             sampled[inside.to(sampled.device)] = image[rows[inside].to(sampled.device)]
@@ -169,6 +174,7 @@ def spherical_kmeans(
         sums = torch.zeros_like(centers).index_add_(0, nearest, features)
         counts = torch.bincount(nearest, minlength=len(centers)).to(sums)
         sums, counts = accelerator.reduce([sums, counts], "sum")
+        # A centre that no feature is nearest to stays where it is.
         centers = torch.where(counts[:, None] > 0, quantizer.normalize(sums), centers)
     return centers
 

@@ -118,7 +118,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
                 image_grids,
                 semantic_targets=targets,
                 drop_scales=self._dropped_scales(image_grids.shape[1]) if model.training else None,
-                quantize=self.quantizes,
+                quantize=self.quantizes,  # an autoencoder until then
             )
         sizes = image_sizes(self.tokenizer, image_grids)
         fake, real = (stack_by_size(pixels, sizes) for pixels in (outputs.reconstruction, pixel_values))
@@ -153,7 +153,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
             last_layer = self.tokenizer.pixel_decoder.conv_out.weight
             weight = weight * adaptive_weight(pixel_loss, adversarial_loss, last_layer, self.accelerator)
         # After the tokenizer's loss: autocast caches the weights it casts, here with a gradient, there without.
-        share = 1 / self.current_gradient_accumulation_steps
+        share = 1 / self.current_gradient_accumulation_steps  # micro-batches add up, as the tokenizer's do
         discriminator_loss = self.adversary.learn(fake, real, share=share)
         return {
             "adversarial_loss": adversarial_loss,
@@ -176,6 +176,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.logged_values:
+            # All processes have the same names in the same order: one reduction for all of them.
             means = torch.stack([torch.stack(values).float().mean() for values in self.logged_values.values()])
             means = self.accelerator.reduce(means, "mean").tolist()
             logs |= {name: round(mean, 5) for name, mean in zip(self.logged_values, means, strict=True)}
@@ -220,6 +221,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
             if index == self.args.codebook_init_batches:
                 break
             batch = self._prepare_inputs(batch)
+            # Encoding calls the quantiser, whose input is what the hook keeps.
             with self.compute_loss_context_manager(), self._capture_features(batch["image_grids"]):
                 self.tokenizer.encode(batch["pixel_values"], batch["image_grids"])
             batches.append(self._queries(quantize=False))
@@ -249,6 +251,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
         dead = (self.usage.steps_unused >= self.args.dead_code_steps).nonzero().flatten()
         if len(dead):
             seed = (self.args.seed, self.state.global_step)
+            # Residuals that this batch has looked up, so the new codes are where codes are needed.
             queries = [self._queries(quantize=True)]
             self._write_codes(dead, sample_queries(queries, len(dead), self.accelerator, seed=seed, replace=True))
             self.usage.steps_unused[dead] = 0
@@ -319,6 +322,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
             self.train_dataset.set_epoch(int(self.state.epoch))
 
     def on_step_begin(self) -> None:
+        # Before the first quantised step: the codes begin among the features that the autoencoder has learnt.
         is_time = self.state.global_step == self.args.continuous_steps
         if is_time and self.args.codebook_init_batches and self.args.trains_codebook:
             self.initialize_codebook()
@@ -392,6 +396,7 @@ def prepare_stage(model: NextFlowVisionTokenizer, stage: str) -> None:
         else:
             parameter.requires_grad_(stage == "joint" or not semantic)
     if stage == "pixel":
+        # The semantic half is untrained in this stage, and must not take part in choosing codes.
         model.config.semantic_distance_weight = 0.0
 
 
