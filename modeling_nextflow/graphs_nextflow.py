@@ -19,9 +19,10 @@ from .configuration_nextflow import NextFlowConfig
 logger = logging.get_logger(__name__)
 
 PROMPT_LENGTHS = 64  # graphs are for prompts of a multiple of it
+MAX_FREE = 8  # workspaces that wait to be used again: at 7B, 1,024 pixels and guidance 1.2 GB each
 
 
-@dataclass
+@dataclass(eq=False)
 class Workspace:
     """Keys and values of one call at a time, and the passes that were recorded on them."""
 
@@ -47,7 +48,7 @@ class RecordedPass:
 
 class PassGraphs:
     """
-    Workspaces that no call uses at the moment.
+    Workspaces that no call uses at the moment, at most `MAX_FREE`: those that were used last.
 
     Args:
         max_cells (`int`): Cells of the largest block that is recorded. Larger ones are compute-bound.
@@ -55,12 +56,16 @@ class PassGraphs:
 
     def __init__(self, max_cells: int):
         self.max_cells = max_cells
-        self.free: dict[tuple[int, int], list[Workspace]] = {}
+        self.free: list[Workspace] = []  # used last at the end
 
     def take(self, config: NextFlowConfig, rows: int, length: int) -> Workspace:
         """A workspace of so many rows and tokens, of this call alone until it is given back."""
-        free = self.free.setdefault((rows, length), [])
-        workspace = free.pop() if free else Workspace(self, (rows, length), reserved_cache(config, length))
+        key = (rows, length)
+        workspace = next((one for one in reversed(self.free) if one.key == key), None)
+        if workspace is None:
+            workspace = Workspace(self, key, reserved_cache(config, length))
+        else:
+            self.free.remove(workspace)
         # The positions that the last call left on the cache are not this prompt's.
         vars(workspace.cache).pop(PLACE, None)
         # Rewind instead of allocating: graphs write to the addresses they were recorded with.
@@ -69,7 +74,9 @@ class PassGraphs:
         return workspace
 
     def give_back(self, workspace: Workspace) -> None:
-        self.free.setdefault(workspace.key, []).append(workspace)
+        self.free.append(workspace)
+        # Prompts of many lengths and batches of many sizes would fill the device with memory that nobody uses.
+        del self.free[:-MAX_FREE]
 
     def run(
         self, workspace: Workspace, cache: DynamicCache, function: Callable[..., torch.Tensor], *inputs: torch.Tensor

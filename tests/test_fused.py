@@ -290,7 +290,7 @@ def test_recorded_passes_serve_other_prompts(monkeypatch, guidance):
         codes, own_logits = sample(recorded, arguments)
         torch.testing.assert_close(own_logits, logits, atol=1e-4, rtol=1e-4)
         assert torch.equal(codes, expected)
-        ((workspace,),) = recorded.graphs.free.values()
+        (workspace,) = recorded.graphs.free
         memory.add(tuple(layer.keys.data_ptr() for layer in workspace.cache.layers))
     assert len(memory) == 1 and len(workspace.passes) == 2
     side_by_side = zip(*(recorded.stream_images(**ONE, guidance_scale=1.0, temperature=0.0) for _ in range(2)))
@@ -300,6 +300,16 @@ def test_recorded_passes_serve_other_prompts(monkeypatch, guidance):
     recorded.to(torch.float64)
     scales.close()  # what was recorded on the old weights is not used again
     assert not recorded.graphs.free
+
+
+def test_few_workspaces_wait_to_be_used_again(monkeypatch):
+    monkeypatch.setattr(graphs_nextflow, "MAX_FREE", 2)
+    config, graphs = toy_model().config, PassGraphs(max_cells=9)
+    taken = [graphs.take(config, 1, length) for length in (64, 128, 192)]
+    for workspace in taken:
+        graphs.give_back(workspace)
+    assert graphs.free == taken[1:]
+    assert graphs.take(config, 1, 128) is taken[1] and graphs.take(config, 1, 64) is not taken[0]
 
 
 def test_graphs_need_a_device_that_has_them():

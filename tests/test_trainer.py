@@ -134,6 +134,10 @@ def test_drop_condition_keeps_what_is_trained_on():
     assert set(outcomes) == {kept, no_text, nothing}
     assert outcomes[kept] / 2000 == pytest.approx(0.7, abs=0.04)
     assert outcomes[no_text] / 2000 == pytest.approx(0.2, abs=0.03)
+    del row["messages"][0]["content"][0], row["images"][0]  # without an image of the user, `text_rate` alone counts
+    rngs = map(np.random.default_rng, range(2000))
+    dropped = sum(not drop_condition(row, rng, text_rate=0.2, image_rate=0.1)[0][0]["content"] for rng in rngs)
+    assert dropped / 2000 == pytest.approx(0.2, abs=0.03)
 
 
 # ---- how layers compute

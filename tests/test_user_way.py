@@ -224,7 +224,7 @@ def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line
         assert not Path("wrong").exists()
 
 
-def test_a_card_has_the_stages_of_an_exported_model_that_training_went_on_from(runs, converted, command_line, tmp_path):
+def test_a_card_has_the_stages_of_the_exported_model_before_it(runs, converted, command_line, tmp_path):
     """Also of what started from a checkpoint; each stage once, in order, with its plot."""
     first = save_run(tmp_path / "first", "transformer", converted)
     changed(first, converted, 4)

@@ -149,10 +149,12 @@ def drop_condition(
     """
     if any(part["type"] == "text" for part in _parts_of(row["messages"], "assistant")):
         return row["messages"], row["images"]
+    if not any(part["type"] == "image" for part in _parts_of(row["messages"], "user")):
+        image_rate = 0.0  # or rows without images would lose their text at both rates
     # One number decides both: images go only where the text goes, too.
     number = rng.random()
-    drop_images = number < image_rate and any(part["type"] == "image" for part in _parts_of(row["messages"], "user"))
-    if not drop_images and number >= image_rate + text_rate:
+    drop_images = number < image_rate
+    if number >= image_rate + text_rate:
         return row["messages"], row["images"]
     messages, images, remaining = [], [], iter(row["images"])
     for turn in row["messages"]:
