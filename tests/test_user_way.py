@@ -232,7 +232,7 @@ def test_a_card_has_the_stages_of_the_exported_model_before_it(runs, converted, 
     command_line.run("export", first, "--output", "middle")
     again = save_run(tmp_path / "again", "transformer", Path("middle").resolve())
     changed(again, converted, 5), changed(again / "checkpoint-5", converted, 6)
-    last = save_run(tmp_path / "last", "grpo", again / "checkpoint-5")
+    last = save_run(tmp_path / "last", "grpo", again / "checkpoint-5", also=str(first))
     changed(last, converted, 7)
     command_line.run("export", last, "--output", "exported", "--model", converted)
     stages = json.loads(Path("exported", "stages.json").read_text())

@@ -147,7 +147,8 @@ class Stage:
     kind: str
     steps: int | None = None
     seconds: str = ""
-    command: list[str] = field(default_factory=list)
+    # Not compared: an exported folder names neither the folders of the machine nor this plot's.
+    command: list[str] = field(default_factory=list, compare=False)
     plot: Path | None = field(default=None, compare=False)
 
     @property
