@@ -367,6 +367,8 @@ def test_arguments_of_trainer_that_make_another_loss_are_refused(options, name):
         (NextFlowTrainingArguments, "num_train_epochs", 0),
         (NextFlowTrainingArguments, "save_steps", -1),
         (NextFlowTrainingArguments, "learning_rate", -1e-4),
+        (NextFlowTrainingArguments, "learning_rate", float("nan")),
+        (NextFlowTrainingArguments, "num_train_epochs", float("nan")),
         (NextFlowTrainingArguments, "sample_seed", -1),
         (NextFlowVisionTokenizerTrainingArguments, "per_device_eval_batch_size", 0),
         (NextFlowVisionTokenizerTrainingArguments, "continuous_steps", -1),

@@ -17,6 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 
+from ..common.recipe import check_types
 from .messages import bad_row_reason
 from .raw_files import ERROR, FORMATS, open_raw_rows
 from .tasks import TASKS
@@ -103,7 +104,14 @@ class DataSource:
     resolution: int | None = None
 
     def __post_init__(self):
-        self.caption_prompts, self.extra_columns = tuple(self.caption_prompts), tuple(self.extra_columns)
+        for name in ("path", "image_root", "caption_prompts", "extra_columns"):
+            value = getattr(self, name)
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        try:
+            check_types(self)
+        except ValueError as error:
+            raise ValueError(f"source {self.label or self.path}: {error}") from error
         self.label = self.label or self.path
         if self.task not in TASKS:
             raise ValueError(f"source {self.label}: task is {self.task!r}, expected one of {list(TASKS)}")
