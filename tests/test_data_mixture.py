@@ -185,6 +185,7 @@ HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "valu
         ("text_to_image", {"image": b"1", "text": " \n"}, "a text is empty"),
         ("text_to_image", {"image": b"1", "text": None}, "a text is NoneType, expected a string"),
         ("edit", {"source": [b"1", None], "instruction": "x", "target": b"1"}, r"images \[1\] of 3 are missing"),
+        ("edit", {"source": [], "instruction": "x", "target": b"1"}, "there is no image to edit"),
         ("conversation", {"conversations": [HUMAN, GPT], "images": [b"1"]}, "got 1 images for 2 image parts"),
         ("conversation", {"conversations": [HUMAN], "images": b"1"}, "expected an assistant among them"),
         ("conversation", {"conversations": [{"from": "cat", "value": "x"}]}, "a turn is from 'cat'"),

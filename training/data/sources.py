@@ -152,8 +152,9 @@ class OpenSource:
         try:
             names = ("path", "format", "name", "split", "revision", "streaming", "options")
             opened = open_raw_rows(**{name: getattr(source, name) for name in names})
-        except (DatasetGenerationError, pa.ArrowException) as error:  # names neither the source nor the cause
-            raise ValueError(f"source {source.label} cannot be read: {error.__cause__ or error}") from error
+        except (DatasetGenerationError, pa.ArrowException, StopIteration) as error:  # names neither source nor cause
+            cause = str(error.__cause__ or error) or "it has no rows"
+            raise ValueError(f"source {source.label} cannot be read: {cause}") from error
         self.streaming, self.decode = isinstance(opened.rows, IterableDataset), opened.decode
         self.columns = self._find_columns(opened.names)
         if missing := sorted(set(source.extra_columns) - set(opened.names)):

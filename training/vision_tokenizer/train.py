@@ -36,11 +36,8 @@ def train(
     image_processor = NextFlowImageProcessor(**(image_args.image_processor or {}))
     images, evaluation = build_datasets(image_args, image_processor, seed=args.seed)
     tokenizer, teacher = build_tokenizer(tokenizer_args)
-    if not 0 < (tokenizer_args.merge_codes or 1) < tokenizer.config.codebook_size:
-        raise ValueError(
-            f"merge_codes is {tokenizer_args.merge_codes}, expected at least 1 and fewer than the "
-            f"{tokenizer.config.codebook_size} codes"
-        )
+    if (merge_codes := tokenizer_args.merge_codes or 0) >= (codes := tokenizer.config.codebook_size):
+        raise ValueError(f"merge_codes is {merge_codes}, expected fewer than the {codes} codes that there are")
     trainer = NextFlowVisionTokenizerTrainer(
         tokenizer,
         args,
