@@ -154,6 +154,10 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
                 "goes on from it"
             )
         raise SystemExit(128 + callback.signal)
+    if state.global_step == 0:
+        raise ValueError(
+            "no step was made: there is no whole batch, and dataloader_drop_last leaves out a smaller one"
+        )
     save()
     trainer.save_state()
     if trainer.is_world_process_zero():
