@@ -115,6 +115,14 @@ def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionToken
     return tokenizer, teacher
 
 
+def build_image_processor(fields: dict | None) -> NextFlowImageProcessor:
+    """The image processor of a recipe's fields. A name that it does not have it would take and forget."""
+    known = NextFlowImageProcessor.valid_kwargs.__annotations__
+    if unknown := sorted(set(fields or {}) - set(known)):
+        raise ValueError(f"image_processor has unknown keys {unknown}, expected some of {sorted(known)}")
+    return NextFlowImageProcessor(**(fields or {}))
+
+
 def load_teacher(source: str) -> Siglip2VisionModel:
     """The vision part of a SigLIP2, which may be the whole model or the vision part alone."""
     if AutoConfig.from_pretrained(source).model_type == "siglip2":
@@ -143,6 +151,7 @@ __all__ = [
     "ImageArguments",
     "VisionTokenizerArguments",
     "build_datasets",
+    "build_image_processor",
     "build_tokenizer",
     "load_teacher",
 ]
