@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from packaging.requirements import Requirement
 
 from . import __version__
+from .commands.console import OneLineParser
 
 
 # Sub-command -> (module with `main(argv)`, what `--help` says).
@@ -40,7 +41,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sub-command named by the first of `argv` (`sys.argv[1:]` by default), with the others as its own."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="nextflow-hf",
         description="NextFlow for Hugging Face: images and text by one model.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=16),

@@ -19,6 +19,8 @@ DEBUG = "--debug"
 # What users can put right is said in one line; all else is a bug, and keeps its traceback. The last is of weights
 # that were cut short.
 MISTAKES = (ValueError, OSError, ImportError, MemoryError, SafetensorError)
+# By name, as its library need not be imported here: a field of a configuration has a value of another type.
+MISTAKES_OF_LIBRARIES = ("StrictDataclassFieldValidationError",)
 LESS_MEMORY = (
     "The device has too little memory: try --offload, --quantize 4bit, --dtype bfloat16, fewer images at once, or a "
     "lower --resolution"
@@ -125,8 +127,8 @@ def _status(console: Console, work: Callable[[], int], *, is_debug: bool) -> int
     except BrokenPipeError:  # as in `nextflow-hf train --list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except MISTAKES as error:
-        if is_debug:
+    except Exception as error:
+        if is_debug or not (isinstance(error, MISTAKES) or type(error).__name__ in MISTAKES_OF_LIBRARIES):
             raise
         message = _one_line(error)
         console.warn(f"{message} ({DEBUG} shows the traceback)")

@@ -12,11 +12,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .console import one_line_mistakes
+from .console import OneLineParser, one_line_mistakes
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="nextflow-hf extract", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", nargs="?", help="YAML file with the sources and other keys")
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("got no output_dir: name a folder for the shards, as in output_dir=codes")
     state = PartialState(cpu=not torch.accelerator.is_available())
     processor = data.model.load_processor()
+    for resolution in (data.settings.resolution, *(source.resolution for source in data.mixture.sources)):
+        if resolution is not None:
+            processor.image_processor.schedule.num_scales(resolution)  # raises where there is no such
     vision_tokenizer = data.model.load_vision_tokenizer()
     vision_tokenizer = vision_tokenizer.to(state.device, memory_format=convolution_layout(state.device))
     torch.backends.cudnn.allow_tf32 = False  # else the convolutions of "float32" would keep 10 bits of mantissa

@@ -208,6 +208,14 @@ def add_console_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="print no progress")
 
 
+def port(text: str) -> int:
+    """A port of a server, as argparse reads it."""
+    number = int(text)
+    if not 0 < number < 2**16:
+        raise argparse.ArgumentTypeError(f"{number} is no port, expected 1 to 65535")
+    return number
+
+
 def one_text(words: list[str], parser: argparse.ArgumentParser) -> str | None:
     """Return the text of a positional argument. Without quotes the shell splits it into words: refuse several."""
     if len(words) > 1:

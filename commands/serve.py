@@ -15,7 +15,7 @@ from typing import Any
 from ..serving.addresses import is_loopback
 from . import loading
 from .console import Console, run
-from .options import SHIPPED_MODEL, add_model_options, new_parser
+from .options import SHIPPED_MODEL, add_model_options, new_parser, port
 
 
 API_KEY = "NEXTFLOW_API_KEY"
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: %(default)s, for this machine only"
     )
-    group.add_argument("--port", type=int, default=8000, help="port to listen on; default: %(default)s")
+    group.add_argument("--port", type=port, default=8000, help="port to listen on; default: %(default)s")
     group.add_argument("--api-key", help=f"key that clients have to send; default: {API_KEY} of the environment")
     group.add_argument("--served-name", help="name of the model for clients; default: the folder's name or the Hub id")
     group.add_argument(

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """What `transformers` does with `argv`."""
     from transformers.cli import transformers
 
-    transformers.app(list(sys.argv[1:] if argv is None else argv), prog_name="transformers", standalone_mode=False)
+    transformers.app(list(sys.argv[1:] if argv is None else argv), prog_name="transformers")
     return 0
 
 

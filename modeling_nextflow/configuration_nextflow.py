@@ -114,8 +114,8 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     codebook_size: int = 32768
     semantic_code_dim: int = 32
     pixel_code_dim: int = 8
-    semantic_distance_weight: float = 1.0
-    pixel_distance_weight: float = 1.0
+    semantic_distance_weight: float | int = 1.0
+    pixel_distance_weight: float | int = 1.0
     semantic_decoder_layers: int = 3
     latent_channels: int = 256
     encoder_channels: int = 128
@@ -127,15 +127,15 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
     norm_num_groups: int = 32
     norm_min_group_channels: int = 4
     self_correction_top_k: int = 10
-    self_correction_ratio: float = 0.6
-    scale_dropout: float = 0.5
-    quantizer_loss_weight: float = 1.0
-    commitment_loss_weight: float = 0.25
-    accumulated_loss_weight: float = 1.0
-    semantic_loss_weight: float = 1.0
+    self_correction_ratio: float | int = 0.6
+    scale_dropout: float | int = 0.5
+    quantizer_loss_weight: float | int = 1.0
+    commitment_loss_weight: float | int = 0.25
+    accumulated_loss_weight: float | int = 1.0
+    semantic_loss_weight: float | int = 1.0
     search_chunk_size: int = 512
     codes_fingerprint: str | None = None
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         if self.semantic_config is None:
@@ -312,8 +312,8 @@ class NextFlowConfig(Qwen2Config):
     image_token_id: int = 151655
     max_scales: int = 18
     scale_length_counts_repeats: bool = False
-    spatial_rope_extent: float = 64.0
-    scale_loss_alpha: float = 0.9
+    spatial_rope_extent: float | int = 64.0
+    scale_loss_alpha: float | int = 0.9
     joint_image_loss: bool = True
     connector_hidden_act: str = "gelu"
     boi_scale_embedding: bool = True

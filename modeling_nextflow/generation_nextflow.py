@@ -155,6 +155,9 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
 
     def _generate_image(self, input_ids: torch.Tensor, options: dict[str, Any]) -> NextFlowImageGenerationOutput:
         options.pop("input_ids", None)
+        if input_ids is None or input_ids.ndim != 2:
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids have the shape {shape}, expected (batch, length): the prompts of the images")
         names = ("logits_processor", "stopping_criteria", "streamer", "past_key_values", "inputs_embeds")
         refuse_options(options, "image", names)
         count = options.pop("num_return_sequences", None)
@@ -224,9 +227,11 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
             options = self._configured(options, "stop_strings")
             options["stopping_criteria"] = StoppingCriteriaList(criteria)
         if config.num_return_sequences > 1:
+            arguments |= {f"negative_{name}": value for name, value in negative.items()}
             input_ids, arguments, target_grids, options = self._repeat_prompts(
                 input_ids, arguments, target_grids, options, config.num_return_sequences
             )
+            negative = {name: arguments.pop(f"negative_{name}", None) for name in negative}
         max_images = getattr(config, "max_images", None)  # a plain `GenerationConfig` has none
         max_images = DEFAULT_MAX_IMAGES if max_images is None else max_images
         if max_images < 0:
@@ -437,16 +442,20 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         # Overwritten: images lie flat over the batch, those of a row are repeated together.
         repeated = {}
         for prefix in ("", "negative_", "imageless_"):
+            own_ids = model_kwargs.get(f"{prefix}input_ids")
+            if prefix and own_ids is not None and len(own_ids) == 1 < len(input_ids):  # one for all stays one
+                names = [name for name in model_kwargs if name.startswith(prefix)]
+                repeated |= {name: model_kwargs.pop(name) for name in names}
+                continue
             image_codes, image_grids = (
                 model_kwargs.pop(f"{prefix}{name}", None) for name in ("image_codes", "image_grids")
             )
             if image_grids is not None and expand_size > 1:
-                ids = model_kwargs.get(f"{prefix}input_ids")
                 if not prefix:
-                    ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
-                assert ids is not None  # images come with tokens
+                    own_ids = self._prompt_ids(input_ids, model_kwargs.get("inputs_embeds"))
+                assert own_ids is not None  # images come with tokens
                 # transformers would repeat each code and each grid by itself, not the images of a row together.
-                rows = split_images(ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
+                rows = split_images(own_ids, image_codes, image_grids, boi_token_id=self.config.boi_token_id)
                 image_codes, image_grids = (
                     torch.cat([row for row in by_row for _ in range(expand_size)]) for by_row in rows
                 )

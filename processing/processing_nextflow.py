@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import BatchFeature
@@ -347,6 +348,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
             raise TypeError(f"got unexpected options {unknown}")
         # Of the tokenizer's own settings, its `padding_side` must not undo ours.
         names = _TEXT_OPTIONS - {"padding_side"}
+        kwargs = {name: value.item() if isinstance(value, np.generic) else value for name, value in kwargs.items()}
         own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in names}
         options = self._merge_kwargs(tokenizer_init_kwargs=own, **kwargs)
         text_options = options["text_kwargs"]

@@ -145,13 +145,21 @@ class Guard:
         self.metrics.seconds.labels(route).observe(time.monotonic() - started)
 
     def _refuse(self, headers: Headers, path: str) -> BadRequest | None:
-        if int(headers.get("content-length") or 0) > self.max_bytes:
+        length = headers.get("content-length", "0")
+        if not length.isdecimal():
+            return BadRequest(f"the content length is {length[:40]!r}, expected a number of bytes")
+        if int(length) > self.max_bytes:
             return BadRequest(f"the request has more than {self.max_bytes} bytes", status=413)
         if self.api_key is None:
             # A page in a browser on this machine may be anyone's, and its name may lead here.
-            asking = [urlsplit(headers.get("origin", "")).hostname, urlsplit(f"//{headers.get('host', '')}").hostname]
-            foreign = [host for host in asking if host and not is_loopback(host)]
-            if foreign:
+            try:
+                asking = [
+                    urlsplit(address).hostname
+                    for address in (headers.get("origin", ""), f"//{headers.get('host', '')}")
+                ]
+            except ValueError:  # no address at all
+                asking = ["?"]
+            if any(host and not is_loopback(host) for host in asking):
                 return BadRequest("this server answers its own machine alone", status=403)
             return None
         # Compared in constant time below, which tells nothing of the key.
@@ -180,7 +188,7 @@ class Api:
         return await self._images(request, body, "image_generation", [], None)
 
     async def edit(self, request: Request) -> Response:
-        if request.headers.get("content-type", "").startswith("application/json"):
+        if request.headers.get("content-type", "").lower().startswith("application/json"):
             body = self._parse(protocol.EditBody, await self._json(request))
             sources = [image.get("image_url", "") for image in body.images]
             mask = None if body.mask is None else body.mask.get("image_url", "")
@@ -371,8 +379,8 @@ class Api:
         return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
 
     def _finish(self, job: Any, usage: dict[str, int]) -> str:
-        most = job.settings.get("max_new_tokens")
-        return "length" if most is not None and usage["completion_tokens"] >= most else "stop"
+        most = self.worker.pipe.get_text_settings(job.settings.get("max_new_tokens"))["max_new_tokens"]
+        return "length" if usage["completion_tokens"] >= most else "stop"
 
     def _num_tokens(self, texts: list[str]) -> int:
         return sum(len(self.worker.pipe.processor.tokenizer.tokenize(text)) for text in texts)
@@ -406,7 +414,7 @@ class Api:
         return body
 
     async def _json(self, request: Request) -> Any:
-        if not request.headers.get("content-type", "").startswith("application/json"):
+        if not request.headers.get("content-type", "").lower().startswith("application/json"):
             raise BadRequest("the content type is not application/json", status=415)
         with _in_time(self.seconds):
             data = await request.body()
@@ -417,7 +425,7 @@ class Api:
 
     async def _form(self, request: Request) -> tuple[dict[str, Any], list[Any], Any]:
         """Fields, images and mask of a multipart form, in which OpenAI's client writes `image[]` for several."""
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise BadRequest("the content type is neither multipart/form-data nor application/json", status=415)
         fields: dict[str, Any] = {}
         sources, mask = [], None

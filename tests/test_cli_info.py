@@ -288,6 +288,10 @@ def test_mistakes_in_a_reconstruction(command_line, model_folder, tmp_path):
 # --- help
 
 
+def test_mistakes_in_the_commands_of_transformers_are_its_own(command_line):
+    assert "nosuch" in command_line.mistake("transformers", "nosuch")
+
+
 def test_help_imports_neither_torch_nor_numpy():
     names = [name for name, (module, _) in cli.COMMANDS.items() if module.startswith("nextflow_hf.commands.")]
     names = [name for name in names if name not in ("diffusers", "transformers")]  # whose help is theirs

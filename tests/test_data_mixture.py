@@ -148,6 +148,11 @@ def test_a_tenth_of_text_to_image_is_turned_round(tmp_path):
         ({"task": "drawing"}, "task is 'drawing', expected one of"),
         ({"format": "zip"}, "format is 'zip', expected one of"),
         ({"weight": 0}, "weight is 0, expected more than 0"),
+        ({"weight": "1"}, "weight is '1', expected float"),
+        ({"path": None}, "path is None, expected str"),
+        ({"label": 2024}, "label is 2024, expected str"),
+        ({"columns": ["text"]}, r"columns is \['text'\], expected dict"),
+        ({"extra_columns": "author"}, "extra_columns is 'author', expected tuple"),
         ({"columns": {"caption": "x"}}, r"columns has \['caption'\], which are no parts of the task 'text'"),
         ({"wait": 1}, r"source 0 has \['wait'\]"),
         ({"columns": {"text": "body"}}, r"text is column 'body', but the columns are \['text'\]"),
@@ -162,6 +167,9 @@ def test_wrong_sources_are_refused_before_they_are_read(tmp_path, source, messag
 def test_a_mixture_of_nothing_is_refused():
     with pytest.raises(ValueError, match="got no sources"):
         MixtureArguments()
+    for name, value in (("num_rows", 0), ("num_rows", -1), ("data_seed", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected at least"):
+            MixtureArguments(sources=[DataSource(path="a", task="text")], **{name: value})
     with pytest.raises(ValueError, match="give those of one path and task different labels"):
         MixtureArguments(sources=[DataSource(path="a", task="text"), DataSource(path="a", task="text")])
 
@@ -177,6 +185,7 @@ HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "valu
         ("text_to_image", {"image": b"1", "text": " \n"}, "a text is empty"),
         ("text_to_image", {"image": b"1", "text": None}, "a text is NoneType, expected a string"),
         ("edit", {"source": [b"1", None], "instruction": "x", "target": b"1"}, r"images \[1\] of 3 are missing"),
+        ("edit", {"source": [], "instruction": "x", "target": b"1"}, "there is no image to edit"),
         ("conversation", {"conversations": [HUMAN, GPT], "images": [b"1"]}, "got 1 images for 2 image parts"),
         ("conversation", {"conversations": [HUMAN], "images": b"1"}, "expected an assistant among them"),
         ("conversation", {"conversations": [{"from": "cat", "value": "x"}]}, "a turn is from 'cat'"),

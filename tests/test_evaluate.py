@@ -112,6 +112,7 @@ def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "expected key=value" in evaluate("size", mistake=True)
     assert "there is no suite 'nonsense', expected" in command_line.mistake("evaluate", "nonsense", "model")
     assert "there is no suite 'toy_suite:other'" in command_line.mistake("evaluate", "toy_suite:other", "model")
+    assert "os:path is module, expected a function" in command_line.mistake("evaluate", "os:path", "model")
     assert "SUITE and MODEL are missing" in command_line.mistake("evaluate")
     assert "nextflow_hf.worlds.shapes:suite" in command_line.run("evaluate", "--list")
 
@@ -178,7 +179,8 @@ def run_in(folder, rank=0, ranks=1):
     return run
 
 
-def test_a_kill_loses_at_most_the_sample_in_work(tmp_path):
+@pytest.mark.parametrize("cut", ['{"id": "n3", "answer": [[{"ty', '{"id": "n3", "answer": [[{"type": "text"}'])
+def test_a_kill_loses_at_most_the_sample_in_work(tmp_path, cut):
     run_in(tmp_path / "whole").generate(answer)
     asked = []
 
@@ -191,7 +193,7 @@ def test_a_kill_loses_at_most_the_sample_in_work(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path / "parts").generate(dying)
     file = tmp_path / "parts" / "answers-0.jsonl"
-    file.write_text(file.read_text() + '{"id": "n3", "answer": [[{"ty')  # as a kill leaves it
+    file.write_text(file.read_text() + cut)  # as a kill leaves it
     run = run_in(tmp_path / "parts")
     assert set(run.rows("answers")) == {"n0", "n1", "n2"}
     run.generate(dying)

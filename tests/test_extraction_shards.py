@@ -400,6 +400,19 @@ def test_the_example_through_the_command(example, monkeypatch):
         cli.main([*command, "data_seed=1", "self_correction_ratio=0.5", "--debug"])
 
 
+def test_an_image_of_the_preview_that_no_bucket_fits_is_one_bad_row(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(example)
+    for name, size in (("a", (16, 16)), ("b", (100, 1))):
+        Pillow.new("RGB", size).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    source = {"path": str(tmp_path), "task": "text_to_image"}
+    (tmp_path / "data.yaml").write_text(json.dumps({"model": "model", "sources": [source], "on_bad_row": "skip"}))
+    command = ["extract", str(tmp_path / "data.yaml"), f"output_dir={tmp_path / 'codes'}"]
+    assert cli.main([*command, "resolution=5"]) == 2 and not (tmp_path / "codes").exists()
+    assert cli.main(command) == 0 and len(load_codes(tmp_path / "codes")) == 1
+    assert json.loads((tmp_path / "codes" / "bad_rows.jsonl").read_text())["row_id"] == "b.png"
+
+
 def test_the_command_shows_what_the_tokenizer_makes_of_the_images(example, tmp_path, monkeypatch, caplog):
     """PSNR as computed here, a sheet of originals beside reconstructions, and a warning below the threshold."""
     monkeypatch.chdir(example)

@@ -211,6 +211,21 @@ def test_num_return_sequences_repeats_whole_rows(model):
     assert torch.equal(out.image_grids, expected.image_grids)
 
 
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+@pytest.mark.parametrize("negatives", [[[4]], [[4], [6]]], ids=["one for all", "one each"])
+def test_num_return_sequences_with_guidance_repeats_the_unconditional_prompts(model, mode, negatives):
+    """Greedy, each of the `count` rows of a prompt is what the prompt gives alone."""
+    settings = {**SETTINGS, "generation_mode": mode, "max_images": 1, "guidance_scale": 3.0}
+    inputs = {"input_ids": torch.tensor([[9], [14]]), "target_grids": grids_tensor(WIDE)}  # both begin an image
+    inputs |= {"negative_input_ids": torch.tensor(negatives)}
+    settings |= {"logits_processor": [draw_after_some], "do_sample": True, "top_k": 1} if mode == "interleaved" else {}
+    if mode == "image":
+        settings = {"generation_mode": mode, "guidance_scale": 3.0, "temperature": 0.0}
+    one = model.generate(**inputs, **settings).image_codes.view(2, -1)
+    two = model.generate(**inputs, **settings, num_return_sequences=2).image_codes
+    assert torch.equal(two.view(4, -1), one.repeat_interleave(2, dim=0))
+
+
 class Recorder:
     def __init__(self):
         self.tokens, self.images, self.ended = [], [], False

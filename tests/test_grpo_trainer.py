@@ -260,7 +260,7 @@ def test_a_failing_reward_is_reported_with_its_sample_and_left_out(tmp_path, mon
     def hopeless(prompts, **columns):
         return [math.nan] * len(prompts)
 
-    with pytest.raises(RuntimeError, match="no sample of the generation batch has a reward"):
+    with pytest.raises(ValueError, match="no sample of the generation batch has a reward"):
         make_trainer(tmp_path, hopeless).train()
     with pytest.raises(ZeroDivisionError):  # an exception is not swallowed
         make_trainer(tmp_path, lambda **columns: 1 / 0).train()
@@ -606,7 +606,7 @@ def test_the_reward_that_raises_is_named(tmp_path):
     with pytest.raises(ZeroDivisionError) as error:
         make_trainer(tmp_path, breaks).train()
     assert error.value.__notes__ == ["It was raised by the reward 'breaks'"]
-    with pytest.raises(TypeError, match="the reward 'breaks' returned float, expected a list"):
+    with pytest.raises(ValueError, match="the reward 'breaks' returned float, expected a list"):
         make_trainer(tmp_path, functools.wraps(breaks)(lambda **columns: 1.0)).train()
 
 

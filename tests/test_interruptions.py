@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from processes import in_processes
 from safetensors import SafetensorError
 from toy_commands import ToyCommand, files_of, toy_commands
@@ -213,6 +214,9 @@ MISTAKES = {
         ["transformer", "{toys}/transformer.yaml", "max_steps"],
         ["transformer", "{toys}/transformer.yaml", "max_steps=[1"],
         ["transformer", "{toys}/transformer.yaml", "global_batch_size=3"],
+        ["transformer", "{toys}/transformer.yaml", "global_batch_size=4", "per_device_train_batch_size=0"],
+        ["transformer", "{toys}/transformer.yaml", "dataloader_drop_last=true", "per_device_train_batch_size=100"],
+        ["transformer", "{toys}/transformer.yaml", "pack_max_length=10", "on_long_row=skip"],
         ["transformer", "{toys}/transformer.yaml", "--resume"],
         ["transformer", "{toys}/transformer.yaml", "resume_from_checkpoint=false"],
         ["transformer", "{toys}/transformer.yaml", "train_codes=[{toys}/nowhere]"],
@@ -220,6 +224,7 @@ MISTAKES = {
         ["transformer", "{toys}/transformer.yaml", "model_name_or_path={toys}/pictures"],
         ["transformer", "{toys}/transformer.yaml", "model_name_or_path={toys}/cut/transformer"],
         ["transformer", "{toys}/transformer.yaml", "config_overrides.nothing=1"],
+        ["transformer", "{toys}/transformer.yaml", "config_overrides.max_scales=1.5"],
         ["tokenizer", "nosuch"],
         ["tokenizer", "pixel"],
         ["tokenizer", "{toys}/broken.yaml"],
@@ -229,6 +234,7 @@ MISTAKES = {
         ["tokenizer", "{toys}/tokenizer.yaml", "config_overrides.nothing=1"],
         ["tokenizer", "{toys}/tokenizer.yaml", "vision_tokenizer_name_or_path={toys}/cut/vision_tokenizer"],
         ["tokenizer", "{toys}/tokenizer.yaml", "save_steps=often"],
+        ["tokenizer", "{toys}/tokenizer.yaml", "image_processor.resoluton=16"],
         ["tokenizer", "{toys}/tokenizer.yaml", "merge_codes=1000000"],
         ["decoder", "nosuch"],
         ["decoder", "{toys}/transformer.yaml"],
@@ -246,12 +252,17 @@ MISTAKES = {
         ["grpo", "{toys}/grpo.yaml", "model={toys}/nowhere"],
         ["grpo", "{toys}/grpo.yaml", "max_step=1"],
         ["grpo", "{toys}/grpo.yaml", "learning_rate=fast"],
+        ["grpo", "{toys}/grpo.yaml", "num_generations=0"],
+        ["grpo", "{toys}/grpo.yaml", "rewards=[toy_commands:one_number]"],
         ["grpo", "{toys}/grpo.yaml", "rewards=3"],
         ["grpo", "{toys}/grpo.yaml", "rewards=[]"],
         ["grpo", "{toys}/grpo.yaml", "rewards=[brightness]"],
         ["grpo", "{toys}/grpo.yaml", "rewards=[no_such_module:reward]"],
         ["grpo", "{toys}/grpo.yaml", "rewards=[toy_commands:darkness]"],
         ["grpo", "{toys}/grpo.yaml", "prompts={toys}/nowhere.txt"],
+        ["grpo", "{toys}/grpo.yaml", "prompts={toys}/blank.txt"],
+        ["grpo", "{toys}/grpo.yaml", "prompts={toys}/broken.jsonl"],
+        ["grpo", "{toys}/grpo.yaml", "prompts={toys}/null.jsonl"],
         ["grpo", "{toys}/grpo.yaml", "model={toys}/cut"],
     ],
     "extract": [
@@ -285,6 +296,12 @@ def toys(commands, tmp_path_factory) -> Path:
     folder = tmp_path_factory.getbasetemp() / "toys0"
     (folder / "broken.yaml").write_text("a: [1\nb: {")
     (folder / "list.yaml").write_text("- 1\n")
+    for name, text in (
+        ("blank.txt", "\n \n"),
+        ("broken.jsonl", "{bad\n"),
+        ("null.jsonl", '{"prompt": "a"}\n{"prompt": null}\n'),
+    ):
+        (folder / name).write_text(text)
     for name in ("broken.pt", "broken.safetensors"):
         (folder / name).write_bytes(b"no weights at all")
     shutil.copytree(folder / "model", folder / "cut")
@@ -305,7 +322,7 @@ def test_a_mistake_is_one_line_and_status_2(name, argv, toys, tmp_path, capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("nextflow-hf ")]
     assert len(lines) == 1 and lines[0].startswith(f"nextflow-hf {name}: ")
     assert lines[0].endswith(" (--debug shows the traceback)")
-    with pytest.raises((ValueError, OSError, SafetensorError)):
+    with pytest.raises((ValueError, OSError, SafetensorError, StrictDataclassFieldValidationError)):
         MAINS[name]([*argv, "--debug"])
 
 

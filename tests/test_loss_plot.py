@@ -23,7 +23,9 @@ def test_scales_are_drawn_where_they_are_logged_and_rewards_of_grpo():
     assert loss_curves([{"step": 1, "eval_loss": 3.0}]) == {}
 
 
-@pytest.mark.parametrize("points", [[(1, 2.0)], [(1, 5.0), (50, 1.0), (100, 0.5)], [(3, 1.0), (4, 1.0)]])
+@pytest.mark.parametrize(
+    "points", [[(1, 2.0)], [(1, 5.0), (50, 1.0), (100, 0.5)], [(3, 1.0), (4, 1.0)], [(1, 1e38), (2, 1e38)]]
+)
 def test_a_curve_falls_from_the_left_to_the_right(points):
     pixels = np.asarray(plot({"loss": points}))
     color = tuple(int(COLORS[0][i : i + 2], 16) for i in (1, 3, 5))

@@ -18,7 +18,7 @@ from test_loss import LargestTensor
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
+from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.grids_nextflow import count_codes, schedules_from_grids, split_codes
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from nextflow_hf.modeling_nextflow.vit_nextflow import patchify
@@ -643,6 +643,13 @@ def test_bad_grids_raise(rows: list):
 def test_bad_grid_shape_raises():
     with pytest.raises(ValueError, match=r"\(3, 2\), expected \(n_images, max_scales, 2\)"):
         schedules_from_grids(torch.ones(3, 2, dtype=torch.long))
+
+
+def test_whole_numbers_are_floats_in_a_config():
+    """As YAML has them: `self_correction_ratio: 0`."""
+    config = NextFlowVisionTokenizerConfig(self_correction_ratio=0, scale_dropout=0, semantic_loss_weight=1)
+    assert (config.self_correction_ratio, config.scale_dropout) == (0, 0)
+    assert NextFlowConfig(scale_loss_alpha=0, spatial_rope_extent=32).scale_loss_alpha == 0
 
 
 def test_bad_configs_raise():

@@ -335,6 +335,7 @@ def test_an_image_that_was_drawn_is_kept_whole_where_given_ones_show_their_last_
 def test_numbers_of_numpy_are_settings(pipe):
     plain = codes_of(pipe, "a", guidance_scale=2.0, top_k=3, num_images_per_prompt=1)
     numbers = {"guidance_scale": np.float32(2), "top_k": np.int64(3), "num_images_per_prompt": np.int32(1)}
+    numbers |= {"height": np.int64(16), "width": np.int32(16)}
     assert codes_of(pipe, "a", **numbers) == plain
 
 

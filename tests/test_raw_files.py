@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 from data_files import picture
+from datasets import Dataset
 
 from nextflow_hf.training.data.mixture import MixtureArguments, MixtureRows, load_mixture
 
@@ -103,6 +104,27 @@ def test_tar_files_that_break_off(tmp_path, streaming):
     assert good == ["one", "three", "one", "three", "four"]
     assert [error.partition(": ")[0].rpartition("/")[2] for error in errors] == ["a1", "a.tar after a2", "b1"]
     assert "UnicodeDecodeError" in errors[0] and "cannot be read: unexpected end of data" in errors[1]
+
+
+def test_one_of_the_first_images_of_a_tar_file_may_lack_its_caption(tmp_path, streaming):
+    tar_file(tmp_path / "a.tar", [("a.png", picture(0)), ("b.png", picture(1)), ("b.txt", b"two")])
+    good, errors = texts_and_errors({"path": str(tmp_path / "a.tar"), "task": "text_to_image"}, streaming)
+    assert good == ["two"] and errors == ["a: a text is NoneType, expected a string"]
+
+
+def test_files_tell_their_format_by_their_names(tmp_path, streaming):
+    Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "a.parquet")
+    contents = {"jsonl": '{"text": "one"}', "json": '[{"text": "one"}]', "csv": "text\none\n", "txt": "one\n"}
+    for suffix, content in contents.items():
+        (tmp_path / f"a.{suffix}").write_text(content)
+    for suffix in ("parquet", *contents):
+        assert texts_and_errors({"path": str(tmp_path / f"a.{suffix}"), "task": "text"}, streaming) == (["one"], [])
+
+
+def test_an_empty_file_is_named(tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match="source .*a.jsonl cannot be read: it has no rows"):
+        texts_and_errors({"path": str(tmp_path / "a.jsonl"), "task": "text"}, streaming)
 
 
 def test_another_encoding_and_lists_of_objects(tmp_path, streaming):

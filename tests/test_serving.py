@@ -128,6 +128,12 @@ def test_images_are_streamed_scale_by_scale(client, pipe):
     assert [event["type"] for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
+def test_an_answer_that_ends_at_the_model_s_own_limit_says_so(client, pipe, monkeypatch):
+    monkeypatch.setattr(pipe.transformer.generation_config, "max_new_tokens", 3)
+    body = {"messages": [{"role": "user", "content": "a"}], "temperature": 0}
+    assert client.post(CHAT, json=body).json()["choices"][0]["finish_reason"] == "length"
+
+
 def test_conversations(client, pipe):
     address = f"data:image/png;base64,{base64.b64encode(file_of(red())).decode()}"
     content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "a"}]
@@ -250,6 +256,7 @@ def test_bytes_pixels_and_content_types(client):
 
     assert client.post(GENERATIONS, content=chunks(), headers={"content-type": "application/json"}).status_code == 413
     assert client.post(GENERATIONS, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert client.post(GENERATIONS, content=b"{", headers={"content-type": "Application/JSON"}).status_code == 400
     assert client.post(GENERATIONS, content=b"{", headers={"content-type": "application/json"}).status_code == 400
     assert client.get("/nowhere").status_code == 404
 
@@ -257,6 +264,9 @@ def test_bytes_pixels_and_content_types(client):
 def test_only_this_machine_or_a_key(pipe, client):
     assert client.get("/v1/models", headers={"origin": "http://evil.example"}).status_code == 403
     assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+    for name, value in (("host", "[::1"), ("origin", "http://[")):  # no addresses
+        assert client.get("/v1/models", headers={name: value}).status_code == 403
+    assert client.get("/v1/models", headers={"content-length": "-"}).status_code == 400
     with TestClient(make_app(pipe, name="toy", api_key="secret"), base_url="http://server.example") as guarded:
         assert guarded.get("/health").status_code == 200
         for route in ("/v1/models", "/metrics"):

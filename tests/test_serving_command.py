@@ -20,6 +20,12 @@ def test_an_open_address_needs_a_key(command_line, monkeypatch):
     assert "--max-queue is 0, expected at least 1" in command_line.mistake("serve", "--max-queue", "0")
 
 
+@pytest.mark.parametrize("command", ["serve", "app"])
+@pytest.mark.parametrize("port", ["-1", "0", "65536", "x"])
+def test_a_port_that_is_none_is_refused_before_the_model_is_loaded(command_line, command, port):
+    assert "argument --port: " in command_line.mistake(command, "--port", port)
+
+
 def test_a_missing_package_names_the_extra(command_line, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     for name in ("app", "metrics"):

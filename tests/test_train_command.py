@@ -226,6 +226,8 @@ def test_the_batch_is_one_of_all_processes(monkeypatch):
             ValueError, match=r"r: global_batch_size is \d\d, expected a multiple of .* 4 x 8 processes = 32"
         ):
             run.accumulation_steps(total, 4, "r")
+    with pytest.raises(ValueError, match="expected a multiple of per_device_train_batch_size 0"):
+        run.accumulation_steps(32, 0, "r")
 
 
 def test_what_a_machine_cannot_do_is_said(monkeypatch):

@@ -36,6 +36,7 @@ from nextflow_hf.training.grpo.trainer import NextFlowGRPOTrainer
 from nextflow_hf.training.transformer.arguments import DataArguments, NextFlowTrainingArguments
 from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.vision_tokenizer.recipe import ImageArguments, VisionTokenizerArguments
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -367,6 +368,8 @@ def test_arguments_of_trainer_that_make_another_loss_are_refused(options, name):
         (NextFlowTrainingArguments, "num_train_epochs", 0),
         (NextFlowTrainingArguments, "save_steps", -1),
         (NextFlowTrainingArguments, "learning_rate", -1e-4),
+        (NextFlowTrainingArguments, "learning_rate", float("nan")),
+        (NextFlowTrainingArguments, "num_train_epochs", float("nan")),
         (NextFlowTrainingArguments, "sample_seed", -1),
         (NextFlowVisionTokenizerTrainingArguments, "per_device_eval_batch_size", 0),
         (NextFlowVisionTokenizerTrainingArguments, "continuous_steps", -1),
@@ -379,6 +382,11 @@ def test_arguments_of_trainer_that_make_another_loss_are_refused(options, name):
         (NextFlowGRPOConfig, "vmr_eta", 0.0),
         (NextFlowGRPOConfig, "max_thinking_tokens", -1),
         (NextFlowGRPOConfig, "rollout_batch_size", 0),
+        (NextFlowGRPOConfig, "num_generations", 0),
+        (NextFlowGRPOConfig, "num_iterations", 0),
+        (NextFlowGRPOConfig, "steps_per_generation", 0),
+        (NextFlowGRPOConfig, "beta", -0.1),
+        (NextFlowGRPOConfig, "epsilon", float("nan")),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused_by_name(options, group, name, value):
@@ -393,6 +401,19 @@ def test_numbers_that_mean_nothing_are_refused_by_name(options, group, name, val
 def test_numbers_of_the_data_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name} is"):
         DataArguments(train_codes=["a"], **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (VisionTokenizerArguments, "merge_codes"),
+        (VisionTokenizerArguments, "merge_images"),
+        (ImageArguments, "max_eval_images"),
+    ],
+)
+def test_numbers_that_a_tokenizer_would_miss_at_its_end_are_refused(group, name):
+    with pytest.raises(ValueError, match=f"^{name} is 0, expected at least 1"):
+        group(**({"data": "a"} if group is ImageArguments else {}), **{name: 0})
 
 
 @pytest.mark.parametrize("name", ["optimizers", "optimizer_cls_and_kwargs"])

@@ -31,6 +31,11 @@ def brightness(images: list[Image.Image], **columns) -> list[float]:
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
+def one_number(images: list[Image.Image], **columns) -> float:
+    """A mistake: no list of numbers."""
+    return 1.0
+
+
 @dataclass
 class ToyCommand:
     """

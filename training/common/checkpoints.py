@@ -158,6 +158,10 @@ def train_to_the_end(trainer: Trainer, checkpoint: str | None, save: Callable[[]
                 "goes on from it"
             )
         raise SystemExit(128 + callback.signal)
+    if state.global_step == 0:
+        raise ValueError(
+            "no step was made: there is no whole batch, and dataloader_drop_last leaves out a smaller one"
+        )
     # The state comes last: with it the run counts as finished.
     save()
     trainer.save_state()

@@ -73,7 +73,8 @@ def plot(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
 
 def _range(numbers: tuple[float, ...]) -> tuple[float, float]:
     low, high = min(numbers), max(numbers)
-    return (low, high) if high > low else (low - 1, high + 1)
+    margin = max(1, abs(low) / 10)  # beside a large number, 1 is nothing
+    return (low, high) if high > low else (low - margin, high + margin)
 
 
 __all__ = ["PLOT_FILE", "LossPlotCallback", "loss_curves", "plot"]

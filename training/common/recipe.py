@@ -239,6 +239,18 @@ def _typed(parser: "HfArgumentParser", action: Action, value: Any, hint: Any) ->
     return found
 
 
+def check_types(values: Any) -> None:
+    """Raises `ValueError` where a field of a dataclass has a value of another type; an integer is a float, too."""
+    hints = get_type_hints(type(values))
+    for field in fields(values):
+        value, hint = getattr(values, field.name), hints[field.name]
+        try:
+            type_validator(field.name, value, _with_whole_numbers(hint))
+        except TypeError as error:
+            expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
+            raise ValueError(f"{field.name} is {value!r:.80}, expected {expected}") from error
+
+
 def _with_whole_numbers(hint: Any) -> Any:
     """`hint`, where an integer is a float, too."""
     if hint is float:
@@ -255,6 +267,7 @@ __all__ = [
     "call_with",
     "check_fields",
     "check_recipe",
+    "check_types",
     "load_recipe",
     "load_yaml",
     "override",

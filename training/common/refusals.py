@@ -56,11 +56,11 @@ def check_numbers(args: Any, at_least: Mapping[str, float], more_than: Mapping[s
     """Raises `ValueError` where a field of `args` that is not None lies below its bound."""
     for name, low in at_least.items():
         value = getattr(args, name)
-        if value is not None and value < low:
+        if value is not None and not value >= low:  # nor NaN
             raise ValueError(f"{name} is {value!r}, expected at least {low}")
     for name, low in (more_than or {}).items():
         value = getattr(args, name)
-        if value is not None and value <= low:
+        if value is not None and not value > low:
             raise ValueError(f"{name} is {value!r}, expected more than {low}")
 
 

@@ -70,7 +70,7 @@ def world_size() -> int:
 def accumulation_steps(global_batch_size: int, size: int, source: str | Path) -> int:
     """Micro-batches of `size` rows that make a step of `global_batch_size` rows over all processes."""
     at_once = size * world_size()
-    if global_batch_size < at_once or global_batch_size % at_once:
+    if not 0 < at_once <= global_batch_size or global_batch_size % at_once:
         raise ValueError(
             f"{source}: global_batch_size is {global_batch_size}, expected a multiple of per_device_train_batch_size "
             f"{size} x {world_size()} processes = {at_once}: change one of them"

@@ -17,6 +17,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..common.refusals import check_numbers
 from .sources import ROW_FEATURES, DataSource, OpenSource
 
 
@@ -48,6 +49,7 @@ class MixtureArguments:
     def __post_init__(self):
         if not self.sources:
             raise ValueError("got no sources, expected at least one with a path and a task")
+        check_numbers(self, {"num_rows": 1, "data_seed": 0})
         known = {entry.name for entry in fields(DataSource)}
         for index, source in enumerate(self.sources):
             if isinstance(source, DataSource):

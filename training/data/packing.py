@@ -103,7 +103,7 @@ class PackedDataset(Dataset):
 
     def report(self, num_ranks: int = 1) -> PackingReport:
         """For steps of `num_ranks` packs, or of as many as there are."""
-        return PackingReport.of(self.packs, num_ranks=min(num_ranks, len(self)))
+        return PackingReport.of(self.packs, num_ranks=max(1, min(num_ranks, len(self))))
 
     def __len__(self) -> int:
         return len(self.packs)

@@ -6,6 +6,7 @@ A transformer that is trained on codes of images that the tokenizer cannot show 
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -41,11 +42,7 @@ def preview_reconstruction(
         The mean PSNR in dB, or None if there is no image.
     """
     image_processor, pairs, psnr = processor.image_processor, [], []
-    for image, resolution in itertools.islice(
-        _images(rows, settings, image_processor.max_pixels), settings.preview_images
-    ):
-        options = {} if resolution is None else {"resolution": resolution}
-        inputs = image_processor(image, return_tensors="pt", **options)
+    for inputs in itertools.islice(_images(rows, settings, image_processor), settings.preview_images):
         pixels = inputs["pixel_values"].to(vision_tokenizer.device, vision_tokenizer.dtype)
         grids = inputs["image_grids"].to(vision_tokenizer.device)
         decoded = vision_tokenizer.decode(vision_tokenizer.encode(pixels, grids).image_codes, grids)
@@ -69,19 +66,21 @@ def preview_reconstruction(
     return mean
 
 
-def _images(
-    rows: Iterable[dict], settings: ExtractionSettings, max_pixels: int
-) -> Iterator[tuple[Image.Image, int | None]]:
-    """The images of all good rows, with the resolution that they are encoded at."""
+def _images(rows: Iterable[dict], settings: ExtractionSettings, image_processor: Any) -> Iterator[dict[str, Any]]:
+    """Pixels and schedules of the images of all good rows, as they are encoded."""
+    limits = {"allow_private_addresses": settings.allow_private_addresses}
     for row in rows:
         if row["error"] is not None:
             continue
+        resolution = row["resolution"] or settings.resolution
+        options = {} if resolution is None else {"resolution": resolution}
         for image in row["images"]:
             try:
-                opened = open_image(image, max_pixels, allow_private_addresses=settings.allow_private_addresses)
+                opened = open_image(image, image_processor.max_pixels, **limits)
+                inputs = image_processor(opened, return_tensors="pt", **options)
             except (ValueError, OSError):  # the extraction names it
                 continue
-            yield opened, row["resolution"] or settings.resolution
+            yield inputs
 
 
 def _sheet(pairs: list[list[Image.Image]]) -> Image.Image:

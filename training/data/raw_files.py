@@ -31,6 +31,14 @@ FORMATS = {
     "parquet": "*.parquet", "webdataset": "*.tar", "json": "*.json*", "csv": "*.csv", "text": "*.txt",
     "arrow": None, "imagefolder": None, "captioned_folder": None, "disk": None,
 }  # fmt: skip
+_SUFFIXES = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".txt": "text",
+}
 # A character for each byte: whether a line is UTF-8 is found out line by line.
 _BYTES = "latin-1"
 _LOOKED_AT = 100  # rows whose names are the columns of a file of JSON
@@ -130,7 +138,9 @@ def _open_captioned_folder(folder: Path) -> RawRows:
 
 
 def _guess_format(folder: Path) -> str | None:
-    """The format of a folder that `datasets` would not tell, or would take for another one."""
+    """The format of a file by its name, or of a folder that `datasets` would not tell or would take for another."""
+    if not folder.is_dir():
+        return _SUFFIXES.get(folder.suffix.lower())
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "disk"
     first = next((path for path in sorted(folder.glob("*")) if path.suffix.lower() in _EXTENSIONS), None)
@@ -188,7 +198,17 @@ class _TarFiles(WebDataset):
             yield {**dict.fromkeys(row), "__key__": f"{tar_path} after {last}", "__url__": tar_path, ERROR: cause}
 
     def _split_generators(self, dl_manager: Any) -> list:
+        read = self._get_pipeline_from_tar
+
+        def read_alike(*archive: Any) -> list[dict[str, Any]]:
+            """The first rows, whose names are the columns: `datasets` takes them only if all have all of these."""
+            rows = list(itertools.islice(read(*archive), self.NUM_EXAMPLES_FOR_FEATURES_INFERENCE))
+            names = dict.fromkeys(name for row in rows for name in row)
+            return [{**names, **row} for row in rows]
+
+        self._get_pipeline_from_tar = read_alike
         splits = super()._split_generators(dl_manager)
+        del self._get_pipeline_from_tar
         self.info.features[ERROR] = Value("string")  # known from rows without one
         return splits
 

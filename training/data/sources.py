@@ -17,6 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 
+from ..common.recipe import check_types
 from .messages import bad_row_reason
 from .raw_files import ERROR, FORMATS, open_raw_rows
 from .tasks import TASKS
@@ -103,7 +104,14 @@ class DataSource:
     resolution: int | None = None
 
     def __post_init__(self):
-        self.caption_prompts, self.extra_columns = tuple(self.caption_prompts), tuple(self.extra_columns)
+        for name in ("path", "image_root", "caption_prompts", "extra_columns"):
+            value = getattr(self, name)
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        try:
+            check_types(self)
+        except ValueError as error:
+            raise ValueError(f"source {self.label or self.path}: {error}") from error
         self.label = self.label or self.path
         if self.task not in TASKS:
             raise ValueError(f"source {self.label}: task is {self.task!r}, expected one of {list(TASKS)}")
@@ -145,8 +153,9 @@ class OpenSource:
         try:
             names = ("path", "format", "name", "split", "revision", "streaming", "options")
             opened = open_raw_rows(**{name: getattr(source, name) for name in names})
-        except (DatasetGenerationError, pa.ArrowException) as error:  # names neither the source nor the cause
-            raise ValueError(f"source {source.label} cannot be read: {error.__cause__ or error}") from error
+        except (DatasetGenerationError, pa.ArrowException, StopIteration) as error:  # names neither source nor cause
+            cause = str(error.__cause__ or error) or "it has no rows"
+            raise ValueError(f"source {source.label} cannot be read: {cause}") from error
         self.streaming, self.decode = isinstance(opened.rows, IterableDataset), opened.decode
         self.columns = self._find_columns(opened.names)
         if missing := sorted(set(source.extra_columns) - set(opened.names)):

@@ -42,6 +42,8 @@ def image_to_text(image: Any, text: Any, prompt: Any) -> Row:
 def edit(source: Any, instruction: Any, target: Any) -> Row:
     """One image or several and an instruction ask, the edited image answers."""
     sources = source if isinstance(source, list) else [source]
+    if not sources:
+        raise BadRowError("there is no image to edit")
     parts = [_IMAGE] * len(sources)
     return [message("user", *parts, text_part(instruction)), message("assistant", _IMAGE)], [*sources, target]
 

@@ -6,6 +6,7 @@ share the samples that are left, so a run may be resumed with another number. `t
 the peak memory of each sample, `scoring.json` what decides the scores. Knows neither suites nor models.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -94,7 +95,7 @@ class EvaluationRun:
         found = {}
         for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
             for line in path.read_text(encoding="utf-8").split("\n"):
-                if line.endswith("}"):  # else it was cut short
+                with contextlib.suppress(ValueError):  # it was cut short, or is empty
                     row = json.loads(line)
                     found[row["id"]] = row
         return found

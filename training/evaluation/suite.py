@@ -114,11 +114,14 @@ def find_suite(name: str) -> Callable[..., Suite]:
     if not colon:
         raise ValueError(f"there is no suite {name!r}, expected module:function or one of {', '.join(SUITES)}")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or " "):
             raise
         raise ValueError(f"there is no suite {name!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{name} is {type(found).__name__}, expected a function that makes a suite")
+    return found
 
 
 def bind(name: str, function: Callable[..., Any], options: dict[str, Any]) -> Any:

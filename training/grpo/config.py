@@ -56,7 +56,8 @@ SUPPORTED = {
 AT_LEAST = {
     "prefix_scales": 1, "vmr_num_suffixes": 1, "prefix_updates_per_suffix": 0, "max_thinking_tokens": 0,
     "thinking_weight": 0, "thinking_epsilon": 0, "thinking_beta": 0, "rollout_batch_size": 1,
-    "log_probs_chunk_size": 1,
+    "log_probs_chunk_size": 1, "num_generations": 2, "num_iterations": 1, "steps_per_generation": 1,
+    "generation_batch_size": 1, "beta": 0, "epsilon": 0, "epsilon_high": 0, "delta": 0, "guidance_scale": 0,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
 from ..common.checkpoints import train_to_the_end
 from ..common.folders import check_source
@@ -81,11 +82,16 @@ def read_prompts(source: str) -> datasets.Dataset:
     reader = {"txt": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}.get(suffix)
     if reader is None:
         raise ValueError(f"prompts is {source!r}, expected a file: .yaml, .txt, .jsonl, .csv or .parquet")
-    rows = datasets.load_dataset(reader, data_files=source, split="train")
+    try:
+        rows = datasets.load_dataset(reader, data_files=source, split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
     if reader == "text":
         rows = rows.rename_column("text", "prompt").filter(lambda text: bool(text.strip()), input_columns="prompt")
     if "prompt" not in rows.column_names:
         raise ValueError(f"{source} has the columns {rows.column_names}, expected 'prompt' among them")
+    if not len(rows) or None in rows["prompt"]:
+        raise ValueError(f"{source} has {len(rows)} rows, expected at least one, and a prompt in each")
     return rows
 
 

@@ -336,7 +336,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             self._metrics[mode]["vmr/suffix_std"].append(totals.std(0).nanmean().item())
             rewards = middle_return(totals, self.args.vmr_eta)  # the value of each prefix
         if torch.isnan(rewards).all():
-            raise RuntimeError("no sample of the generation batch has a reward: see the failures reported above")
+            raise ValueError("no sample of the generation batch has a reward: see the failures reported above")
 
         scored, normalize = self._advantage_function(totals, by_function, weights, num_generations)
         advantages, deviations = normalize(scored)

@@ -31,11 +31,11 @@ def is_async_reward(reward: Reward) -> bool:
 def check_rewards(name: str, values: Iterable[float | None], prompts: Sequence[Any]) -> list[float | None]:
     """The values as floats, one per prompt. NaN and infinite ones are reported with their sample and become NaN.
 
-    Raises `TypeError` or `ValueError`, which name the reward and the sample, for anything but numbers and `None`.
+    Raises `ValueError`, which names the reward and the sample, for anything but numbers and `None`.
     """
     is_series = isinstance(values, Iterable) and getattr(values, "ndim", 1) != 0
     if not is_series or isinstance(values, (str, bytes, Mapping)):
-        raise TypeError(
+        raise ValueError(
             f"the reward {name!r} returned {type(values).__name__}, expected a list with a number or None for each of "
             f"the {len(prompts)} samples"
         )
@@ -47,7 +47,7 @@ def check_rewards(name: str, values: Iterable[float | None], prompts: Sequence[A
         try:
             number = None if value is None else float(_not_text(value))
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TypeError(
+            raise ValueError(
                 f"the reward {name!r} gave {one_line(value)} for sample {index}, expected a number or None. The "
                 f"sample's prompt: {one_line(prompt)}"
             ) from error

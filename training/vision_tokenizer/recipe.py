@@ -11,6 +11,7 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisi
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.folders import VISION_TOKENIZERS, check_source
 from ..common.recipe import check_fields
+from ..common.refusals import check_numbers
 from ..data.description import load_images, read_description
 from ..data.images import NextFlowImageDataset
 
@@ -43,6 +44,9 @@ class VisionTokenizerArguments:
     merge_codes: int | None = None
     merge_images: int = 2048
 
+    def __post_init__(self):
+        check_numbers(self, {"merge_codes": 1, "merge_images": 1})
+
 
 @dataclass
 class ImageArguments:
@@ -69,6 +73,9 @@ class ImageArguments:
     image_processor: dict | None = None
     random_crop: float = 1.0
     random_flip: bool = False
+
+    def __post_init__(self):
+        check_numbers(self, {"max_eval_images": 1})
 
 
 def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionTokenizer, Siglip2VisionModel | None]:
@@ -108,6 +115,14 @@ def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionToken
     return tokenizer, teacher
 
 
+def build_image_processor(fields: dict | None) -> NextFlowImageProcessor:
+    """The image processor of a recipe's fields. A name that it does not have it would take and forget."""
+    known = NextFlowImageProcessor.valid_kwargs.__annotations__
+    if unknown := sorted(set(fields or {}) - set(known)):
+        raise ValueError(f"image_processor has unknown keys {unknown}, expected some of {sorted(known)}")
+    return NextFlowImageProcessor(**(fields or {}))
+
+
 def load_teacher(source: str) -> Siglip2VisionModel:
     """The vision part of a SigLIP2, which may be the whole model or the vision part alone."""
     if AutoConfig.from_pretrained(source).model_type == "siglip2":
@@ -136,6 +151,7 @@ __all__ = [
     "ImageArguments",
     "VisionTokenizerArguments",
     "build_datasets",
+    "build_image_processor",
     "build_tokenizer",
     "load_teacher",
 ]

@@ -32,6 +32,7 @@ from ..common.processes import check_processes, sum_in_float32
 from ..common.refusals import check_arguments
 from ..common.run import BatchArguments
 from ..data.description import load_captioned_images, read_description
+from .recipe import build_image_processor
 
 
 logger = logging.get_logger(__name__)
@@ -186,7 +187,7 @@ def train(
     source = teacher_args.text_tokenizer_name_or_path
     check_source("text_tokenizer_name_or_path", source, *PROCESSORS, "pipeline", file=TOKENIZER_CONFIG_FILE)
     tokenizer = AutoTokenizer.from_pretrained(source, **subfolder_of(source, "processor", TOKENIZER_CONFIG_FILE))
-    image_processor = NextFlowImageProcessor(**(teacher_args.image_processor or {}))
+    image_processor = build_image_processor(teacher_args.image_processor)
     images = load_captioned_images(read_description(teacher_args.data))
     num_train = len(images) - teacher_args.num_eval
     if num_train < 1:

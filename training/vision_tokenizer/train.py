@@ -7,13 +7,18 @@ from transformers.utils import logging
 
 from ...atomic import replaced_folder, write_json
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.checkpoints import train_to_the_end
 from ..common.run import BatchArguments
 from ..data.description import load_images, read_description
 from .arguments import NextFlowVisionTokenizerTrainingArguments
 from .codebook import merged_codes
-from .recipe import ImageArguments, VisionTokenizerArguments, build_datasets, build_tokenizer
+from .recipe import (
+    ImageArguments,
+    VisionTokenizerArguments,
+    build_datasets,
+    build_image_processor,
+    build_tokenizer,
+)
 from .trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -33,14 +38,11 @@ def train(
 ) -> NextFlowVisionTokenizerTrainer:
     """Train from `checkpoint` on, evaluate where there are images for it, and save in `output_dir`."""
     set_seed(args.seed)
-    image_processor = NextFlowImageProcessor(**(image_args.image_processor or {}))
+    image_processor = build_image_processor(image_args.image_processor)
     images, evaluation = build_datasets(image_args, image_processor, seed=args.seed)
     tokenizer, teacher = build_tokenizer(tokenizer_args)
-    if not 0 < (tokenizer_args.merge_codes or 1) < tokenizer.config.codebook_size:
-        raise ValueError(
-            f"merge_codes is {tokenizer_args.merge_codes}, expected at least 1 and fewer than the "
-            f"{tokenizer.config.codebook_size} codes"
-        )
+    if (merge_codes := tokenizer_args.merge_codes or 0) >= (codes := tokenizer.config.codebook_size):
+        raise ValueError(f"merge_codes is {merge_codes}, expected fewer than the {codes} codes that there are")
     trainer = NextFlowVisionTokenizerTrainer(
         tokenizer,
         args,
