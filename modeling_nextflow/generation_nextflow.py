@@ -441,9 +441,11 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Overwritten: images lie flat over the batch, those of a row are repeated together.
         repeated = {}
+        prompts = model_kwargs.get("inputs_embeds") if input_ids is None else input_ids
         for prefix in ("", "negative_", "imageless_"):
             own_ids = model_kwargs.get(f"{prefix}input_ids")
-            if prefix and own_ids is not None and len(own_ids) == 1 < len(input_ids):  # one for all stays one
+            if prefix and own_ids is not None and prompts is not None and len(own_ids) == 1 < len(prompts):
+                # One for all stays one.
                 names = [name for name in model_kwargs if name.startswith(prefix)]
                 repeated |= {name: model_kwargs.pop(name) for name in names}
                 continue
