@@ -118,7 +118,8 @@ def build_tokenizer(args: VisionTokenizerArguments) -> tuple[NextFlowVisionToken
 def build_image_processor(fields: dict | None) -> NextFlowImageProcessor:
     """The image processor of a recipe's fields. A name that it does not have it would take and forget."""
     known = NextFlowImageProcessor.valid_kwargs.__annotations__
-    if unknown := sorted(set(fields or {}) - set(known)):
+    notes = {"auto_map", "image_processor_type", "processor_class"}  # of a saved one, whose fields may be given
+    if unknown := sorted(set(fields or {}) - set(known) - notes):
         raise ValueError(f"image_processor has unknown keys {unknown}, expected some of {sorted(known)}")
     return NextFlowImageProcessor(**(fields or {}))
 
