@@ -93,6 +93,13 @@ def test_at_equal_time_what_came_later_does_not_count(judged):
     ).read_text()
 
 
+def test_a_log_is_read_at_its_end_or_at_its_beginning(judged):
+    claim = {**CLAIM, "worse": "new", "measure": "log/reward/0.5", "worse_measure": "log/reward/-0.25"}
+    new = {"rewards": [0.1, 0.2, 0.3, 0.5]}
+    found, _ = judged({"gain": claim}, planted=None, arms={"new": [0, 0]}, new=new)
+    assert found["gain"]["values"] == {"better": [0.4, 0.4], "worse": [0.1, 0.1]}
+
+
 def test_what_is_missing_is_named(judged, tmp_path, capsys):
     def refused(claims, **options) -> str:
         with pytest.raises(SystemExit, match="2"):

@@ -29,7 +29,7 @@ CONFIRMED, NOT_SEEN, CONTRADICTED = "confirmed", "not seen at this scale", "cont
 ALL_ALIKE = "undecided: the seeds give equal values, so that their spread is unknown"
 NO_FAULT = "undecided: the planted fault was not seen"
 CONFIDENCE, POWER = 0.95, 0.8
-LAST_SHARE = 0.1  # of the entries of a log, whose mean is its value
+LAST_SHARE = 0.1  # of the entries of a log, whose mean is its value unless a measure names another
 KEYS = {"claim", "better", "worse", "measure", "worse_measure", "lower_is_better", "also", "curves"}
 
 
@@ -100,11 +100,13 @@ def read_log(run: Path) -> list[dict[str, float]]:
 def read_measure(runs: Sequence[Path], measure: str, seconds: float = math.inf) -> list[float]:
     """
     The value of each run: `GROUP/NAME` or `GROUP/CATEGORY/NAME` of the report, or `log/KEY`, which is the mean over
-    the last tenth of what was logged of steps that began in the first `seconds`.
+    the last tenth of what was logged of steps that began in the first `seconds`. `log/KEY/0.25` is that over the last
+    quarter, `log/KEY/-0.25` that over the first.
     """
     kind, *names = measure.split("/")
     if kind == "log":
-        return [_last(read_log(run), names[0], seconds) for run in runs]
+        key, share = names[0], float(names[1]) if len(names) > 1 else LAST_SHARE
+        return [_mean_of_share(read_log(run), key, share, seconds) for run in runs]
     values = []
     for run in runs:
         found: Any = json.loads((run / "evaluation" / "report.json").read_text(encoding="utf-8"))["groups"]
@@ -119,11 +121,12 @@ def read_measure(runs: Sequence[Path], measure: str, seconds: float = math.inf) 
     return values
 
 
-def _last(log: list[dict[str, float]], key: str, seconds: float) -> float:
+def _mean_of_share(log: list[dict[str, float]], key: str, share: float, seconds: float) -> float:
     values = [entry[key] for entry in log if key in entry and entry["began"] < seconds]
     if not values:
         raise ValueError(f"no entry of the log has {key!r} in the first {seconds:.0f} seconds, but {sorted(log[0])}")
-    return statistics.mean(values[-max(1, round(LAST_SHARE * len(values))) :])
+    count = max(1, round(abs(share) * len(values)))
+    return statistics.mean(values[:count] if share < 0 else values[-count:])
 
 
 def _shared_seconds(runs: Sequence[Path]) -> float:
