@@ -5,8 +5,8 @@
 The file has claims: of each, what is claimed, the arm that should be `better`, the one that should be `worse`, and the
 `measure` that decides. Run S of an arm is the folder RUNS/ARM-S, with the files of its training and, in `evaluation`,
 the report of `nextflow-hf evaluate`. `planted` names the claim of a fault that was planted on purpose: an experiment
-that does not see it shows nothing. `worse_measure` is for two measures of the same runs. Knows neither models nor what
-the arms differ in.
+that does not see it shows nothing. `worse_measure` is for two measures of the same runs, `paired` for runs that start
+from one policy for each seed. Knows neither models nor what the arms differ in.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ALL_ALIKE = "undecided: the seeds give equal values, so that their spread is unk
 NO_FAULT = "undecided: the planted fault was not seen"
 CONFIDENCE, POWER = 0.95, 0.8
 LAST_SHARE = 0.1  # of the entries of a log, whose mean is its value unless a measure names another
-KEYS = {"claim", "better", "worse", "measure", "worse_measure", "lower_is_better", "also", "curves"}
+KEYS = {"claim", "better", "worse", "measure", "worse_measure", "lower_is_better", "paired", "also", "curves"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Effect:
 
     Args:
         difference (`float`): What the better arm has more.
-        low, high (`float`): Its 95% interval (Student's t, pooled variance).
-        spread (`float`): Standard deviation of one run, pooled over both arms.
+        low, high (`float`): Its 95% interval (Student's t, pooled variance, or that of the seeds' differences).
+        spread (`float`): Standard deviation of one run, pooled over both arms; or of the difference of a seed.
         visible (`float`): The smallest true effect that so many runs confirm four times in five.
     """
 
@@ -59,14 +59,24 @@ class Effect:
         return CONFIRMED if self.low > 0 else CONTRADICTED if self.high < 0 else NOT_SEEN
 
 
-def effect_of(better: Sequence[float], worse: Sequence[float]) -> Effect:
-    """The effect that the values of two arms show, a value for each seed; at least two of each arm are needed."""
+def effect_of(better: Sequence[float], worse: Sequence[float], paired: bool = False) -> Effect:
+    """
+    The effect that the values of two arms show, a value for each seed; at least two of each arm are needed. Where runs
+    are `paired`, what the seeds of both arms have in common does not count as spread.
+    """
     if min(len(better), len(worse)) < 2:
         raise ValueError(f"got {len(better)} and {len(worse)} seeds, expected two or more of each arm: a spread")
-    degrees = len(better) + len(worse) - 2
-    squares = sum((len(arm) - 1) * statistics.variance(arm) for arm in (better, worse))
-    spread = math.sqrt(squares / degrees)
-    error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
+    if paired and len(better) != len(worse):
+        raise ValueError(f"got {len(better)} and {len(worse)} seeds, expected the same of both arms: they are paired")
+    if paired:
+        differences = [one - other for one, other in zip(better, worse)]
+        degrees, spread = len(differences) - 1, statistics.stdev(differences)
+        error = spread / math.sqrt(len(differences))
+    else:
+        degrees = len(better) + len(worse) - 2
+        squares = sum((len(arm) - 1) * statistics.variance(arm) for arm in (better, worse))
+        spread = math.sqrt(squares / degrees)
+        error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
     half = float(student.ppf((1 + CONFIDENCE) / 2, degrees))
     difference = statistics.mean(better) - statistics.mean(worse)
     visible = (half + float(student.ppf(POWER, degrees))) * error
@@ -152,7 +162,8 @@ def judge_claim(claim: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "worse_measure" in claim:
         found["worse"] = values(claim["worse_measure"])["worse"]
     sign = -1.0 if claim.get("lower_is_better") else 1.0
-    effect = effect_of(*([sign * value for value in found[side]] for side in ("better", "worse")))
+    better, worse = ([sign * value for value in found[side]] for side in ("better", "worse"))
+    effect = effect_of(better, worse, claim.get("paired", False))
     others = {measure: values(measure) for measure in claim.get("also", ())}
     return {**claim, "values": found, "verdict": effect.verdict, **vars(effect), "others": others}
 
@@ -177,12 +188,13 @@ def draw_curves(claim: dict[str, Any], folder: Path, output: Path, name: str) ->
 def in_words(name: str, found: dict[str, Any]) -> str:
     """A claim's verdict as Markdown."""
     better, worse = (found["values"][side] for side in ("better", "worse"))
+    spreads = "the difference of one seed spreads" if found.get("paired") else "one run spreads"
     lines = [
         f"## {name}: {found['verdict']}",
         f"\n{found['claim']}\n",
         f"{found['measure']}: {_numbers(better)} with {found['better']}, {_numbers(worse)} with {found['worse']}. "
-        f"The effect is {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}; one run "
-        f"spreads by {found['spread']:.4f}. {len(better)} and {len(worse)} seeds confirm effects of "
+        f"The effect is {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}; "
+        f"{spreads} by {found['spread']:.4f}. {len(better)} and {len(worse)} seeds confirm effects of "
         f"{found['visible']:.4f} and more four times in five.",
     ]
     if found["others"]:
