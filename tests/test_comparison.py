@@ -25,6 +25,18 @@ def test_the_effect_of_three_seeds_by_hand():
         effect_of([0.6], [0.4, 0.5])
 
 
+def test_what_the_seeds_of_paired_runs_have_in_common_is_no_spread():
+    better, worse = [0.9, 0.6, 0.4], [0.8, 0.4, 0.1]  # differences of 0.1, 0.2 and 0.3
+    effect = effect_of(better, worse, paired=True)
+    assert effect.difference == pytest.approx(0.2) and effect.spread == pytest.approx(0.1)
+    # Student's t with two degrees of freedom: 4.303 at 97.5%, 1.061 at 80%.
+    assert effect.low == pytest.approx(0.2 - 4.303 * 0.1 / math.sqrt(3), abs=1e-4)
+    assert effect.visible == pytest.approx((4.303 + 1.061) * 0.1 / math.sqrt(3), abs=1e-4)
+    assert effect_of(better, worse).low < effect.low
+    with pytest.raises(ValueError, match="same of both arms"):
+        effect_of(better, worse[:2], paired=True)
+
+
 def write_run(folder, rate, rewards=(), step_time=1.0):
     report = {"groups": {"images": {"values": {"passed": rate}, "categories": {"one": {"values": {"passed": rate}}}}}}
     log = [{"step": number + 1, "reward": value, "step_time": step_time} for number, value in enumerate(rewards)]
@@ -91,6 +103,13 @@ def test_at_equal_time_what_came_later_does_not_count(judged):
     assert (output / found["time"]["images"][0]).is_file() and "](images-reward.png)" in (
         output / "images.md"
     ).read_text()
+
+
+def test_a_log_is_read_at_its_end_or_at_its_beginning(judged):
+    claim = {**CLAIM, "worse": "new", "measure": "log/reward/0.5", "worse_measure": "log/reward/-0.25"}
+    new = {"rewards": [0.1, 0.2, 0.3, 0.5]}
+    found, _ = judged({"gain": claim}, planted=None, arms={"new": [0, 0]}, new=new)
+    assert found["gain"]["values"] == {"better": [0.4, 0.4], "worse": [0.1, 0.1]}
 
 
 def test_what_is_missing_is_named(judged, tmp_path, capsys):

@@ -87,12 +87,17 @@ def test_recipes_are_those_that_the_makefile_names(example):
 # ---- the ablations
 
 
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ABLATIONS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def accumulated():
     """The script that gives the transformer accumulated features, for the toy's square images."""
-    spec = importlib.util.spec_from_file_location("accumulated", ABLATIONS / "accumulated.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("accumulated")
     module.SIDES = tuple(height for height, _ in SQUARE)
     return module
 
@@ -113,6 +118,26 @@ def test_every_claim_has_a_target_and_every_arm_its_runs(tmp_path):
     # Each arm is trained once a seed, whatever claims name it.
     trained = re.findall(r"train (?:transformer|grpo) .*output_dir=\S+/arms/(\S+)", planned)
     assert len(trained) == len(set(trained)) == 2 * len(judged)
+
+
+def test_every_rollout_has_the_same_prompts(tmp_path):
+    """Otherwise the reward's curve is that of the choice of prompts, and eight of them teach little."""
+    planned = make(tmp_path, "ablations", "-n", "SEEDS=0", "grpo", nextflow="STAGE").stdout
+    (rows,) = re.findall(r"world emoji .*--output-dir \S+/few .*--rows (\d+)", planned)
+    assert set(re.findall(r"train grpo .* prompts=(\S+)", planned)) == {f"{tmp_path / 'data'}/few/64/prompts.yaml"}
+    recipe, base = (
+        yaml.safe_load((EXAMPLES / name / "recipes" / "grpo.yaml").read_text()) for name in ("ablations", "emoji")
+    )
+    assert recipe["per_device_train_batch_size"] == int(rows) * base["num_generations"]
+
+
+def test_the_share_of_a_prefix_is_that_of_its_variance():
+    share = load_script("prefix_share").share_between
+    prefixes = np.array([[0.0, 1.0], [3.0, 4.0]])[..., None]  # of two prompts; between them does not count
+    assert share(prefixes + np.zeros(4)) == 1
+    assert share(np.broadcast_to([0.0, 1.0, 0.0, 1.0], (2, 2, 4))) == 0
+    # Variances by hand: of suffixes 1/3, of prefixes 1/2 less the 1/3 / 4 that four suffixes leave in their means.
+    assert share(prefixes + [0.0, 1.0, 0.0, 1.0]) == pytest.approx((1 / 2 - 1 / 12) / (1 / 2 - 1 / 12 + 1 / 3))
 
 
 def test_accumulated_features_are_those_of_all_coarser_scales_in_training_and_in_sampling(accumulated, monkeypatch):

@@ -5,8 +5,8 @@
 The file has claims: of each, what is claimed, the arm that should be `better`, the one that should be `worse`, and the
 `measure` that decides. Run S of an arm is the folder RUNS/ARM-S, with the files of its training and, in `evaluation`,
 the report of `nextflow-hf evaluate`. `planted` names the claim of a fault that was planted on purpose: an experiment
-that does not see it shows nothing. `worse_measure` is for two measures of the same runs. Knows neither models nor what
-the arms differ in.
+that does not see it shows nothing. `worse_measure` is for two measures of the same runs, `paired` for runs that start
+from one policy for each seed. Knows neither models nor what the arms differ in.
 """
 
 import argparse
@@ -29,8 +29,8 @@ CONFIRMED, NOT_SEEN, CONTRADICTED = "confirmed", "not seen at this scale", "cont
 ALL_ALIKE = "undecided: the seeds give equal values, so that their spread is unknown"
 NO_FAULT = "undecided: the planted fault was not seen"
 CONFIDENCE, POWER = 0.95, 0.8
-LAST_SHARE = 0.1  # of the entries of a log, whose mean is its value
-KEYS = {"claim", "better", "worse", "measure", "worse_measure", "lower_is_better", "also", "curves"}
+LAST_SHARE = 0.1  # of the entries of a log, whose mean is its value unless a measure names another
+KEYS = {"claim", "better", "worse", "measure", "worse_measure", "lower_is_better", "paired", "also", "curves"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Effect:
 
     Args:
         difference (`float`): What the better arm has more.
-        low, high (`float`): Its 95% interval (Student's t, pooled variance).
-        spread (`float`): Standard deviation of one run, pooled over both arms.
+        low, high (`float`): Its 95% interval (Student's t, pooled variance, or that of the seeds' differences).
+        spread (`float`): Standard deviation of one run, pooled over both arms; or of the difference of a seed.
         visible (`float`): The smallest true effect that so many runs confirm four times in five.
     """
 
@@ -59,14 +59,24 @@ class Effect:
         return CONFIRMED if self.low > 0 else CONTRADICTED if self.high < 0 else NOT_SEEN
 
 
-def effect_of(better: Sequence[float], worse: Sequence[float]) -> Effect:
-    """The effect that the values of two arms show, a value for each seed; at least two of each arm are needed."""
+def effect_of(better: Sequence[float], worse: Sequence[float], paired: bool = False) -> Effect:
+    """
+    The effect that the values of two arms show, a value for each seed; at least two of each arm are needed. Where runs
+    are `paired`, what the seeds of both arms have in common does not count as spread.
+    """
     if min(len(better), len(worse)) < 2:
         raise ValueError(f"got {len(better)} and {len(worse)} seeds, expected two or more of each arm: a spread")
-    degrees = len(better) + len(worse) - 2
-    squares = sum((len(arm) - 1) * statistics.variance(arm) for arm in (better, worse))
-    spread = math.sqrt(squares / degrees)
-    error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
+    if paired and len(better) != len(worse):
+        raise ValueError(f"got {len(better)} and {len(worse)} seeds, expected the same of both arms: they are paired")
+    if paired:
+        differences = [one - other for one, other in zip(better, worse)]
+        degrees, spread = len(differences) - 1, statistics.stdev(differences)
+        error = spread / math.sqrt(len(differences))
+    else:
+        degrees = len(better) + len(worse) - 2
+        squares = sum((len(arm) - 1) * statistics.variance(arm) for arm in (better, worse))
+        spread = math.sqrt(squares / degrees)
+        error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
     half = float(student.ppf((1 + CONFIDENCE) / 2, degrees))
     difference = statistics.mean(better) - statistics.mean(worse)
     # Half the interval, and by how much four in five experiments fall short of the true effect at most.
@@ -101,11 +111,13 @@ def read_log(run: Path) -> list[dict[str, float]]:
 def read_measure(runs: Sequence[Path], measure: str, seconds: float = math.inf) -> list[float]:
     """
     The value of each run: `GROUP/NAME` or `GROUP/CATEGORY/NAME` of the report, or `log/KEY`, which is the mean over
-    the last tenth of what was logged of steps that began in the first `seconds`.
+    the last tenth of what was logged of steps that began in the first `seconds`. `log/KEY/0.25` is that over the last
+    quarter, `log/KEY/-0.25` that over the first.
     """
     kind, *names = measure.split("/")
     if kind == "log":
-        return [_last(read_log(run), names[0], seconds) for run in runs]
+        key, share = names[0], float(names[1]) if len(names) > 1 else LAST_SHARE
+        return [_mean_of_share(read_log(run), key, share, seconds) for run in runs]
     values = []
     for run in runs:
         found: Any = json.loads((run / "evaluation" / "report.json").read_text(encoding="utf-8"))["groups"]
@@ -120,11 +132,12 @@ def read_measure(runs: Sequence[Path], measure: str, seconds: float = math.inf) 
     return values
 
 
-def _last(log: list[dict[str, float]], key: str, seconds: float) -> float:
+def _mean_of_share(log: list[dict[str, float]], key: str, share: float, seconds: float) -> float:
     values = [entry[key] for entry in log if key in entry and entry["began"] < seconds]
     if not values:
         raise ValueError(f"no entry of the log has {key!r} in the first {seconds:.0f} seconds, but {sorted(log[0])}")
-    return statistics.mean(values[-max(1, round(LAST_SHARE * len(values))) :])
+    count = max(1, round(abs(share) * len(values)))
+    return statistics.mean(values[:count] if share < 0 else values[-count:])
 
 
 def _shared_seconds(runs: Sequence[Path]) -> float:
@@ -150,7 +163,8 @@ def judge_claim(claim: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "worse_measure" in claim:
         found["worse"] = values(claim["worse_measure"])["worse"]
     sign = -1.0 if claim.get("lower_is_better") else 1.0
-    effect = effect_of(*([sign * value for value in found[side]] for side in ("better", "worse")))
+    better, worse = ([sign * value for value in found[side]] for side in ("better", "worse"))
+    effect = effect_of(better, worse, claim.get("paired", False))
     others = {measure: values(measure) for measure in claim.get("also", ())}
     return {**claim, "values": found, "verdict": effect.verdict, **vars(effect), "others": others}
 
@@ -175,12 +189,13 @@ def draw_curves(claim: dict[str, Any], folder: Path, output: Path, name: str) ->
 def in_words(name: str, found: dict[str, Any]) -> str:
     """A claim's verdict as Markdown."""
     better, worse = (found["values"][side] for side in ("better", "worse"))
+    spreads = "the difference of one seed spreads" if found.get("paired") else "one run spreads"
     lines = [
         f"## {name}: {found['verdict']}",
         f"\n{found['claim']}\n",
         f"{found['measure']}: {_numbers(better)} with {found['better']}, {_numbers(worse)} with {found['worse']}. "
-        f"The effect is {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}; one run "
-        f"spreads by {found['spread']:.4f}. {len(better)} and {len(worse)} seeds confirm effects of "
+        f"The effect is {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}; "
+        f"{spreads} by {found['spread']:.4f}. {len(better)} and {len(worse)} seeds confirm effects of "
         f"{found['visible']:.4f} and more four times in five.",
     ]
     if found["others"]:
