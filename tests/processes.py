@@ -6,6 +6,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm.std import tqdm
@@ -22,7 +23,9 @@ def in_a_process(function: Callable[..., Any], *args) -> multiprocessing.Process
     return process
 
 
-def in_processes(function: Callable[..., Any], *args, count: int = 2, seconds: float = 60, **environment) -> list[Any]:
+def in_processes(
+    function: Callable[..., Any], *args, count: int = 2, seconds: float = 120, **environment
+) -> list[Any]:
     """
     What `function(*args)` returns in each of `count` gloo processes that know of each other; one that raises fails.
     """
@@ -46,6 +49,7 @@ def in_processes(function: Callable[..., Any], *args, count: int = 2, seconds: f
         if not ours.poll(seconds):
             for other, _ in children:
                 other.kill()
+            _release_builds()
             raise TimeoutError(f"a process is silent for {seconds} s: they wait for each other")
         try:
             results.append(ours.recv())
@@ -57,6 +61,15 @@ def in_processes(function: Callable[..., Any], *args, count: int = 2, seconds: f
     failures = [result for is_fine, result in results if not is_fine]
     assert not failures, "\n".join(failures)
     return [result for _, result in results]
+
+
+def _release_builds() -> None:
+    """A process that is killed while it builds an extension of torch leaves a lock, at which all later ones wait."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    for lock in Path(root).glob("*/*/lock"):
+        lock.unlink(missing_ok=True)
 
 
 def _run(pipe, function: Callable[..., Any], args: tuple, variables: dict[str, Any]) -> None:
