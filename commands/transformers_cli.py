@@ -14,7 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """What `transformers` does with `argv`."""
     from transformers.cli import transformers
 
-    transformers.app(list(sys.argv[1:] if argv is None else argv), prog_name="transformers")
+    try:  # it ends itself, having said what a mistake was
+        transformers.app(list(sys.argv[1:] if argv is None else argv), prog_name="transformers")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     return 0
 
 
