@@ -122,8 +122,8 @@ def check(one: dict, parts: list[dict]) -> None:
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[dict, dict]:
     """Settings, and what one process makes of them."""
-    numbers = CASES[request.param]
-    return numbers, *in_processes(lambda: run(tmp_path_factory.mktemp("one"), 1, **numbers), count=1)
+    numbers, folder = CASES[request.param], tmp_path_factory.mktemp("one")
+    return numbers, *in_processes(lambda: run(folder, 1, **numbers), count=1)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero3", marks=no_deepspeed)])
