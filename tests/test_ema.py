@@ -87,3 +87,9 @@ def test_a_checkpoint_with_another_average_is_refused(make_trainer, tmp_path, sa
     make_trainer("saved", saved).train()
     with pytest.raises(ValueError, match=f"of the weights .ema., but ema_decay is {wanted}"):
         make_trainer("other", wanted).train(resume_from_checkpoint=str(tmp_path / "saved/checkpoint-2"))
+
+
+@pytest.mark.parametrize("decay", [1.5, -0.1, float("nan")])
+def test_an_average_that_would_grow_is_refused(make_trainer, decay):
+    with pytest.raises(ValueError, match="ema_decay is .*, expected at least 0 and less than 1"):
+        make_trainer("run", decay)

@@ -49,6 +49,8 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
         super().__init__(*args, **kwargs)
         self.ema = None
         if self.args.ema_decay is not None:
+            if not 0 <= self.args.ema_decay < 1:
+                raise ValueError(f"ema_decay is {self.args.ema_decay}, expected at least 0 and less than 1")
             parameters = self.averaged_parameters
             # With warmup: a fixed decay would hold on to the initial weights for thousands of steps.
             self.ema = EMAModel(parameters, decay=self.args.ema_decay, use_ema_warmup=True, power=0.75)
