@@ -169,6 +169,7 @@ def test_the_papers_recipe_says_what_memory_it_takes():
 WORKER = """
 import sys, json, pathlib, torch
 sys.path.insert(0, {tests!r})
+from nextflow_hf.commands.train import leave_processes
 from test_grpo_trainer import Recording, history, low_codes, make_trainer
 
 def reward(codes, **columns):
@@ -190,6 +191,7 @@ pathlib.Path(sys.argv[1], f"result-{{rank}}.json").write_text(json.dumps({{
     "prefixes": [codes[:5] for codes in suffix_inputs],
     "parameters": sum(p.double().abs().sum().item() for p in trainer.pipeline.transformer.parameters()),
 }}))
+leave_processes()
 """
 
 
