@@ -194,7 +194,7 @@ def _training_section(run: "Run", ancestors: list[str]) -> str:
     if len(stages) > 1:
         lines += ["", "It was made in stages:", "", "| stage | training | steps | seconds |", "|---|---|---:|---:|"]
         lines += [f"| `{one.name}` | {one.kind} | {_thousands(one.steps)} | {one.seconds} |" for one in stages]
-    if commands := [shlex.join(map(_public, stage.command)) for stage in stages if stage.command]:
+    if commands := [shlex.join(stage.command) for stage in stages if stage.command]:
         lines += ["", "```bash", *commands, "```"]
     for stage in stages:
         lines += ["", f"![Losses of the stage {stage.name}]({stage.plot_name})"] if stage.plot else []
@@ -208,11 +208,8 @@ def _thousands(number: int | None) -> str:
 def save_stages(run: "Run", folder: Path) -> None:
     """Write the stages of a run beside its card, for the cards of what starts from that folder, and their plots."""
     stages = run.stages()
-    records = [
-        {"name": one.name, "kind": one.kind, "steps": one.steps, "seconds": one.seconds}
-        | {"command": list(map(_public, one.command))}
-        for one in stages
-    ]
+    names = ("name", "kind", "steps", "seconds", "command")
+    records = [{name: getattr(stage, name) for name in names} for stage in stages]
     write_text(folder / STAGES_FILE, json.dumps(records, indent=1) + "\n")
     for stage in stages:
         if stage.plot:

@@ -139,7 +139,7 @@ class Stage:
         kind (`str`): What `nextflow-hf train` was told.
         steps (`int`, *optional*): That it took.
         seconds (`str`): That they took, in words.
-        command (`list[str]`): That started it.
+        command (`list[str]`): That started it, without the folders of the machine.
         plot (`Path`, *optional*): Plot of its losses.
     """
 
@@ -147,8 +147,7 @@ class Stage:
     kind: str
     steps: int | None = None
     seconds: str = ""
-    # Not compared: an exported folder names neither the folders of the machine nor this plot's.
-    command: list[str] = field(default_factory=list, compare=False)
+    command: list[str] = field(default_factory=list)
     plot: Path | None = field(default=None, compare=False)
 
     @property
@@ -217,7 +216,7 @@ class Run:
             kind=self.kind,
             steps=state.get("global_step"),
             seconds=_seconds(state.get("log_history", ())),
-            command=self.command,
+            command=list(map(without_folders, self.command)),
             plot=plot if plot.is_file() else None,
         )
 
