@@ -24,6 +24,7 @@ from nextflow_hf.modeling_nextflow.sampling_nextflow import (
     sample,
     sample_codes,
     scale_plan,
+    top_codes,
 )
 
 
@@ -95,6 +96,16 @@ def test_a_change_far_from_a_sample_leaves_it():
     scores[..., 0] = -math.inf  # its mass goes to all others; who had another sample keeps it
     after = sample(scores, [seeded()])
     assert torch.equal(before[before != 0], after[before != 0]) and (after != 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_top_codes_are_those_of_topk(count):
+    scores = torch.randn(2, 5, 300, generator=torch.Generator().manual_seed(0))
+    scores[0, 0, 4], scores[1, 1, 7:] = math.nan, -math.inf
+    best, places = top_codes(scores, count)
+    torch.testing.assert_close(best, scores.topk(count, dim=-1).values, equal_nan=True)
+    torch.testing.assert_close(scores.gather(-1, places), best, equal_nan=True)
+    assert all(row.unique().numel() == count for row in places.flatten(0, 1))
 
 
 def test_scale_plan_fans_out():
