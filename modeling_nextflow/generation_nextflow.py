@@ -36,7 +36,6 @@ from .generation_image_nextflow import (
     PromptRows,
     check_context,
     negative_rows,
-    one_per_row,
 )
 from .generation_interleaved_nextflow import (
     ImagePlan,
@@ -48,7 +47,7 @@ from .generation_interleaved_nextflow import (
 from .grids_nextflow import Schedule, check_image_count, get_image_layout, schedules_from_grids
 from .image_settings_nextflow import CONFIG_NAMES, DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS
 from .prompt_rows_nextflow import append_boi, find_target_grids, split_images
-from .sampling_nextflow import ScaleStep, scale_plan
+from .sampling_nextflow import ScaleStep, one_per_row, scale_plan
 
 
 logger = logging.get_logger(__name__)
