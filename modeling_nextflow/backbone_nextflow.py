@@ -6,6 +6,7 @@ before, upsampled, through a connector; the positions, and the mask. Knows codes
 
 import functools
 import math
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 from transformers.utils import logging
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_nextflow import ATTENTION_BACKENDS, NextFlowRotaryEmbedding, get_attention_mask
-from .cache_nextflow import CachePlace, caches_of_layers
+from .attention_nextflow import (
+    ATTENTION_BACKENDS,
+    CachePlace,
+    NextFlowRotaryEmbedding,
+    caches_of_layers,
+    get_attention_mask,
+)
 from .configuration_nextflow import NextFlowConfig
 from .fused_nextflow import FusedDecoderLayer, can_be_fused, fuse, separate_weights, unfuse
 from .graphs_nextflow import PassGraphs
@@ -42,18 +48,14 @@ from .grids_nextflow import (
 logger = logging.get_logger(__name__)
 
 
-class NextFlowConnector(nn.Module):
+class NextFlowConnector(nn.Sequential):
     """Codebook features -> hidden size."""
 
     def __init__(self, config: NextFlowConfig):
-        super().__init__()
         # TokenFlow's `mlp2x_gelu`, of both halves of a code together.
-        self.linear_1 = nn.Linear(config.semantic_code_dim + config.pixel_code_dim, config.hidden_size)
-        self.act = ACT2FN[config.connector_hidden_act]
-        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(features)))
+        linear_1 = nn.Linear(config.semantic_code_dim + config.pixel_code_dim, config.hidden_size)
+        linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
+        super().__init__(OrderedDict(linear_1=linear_1, act=ACT2FN[config.connector_hidden_act], linear_2=linear_2))
 
 
 class NextFlowPreTrainedModel(PreTrainedModel):

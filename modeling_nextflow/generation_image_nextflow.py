@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
-from .attention_nextflow import RowRuns
-from .cache_nextflow import PLACE, part_of, reserve, reserved_cache
+from .attention_nextflow import PLACE, RowRuns, part_of, reserve, reserved_cache
 from .configuration_nextflow import NextFlowConfig
 from .graphs_nextflow import PROMPT_LENGTHS, Workspace
 from .grids_nextflow import (
@@ -351,9 +350,10 @@ def _append_scale(
         if rows.sampling is None and count > len(embeds) - start:
             rows = rows.first(len(embeds) - start)
         parts = [rows]
-        if rows.mask is not None and rows.runs and not model.is_fused:
+        if rows.mask is not None and rows.runs:
             # Every run has to be compute-bound by itself, or splitting would only add launches.
-            if cells * min(end - first for first, end, _ in rows.runs) >= ARITHMETIC_BOUND:
+            smallest = cells * min(end - first for first, end, _ in rows.runs)
+            if smallest >= ARITHMETIC_BOUND and not model.is_fused:
                 parts = [rows.part(slice(first, end), padding) for first, end, padding in rows.runs]
         for part in parts:
             count = len(part.boi_position if part.sampling is None else part.sampling)

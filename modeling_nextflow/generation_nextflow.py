@@ -21,8 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from .attention_nextflow import get_attention_mask
-from .cache_nextflow import CachePlace, reserve
+from .attention_nextflow import CachePlace, get_attention_mask, reserve
 from .configuration_nextflow import NextFlowConfig
 from .generation_configuration_nextflow import (
     NextFlowGenerationConfig,
