@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nextflow_hf.modeling_nextflow import NextFlowConfig, NextFlowForCausalLM, generation_image_nextflow
-from nextflow_hf.modeling_nextflow.cache_nextflow import NextFlowCacheLayer
+from nextflow_hf.modeling_nextflow.attention_nextflow import NextFlowCacheLayer
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 
 

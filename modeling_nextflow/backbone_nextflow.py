@@ -6,6 +6,7 @@ before, upsampled, through a connector; the positions, and the mask. Knows codes
 
 import functools
 import math
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,19 +23,24 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 from transformers.utils import logging
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_nextflow import ATTENTION_BACKENDS, NextFlowRotaryEmbedding, get_attention_mask
-from .cache_nextflow import CachePlace, caches_of_layers
+from .attention_nextflow import (
+    ATTENTION_BACKENDS,
+    CachePlace,
+    NextFlowRotaryEmbedding,
+    caches_of_layers,
+    get_attention_mask,
+)
 from .configuration_nextflow import NextFlowConfig
 from .fused_nextflow import FusedDecoderLayer, can_be_fused, fuse, separate_weights, unfuse
 from .graphs_nextflow import PassGraphs
 from .grids_nextflow import (
     ImageLayout,
     Schedule,
-    check_codes,
     count_codes,
     get_image_layout,
     get_position_ids,
     group_by_schedule,
+    present_scales,
     schedules_from_grids,
 )
 
@@ -42,18 +48,14 @@ from .grids_nextflow import (
 logger = logging.get_logger(__name__)
 
 
-class NextFlowConnector(nn.Module):
+class NextFlowConnector(nn.Sequential):
     """Codebook features -> hidden size."""
 
     def __init__(self, config: NextFlowConfig):
-        super().__init__()
         # TokenFlow's `mlp2x_gelu`, of both halves of a code together.
-        self.linear_1 = nn.Linear(config.semantic_code_dim + config.pixel_code_dim, config.hidden_size)
-        self.act = ACT2FN[config.connector_hidden_act]
-        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(features)))
+        linear_1 = nn.Linear(config.semantic_code_dim + config.pixel_code_dim, config.hidden_size)
+        linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
+        super().__init__(OrderedDict(linear_1=linear_1, act=ACT2FN[config.connector_hidden_act], linear_2=linear_2))
 
 
 class NextFlowPreTrainedModel(PreTrainedModel):
@@ -225,7 +227,7 @@ class NextFlowInputs(NextFlowPreTrainedModel):
             self.check_no_images(input_ids, strict=False)
             return self._with_gradients_of_images(embeds)
         codes = image_codes if image_codes is not None else input_ids.new_zeros(0)
-        images = self._present_grids(input_ids, codes, schedules_from_grids(image_grids), layout)
+        images = present_scales(self.config, input_ids, codes, schedules_from_grids(image_grids), layout)
 
         # An image of one scale has no cells; among other processes the modules are called all the same.
         cells = embeds.new_zeros(0, embeds.shape[-1])
@@ -322,57 +324,6 @@ class NextFlowInputs(NextFlowPreTrainedModel):
             raise ValueError(f"{message}, which {count} tokens need: pass all that the processor returned")
         if count:
             logger.warning_once(f"{message}: they are embedded as text is")
-
-    def _present_grids(
-        self,
-        input_ids: torch.Tensor,
-        codes: torch.Tensor,
-        schedules: list[Schedule],
-        layout: ImageLayout,
-    ) -> list[tuple[Schedule, int]]:
-        """Per image: the grids of the scales that are present in `input_ids`, and how many codes it brings.
-
-        A closed image (its `<eoi>` is there) has all its scales and the codes of all; an open one, still being
-        sampled, the scales up to its last block and the codes that are inputs: those of the scales before.
-        """
-        num_images = int((layout.scale == 1).sum())
-        if num_images != len(schedules):
-            raise ValueError(f"input_ids hold {num_images} <boi> tokens, but image_grids has {len(schedules)} rows")
-        is_first = layout.is_cell & ~F.pad(layout.scale[:, :-1] > 0, (1, 0))
-        if is_first.any():
-            raise ValueError(
-                f"input_ids hold {int(is_first.sum())} image placeholder tokens that follow neither <boi> nor another "
-                "placeholder: the cells of an image stand together, right after its <boi>"
-            )
-        cells = torch.bincount(layout.image_index[layout.is_cell], minlength=num_images).tolist()
-        after_eoi = layout.image_index[input_ids == self.config.eoi_token_id]
-        closed = torch.bincount(after_eoi.clamp(min=0), minlength=num_images).tolist()
-        images = []
-        for index, grids in enumerate(schedules):
-            if grids[0] != (1, 1):
-                raise ValueError(f"the schedule of image {index} must start with the grid (1, 1), got {grids[0]}")
-            if len(grids) > self.config.max_scales:
-                raise ValueError(
-                    f"image {index} has {len(grids)} scales, expected at most config.max_scales = "
-                    f"{self.config.max_scales}; an image whose last grid stands there twice has one more"
-                )
-            present, count = 1, 0  # scale 1 has no cell, `<boi>` predicts it
-            while present < len(grids) and count < cells[index]:
-                count += grids[present][0] * grids[present][1]
-                present += 1
-            whole = count_codes(grids[1:])
-            if count != cells[index] or (closed[index] and count != whole):
-                raise ValueError(
-                    f"image {index} has {cells[index]} placeholder tokens, which do not fill its scales: its grids "
-                    f"{list(grids)} need {whole}"
-                )
-            last = grids[present - 1][0] * grids[present - 1][1]  # codes that an open image has yet to sample
-            images.append((grids[:present], 1 + count if closed[index] else 1 + count - last))
-        expected = sum(count for _, count in images)
-        if len(codes) != expected:
-            raise ValueError(f"the images in input_ids need {expected} codes, got image_codes of length {len(codes)}")
-        check_codes(codes, self.config.codebook_size)
-        return images
 
 
 def _trains_with_others() -> bool:

@@ -12,37 +12,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
-from transformers.utils import logging
 
-from .attention_nextflow import RowRuns
-from .cache_nextflow import PLACE, part_of, reserve, reserved_cache
+from .attention_nextflow import PLACE, RowRuns, part_of, reserve, reserved_cache
 from .configuration_nextflow import NextFlowConfig
 from .graphs_nextflow import PROMPT_LENGTHS, Workspace
 from .grids_nextflow import (
-    Schedule,
     check_codes,
-    check_image_count,
     count_codes,
     get_image_layout,
-    schedules_from_grids,
+    shared_schedule,
 )
-from .image_settings_nextflow import CONFIG_NAMES, IMAGE_DEFAULTS
 from .sampling_nextflow import (
     NextFlowSamplingInterface,
     PerScale,
     SampledScale,
     ScaleInput,
     ScaleStep,
-    guides,
+    check_finite,
+    one_per_row,
     prepare_scales,
     scale_plan,
     split_prefix,
 )
 
-
-logger = logging.get_logger(__name__)
 
 ScaleCallback = Callable[[int, ScaleStep, torch.Tensor], Sequence[ScaleStep] | None]
 
@@ -145,19 +138,6 @@ def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int, multiple: int 
     )
 
 
-def shared_schedule(input_ids: torch.Tensor, image_grids: torch.Tensor, boi: int) -> tuple[Schedule, torch.Tensor]:
-    """The schedule that the images of all rows share, as numbers and as (batch, max_scales, 2)."""
-    is_boi = input_ids == boi
-    if not is_boi[:, -1].all():
-        raise ValueError("every row of input_ids must end in <boi> to sample an image (pad on the left)")
-    check_image_count(is_boi, image_grids)
-    # The last image of each row, of images that lie flat over the batch.
-    target_grids = image_grids[is_boi.sum(1).cumsum(0) - 1]
-    if not (target_grids == target_grids[:1]).all():
-        raise ValueError("the images of one batch must share one schedule: sample other sizes in another call")
-    return schedules_from_grids(target_grids[:1])[0], target_grids
-
-
 def check_context(config: NextFlowConfig, tokens: int, needed: int) -> None:
     """Raises `ValueError` where the model's context, with `tokens` in it, has no room for `needed` more."""
     limit = config.max_position_embeddings
@@ -166,17 +146,6 @@ def check_context(config: NextFlowConfig, tokens: int, needed: int) -> None:
             f"the sequence has {tokens} tokens and needs at least {needed} more, but the model's context is {limit} "
             "(`max_position_embeddings`): shorten it, ask for fewer or smaller images, or begin a new conversation"
         )
-
-
-def one_per_row(
-    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
-) -> list[torch.Generator | None]:
-    """A generator for each row; one that is not a list is that of them all."""
-    generators: list[torch.Generator | None]
-    generators = [*generator] if isinstance(generator, Sequence) else [generator] * batch
-    if len(generators) != batch:
-        raise ValueError(f"got {len(generators)} generators for a batch of {batch}: pass one, or one per image")
-    return generators
 
 
 # ---- scales
@@ -196,7 +165,6 @@ class ImageRows:
         runs: Neighbouring rows with equal left padding: (first row, end, padding). `None` where it is not known.
         embeddings: Cosine and sine (rows, cells, head_dim) of the blocks to come.
         workspace: Owner of the cache's memory, where passes are recorded.
-        is_fused: Whether the model's layers are fused: then `runs` need no mask, and hidden states may be guided.
     """
 
     cache: DynamicCache
@@ -207,13 +175,11 @@ class ImageRows:
     runs: list[tuple[int, int, int]] | None = None
     embeddings: Sequence[torch.Tensor] = ()
     workspace: Workspace | None = None
-    is_fused: bool = False
 
     def part(self, rows: slice, padding: int = 0) -> "ImageRows":
         """Some rows that need no mask once their first `padding` tokens are left out, in the same memory."""
         cache, embeddings = part_of(self.cache, rows, padding), [part[rows] for part in self.embeddings]
-        states = self.hidden_states[rows]
-        return ImageRows(cache, None, self.boi_position[rows], states, embeddings=embeddings, is_fused=self.is_fused)
+        return ImageRows(cache, None, self.boi_position[rows], self.hidden_states[rows], embeddings=embeddings)
 
     def first(self, count: int) -> "ImageRows":
         """The first `count` rows, in the same memory."""
@@ -234,12 +200,11 @@ class ImageRows:
         if own is not None and own is model.graphs and cells <= own.max_cells:  # the model's is another once it moved
             graphs = own
         layer_mask: Any = mask
-        if mask is not None and graphs is None and self.is_fused and self.runs and len(self.runs) <= MAX_RUNS:
+        if mask is not None and graphs is None and self.runs and len(self.runs) <= MAX_RUNS and model.is_fused:
             layer_mask = {"full_attention": RowRuns(tuple(self.runs))}
         elif mask is not None:
             # New columns count as seen by all rows, but for rows without an image, which get padding.
-            missing = self.cache.get_seq_length() + cells - mask.shape[1]
-            self.mask = layer_mask = mask = F.pad(mask, (0, missing), value=1)
+            self.mask = layer_mask = mask = F.pad(mask, (0, cells), value=1)
             if self.sampling is not None:
                 embeds = embeds.new_zeros(len(mask), *embeds.shape[1:]).index_copy(0, self.sampling, embeds)
                 mask[:, -cells:] *= torch.zeros_like(mask[:, :1]).index_fill(0, self.sampling, 1)
@@ -260,8 +225,8 @@ class ImageRows:
 
 def prefill_rows(model: NextFlowSamplingInterface, rows: PromptRows, cells: int) -> ImageRows:
     """Prompts that end in `<boi>`, in a cache of their own with room for `cells` of each image."""
-    length, workspace, is_fused = rows.input_ids.shape[1] + cells, None, model.is_fused
-    if model.graphs is not None and is_fused and model.config._attn_implementation == "sdpa":
+    length, workspace = rows.input_ids.shape[1] + cells, None
+    if model.graphs is not None and model.is_fused and model.config._attn_implementation == "sdpa":
         workspace = model.graphs.take(model.config, len(rows.input_ids), length)
     cache = reserved_cache(model.config, length) if workspace is None else workspace.cache
     # The host has to know the runs before the first scale, and waits for them here.
@@ -281,7 +246,7 @@ def prefill_rows(model: NextFlowSamplingInterface, rows: PromptRows, cells: int)
         runs.append((start, start + len(list(group)), count))
         start = runs[-1][1]
     boi_position = vars(cache)[PLACE].position[1, :, None]  # the forward pass left it there
-    return ImageRows(cache, mask, boi_position, states[:, -1:], runs=runs, workspace=workspace, is_fused=is_fused)
+    return ImageRows(cache, mask, boi_position, states[:, -1:], runs=runs, workspace=workspace)
 
 
 def begin_images(
@@ -303,7 +268,7 @@ def begin_images(
     reserve(cache, 1 + cells)  # once for `<boi>` and all scales
     # A text token has three equal coordinates.
     embeddings = model.model.rotary_emb(embeds, boi_position.expand(3, -1, -1))
-    rows = ImageRows(cache, mask, boi_position, embeds, sampling, embeddings=embeddings, is_fused=model.is_fused)
+    rows = ImageRows(cache, mask, boi_position, embeds, sampling, embeddings=embeddings)
     rows.append(model, embeds)
     return rows
 
@@ -331,7 +296,7 @@ def sample_scales(
     """
     batch, plan, workspaces = len(image_grids), list(plan), [rows.workspace for rows in row_sets]
     grids, is_synchronous = [step.grid for step in plan], image_grids.device.type in SYNCHRONOUS
-    terms = model.get_scale_terms(image_grids)  # (images, max_scales, hidden)
+    terms, is_fused = model.get_scale_terms(image_grids), model.is_fused  # (images, max_scales, hidden)
     for rows in row_sets if len(grids) > 1 else ():
         positions = model.get_block_positions(rows.boi_position + 1, grids[1:])  # (3, rows, cells)
         rows.embeddings = model.model.rotary_emb(rows.hidden_states, positions)
@@ -348,19 +313,20 @@ def sample_scales(
             else:
                 every = slice(None)
                 states = [rows.hidden_states[every if rows.sampling is None else rows.sampling] for rows in row_sets]
-                logits = model.guided_logits(states, step, batch, row_sets[0].is_fused)
+                logits = model.guided_logits(states, step, batch, is_fused)
                 low, high = logits.aminmax()  # a CPU takes 20 times as long for `vector_norm`
                 unchecked[index] = torch.maximum(-low, high) / (step.temperature or 1)  # NaN where any score is
                 sampled = model.sample_scale(logits, step, own.numbers, own.given, own.is_given)
             codes = torch.cat([codes, sampled], dim=1)  # (images, codes so far)
-            if is_synchronous or index + 1 == len(plan):
-                _check_finite(unchecked, plan)
+            if unchecked and (is_synchronous or index + 1 == len(plan)):
+                check_finite(unchecked, plan)
             scale = SampledScale(index, step, codes, plan, image_grids)
             yield scale
             if scale.image_codes is not codes:  # the caller replaced them
                 codes = _replaced(codes, scale.image_codes.to(codes.device), model.config.codebook_size)
             if index + 1 == len(plan):
-                _check_finite(unchecked, plan)  # where the plan was cut short
+                if unchecked:  # the plan was cut short
+                    check_finite(unchecked, plan)
                 return
             prepare_scales(inputs[index + 1 :], plan[index + 1 :], codes.device)  # of steps that were changed
     finally:  # also where the caller asks for no more scales
@@ -384,9 +350,10 @@ def _append_scale(
         if rows.sampling is None and count > len(embeds) - start:
             rows = rows.first(len(embeds) - start)
         parts = [rows]
-        if rows.mask is not None and rows.runs and not rows.is_fused:
+        if rows.mask is not None and rows.runs:
             # Every run has to be compute-bound by itself, or splitting would only add launches.
-            if cells * min(end - first for first, end, _ in rows.runs) >= ARITHMETIC_BOUND:
+            smallest = cells * min(end - first for first, end, _ in rows.runs)
+            if smallest >= ARITHMETIC_BOUND and not model.is_fused:
                 parts = [rows.part(slice(first, end), padding) for first, end, padding in rows.runs]
         for part in parts:
             count = len(part.boi_position if part.sampling is None else part.sampling)
@@ -394,21 +361,6 @@ def _append_scale(
             start += count
         kept += parts
     return kept
-
-
-def _check_finite(scores: dict[int, torch.Tensor], plan: Sequence[ScaleStep]) -> None:
-    """Raise where the largest score of a scale is not finite; empties `scores`."""
-    # One copy to the host for all scales.
-    found = torch.stack(list(scores.values())).isfinite().tolist() if scores else []
-    for (index, _), is_finite in zip(scores.items(), found, strict=True):
-        if not is_finite:
-            step = plan[index]
-            raise ValueError(
-                f"the logits of scale {index + 1} ({step.grid[0]}x{step.grid[1]}) are not finite with guidance_scale "
-                f"{step.guidance_scale:g} and temperature {step.temperature:g}: expected a lower guidance, a higher "
-                "temperature, or weights without NaN"
-            )
-    scores.clear()
 
 
 def _replaced(codes: torch.Tensor, others: torch.Tensor, codebook_size: int) -> torch.Tensor:
@@ -423,48 +375,6 @@ def _replaced(codes: torch.Tensor, others: torch.Tensor, codebook_size: int) -> 
 
 class NextFlowImageGeneration(NextFlowSamplingInterface):
     """The methods of [`NextFlowForCausalLM`] that sample images."""
-
-    generation_config: GenerationConfig
-
-    def get_image_settings(
-        self,
-        config: GenerationConfig | None = None,
-        is_guided: bool = True,
-        is_image_guided: bool = True,
-        **given: Any,
-    ) -> dict[str, Any]:
-        """
-        How images are sampled.
-
-        Args:
-            config ([`GenerationConfig`], *optional*): Defaults to the model's. It need not be one of ours.
-            is_guided, is_image_guided (`bool`, *optional*, defaults to `True`):
-                Whether there are unconditional prompts, and unconditional prompts without images. Guidance that only
-                the config asks for is left out without them.
-            given: `guidance_scale`, `guidance_schedule`, `image_guidance_scale`, `temperature`, `top_k`, `top_p`. What
-                is missing or `None` comes from the config, else from [`IMAGE_DEFAULTS`].
-
-        Raises:
-            `ValueError`: on a setting that is no number in its range.
-        """
-        if unknown := given.keys() - IMAGE_DEFAULTS.keys():
-            raise TypeError(f"got {sorted(unknown)}, expected settings of images: {list(IMAGE_DEFAULTS)}")
-        config, settings = self.generation_config if config is None else config, {}
-        for name, default in IMAGE_DEFAULTS.items():
-            candidates = (given.get(name), getattr(config, CONFIG_NAMES[name], None), default)
-            settings[name] = next(value for value in candidates if value is not None)
-        if not is_image_guided and given.get("image_guidance_scale") is None:
-            settings["image_guidance_scale"] = 1.0
-        if not is_guided and given.get("guidance_scale") is None and guides(settings["guidance_scale"]):
-            logger.warning_once(
-                f"the generation config has guidance_scale={settings['guidance_scale']}, but without "
-                "negative_input_ids the image is sampled without guidance: pass the unconditional prompt, which the "
-                "processor makes (`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
-            )
-            settings["guidance_scale"] = 1.0
-        lengths = [len(value) for value in settings.values() if isinstance(value, (list, tuple))]
-        scale_plan([(1, 1)] * max(lengths, default=1), **settings)  # checks them
-        return settings
 
     @torch.no_grad()
     def generate_images(
@@ -550,6 +460,7 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
         # 1. Settings
         batch, boi = len(input_ids), self.config.boi_token_id
         grids, target_grids = shared_schedule(input_ids, image_grids, boi)
+        cells = count_codes(grids[1:num_scales])  # to run: `<boi>` is scale 1
         settings: dict[str, Any] = {
             "guidance_scale": guidance_scale,
             "guidance_schedule": guidance_schedule,
@@ -591,7 +502,6 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
             parts.append(negative_rows(rows, boi, *imageless, missing=missing))
         multiple = 1 if self.graphs is None else PROMPT_LENGTHS  # few lengths find recorded passes
         rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
-        cells = count_codes(grids[1 : len(plan)])  # `<boi>` is scale 1
         check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
 
         return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)

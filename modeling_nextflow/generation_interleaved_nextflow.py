@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from .cache_nextflow import CachePlace, layers_of, reserve
+from .attention_nextflow import CachePlace, layers_of, reserve
 from .configuration_nextflow import NextFlowConfig
 from .generation_image_nextflow import PromptRows, begin_images, check_context, prefill_rows, sample_scales
 from .grids_nextflow import Schedule, count_codes, group_by_schedule, schedules_from_grids

@@ -21,8 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from .attention_nextflow import get_attention_mask
-from .cache_nextflow import CachePlace, reserve
+from .attention_nextflow import CachePlace, get_attention_mask, reserve
 from .configuration_nextflow import NextFlowConfig
 from .generation_configuration_nextflow import (
     NextFlowGenerationConfig,
@@ -36,7 +35,6 @@ from .generation_image_nextflow import (
     PromptRows,
     check_context,
     negative_rows,
-    one_per_row,
 )
 from .generation_interleaved_nextflow import (
     ImagePlan,
@@ -48,7 +46,7 @@ from .generation_interleaved_nextflow import (
 from .grids_nextflow import Schedule, check_image_count, get_image_layout, schedules_from_grids
 from .image_settings_nextflow import CONFIG_NAMES, DEFAULT_MAX_IMAGES, IMAGE_DEFAULTS
 from .prompt_rows_nextflow import append_boi, find_target_grids, split_images
-from .sampling_nextflow import ScaleStep, scale_plan
+from .sampling_nextflow import ScaleStep, one_per_row, scale_plan
 
 
 logger = logging.get_logger(__name__)

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from .cache_nextflow import PLACE, layers_of, reserved_cache
+from .attention_nextflow import PLACE, layers_of, reserved_cache
 from .configuration_nextflow import NextFlowConfig
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .configuration_nextflow import NextFlowConfig
 
@@ -40,6 +41,19 @@ def check_shape(image_grids: torch.Tensor) -> None:
 def check_image_count(is_boi: torch.Tensor, image_grids: torch.Tensor) -> None:
     if int(is_boi.sum()) != len(image_grids):
         raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
+
+
+def shared_schedule(input_ids: torch.Tensor, image_grids: torch.Tensor, boi: int) -> tuple[Schedule, torch.Tensor]:
+    """The schedule that the images of all rows share, as numbers and as (batch, max_scales, 2)."""
+    is_boi = input_ids == boi
+    if not is_boi[:, -1].all():
+        raise ValueError("every row of input_ids must end in <boi> to sample an image (pad on the left)")
+    check_image_count(is_boi, image_grids)
+    # The last image of each row, of images that lie flat over the batch.
+    target_grids = image_grids[is_boi.sum(1).cumsum(0) - 1]
+    if not (target_grids == target_grids[:1]).all():
+        raise ValueError("the images of one batch must share one schedule: sample other sizes in another call")
+    return schedules_from_grids(target_grids[:1])[0], target_grids
 
 
 def count_codes(schedule: Schedule) -> int:
@@ -116,7 +130,7 @@ def get_image_layout(config: NextFlowConfig, input_ids: torch.Tensor, image_grid
     grids = image_grids[image_index.clamp(min=0, max=len(image_grids) - 1)]  # (batch, length, max_scales, 2)
     # An image of one scale has no block; the gathers below still want one to choose.
     if grids.shape[2] == 1:
-        grids = torch.nn.functional.pad(grids, (0, 0, 0, 1))
+        grids = F.pad(grids, (0, 0, 0, 1))
 
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     # The nearest `<boi>` at or before each token.
@@ -142,6 +156,60 @@ def get_image_layout(config: NextFlowConfig, input_ids: torch.Tensor, image_grid
         block_ids=block_ids,
         is_cell=block_ids >= 0,
     )
+
+
+def present_scales(
+    config: NextFlowConfig,
+    input_ids: torch.Tensor,
+    image_codes: torch.Tensor,
+    schedules: Sequence[Schedule],
+    layout: ImageLayout,
+) -> list[tuple[Schedule, int]]:
+    """Per image: the grids of the scales that are present in `input_ids`, and how many codes it brings.
+
+    A closed image (its `<eoi>` is there) has all its scales and the codes of all; an open one, still being
+    sampled, the scales up to its last block and the codes that are inputs: those of the scales before.
+    """
+    num_images = int((layout.scale == 1).sum())
+    if num_images != len(schedules):
+        raise ValueError(f"input_ids hold {num_images} <boi> tokens, but image_grids has {len(schedules)} rows")
+    is_first = layout.is_cell & ~F.pad(layout.scale[:, :-1] > 0, (1, 0))
+    if is_first.any():
+        raise ValueError(
+            f"input_ids hold {int(is_first.sum())} image placeholder tokens that follow neither <boi> nor another "
+            "placeholder: the cells of an image stand together, right after its <boi>"
+        )
+    cells = torch.bincount(layout.image_index[layout.is_cell], minlength=num_images).tolist()
+    after_eoi = layout.image_index[input_ids == config.eoi_token_id]
+    closed = torch.bincount(after_eoi.clamp(min=0), minlength=num_images).tolist()
+    images = []
+    for index, grids in enumerate(schedules):
+        if grids[0] != (1, 1):
+            raise ValueError(f"the schedule of image {index} must start with the grid (1, 1), got {grids[0]}")
+        if len(grids) > config.max_scales:
+            raise ValueError(
+                f"image {index} has {len(grids)} scales, expected at most config.max_scales = "
+                f"{config.max_scales}; an image whose last grid stands there twice has one more"
+            )
+        present, count = 1, 0  # scale 1 has no cell, `<boi>` predicts it
+        while present < len(grids) and count < cells[index]:
+            count += grids[present][0] * grids[present][1]
+            present += 1
+        whole = count_codes(grids[1:])
+        if count != cells[index] or (closed[index] and count != whole):
+            raise ValueError(
+                f"image {index} has {cells[index]} placeholder tokens, which do not fill its scales: its grids "
+                f"{list(grids)} need {whole}"
+            )
+        last = grids[present - 1][0] * grids[present - 1][1]  # codes that an open image has yet to sample
+        images.append((grids[:present], 1 + count if closed[index] else 1 + count - last))
+    expected = sum(count for _, count in images)
+    if len(image_codes) != expected:
+        raise ValueError(
+            f"the images in input_ids need {expected} codes, got image_codes of length {len(image_codes)}"
+        )
+    check_codes(image_codes, config.codebook_size)
+    return images
 
 
 def cell_coordinates(

@@ -475,7 +475,8 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         layout = convolution_layout(pixel_map.device, compiled=self.pixel_decoder.is_compiled)
         pixel_map = pixel_map.contiguous(memory_format=layout)
         pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
-        return _resize(pixels, self.pixel_size(quantized.shape[2:]))
+        # As many pixels as the stride gives, but for a fixed size, TokenFlow's.
+        return pixels if self.config.image_size is None else _resize(pixels, self.pixel_size(quantized.shape[2:]))
 
     def pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
         """(height, width) of an image whose last grid is `grid`."""

@@ -4,6 +4,7 @@ Maps in, maps out. Knows channels and resolutions; nothing of codes or grids.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -134,29 +135,6 @@ class NextFlowCNNLevel(nn.Module):
         return self.resample(hidden_states)
 
 
-class NextFlowDownsample(nn.Module):
-    """Halves both axes with a strided convolution, zero-padded right and below only."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # VQGAN's padding, which TokenFlow's weights were trained with.
-        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
-
-
-class NextFlowUpsample(nn.Module):
-    """Doubles both axes by repetition, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
-
-
 class NextFlowPixelEncoder(nn.Module):
     """CNN from pixels (n, 3, height, width) to the latents of the last grid; attention in the last level only."""
 
@@ -172,7 +150,7 @@ class NextFlowPixelEncoder(nn.Module):
                 width,
                 num_blocks=config.encoder_res_blocks,
                 attention=index == deepest,
-                resample=nn.Identity() if index == deepest else NextFlowDownsample(width),
+                resample=nn.Identity() if index == deepest else _downsample(width),
             )
             for index, width in enumerate(widths)
         )
@@ -213,7 +191,7 @@ class NextFlowPixelDecoder(nn.Module):
                 width,
                 num_blocks=config.decoder_res_blocks + 1,
                 attention=index == 0,
-                resample=nn.Identity() if index == shallowest else NextFlowUpsample(width),
+                resample=nn.Identity() if index == shallowest else _upsample(width),
             )
             for index, width in enumerate(widths)
         )
@@ -252,6 +230,19 @@ def _group_norm(config: NextFlowVisionTokenizerConfig, channels: int, *, swish: 
     if channels % groups:
         raise ValueError(f"a CNN level has {channels} channels, expected a multiple of its {groups} norm groups")
     return NextFlowGroupNorm(groups, channels, swish=swish)
+
+
+def _downsample(channels: int) -> nn.Module:
+    """Halves both axes with a strided convolution."""
+    # VQGAN's padding, right and below only, which TokenFlow's weights were trained with.
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
+
+
+def _upsample(channels: int) -> nn.Module:
+    """Doubles both axes by repetition, then a convolution."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))
 
 
 def in_tiles(

@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import GenerationConfig
+from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
 from .grids_nextflow import cell_coordinates, check_codes
+from .image_settings_nextflow import CONFIG_NAMES, IMAGE_DEFAULTS
 
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     PassGraphs = graphs_nextflow.PassGraphs
 else:
     Host = object
+
+logger = logging.get_logger(__name__)
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "early")
 PerScale = float | int | None | Sequence[float | int | None]
@@ -282,6 +287,17 @@ def top_codes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     return scores, places.gather(-1, order)
 
 
+def one_per_row(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> list[torch.Generator | None]:
+    """A generator for each row; one that is not a list is that of them all."""
+    generators: list[torch.Generator | None]
+    generators = [*generator] if isinstance(generator, Sequence) else [generator] * batch
+    if len(generators) != batch:
+        raise ValueError(f"got {len(generators)} generators for a batch of {batch}: pass one, or one per image")
+    return generators
+
+
 def random_numbers(
     generators: Sequence[torch.Generator | None], batch: int, cells: int, device: torch.device
 ) -> torch.Tensor:
@@ -330,10 +346,26 @@ def _splitmix(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return bits.bitwise_and_(2**63 - 1)
 
 
+def check_finite(scores: dict[int, torch.Tensor], plan: Sequence[ScaleStep]) -> None:
+    """Raise where the largest score of a scale is not finite; empties `scores`."""
+    # One copy to the host for all scales.
+    found = torch.stack(list(scores.values())).isfinite().tolist()
+    for (index, _), is_finite in zip(scores.items(), found, strict=True):
+        if not is_finite:
+            step = plan[index]
+            raise ValueError(
+                f"the logits of scale {index + 1} ({step.grid[0]}x{step.grid[1]}) are not finite with guidance_scale "
+                f"{step.guidance_scale:g} and temperature {step.temperature:g}: expected a lower guidance, a higher "
+                "temperature, or weights without NaN"
+            )
+    scores.clear()
+
+
 class NextFlowSamplingInterface(Host):
     """Methods of [`NextFlowForCausalLM`] for sampling and scoring, of which none knows how prompts look."""
 
     config: NextFlowConfig
+    generation_config: GenerationConfig
     sample_scale = staticmethod(sample_codes)
     if TYPE_CHECKING:  # transformers evaluates what it finds
         model: NextFlowModel
@@ -343,6 +375,46 @@ class NextFlowSamplingInterface(Host):
 
         @property
         def is_fused(self) -> bool: ...
+
+    def get_image_settings(
+        self,
+        config: GenerationConfig | None = None,
+        is_guided: bool = True,
+        is_image_guided: bool = True,
+        **given: Any,
+    ) -> dict[str, Any]:
+        """
+        How images are sampled.
+
+        Args:
+            config ([`GenerationConfig`], *optional*): Defaults to the model's. It need not be one of ours.
+            is_guided, is_image_guided (`bool`, *optional*, defaults to `True`):
+                Whether there are unconditional prompts, and unconditional prompts without images. Guidance that only
+                the config asks for is left out without them.
+            given: `guidance_scale`, `guidance_schedule`, `image_guidance_scale`, `temperature`, `top_k`, `top_p`. What
+                is missing or `None` comes from the config, else from [`IMAGE_DEFAULTS`].
+
+        Raises:
+            `ValueError`: on a setting that is no number in its range.
+        """
+        if unknown := given.keys() - IMAGE_DEFAULTS.keys():
+            raise TypeError(f"got {sorted(unknown)}, expected settings of images: {list(IMAGE_DEFAULTS)}")
+        config, settings = self.generation_config if config is None else config, {}
+        for name, default in IMAGE_DEFAULTS.items():
+            candidates = (given.get(name), getattr(config, CONFIG_NAMES[name], None), default)
+            settings[name] = next(value for value in candidates if value is not None)
+        if not is_image_guided and given.get("image_guidance_scale") is None:
+            settings["image_guidance_scale"] = 1.0
+        if not is_guided and given.get("guidance_scale") is None and guides(settings["guidance_scale"]):
+            logger.warning_once(
+                f"the generation config has guidance_scale={settings['guidance_scale']}, but without "
+                "negative_input_ids the image is sampled without guidance: pass the unconditional prompt, which the "
+                "processor makes (`apply_chat_template(..., generation_mode=...)`), or set the guidance to 1"
+            )
+            settings["guidance_scale"] = 1.0
+        lengths = [len(value) for value in settings.values() if isinstance(value, (list, tuple))]
+        scale_plan([(1, 1)] * max(lengths, default=1), **settings)  # checks them
+        return settings
 
     def get_scale_terms(self, image_grids: torch.Tensor) -> torch.Tensor:
         """

@@ -14,9 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .conversation_generation_nextflow import ImagesBeforeEnding, PartStreamer, StopWhen, iterate
 from .conversation_nextflow import NextFlowConversation
-from .helpers_nextflow import check_numbers, exclusive, exclusively, generator_per_image, given, loaded
+from .helpers_nextflow import check_numbers, exclusive, exclusively, given, loaded
 from .outputs_nextflow import NextFlowFramesOutput
-from .prompts_nextflow import Conversation, NextFlowImagePrompt, NextFlowImageSteps, PerScale
+from .prompts_nextflow import Conversation, NextFlowImagePrompt, NextFlowImageSteps, PerScale, generator_per_image
 
 
 logger = logging.get_logger(__name__)

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from .helpers_nextflow import check_numbers, exclusive, generator_per_image, given
-from .prompts_nextflow import user_message
+from .helpers_nextflow import check_numbers, exclusive, given
+from .prompts_nextflow import generator_per_image, user_message
 
 
 class NextFlowConversation:

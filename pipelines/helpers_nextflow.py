@@ -1,10 +1,10 @@
-"""What both pipelines share: components and where they compute, one thread at a time, checks, generators."""
+"""What both pipelines share: components and where they compute, one thread at a time, checks of arguments."""
 
 import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from os import PathLike
@@ -189,22 +189,6 @@ def exclusively(method: Callable) -> Callable:
     return guarded
 
 
-def generator_per_image(
-    generator: torch.Generator | list[torch.Generator] | None, num_images: int
-) -> list[torch.Generator] | None:
-    """Each image gets a generator of its own, seeded with one number of the given one or of its entry in a list."""
-    if generator is None:
-        return None
-    sources = list(generator) if isinstance(generator, (list, tuple)) else [generator] * num_images
-    if not all(isinstance(source, torch.Generator) for source in sources):
-        raise ValueError(f"`generator` is {generator!r:.80}, expected a torch.Generator or a list of them")
-    if len(sources) != num_images:
-        raise ValueError(f"`generator` has {len(sources)} entries for {num_images} images, expected one or as many")
-    # So an image depends on its own seed alone, not on how many numbers its neighbours use.
-    seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=source.device)) for source in sources]
-    return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds, strict=True)]
-
-
 def check_numbers(least: int = 1, *, is_whole: bool = True, **values: Any) -> None:
     """Raises `ValueError` where an argument is given and is no number of at least `least`. NumPy's scalars are."""
     for name, value in values.items():
@@ -228,22 +212,6 @@ def one_of(**values: Any) -> Any:
     if None not in values.values():
         raise ValueError(f"got `{own}` and `{other}`, which is another name for it: pass one")
     return values[other] if values[own] is None else values[own]
-
-
-def one_per_prompt(name: str, value: Any, num_prompts: int) -> list:
-    """A list with an entry for each prompt; anything but a list is that of them all."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * num_prompts
-    if len(values) != num_prompts:
-        raise ValueError(f"`{name}` has {len(values)} entries for {num_prompts} prompts, expected one for each")
-    return values
-
-
-def group_equal(keys: Iterable[Hashable]) -> list[list[int]]:
-    """Indices of equal keys together, in the order of the first of each."""
-    groups: dict[Hashable, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    return list(groups.values())
 
 
 def stack_equal(images: list) -> Any:

@@ -16,8 +16,8 @@ import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
-from .helpers_nextflow import check_numbers, one_per_prompt
-from .prompts_nextflow import Image, NextFlowImagePrompt, NextFlowImageSteps, num_cells, schedule_of
+from .helpers_nextflow import check_numbers
+from .prompts_nextflow import Image, NextFlowImagePrompt, NextFlowImageSteps, num_cells, one_per_prompt, schedule_of
 
 
 Grids = Sequence[tuple[int, int]]

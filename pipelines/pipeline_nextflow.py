@@ -24,11 +24,9 @@ from .helpers_nextflow import (
     check_numbers,
     exclusive,
     exclusively,
-    generator_per_image,
     given,
     loaded,
     one_of,
-    one_per_prompt,
     stack_equal,
 )
 from .inpainting_nextflow import given_images, keep_codes
@@ -43,7 +41,9 @@ from .prompts_nextflow import (
     call_back,
     check_prompts,
     collate_prompts,
+    generator_per_image,
     join_codes,
+    one_per_prompt,
 )
 
 
@@ -481,10 +481,11 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 # A callback changes the guidance of one group; the next begins with that of the call.
                 self._guidance_scale = settings["guidance_scale"]
                 self._image_guidance_scale = settings["image_guidance_scale"]
-                inputs: dict[str, Any] = collate_prompts(group, pad_token_id, self._execution_device)
+                transformer, device = loaded(self.transformer), self._execution_device
+                inputs: dict[str, Any] = collate_prompts(group, pad_token_id, device)
                 inputs["generator"] = None if generators is None else [generators[index] for index in members]
                 inputs |= {"num_scales": group[0].num_scales, **settings}
-                for scale in loaded(self.transformer).stream_images(**inputs):
+                for scale in transformer.stream_images(**inputs):
                     progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
                     progress.update()
                     # A callback, or whoever reads the previews, may set other guidance before the next scale.

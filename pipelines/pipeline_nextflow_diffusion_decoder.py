@@ -25,16 +25,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from .diffusion_decoder_nextflow import NextFlowDiffusionDecoder, decoder_condition, encode_captions
-from .helpers_nextflow import (
-    NextFlowBasePipeline,
-    exclusively,
-    generator_per_image,
-    group_equal,
-    loaded,
-    one_per_prompt,
-    stack_equal,
-)
+from .helpers_nextflow import NextFlowBasePipeline, exclusively, loaded, stack_equal
 from .latents_nextflow import decode_latents, encode_latents, predict_in_tiles, vae_latent_channels, vae_scale_factor
+from .prompts_nextflow import generator_per_image, group_equal, one_per_prompt
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

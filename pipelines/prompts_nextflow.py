@@ -5,7 +5,7 @@ of a call's steps.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,7 @@ from .helpers_nextflow import (
     check_components,
     check_numbers,
     given,
-    group_equal,
     loaded,
-    one_per_prompt,
     warn_once,
 )
 
@@ -69,11 +67,43 @@ class NextFlowImagePrompt:
         return schedule_of(self.image_grids[-1])
 
 
+def one_per_prompt(name: str, value: Any, num_prompts: int) -> list:
+    """A list with an entry for each prompt; anything but a list is that of them all."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * num_prompts
+    if len(values) != num_prompts:
+        raise ValueError(f"`{name}` has {len(values)} entries for {num_prompts} prompts, expected one for each")
+    return values
+
+
+def generator_per_image(
+    generator: torch.Generator | list[torch.Generator] | None, num_images: int
+) -> list[torch.Generator] | None:
+    """Each image gets a generator of its own, seeded with one number of the given one or of its entry in a list."""
+    if generator is None:
+        return None
+    sources = list(generator) if isinstance(generator, (list, tuple)) else [generator] * num_images
+    if not all(isinstance(source, torch.Generator) for source in sources):
+        raise ValueError(f"`generator` is {generator!r:.80}, expected a torch.Generator or a list of them")
+    if len(sources) != num_images:
+        raise ValueError(f"`generator` has {len(sources)} entries for {num_images} images, expected one or as many")
+    # So an image depends on its own seed alone, not on how many numbers its neighbours use.
+    seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=source.device)) for source in sources]
+    return [torch.Generator(source.device).manual_seed(seed) for source, seed in zip(sources, seeds, strict=True)]
+
+
+def group_equal(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Indices of equal keys together, in the order of the first of each."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
 def group_prompts(prompts: Sequence[NextFlowImagePrompt]) -> list[list[int]]:
     """Indices of the images that are sampled together: those of one schedule, and with as much given."""
     # A pass of the transformer has one grid, and one boundary between given and sampled scales, for all its rows.
     given = [0 if prompt.prefix_codes is None else len(prompt.prefix_codes) for prompt in prompts]
-    return group_equal([(count, str(prompt.image_grids[-1].tolist())) for count, prompt in zip(given, prompts)])
+    return group_equal((count, tuple(prompt.grids)) for count, prompt in zip(given, prompts))
 
 
 def collate_prompts(

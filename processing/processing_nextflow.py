@@ -245,7 +245,6 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
                 custom template.
         """
         template = self._resolve_chat_template(chat_template)
-        conversations, is_batched = as_conversations(conversation, template)
         kwargs |= processor_kwargs or {}
         images, negative_prompt = kwargs.pop("images", images), kwargs.pop("negative_prompt", negative_prompt)
         given = dict(kwargs)  # the unconditional prompts take the same
@@ -259,7 +258,6 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         rendering = {"tools": tools, "documents": documents, "continue_final_message": continue_final_message}
         rendering["add_generation_prompt"] = add_generation_prompt or (mode is not None and not continue_final_message)
         samples = mode in ("image", "interleaved") and tokenize and return_dict
-        self._check_template(template, variables, tools)
         if negative_prompt and not samples:
             raise ValueError(
                 "negative_prompt needs tokenize=True, return_dict=True and a generation_mode that samples images, got "
@@ -270,7 +268,8 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
             is_finished = not (rendering["add_generation_prompt"] or continue_final_message)
             self._check_labels(template, mode, as_features=tokenize and return_dict, is_finished=is_finished)
 
-        # 1. Take the images out
+        # 1. Check the messages, and take their images out
+        conversations, is_batched = as_conversations(conversation, template)
         chats, _ = self._normalize_conversations(conversations)
         chats = list(map(with_thinking_prompt, chats)) if enable_thinking else chats
         row_images, by_assistant = take_images(chats, images)
@@ -318,6 +317,11 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         Rendered conversations, and the character spans of assistant responses in them. `sanitize`: control tokens that
         are spelled out in what the caller gives are cut or, with `refuse`, an error.
         """
+        # A template ignores what it does not know, and a misspelled option with it.
+        if unknown := sorted(name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)):
+            raise TypeError(f"got unexpected options {unknown}, which the chat template does not use either")
+        if rendering["tools"] and "tool" not in template:
+            raise ValueError(f"this chat template knows no tools, got {len(rendering['tools'])}")
         # Tokens under the names that templates know; the caller may replace them.
         tokens = {"image_token": self.image_token, "boi_token": self.boi_token, "eoi_token": self.eoi_token}
         tokens = {**self.tokenizer.special_tokens_map, **tokens}
@@ -361,14 +365,6 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         if mode not in _GENERATION_MODES:
             raise ValueError(f"generation_mode is {mode!r}, expected one of {list(_GENERATION_MODES)}")
         return options
-
-    @staticmethod
-    def _check_template(template: str, variables: dict[str, Any], tools: list[dict] | None) -> None:
-        # A template ignores what it does not know, and a misspelled option with it.
-        if unknown := sorted(name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)):
-            raise TypeError(f"got unexpected options {unknown}, which the chat template does not use either")
-        if tools and "tool" not in template:
-            raise ValueError(f"this chat template knows no tools, got {len(tools)}")
 
     @staticmethod
     def _check_labels(template: str, mode: str | None, *, as_features: bool, is_finished: bool) -> None:

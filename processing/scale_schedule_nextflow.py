@@ -6,16 +6,14 @@ its result as data (`image_grids`). Knows numbers only: no tensors, no images, n
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
 
 
 logger = logging.getLogger(__name__)
-SIZE_OPTIONS = ("target_grids", "aspect_ratio", "height", "width")  # of a call, for the image to sample
 
 
 @dataclass(frozen=True)
@@ -170,30 +168,6 @@ def num_cells(grids: Sequence[Sequence[int]]) -> int:
 def square_grids(schedule: ScaleSchedule, resolution: int) -> tuple[tuple[int, int], ...]:
     """The grids of a square image."""
     return tuple(schedule.grids(schedule.nearest_bucket(1, 1), schedule.num_scales(resolution)))
-
-
-def requested_grids(
-    schedule: ScaleSchedule, options: Mapping[str, Any], resolution: int | None, default: int
-) -> list[list[int]]:
-    """
-    Row of `image_grids` that the [`SIZE_OPTIONS`] in `options` describe, else a square's. Of the `resolution`, where
-    one is given, else of the `default` or, for a size in pixels, of one that fits.
-    """
-    given = [name for name in SIZE_OPTIONS if options.get(name) is not None]
-    if len(given) > 1 and given != ["height", "width"]:
-        raise ValueError(f"got {given}, expected one of target_grids, aspect_ratio, or height and width")
-    if not given:
-        return list(map(list, square_grids(schedule, resolution or default)))
-    num_scales = schedule.num_scales(resolution or default)
-    if "target_grids" in given:
-        grids = schedule.check_grids(options["target_grids"])
-    elif "aspect_ratio" in given:
-        grids = schedule.grids(schedule.bucket_from_aspect_ratio(options["aspect_ratio"]), num_scales)
-    elif len(given) == 1:
-        raise ValueError(f"got only {given[0]}, expected height and width")
-    else:
-        grids = grids_of_size(schedule, options["height"], options["width"], resolution=resolution, default=default)
-    return [list(grid) for grid in grids]
 
 
 def grids_of_size(

@@ -16,11 +16,12 @@ from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_nextflow import flatten_images
 from .messages_nextflow import CUT
-from .scale_schedule_nextflow import SIZE_OPTIONS, requested_grids
+from .scale_schedule_nextflow import ScaleSchedule, grids_of_size, square_grids
 from .tokenizer_extension_nextflow import code_token
 
 
 IGNORE_INDEX = -100
+SIZE_OPTIONS = ("target_grids", "aspect_ratio", "height", "width")  # of a call, for the image to sample
 Grids = list[list[int]]  # a schedule: [height, width] of every scale
 
 
@@ -235,8 +236,7 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             # Taken from `shown`: an image to sample has no repeated last grid.
             target = shown[-1] if shown and not asked else requested
             if target is None:  # as asked for, else square; once a call, as it may warn
-                resolution, default = options["images_kwargs"].get("resolution"), self.image_processor.resolution
-                target = requested = requested_grids(schedule, options, resolution, default)
+                target = requested = requested_grids(schedule, options, self.image_processor.resolution)
             (schedules if samples else target_grids).append(target)
         if asked and not target_grids and not any(ids[-1:] == [self.boi_token_id] for ids in rows):
             raise ValueError(f"{asked} describe an image to sample, but no row ends in {self.boi_token}")
@@ -323,3 +323,26 @@ class NextFlowSequenceProcessor(ProcessorMixin):
             )
             gained += len(replacement) - length
         return found
+
+
+def requested_grids(schedule: ScaleSchedule, options: dict[str, Any], default: int) -> Grids:
+    """
+    Row of `image_grids` that the [`SIZE_OPTIONS`] in `options` describe, else a square's. Of the `resolution`, where
+    one is given, else of the `default` or, for a size in pixels, of one that fits.
+    """
+    resolution = options["images_kwargs"].get("resolution")
+    given = [name for name in SIZE_OPTIONS if options.get(name) is not None]
+    if len(given) > 1 and given != ["height", "width"]:
+        raise ValueError(f"got {given}, expected one of target_grids, aspect_ratio, or height and width")
+    if not given:
+        return list(map(list, square_grids(schedule, resolution or default)))
+    num_scales = schedule.num_scales(resolution or default)
+    if "target_grids" in given:
+        grids = schedule.check_grids(options["target_grids"])
+    elif "aspect_ratio" in given:
+        grids = schedule.grids(schedule.bucket_from_aspect_ratio(options["aspect_ratio"]), num_scales)
+    elif len(given) == 1:
+        raise ValueError(f"got only {given[0]}, expected height and width")
+    else:
+        grids = grids_of_size(schedule, options["height"], options["width"], resolution=resolution, default=default)
+    return [list(grid) for grid in grids]

@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 
 from nextflow_hf import NextFlowGenerationConfig
 from nextflow_hf.hub_cards import shapes_model_path
-from nextflow_hf.modeling_nextflow import generation_image_nextflow
+from nextflow_hf.modeling_nextflow import generation_image_nextflow, sampling_nextflow
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.modeling_nextflow.sampling_nextflow import guide
 
@@ -393,7 +393,7 @@ def test_image_mode_takes_settings_under_both_names_and_greedy(model):
 @pytest.mark.parametrize("mode", ["image", "interleaved", None], ids=str)
 def test_configured_guidance_without_a_negative_prompt_is_left_out_with_a_warning(model, monkeypatch, caplog, mode):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(generation_image_nextflow.logger, "warning_once", generation_image_nextflow.logger.warning)
+    monkeypatch.setattr(sampling_nextflow.logger, "warning_once", sampling_nextflow.logger.warning)
 
     def draw(**settings):
         prompt, grids = torch.tensor([[5, BOI]]), grids_tensor(SQUARE)
