@@ -98,7 +98,7 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
     if isinstance(suite, Benchmark) and not args.generate_only:
         suite.check_judge()
     scoring = {name: options.pop(name) for name in SCORING if name in options}
-    weights = ("transformer", "vision_tokenizer", "lora", "dtype", "revision")
+    weights = ("transformer", "vision_tokenizer", "lora", "dtype", "quantize", "revision")
     description = {
         "suite": args.suite,
         "model": args.model,
@@ -121,7 +121,6 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
 
 
 def _generate(run: "EvaluationRun", args: argparse.Namespace) -> None:
-    from ..atomic import write_json
     from ..training.evaluation.answering import answer_sample
     from ..training.evaluation.report import ORIGIN
     from .loading import environment
@@ -133,8 +132,9 @@ def _generate(run: "EvaluationRun", args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     device = pipe._execution_device
     reset_peak_memory(device)
-    if run.state.is_main_process:
-        write_json(run.folder / ORIGIN, {"command": args.command, **_origin(pipe), "environment": environment()})
+    # A model of the same name may have been trained on: its answers are not mixed with older ones.
+    origin = {"command": args.command, **_origin(pipe), "environment": environment()}
+    run.claim(ORIGIN, origin, decides=["weights"])
     run.generate(lambda sample, seed: answer_sample(pipe, sample, seed, run.settings), lambda: peak_memory(device)[0])
 
 

@@ -107,6 +107,16 @@ def test_generate_only_then_score_only_is_the_whole(evaluate, tmp_path):
     assert whole.pop("provenance")["weights"] == parts.pop("provenance")["weights"] and whole == parts
 
 
+def test_answers_of_other_weights_are_not_gone_on_with(evaluate, tmp_path, monkeypatch):
+    evaluate("--output-dir", tmp_path / "out")
+    before = (tmp_path / "out" / "origin.json").read_text()
+    trained_on = toy_pipeline()
+    trained_on.transformer.model.norm.weight.data.add_(0.1)
+    use_pipeline(monkeypatch, trained_on)
+    assert "other values of weights" in evaluate("--output-dir", tmp_path / "out", mistake=True)
+    assert (tmp_path / "out" / "origin.json").read_text() == before
+
+
 def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "unexpected keyword argument 'size'" in evaluate("size=3", mistake=True)
     assert "expected key=value" in evaluate("size", mistake=True)

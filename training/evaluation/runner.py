@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,23 @@ class EvaluationRun:
         self.state = PartialState()
         self.claim(DESCRIPTION, description)
 
-    def claim(self, name: str, description: dict[str, Any]) -> None:
-        """Writes what decides the answers or the scores; another description than the one that is there is refused."""
-        file = self.folder / name
+    def claim(self, name: str, description: dict[str, Any], decides: Collection[str] | None = None) -> None:
+        """
+        Writes what decides the answers or the scores: all of it, or the keys `decides`. Other values of these than
+        those that are there are refused.
+        """
+        file, now = self.folder / name, json.loads(json.dumps(description))
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
-            if there != json.loads(json.dumps(description)):
-                changed = sorted(key for key in {*there, *description} if there.get(key) != description.get(key))
+            keys = {*there, *now} if decides is None else decides
+            if changed := sorted(key for key in keys if there.get(key) != now.get(key)):
                 raise ValueError(
                     f"{self.folder} has an evaluation with other values of {', '.join(changed)}: name "
                     "another --output-dir, or remove it"
                 )
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            write_json(file, description)
+            write_json(file, now)
         self.state.wait_for_everyone()
 
     def generate(self, answer: Callable[[Sample, int], Answer], memory: Callable[[], int] = lambda: 0) -> None:
