@@ -27,6 +27,8 @@ EXAMPLES = """
 """
 # Arguments of the suites that are options of their own; the second decide the scores, and no answer.
 PROMPTS, SCORING = ("prompts",), ("judge", "judge_model", "judge_prompts", "results")
+# What else decides the answers.
+WEIGHTS = ("transformer", "vision_tokenizer", "lora", "dtype", "quantize", "revision")
 ACTIONS = {
     "understanding": "lmms-eval's tasks, with the model `nextflow`",
     "card": "one page of all evaluations of MODEL, and its model-index",
@@ -98,14 +100,13 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
     if isinstance(suite, Benchmark) and not args.generate_only:
         suite.check_judge()
     scoring = {name: options.pop(name) for name in SCORING if name in options}
-    weights = ("transformer", "vision_tokenizer", "lora", "dtype", "quantize", "revision")
     description = {
         "suite": args.suite,
         "model": args.model,
         "options": options,
         "settings": parse_assignments(args.set),
         "seed": args.seed,
-        **{name: getattr(args, name) for name in weights if getattr(args, name, None)},
+        **{name: getattr(args, name) for name in WEIGHTS if getattr(args, name)},
     }
     run = EvaluationRun(suite, folder, description)
     if not args.score_only:
@@ -157,6 +158,9 @@ def _understand(args: argparse.Namespace, options: dict[str, Any], folder: Path)
     from ..training.evaluation.suite import bind
     from ..training.evaluation.understanding import evaluate_understanding
 
+    if given := [name for name in (*WEIGHTS, "set") if getattr(args, name)]:
+        option = f"--{given[0].replace('_', '-')}"
+        raise ValueError(f"understanding takes no {option}: lmms-eval loads the pipeline {args.model} as it is")
     return bind(
         args.suite, evaluate_understanding, {"model": args.model, "folder": folder, "command": args.command, **options}
     )

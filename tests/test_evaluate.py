@@ -11,7 +11,7 @@ from PIL import Image
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf.training.evaluation.card import _title
-from nextflow_hf.training.evaluation.report import _sheet, summarize, wilson_interval
+from nextflow_hf.training.evaluation.report import _sheet, summarize, to_markdown, wilson_interval
 from nextflow_hf.training.evaluation.runner import EvaluationRun
 from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of
 
@@ -235,6 +235,9 @@ def test_rates_means_and_intervals():
     found = summarize(rows)["g"]
     assert found["total"] == 4 and found["values"] == {"passed": 0.75, "x": 3.0}
     assert found["overall"] == 0.75 and found["categories"]["b"]["values"]["passed"] == 0.5
+    rows[2]["scores"] = rows[3]["scores"] = {"x": 4}
+    summary = {"values": {}, "groups": summarize(rows)}
+    assert "| a | 2 | 1.000 | 0.342 to 1.000 | 2.000 |\n| b | 2 |  |  | 4.000 |" in to_markdown("t", summary)
     assert found["interval"] == wilson_interval(3, 4) and wilson_interval(0, 0) == (0.0, 1.0)
     low, high = wilson_interval(50, 100)
     assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,10 @@ class EvaluationRun:
     """
 
     def __init__(self, suite: Suite, folder: Path, description: dict[str, Any]):
+        if not suite.ids:
+            raise ValueError(f"the suite {suite.name} has no samples")
+        if wrong := [id for id, count in Counter(suite.ids).items() if count > 1 or Path(id).name != id]:
+            raise ValueError(f"the suite {suite.name} has the ids {wrong[:3]}, expected file names that occur once")
         self.suite, self.folder, self.seed = suite, folder, description["seed"]
         self.settings = description.get("settings", {})
         self.state = PartialState()
