@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .console import one_line_mistakes
 from .loading import load_pipeline
 from .options import add_model_options, new_parser
+from .train import leave_processes
 
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
             _, written = write_report(run, description, args.command)
             print(written[1].read_text(encoding="utf-8"))
             files += written
+    leave_processes()
     return files
 
 

@@ -5,9 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from accelerate import PartialState
 from command_line import use_pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import in_processes
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf.training.evaluation.card import _title
@@ -115,6 +118,18 @@ def test_answers_of_other_weights_are_not_gone_on_with(evaluate, tmp_path, monke
     use_pipeline(monkeypatch, trained_on)
     assert "other values of weights" in evaluate("--output-dir", tmp_path / "out", mistake=True)
     assert (tmp_path / "out" / "origin.json").read_text() == before
+
+
+@pytest.mark.process
+def test_processes_share_the_samples_and_leave_their_group(evaluate, tmp_path):
+    def main():
+        PartialState._reset_state()  # of this process, which forks
+        evaluate("--output-dir", tmp_path / "out")
+        return torch.distributed.is_initialized()
+
+    assert in_processes(main) == [False, False]
+    assert [len(lines_of(tmp_path / "out" / f"answers-{rank}.jsonl")) for rank in range(2)] == [2, 2]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["complete"]
 
 
 def test_mistakes_are_one_line(evaluate, command_line, tmp_path):

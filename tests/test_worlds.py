@@ -90,6 +90,22 @@ def test_rendering_goes_on_and_leaves_no_part(tmp_path, monkeypatch):
     assert [level.width for level in rasters.levels(drawings[7].sprite)] == [32, 64, 128]
 
 
+def test_processes_may_render_at_once(tmp_path, monkeypatch):
+    _, drawings = artwork.read_artwork(toy_world.write_archives(tmp_path / "artwork"))
+    save, others = np.save, []
+
+    def while_another_does(*args, **options):
+        if not others:
+            others.append(None)
+            others[0] = artwork.Rasters(tmp_path / "sprites", drawings[:2])
+        save(*args, **options)
+
+    monkeypatch.setattr(np, "save", while_another_does)
+    rasters = artwork.Rasters(tmp_path / "sprites", drawings[:2])
+    assert others[0].levels(drawings[1].sprite)[0].tobytes() == rasters.levels(drawings[1].sprite)[0].tobytes()
+    assert len(list((tmp_path / "sprites").iterdir())) == 1
+
+
 def test_a_changed_archive_is_refused(tmp_path):
     path = toy_world.write_archives(tmp_path)["noto"]
     with pytest.raises(ValueError, match=f"{path.name} has the SHA-256 .*, expected 3e918d88"):

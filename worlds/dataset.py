@@ -8,7 +8,6 @@ sentences, and scenes where an image asks, and `held_out` has a held-out pair in
 
 import io
 import json
-import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..atomic import write_text
+from ..atomic import write_file, write_text
 from ..processing.messages_nextflow import THINKING_PROMPT, join_reasoning
 from .captions import caption
 from .edits import sample_edit, sample_subject
@@ -396,5 +395,4 @@ def _write_files(
             continue
         numbers = tqdm(range(start, min(start + ROWS_PER_FILE, count)), desc=f"{title} {path.stem}", unit="row")
         rows = datasets.Dataset.from_list(list(map(make, numbers)), features=features)
-        rows.to_parquet(str(path.with_suffix(".tmp")))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_file(path, rows.to_parquet)

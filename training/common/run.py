@@ -131,6 +131,8 @@ def begin(kind: str, recipe: Recipe, args: TrainingArguments, *, model: str | No
     checkpoint = None if mode == "fresh" else args.resume_from_checkpoint or last_checkpoint(folder)
     if checkpoint in ("true", "false"):
         raise ValueError(f"resume_from_checkpoint is {checkpoint!r}, expected a folder; --fresh begins anew")
+    if mode == "auto" and checkpoint is not None and not args.resume_from_checkpoint:
+        _check_same_model(folder, kind, model)
     if mode == "resume" and checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint to resume from: leave --resume out to begin")
     if args.process_index == 0:
@@ -138,6 +140,17 @@ def begin(kind: str, recipe: Recipe, args: TrainingArguments, *, model: str | No
             logger.warning(f"resuming from {checkpoint}; --fresh begins anew")
         write_run(folder, kind, recipe, model=model, command=command)
     return True, checkpoint
+
+
+def _check_same_model(folder: Path, kind: str, model: str | None) -> None:
+    """Refuse to go on from the checkpoint of another model: the recipe's would be neither trained nor missed."""
+    if (folder / RUN_FILE).is_file():
+        was = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+        if (was["kind"], was["model"]) != (kind, model):
+            raise ValueError(
+                f"{folder} has checkpoints of a training of kind {was['kind']} from {was['model']}, but the recipe is "
+                f"of kind {kind} from {model}: --fresh begins anew, --resume goes on from them all the same"
+            )
 
 
 def move_aside(folder: Path) -> None:
