@@ -20,8 +20,10 @@ from toy_pipeline import toy_processor, toy_vision_tokenizer
 
 from nextflow_hf import cli
 from nextflow_hf.training.data import shards
-from nextflow_hf.training.data.extraction import ExtractionSettings, extract_rows, load_codes
+from nextflow_hf.training.data.encoding import ExtractionSettings
+from nextflow_hf.training.data.extraction import extract_rows
 from nextflow_hf.training.data.messages import BadRowError
+from nextflow_hf.training.data.shards import load_codes
 
 
 NUM_ROWS = 7

@@ -220,11 +220,3 @@ class _StopOnSignal(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.signal:
             control.should_training_stop = True
-
-
-__all__ = [
-    "StagedCheckpointsMixin",
-    "is_finished",
-    "last_checkpoint",
-    "train_to_the_end",
-]

@@ -84,6 +84,3 @@ def stop_training(
         f"{', '.join(gather_object(files))}; the .json beside it names its rows. Remove them, or lower "
         "the learning rate, and go on from the last checkpoint"
     )
-
-
-__all__ = ["FiniteStepsMixin", "NotFiniteError", "stop_training"]

@@ -259,20 +259,3 @@ def _with_whole_numbers(hint: Any) -> Any:
     if get_origin(hint) in (Union, UnionType):
         return reduce(or_, parts)
     return get_origin(hint)[parts] if get_origin(hint) in (list, dict) else hint
-
-
-__all__ = [
-    "RECIPES",
-    "Recipe",
-    "call_with",
-    "check_fields",
-    "check_recipe",
-    "check_types",
-    "load_recipe",
-    "load_yaml",
-    "override",
-    "parse_recipe",
-    "read_recipe",
-    "shipped_recipes",
-    "source_of",
-]

@@ -164,6 +164,3 @@ def move_aside(folder: Path) -> None:
 def write_run(folder: Path, kind: str, recipe: Recipe, *, model: str | None, command: list[str]) -> None:
     values = {"kind": kind, "recipe": dict(recipe), "model": model, "command": command}
     write_text(folder / RUN_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-__all__ = ["RUN_FILE", "BatchArguments", "begin", "describe_batch", "resolve", "world_size", "write_run"]

@@ -282,16 +282,3 @@ def _as_prompts(rows: list[dict]) -> Dataset:
     table = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names if name != "images"})
     images = Dataset.from_dict({"images": [row["images"] for row in rows]}, features=Features({"images": _IMAGES}))
     return datasets.concatenate_datasets([table, images], axis=1)
-
-
-__all__ = [
-    "DataDescription",
-    "ModelArguments",
-    "load_captioned_images",
-    "load_images",
-    "load_prompts",
-    "load_rows",
-    "load_rows_by_id",
-    "load_texts",
-    "read_description",
-]

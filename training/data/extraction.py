@@ -33,7 +33,6 @@ from .shards import (
     describe_processor,
     describe_tokenizer,
     finish,
-    load_codes,
     num_rows_of,
     shard_exists,
     write_shard,
@@ -148,6 +147,3 @@ def _until_it_breaks(rows: IterableDataset) -> Iterator[dict]:
             yield row
     except Exception as error:
         raise BadRowError(f"the stream breaks off after {number + 1} rows: {bad_row_reason(error)}") from error
-
-
-__all__ = ["ExtractionSettings", "extract_rows", "load_codes"]

@@ -207,6 +207,3 @@ def pixels_from_uint8(image: np.ndarray) -> torch.Tensor:
     """uint8 (height, width, 3) to float32 (3, height, width) in [-1, 1], contiguous."""
     # The copy: an array that is mapped from a file is read-only, and torch warns about that.
     return torch.from_numpy(image.copy()).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
-
-
-__all__ = ["ImageRows", "NextFlowImageDataset", "NextFlowVisionTokenizerCollator", "pad_images", "pixels_from_uint8"]

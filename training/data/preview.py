@@ -92,6 +92,3 @@ def _sheet(pairs: list[list[Image.Image]]) -> Image.Image:
             image = image.resize([max(1, round(length * scale)) for length in image.size])
             sheet.paste(image, ((2 * (index % columns) + side) * _SIDE, index // columns * _SIDE))
     return sheet
-
-
-__all__ = ["NUMBERS", "SHEET", "preview_reconstruction"]

@@ -291,6 +291,3 @@ def _undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
         elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
             rows = rows.cast_column(name, List(undecoded))
     return rows
-
-
-__all__ = ["ROW_FEATURES", "DataSource", "OpenSource", "is_held_out"]

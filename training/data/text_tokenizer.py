@@ -184,6 +184,3 @@ def _fill_with_merges(
 def _merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """The merges of a trained BPE model in order; the library shows them only in its serialised form."""
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-
-
-__all__ = ["GROUPS", "MODEL", "TextTokenizerArguments", "build_processor", "plan", "train"]

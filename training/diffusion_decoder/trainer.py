@@ -324,14 +324,3 @@ def _groups(image_grids: torch.Tensor) -> list[list[int]]:
     for index, rows in enumerate(image_grids.tolist()):
         groups.setdefault(tuple(map(tuple, rows)), []).append(index)
     return list(groups.values())
-
-
-__all__ = [
-    "NextFlowDiffusionDecoderTrainer",
-    "NextFlowDiffusionDecoderTrainingArguments",
-    "add_training_noise",
-    "lora_state_dict",
-    "prepare_decoder",
-    "training_scheduler",
-    "visual_modules",
-]

@@ -177,6 +177,3 @@ def read_yes(answer: str) -> bool:
     if word is None:
         raise UnscoredError(f"the judge's answer is neither yes nor no: {answer[:200]!r}")
     return word.group(1).lower() == "yes"
-
-
-__all__ = ["EndpointJudge", "Judge", "LocalJudge", "check_judge", "load_judge", "read_scores", "read_yes"]

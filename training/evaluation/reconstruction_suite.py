@@ -83,5 +83,3 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 
 
 suite = ReconstructionSuite
-
-__all__ = ["ReconstructionSuite", "suite"]

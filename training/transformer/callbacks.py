@@ -105,6 +105,3 @@ class SampleImagesCallback(TrainerCallback):
                 logged = {name: tracker.Image(image, caption=captions[name]) for name, image in named.items()}
                 # As the integrations log: the step is a column, for trackers count their own.
                 tracker.log({**logged, "train/global_step": step})
-
-
-__all__ = ["SampleImagesCallback"]

@@ -216,6 +216,3 @@ def train(
 def plan(teacher_args: TeacherArguments, batch_args: BatchArguments, args: TeacherTrainingArguments) -> list[str]:
     """What a training would read, for `--dry-run`."""
     return [f"data    {teacher_args.data}: {len(load_captioned_images(read_description(teacher_args.data))):,} images"]
-
-
-__all__ = ["GROUPS", "MODEL", "ContrastiveCollator", "TeacherArguments", "build_teacher", "plan", "train"]
