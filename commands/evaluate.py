@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .console import one_line_mistakes
 from .loading import load_pipeline
-from .options import add_model_options, new_parser
+from .options import add_model_options, new_parser, whole
 from .train import leave_processes
 
 
@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--judge-model", metavar="NAME", help="name of the judge's model on its server")
     parser.add_argument("--judge-prompts", metavar="FOLDER", help="ask the benchmark's own questions instead of ours")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling; default: %(default)s")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seed of the sampling; default: %(default)s")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--generate-only", action="store_true", help="write the answers, and score none")
     which.add_argument("--score-only", action="store_true", help="score the answers that are there, and write none")

@@ -138,6 +138,8 @@ def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "there is no suite 'nonsense', expected" in command_line.mistake("evaluate", "nonsense", "model")
     assert "there is no suite 'toy_suite:other'" in command_line.mistake("evaluate", "toy_suite:other", "model")
     assert "os:path is module, expected a function" in command_line.mistake("evaluate", "os:path", "model")
+    assert "--seed: -1 is out of range, expected 0 to" in evaluate("--seed", "-1", mistake=True)
+    assert "--seed: 99999999999999 is out of range" in evaluate("--seed", "99999999999999", mistake=True)
     assert "SUITE and MODEL are missing" in command_line.mistake("evaluate")
     assert "nextflow_hf.worlds.shapes:suite" in command_line.run("evaluate", "--list")
 

@@ -144,6 +144,11 @@ def test_canvases_have_whole_patches_and_ratios_up_to_two(resolution):
     assert min(ratios) < 0.56 and max(ratios) > 1.8 and 1 in ratios
 
 
+def test_a_canvas_without_room_is_refused_and_not_searched_for_ever(sprites):
+    with pytest.raises(ValueError, match="4 sprites of at least 16 pixels fit into no image of 32x32: name a larger"):
+        sample_row(sprites, "text_to_image", "0/0", [(32, 32)])
+
+
 @pytest.mark.parametrize("canvas", canvases(64) + canvases(96))
 def test_default_arrangements_fit(sprites, canvas):
     for count in range(1, 5):
@@ -377,6 +382,14 @@ def test_a_demo_asks_for_what_no_training_saw_and_lists_all_that_is_known(sprite
     assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "shapes" / "demo.json")
     demo = json.loads((tmp_path / "shapes" / "demo.json").read_text())
     assert list(demo) == ["prompts"] and len(demo["prompts"]) == 8
+
+
+def test_what_npm_says_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "npm").write_text("#!/bin/sh\necho 'npm error: no network' >&2\nexit 1\n")
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert cli.main(["world", "emoji", "--output-dir", str(tmp_path / "data")]) == 2
+    assert "failed: npm error: no network" in capsys.readouterr().err
 
 
 def test_an_unknown_world_is_one_line(tmp_path, capsys):

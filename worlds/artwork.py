@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -108,7 +109,9 @@ def fetch_archives(folder: Path) -> dict[str, Path]:
             if shutil.which("npm") is None:
                 raise FileNotFoundError(f"{path} is not there, and npm, which fetches it, is not installed")
             command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise OSError(f"{path} was not fetched: `{shlex.join(command)}` failed: {done.stderr.strip()[-300:]}")
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != checksum:
             raise ValueError(f"{path} has the SHA-256 {found}, expected {checksum}: delete it to fetch it again")

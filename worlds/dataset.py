@@ -1,9 +1,9 @@
 """A world as ordinary data sets: rows of every task, each a function of (seed, split, task, number), as parquet files.
 
 A row has the form that people have it in (a captioned image, an edit triplet, LLaVA's turns, `messages`, plain text),
-so that `nextflow-hf extract` reads it as it reads anything; its further columns (`category`, `wording`, `scenes`) are
-for an evaluation. `train` has neither held-out pairs nor held-out sentences and scenes, `test` has only held-out
-sentences, and scenes where an image asks, and `held_out` has a held-out pair in every row.
+which `nextflow-hf extract` reads; its further columns (`category`, `wording`, `scenes`) are for an evaluation. `train`
+has no held-out pair, sentence or scene. In `test` every sentence is held out, or the last scene where an image asks.
+In `held_out` every row has a held-out pair.
 """
 
 import io

@@ -21,7 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 from ...atomic import write_text
 from .checkpoints import is_finished, last_checkpoint
 from .folders import RUN_FILE
-from .recipe import Recipe, check_recipe, parse_recipe, source_of
+from .recipe import Recipe, check_recipe, parse_recipe, read_recipe, source_of
 
 
 logger = logging.get_logger(__name__)
@@ -145,7 +145,7 @@ def begin(kind: str, recipe: Recipe, args: TrainingArguments, *, model: str | No
 def _check_same_model(folder: Path, kind: str, model: str | None) -> None:
     """Refuse to go on from the checkpoint of another model: the recipe's would be neither trained nor missed."""
     if (folder / RUN_FILE).is_file():
-        was = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+        was = read_recipe(folder / RUN_FILE)
         if (was["kind"], was["model"]) != (kind, model):
             raise ValueError(
                 f"{folder} has checkpoints of a training of kind {was['kind']} from {was['model']}, but the recipe is "

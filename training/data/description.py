@@ -11,6 +11,7 @@ Each takes the sources that have what it needs, in their weights, and leaves the
 reads the rows that sources hold out by their `eval_fraction`. `recipes/data_example.yaml` has all keys.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -125,7 +126,7 @@ def read_description(source: str | Path | Mapping[str, Any], *overrides: str) ->
         overrides (`str`): `key=value` that replaces a key, such as `purpose=evaluation`.
     """
     if isinstance(source, Mapping):
-        recipe = source if isinstance(source, dict) else dict(source)
+        recipe = copy.deepcopy(source if isinstance(source, dict) else dict(source))  # overrides write into it
     elif str(source).endswith((".yaml", ".yml")):
         recipe = read_recipe(Path(source))
     else:

@@ -39,10 +39,10 @@ class Effect:
     The difference of the means of two arms.
 
     Args:
-        difference (`float`): What the better arm has more.
+        difference (`float`): Mean of the better arm minus that of the worse.
         low, high (`float`): Its 95% interval (Student's t, pooled variance, or that of the seeds' differences).
         spread (`float`): Standard deviation of one run, pooled over both arms; or of the difference of a seed.
-        visible (`float`): The smallest true effect that so many runs confirm four times in five.
+        visible (`float`): The smallest true effect that this number of runs confirms with a probability of 80%.
     """
 
     difference: float
@@ -61,8 +61,8 @@ class Effect:
 
 def effect_of(better: Sequence[float], worse: Sequence[float], paired: bool = False) -> Effect:
     """
-    The effect that the values of two arms show, a value for each seed; at least two of each arm are needed. Where runs
-    are `paired`, what the seeds of both arms have in common does not count as spread.
+    The effect that the values of two arms show, a value for each seed; each arm needs at least two. With `paired`, the
+    spread is that of the differences between runs of the same seed.
     """
     if min(len(better), len(worse)) < 2:
         raise ValueError(f"got {len(better)} and {len(worse)} seeds, expected two or more of each arm: a spread")
@@ -79,7 +79,7 @@ def effect_of(better: Sequence[float], worse: Sequence[float], paired: bool = Fa
         error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
     half = float(student.ppf((1 + CONFIDENCE) / 2, degrees))
     difference = statistics.mean(better) - statistics.mean(worse)
-    # Half the interval, and by how much four in five experiments fall short of the true effect at most.
+    # Half the interval, and how far below the true effect four in five experiments stay at most.
     visible = (half + float(student.ppf(POWER, degrees))) * error
     return Effect(difference, difference - half * error, difference + half * error, spread, visible)
 
