@@ -20,8 +20,11 @@ EXAMPLES = """\
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width)
+    try:
+        height, width = map(whole(), text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected HEIGHTxWIDTH such as 64x96") from None
+    return height, width
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -140,6 +140,7 @@ def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "os:path is module, expected a function" in command_line.mistake("evaluate", "os:path", "model")
     assert "--seed: -1 is out of range, expected 0 to" in evaluate("--seed", "-1", mistake=True)
     assert "--seed: 99999999999999 is out of range" in evaluate("--seed", "99999999999999", mistake=True)
+    assert "settings: got an unexpected keyword argument 'guidance'" in evaluate("--set", "guidance=3", mistake=True)
     assert "SUITE and MODEL are missing" in command_line.mistake("evaluate")
     assert "nextflow_hf.worlds.shapes:suite" in command_line.run("evaluate", "--list")
 

@@ -768,6 +768,9 @@ def test_no_prompts_and_no_parts(tmp_path):
     pipe = toy_pipeline()
     with pytest.raises(ValueError, match="prompts is empty"):
         callbacks.SampleImagesCallback(None, pipe.vision_tokenizer, pipe.processor, prompts=[])
+    parts = {"vision_tokenizer": pipe.vision_tokenizer, "processor": pipe.processor}
+    with pytest.raises(ValueError, match="sample_settings: got an unexpected keyword argument 'guidance'"):
+        callbacks.SampleImagesCallback(None, **parts, prompts=["a"], settings={"guidance": 3})
     *_, args = parse({**BASE, "sample_prompts": ["a"]})
     model_args = parse(BASE)[0]
     with pytest.raises(ValueError, match="they make images of codes"):

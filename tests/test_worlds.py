@@ -393,5 +393,8 @@ def test_what_npm_says_is_said_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_an_unknown_world_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["world", "shapes", "--output-dir", str(tmp_path), "--sizes", "64"])
+    assert "--sizes: '64' is no size, expected HEIGHTxWIDTH" in capsys.readouterr().err
     assert cli.main(["world", "nowhere", "--output-dir", str(tmp_path)]) == 2
     assert "there is no world 'nowhere'" in capsys.readouterr().err

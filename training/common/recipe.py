@@ -140,12 +140,17 @@ def check_fields(values: dict[str, Any] | None, config: type, where: str) -> Non
         raise ValueError(f"{where} has unknown keys; near ones that exist: {unknown}")
 
 
-def call_with(make: Callable, options: dict[str, Any], where: str) -> Any:
-    """`make(**options)`; options that its signature lacks, or needs, are a mistake in the part `where` of a recipe."""
+def check_call(make: Callable, options: dict[str, Any], where: str) -> None:
+    """Options that the signature of `make` lacks, or needs, are a mistake in the part `where` of a recipe."""
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def call_with(make: Callable, options: dict[str, Any], where: str) -> Any:
+    """`make(**options)` after [`check_call`]."""
+    check_call(make, options, where)
     return make(**options)
 
 

@@ -146,10 +146,11 @@ def _check_same_model(folder: Path, kind: str, model: str | None) -> None:
     """Refuse to go on from the checkpoint of another model: the recipe's would be neither trained nor missed."""
     if (folder / RUN_FILE).is_file():
         was = read_recipe(folder / RUN_FILE)
-        if (was["kind"], was["model"]) != (kind, model):
+        was_kind, was_model = was.get("kind"), was.get("model")
+        if (was_kind, was_model) != (kind, model):
             raise ValueError(
-                f"{folder} has checkpoints of a training of kind {was['kind']} from {was['model']}, but the recipe is "
-                f"of kind {kind} from {model}: --fresh begins anew, --resume goes on from them all the same"
+                f"{folder} has checkpoints of a training of kind {was_kind} from {was_model}, but the recipe is of "
+                f"kind {kind} from {model}: --fresh begins anew, --resume goes on from them all the same"
             )
 
 
