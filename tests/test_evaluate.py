@@ -280,3 +280,11 @@ def test_reconstruction_is_what_the_tokenizer_gives_back(command_line, tmp_path,
         decoded = pipe.vision_tokenizer.decode(codes, inputs["image_grids"]).detach()
         expected.append(-10 * np.log10(((decoded - inputs["pixel_values"]) / 2).square().mean().item()))
     assert found["values"]["psnr"] == pytest.approx(np.mean(expected), abs=0.02)
+    # A bad image leaves no second sample of the next one.
+    (tmp_path / "images" / "1.png").write_bytes(b"broken")
+    (tmp_path / "data.yaml").write_text("sources: [{path: images, task: image}]\non_bad_row: skip\n")
+    command_line.run("evaluate", "reconstruction", "model", "data=data.yaml", "--output-dir", "skipped")
+    report = json.loads((tmp_path / "skipped" / "report.json").read_text())
+    assert report["groups"]["reconstruction"]["total"] == 2 and not report["complete"]
+    left = np.mean([expected[0], expected[2]])
+    assert report["groups"]["reconstruction"]["values"]["psnr"] == pytest.approx(left, abs=0.02)

@@ -130,12 +130,12 @@ class EvaluationRun:
         with open(path, "a", encoding="utf-8") as file:
             file.write("\n")  # ends a line that was cut short
             for index in tqdm(mine, desc=kind, unit="sample", disable=not self.state.is_main_process):
-                sample = self.suite.sample(self.suite.ids[index])
-                row = {"id": sample.id, "group": sample.group, "category": sample.category}
                 try:
+                    sample = self.suite.sample(self.suite.ids[index])
+                    row = {"id": sample.id, "group": sample.group, "category": sample.category}
                     row |= work(index, sample)
                 except UnscoredError as error:
-                    logger.warning("no score for %s: %s", sample.id, error)
+                    logger.warning("no score for %s: %s", self.suite.ids[index], error)
                     continue
                 file.write(json.dumps(row) + "\n")
                 file.flush()
