@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -31,7 +32,8 @@ def write_file(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
     if path.exists() and not path.is_file():  # a pipe, or standard output, has nothing to lose
         write(path)
         return
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # No number of a process: two containers may have the same, and write the same file of a shared folder.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)

@@ -38,7 +38,11 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: %(default)s, for this machine only"
     )
-    group.add_argument("--port", type=options.port, help="port to listen on; default: the first free one from 7860 on")
+    group.add_argument(
+        "--port",
+        type=options.whole(1, 2**16 - 1),
+        help="port to listen on; default: the first free one from 7860 on",
+    )
     group.add_argument("--share", action="store_true", help="also serve at a public address, through gradio.app")
     add_model_options(parser)
     # `run` reads both of every command.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..training.common.folders import VISION_TOKENIZERS, check_folder
 from .console import one_line_mistakes
-from .options import new_parser
+from .options import new_parser, whole
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     qwen.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the Hub")
     qwen.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the new rows and modules; default: %(default)s"
+        "--seed", type=whole(0), default=0, metavar="N", help="seed of the new rows and modules; default: %(default)s"
     )
     tokenflow = sources.add_parser("tokenflow", help="make a vision tokenizer from a TokenFlow tokenizer")
     tokenflow.add_argument("checkpoint", type=Path, help="tokenflow_*.pt, or its weights as safetensors")

@@ -23,7 +23,7 @@ from ..atomic import write_file
 from ..hub_cards import installed_models
 from .console import one_line_mistakes
 from .loading import find_model, silence_loading
-from .options import SHIPPED_MODEL, new_parser
+from .options import SHIPPED_MODEL, new_parser, whole
 
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help=f"name of an installed model, or folder or Hub id of another pipeline with a {DEMO_FILE}"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="default: %(default)s")
     return parser
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .console import one_line_mistakes
 from .loading import load_pipeline
-from .options import add_model_options, new_parser
+from .options import add_model_options, new_parser, whole
+from .train import leave_processes
 
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ EXAMPLES = """
 """
 # Arguments of the suites that are options of their own; the second decide the scores, and no answer.
 PROMPTS, SCORING = ("prompts",), ("judge", "judge_model", "judge_prompts", "results")
+# What else decides the answers.
+WEIGHTS = ("transformer", "vision_tokenizer", "lora", "dtype", "quantize", "revision")
 ACTIONS = {
     "understanding": "lmms-eval's tasks, with the model `nextflow`",
     "card": "one page of all evaluations of MODEL, and its model-index",
@@ -54,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--judge-model", metavar="NAME", help="name of the judge's model on its server")
     parser.add_argument("--judge-prompts", metavar="FOLDER", help="ask the benchmark's own questions instead of ours")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling; default: %(default)s")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seed of the sampling; default: %(default)s")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--generate-only", action="store_true", help="write the answers, and score none")
     which.add_argument("--score-only", action="store_true", help="score the answers that are there, and write none")
@@ -98,14 +101,13 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
     if isinstance(suite, Benchmark) and not args.generate_only:
         suite.check_judge()
     scoring = {name: options.pop(name) for name in SCORING if name in options}
-    weights = ("transformer", "vision_tokenizer", "lora", "dtype", "revision")
     description = {
         "suite": args.suite,
         "model": args.model,
         "options": options,
         "settings": parse_assignments(args.set),
         "seed": args.seed,
-        **{name: getattr(args, name) for name in weights if getattr(args, name, None)},
+        **{name: getattr(args, name) for name in WEIGHTS if getattr(args, name)},
     }
     run = EvaluationRun(suite, folder, description)
     if not args.score_only:
@@ -117,11 +119,11 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
             _, written = write_report(run, description, args.command)
             print(written[1].read_text(encoding="utf-8"))
             files += written
+    leave_processes()
     return files
 
 
 def _generate(run: "EvaluationRun", args: argparse.Namespace) -> None:
-    from ..atomic import write_json
     from ..training.evaluation.answering import answer_sample
     from ..training.evaluation.report import ORIGIN
     from .loading import environment
@@ -133,8 +135,9 @@ def _generate(run: "EvaluationRun", args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     device = pipe._execution_device
     reset_peak_memory(device)
-    if run.state.is_main_process:
-        write_json(run.folder / ORIGIN, {"command": args.command, **_origin(pipe), "environment": environment()})
+    # A model of the same name may have been trained on: its answers are not mixed with older ones.
+    origin = {"command": args.command, **_origin(pipe), "environment": environment()}
+    run.claim(ORIGIN, origin, decides=["weights"])
     run.generate(lambda sample, seed: answer_sample(pipe, sample, seed, run.settings), lambda: peak_memory(device)[0])
 
 
@@ -157,6 +160,9 @@ def _understand(args: argparse.Namespace, options: dict[str, Any], folder: Path)
     from ..training.evaluation.suite import bind
     from ..training.evaluation.understanding import evaluate_understanding
 
+    if given := [name for name in (*WEIGHTS, "set") if getattr(args, name)]:
+        option = f"--{given[0].replace('_', '-')}"
+        raise ValueError(f"understanding takes no {option}: lmms-eval loads the pipeline {args.model} as it is")
     return bind(
         args.suite, evaluate_understanding, {"model": args.model, "folder": folder, "command": args.command, **options}
     )

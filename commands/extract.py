@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .console import OneLineParser, one_line_mistakes
+from .train import leave_processes
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         preview_reconstruction(rows, output_dir, **parts)
     try:
         num_rows = extract_rows(rows, output_dir, **parts, data=data.mixture.to_dict())
+        leave_processes()
     except KeyboardInterrupt:
         logger.warning(f"{output_dir} keeps the shards that are written, and the same command goes on from them")
         raise

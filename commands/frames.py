@@ -41,7 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="a .gif, a .mp4, or a .png with all frames beside each other; default: a .gif here",
     )
     parser.add_argument("--frames-dir", type=Path, metavar="DIR", help="also save each frame as a .png")
-    parser.add_argument("--fps", type=int, default=2, metavar="N", help="frames per second; default: %(default)s")
+    parser.add_argument(
+        "--fps", type=options.whole(), default=2, metavar="N", help="frames per second; default: %(default)s"
+    )
     options.add_options(parser, None, "columns")
     options.add_image_settings(parser)
     options.add_options(parser, "text", *options.WRITING)
@@ -66,9 +68,8 @@ def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ValueError(
             "a storyline in one text needs --num-frames; for a text for each frame give several, each in quotes"
         )
-    for name in ("fps", "columns"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    if args.columns == 0:
+        raise ValueError("--columns is 0, expected at least 1")
     args.seed = options.choose_seed(args.seed)
     output = args.output or Path(f"{slug(args.storyline[0])}-{args.seed}.gif")
     if output.suffix.lower() not in SUFFIXES:

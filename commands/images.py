@@ -40,9 +40,13 @@ BATCH_SIZE = 8
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Those that `generate` and `edit` have in common."""
     options.add_options(parser, None, "seed")
-    parser.add_argument("--num-images", type=int, metavar="N", help="images of each prompt; default: 1")
+    parser.add_argument("--num-images", type=options.whole(), metavar="N", help="images of each prompt; default: 1")
     parser.add_argument(
-        "--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="images sampled at once; default: %(default)s"
+        "--batch-size",
+        type=options.whole(),
+        default=BATCH_SIZE,
+        metavar="N",
+        help="images sampled at once; default: %(default)s",
     )
     parser.add_argument(
         "--output",
@@ -65,9 +69,6 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 def generate_images(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """All images that the options of `console.name` ask for, saved; what is said of each in JSON."""
     # 1. What to sample
-    for name in ("num_images", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     if args.messages is not None:
         args.messages = read_messages(args.messages)
     recalled = records.recall(args, console.name, RECORDED)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .console import OneLineParser, one_line_mistakes
+from .options import whole
 
 
 COMBINATIONS = (  # what is trained, optimizer, dtype of the weights
@@ -21,10 +22,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="nextflow-hf memory", description=__doc__)
     parser.add_argument("recipe", help="a YAML file of `train transformer`, or the name of a shipped recipe")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="replaces a key of the recipe")
-    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default: the most that the recipe allows")
+    parser.add_argument(
+        "--tokens", type=whole(), help="tokens of a micro-batch; default: the most that the recipe allows"
+    )
     parser.add_argument(
         "--gpus",
-        type=int,
+        type=whole(),
         default=1,
         help="GPUs that share weights and optimizer states (FSDP2); default: %(default)s",
     )
@@ -37,8 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of the recipe and of the usual other ways to train the same model."""
     args = make_parser().parse_intermixed_args(argv)
-    if args.gpus < 1 or args.gpu_gb <= 0 or (args.tokens is not None and args.tokens < 1):
-        raise ValueError("--gpus, --gpu-gb and --tokens must be positive numbers")
+    if not args.gpu_gb > 0:
+        raise ValueError(f"--gpu-gb is {args.gpu_gb}, expected more than 0")
 
     from .train import silence_libraries
 

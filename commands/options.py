@@ -6,6 +6,7 @@ and `--from-image` fills in only what is `None`.
 
 import argparse
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,12 +209,16 @@ def add_console_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="print no progress")
 
 
-def port(text: str) -> int:
-    """A port of a server, as argparse reads it."""
-    number = int(text)
-    if not 0 < number < 2**16:
-        raise argparse.ArgumentTypeError(f"{number} is no port, expected 1 to 65535")
-    return number
+def whole(low: int = 1, high: int = 2**32 - 1) -> Callable[[str], int]:
+    """Reads an integer of a range, for argparse; by default a positive one. With `low=0` also a seed."""
+
+    def integer(text: str) -> int:
+        number = int(text)
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{number} is out of range, expected {low} to {high}")
+        return number
+
+    return integer
 
 
 def one_text(words: list[str], parser: argparse.ArgumentParser) -> str | None:

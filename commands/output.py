@@ -91,6 +91,3 @@ def folder_for(path: Path | None, name: str) -> Path:
     while folder.exists():
         folder, number = Path(f"{name}-{number}"), number + 1
     return folder
-
-
-__all__ = ["Output", "folder_for", "numbered", "preview_path", "save_preview", "slug"]

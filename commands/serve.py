@@ -15,7 +15,7 @@ from typing import Any
 from ..serving.addresses import is_loopback
 from . import loading
 from .console import Console, run
-from .options import SHIPPED_MODEL, add_model_options, new_parser, port
+from .options import SHIPPED_MODEL, add_model_options, new_parser, whole
 
 
 API_KEY = "NEXTFLOW_API_KEY"
@@ -35,14 +35,16 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: %(default)s, for this machine only"
     )
-    group.add_argument("--port", type=port, default=8000, help="port to listen on; default: %(default)s")
+    group.add_argument(
+        "--port", type=whole(1, 2**16 - 1), default=8000, help="port to listen on; default: %(default)s"
+    )
     group.add_argument("--api-key", help=f"key that clients have to send; default: {API_KEY} of the environment")
     group.add_argument("--served-name", help="name of the model for clients; default: the folder's name or the Hub id")
     group.add_argument(
-        "--max-queue", type=int, default=64, metavar="N", help="most requests that wait; default: %(default)s"
+        "--max-queue", type=whole(), default=64, metavar="N", help="most requests that wait; default: %(default)s"
     )
     group.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="most images sampled at once; default: %(default)s"
+        "--max-batch", type=whole(), default=8, metavar="N", help="most images sampled at once; default: %(default)s"
     )
     group.add_argument(
         "--max-wait-ms",
@@ -52,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="time that a request waits for others; default: %(default)s",
     )
     group.add_argument(
-        "--max-images", type=int, default=10, metavar="N", help="most images of a request; default: %(default)s"
+        "--max-images", type=whole(), default=10, metavar="N", help="most images of a request; default: %(default)s"
     )
     group.add_argument(
         "--timeout", type=float, default=600, metavar="S", help="seconds for a request; default: %(default)s"
@@ -89,9 +91,8 @@ def load_app(args: argparse.Namespace) -> Any:
         from ..serving.protocol import Limits
     except ModuleNotFoundError as error:
         raise ImportError(f'the server needs {error.name}: pip install "nextflow-hf[serve]"') from error
-    for name in ("max_queue", "max_batch", "max_images", "timeout"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    if not args.timeout >= 1:
+        raise ValueError(f"--timeout is {args.timeout}, expected at least 1")
     app = make_app(
         loading.load_pipeline(args),
         name=args.served_name or served_name(args.model),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .console import one_line_mistakes
-from .options import new_parser
+from .options import new_parser, whole
 
 
 EXAMPLES = """\
@@ -20,8 +20,11 @@ EXAMPLES = """\
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width)
+    try:
+        height, width = map(whole(), text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected HEIGHTxWIDTH such as 64x96") from None
+    return height, width
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,20 +37,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", metavar="NAME", help="folder in --output-dir to write; default: the resolution")
     parser.add_argument("--artwork", type=Path, metavar="DIR", help="archives of artwork; default: in --output-dir")
-    parser.add_argument("--concepts", type=int, metavar="N", help="use the first N concepts; default: all")
+    parser.add_argument("--concepts", type=whole(), metavar="N", help="use the first N concepts; default: all")
     parser.add_argument(
-        "--resolution", type=int, default=64, metavar="PIXELS", help="side of a square image; default: %(default)s"
+        "--resolution", type=whole(), default=64, metavar="PIXELS", help="side of a square image; default: %(default)s"
     )
     parser.add_argument(
         "--sizes", type=_size, nargs="+", metavar="HxW", help="sizes of the images; default: ratios from 1:2 to 2:1"
     )
-    for name, default, text in (
-        ("rows", 100_000, "training rows of all tasks together"),
-        ("test-rows", 200, "rows of each task and test split"),
-        ("images", 20_000, "images for the vision tokenizer"),
-        ("seed", 0, "seed of everything random"),
+    for name, least, default, text in (
+        ("rows", 1, 100_000, "training rows of all tasks together"),
+        ("test-rows", 0, 200, "rows of each task and test split"),
+        ("images", 0, 20_000, "images for the vision tokenizer"),
+        ("seed", 0, 0, "seed of everything random"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: %(default)s")
+        parser.add_argument(
+            f"--{name}", type=whole(least), default=default, metavar="N", help=f"{text}; default: %(default)s"
+        )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="write only these tasks")
     parser.add_argument(
         "--categories", nargs="+", metavar="CATEGORY", help='write only rows of these, such as "single"'
@@ -60,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="write what a trained model is shown with into its folder instead: held-out requests of --tasks",
     )
     parser.add_argument(
-        "--steps", type=int, default=8000, metavar="N", help="steps of the judge's training; default: %(default)s"
+        "--steps", type=whole(), default=8000, metavar="N", help="steps of the judge's training; default: %(default)s"
     )
     return parser
 

@@ -32,6 +32,17 @@ NEW = {
 STAYS = {"notes.txt": "mine", "checkpoint-2/model.safetensors": "step 2", "vision/table.md": "mine"}
 
 
+def test_containers_whose_processes_have_one_number_write_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+
+    def while_another_does(temporary: Path) -> None:
+        temporary.write_text("mine")
+        atomic.write_text(tmp_path / "file.json", "the other's")
+
+    atomic.write_file(tmp_path / "file.json", while_another_does)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def put(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -386,6 +387,30 @@ def test_what_is_missing_is_said_before_anything_is_generated(evaluate, tmp_path
     )
 
 
+def test_prompts_of_anybody_name_no_file_elsewhere_and_are_whole(evaluate, tmp_path):
+    def refused(suite, *argv):
+        return evaluate(suite, "--prompts", tmp_path / suite, "--generate-only", *argv, mistake=True)
+
+    save_picture(tmp_path / "private.png", 1)
+    row = {"prompt": "paint it blue", "edit_type": "alter"}
+    for name in ("../private.png", str(tmp_path / "private.png")):
+        (tmp_path / "imgedit").mkdir(exist_ok=True)
+        (tmp_path / "imgedit" / "basic_edit.json").write_text(json.dumps({"1": {**row, "id": name}}))
+        assert f"the prompts name the file '{name}', expected one in" in refused("imgedit")
+    edit = {"task_type": "color_alter", "instruction": "x", "input_image": noise(9), "instruction_language": "en"}
+    write_dataset(tmp_path / "gedit", {"input_image": Image()}, [{**edit, "key": "../../../../../private"}])
+    assert "color_alter/en/../../../../../private.png', expected one in" in refused("gedit")
+    assert not list(tmp_path.rglob("private_SRCIMG.png"))
+    assert "count is 0, expected at least 1" in refused("gedit", "count=0")
+    write_lines(tmp_path / "geneval2" / "geneval2_data.jsonl", [{"text": "two dogs"}])
+    assert "has no 'prompt', which geneval2 asks for" in refused("geneval2")
+    write_wise(tmp_path / "wise")
+    file = tmp_path / "wise" / "natural_science.json"
+    file.write_text(json.dumps([{**row, "prompt_id": 1} for row in json.loads(file.read_text())]))
+    shutil.rmtree(tmp_path / "out")
+    assert "the ids ['1-0'], expected file names that occur once" in refused("wise")
+
+
 def test_scoring_goes_on_where_the_judge_failed(evaluate, tmp_path, monkeypatch):
     write_wise(tmp_path / "prompts")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -541,6 +566,9 @@ def test_understanding_is_lmms_evals(evaluate, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "lmms_eval", None)
         assert "pip install lmms-eval" in evaluate("understanding", "--score-only", mistake=True)
+    assert "takes no --lora: lmms-eval loads the pipeline model" in evaluate(
+        "understanding", "--score-only", "--lora", "mine", mistake=True
+    )
     (tmp_path / "stub" / "lmms_eval").mkdir(parents=True)
     (tmp_path / "stub" / "lmms_eval" / "__init__.py").write_text("")
     (tmp_path / "stub" / "lmms_eval" / "__main__.py").write_text(LMMS_EVAL)
@@ -597,4 +625,12 @@ def test_the_card_has_tables_images_origin_and_the_model_index(evaluate, command
     assert card.data.license == "mit" and "# Mine" in card.text
     front = yaml.safe_load(page.split("---")[1])
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == "GEdit-Bench"
+    # Where only some samples pass or fail, others have empty cells; another report lies in the working directory.
+    groups = {"a": {"values": {"passed": 1}, "interval": [0, 1]}, "b": {"values": {"psnr": 30}}}
+    groups = {name: {**group, "total": 1, "categories": {"all": group}} for name, group in groups.items()}
+    report = {"suite": "mine", "model": "model", "complete": True, "groups": groups, "values": {}, "provenance": {}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    command_line.run("evaluate", "card", "model", f"folders=[{tmp_path}]")
+    page = (tmp_path / "evaluations" / "card" / "model" / "card.md").read_text()
+    assert "| **a** | 1 | 1 | 0.00 to 1.00 |  |" in page and "| **b** | 1 |  |  | 30 |" in page
     assert "there are no evaluations of other" in command_line.mistake("evaluate", "card", "other")

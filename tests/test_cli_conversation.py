@@ -234,7 +234,7 @@ def test_frames_of_a_told_story_on_a_contact_sheet(command_line, pipe, toy):
         (["a", "b", "--num-frames", 3], "`num_frames` is 3 for a storyline of 2"),
         (["a", "b", "--text-top-k", 3], "nothing is written between its frames"),
         (["a", "b", "--output", "a.avi"], "expected one of .gif, .mp4, .png"),
-        (["a", "b", "--fps", 0], "--fps is 0"),
+        (["a", "b", "--fps", 0], "--fps: 0 is out of range"),
     ],
 )
 def test_mistakes_in_frames(command_line, toy, argv, message):

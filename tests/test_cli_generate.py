@@ -306,7 +306,7 @@ def test_the_diffusion_decoder(command_line, monkeypatch):
     [
         (["generate"], "got no prompt"),
         (["generate", "a", "red", "circle"], 'expected one, in quotes: "a red circle"'),
-        (["generate", "a", "--num-images", 0], "--num-images is 0, expected at least 1"),
+        (["generate", "a", "--num-images", 0], "--num-images: 0 is out of range, expected 1 to"),
         (["generate", "a", "--seed", -1], "--seed is -1, expected 0 to"),
         (["generate", "a", "--output", "a.jpg"], "expected a .png"),
         (["generate", "a", "--preview", "a.avi"], "--preview is a.avi, expected a .gif"),

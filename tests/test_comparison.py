@@ -121,6 +121,15 @@ def test_what_is_missing_is_named(judged, tmp_path, capsys):
     assert "no run of the arm 'old', expected old-0" in refused({"new": CLAIM}, arms={"new": [0.5, 0.6]})
     missed = {"new": {**CLAIM, "measure": "images/missed"}}
     assert "has no 'missed'" in refused(missed, arms={"old": [0.5, 0.6]})
+    assert "lacks ['measure']" in refused({"new": {"claim": "", "better": "new", "worse": "old"}}, arms={})
+    assert "planted fault is 'fault', expected one of ['new']" in refused({"new": CLAIM}, arms={})
+    write_run(tmp_path / "arms" / "old-3", 0.5)  # as many seeds, but others
+    write_run(tmp_path / "arms" / "new-2", 0.5)
+    assert "have the seeds [[0, 1, 2], [0, 1, 3]]" in refused({"new": {**CLAIM, "paired": True}}, arms={})
     assert "keys ['wrong']" in refused({"new": {**CLAIM, "wrong": 1}}, arms={})
     (tmp_path / "arms" / "old-1" / "evaluation" / "report.json").unlink()
     assert "old-1/evaluation/report.json" in refused({"new": CLAIM}, arms={})
+    (tmp_path / "claims.yaml").write_text("claims: {new: [}")
+    with pytest.raises(SystemExit, match="2"):
+        comparison.main([str(tmp_path / "claims.yaml"), "--runs", str(tmp_path), "--output-dir", str(tmp_path)])
+    assert "claims.yaml: this is no YAML" in capsys.readouterr().err

@@ -186,6 +186,8 @@ def test_a_mistake_is_said(tmp_path):
         load_images(description(source))
     with pytest.raises(ValueError, match="eval_fraction is 2, expected 0 to 1"):
         description({**source, "eval_fraction": 2})
+    with pytest.raises(ValueError, match=r"extra_columns has \['prompt'\], which prompts have of their own"):
+        description({**source, "task": "prompt", "extra_columns": ["prompt", "style"]})
     with pytest.raises(ValueError, match="no source has rows for training"):
         load_rows(description({**source, "eval_fraction": 1.0}))
     table(tmp_path / "a.parquet", [{"image": file(0)}])
@@ -200,6 +202,8 @@ def test_overrides_and_formats_that_the_files_tell(tmp_path):
     data = read_description(tmp_path / "data.yaml", "purpose=evaluation", "model=folder")
     assert (data.settings.purpose, data.model.model) == ("evaluation", "folder")
     assert list(load_texts(data)) == ["saved"]
+    keys = {"sources": [{"path": str(tmp_path / "saved"), "task": "text"}]}
+    assert read_description(keys, "purpose=evaluation").settings.purpose == "evaluation" and "purpose" not in keys
     with pytest.raises(ValueError, match="purposes is unknown"):
         read_description(tmp_path / "data.yaml", "purposes=evaluation")
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from processes import in_processes
 from toy_codes import extract_codes
 from toy_decoder import toy_base_model, toy_decoder_pipeline
 from toy_pipeline import toy_processor
@@ -14,6 +15,7 @@ from nextflow_hf.training.common.finite_steps import NotFiniteError
 from nextflow_hf.training.common.recipe import load_recipe, parse_recipe, shipped_recipes
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
 from nextflow_hf.training.data.messages import caption_of
+from nextflow_hf.training.diffusion_decoder import trainer as module
 from nextflow_hf.training.diffusion_decoder.build import DecoderArguments, build_decoder_pipeline
 from nextflow_hf.training.diffusion_decoder.train import GROUPS
 from nextflow_hf.training.diffusion_decoder.trainer import (
@@ -124,6 +126,26 @@ def test_resumed_training_is_uninterrupted_training(make_trainer, family, option
         torch.testing.assert_close(value, weights[name], msg=name)
     for first, second in zip(whole.ema.shadow_params, again.ema.shadow_params, strict=True):
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.process
+def test_processes_add_noise_of_their_own(make_trainer, monkeypatch):
+    seen = []
+
+    def note(scheduler, latents, args):
+        found = add_training_noise(scheduler, latents, args)
+        seen.append(found[1].tolist())
+        return found
+
+    def train() -> list:
+        monkeypatch.setattr(module, "add_training_noise", note)
+        trainer = make_trainer(max_steps=2, per_device_train_batch_size=1)
+        trainer.train_dataset = trainer.train_dataset[::2]  # of one schedule: as many random numbers on each process
+        trainer.train()
+        return seen
+
+    first, second = in_processes(train)
+    assert len(first) == len(second) and all(one != other for one, other in zip(first, second))
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(make_trainer, monkeypatch):

@@ -5,13 +5,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from accelerate import PartialState
 from command_line import use_pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import in_processes
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf.training.evaluation.card import _title
-from nextflow_hf.training.evaluation.report import _sheet, summarize, wilson_interval
+from nextflow_hf.training.evaluation.report import _sheet, summarize, to_markdown, wilson_interval
 from nextflow_hf.training.evaluation.runner import EvaluationRun
 from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of
 
@@ -107,12 +110,37 @@ def test_generate_only_then_score_only_is_the_whole(evaluate, tmp_path):
     assert whole.pop("provenance")["weights"] == parts.pop("provenance")["weights"] and whole == parts
 
 
+def test_answers_of_other_weights_are_not_gone_on_with(evaluate, tmp_path, monkeypatch):
+    evaluate("--output-dir", tmp_path / "out")
+    before = (tmp_path / "out" / "origin.json").read_text()
+    trained_on = toy_pipeline()
+    trained_on.transformer.model.norm.weight.data.add_(0.1)
+    use_pipeline(monkeypatch, trained_on)
+    assert "other values of weights" in evaluate("--output-dir", tmp_path / "out", mistake=True)
+    assert (tmp_path / "out" / "origin.json").read_text() == before
+
+
+@pytest.mark.process
+def test_processes_share_the_samples_and_leave_their_group(evaluate, tmp_path):
+    def main():
+        PartialState._reset_state()  # of this process, which forks
+        evaluate("--output-dir", tmp_path / "out")
+        return torch.distributed.is_initialized()
+
+    assert in_processes(main) == [False, False]
+    assert [len(lines_of(tmp_path / "out" / f"answers-{rank}.jsonl")) for rank in range(2)] == [2, 2]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["complete"]
+
+
 def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "unexpected keyword argument 'size'" in evaluate("size=3", mistake=True)
     assert "expected key=value" in evaluate("size", mistake=True)
     assert "there is no suite 'nonsense', expected" in command_line.mistake("evaluate", "nonsense", "model")
     assert "there is no suite 'toy_suite:other'" in command_line.mistake("evaluate", "toy_suite:other", "model")
     assert "os:path is module, expected a function" in command_line.mistake("evaluate", "os:path", "model")
+    assert "--seed: -1 is out of range, expected 0 to" in evaluate("--seed", "-1", mistake=True)
+    assert "--seed: 99999999999999 is out of range" in evaluate("--seed", "99999999999999", mistake=True)
+    assert "settings: got an unexpected keyword argument 'guidance'" in evaluate("--set", "guidance=3", mistake=True)
     assert "SUITE and MODEL are missing" in command_line.mistake("evaluate")
     assert "nextflow_hf.worlds.shapes:suite" in command_line.run("evaluate", "--list")
 
@@ -225,6 +253,9 @@ def test_rates_means_and_intervals():
     found = summarize(rows)["g"]
     assert found["total"] == 4 and found["values"] == {"passed": 0.75, "x": 3.0}
     assert found["overall"] == 0.75 and found["categories"]["b"]["values"]["passed"] == 0.5
+    rows[2]["scores"] = rows[3]["scores"] = {"x": 4}
+    summary = {"values": {}, "groups": summarize(rows)}
+    assert "| a | 2 | 1.000 | 0.342 to 1.000 | 2.000 |\n| b | 2 |  |  | 4.000 |" in to_markdown("t", summary)
     assert found["interval"] == wilson_interval(3, 4) and wilson_interval(0, 0) == (0.0, 1.0)
     low, high = wilson_interval(50, 100)
     assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)
@@ -249,3 +280,11 @@ def test_reconstruction_is_what_the_tokenizer_gives_back(command_line, tmp_path,
         decoded = pipe.vision_tokenizer.decode(codes, inputs["image_grids"]).detach()
         expected.append(-10 * np.log10(((decoded - inputs["pixel_values"]) / 2).square().mean().item()))
     assert found["values"]["psnr"] == pytest.approx(np.mean(expected), abs=0.02)
+    # A bad image leaves no second sample of the next one.
+    (tmp_path / "images" / "1.png").write_bytes(b"broken")
+    (tmp_path / "data.yaml").write_text("sources: [{path: images, task: image}]\non_bad_row: skip\n")
+    command_line.run("evaluate", "reconstruction", "model", "data=data.yaml", "--output-dir", "skipped")
+    report = json.loads((tmp_path / "skipped" / "report.json").read_text())
+    assert report["groups"]["reconstruction"]["total"] == 2 and not report["complete"]
+    left = np.mean([expected[0], expected[2]])
+    assert report["groups"]["reconstruction"]["values"]["psnr"] == pytest.approx(left, abs=0.02)

@@ -18,7 +18,7 @@ from toy_pipeline import toy_pipeline, toy_processor, toy_vision_tokenizer
 
 from nextflow_hf.commands.export import CARD_KEYS
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
-from nextflow_hf.training.data.extraction import load_codes
+from nextflow_hf.training.data.shards import load_codes
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -9,7 +9,7 @@ from PIL import Image
 from toy_codes import extract_codes
 from toy_pipeline import toy_processor, toy_vision_tokenizer
 
-from nextflow_hf.training.data.extraction import load_codes
+from nextflow_hf.training.data.shards import load_codes
 
 
 def get_row(index: int) -> dict:

@@ -20,8 +20,11 @@ from toy_pipeline import toy_processor, toy_vision_tokenizer
 
 from nextflow_hf import cli
 from nextflow_hf.training.data import shards
-from nextflow_hf.training.data.extraction import ExtractionSettings, extract_rows, load_codes
+from nextflow_hf.training.data.encoding import ExtractionSettings
+from nextflow_hf.training.data.extraction import extract_rows
 from nextflow_hf.training.data.messages import BadRowError
+from nextflow_hf.training.data.preview import preview_reconstruction
+from nextflow_hf.training.data.shards import load_codes
 
 
 NUM_ROWS = 7
@@ -433,6 +436,13 @@ def test_the_command_shows_what_the_tokenizer_makes_of_the_images(example, tmp_p
     with Pillow.open(tmp_path / "codes" / "reconstructions.png") as sheet:
         assert sheet.size == (4 * 256, 256)
     assert "That is below warn_psnr=99" in caplog.text and "train tokenizer" in caplog.text
+
+
+def test_texts_alone_are_not_all_read_for_an_image_to_show(tmp_path):
+    read = []
+    rows = (read.append(n) or {"error": None, "resolution": None, "images": []} for n in range(100))
+    parts = {"processor": PROCESSOR, "vision_tokenizer": TOKENIZER, "settings": ExtractionSettings(rows_per_shard=10)}
+    assert preview_reconstruction(rows, tmp_path, **parts) is None and len(read) == 10
 
 
 @pytest.mark.parametrize(

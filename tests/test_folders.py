@@ -219,3 +219,9 @@ def test_a_folder_is_trained_on_or_refused_with_a_command(key, folders, run, mon
         options = TRAIN if training != "text_tokenizer" else TRAIN[:1]
         argv = ["train", training, "recipe.yaml", *options, *others, f"{name}=FOLDER"]
         check(kind, kind in taken, *run(argv, kind))
+
+
+def test_a_damaged_note_of_a_run_is_one_line(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("kind: [")
+    assert cli.main(["export", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "run.yaml: this is no YAML" in capsys.readouterr().err

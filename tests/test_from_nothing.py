@@ -76,6 +76,8 @@ def test_teacher_learns_from_what_its_collator_makes(tokenizer):
         own = batch["pixel_values"][index][batch["pixel_attention_mask"][index].bool()]
         torch.testing.assert_close(own, patchify(pixels, 8)[0])
         assert len(own) == shape[0] * shape[1]
+    with pytest.raises(ValueError, match="num_eval is -1, expected at least 0"):
+        TeacherArguments(data="", text_tokenizer_name_or_path="", num_eval=-1)
     model = build_teacher(TeacherArguments(data="", text_tokenizer_name_or_path=""), tokenizer, processor)
     loss = model(**batch).loss
     loss.backward()

@@ -30,7 +30,7 @@ from nextflow_hf.training.rewards.ocr import (
     text_rendering_score,
 )
 from nextflow_hf.training.rewards.preference import CLIPReward, ImageScoreReward
-from nextflow_hf.training.rewards.vlm_judge import parse_score
+from nextflow_hf.training.rewards.vlm_judge import answer_text, parse_score
 
 
 PICTURE = Image.new("RGB", (8, 8), "red")
@@ -406,6 +406,9 @@ def test_scores_in_answers():
     assert parse_score('```json\n{"score": "6"}\n```') == 6
     assert parse_score('{"reason": "2 errors", "score": 3.5}') == 3.5
     assert parse_score(" 4.0\n") == 4
+    thoughts = '<think>Is it {"score": 9}? No: the hand is wrong.</think>\n{"score": 2}'
+    completion = {"choices": [{"message": {"content": thoughts}}]}
+    assert parse_score(answer_text(json.dumps(completion).encode())) == 2
     for answer in ("I give it 7 of 10", "", '{"score": null}'):
         with pytest.raises(ValueError, match="no score"):
             parse_score(answer)

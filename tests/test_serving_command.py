@@ -17,7 +17,7 @@ from nextflow_hf.commands import serve
 def test_an_open_address_needs_a_key(command_line, monkeypatch):
     monkeypatch.delenv("NEXTFLOW_API_KEY", raising=False)
     assert "pass --api-key, or set NEXTFLOW_API_KEY" in command_line.mistake("serve", "--host", "0.0.0.0")
-    assert "--max-queue is 0, expected at least 1" in command_line.mistake("serve", "--max-queue", "0")
+    assert "--max-queue: 0 is out of range, expected 1 to" in command_line.mistake("serve", "--max-queue", "0")
 
 
 @pytest.mark.parametrize("command", ["serve", "app"])

@@ -9,7 +9,7 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerConfig
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
-from nextflow_hf.training.data.images import NextFlowVisionTokenizerCollator, pixels_from_uint8
+from nextflow_hf.training.data.images import NextFlowVisionTokenizerCollator
 from nextflow_hf.training.evaluation.reconstruction_report import measure_batch
 from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
 from nextflow_hf.training.vision_tokenizer.codebook import (
@@ -292,11 +292,3 @@ def test_code_counts_skip_dropped_scales():
     assert counts.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
     usage, perplexity = codebook_statistics(torch.tensor([5.0, 5.0, 0.0, 0.0]))
     assert usage == 0.5 and perplexity == pytest.approx(2)
-
-
-def test_pixels_of_a_uint8_image():
-    image = np.zeros((2, 4, 3), np.uint8)
-    image[0, 1] = (255, 0, 255)
-    pixels = pixels_from_uint8(image)
-    assert pixels.shape == (3, 2, 4) and pixels.is_contiguous()
-    assert pixels[:, 0, 1].tolist() == [1, -1, 1]

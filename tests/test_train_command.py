@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -243,11 +244,14 @@ def test_what_a_machine_cannot_do_is_said(monkeypatch):
     assert recipe == {"attn_implementation": "flex_attention", "bf16": False}
 
 
-def test_fresh_begins_anew_and_deletes_nothing(toy, tmp_path, caplog):
+def test_fresh_begins_anew_and_deletes_nothing(toy, tmp_path, caplog, capsys):
     arguments = [*on_toys(toy, "sft_1024", tmp_path / "run"), "sample_prompts=null", "eval_strategy=no", "eval_rows=0"]
     assert cli.main(["train", *arguments]) == 0
     first = load_file(tmp_path / "run" / "model.safetensors")
     assert cli.main(["train", *arguments, "max_steps=3"]) == 0
+    shutil.copytree(toy / "transformer", tmp_path / "other")
+    assert cli.main(["train", *arguments, "max_steps=4", f"model_name_or_path={tmp_path / 'other'}"]) == 2
+    assert f"from {toy / 'transformer'}, but the recipe is of kind transformer from" in capsys.readouterr().err
     assert "resuming from" in caplog.text and (tmp_path / "run" / "checkpoint-3").is_dir()
     assert cli.main(["train", *arguments, "--fresh"]) == 0
     again = load_file(tmp_path / "run" / "model.safetensors")
@@ -764,6 +768,9 @@ def test_no_prompts_and_no_parts(tmp_path):
     pipe = toy_pipeline()
     with pytest.raises(ValueError, match="prompts is empty"):
         callbacks.SampleImagesCallback(None, pipe.vision_tokenizer, pipe.processor, prompts=[])
+    parts = {"vision_tokenizer": pipe.vision_tokenizer, "processor": pipe.processor}
+    with pytest.raises(ValueError, match="sample_settings: got an unexpected keyword argument 'guidance'"):
+        callbacks.SampleImagesCallback(None, **parts, prompts=["a"], settings={"guidance": 3})
     *_, args = parse({**BASE, "sample_prompts": ["a"]})
     model_args = parse(BASE)[0]
     with pytest.raises(ValueError, match="they make images of codes"):

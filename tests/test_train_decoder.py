@@ -16,8 +16,8 @@ from nextflow_hf.commands import extract
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_pipeline
 from nextflow_hf.training.data.decoder_rows import NextFlowDecoderCollator, NextFlowDecoderDataset
-from nextflow_hf.training.data.extraction import load_codes
 from nextflow_hf.training.data.mixture import MixtureArguments, MixtureRows
+from nextflow_hf.training.data.shards import load_codes
 
 
 SIZES = ((16, 16), (20, 12), (12, 20))

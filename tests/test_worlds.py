@@ -90,6 +90,22 @@ def test_rendering_goes_on_and_leaves_no_part(tmp_path, monkeypatch):
     assert [level.width for level in rasters.levels(drawings[7].sprite)] == [32, 64, 128]
 
 
+def test_processes_may_render_at_once(tmp_path, monkeypatch):
+    _, drawings = artwork.read_artwork(toy_world.write_archives(tmp_path / "artwork"))
+    save, others = np.save, []
+
+    def while_another_does(*args, **options):
+        if not others:
+            others.append(None)
+            others[0] = artwork.Rasters(tmp_path / "sprites", drawings[:2])
+        save(*args, **options)
+
+    monkeypatch.setattr(np, "save", while_another_does)
+    rasters = artwork.Rasters(tmp_path / "sprites", drawings[:2])
+    assert others[0].levels(drawings[1].sprite)[0].tobytes() == rasters.levels(drawings[1].sprite)[0].tobytes()
+    assert len(list((tmp_path / "sprites").iterdir())) == 1
+
+
 def test_a_changed_archive_is_refused(tmp_path):
     path = toy_world.write_archives(tmp_path)["noto"]
     with pytest.raises(ValueError, match=f"{path.name} has the SHA-256 .*, expected 3e918d88"):
@@ -126,6 +142,11 @@ def test_canvases_have_whole_patches_and_ratios_up_to_two(resolution):
     assert [schedule.pixel_size(schedule.nearest_bucket(*size), 2) for size in sizes] == sizes
     ratios = [height / width for height, width in sizes]
     assert min(ratios) < 0.56 and max(ratios) > 1.8 and 1 in ratios
+
+
+def test_a_canvas_without_room_is_refused_and_not_searched_for_ever(sprites):
+    with pytest.raises(ValueError, match="4 sprites of at least 16 pixels fit into no image of 32x32: name a larger"):
+        sample_row(sprites, "text_to_image", "0/0", [(32, 32)])
 
 
 @pytest.mark.parametrize("canvas", canvases(64) + canvases(96))
@@ -363,6 +384,17 @@ def test_a_demo_asks_for_what_no_training_saw_and_lists_all_that_is_known(sprite
     assert list(demo) == ["prompts"] and len(demo["prompts"]) == 8
 
 
+def test_what_npm_says_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "npm").write_text("#!/bin/sh\necho 'npm error: no network' >&2\nexit 1\n")
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert cli.main(["world", "emoji", "--output-dir", str(tmp_path / "data")]) == 2
+    assert "failed: npm error: no network" in capsys.readouterr().err
+
+
 def test_an_unknown_world_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["world", "shapes", "--output-dir", str(tmp_path), "--sizes", "64"])
+    assert "--sizes: '64' is no size, expected HEIGHTxWIDTH" in capsys.readouterr().err
     assert cli.main(["world", "nowhere", "--output-dir", str(tmp_path)]) == 2
     assert "there is no world 'nowhere'" in capsys.readouterr().err

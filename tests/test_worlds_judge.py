@@ -133,6 +133,8 @@ def test_training_goes_on_to_the_same_weights(sprites, tmp_path, monkeypatch):
     assert len(calls) == 4 + 2
     whole, parts = (load_file(tmp_path / name / "judge.safetensors") for name in ("whole", "parts"))
     assert all((whole[name] == parts[name]).all() for name in whole)
+    with pytest.raises(ValueError, match="of a judge of other sprites, or of other settings"):
+        train_judge(sprites, tmp_path / "whole", **options, seed=1)
 
 
 def test_what_lies_outside_is_cut_off(sprites):

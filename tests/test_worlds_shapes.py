@@ -171,6 +171,9 @@ def test_the_suite_asks_for_the_categories_and_sizes_that_are_named():
     every = shapes.suite(count=6, **options)
     kept = [id for id in every.ids if every.sample(id).category == "single"]
     assert kept and all(suite.sample(id).turns == every.sample(id).turns for id in kept)
+    for name, value in {"wordings": ["cleen"], "split": "held_out", "tasks": ["paint"]}.items():
+        with pytest.raises(ValueError, match=rf"{name} has \['\w+'\], expected some of"):
+            shapes.suite(**{**options, name: value})
     with pytest.raises(ValueError, match=r"of the categories \['plural'\]"):
         shapes.suite(count=1, categories=["plural"], **options).sample("text_to_image-clean-0000")
 

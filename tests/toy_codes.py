@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 from toy import BOI, EOS, SQUARE, WIDE, grids_tensor, image_tokens, random_codes
 
-from nextflow_hf.training.data.extraction import ExtractionSettings, extract_rows, load_codes
+from nextflow_hf.training.data.encoding import ExtractionSettings
+from nextflow_hf.training.data.extraction import extract_rows
+from nextflow_hf.training.data.shards import load_codes
 
 
 TASKS = ("text_to_image", "edit", "text", "image_to_text", "interleaved")

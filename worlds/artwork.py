@@ -7,20 +7,21 @@ layout), `emojibase-data` (MIT) has the words: labels, tags, groups and skin ton
 import hashlib
 import io
 import json
-import os
 import re
+import shlex
 import shutil
 import subprocess
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..atomic import write_file
 from .sprites import MIPMAPS, RASTER, Concept, Sprite, scaled
 
 
@@ -108,7 +109,9 @@ def fetch_archives(folder: Path) -> dict[str, Path]:
             if shutil.which("npm") is None:
                 raise FileNotFoundError(f"{path} is not there, and npm, which fetches it, is not installed")
             command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise OSError(f"{path} was not fetched: `{shlex.join(command)}` failed: {done.stderr.strip()[-300:]}")
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != checksum:
             raise ValueError(f"{path} has the SHA-256 {found}, expected {checksum}: delete it to fetch it again")
@@ -159,9 +162,7 @@ class Rasters:
             path = folder / f"{start:06d}-{RASTER}-{signature}.npy"
             if not path.exists():
                 rasters = np.stack([np.asarray(render_svg(drawing)) for drawing in chunk])
-                with open(path.with_suffix(".tmp"), "wb") as file:
-                    np.save(file, rasters)
-                os.replace(path.with_suffix(".tmp"), path)
+                write_file(path, partial(np.save, arr=rasters))
             self._chunks.append(np.load(path, mmap_mode="r"))
         self.levels = lru_cache(maxsize=2048)(self._levels)
 

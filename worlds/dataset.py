@@ -1,14 +1,13 @@
 """A world as ordinary data sets: rows of every task, each a function of (seed, split, task, number), as parquet files.
 
 A row has the form that people have it in (a captioned image, an edit triplet, LLaVA's turns, `messages`, plain text),
-so that `nextflow-hf extract` reads it as it reads anything; its further columns (`category`, `wording`, `scenes`) are
-for an evaluation. `train` has neither held-out pairs nor held-out sentences and scenes, `test` has only held-out
-sentences, and scenes where an image asks, and `held_out` has a held-out pair in every row.
+which `nextflow-hf extract` reads; its further columns (`category`, `wording`, `scenes`) are for an evaluation. `train`
+has no held-out pair, sentence or scene. In `test` every sentence is held out, or the last scene where an image asks.
+In `held_out` every row has a held-out pair.
 """
 
 import io
 import json
-import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..atomic import write_text
+from ..atomic import write_file, write_text
 from ..processing.messages_nextflow import THINKING_PROMPT, join_reasoning
 from .captions import caption
 from .edits import sample_edit, sample_subject
@@ -396,5 +395,4 @@ def _write_files(
             continue
         numbers = tqdm(range(start, min(start + ROWS_PER_FILE, count)), desc=f"{title} {path.stem}", unit="row")
         rows = datasets.Dataset.from_list(list(map(make, numbers)), features=features)
-        rows.to_parquet(str(path.with_suffix(".tmp")))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_file(path, rows.to_parquet)

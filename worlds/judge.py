@@ -7,10 +7,10 @@ differs from the background, and what an edit must keep is compared pixel by pix
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..atomic import write_file, write_json, write_text
 from .edits import changed_boxes
 from .sampling import Context
 from .scene import BACKGROUNDS, CELLS, COLORS, Canvas, Scene, Thing, backdrop, box, canvases, fits, render
@@ -356,10 +357,16 @@ def train_judge(
     optimizer = torch.optim.AdamW(classifier.parameters(), learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     parts = {"classifier": classifier, "optimizer": optimizer, "schedule": schedule}
+    settings = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    settings |= {"pairs": crops.pairs, "tones": crops.tones}
     checkpoint, done = folder / "checkpoint.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        done = state.pop("done")
+        if state.get("settings") != settings:
+            raise ValueError(
+                f"{checkpoint} is of a judge of other sprites, or of other settings: delete it, or name another folder"
+            )
+        done = state["done"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="judge")
@@ -374,14 +381,14 @@ def train_judge(
             progress.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.3f}")
         if (step + 1) % save_steps == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({**state, "done": step + 1}, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            write_file(checkpoint, partial(torch.save, {**state, "done": step + 1, "settings": settings}))
     names = {"pairs": crops.pairs, "tones": crops.tones}
     names["extents"] = [[*vars(sprite).values(), extent(sprites, sprite)] for sprite in crops.drawings]
-    (folder / "judge.json").write_text(json.dumps(names))
-    save_file({k: v.contiguous().cpu() for k, v in classifier.state_dict().items()}, folder / "judge.safetensors")
+    write_text(folder / "judge.json", json.dumps(names))
+    weights = {name: value.contiguous().cpu() for name, value in classifier.state_dict().items()}
+    write_file(folder / "judge.safetensors", partial(save_file, weights))
     report = {str(side): check_judge(sprites, Judge(folder), canvases(side), check_scenes) for side in SIDES}
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    write_json(folder / "report.json", report)
     return report
 
 

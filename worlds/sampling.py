@@ -8,11 +8,10 @@ from random import Random
 
 from .captions import Speaker
 from .dialect import Dialect
-from .scene import CELLS, MAX_THINGS, Canvas, Scene, Thing, default_places, default_size, fits
+from .scene import CELLS, MAX_THINGS, Canvas, Scene, Thing, check_canvas, default_places, default_size, fits
 from .sprites import Sprite, Sprites
 
 
-POOLS = ("seen", "held_out")
 _COUNTS = (1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4)
 _HELD_OUT_PERCENT = 5
 
@@ -42,6 +41,9 @@ class Context:
     people: bool = False
     pool: str = "seen"
     _first: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        check_canvas(self.canvas, self.dialect.sizes)
 
     @cached_property
     def say(self) -> Speaker:

@@ -163,6 +163,16 @@ def backdrop(background: str, canvas: Canvas) -> np.ndarray:
     return np.repeat((column + 0.5).astype(np.uint8)[:, None], width, axis=1)
 
 
+@lru_cache
+def check_canvas(canvas: Canvas, sizes: Sequence[str]) -> None:
+    """Raise `ValueError` where four sprites fit nowhere: a search for such a scene would not end."""
+    if default_size(default_places(MAX_THINGS, canvas), canvas, sizes) is None:
+        raise ValueError(
+            f"{MAX_THINGS} sprites of at least {MIN_PIXELS} pixels fit into no image of {canvas[0]}x{canvas[1]}: name "
+            "a larger resolution, or larger sizes"
+        )
+
+
 def paste(pixels: np.ndarray, sprite: Image.Image, left: int, top: int) -> None:
     """Paint a premultiplied sprite onto uint8 `pixels`, clipped to them."""
     height, width = pixels.shape[:2]

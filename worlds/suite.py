@@ -15,7 +15,7 @@ from ..processing.messages_nextflow import split_reasoning
 from ..training.data import tasks as row_formats
 from ..training.evaluation.suite import Answer, Part, Sample, Turn, images_of, text_of
 from .captions import read_caption
-from .dataset import TASKS, finish_row, sample_row, shares
+from .dataset import TASKS, finish_row, sample_row, shares, test_splits
 from .judge import Judge, kept_psnr
 from .questions import is_same
 from .scene import Canvas, Scene, canvases
@@ -70,8 +70,10 @@ class WorldSuite:
         seed: int = 0,
     ):
         possible = [name for name in shares(sprites) if TASKS[name].tests]
-        if unknown := sorted({*(tasks or ())} - {*possible, _RECONSTRUCTION}):
-            raise ValueError(f"tasks has {unknown}, expected some of {[*possible, _RECONSTRUCTION]}")
+        known = {"tasks": (tasks, [*possible, _RECONSTRUCTION]), "wordings": (wordings, WORDINGS)}
+        for name, (given, names) in {**known, "split": ([split], test_splits(sprites))}.items():
+            if unknown := sorted({*(given or ())} - {*names}):
+                raise ValueError(f"{name} has {unknown}, expected some of {list(names)}")
         self.sprites, self.judge, self.split, self.seed = sprites, judge, split, seed
         self.categories, self.resolution = categories, resolution
         self.canvases = [tuple(size) for size in sizes or canvases(resolution, sprites.dialect.ratios)]

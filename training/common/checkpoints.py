@@ -112,7 +112,7 @@ class StagedCheckpointsMixin:
         flush(Path(target).parent)
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # `Trainer` looks whether it has to stop after a step, also where the checkpoint is that of the last one.
+        # `Trainer` looks for the end after a step only, and would train on from the checkpoint of the last one.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
@@ -206,7 +206,8 @@ class _StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        if self.trainer.args.world_size == 1:  # launchers pass on what a terminal has sent to all processes already
+        # Not with several: launchers forward a signal that the terminal has sent to every process, which is no second.
+        if self.trainer.args.world_size == 1:
             signal.signal(number, self._previous[number])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -220,11 +221,3 @@ class _StopOnSignal(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.signal:
             control.should_training_stop = True
-
-
-__all__ = [
-    "StagedCheckpointsMixin",
-    "is_finished",
-    "last_checkpoint",
-    "train_to_the_end",
-]

@@ -122,6 +122,3 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
         path = os.path.join(resume_from_checkpoint, self.state_name)
         state = torch.load(path, weights_only=True, map_location=self.args.device)
         self.load_own_state(state, path)
-
-
-__all__ = ["AveragedWeightsMixin", "StepCallback"]

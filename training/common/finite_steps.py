@@ -1,6 +1,6 @@
 """Stops a `Trainer` on every process when a loss or gradient is not finite, and saves the batch. For any `Trainer`.
 
-`Trainer`'s `logging_nan_inf_filter` hides such a loss from the logs but does not keep it out of the weights.
+`Trainer`'s `logging_nan_inf_filter` keeps such a loss out of the logs alone, not out of the weights.
 """
 
 import functools
@@ -84,6 +84,3 @@ def stop_training(
         f"{', '.join(gather_object(files))}; the .json beside it names its rows. Remove them, or lower "
         "the learning rate, and go on from the last checkpoint"
     )
-
-
-__all__ = ["FiniteStepsMixin", "NotFiniteError", "stop_training"]

@@ -99,6 +99,3 @@ def _layer_parameters(config: NextFlowConfig) -> int:
 
 def _connector_parameters(config: NextFlowConfig) -> int:
     return config.hidden_size * (config.semantic_code_dim + config.pixel_code_dim + config.hidden_size)
-
-
-__all__ = ["attended_pairs", "batch_flops", "flops_of_counts", "peak_flops", "training_flops"]

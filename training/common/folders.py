@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from .recipe import read_recipe
 
 
 RUN_FILE = "run.yaml"
@@ -305,7 +305,7 @@ def _notes(result: Path) -> dict[str, Any]:
     """What is written down of the run that the weights in `result` are of; of an adapter alone, its base."""
     for file in (result / RUN_FILE, result.parent / RUN_FILE):
         if file.is_file():
-            return yaml.safe_load(file.read_text(encoding="utf-8"))
+            return read_recipe(file)
     if (result / "adapter_config.json").is_file():
         return {"model": _read_json(result / "adapter_config.json").get("base_model_name_or_path")}
     return {}

@@ -28,6 +28,3 @@ def import_object(path: str) -> Any:
         names = [found for found in vars(module) if not found.startswith("_")]
         raise ValueError(f"{path}: {module_name} has no {name!r}, but {names}")
     return getattr(module, name)
-
-
-__all__ = ["import_object"]

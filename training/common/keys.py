@@ -72,6 +72,3 @@ def _default(field: Field) -> str:
     if value is MISSING:
         return "required"
     return f"default {value.value if isinstance(value, Enum) else value}"
-
-
-__all__ = ["Key", "document_keys"]

@@ -75,6 +75,3 @@ def _range(numbers: tuple[float, ...]) -> tuple[float, float]:
     low, high = min(numbers), max(numbers)
     margin = max(1, abs(low) / 10)  # beside a large number, 1 is nothing
     return (low, high) if high > low else (low - margin, high + margin)
-
-
-__all__ = ["PLOT_FILE", "LossPlotCallback", "loss_curves", "plot"]

@@ -49,6 +49,3 @@ def without_rounded_sums(policy):
     exact = {"reduce_dtype": torch.float32, "output_dtype": None, "buffer_dtype": None}
     names = {field.name for field in fields(policy)}
     return replace(policy, **{name: dtype for name, dtype in exact.items() if name in names})
-
-
-__all__ = ["check_processes", "sum_in_float32", "without_rounded_sums"]

@@ -140,12 +140,17 @@ def check_fields(values: dict[str, Any] | None, config: type, where: str) -> Non
         raise ValueError(f"{where} has unknown keys; near ones that exist: {unknown}")
 
 
-def call_with(make: Callable, options: dict[str, Any], where: str) -> Any:
-    """`make(**options)`; options that its signature lacks, or needs, are a mistake in the part `where` of a recipe."""
+def check_call(make: Callable, options: dict[str, Any], where: str) -> None:
+    """Options that the signature of `make` lacks, or needs, are a mistake in the part `where` of a recipe."""
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def call_with(make: Callable, options: dict[str, Any], where: str) -> Any:
+    """`make(**options)` after [`check_call`]."""
+    check_call(make, options, where)
     return make(**options)
 
 
@@ -259,20 +264,3 @@ def _with_whole_numbers(hint: Any) -> Any:
     if get_origin(hint) in (Union, UnionType):
         return reduce(or_, parts)
     return get_origin(hint)[parts] if get_origin(hint) in (list, dict) else hint
-
-
-__all__ = [
-    "RECIPES",
-    "Recipe",
-    "call_with",
-    "check_fields",
-    "check_recipe",
-    "check_types",
-    "load_recipe",
-    "load_yaml",
-    "override",
-    "parse_recipe",
-    "read_recipe",
-    "shipped_recipes",
-    "source_of",
-]

@@ -69,13 +69,3 @@ def check_trainer_options(options: Mapping[str, Any], refused: Mapping[str, str]
     for name, reason in refused.items():
         if options.get(name) is not None:
             raise ValueError(f"{name} is not supported: {reason}")
-
-
-__all__ = [
-    "OWN_LOSS",
-    "OWN_LOSS_AND_EVALUATION",
-    "REFUSED",
-    "check_arguments",
-    "check_numbers",
-    "check_trainer_options",
-]

@@ -21,7 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 from ...atomic import write_text
 from .checkpoints import is_finished, last_checkpoint
 from .folders import RUN_FILE
-from .recipe import Recipe, check_recipe, parse_recipe, source_of
+from .recipe import Recipe, check_recipe, parse_recipe, read_recipe, source_of
 
 
 logger = logging.get_logger(__name__)
@@ -131,6 +131,8 @@ def begin(kind: str, recipe: Recipe, args: TrainingArguments, *, model: str | No
     checkpoint = None if mode == "fresh" else args.resume_from_checkpoint or last_checkpoint(folder)
     if checkpoint in ("true", "false"):
         raise ValueError(f"resume_from_checkpoint is {checkpoint!r}, expected a folder; --fresh begins anew")
+    if mode == "auto" and checkpoint is not None and not args.resume_from_checkpoint:
+        _check_same_model(folder, kind, model)
     if mode == "resume" and checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint to resume from: leave --resume out to begin")
     if args.process_index == 0:
@@ -138,6 +140,18 @@ def begin(kind: str, recipe: Recipe, args: TrainingArguments, *, model: str | No
             logger.warning(f"resuming from {checkpoint}; --fresh begins anew")
         write_run(folder, kind, recipe, model=model, command=command)
     return True, checkpoint
+
+
+def _check_same_model(folder: Path, kind: str, model: str | None) -> None:
+    """Refuse to go on from the checkpoint of another model: the recipe's would be neither trained nor missed."""
+    if (folder / RUN_FILE).is_file():
+        was = read_recipe(folder / RUN_FILE)
+        was_kind, was_model = was.get("kind"), was.get("model")
+        if (was_kind, was_model) != (kind, model):
+            raise ValueError(
+                f"{folder} has checkpoints of a training of kind {was_kind} from {was_model}, but the recipe is of "
+                f"kind {kind} from {model}: --fresh begins anew, --resume goes on from them all the same"
+            )
 
 
 def move_aside(folder: Path) -> None:
@@ -151,6 +165,3 @@ def move_aside(folder: Path) -> None:
 def write_run(folder: Path, kind: str, recipe: Recipe, *, model: str | None, command: list[str]) -> None:
     values = {"kind": kind, "recipe": dict(recipe), "model": model, "command": command}
     write_text(folder / RUN_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-__all__ = ["RUN_FILE", "BatchArguments", "begin", "describe_batch", "resolve", "world_size", "write_run"]

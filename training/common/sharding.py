@@ -89,6 +89,3 @@ def class_of_user(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.__class__ = wrapped
-
-
-__all__ = ["call_sharded", "class_of_user"]

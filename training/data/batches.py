@@ -97,6 +97,3 @@ def _numbered_row(row: dict[str, Any]) -> tuple[int, dict]:
     # A row without a number is seeded by what it is: its place in a batch of an engine means nothing.
     named = json.dumps([row.get("source"), row.get("row_id"), row["messages"]], default=str)
     return int.from_bytes(hashlib.sha256(named.encode()).digest()[:6]), row
-
-
-__all__ = ["BatchEncoder"]

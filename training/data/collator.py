@@ -89,6 +89,3 @@ def _images_and_names(rows: list[dict]) -> dict[str, torch.Tensor | list[str]]:
     if "row_id" in rows[0]:
         batch["row_ids"] = [str(row["row_id"]) for row in rows]
     return batch
-
-
-__all__ = ["NextFlowDataCollator", "PackingCollator"]

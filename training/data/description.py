@@ -11,6 +11,7 @@ Each takes the sources that have what it needs, in their weights, and leaves the
 reads the rows that sources hold out by their `eval_fraction`. `recipes/data_example.yaml` has all keys.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -125,7 +126,7 @@ def read_description(source: str | Path | Mapping[str, Any], *overrides: str) ->
         overrides (`str`): `key=value` that replaces a key, such as `purpose=evaluation`.
     """
     if isinstance(source, Mapping):
-        recipe = source if isinstance(source, dict) else dict(source)
+        recipe = copy.deepcopy(source if isinstance(source, dict) else dict(source))  # overrides write into it
     elif str(source).endswith((".yaml", ".yml")):
         recipe = read_recipe(Path(source))
     else:
@@ -282,16 +283,3 @@ def _as_prompts(rows: list[dict]) -> Dataset:
     table = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names if name != "images"})
     images = Dataset.from_dict({"images": [row["images"] for row in rows]}, features=Features({"images": _IMAGES}))
     return datasets.concatenate_datasets([table, images], axis=1)
-
-
-__all__ = [
-    "DataDescription",
-    "ModelArguments",
-    "load_captioned_images",
-    "load_images",
-    "load_prompts",
-    "load_rows",
-    "load_rows_by_id",
-    "load_texts",
-    "read_description",
-]

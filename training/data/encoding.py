@@ -277,6 +277,3 @@ class RowEncoder:
     def _rng(self, item: _Item, *stream: int) -> np.random.Generator:
         # Streams of their own: whether a condition is dropped does not change which codes are sampled.
         return np.random.default_rng((self.settings.seed, *stream, item.number))
-
-
-__all__ = ["ExtractionSettings", "RowEncoder"]

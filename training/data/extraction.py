@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -33,7 +34,6 @@ from .shards import (
     describe_processor,
     describe_tokenizer,
     finish,
-    load_codes,
     num_rows_of,
     shard_exists,
     write_shard,
@@ -84,7 +84,8 @@ def extract_rows(
     check_manifest(output_dir, manifest, vision_tokenizer)
     if (output_dir / INDEX).exists():  # finished, maybe by other processes
         return num_rows_of(output_dir)
-    encoder, state, num_shards = RowEncoder(processor, vision_tokenizer, settings), PartialState(), 0
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs know of no others
+    encoder, num_shards = RowEncoder(processor, vision_tokenizer, settings), 0
 
     def is_mine(shard: int) -> bool:
         return shard % state.num_processes == state.process_index and not shard_exists(output_dir, shard)
@@ -148,6 +149,3 @@ def _until_it_breaks(rows: IterableDataset) -> Iterator[dict]:
             yield row
     except Exception as error:
         raise BadRowError(f"the stream breaks off after {number + 1} rows: {bad_row_reason(error)}") from error
-
-
-__all__ = ["ExtractionSettings", "extract_rows", "load_codes"]

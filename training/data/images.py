@@ -201,12 +201,3 @@ def pad_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     # Plainly contiguous: in channels-last layout GroupNorm's bf16 backward is thirty times slower on a CPU.
     return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
-
-
-def pixels_from_uint8(image: np.ndarray) -> torch.Tensor:
-    """uint8 (height, width, 3) to float32 (3, height, width) in [-1, 1], contiguous."""
-    # The copy: an array that is mapped from a file is read-only, and torch warns about that.
-    return torch.from_numpy(image.copy()).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
-
-
-__all__ = ["ImageRows", "NextFlowImageDataset", "NextFlowVisionTokenizerCollator", "pad_images", "pixels_from_uint8"]

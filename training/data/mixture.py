@@ -162,6 +162,3 @@ class MixtureRows:
         if row_id not in opened.numbers:
             raise ValueError(f"source {source} has no row {row_id!r}: has it changed since the codes were extracted?")
         return opened.row(opened.numbers[row_id])
-
-
-__all__ = ["DataSource", "MixtureArguments", "MixtureRows", "ROW_FEATURES", "load_mixture"]

@@ -264,12 +264,3 @@ def _pack(
     packs = make_packs(lengths, flops, **options)
     packs.documents = numbers[packs.documents]
     return packs
-
-
-__all__ = [
-    "ON_LONG_ROW",
-    "EndlessPackedDataset",
-    "PackedDataset",
-    "PackedIterableDataset",
-    "document_costs",
-]

@@ -213,6 +213,3 @@ class PackingReport:
             padding=float(padding.sum() / (padding.sum() + tokens.sum())),
             balance=float(work.mean(axis=1).sum() / work.max(axis=1).sum()),
         )
-
-
-__all__ = ["WINDOWS_AT_ONCE", "Packs", "PackingReport", "document_shares", "endless_rows", "make_packs"]

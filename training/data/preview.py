@@ -36,13 +36,14 @@ def preview_reconstruction(
 ) -> float | None:
     """
     Write `reconstructions.png` (each original beside its reconstruction) and `reconstructions.json` for the first
-    `preview_images` images of `rows`, and warn where their mean PSNR is below `warn_psnr`.
+    `preview_images` images of the first shard's rows, and warn where their mean PSNR is below `warn_psnr`.
 
     Returns:
         The mean PSNR in dB, or None if there is no image.
     """
     image_processor, pairs, psnr = processor.image_processor, [], []
-    for inputs in itertools.islice(_images(rows, settings, image_processor), settings.preview_images):
+    first = itertools.islice(rows, settings.rows_per_shard)  # texts alone would be read to their end
+    for inputs in itertools.islice(_images(first, settings, image_processor), settings.preview_images):
         pixels = inputs["pixel_values"].to(vision_tokenizer.device, vision_tokenizer.dtype)
         grids = inputs["image_grids"].to(vision_tokenizer.device)
         decoded = vision_tokenizer.decode(vision_tokenizer.encode(pixels, grids).image_codes, grids)
@@ -92,6 +93,3 @@ def _sheet(pairs: list[list[Image.Image]]) -> Image.Image:
             image = image.resize([max(1, round(length * scale)) for length in image.size])
             sheet.paste(image, ((2 * (index % columns) + side) * _SIDE, index // columns * _SIDE))
     return sheet
-
-
-__all__ = ["NUMBERS", "SHEET", "preview_reconstruction"]

@@ -211,6 +211,3 @@ class _TarFiles(WebDataset):
         del self._get_pipeline_from_tar
         self.info.features[ERROR] = Value("string")  # known from rows without one
         return splits
-
-
-__all__ = ["ERROR", "FORMATS", "RawRows", "open_raw_rows"]

@@ -86,11 +86,11 @@ def describe_processor(processor: NextFlowProcessor) -> dict[str, Any]:
 
 def check_manifest(folder: Path, manifest: dict[str, Any], vision_tokenizer: NextFlowVisionTokenizer) -> None:
     """
-    Write the manifest of a new folder, or `ValueError` where the folder was begun with another one. Where the vision
-    tokenizer was loaded from is written for the reader, and not compared.
+    Write the manifest of a new folder; `ValueError` where the folder has another one. The origin of the vision
+    tokenizer is written for the reader, and not compared.
     """
     path, config = folder / MANIFEST, vision_tokenizer.config
-    # As the other one was read: JSON makes lists of tuples.
+    # As it will be read: JSON makes lists of tuples.
     manifest = json.loads(json.dumps(manifest))
     if not path.exists():
         revision = getattr(config, "_commit_hash", None)  # set by the loading from the Hub alone

@@ -124,6 +124,8 @@ class DataSource:
                 raise ValueError(f"source {self.label}: {name} is {getattr(self, name)}, expected 0 to 1")
         if not self.caption_prompts:
             raise ValueError(f"source {self.label}: caption_prompts is empty, expected at least one prompt")
+        if taken := sorted({"prompt", "images", "source", "row_id"} & set(self.extra_columns)):
+            raise ValueError(f"source {self.label}: extra_columns has {taken}, which prompts have of their own")
         if unknown := sorted(set(self.columns) - {"id", *TASKS[self.task].columns}):
             raise ValueError(
                 f"source {self.label}: columns has {unknown}, which are no parts of the task {self.task!r}, expected "
@@ -291,6 +293,3 @@ def _undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
         elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
             rows = rows.cast_column(name, List(undecoded))
     return rows
-
-
-__all__ = ["ROW_FEATURES", "DataSource", "OpenSource", "is_held_out"]

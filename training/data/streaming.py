@@ -102,6 +102,3 @@ def _value(scalar: pa.Scalar) -> Any:
     if pa.types.is_list(scalar.type) and pa.types.is_integer(scalar.type.value_type):
         return scalar.values.to_numpy(zero_copy_only=False).copy()
     return scalar.as_py()
-
-
-__all__ = ["RowStream"]

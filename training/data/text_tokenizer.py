@@ -21,6 +21,7 @@ from ...modeling_nextflow.configuration_nextflow import NextFlowVisionTokenizerC
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ...processing.processing_nextflow import NextFlowProcessor
 from ..common.folders import PROCESSOR_FILE, VISION_TOKENIZERS, check_source
+from ..common.refusals import check_numbers
 from .description import load_texts, read_description
 
 
@@ -59,6 +60,9 @@ class TextTokenizerArguments:
     vision_tokenizer_name_or_path: str | None = None
     image_processor: dict | None = None
     append_last_scale: bool = False
+
+    def __post_init__(self):
+        check_numbers(self, {"max_texts": 1, "model_max_length": 1})
 
 
 GROUPS = (TextTokenizerArguments,)
@@ -184,6 +188,3 @@ def _fill_with_merges(
 def _merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """The merges of a trained BPE model in order; the library shows them only in its serialised form."""
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-
-
-__all__ = ["GROUPS", "MODEL", "TextTokenizerArguments", "build_processor", "plan", "train"]

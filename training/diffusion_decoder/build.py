@@ -133,12 +133,3 @@ def make_scheduler(options: dict[str, Any], base: SchedulerMixin | None) -> Sche
     options = dict(options)
     scheduler_class = class_of_diffusers(options.pop("class", None))
     return scheduler_class.from_config({**({} if base is None else base.config), **options})
-
-
-__all__ = [
-    "DecoderArguments",
-    "build_decoder_pipeline",
-    "load_decoder",
-    "make_denoiser",
-    "make_scheduler",
-]

@@ -12,7 +12,7 @@ from ..common.checkpoints import train_to_the_end
 from ..common.run import BatchArguments
 from ..data.decoder_rows import NextFlowDecoderDataset
 from ..data.description import DataDescription, load_rows_by_id, read_description
-from ..data.extraction import load_codes
+from ..data.shards import load_codes
 from .build import DecoderArguments, build_decoder_pipeline
 from .trainer import NextFlowDiffusionDecoderTrainer, NextFlowDiffusionDecoderTrainingArguments
 
@@ -81,6 +81,3 @@ def describe(args: DecoderDataArguments) -> DataDescription:
     if data.model.output_dir is None:
         raise ValueError(f"{args.data} has no output_dir: name the folder of the codes with codes=...")
     return data
-
-
-__all__ = ["GROUPS", "MODEL", "DecoderDataArguments", "plan", "train"]

@@ -202,6 +202,11 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         total, count = self.accelerator.reduce(totals, "sum").tolist()
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": total / count}, num_samples=int(count))
 
+    def on_step_begin(self) -> None:
+        # `Trainer` seeds all processes alike: each would add the same noise, at the same times, to its own images.
+        if self.state.global_step == 0 and self.args.process_index > 0:
+            torch.manual_seed(self.args.seed + self.args.process_index)
+
     # ---- Checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -319,14 +324,3 @@ def _groups(image_grids: torch.Tensor) -> list[list[int]]:
     for index, rows in enumerate(image_grids.tolist()):
         groups.setdefault(tuple(map(tuple, rows)), []).append(index)
     return list(groups.values())
-
-
-__all__ = [
-    "NextFlowDiffusionDecoderTrainer",
-    "NextFlowDiffusionDecoderTrainingArguments",
-    "add_training_noise",
-    "lora_state_dict",
-    "prepare_decoder",
-    "training_scheduler",
-    "visual_modules",
-]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...processing.messages_nextflow import join_reasoning
+from ..common.recipe import call_with
 from .suite import Answer, Part, Sample
 
 
@@ -29,8 +30,9 @@ def answer_sample(pipe: "NextFlowPipeline", sample: Sample, seed: int, settings:
 
 
 def _image(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict) -> list[Part]:
-    images = pipe(messages=messages, generator=generator, **_without(settings, "max_new_tokens", "max_images")).images
-    return [{"type": "image", "image": image} for image in images]
+    options = {"messages": messages, "generator": generator}
+    output = call_with(pipe, options | _without(settings, "max_new_tokens", "max_images"), "settings")
+    return [{"type": "image", "image": image} for image in output.images]
 
 
 def _text(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict) -> list[Part]:
@@ -39,13 +41,14 @@ def _text(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Gener
 
 
 def _think(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict) -> list[Part]:
-    output = pipe(messages=messages, think=True, generator=generator, **_without(settings, "max_images"))
+    options = {"messages": messages, "think": True, "generator": generator}
+    output = call_with(pipe, options | _without(settings, "max_images"), "settings")
     text = join_reasoning(output.thoughts[0], output.final_prompts[0])
     return [{"type": "text", "text": text}, *({"type": "image", "image": image} for image in output.images)]
 
 
 def _interleave(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict):
-    return pipe.interleave(messages, generator=generator, **settings)
+    return call_with(pipe.interleave, {"messages": messages, "generator": generator, **settings}, "settings")
 
 
 @torch.no_grad()

@@ -140,11 +140,15 @@ class Benchmark:
         self._named = (judge, judge_model, spec.about["title"])
         own = yaml.safe_load(OWN_QUESTIONS.read_text(encoding="utf-8"))
         self.texts = own if judge_prompts is None else read_questions(Path(judge_prompts))
-        requests = list(spec.read(find_prompts(spec, prompts), language))
+        source = prompts or "the data set"
+        try:
+            requests = list(spec.read(find_prompts(spec, prompts), language))[:count]
+        except KeyError as error:
+            raise ValueError(f"a row of {source} has no {error}, which {spec.name} asks for") from error
         if not requests:
-            raise ValueError(f"{prompts or 'the data set'} has no prompts of {spec.name} in the language {language!r}")
-        self.requests = {request.id: request for request in requests[:count]}
-        self.ids = [f"{id}-{number}" for id in self.requests for number in range(self.samples)]
+            raise ValueError(f"{source} has no prompts of {spec.name} in the language {language!r}")
+        self.requests = {request.id: request for request in requests}
+        self.ids = [f"{request.id}-{number}" for request in requests for number in range(self.samples)]
 
     @cached_property
     def judge(self) -> Judge:
@@ -202,7 +206,7 @@ class Benchmark:
             for path, content in self.spec.layout(request, files).items():
                 if isinstance(content, dict):
                     merged[path] = {**merged.get(path, {}), **content}
-                elif not (folder / path).exists():
+                elif not below(folder, path).exists():
                     _put(folder / path, content)
         for path, content in merged.items():
             write_json(folder / path, content)
@@ -256,9 +260,16 @@ def read_questions(folder: Path) -> dict[str, str]:
 def find_file(folder: Path, *names: str) -> Path:
     """The first of `names` that is in the folder."""
     for name in names:
-        if (folder / name).is_file():
+        if below(folder, name).is_file():
             return folder / name
     raise ValueError(f"{folder} has no {' or '.join(names)}")
+
+
+def below(folder: Path, name: str) -> Path:
+    """A file of the folder. Rows of prompts name files, and may come from anybody: no others are read or written."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"the prompts name the file {name!r}, expected one in {folder}")
+    return folder / name
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -103,8 +103,8 @@ def _group_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, 
     others = dict.fromkeys(name for _, row, _ in named for name in row["values"] if name != PASSED)
     rows = []
     for name, row, is_group in named:
-        low, high = row["interval"]
-        rate = [row["total"], row["values"][PASSED], f"{low:.2f} to {high:.2f}"]
+        interval = "{:.2f} to {:.2f}".format(*row["interval"]) if "interval" in row else ""
+        rate = [row["total"], row["values"].get(PASSED), interval]
         rows.append((name, [*rate, *(row["values"].get(other) for other in others)], is_group))
     return ["samples", PASSED, "95% interval", *others], rows
 
@@ -136,9 +136,9 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     if "seconds_per_sample" in provenance:
         facts["Seconds a sample (median)"] = f"{provenance['seconds_per_sample']:.2f}"
         facts["Peak memory"] = f"{provenance['peak_bytes'] / 2**30:.2f} GiB, {provenance.get('memory_of', '')}"
-    judge = Path(provenance.get("judge") or "", "report.json")
-    if _is_sampled(report) and judge.is_file():
-        rates = json.loads(judge.read_text(encoding="utf-8")).items()
+    judge = provenance.get("judge")
+    if _is_sampled(report) and judge and (file := Path(judge, "report.json")).is_file():
+        rates = json.loads(file.read_text(encoding="utf-8")).items()
         said = [
             f"{side} px {rate['things']:.1%} of the sprites, {rate['passed']:.1%} of the scenes"
             for side, rate in rates
@@ -184,6 +184,8 @@ def eval_results(sections: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
 
 def _rates(one: Mapping[str, Any]) -> Iterator[EvalResult]:
     for group, found in one["report"]["groups"].items():
+        if PASSED not in found["values"]:
+            continue
         yield EvalResult(
             task_type=HUB_TASKS.get(re.split(r"\W", group)[0], "any-to-any"),
             dataset_type=one["report"]["suite"],

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from scipy.stats import t as student
 
 from ...atomic import write_file, write_json, write_text
 from ..common.loss_plot import plot
+from ..common.recipe import read_recipe
 
 
 CONFIRMED, NOT_SEEN, CONTRADICTED = "confirmed", "not seen at this scale", "contradicted"
@@ -39,10 +39,10 @@ class Effect:
     The difference of the means of two arms.
 
     Args:
-        difference (`float`): What the better arm has more.
+        difference (`float`): Mean of the better arm minus that of the worse.
         low, high (`float`): Its 95% interval (Student's t, pooled variance, or that of the seeds' differences).
         spread (`float`): Standard deviation of one run, pooled over both arms; or of the difference of a seed.
-        visible (`float`): The smallest true effect that so many runs confirm four times in five.
+        visible (`float`): The smallest true effect that this number of runs confirms with a probability of 80%.
     """
 
     difference: float
@@ -61,8 +61,8 @@ class Effect:
 
 def effect_of(better: Sequence[float], worse: Sequence[float], paired: bool = False) -> Effect:
     """
-    The effect that the values of two arms show, a value for each seed; at least two of each arm are needed. Where runs
-    are `paired`, what the seeds of both arms have in common does not count as spread.
+    The effect that the values of two arms show, a value for each seed; each arm needs at least two. With `paired`, the
+    spread is that of the differences between runs of the same seed.
     """
     if min(len(better), len(worse)) < 2:
         raise ValueError(f"got {len(better)} and {len(worse)} seeds, expected two or more of each arm: a spread")
@@ -79,7 +79,7 @@ def effect_of(better: Sequence[float], worse: Sequence[float], paired: bool = Fa
         error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
     half = float(student.ppf((1 + CONFIDENCE) / 2, degrees))
     difference = statistics.mean(better) - statistics.mean(worse)
-    # Half the interval, and by how much four in five experiments fall short of the true effect at most.
+    # Half the interval, and how far below the true effect four in five experiments stay at most.
     visible = (half + float(student.ppf(POWER, degrees))) * error
     return Effect(difference, difference - half * error, difference + half * error, spread, visible)
 
@@ -89,10 +89,14 @@ def effect_of(better: Sequence[float], worse: Sequence[float], paired: bool = Fa
 
 def runs_of(folder: Path, arm: str) -> list[Path]:
     """The runs of an arm, by seed."""
-    found = [path for path in folder.glob(f"{arm}-*") if path.name[len(arm) + 1 :].isdigit()]
+    found = [path for path in folder.glob(f"{arm}-*") if path.name[len(arm) + 1 :].isdecimal()]
     if not found:
         raise FileNotFoundError(f"{folder} has no run of the arm {arm!r}, expected {arm}-0, {arm}-1 and so on")
-    return sorted(found, key=lambda path: int(path.name[len(arm) + 1 :]))
+    return sorted(found, key=_seed)
+
+
+def _seed(run: Path) -> int:
+    return int(run.name.rpartition("-")[2])
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
@@ -152,7 +156,12 @@ def judge_claim(claim: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the runs say of a claim: the effect on its measure, and the means of the others."""
     if unknown := sorted(set(claim) - KEYS):
         raise ValueError(f"a claim has the keys {unknown}, expected some of {sorted(KEYS)}")
+    if lacking := sorted({"claim", "better", "worse", "measure"} - set(claim)):
+        raise ValueError(f"a claim lacks {lacking}: it has {sorted(claim)}")
     arms = {side: runs_of(folder, claim[side]) for side in ("better", "worse")}
+    seeds = [[_seed(run) for run in runs] for runs in arms.values()]
+    if claim.get("paired") and seeds[0] != seeds[1]:
+        raise ValueError(f"the arms {claim['better']} and {claim['worse']} have the seeds {seeds}, expected the same")
 
     def values(measure: str) -> dict[str, list[float]]:
         name, _, at = measure.partition(" at equal ")
@@ -219,8 +228,8 @@ def compare(file: Path, names: Sequence[str], folder: Path, output: Path) -> dic
     "not seen at this scale" is a verdict only where the same experiment sees the planted fault; else the claim is
     "undecided".
     """
-    described = yaml.safe_load(file.read_text(encoding="utf-8"))
-    claims, planted = described["claims"], described.get("planted")
+    described = read_recipe(file)
+    claims, planted = described.get("claims") or {}, described.get("planted")
     if unknown := sorted(set(names) - set(claims)):
         raise ValueError(f"{file} has no claims {unknown}, but {list(claims)}")
     results = {}
@@ -239,6 +248,8 @@ def _sees(claims: dict[str, dict], planted: str | None, folder: Path) -> bool:
     """Whether there are runs of the planted fault, and they are worse than those without."""
     if planted is None:
         return False
+    if planted not in claims:
+        raise ValueError(f"the claim of the planted fault is {planted!r}, expected one of {list(claims)}")
     try:
         return judge_claim(claims[planted], folder)["verdict"] == CONFIRMED
     except FileNotFoundError:

@@ -105,6 +105,3 @@ def _load_vision_model(source: str, device: torch.device | str) -> FeatureModel:
         return pooled.flatten(1).float()
 
     return features
-
-
-__all__ = ["FeatureModel", "FeatureStatistics", "frechet_distance", "load_feature_model"]

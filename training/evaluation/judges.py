@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from ..rewards.vlm_judge import VLMJudge, answer_text, image_part
+from ..rewards.vlm_judge import VLMJudge, answer_text, image_part, without_thoughts
 from .suite import UnscoredError
 
 
@@ -105,7 +105,8 @@ class LocalJudge:
 
     def ask(self, images: Sequence[Image.Image], text: str) -> str:
         output, prompt_length = self._generate(images, text, MAX_NEW_TOKENS)
-        return self.processor.batch_decode(output.sequences[:, prompt_length:], skip_special_tokens=True)[0]
+        texts = self.processor.batch_decode(output.sequences[:, prompt_length:], skip_special_tokens=True)
+        return without_thoughts(texts[0])
 
     def probability(self, images: Sequence[Image.Image], text: str, answers: Sequence[str]) -> float:
         """The sum over the first tokens of the answers, each counted once."""
@@ -176,6 +177,3 @@ def read_yes(answer: str) -> bool:
     if word is None:
         raise UnscoredError(f"the judge's answer is neither yes nor no: {answer[:200]!r}")
     return word.group(1).lower() == "yes"
-
-
-__all__ = ["EndpointJudge", "Judge", "LocalJudge", "check_judge", "load_judge", "read_scores", "read_yes"]

@@ -91,12 +91,3 @@ def edge_steepness(images: torch.Tensor) -> torch.Tensor:
 def _luminance(images: torch.Tensor) -> torch.Tensor:
     weights = torch.tensor(LUMA, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)
-
-
-__all__ = [
-    "edge_steepness",
-    "fidelity",
-    "gradient_similarity_deviation",
-    "peak_signal_to_noise",
-    "structural_similarity",
-]

@@ -50,6 +50,3 @@ def _as_images(pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[t
     return [
         pixels[index : index + 1, :, :height, :width].float() / 2 + 0.5 for index, (height, width) in enumerate(sizes)
     ]
-
-
-__all__ = ["BatchMeasurement", "measure_batch"]

@@ -17,7 +17,7 @@ from ..data.description import load_images, read_description
 from ..vision_tokenizer.losses import load_perceptual_loss
 from .frechet import FeatureStatistics, frechet_distance, load_feature_model
 from .reconstruction import edge_steepness, fidelity
-from .suite import Answer, Sample, Turn, images_of
+from .suite import Answer, Sample, Turn, UnscoredError, images_of
 
 
 class ReconstructionSuite:
@@ -53,8 +53,10 @@ class ReconstructionSuite:
 
     def sample(self, id: str) -> Sample:
         """One image; the processor opens and resizes it."""
-        image = self.rows[int(id)]["image"]
-        messages = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+        item = self.rows[int(id)]
+        if item["row_id"].partition(":")[0] != str(int(id)):
+            raise UnscoredError("its row is bad, and the next one, which the log names, has a sample of its own")
+        messages = [{"role": "user", "content": [{"type": "image", "image": item["image"]}]}]
         return Sample(id, [Turn("reconstruct", messages)], "reconstruction", settings=self.settings)
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
@@ -83,5 +85,3 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 
 
 suite = ReconstructionSuite
-
-__all__ = ["ReconstructionSuite", "suite"]

@@ -69,7 +69,9 @@ def to_markdown(title: str, summary: dict) -> str:
         rows = [*found["categories"].items(), ("all", found)] if len(found["categories"]) > 1 else [("all", found)]
         for name, row in rows:
             cells = [name, str(row["total"])]
-            if rate:
+            if rate and PASSED not in row["values"]:
+                cells += ["", ""]
+            elif rate:
                 low, high = row["interval"]
                 cells += [f"{row['values'][PASSED]:.3f}", f"{low:.3f} to {high:.3f}"]
             cells += [f"{row['values'][other]:.3f}" if other in row["values"] else "" for other in names]

@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -42,25 +44,32 @@ class EvaluationRun:
     """
 
     def __init__(self, suite: Suite, folder: Path, description: dict[str, Any]):
+        if not suite.ids:
+            raise ValueError(f"the suite {suite.name} has no samples")
+        if wrong := [id for id, count in Counter(suite.ids).items() if count > 1 or Path(id).name != id]:
+            raise ValueError(f"the suite {suite.name} has the ids {wrong[:3]}, expected file names that occur once")
         self.suite, self.folder, self.seed = suite, folder, description["seed"]
         self.settings = description.get("settings", {})
-        self.state = PartialState()
+        self.state = PartialState(cpu=not torch.accelerator.is_available())  # else processes know of no others
         self.claim(DESCRIPTION, description)
 
-    def claim(self, name: str, description: dict[str, Any]) -> None:
-        """Writes what decides the answers or the scores; another description than the one that is there is refused."""
-        file = self.folder / name
+    def claim(self, name: str, description: dict[str, Any], decides: Collection[str] | None = None) -> None:
+        """
+        Writes what decides the answers or the scores: all of it, or the keys `decides`. Other values of these than
+        those that are there are refused.
+        """
+        file, now = self.folder / name, json.loads(json.dumps(description))
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
-            if there != json.loads(json.dumps(description)):
-                changed = sorted(key for key in {*there, *description} if there.get(key) != description.get(key))
+            keys = {*there, *now} if decides is None else decides
+            if changed := sorted(key for key in keys if there.get(key) != now.get(key)):
                 raise ValueError(
                     f"{self.folder} has an evaluation with other values of {', '.join(changed)}: name "
                     "another --output-dir, or remove it"
                 )
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            write_json(file, description)
+            write_json(file, now)
         self.state.wait_for_everyone()
 
     def generate(self, answer: Callable[[Sample, int], Answer], memory: Callable[[], int] = lambda: 0) -> None:
@@ -121,12 +130,12 @@ class EvaluationRun:
         with open(path, "a", encoding="utf-8") as file:
             file.write("\n")  # ends a line that was cut short
             for index in tqdm(mine, desc=kind, unit="sample", disable=not self.state.is_main_process):
-                sample = self.suite.sample(self.suite.ids[index])
-                row = {"id": sample.id, "group": sample.group, "category": sample.category}
                 try:
+                    sample = self.suite.sample(self.suite.ids[index])
+                    row = {"id": sample.id, "group": sample.group, "category": sample.category}
                     row |= work(index, sample)
                 except UnscoredError as error:
-                    logger.warning("no score for %s: %s", sample.id, error)
+                    logger.warning("no score for %s: %s", self.suite.ids[index], error)
                     continue
                 file.write(json.dumps(row) + "\n")
                 file.flush()

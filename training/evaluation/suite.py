@@ -135,4 +135,7 @@ def bind(name: str, function: Callable[..., Any], options: dict[str, Any]) -> An
 
 def make_suite(name: str, options: dict[str, Any]) -> Suite:
     """The suite with its options."""
+    for key in ("count", "samples"):
+        if isinstance(options.get(key), int) and options[key] < 1:
+            raise ValueError(f"{key} is {options[key]}, expected at least 1")
     return bind(name, find_suite(name), options)

@@ -59,6 +59,3 @@ def replaced(args: NextFlowGRPOConfig, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(args).update(before)
-
-
-__all__ = ["check_sharding", "load_parts", "replaced"]

@@ -84,6 +84,3 @@ def _named(reward: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"It was raised by the reward {reward!r}")
         raise
-
-
-__all__ = ["RewardCalls"]

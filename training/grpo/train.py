@@ -136,6 +136,3 @@ def plan(grpo_args: GRPOArguments, batch_args: BatchArguments, args: NextFlowGRP
     for path in grpo_args.rewards:
         import_object(path)
     return [f"data    {grpo_args.prompts}: {len(prompts):,} prompts"]
-
-
-__all__ = ["GROUPS", "MODEL", "GRPOArguments", "make_reward", "make_trainer", "plan", "read_prompts", "train"]

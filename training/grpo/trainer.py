@@ -593,6 +593,3 @@ def _thumbnail(image: Any, side: int = 256) -> Any:
     small = image.convert("RGB")
     small.thumbnail((side, side))
     return small
-
-
-__all__ = ["NextFlowGRPOConfig", "NextFlowGRPOTrainer"]

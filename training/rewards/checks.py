@@ -69,6 +69,3 @@ def _not_text(value: Any) -> Any:
     if isinstance(value, (str, bytes)):  # `float` would read a number in it
         raise TypeError("a text is no number")
     return value
-
-
-__all__ = ["check_rewards", "is_async_reward", "one_line", "reward_name"]

@@ -153,6 +153,3 @@ def _base_name(name: str) -> str:
         if name.startswith((part, f"model.{part}")):
             return name.removeprefix("model.")
     return "language_model." + name.removeprefix("model.")
-
-
-__all__ = ["HPSv3Reward"]

@@ -46,14 +46,19 @@ def parse_score(answer: str) -> float:
 
 
 def answer_text(answer: bytes) -> str:
-    """The text of a chat completion. Raises `ValueError` where `answer` is none."""
+    """The text of a chat completion, without thoughts before it. Raises `ValueError` where `answer` is none."""
     try:
         text = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ValueError(f"the answer is no chat completion: {one_line(answer)}") from error
     if not isinstance(text, str):
         raise ValueError(f"the content of the answer is {one_line(text)}, expected a text")
-    return text
+    return without_thoughts(text)
+
+
+def without_thoughts(text: str) -> str:
+    """What a reasoning model says after its thoughts: these may weigh other scores, or the opposite answer."""
+    return text.rpartition("</think>")[2]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

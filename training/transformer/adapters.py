@@ -31,6 +31,3 @@ def image_token_rows(config: NextFlowConfig) -> dict[str, list[int]]:
     if config.tie_word_embeddings:
         return {"embed_tokens": head}
     return {"embed_tokens": sorted([config.boi_token_id, config.eoi_token_id]), "lm_head": head}
-
-
-__all__ = ["IMAGE_MODULES", "VISION_TOKENIZER", "image_token_rows"]

@@ -211,6 +211,3 @@ def fsdp_recomputes(args: TrainingArguments) -> bool:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # by `accelerate launch`
         return os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
     return bool(args.fsdp) and str(args.fsdp_config.get("activation_checkpointing")).lower() == "true"
-
-
-__all__ = ["DataArguments", "ModelArguments", "NextFlowTrainingArguments"]

@@ -15,6 +15,7 @@ from ...atomic import write_file
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...pipelines.pipeline_nextflow import NextFlowPipeline
 from ...processing.processing_nextflow import NextFlowProcessor
+from ..common.recipe import check_call
 
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class SampleImagesCallback(TrainerCallback):
     ):
         if not prompts:
             raise ValueError("prompts is empty, expected at least one prompt")
+        # Before the training, and not at its first evaluation.
+        own = {"self": None, "prompt": prompts, "generator": None}
+        check_call(NextFlowPipeline.__call__, {**own, **(settings or {})}, "sample_settings")
         self.trainer = trainer
         self.vision_tokenizer = vision_tokenizer
         self.processor = processor
@@ -105,6 +109,3 @@ class SampleImagesCallback(TrainerCallback):
                 logged = {name: tracker.Image(image, caption=captions[name]) for name, image in named.items()}
                 # As the integrations log: the step is a column, for trackers count their own.
                 tracker.log({**logged, "train/global_step": step})
-
-
-__all__ = ["SampleImagesCallback"]

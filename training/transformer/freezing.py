@@ -83,6 +83,3 @@ def _cut_head(model: nn.Module, state_dict: dict[str, torch.Tensor], *_) -> None
     if _WHOLE in state_dict:
         image, others = model.lm_head.parametrizations.weight[0].right_inverse(state_dict.pop(_WHOLE))
         state_dict[f"{_PARTS}0"], state_dict[f"{_PARTS}1"] = image, others
-
-
-__all__ = ["TRAINABLE", "is_head_cut", "join_head", "set_trainable"]

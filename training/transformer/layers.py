@@ -57,6 +57,3 @@ def keep_narrow_results(context: Any, operator: Any, *arguments: Any, **_: Any) 
         width, result_width = arguments[place].shape
         is_kept = result_width <= width
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-__all__ = ["LayersCallback", "find_decoder", "selective_contexts"]

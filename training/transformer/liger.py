@@ -128,6 +128,3 @@ def liger_weighted_cross_entropy(
             )
     losses = torch.cat(losses)
     return (losses * token_weights).sum(), losses.detach()
-
-
-__all__ = ["apply_liger_kernel_to_nextflow", "liger_weighted_cross_entropy"]

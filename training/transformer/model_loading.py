@@ -160,6 +160,3 @@ def add_adapter(model: NextFlowForCausalLM, args: ModelArguments) -> PreTrainedM
         if parameter.requires_grad:  # as PEFT has its matrices; the copies of modules have the base's dtype
             parameter.data = parameter.data.float()
     return model
-
-
-__all__ = ["add_adapter", "load_model", "new_transformer", "quantization_config"]

@@ -126,6 +126,3 @@ def orthogonalize(matrices: torch.Tensor, *, in_bfloat16: bool = False) -> torch
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.to(matrices.dtype)
-
-
-__all__ = ["MuonWithAdamW", "orthogonalize"]

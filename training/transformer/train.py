@@ -16,9 +16,9 @@ from ..common.checkpoints import train_to_the_end
 from ..common.flops import training_flops
 from ..common.run import BatchArguments, world_size
 from ..data.collator import PackingCollator
-from ..data.extraction import load_codes
 from ..data.packing import EndlessPackedDataset, PackedDataset, PackedIterableDataset, document_costs
 from ..data.packs import WINDOWS_AT_ONCE, PackingReport
+from ..data.shards import load_codes
 from ..data.streaming import RowStream
 from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from .callbacks import SampleImagesCallback
@@ -255,6 +255,3 @@ def plan(
 
 def count_rows(folder: str) -> str:
     return f"{len(load_codes(folder)):,} rows" if Path(folder, "manifest.json").is_file() else "not there yet"
-
-
-__all__ = ["GROUPS", "MODEL", "load_rows", "mix_rows", "plan", "train"]

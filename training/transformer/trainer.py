@@ -274,6 +274,3 @@ def _loss_parts(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
         if count > 0:
             parts[f"loss_scale_{scale}"] = round((total / count).item(), 4)
     return parts
-
-
-__all__ = ["NextFlowTrainer"]

@@ -145,6 +145,3 @@ def adaptive_weight(
     ]
     pixel, adversarial = accelerator.reduce(torch.stack(gradients), "mean")
     return (pixel.norm() / (adversarial.norm() + 1e-4)).clamp(0, 1e4)
-
-
-__all__ = ["Adversary", "PatchDiscriminator", "adaptive_weight", "hinge_loss"]

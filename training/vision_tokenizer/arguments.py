@@ -94,6 +94,3 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
     @property
     def trains_codebook(self) -> bool:
         return self.stage != "decoder"
-
-
-__all__ = ["STAGES", "NextFlowVisionTokenizerTrainingArguments"]

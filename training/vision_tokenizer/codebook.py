@@ -239,16 +239,3 @@ def merged_codes(
             codes = vision_tokenizer.encode(pixels, grids).image_codes
         counts += torch.bincount(codes.cpu(), minlength=len(counts))
     return with_codes(vision_tokenizer, distinct_codes(vision_tokenizer.quantizer, counts, num_codes))
-
-
-__all__ = [
-    "CodeUsage",
-    "codebook_statistics",
-    "count_codes_per_scale",
-    "distinct_codes",
-    "sample_queries",
-    "merged_codes",
-    "scale_queries",
-    "spherical_kmeans",
-    "with_codes",
-]

@@ -134,13 +134,3 @@ def perceptual_loss(
 def _unit(features: torch.Tensor) -> torch.Tensor:
     """Features (n, channels, height, width) to length one, in float32."""
     return nn.functional.normalize(features.float(), dim=1)
-
-
-__all__ = [
-    "BackboneDistance",
-    "load_perceptual_loss",
-    "perceptual_loss",
-    "image_sizes",
-    "pixel_losses",
-    "stack_by_size",
-]

@@ -146,13 +146,3 @@ def build_datasets(
     if args.max_eval_images is not None:
         images = images.select(args.max_eval_images)
     return train, NextFlowImageDataset(images, image_processor)
-
-
-__all__ = [
-    "ImageArguments",
-    "VisionTokenizerArguments",
-    "build_datasets",
-    "build_image_processor",
-    "build_tokenizer",
-    "load_teacher",
-]

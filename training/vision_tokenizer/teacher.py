@@ -29,7 +29,7 @@ from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.checkpoints import StagedCheckpointsMixin, train_to_the_end
 from ..common.folders import PROCESSORS, check_source
 from ..common.processes import check_processes, sum_in_float32
-from ..common.refusals import check_arguments
+from ..common.refusals import check_arguments, check_numbers
 from ..common.run import BatchArguments
 from ..data.description import load_captioned_images, read_description
 from .recipe import build_image_processor
@@ -65,6 +65,9 @@ class TeacherArguments:
     text_config: dict | None = None
     max_caption_tokens: int = 32
     num_eval: int = 512
+
+    def __post_init__(self):
+        check_numbers(self, {"max_caption_tokens": 1, "num_eval": 0})
 
 
 @dataclass
@@ -216,6 +219,3 @@ def train(
 def plan(teacher_args: TeacherArguments, batch_args: BatchArguments, args: TeacherTrainingArguments) -> list[str]:
     """What a training would read, for `--dry-run`."""
     return [f"data    {teacher_args.data}: {len(load_captioned_images(read_description(teacher_args.data))):,} images"]
-
-
-__all__ = ["GROUPS", "MODEL", "ContrastiveCollator", "TeacherArguments", "build_teacher", "plan", "train"]

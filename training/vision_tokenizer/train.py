@@ -83,6 +83,3 @@ def plan(
         evaluation = data if image_args.eval_data is None else read_description(image_args.eval_data)
         lines.append(f"        {len(load_images(evaluation, 'evaluation')):,} to evaluate on")
     return lines
-
-
-__all__ = ["GROUPS", "MODEL", "plan", "train"]

@@ -398,11 +398,3 @@ def prepare_stage(model: NextFlowVisionTokenizer, stage: str) -> None:
     if stage == "pixel":
         # The semantic half is untrained in this stage, and must not take part in choosing codes.
         model.config.semantic_distance_weight = 0.0
-
-
-__all__ = [
-    "NextFlowVisionTokenizerTrainer",
-    "NextFlowVisionTokenizerTrainingArguments",
-    "check_trainable",
-    "prepare_stage",
-]
