@@ -173,3 +173,21 @@ def test_sharded_checkpoints_and_what_is_saved(tmp_path):
     config = json.loads((tmp_path / "whole" / "checkpoint-1" / "config.json").read_text())
     assert config["architectures"] == ["NextFlowForCausalLM"]
     assert not list((tmp_path / "whole").rglob("_fsdp*.py"))
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=no_deepspeed)])
+def test_a_sharded_reference_that_follows_is_resumed(tmp_path, kind):
+    environment, options = KINDS[kind]
+    numbers = {"num_generations": 4, "per_device_train_batch_size": 4, "max_steps": 3, "beta": 0.1, **options}
+    numbers |= {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.7}
+    numbers |= {"save_strategy": "steps", "save_steps": 2, "trainer_class": OnCpu}
+
+    def work(resume_from=None):
+        trainer = make_trainer(tmp_path, mean_code, TEXTS, **numbers)
+        trainer.train(resume_from_checkpoint=resume_from)
+        return history(trainer, "kl")
+
+    (whole, _), (resumed, _) = (
+        in_processes(work, *start, **environment) for start in ((), (str(tmp_path / "checkpoint-2"),))
+    )
+    assert len(whole) == 3 and resumed == whole

@@ -305,6 +305,19 @@ def test_rewards_may_be_normalised_before_they_are_summed(tmp_path):
     torch.testing.assert_close(advantages["normalize_then_sum"], expected)
 
 
+def test_a_group_whose_reward_failed_is_left_out_however_rewards_are_summed(tmp_path):
+    def fails_at_first(images, **columns):
+        return [math.nan] * 4 + [0.0, 1.0, 2.0, 3.0]
+
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        trainer = make_trainer(
+            tmp_path, [low_codes, fails_at_first], multi_objective_aggregation=aggregation, trainer_class=Recording
+        )
+        trainer.train()
+        advantages = trainer.generated[0][0]["advantages"]
+        assert advantages[:4].eq(0).all() and advantages[4:].ne(0).any(), aggregation
+
+
 def test_accumulating_gradients_equals_one_big_batch(tmp_path):
     numbers = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_grad_norm": 0.0, "beta": 0.1}
     big = make_trainer(tmp_path, per_device_train_batch_size=8, **numbers)
@@ -542,6 +555,21 @@ def test_a_reference_that_follows(tmp_path):
     kl = history(trainer, "kl")
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] == pytest.approx(0, abs=1e-6)
     assert kl[1] > 1e-5 and kl[3] > 1e-5
+
+
+def test_a_reference_that_follows_is_resumed(tmp_path, caplog):
+    numbers = {"beta": 0.1, "max_steps": 4, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    numbers |= {"ref_model_mixup_alpha": 0.7}
+    whole = make_trainer(tmp_path, **numbers, save_strategy="steps", save_steps=1)
+    whole.train()
+    for step in (2, 3):
+        resumed = make_trainer(tmp_path, **numbers)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert history(whole, "kl") == history(resumed, "kl"), step
+    os.remove(tmp_path / "checkpoint-3" / "reference.pt")  # as in checkpoints of version 0.1
+    with caplog.at_level("WARNING", logger="nextflow_hf"):
+        make_trainer(tmp_path, **numbers).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "reference.pt is missing" in caplog.text
 
 
 def test_a_repository_brings_all_parts(tmp_path, caplog):

@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import BatchFeature, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    BatchFeature,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from nextflow_hf.training.rewards import OCRReward, OCRWord, RapidOCREngine, VLMJudge
 from nextflow_hf.training.rewards.checks import check_rewards, is_async_reward, reward_name
@@ -248,6 +256,26 @@ def test_clip_reward(tmp_path, scaled):
     assert not any(parameter.requires_grad for parameter in reward.model.parameters())
 
 
+def test_a_score_by_siglip_does_not_depend_on_its_batch(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 50, "max_position_embeddings": 12}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**sizes, "image_size": 8, "patch_size": 4}))
+    model.save_pretrained(tmp_path)
+    reward = CLIPReward(str(tmp_path), device="cpu")
+
+    def processor(images, text, padding, truncation, max_length=None, **options):
+        rows = [[ord(letter) % 40 for letter in row] for row in text]
+        length = max_length if padding == "max_length" else max(map(len, rows))
+        ids = torch.tensor([row + [49] * (length - len(row)) for row in rows])  # no mask, as SigLIP's tokenizers
+        return BatchFeature({**TinyProcessor()(images), "input_ids": ids})
+
+    reward.processor = processor
+    together = reward(images=[PICTURE] * 2, prompts=["a", "bcdef"])
+    alone = reward(images=[PICTURE], prompts=["a"]) + reward(images=[PICTURE], prompts=["bcdef"])
+    assert together == pytest.approx(alone, abs=1e-5) and together[0] != pytest.approx(together[1], abs=1e-3)
+
+
 def test_image_score_reward(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"image_size": 8, "patch_size": 4}
@@ -263,6 +291,12 @@ def test_image_score_reward(tmp_path):
             logits = model(**TinyProcessor()([PICTURE])).logits[0]
         expected = logits.softmax(-1)[1] if label else logits[0]
         assert reward(images=[PICTURE], prompts=["a"]) == [pytest.approx(expected.item(), rel=1e-4)]
+    one = ImageScoreReward(str(tmp_path / "1"), label="score", device="cpu")  # its name changes nothing
+    many = ImageScoreReward(str(tmp_path / "2"), label="good", device="cpu", problem_type="multi_label_classification")
+    one.processor = many.processor = TinyProcessor()
+    assert one(images=[PICTURE], prompts=["a"]) == [pytest.approx(expected.item(), rel=1e-4)]
+    logits = many.model(**TinyProcessor()([PICTURE])).logits[0]  # labels do not exclude each other
+    assert many(images=[PICTURE], prompts=["a"]) == [pytest.approx(logits.sigmoid()[1].item(), rel=1e-4)]
     for label, match in ((None, "name one"), ("best", "no label 'best'")):
         reward = ImageScoreReward(str(tmp_path / "2"), label=label, device="cpu")
         with pytest.raises(ValueError, match=match):

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -49,7 +50,7 @@ ROWS = [text_to_image_row(SQUARE, 0), text_to_image_row(WIDE, 1), text_row(), te
 def train(rows, tmp_path, data_collator=None, **arguments) -> NextFlowTrainer:
     args = NextFlowTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_steps=1,
-        train_sampling_strategy="sequential", **{"max_steps": 2, "learning_rate": 1e-2, **arguments},
+        **{"train_sampling_strategy": "sequential", "max_steps": 2, "learning_rate": 1e-2, **arguments},
     )  # fmt: skip
     trainer = NextFlowTrainer(toy_model(), args, data_collator, train_dataset=rows)
     trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
@@ -112,6 +113,34 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
         assert torch.equal(a, b)
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_rows_grouped_by_length_have_an_order_for_each_epoch_also_when_resumed(tmp_path):
+    """At the end of an epoch and within one that is not the first; and whatever else takes random numbers."""
+    rows = datasets.Dataset.from_list([one | {"row_id": str(index)} for index, one in enumerate(ROWS * 2 + ROWS[:2])])
+    numbers = {"train_sampling_strategy": "group_by_length", "length_column_name": "length", "max_steps": 12}
+    numbers |= {"per_device_train_batch_size": 2, "save_strategy": "steps"}
+
+    class Collator(NextFlowDataCollator):
+        def __call__(self, batch):
+            seen.append([row["row_id"] for row in batch])
+            torch.rand(1)
+            return super().__call__(batch)
+
+    seen = []
+    train(rows, tmp_path, Collator(pad_token_id=PAD), **numbers)
+    whole = seen[:12]
+    assert whole[:5] != whole[5:10]
+    for step in (2, 5, 7, 10):
+        seen = []
+        train(
+            rows,
+            tmp_path,
+            Collator(pad_token_id=PAD),
+            **numbers,
+            resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}",
+        )
+        assert seen[: 12 - step] == whole[step:], step
 
 
 def test_drop_condition_keeps_what_is_trained_on():

@@ -123,6 +123,31 @@ def test_two_processes_with_unequal_shares(by_hand, tmp_path):
     assert parts == [{k: v for k, v in entry.items() if "loss" in k} for entry in second]
 
 
+def test_processes_drop_out_places_of_their_own_and_read_rows_of_their_own(tmp_path):
+    def work() -> tuple[list, list]:
+        dropped, read = [], []
+        model, dropout = toy_model(), torch.nn.Dropout()
+        model.model.layers[0].register_forward_hook(lambda *_: dropped.append(dropout(torch.ones(32)).tolist()))
+
+        class Collator(NextFlowDataCollator):
+            def __call__(self, rows):
+                read.extend(one["row_id"] for one in rows)
+                return super().__call__(rows)
+
+        args = NextFlowTrainingArguments(
+            output_dir=str(tmp_path / os.environ["RANK"]), use_cpu=True, report_to="none", disable_tqdm=True,
+            num_train_epochs=2, save_strategy="no", per_device_train_batch_size=1,
+        )  # fmt: skip
+        rows = [{**one, "row_id": str(index)} for index, one in enumerate(ROWS)]
+        NextFlowTrainer(model, args, Collator(model.config.pad_token_id), train_dataset=rows).train()
+        return dropped, read
+
+    (first, of_first), (second, of_second) = in_processes(work)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    for epoch in (slice(0, 4), slice(4, 8)):  # one order for both, of which each takes its part
+        assert {*of_first[epoch], *of_second[epoch]} == {str(index) for index in range(8)}
+
+
 def test_two_processes_that_accumulate(by_hand, tmp_path):
     def work():
         return train(tmp_path / os.environ["RANK"], per_device_train_batch_size=1, gradient_accumulation_steps=2)

@@ -1,17 +1,28 @@
-"""What a training by rewards starts from: the parts of the pipeline, and numbers that TRL is not told."""
+"""What a training by rewards starts from: the pipeline's parts, the reference, and numbers that TRL is not told."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 from trl import GRPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...pipelines.pipeline_nextflow import NextFlowPipeline
 from ...processing.processing_nextflow import NextFlowProcessor
 from .config import NextFlowGRPOConfig
+
+
+logger = logging.get_logger(__name__)
+
+REFERENCE_FILE = "reference.pt"
 
 
 def load_parts(
@@ -48,6 +59,48 @@ def check_sharding(trainer: GRPOTrainer) -> None:
         raise ValueError("`fsdp` is version 1, expected 2: set `fsdp_version: 2` in `fsdp_config`")
     if trainer.is_deepspeed_enabled and not trainer.args.ds3_gather_for_generation:
         raise ValueError("`ds3_gather_for_generation` is False, expected True: rollouts call parts of the policy")
+
+
+class FollowingReference(SyncRefModelCallback):
+    """TRL's, for a reference in shards, too."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        # After a forward alone FSDP2 leaves what is outside of the layers whole, where the policy has shards.
+        for module in self.ref_model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        super().on_step_end(args, state, control, **kwargs)
+
+
+def save_reference(trainer: GRPOTrainer, folder: str) -> None:
+    """The reference's weights, which no other file has once it has followed the policy. Every process must call it."""
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+    with _gathered(reference):
+        state = get_model_state_dict(reference, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.args.should_save:
+            torch.save(state, os.path.join(folder, REFERENCE_FILE))
+
+
+def load_reference(trainer: GRPOTrainer, folder: str) -> None:
+    """Give the reference the weights that it had. Every process must call it."""
+    path = os.path.join(folder, REFERENCE_FILE)
+    if not os.path.exists(path):
+        if trainer.args.sync_ref_model:
+            logger.warning(f"{path} is missing: the reference is again the model that the run was begun with")
+        return
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with _gathered(reference):
+        set_model_state_dict(reference, state, options=StateDictOptions(full_state_dict=True))
+
+
+def _gathered(model: torch.nn.Module) -> AbstractContextManager:
+    """Under ZeRO-3 the whole weights for the time being; what the first process changes is changed everywhere."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)
 
 
 @contextmanager

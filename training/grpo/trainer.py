@@ -33,7 +33,6 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
-from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
@@ -57,7 +56,7 @@ from .objective import (
     middle_return,
     token_advantages,
 )
-from .parts import check_sharding, load_parts, replaced
+from .parts import FollowingReference, check_sharding, load_parts, load_reference, replaced, save_reference
 from .policy import add_policy_forward, pad_rows, policy_inputs, policy_row
 from .reward_calls import RewardCalls
 from .rollout import Rollout, conversation_of, decode, encode_rows, sample_codes, sample_thoughts
@@ -190,7 +189,7 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.args.sync_ref_model:
-            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+            self.add_callback(FollowingReference(ref_model=self.ref_model, accelerator=self.accelerator))
 
     # ---- rewards
 
@@ -360,6 +359,9 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
     ) -> tuple[torch.Tensor, Callable]:
         """The rewards (samples, suffixes or functions) that advantages are made of, and what makes these of them."""
         if self.args.multi_objective_aggregation == "normalize_then_sum":  # refused with several suffixes
+            # A sample that is left out is left out of each reward: here a failure can no more be told from a reward
+            # that does not apply.
+            by_function = by_function.masked_fill(totals[0].isnan()[:, None], torch.nan)
             return by_function, partial(group_advantages_by_function, weights=weights, num_generations=num_generations)
         eta, scale = self.args.vmr_eta, self.scale_rewards
         return totals.T, lambda rewards: group_advantages(middle_return(rewards.T, eta), num_generations, scale)
@@ -546,11 +548,14 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             super()._save(output_dir, state_dict=state_dict)
 
     def save_own_state(self, folder: str) -> None:
-        """Where the run is among its rollouts; and inside a window of `num_iterations`, what is still to be learnt."""
+        """Where the run is among its rollouts; inside a window of `num_iterations`, what is still to be learnt; and a
+        reference that follows."""
         state = {"step": self._step, "window": self._window, "rollouts": None}
         if self._step % math.prod(self._window):
             state["rollouts"] = self._buffered_inputs
         torch.save(state, os.path.join(folder, self._rollouts_file))
+        if self.args.sync_ref_model:
+            save_reference(self, folder)
 
     def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler | None:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
@@ -560,6 +565,8 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.ref_model is not None:
+            load_reference(self, checkpoint)
         for _ in range(int(self.state.epoch) if self._train_sampler is not None else 0):
             next(iter(self._train_sampler), None)  # TRL's sampler shuffles anew at the start of each epoch
         path = os.path.join(checkpoint, self._rollouts_file)

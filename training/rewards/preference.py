@@ -94,7 +94,11 @@ class CLIPReward(HubReward):
         self.scaled = scaled
 
     def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
-        inputs = self.processor(images=images, text=texts, padding=True, truncation=True, return_tensors="pt")
+        # SigLIP reads a text at its last place, which padding to the longest of a batch would move.
+        padding: dict[str, Any] = {"padding": True}
+        if self.model.config.model_type.startswith("siglip"):
+            padding = {"padding": "max_length", "max_length": self.model.config.text_config.max_position_embeddings}
+        inputs = self.processor(images=images, text=texts, **padding, truncation=True, return_tensors="pt")
         outputs = self.model(**self._to_model(inputs))
         # The embeddings of the outputs have length 1 already.
         cosine = (outputs.image_embeds * outputs.text_embeds).sum(-1)
@@ -125,9 +129,11 @@ class ImageScoreReward(HubReward):
         if self.label is not None and self.label not in labels.values():
             raise ValueError(f"{self.model_id} has no label {self.label!r}, expected one of {sorted(labels.values())}")
         logits = self.model(**self._to_model(self._inputs(images, texts))).logits
-        if self.label is None:
+        if len(labels) == 1:  # whose softmax is always 1
             return logits[:, 0]
         index = next(index for index, name in labels.items() if name == self.label)
+        if self.model.config.problem_type == "multi_label_classification":
+            return logits.sigmoid()[:, int(index)]
         return logits.softmax(-1)[:, int(index)]
 
     def _inputs(self, images: list[Image.Image], texts: list[str]) -> dict[str, torch.Tensor]:

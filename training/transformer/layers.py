@@ -19,8 +19,8 @@ _PRODUCTS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2}  # t
 
 class LayersCallback(TrainerCallback):
     """
-    Applies `torch_compile` and `selective_recomputation` to the layers of the decoder when a training begins, and
-    starts its clock.
+    Applies `torch_compile` and `selective_recomputation` to the layers of the decoder when a training begins, gives
+    each process dropout of its own, and starts the clock.
 
     Layer by layer, since around the layers a batch decides shapes and branches: there a compiled model would be
     compiled again and again.
@@ -31,6 +31,10 @@ class LayersCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.start_clock()
+        # `Trainer` seeds all processes alike: each would drop out the same places, of its own rows. A run that is
+        # resumed loads the random state of each.
+        if state.global_step == 0 and args.process_index > 0:
+            torch.manual_seed(args.seed + args.process_index)
         for layer in find_decoder(self.trainer.model).layers:
             if getattr(args, "selective_recomputation", False):  # `args` may be transformers' own
                 layer._gradient_checkpointing_func = functools.partial(

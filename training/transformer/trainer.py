@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ...modeling_nextflow.grids_nextflow import get_image_layout
 from ...modeling_nextflow.loss_nextflow import get_targets
@@ -64,11 +65,27 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
         self._flops, self._flops_to_log, self._clock = 0.0, 0.0, 0.0
+        self._length_sampler: LengthGroupedSampler | None = None
         self.add_callback(LayersCallback(self))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        return rows.sampler() if isinstance(rows, EndlessPackedDataset) else super()._get_train_sampler(rows)
+        if isinstance(rows, EndlessPackedDataset):
+            return rows.sampler()
+        sampler = super()._get_train_sampler(rows)
+        if isinstance(sampler, LengthGroupedSampler):
+            # By default it shuffles with the random numbers of whatever runs in the process: a run that is resumed
+            # after its first epoch, or a process that uses others, would have another order.
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed)
+            self._length_sampler = sampler
+        return sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._length_sampler is not None:
+            for _ in range(int(self.state.epoch)):
+                iter(self._length_sampler)  # shuffles, as at the start of each epoch
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
