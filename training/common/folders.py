@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .recipe import read_recipe
-
 
 RUN_FILE = "run.yaml"
 STAGES_FILE = "stages.json"  # of an exported folder: the trainings that its card lists
@@ -305,6 +303,8 @@ def _notes(result: Path) -> dict[str, Any]:
     """What is written down of the run that the weights in `result` are of; of an adapter alone, its base."""
     for file in (result / RUN_FILE, result.parent / RUN_FILE):
         if file.is_file():
+            from .recipe import read_recipe  # not above: `--help` of a command would wait for the Hub's library
+
             return read_recipe(file)
     if (result / "adapter_config.json").is_file():
         return {"model": _read_json(result / "adapter_config.json").get("base_model_name_or_path")}
