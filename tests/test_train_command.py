@@ -11,6 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -645,6 +646,9 @@ def test_an_adapter_is_a_start_as_a_model_is(toy, tmp_path):
     assert (tmp_path / "second" / "model.safetensors").exists()
     with pytest.raises(ValueError, match=r"is an adapter with \{'lora_r': 16\}, expected \{'lora_r': 8\}"):
         load_model(parse({**values, "lora_r": 8})[0])
+    other = {"lora_dropout": 0.1, "lora_train_image_parts": True, "lora_target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match=r"'lora_dropout': 0\.0, 'lora_train_image_parts': False, 'lora_target_m"):
+        load_model(parse({**values, **other})[0])
     with pytest.raises(ValueError, match="use_muon is for the decoder's matrices"):
         refused = {"use_muon": True, "optim": "adamw_torch", "output_dir": str(tmp_path / "third")}
         train.train(*parse({**values, **refused}))
@@ -775,3 +779,9 @@ def test_no_prompts_and_no_parts(tmp_path):
     model_args = parse(BASE)[0]
     with pytest.raises(ValueError, match="they make images of codes"):
         train.sampling_callback(None, model_args, args)
+
+
+def test_a_source_of_weight_0_is_not_read():
+    first, second = (datasets.Dataset.from_dict({"row": [*range(start, start + 3)]}) for start in (0, 10))
+    assert sorted(train.mix_rows([first, second], [2.0, 0.0])["row"]) == [0, 1, 2]
+    assert {*train.mix_rows([first, second], [1.0, 1.0])["row"]} == {0, 1, 2, 10, 11, 12}

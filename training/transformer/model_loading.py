@@ -77,12 +77,22 @@ def saved_adapter(name_or_path: str) -> "LoraConfig | None":
 
 def check_adapter(adapter: "LoraConfig", args: ModelArguments) -> None:
     """Refuse to train on an adapter of another shape than the recipe's."""
-    found = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
-    found["use_dora"] = adapter.use_dora
-    if differing := {name: value for name, value in found.items() if value != getattr(args, name)}:
+    found = {
+        "lora_r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "lora_train_image_parts": adapter.trainable_token_indices is not None,
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+    }
+    expected = {name: getattr(args, name) for name in found}
+    if args.lora_target_modules is not None:  # else PEFT has chosen them
+        found["lora_target_modules"] = sorted(adapter.target_modules or [])
+        expected["lora_target_modules"] = sorted(args.lora_target_modules)
+    if differing := [name for name in found if found[name] != expected[name]]:
         raise ValueError(
-            f"{args.model_name_or_path} is an adapter with {differing}, expected "
-            f"{ {name: getattr(args, name) for name in differing} }: the training goes on with the adapter as it is"
+            f"{args.model_name_or_path} is an adapter with { {name: found[name] for name in differing} }, expected "
+            f"{ {name: expected[name] for name in differing} }: the training goes on with the adapter as it is"
         )
 
 

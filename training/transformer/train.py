@@ -48,10 +48,11 @@ def mix_rows(
     """Mix rows of tokens and codes by the weights of their sources; without weights, concatenate them."""
     if weights is None:
         return datasets.concatenate_datasets(list(sources)).with_format("numpy")
-    probabilities = [weight / sum(weights) for weight in weights]
-    # Sources begin again until each of them has been read to its end.
+    # Without those of weight 0: sources begin again until each of them has been read to its end.
+    read = [(rows, weight / sum(weights)) for rows, weight in zip(sources, weights, strict=True) if weight > 0]
+    sources, probabilities = map(list, zip(*read))
     return datasets.interleave_datasets(
-        list(sources), probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
+        sources, probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
     ).with_format("numpy")
 
 
