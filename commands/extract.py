@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("got no data: name the YAML file with the sources")
 
     import torch
-    from accelerate import PartialState
     from transformers.utils import logging
 
     from ..modeling_nextflow.pixel_cnn_nextflow import convolution_layout
+    from ..training.common.processes import process_state
     from ..training.data.description import load_rows, read_description
     from ..training.data.extraction import extract_rows
     from ..training.data.preview import NUMBERS, preview_reconstruction
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output_dir = data.model.output_dir
     if output_dir is None:
         raise ValueError("got no output_dir: name a folder for the shards, as in output_dir=codes")
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     processor = data.model.load_processor()
     for resolution in (data.settings.resolution, *(source.resolution for source in data.mixture.sources)):
         if resolution is not None:

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:  # it ends itself, having said what a mistake was
         transformers.app(list(sys.argv[1:] if argv is None else argv), prog_name="transformers")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
 

@@ -3,9 +3,23 @@
 from dataclasses import fields, replace
 
 import torch
-from accelerate import Accelerator
-from transformers import Trainer
+from accelerate import Accelerator, PartialState
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+
+def process_state() -> PartialState:
+    """This process among those of the run. Without being told, accelerate knows of no others on CPUs."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def seed_process(args: TrainingArguments, state: TrainerState) -> None:
+    """
+    Give each process random numbers of its own, when a training begins: `Trainer` seeds all alike, and they would add
+    the same noise to, or drop out the same places of, their own rows. A resumed run loads the random state of each.
+    """
+    if state.global_step == 0 and args.process_index > 0:
+        torch.manual_seed(args.seed + args.process_index)
 
 
 def check_processes(trainer: Trainer, *, can_shard_weights: bool = True) -> None:

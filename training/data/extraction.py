@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...processing.processing_nextflow import NextFlowProcessor
+from ..common.processes import process_state
 from .encoding import ExtractionSettings, RowEncoder
 from .messages import BadRowError, bad_row_reason
 from .shards import (
@@ -84,7 +83,7 @@ def extract_rows(
     check_manifest(output_dir, manifest, vision_tokenizer)
     if (output_dir / INDEX).exists():  # finished, maybe by other processes
         return num_rows_of(output_dir)
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs know of no others
+    state = process_state()
     encoder, num_shards = RowEncoder(processor, vision_tokenizer, settings), 0
 
     def is_mine(shard: int) -> bool:

@@ -25,7 +25,7 @@ from ...pipelines.diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from ...pipelines.latents_nextflow import encode_latents
 from ...pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from ..common.ema import AveragedWeightsMixin
-from ..common.processes import check_processes
+from ..common.processes import check_processes, seed_process
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_trainer_options
 from ..data.decoder_rows import NextFlowDecoderCollator
 
@@ -203,9 +203,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": total / count}, num_samples=int(count))
 
     def on_step_begin(self) -> None:
-        # `Trainer` seeds all processes alike: each would add the same noise, at the same times, to its own images.
-        if self.state.global_step == 0 and self.args.process_index > 0:
-            torch.manual_seed(self.args.seed + self.args.process_index)
+        seed_process(self.args, self.state)  # for noise, times and dropped conditions
 
     # ---- Checkpoints ----
 

@@ -17,13 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ...atomic import write_file, write_json
+from ..common.processes import process_state
 from .suite import Answer, Sample, Suite, UnscoredError, text_of
 
 
@@ -50,7 +49,7 @@ class EvaluationRun:
             raise ValueError(f"the suite {suite.name} has the ids {wrong[:3]}, expected file names that occur once")
         self.suite, self.folder, self.seed = suite, folder, description["seed"]
         self.settings = description.get("settings", {})
-        self.state = PartialState(cpu=not torch.accelerator.is_available())  # else processes know of no others
+        self.state = process_state()
         self.claim(DESCRIPTION, description)
 
     def claim(self, name: str, description: dict[str, Any], decides: Collection[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import TrainerCallback
 
 from ...modeling_nextflow.modeling_nextflow import NextFlowModel
+from ..common.processes import seed_process
 
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ class LayersCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.start_clock()
-        # `Trainer` seeds all processes alike: each would drop out the same places, of its own rows. A run that is
-        # resumed loads the random state of each.
-        if state.global_step == 0 and args.process_index > 0:
-            torch.manual_seed(args.seed + args.process_index)
+        seed_process(args, state)  # for dropout
         for layer in find_decoder(self.trainer.model).layers:
             if getattr(args, "selective_recomputation", False):  # `args` may be transformers' own
                 layer._gradient_checkpointing_func = functools.partial(
