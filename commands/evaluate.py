@@ -15,6 +15,7 @@ from .train import leave_processes
 if TYPE_CHECKING:
     from ..pipelines.pipeline_nextflow import NextFlowPipeline
     from ..training.evaluation.runner import EvaluationRun
+    from ..training.evaluation.suite import Suite
 
 EXAMPLES = """
   nextflow-hf evaluate nextflow_hf.worlds.shapes:suite nextflow-shapes count=20
@@ -114,7 +115,7 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
         _generate(run, args)
     files = [suite.lay_out(run)] if isinstance(suite, Benchmark) and run.state.is_main_process else []
     if not args.generate_only:
-        run.score(scoring)
+        run.score(scoring, _judged_by(suite))
         if run.state.is_main_process:
             _, written = write_report(run, description, args.command)
             print(written[1].read_text(encoding="utf-8"))
@@ -154,6 +155,23 @@ def _origin(pipe: "NextFlowPipeline") -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "memory_of": peak_memory(device)[1],
     }
+
+
+def _judged_by(suite: "Suite") -> dict[str, str]:
+    """Hashes of what decides the scores, see [`Suite`]."""
+    import hashlib
+    import json
+
+    from torch import nn
+
+    from .loading import weights_fingerprint
+
+    def fingerprint(part: Any) -> str:
+        if isinstance(part, nn.Module):
+            return weights_fingerprint(part)
+        return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
+
+    return {name: fingerprint(part) for name, part in getattr(suite, "judged_by", {}).items()}
 
 
 def _understand(args: argparse.Namespace, options: dict[str, Any], folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Published benchmarks: formulas by hand, official layouts, judges over loopback and in this process, the card."""
 
+import copy
 import csv
 import json
 import math
@@ -458,6 +459,9 @@ def test_official_questions_take_the_place_of_ours(evaluate, tmp_path):
     assert [text for text, _ in server.asked] == ["Rate the edit 'paint it blue' thrice."]
     report = read_report(tmp_path)
     assert report["values"]["Overall"] == 4 and report["provenance"]["judge_prompts"] == str(tmp_path / "questions")
+    (tmp_path / "questions" / "judge_prompt.json").write_text(json.dumps({"alter": "Rate it thrice."}))
+    again = ("--prompts", tmp_path / "prompts", *judge, "--set", "height=16", "width=16", "--score-only")
+    assert "other values of questions" in evaluate("imgedit", *again, mistake=True)
     (tmp_path / "questions" / "judge_prompt.json").write_text('{"add": "x"}')
     suite = make_suite("imgedit", {"prompts": str(tmp_path / "prompts"), "judge_prompts": str(tmp_path / "questions")})
     with pytest.raises(ValueError, match=r"has no alter.txt, which imgedit asks for"):
@@ -523,6 +527,9 @@ def test_a_local_judge_scores_a_suite(local_judge, evaluate, tmp_path, monkeypat
     report = read_report(tmp_path)
     assert 0 < report["values"]["Soft-TIFA GM"] <= report["values"]["Soft-TIFA AM"] < 100
     assert report["provenance"]["judge"] == str(folder)
+    monkeypatch.setattr(local_judge, "model", copy.deepcopy(local_judge.model))
+    local_judge.model.lm_head.weight.data.mul_(2)
+    assert "other values of judge_weights" in evaluate("geneval2", *prompts, "--judge", folder, mistake=True)
     with pytest.raises(ValueError, match="has no score without a judge"):
         load_judge(None, None, "x")
 

@@ -120,6 +120,22 @@ def test_answers_of_other_weights_are_not_gone_on_with(evaluate, tmp_path, monke
     assert (tmp_path / "out" / "origin.json").read_text() == before
 
 
+def test_scores_of_a_judge_that_was_trained_on_in_its_place_are_not_gone_on_with(evaluate, tmp_path, monkeypatch):
+    import toy_suite
+
+    judge, folder = torch.nn.Linear(2, 2), tmp_path / "out"
+    monkeypatch.setattr(toy_suite.Toy, "judged_by", {"judge_weights": judge, "questions": ["?"]}, raising=False)
+    evaluate("--output-dir", folder)
+    evaluate("--output-dir", folder, "--score-only")
+    known = (folder / "judge.json").read_text()
+    assert json.loads(known).items() <= json.loads((folder / "report.json").read_text())["provenance"].items()
+    judge.weight.data.add_(0.1)
+    assert "other values of judge_weights" in evaluate("--output-dir", folder, "--score-only", mistake=True)
+    assert (folder / "judge.json").read_text() == known
+    (folder / "judge.json").unlink()  # older evaluations have none
+    evaluate("--output-dir", folder, "--score-only")
+
+
 @pytest.mark.process
 def test_processes_share_the_samples_and_leave_their_group(evaluate, tmp_path):
     def main():

@@ -15,6 +15,8 @@ from nextflow_hf.worlds.judge import Judge, background_of, kept_psnr, train_judg
 from nextflow_hf.worlds.sampling import Context
 from nextflow_hf.worlds.scene import BACKGROUNDS, Scene, Thing, backdrop, box, canvases, paste, render
 from nextflow_hf.worlds.sprites import Sprite
+from nextflow_hf.worlds.suite import WorldSuite
+from nextflow_hf.worlds.template_judge import TemplateJudge
 
 
 CANVAS = (64, 64)
@@ -44,6 +46,12 @@ def test_a_true_scene_passes(folder, sprites, scene):
     checks = Judge(folder).judge_image(Image.fromarray(render(scene, sprites, CANVAS)), scene)
     assert set(checks) == {"concept", "place", "style", "size", "count", "background", "passed"}
     assert all(checks.values())
+
+
+def test_a_suite_says_whose_weights_score(folder, sprites):
+    judge = Judge(folder)
+    assert WorldSuite(sprites, judge, count=1).judged_by == {"judge_weights": judge.classifier}
+    assert WorldSuite(sprites, TemplateJudge(sprites), count=1).judged_by == {}
 
 
 @pytest.mark.parametrize(

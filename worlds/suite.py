@@ -80,6 +80,7 @@ class WorldSuite:
         self.without = ("transformer",) if tasks and {*tasks} == {_RECONSTRUCTION} else ()
         names = [(task, wording) for wording in wordings for task in tasks or possible]
         self.ids = [f"{task}-{wording}-{number:04d}" for number in range(count) for task, wording in names]
+        self.judged_by = {} if judge.classifier is None else {"judge_weights": judge.classifier}
         self.sample = lru_cache(maxsize=None)(self._sample)
 
     def _sample(self, id: str) -> Sample:

@@ -21,6 +21,8 @@ class TemplateJudge(Judge):
         sprites ([`Sprites`]): What there is to see.
     """
 
+    classifier = None
+
     def __init__(self, sprites: Sprites):
         self.sprites, self.backgrounds, self.sizes = sprites, sprites.dialect.backgrounds, sprites.dialect.sizes
         self.extents = {sprite: extent(sprites, sprite) for sprite in sprites.all}

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from ...atomic import write_file, write_json, write_text
-from .judges import Judge, check_judge, load_judge, read_scores, read_yes
+from .judges import Judge, LocalJudge, check_judge, load_judge, read_scores, read_yes
 from .runner import EvaluationRun
 from .suite import Answer, Sample, Turn, images_of
 
@@ -158,6 +158,14 @@ class Benchmark:
     def check_judge(self) -> None:
         """Raises `ValueError` where nothing could be scored: before anything is generated."""
         check_judge(*self._named)
+
+    @property
+    def judged_by(self) -> dict[str, Any]:
+        """The weights of a judge in this process, and the questions that are asked."""
+        names = {question.name for request in self.requests.values() for question in self.spec.questions(request)}
+        is_local = bool(names) and isinstance(self.judge, LocalJudge)  # who asks nothing has no judge
+        questions = {name: text for name, text in self.texts.items() if name in names}
+        return {**({"judge_weights": self.judge.model} if is_local else {}), "questions": questions}
 
     def sample(self, id: str) -> Sample:
         """One image of a request; its source images are opened."""

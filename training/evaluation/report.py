@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 from ...atomic import write_file, write_json, write_text
-from .runner import SCORING, EvaluationRun
+from .runner import JUDGE, SCORING, EvaluationRun
 from .suite import images_of, text_of
 
 
@@ -108,7 +108,7 @@ def write_report(run: EvaluationRun, description: dict, command: Sequence[str]) 
 def _provenance(run: EvaluationRun) -> dict:
     """Where the figures come from: what the folder keeps, the median time of a sample, and the peak of the memory."""
     found = {}
-    for name in (ORIGIN, SCORING):
+    for name in (ORIGIN, SCORING, JUDGE):
         if (run.folder / name).is_file():
             found |= json.loads((run.folder / name).read_text(encoding="utf-8"))
     timings = run.rows("timings").values()

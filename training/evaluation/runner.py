@@ -3,7 +3,8 @@
 The folder has `evaluation.json` (what is evaluated), `images/`, `answers-P.jsonl` and `results-P.jsonl` of process P.
 A line is appended and flushed to the disk when its images are; a line that a kill cut short is not counted. Processes
 share the samples that are left, so a run may be resumed with another number. `timings-P.jsonl` has the seconds and
-the peak memory of each sample, `scoring.json` what decides the scores. Knows neither suites nor models.
+the peak memory of each sample, `scoring.json` what decides the scores, `judge.json` hashes of what that names. Knows
+neither suites nor models.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from .suite import Answer, Sample, Suite, UnscoredError, text_of
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION, SCORING, IMAGES = "evaluation.json", "scoring.json", "images"
+DESCRIPTION, SCORING, JUDGE, IMAGES = "evaluation.json", "scoring.json", "judge.json", "images"
 SAMPLE_SEEDS = 1000  # between two samples: each turn has one
 
 
@@ -85,9 +86,13 @@ class EvaluationRun:
 
         self._fill("answers", work)
 
-    def score(self, scoring: dict[str, Any]) -> None:
-        """Scores of all answers that have none yet; `scoring` is what decides them, such as the judge."""
+    def score(self, scoring: dict[str, Any], judge: dict[str, str]) -> None:
+        """
+        Scores of all answers that have none yet; `scoring` is what decides them, such as the judge's path, and `judge`
+        has hashes of what is there, for it may be trained on in place.
+        """
         self.claim(SCORING, scoring)
+        self.claim(JUDGE, judge)
         answers = self.rows("answers")
 
         def work(index: int, sample: Sample) -> dict:

@@ -79,6 +79,8 @@ class Suite(Protocol):
     Attributes:
         name (`str`): Names its folder and its report.
         ids (`Sequence[str]`): Names all samples, in one fixed order.
+        judged_by (`dict[str, Any]`, *optional*):
+            What decides the scores and may change under its name: modules, of which the weights count, and values.
     """
 
     name: str
