@@ -11,13 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from PIL import Image
 
 
+Reply = Callable[[str, list[Image.Image]], str | dict | int | tuple[int, str]]
+
+
 class JudgeServer(ThreadingHTTPServer):
     """
     `reply(text, images)` gives the words of an answer, or a dict of first tokens with their log-probabilities, or an
-    HTTP status. `asked` has the (text, images) of all requests.
+    HTTP status, or a status with the words of its error. `asked` has the (text, images) of all requests.
     """
 
-    def __init__(self, reply: Callable[[str, list[Image.Image]], str | dict | int]):
+    def __init__(self, reply: Reply):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply, self.asked = reply, []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -33,22 +36,23 @@ class _Handler(BaseHTTPRequestHandler):
         images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in images]
         self.server.asked.append((text["text"], images))
         reply = self.server.reply(text["text"], images)
-        self.send_response(reply if isinstance(reply, int) else 200)
+        status, reply = reply if isinstance(reply, tuple) else (reply, "") if isinstance(reply, int) else (200, reply)
+        self.send_response(status)
         self.end_headers()
         if isinstance(reply, dict):
             top = [{"token": token, "logprob": value} for token, value in reply.items()]
             choice = {"message": {"content": next(iter(reply))}, "logprobs": {"content": [{"top_logprobs": top}]}}
         else:
             choice = {"message": {"content": reply}}
-        if not isinstance(reply, int):
-            self.wfile.write(json.dumps({"choices": [choice]}).encode())
+        body = {"choices": [choice]} if status == 200 else {"error": {"message": reply}}
+        self.wfile.write(json.dumps(body).encode())
 
     def log_message(self, *args):
         pass
 
 
 @contextlib.contextmanager
-def judge_server(reply: Callable[[str, list[Image.Image]], str | dict | int]) -> Iterator[JudgeServer]:
+def judge_server(reply: Reply) -> Iterator[JudgeServer]:
     server = JudgeServer(reply)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     try:

@@ -437,6 +437,38 @@ def test_scoring_goes_on_where_the_judge_failed(evaluate, tmp_path, monkeypatch)
         assert "other values of judge_model" in evaluate("wise", *common, *other, mistake=True)
 
 
+def test_a_prompt_that_the_judge_refuses_is_reported_and_the_others_are_scored(evaluate, tmp_path, monkeypatch):
+    write_wise(tmp_path / "prompts")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("nextflow_hf.training.evaluation.runner.MOST_UNSCORED", 2)
+
+    def filtering(text, images):
+        return (400, "The prompt triggers our filter.") if "riddle 2" in text else reply(text, images)
+
+    with judge_server(filtering) as server:
+        judge = ("--prompts", tmp_path / "prompts", "--judge", server.url, "--judge-model", "stub")
+        out = evaluate("wise", *judge)
+        report = read_report(tmp_path)
+        ((id, reason),) = report["unscored"].items()
+        assert id == "2-0" and "HTTP Error 400" in reason and "The prompt triggers our filter." in reason
+        assert f"Samples without a score, which count nowhere: 1, such as {id}: {reason}" in out
+        assert not report["complete"] and report["samples"] == 5 and "time" not in report["values"]
+        again = (*judge, "--set", "height=16", "width=16", "--score-only")
+        for status in (401, 404, 429, 500):  # not of the prompt
+            server.reply = lambda text, images, status=status: (status, "A word of the server.")
+            error = evaluate("wise", *again, mistake=True)
+            assert f"does not answer (HTTP Error {status}" in error and "A word of the server." in error
+        (tmp_path / "out" / "results-0.jsonl").unlink()
+        server.reply = lambda text, images: (400, "There is no such option.")
+        server.asked.clear()
+        error = evaluate("wise", *again, mistake=True)
+        assert "none of the first 2 samples has a score" in error and "There is no such option." in error
+        assert len(server.asked) == 2
+        server.reply = reply
+        evaluate("wise", *again)
+        assert read_report(tmp_path)["complete"] and not read_report(tmp_path)["unscored"]
+
+
 def test_a_server_without_probabilities_is_named(evaluate, tmp_path):
     write_geneval2(tmp_path / "prompts")
     with judge_server(lambda text, images: "two") as server:

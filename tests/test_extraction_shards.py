@@ -1,5 +1,6 @@
 """Shards survive: kills, full disks, several processes and bad rows leave the files of a run that met none of them."""
 
+import copy
 import json
 import logging
 import os
@@ -16,7 +17,9 @@ from data_files import example_config, picture, write_example
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as Pillow
 from processes import in_a_process
+from tokenizers import Tokenizer, models
 from toy_pipeline import toy_processor, toy_vision_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from nextflow_hf import cli
 from nextflow_hf.training.data import shards
@@ -88,6 +91,24 @@ def die_at_write(number: int, folder: Path) -> None:
 
     shards.os.replace = dying
     extract(folder)
+
+
+def test_a_text_tokenizer_of_the_same_tokens_with_other_merges_is_another(tmp_path):
+    vocabulary, manifests = {token: number for number, token in enumerate(["a", "b", "c", "ab", "bc"])}, []
+    for merges in ([("a", "b")], [("b", "c")]):
+        processor = copy.copy(PROCESSOR)
+        bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="a")
+        manifests.append({"processor": shards.describe_processor(processor)})
+        processor.tokenizer(["abc", "a"], padding=True)  # which the tokenizer remembers
+        assert {"processor": shards.describe_processor(processor)} == manifests[-1]
+    shards.check_manifest(tmp_path, manifests[0], TOKENIZER)
+    with pytest.raises(ValueError, match=r"other settings: \[\('processor.text_tokenizer_rules', "):
+        shards.check_manifest(tmp_path, manifests[1], TOKENIZER)
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    del written["processor"]["text_tokenizer_rules"]  # as older versions wrote it
+    (tmp_path / "manifest.json").write_text(json.dumps(written))
+    shards.check_manifest(tmp_path, manifests[0], TOKENIZER)
 
 
 def test_a_kill_before_any_of_the_writes(whole, tmp_path):

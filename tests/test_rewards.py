@@ -378,7 +378,9 @@ def test_judge_tries_again(server):
 REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: %s\r\n\r\n"
 BODY = b"HTTP/1.1 200 OK\r\n\r\n"
 FAILURES = {
-    "busy": (503, 2, "HTTP Error 503"), "refused": (400, 1, "HTTP Error 400"), "silent": (0.6, 2, "timed out"),
+    "busy": (503, 2, "HTTP Error 503"), "refused": (400, 1, "HTTP Error 400"),
+    "filtered": (b"HTTP/1.1 400 Bad Request\r\n\r\n{'message':\n 'our filter'}", 1, "'our filter'}"),
+    "silent": (0.6, 2, "timed out"),
     "no score": ("no idea", 1, "has no score: 'no idea'"), "empty": ("{}", 1, "has no score"),
     "out of range": ('{"score": 11}', 1, "the score is 11, expected 0 to 10"),
     "huge": ('{"score": ' + "9" * 400 + "}", 1, "the score is inf, expected 0 to 10"),

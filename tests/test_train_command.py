@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -439,6 +440,25 @@ def test_workers_share_a_stream(workers, toy):
     loader = DataLoader(RowStream(folders, shuffle_buffer=1), batch_size=None, num_workers=workers)
     rows = [str(row["input_ids"].tolist()) for row in itertools.islice(loader, 12)]
     assert sorted(rows) == sorted(str(row["input_ids"].tolist()) for row in train.load_rows(folders))
+
+
+def test_rows_that_fit_into_no_pack_end_a_training_before_it_begins(toy, tmp_path, monkeypatch):
+    long = {"pack_max_length": 8, "on_long_row": "skip"}
+    with pytest.raises(ValueError, match="no row fits into a pack of max_length=8, max_flops=None"):
+        train_stream(tmp_path, toy, **long)
+    with pytest.raises(ValueError, match="there is no pack: no row fits into one"):
+        train_stream(tmp_path, toy, streaming=False, **long)
+    monkeypatch.setattr(train, "WINDOWS_AT_ONCE", 0)  # block by block
+    with pytest.raises(ValueError, match="there is no pack: no row fits into one"):
+        train_stream(tmp_path, toy, streaming=False, **long)
+
+
+@pytest.mark.parametrize("workers", [2, 7])
+def test_every_worker_comes_to_every_row_of_one_file(workers, toy, monkeypatch):
+    worker = SimpleNamespace(id=workers - 1, num_workers=workers)
+    monkeypatch.setattr("nextflow_hf.training.data.streaming.get_worker_info", lambda: worker)
+    rows = itertools.islice(RowStream([toy / "text"], shuffle_buffer=1), 6)
+    assert len({row["row_id"] for row in rows}) == 6
 
 
 def test_streams_that_cannot_be(toy, tmp_path):

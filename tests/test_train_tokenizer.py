@@ -18,8 +18,11 @@ from nextflow_hf.processing.image_processing_nextflow import NextFlowImageProces
 from nextflow_hf.training.common.checkpoints import last_checkpoint
 from nextflow_hf.training.common.finite_steps import NotFiniteError
 from nextflow_hf.training.common.recipe import load_recipe, parse_recipe
+from nextflow_hf.training.data.images import NextFlowVisionTokenizerCollator
+from nextflow_hf.training.evaluation.reconstruction_report import measure_batch
 from nextflow_hf.training.vision_tokenizer import train
 from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.vision_tokenizer.recipe import ImageArguments, build_datasets
 from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -238,6 +241,14 @@ def test_the_stages_by_recipe(tmp_path, monkeypatch):
     joint = loaded["joint"].state_dict()  # of the same seed
     kept = {tuple(row.tolist()) for row in joint["quantizer.pixel_codebook.weight"]}
     assert all(tuple(row.tolist()) in kept for row in merged.state_dict()["quantizer.pixel_codebook.weight"])
+    processor = NextFlowImageProcessor.from_pretrained("merged")
+    _, evaluation = build_datasets(
+        ImageArguments("data.yaml", eval_data="data.yaml", max_eval_images=4), processor, seed=0
+    )
+    batch = NextFlowVisionTokenizerCollator()([*evaluation])
+    found = measure_batch(merged.eval(), batch["pixel_values"], batch["image_grids"], num_scales=4).values["psnr"]
+    measured = json.loads(Path("merged/eval_results.json").read_text())["eval_psnr"]
+    assert measured == pytest.approx(found.mean().item(), abs=1e-3)
     after = ["vision_tokenizer_name_or_path=merged", "output_dir=last", "config_overrides.codebook_size=10"]
     assert cli.main([*small("decoder"), *after]) == 0
 

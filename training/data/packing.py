@@ -181,7 +181,7 @@ class EndlessPackedDataset(Dataset):
     def report(self, num_ranks: int = 1) -> PackingReport:
         """Of the first block."""
         first = self._plan(0)
-        return PackingReport.of(first, num_ranks=min(num_ranks, len(first)))
+        return PackingReport.of(first, num_ranks=max(1, min(num_ranks, len(first))))
 
     def _plan(self, block: int) -> Packs:
         if block not in self._plans:
@@ -243,6 +243,19 @@ class PackedIterableDataset(IterableDataset):
         while window := list(itertools.islice(rows, self.window)):
             packs = PackedDataset(window, self.config, window=self.window, **self.options)
             yield from (packs[index] for index in range(len(packs)))
+
+
+def check_fit(
+    rows: Iterable[dict], config: NextFlowConfig, *, max_length: int | None = None, max_flops: float | None = None
+) -> None:
+    """`ValueError` where no row fits into a pack: a stream would be read for ever. Reads until one does."""
+    for row in rows:
+        if (document_shares(*document_costs([row], config), max_length=max_length, max_flops=max_flops) <= 1).all():
+            return
+    raise ValueError(
+        f"no row fits into a pack of max_length={max_length}, max_flops={max_flops}, expected one that does: raise "
+        "the limit"
+    )
 
 
 def _pack(

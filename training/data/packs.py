@@ -176,6 +176,8 @@ class PackingReport:
     @classmethod
     def of(cls, packs: Packs, *, num_ranks: int = 1) -> "PackingReport":
         """Of packs whose FLOPs are known; `ValueError` where they make no step."""
+        if not len(packs):
+            raise ValueError("there is no pack: no row fits into one; raise max_length or max_flops")
         return cls._of_work(len(packs.documents), packs.tokens, 0 * packs.tokens, packs.flops, num_ranks)
 
     @classmethod

@@ -30,6 +30,8 @@ from .messages import log_causes
 logger = logging.get_logger(__name__)
 
 MANIFEST, INDEX, BAD_ROWS = "manifest.json", "index.json", "bad_rows.jsonl"
+# Of a text tokenizer's file: what makes tokens of a text, and no padding or truncation of the last call.
+_RULES = ("added_tokens", "normalizer", "pre_tokenizer", "model", "post_processor")
 _INTEGERS = List(Value("int64"))
 SHARD_FEATURES = Features(
     {
@@ -74,14 +76,20 @@ def describe_tokenizer(vision_tokenizer: NextFlowVisionTokenizer) -> dict[str, A
 
 def describe_processor(processor: NextFlowProcessor) -> dict[str, Any]:
     """The processor in a manifest: settings of its images, and hashes of what makes tokens of texts."""
-    vocabulary = json.dumps(sorted(processor.tokenizer.get_vocab().items())).encode()
+    tokenizer = processor.tokenizer
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     return {
-        "text_tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
-        "chat_template": hashlib.sha256(json.dumps(processor.chat_template).encode()).hexdigest()[:16],
+        "text_tokenizer": _hash(sorted(tokenizer.get_vocab().items())),
+        "text_tokenizer_rules": _hash([rules.get(name) for name in _RULES]),
+        "chat_template": _hash(processor.chat_template),
         "append_last_scale": processor.append_last_scale,
         # Through JSON, as it will be read: tuples become lists.
         "image_processor": json.loads(json.dumps(processor.image_processor.to_dict(), default=str)),
     }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def check_manifest(folder: Path, manifest: dict[str, Any], vision_tokenizer: NextFlowVisionTokenizer) -> None:
@@ -99,6 +107,8 @@ def check_manifest(folder: Path, manifest: dict[str, Any], vision_tokenizer: Nex
         return
     found = json.loads(path.read_text())
     found.pop("origin", None)
+    if "text_tokenizer_rules" not in found["processor"]:  # it was written before they were hashed
+        del manifest["processor"]["text_tokenizer_rules"]
     if found != manifest:
         ours, theirs = _flat(manifest), _flat(found)
         differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))

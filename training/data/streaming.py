@@ -58,6 +58,12 @@ class RowStream(IterableDataset):
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
 
+    def once(self) -> Iterator[dict]:
+        """The rows that are ever sampled, each once, in the order of the files."""
+        for probability, files in zip(self.probabilities, self.sources, strict=True):
+            for path in files if probability else ():
+                yield from _rows(path)
+
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -85,8 +91,9 @@ class RowStream(IterableDataset):
                 for index in order[part::parts]:
                     yield from _rows(files[index])
             else:
+                # Others in each epoch: of one file, a worker might else wait for ever for a row, or for one that fits.
                 for number, row in enumerate(row for index in order for row in _rows(files[index])):
-                    if number % parts == part:
+                    if (number + epoch) % parts == part:
                         yield row
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import urllib.error
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from .suite import UnscoredError
 
 
 MAX_NEW_TOKENS = 1024  # of a local model's answer
+# What a server says of one request: a filter refuses it, or it is too large.
+STATUS_OF_ONE_SAMPLE = {400, 413, 422}
 TOP_LOGPROBS = 20  # the most that OpenAI's servers give
 _NUMBER = r"-?\d+(?:\.\d+)?"
 
@@ -77,8 +80,11 @@ class EndpointJudge(VLMJudge):
         try:
             return self._request({"model": self.model, "messages": messages, "temperature": 0, **options})
         except (OSError, http.client.HTTPException) as error:
+            words = " ".join(str(error).split())
+            if isinstance(error, urllib.error.HTTPError) and error.code in STATUS_OF_ONE_SAMPLE:
+                raise UnscoredError(f"the judge at {self.url} refuses it ({words})") from error
             raise OSError(
-                f"the judge at {self.url} does not answer ({' '.join(str(error).split())}): what is there is kept; "
+                f"the judge at {self.url} does not answer ({words}): what is there is kept; "
                 "start its server and repeat the command with --score-only"
             ) from error
 

@@ -59,6 +59,9 @@ def _means(scores: list[dict[str, float]]) -> dict:
 def to_markdown(title: str, summary: dict) -> str:
     """What all answers have together, and a table of every group."""
     lines = [f"# {title}", "", *(f"{name}: {value:.4f}\n" for name, value in summary["values"].items())]
+    unscored = summary.get("unscored", {})
+    for id, reason in [*unscored.items()][:1]:
+        lines += [f"Samples without a score, which count nowhere: {len(unscored)}, such as {id}: {reason}", ""]
     for group, found in summary["groups"].items():
         names = [name for name in found["values"] if name != PASSED]
         rate = ["passed", "95% interval"] if PASSED in found["values"] else []
@@ -90,6 +93,7 @@ def write_report(run: EvaluationRun, description: dict, command: Sequence[str]) 
     summary = {**description, "complete": len(ordered) == len(run.suite.ids), "samples": len(ordered)}
     summary |= {"groups": summarize(ordered), "values": run.suite.summarize(run.pairs(), ordered)}
     summary["provenance"] = {**_provenance(run), "scored_by": list(command)}
+    summary["unscored"] = {id: row["reason"] for id, row in run.rows("unscored").items() if id not in results}
     title = f"{description['suite']}: {len(ordered)} of {len(run.suite.ids)} samples, {description['model']}"
     files = [run.folder / "report.json", run.folder / "report.md"]
     write_text(files[1], to_markdown(title, summary))

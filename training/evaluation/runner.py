@@ -1,6 +1,7 @@
 """Runs a suite: sample by sample, on one process or several, so that a kill loses at most the sample in work.
 
-The folder has `evaluation.json` (what is evaluated), `images/`, `answers-P.jsonl` and `results-P.jsonl` of process P.
+The folder has `evaluation.json` (what is evaluated), `images/`, `answers-P.jsonl`, `results-P.jsonl` and
+`unscored-P.jsonl` (samples that got no score, and why) of process P.
 A line is appended and flushed to the disk when its images are; a line that a kill cut short is not counted. Processes
 share the samples that are left, so a run may be resumed with another number. `timings-P.jsonl` has the seconds and
 the peak memory of each sample, `scoring.json` what decides the scores, `judge.json` hashes of what that names. Knows
@@ -30,6 +31,7 @@ from .suite import Answer, Sample, Suite, UnscoredError, text_of
 logger = logging.getLogger(__name__)
 
 DESCRIPTION, SCORING, JUDGE, IMAGES = "evaluation.json", "scoring.json", "judge.json", "images"
+MOST_UNSCORED = 20  # before the first score: a judge that is asked in a wrong way has none for any
 SAMPLE_SEEDS = 1000  # between two samples: each turn has one
 
 
@@ -79,9 +81,8 @@ class EvaluationRun:
             seed = self.seed * 10_000_019 + index * SAMPLE_SEEDS
             started = time.perf_counter()
             turns = answer(sample, seed)
-            timing = {"id": sample.id, "seconds": time.perf_counter() - started, "peak_bytes": memory()}
-            with open(self.folder / f"timings-{self.state.process_index}.jsonl", "a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(timing)}\n")  # the first ends a line that was cut short
+            seconds = time.perf_counter() - started
+            self._append("timings", {"id": sample.id, "seconds": seconds, "peak_bytes": memory()})
             return {"seed": seed, "answer": [self._save(sample, seed, *turn) for turn in enumerate(turns)]}
 
         self._fill("answers", work)
@@ -104,7 +105,7 @@ class EvaluationRun:
         self._fill("results", work, only=answers)
 
     def rows(self, kind: str) -> dict[str, dict]:
-        """The finished lines of "answers", "timings" or "results" by the id of their sample, in any order."""
+        """The finished lines of "answers", "timings", "results" or "unscored" by their samples' ids, in any order."""
         found = {}
         for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
             for line in path.read_text(encoding="utf-8").split("\n"):
@@ -130,21 +131,27 @@ class EvaluationRun:
         self.state.wait_for_everyone()  # all have read what is done
         # Dealt out by turns: neighbours are of one category, so each process gets some of every kind.
         mine = left[self.state.process_index :: self.state.num_processes]
-        path = self.folder / f"{kind}-{self.state.process_index}.jsonl"
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n")  # ends a line that was cut short
-            for index in tqdm(mine, desc=kind, unit="sample", disable=not self.state.is_main_process):
-                try:
-                    sample = self.suite.sample(self.suite.ids[index])
-                    row = {"id": sample.id, "group": sample.group, "category": sample.category}
-                    row |= work(index, sample)
-                except UnscoredError as error:
-                    logger.warning("no score for %s: %s", self.suite.ids[index], error)
-                    continue
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        unscored, has_worked = 0, bool(done) or kind != "results"
+        for index in tqdm(mine, desc=kind, unit="sample", disable=not self.state.is_main_process):
+            try:
+                sample = self.suite.sample(self.suite.ids[index])
+                row = {"id": sample.id, "group": sample.group, "category": sample.category, **work(index, sample)}
+            except UnscoredError as error:
+                logger.warning("no score for %s: %s", self.suite.ids[index], error)
+                self._append("unscored", {"id": self.suite.ids[index], "reason": str(error)})
+                unscored += 1
+                if unscored == MOST_UNSCORED and not has_worked:
+                    raise ValueError(f"none of the first {unscored} samples has a score: {error}") from error
+                continue
+            self._append(kind, row)
+            has_worked = True
         self.state.wait_for_everyone()
+
+    def _append(self, kind: str, row: dict) -> None:
+        with open(self.folder / f"{kind}-{self.state.process_index}.jsonl", "a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(row)}\n")  # the first ends a line that was cut short
+            file.flush()
+            os.fsync(file.fileno())
 
     def _save(self, sample: Sample, seed: int, number: int, parts: list[dict]) -> list[dict]:
         """The parts with files in the place of images; a file says how its image was made."""

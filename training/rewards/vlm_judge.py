@@ -5,6 +5,7 @@ Knows HTTP and nothing of the model that samples. The standard library is enough
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -31,7 +32,7 @@ QUESTION = (
     "An image was made for this request:\n\n{prompt}\n\nHow well does it fulfil the request, and is it free of "
     'visible errors? Answer with JSON only: {{"score": <number from {low} to {high}>}}'
 )
-MAX_ANSWER_BYTES = 2**20
+MAX_ANSWER_BYTES, MAX_ERROR_BYTES = 2**20, 2**12
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -197,6 +198,9 @@ class VLMJudge:
                     return _read(response, time.monotonic() + self.timeout)
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED_STATUS or attempt == self.retries:
+                    with contextlib.suppress(OSError, http.client.HTTPException):  # a connection that is lost by now
+                        if words := error.read1(MAX_ERROR_BYTES):
+                            error.msg += f": {one_line(words.decode(errors='replace'))}"
                     raise
             except (OSError, http.client.HTTPException):  # time-outs and lost connections, or no HTTP
                 if attempt == self.retries:

@@ -16,7 +16,7 @@ from ..common.checkpoints import train_to_the_end
 from ..common.flops import training_flops
 from ..common.run import BatchArguments, world_size
 from ..data.collator import PackingCollator
-from ..data.packing import EndlessPackedDataset, PackedDataset, PackedIterableDataset, document_costs
+from ..data.packing import EndlessPackedDataset, PackedDataset, PackedIterableDataset, check_fit, document_costs
 from ..data.packs import WINDOWS_AT_ONCE, PackingReport
 from ..data.shards import load_codes
 from ..data.streaming import RowStream
@@ -126,6 +126,7 @@ def pack_rows(
         "on_long_row": data_args.on_long_row,
     }
     if isinstance(rows, RowStream):
+        check_fit(rows.once(), config, max_length=data_args.pack_max_length, max_flops=data_args.pack_max_flops)
         return PackedIterableDataset(rows, config, **options)
     options["seed"] = args.seed
     # Too many rows to plan before the first step: block by block, which knows no length.

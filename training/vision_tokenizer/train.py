@@ -10,6 +10,7 @@ from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisi
 from ..common.checkpoints import train_to_the_end
 from ..common.run import BatchArguments
 from ..data.description import load_images, read_description
+from ..data.images import NextFlowImageDataset
 from .arguments import NextFlowVisionTokenizerTrainingArguments
 from .codebook import merged_codes
 from .recipe import (
@@ -53,21 +54,33 @@ def train(
     )
 
     def save() -> None:
+        trainer.save_model()
+        if tokenizer_args.merge_codes is not None:
+            _merge_codes(trainer, images, tokenizer_args.merge_codes, tokenizer_args.merge_images)
         if evaluation is not None:
             metrics = trainer.evaluate()
             if trainer.is_world_process_zero():
                 write_json(Path(args.output_dir, "eval_results.json"), metrics)
-        trainer.save_model()
-        if tokenizer_args.merge_codes is not None and trainer.is_world_process_zero():
-            saved = NextFlowVisionTokenizer.from_pretrained(args.output_dir).eval().to(args.device)
-            merged = merged_codes(saved, images, tokenizer_args.merge_codes, num_images=tokenizer_args.merge_images)
-            with replaced_folder(args.output_dir) as staging:
-                merged.save_pretrained(staging)
 
     train_to_the_end(trainer, checkpoint, save)
     if bad := images.images.bad_rows:
         logger.warning(f"{len(bad)} images were bad and skipped: {bad[:100]}")
     return trainer
+
+
+def _merge_codes(
+    trainer: NextFlowVisionTokenizerTrainer, images: NextFlowImageDataset, num_codes: int, num_images: int
+) -> None:
+    """Merge codes of the saved tokenizer; the trainer has it from then on, for what is measured is what is saved."""
+    args = trainer.args
+    if trainer.is_world_process_zero():
+        saved = NextFlowVisionTokenizer.from_pretrained(args.output_dir).eval().to(args.device)
+        merged = merged_codes(saved, images, num_codes, num_images=num_images)
+        with replaced_folder(args.output_dir) as staging:
+            merged.save_pretrained(staging)
+    trainer.accelerator.wait_for_everyone()
+    trainer.model = NextFlowVisionTokenizer.from_pretrained(args.output_dir).to(args.device)
+    trainer.ema = None  # of the codes before
 
 
 def plan(
