@@ -84,6 +84,12 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
         super().train(mode)
         if self.vision_tokenizer is not None:
             self.vision_tokenizer.eval()
+            trained = [name for name, value in self.vision_tokenizer.named_parameters() if value.requires_grad]
+            if mode and trained:  # they would get no gradient
+                raise ValueError(
+                    f"{len(trained)} parameters of the frozen vision tokenizer are to be trained, such as "
+                    rf"{trained[0]}: pass exclude_modules='.*\b{VISION_TOKENIZER}\..*' to an adapter of both parts"
+                )
         return self
 
     # ---- one repository

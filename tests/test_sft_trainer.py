@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from nextflow_hf import NextFlowForConditionalGeneration
 from nextflow_hf.modeling_nextflow import modeling_nextflow
 from nextflow_hf.training.data.collator import NextFlowDataCollator
+from nextflow_hf.training.transformer.adapters import VISION_TOKENIZER
 from nextflow_hf.training.transformer.trainer import NextFlowTrainer
 
 
@@ -23,7 +24,10 @@ OPTIONS = {
     "train_sampling_strategy": "sequential",
 }  # fmt: skip
 COLORS = ["red", "blue", "green", "black"]
-LORA = {"target_modules": ["q_proj", "connector.linear_1"], "init_lora_weights": False}
+LORA = {
+    "target_modules": ["q_proj", "connector.linear_1"], "init_lora_weights": False,
+    "exclude_modules": VISION_TOKENIZER,
+}  # fmt: skip
 
 
 def gradients_of(trainer: type[Trainer]) -> type[Trainer]:
@@ -105,6 +109,14 @@ def test_sft_with_images_equals_our_trainer_on_the_same_rows(folder, pipe, tmp_p
     assert theirs.gradients.keys() == ours.gradients.keys() and any("lora" in n for n in ours.gradients) == adapter
     for name, gradient in ours.gradients.items():
         torch.testing.assert_close(theirs.gradients[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_sft_refuses_an_adapter_of_the_frozen_vision_tokenizer(folder, pipe, tmp_path):
+    for config in (LoraConfig(r=2), LoraConfig(r=2, target_modules=["q_proj"])):
+        trainer = sft(folder, pipe, tmp_path, vision_rows("all"), peft_config=config)
+        with pytest.raises(ValueError, match=r"parameters of the frozen .*lora_A.* exclude_modules=") as error:
+            trainer.train()
+        assert VISION_TOKENIZER in str(error.value)
 
 
 @pytest.mark.parametrize("joint", [False, True])

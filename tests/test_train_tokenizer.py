@@ -242,10 +242,9 @@ def test_the_stages_by_recipe(tmp_path, monkeypatch):
     kept = {tuple(row.tolist()) for row in joint["quantizer.pixel_codebook.weight"]}
     assert all(tuple(row.tolist()) in kept for row in merged.state_dict()["quantizer.pixel_codebook.weight"])
     processor = NextFlowImageProcessor.from_pretrained("merged")
-    _, evaluation = build_datasets(
-        ImageArguments("data.yaml", eval_data="data.yaml", max_eval_images=4), processor, seed=0
-    )
-    batch = NextFlowVisionTokenizerCollator()([*evaluation])
+    images = ImageArguments("data.yaml", eval_data="data.yaml", max_eval_images=4)
+    _, evaluation = build_datasets(images, processor, seed=0)
+    batch = NextFlowVisionTokenizerCollator()([evaluation[index] for index in range(4)])
     found = measure_batch(merged.eval(), batch["pixel_values"], batch["image_grids"], num_scales=4).values["psnr"]
     measured = json.loads(Path("merged/eval_results.json").read_text())["eval_psnr"]
     assert measured == pytest.approx(found.mean().item(), abs=1e-3)
