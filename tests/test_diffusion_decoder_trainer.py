@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from processes import in_processes
@@ -146,6 +147,28 @@ def test_processes_add_noise_of_their_own(make_trainer, monkeypatch):
 
     first, second = in_processes(train)
     assert len(first) == len(second) and all(one != other for one, other in zip(first, second))
+
+
+@pytest.mark.process
+def test_processes_share_rows_that_are_grouped_by_length(make_trainer):
+    def train() -> list:
+        trainer = make_trainer(
+            max_steps=8, per_device_train_batch_size=1, train_sampling_strategy="group_by_length", save_strategy="no"
+        )
+        rows, collate, read = trainer.train_dataset[::2] * 2, trainer.data_collator, []
+        trainer.train_dataset = Dataset.from_dict({"length": [*range(6)], "number": [*range(6)]})
+
+        def collator(numbers):
+            read.extend(one["number"] for one in numbers)
+            return collate([rows[one["number"]] for one in numbers])
+
+        trainer.data_collator = collator
+        trainer.train()
+        return read
+
+    first, second = in_processes(train)
+    for epoch in (slice(0, 3), slice(3, 6)):
+        assert {*first[epoch], *second[epoch]} == {*range(6)}
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(make_trainer, monkeypatch):

@@ -4,8 +4,10 @@ from dataclasses import fields, replace
 
 import torch
 from accelerate import Accelerator, PartialState
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 def process_state() -> PartialState:
@@ -20,6 +22,37 @@ def seed_process(args: TrainingArguments, state: TrainerState) -> None:
     """
     if state.global_step == 0 and args.process_index > 0:
         torch.manual_seed(args.seed + args.process_index)
+
+
+class OneOrderMixin:
+    """
+    Before `Trainer` among the bases: all processes shuffle the rows by `data_seed` (by default `seed`), in each epoch
+    anew. By default the order may come from the random numbers of whatever runs in a process: it would be another one
+    where these differ ([`seed_process`]), and in a run that is resumed after its first epoch.
+    """
+
+    _length_sampler: LengthGroupedSampler | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.dataloader_config.data_seed = self._data_seed
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(self._data_seed)
+            self._length_sampler = sampler
+        return sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._length_sampler is not None:
+            for _ in range(int(self.state.epoch)):
+                iter(self._length_sampler)  # shuffles, as at the start of each epoch
 
 
 def check_processes(trainer: Trainer, *, can_shard_weights: bool = True) -> None:

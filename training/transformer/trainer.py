@@ -12,14 +12,13 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ...modeling_nextflow.grids_nextflow import get_image_layout
 from ...modeling_nextflow.loss_nextflow import get_targets
 from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
 from ..common.flops import batch_flops, peak_flops
-from ..common.processes import check_processes, sum_in_float32
+from ..common.processes import OneOrderMixin, check_processes, sum_in_float32
 from ..common.refusals import OWN_LOSS, check_arguments, check_trainer_options
 from ..common.sharding import class_of_user
 from ..data.collator import NextFlowDataCollator
@@ -33,7 +32,7 @@ from .muon import MuonWithAdamW
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
 
 
-class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
+class NextFlowTrainer(OneOrderMixin, FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains [`NextFlowForCausalLM`] (§3.2).
 
@@ -65,27 +64,13 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         self._training_losses = _LossSums()
         self._evaluation_losses = _LossSums()
         self._flops, self._flops_to_log, self._clock = 0.0, 0.0, 0.0
-        self._length_sampler: LengthGroupedSampler | None = None
         self.add_callback(LayersCallback(self))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(rows, EndlessPackedDataset):
             return rows.sampler()
-        sampler = super()._get_train_sampler(rows)
-        if isinstance(sampler, LengthGroupedSampler):
-            # By default it shuffles with the random numbers of whatever runs in the process: a run that is resumed
-            # after its first epoch, or a process that uses others, would have another order.
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler.generator = torch.Generator().manual_seed(seed)
-            self._length_sampler = sampler
-        return sampler
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._length_sampler is not None:
-            for _ in range(int(self.state.epoch)):
-                iter(self._length_sampler)  # shuffles, as at the start of each epoch
+        return super()._get_train_sampler(rows)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
