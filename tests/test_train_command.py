@@ -805,3 +805,23 @@ def test_a_source_of_weight_0_is_not_read():
     first, second = (datasets.Dataset.from_dict({"row": [*range(start, start + 3)]}) for start in (0, 10))
     assert sorted(train.mix_rows([first, second], [2.0, 0.0])["row"]) == [0, 1, 2]
     assert {*train.mix_rows([first, second], [1.0, 1.0])["row"]} == {0, 1, 2, 10, 11, 12}
+
+
+def test_a_head_that_is_untied_begins_as_the_embedding_and_one_of_its_own_is_not_tied(tmp_path):
+    for tied in (False, True):
+        toy_model(tie_word_embeddings=tied).save_pretrained(tmp_path / str(tied))
+
+    def load(folder: str, tie: bool) -> NextFlowForCausalLM:
+        overrides = {"tie_word_embeddings": tie}
+        return load_model(ModelArguments(model_name_or_path=str(tmp_path / folder), config_overrides=overrides))
+
+    with pytest.raises(ValueError, match="the head of .*False has weights of its own: leave it out"):
+        load("False", True)
+    untied = load("True", False)
+    head, embedding = untied.lm_head.weight, untied.model.embed_tokens.weight
+    assert head is not embedding and torch.equal(head, embedding)
+    with torch.no_grad():
+        head.add_(1)
+    untied.save_pretrained(tmp_path / "trained")
+    again = load("trained", False)
+    assert torch.equal(again.lm_head.weight, head) and torch.equal(again.model.embed_tokens.weight, embedding)

@@ -49,7 +49,7 @@ def set_trainable(model: PreTrainedModel, trainable: str) -> None:
     if model.config.tie_word_embeddings:
         raise ValueError(
             "trainable='alignment' trains rows of the head, which are the embedding's too in a model with "
-            "tie_word_embeddings=True: untie them first"
+            "tie_word_embeddings=True: untie them with config_overrides.tie_word_embeddings=false"
         )
     # Freeze everything, then free what alignment trains: the connector, and the head's image rows.
     model.requires_grad_(False)

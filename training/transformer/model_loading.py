@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ...conversion.assemble import (
@@ -52,6 +53,7 @@ def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrained
         quantization_config=quantization_config(args, dtype),
         **args.config_overrides or {},
     )
+    _check_head(model, base)
     if adapter is None:
         return add_adapter(model, args) if args.use_peft else model
     if args.use_peft:
@@ -59,6 +61,26 @@ def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrained
         return import_peft().PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
     # A stage that trains all weights starts from those that the adapter made.
     return merge_adapter(model, args.model_name_or_path).requires_grad_(True)
+
+
+def _check_head(model: NextFlowForCausalLM, base: str) -> None:
+    """
+    Give a head that `config_overrides` untie the weights that it had, those of the embedding: transformers gives it
+    random ones. Raise `ValueError` where they tie a head with weights of its own, which transformers does not do.
+    """
+    was_tied = NextFlowConfig.from_pretrained(base, **subfolder_of(base, "transformer")).tie_word_embeddings
+    if model.config.tie_word_embeddings and not was_tied:
+        raise ValueError(
+            f"config_overrides has tie_word_embeddings: true, but the head of {base} has weights of its own: leave "
+            "it out"
+        )
+    if was_tied and not model.config.tie_word_embeddings:
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "config_overrides has tie_word_embeddings: false, but ZeRO-3 shards the embedding: use ZeRO-2 or DDP"
+            )
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.model.embed_tokens.weight)
 
 
 def check_sources(args: ModelArguments) -> None:
