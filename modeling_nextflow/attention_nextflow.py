@@ -73,6 +73,8 @@ def get_attention_mask(
     by the restarts of `position_ids[0]`, and take no `attention_mask`. Raises `ValueError` where the attention
     implementation would silently compute something else.
     """
+    if inputs_embeds.dtype == torch.float64:  # its least number is -inf in the softmax of eager attention
+        inputs_embeds = inputs_embeds.float()
     implementation = config._attn_implementation or "eager"
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     static_cache = past_key_values if past_key_values is not None and past_key_values.is_compileable else None

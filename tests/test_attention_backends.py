@@ -184,6 +184,15 @@ def test_drawing_is_the_same_everywhere(model, use, implementation, padded):
     assert torch.equal(model.generate_images(**arguments).image_codes, drawn)
 
 
+def test_padding_on_the_left_changes_nothing_in_float64_either():
+    model = toy_model().double().eval()
+    model.set_attn_implementation("eager")
+    ids, mask = torch.tensor([[PAD, PAD, 5, 6], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with torch.no_grad():
+        padded, alone = model(ids, attention_mask=mask).logits[:1, 2:], model(ids[:1, 2:]).logits
+    torch.testing.assert_close(padded, alone, rtol=1e-9, atol=1e-9)
+
+
 def test_drawing_gives_flash_kernels_no_mask(model, use):
     use(FLASH)
     model.generate_images(
