@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from ...modeling_nextflow.grids_nextflow import get_image_layout
 from ...modeling_nextflow.loss_nextflow import get_targets
@@ -73,10 +73,12 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         if isinstance(rows, EndlessPackedDataset):
             return rows.sampler()
         sampler = super()._get_train_sampler(rows)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = seed  # it would be 42
         if isinstance(sampler, LengthGroupedSampler):
             # By default it shuffles with the random numbers of whatever runs in the process: a run that is resumed
             # after its first epoch, or a process that uses others, would have another order.
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler.generator = torch.Generator().manual_seed(seed)
             self._length_sampler = sampler
         return sampler
