@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,6 +341,9 @@ def test_what_padding_costs_is_said(toy, caplog):
     batches = lengths.reshape(2, 6)
     share = 1 - lengths.sum() / (batches.max(axis=1).sum() * 6)
     assert f"in batches of 6 rows in random order, {share:.1%} of the tokens are padding" in caplog.text
+    caplog.clear()
+    train.report_padding(rows, toy_config(), replace(args, train_sampling_strategy="batch_rebalance"))
+    assert not caplog.text
 
 
 def test_packs_that_cannot_be(toy, tmp_path, caplog):
@@ -348,9 +352,10 @@ def test_packs_that_cannot_be(toy, tmp_path, caplog):
         cli.main(["train", *arguments, "pack_max_length=50", "--debug"])
     assert cli.main(["train", *arguments, "pack_max_length=50", "on_long_row=skip"]) == 0
     assert "rows fit into no pack and are left out: ['" in caplog.text
-    grouped = ["pack_max_length=500", "train_sampling_strategy=group_by_length", "--fresh", "--debug"]
-    with pytest.raises(ValueError, match="group_by_length"):
-        cli.main(["train", *arguments, *grouped])
+    for strategy in ("group_by_length", "batch_rebalance"):
+        grouped = ["pack_max_length=500", f"train_sampling_strategy={strategy}", "--fresh", "--debug"]
+        with pytest.raises(ValueError, match=f"'{strategy}', but packs have no length"):
+            cli.main(["train", *arguments, *grouped])
 
 
 def train_blocks(output_dir: Path, toy: Path, checkpoint: str | None = None, **changes) -> list[float]:

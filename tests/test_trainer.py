@@ -115,10 +115,11 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-def test_rows_grouped_by_length_have_an_order_for_each_epoch_also_when_resumed(tmp_path):
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_grouped_by_length_have_an_order_for_each_epoch_also_when_resumed(tmp_path, strategy):
     """At the end of an epoch and within one that is not the first; and whatever else takes random numbers."""
     rows = datasets.Dataset.from_list([one | {"row_id": str(index)} for index, one in enumerate(ROWS * 2 + ROWS[:2])])
-    numbers = {"train_sampling_strategy": "group_by_length", "length_column_name": "length", "max_steps": 12}
+    numbers = {"train_sampling_strategy": strategy, "length_column_name": "length", "max_steps": 12}
     numbers |= {"per_device_train_batch_size": 2, "save_strategy": "steps"}
 
     class Collator(NextFlowDataCollator):
@@ -141,6 +142,9 @@ def test_rows_grouped_by_length_have_an_order_for_each_epoch_also_when_resumed(t
             resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}",
         )
         assert seen[: 12 - step] == whole[step:], step
+    seen = []
+    train(rows, tmp_path / "other", Collator(pad_token_id=PAD), **numbers, seed=1)
+    assert seen[:5] != whole[:5] and sorted(sum(seen[:5], [])) == sorted(sum(whole[:5], []))
 
 
 def test_drop_condition_keeps_what_is_trained_on():

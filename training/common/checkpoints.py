@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ...atomic import flush, flush_tree, replaced_folder, write_file
 from .loss_plot import PLOT_FILE, LossPlotCallback
+from .processes import OneOrderMixin
 
 
 logger = logging.get_logger(__name__)
@@ -31,10 +32,11 @@ STATE_FILE = "trainer_state.json"
 SECONDS = "train_seconds"
 
 
-class StagedCheckpointsMixin:
+class StagedCheckpointsMixin(OneOrderMixin):
     """
     Before `Trainer` among the bases of a trainer: its checkpoints are written beside their place and moved there, a
-    saved model replaces an older one as a whole, and nothing is trained after the last step.
+    saved model replaces an older one as a whole, and nothing is trained after the last step. What is resumed reads the
+    rows in the order that it had ([`OneOrderMixin`]).
     """
 
     _staging_folder: str | None = None  # while a checkpoint is written

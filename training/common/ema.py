@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback
 
 from .checkpoints import StagedCheckpointsMixin
 from .finite_steps import FiniteStepsMixin
-from .processes import OneOrderMixin
 
 
 class StepCallback(TrainerCallback):
@@ -38,7 +37,7 @@ class StepCallback(TrainerCallback):
         self.trainer.on_step_end()
 
 
-class AveragedWeightsMixin(OneOrderMixin, FiniteStepsMixin, StagedCheckpointsMixin):
+class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
     """
     Before `Trainer` among the bases of a trainer: where `args.ema_decay` is set, `ema` is an exponential moving
     average of the weights. A saved model has the average, a checkpoint the raw weights with the average beside them.

@@ -7,7 +7,7 @@ from accelerate import Accelerator, PartialState
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 
 def process_state() -> PartialState:
@@ -43,6 +43,8 @@ class OneOrderMixin:
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = self._data_seed  # it would be 42
         if isinstance(sampler, LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(self._data_seed)
             self._length_sampler = sampler

@@ -117,8 +117,10 @@ def pack_rows(
     args: NextFlowTrainingArguments,
 ) -> PackedDataset | EndlessPackedDataset | PackedIterableDataset:
     """Pack rows; log the packing efficiency unless the rows are a stream, whose length is unknown."""
-    if args.train_sampling_strategy == "group_by_length":
-        raise ValueError("train_sampling_strategy is 'group_by_length', but packs have no length to be grouped by")
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"train_sampling_strategy is {args.train_sampling_strategy!r}, but packs have no length to be grouped by"
+        )
     options = {
         "max_length": data_args.pack_max_length,
         "max_flops": data_args.pack_max_flops,
@@ -148,7 +150,8 @@ def pack_rows(
 def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlowTrainingArguments) -> None:
     """Log what padding costs without packs, estimated from at most 4,096 rows."""
     ranks, batch_size = args.world_size, args.per_device_train_batch_size
-    if not args.should_log or len(rows) < ranks * batch_size or ranks * batch_size == 1:
+    in_random_order = args.train_sampling_strategy == "random"
+    if not in_random_order or not args.should_log or len(rows) < ranks * batch_size or ranks * batch_size == 1:
         return
     sampled = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
     lengths, flops = document_costs(rows.select(sampled), config)
@@ -158,7 +161,8 @@ def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlo
     )
     logger.warning(
         f"in batches of {batch_size} rows in random order, {report.padding:.1%} of the tokens are padding; of a step, "
-        f"processes wait {1 - report.balance:.1%} for the busiest: pack_max_length or pack_max_flops help"
+        f"processes wait {1 - report.balance:.1%} for the busiest: pack_max_length, pack_max_flops or "
+        "train_sampling_strategy=batch_rebalance help"
     )
 
 

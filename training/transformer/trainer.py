@@ -18,7 +18,7 @@ from ...modeling_nextflow.loss_nextflow import get_targets
 from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
 from ..common.flops import batch_flops, peak_flops
-from ..common.processes import OneOrderMixin, check_processes, sum_in_float32
+from ..common.processes import check_processes, sum_in_float32
 from ..common.refusals import OWN_LOSS, check_arguments, check_trainer_options
 from ..common.sharding import class_of_user
 from ..data.collator import NextFlowDataCollator
@@ -32,7 +32,7 @@ from .muon import MuonWithAdamW
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
 
 
-class NextFlowTrainer(OneOrderMixin, FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
+class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     """
     Trains [`NextFlowForCausalLM`] (§3.2).
 
