@@ -129,6 +129,23 @@ def test_resumed_training_is_uninterrupted_training(make_trainer, family, option
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}])
+def test_the_best_decoder_is_left_at_the_end(make_trainer, monkeypatch, options):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer, evaluated = make_trainer(**steps, load_best_model_at_end=True, **options), {}
+
+    def evaluate(*args):
+        step = trainer.state.global_step
+        evaluated[step] = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
+        return {"eval_loss": float(step != 2)}
+
+    monkeypatch.setattr(trainer, "_evaluate", evaluate)
+    trainer.train()
+    assert not all(torch.equal(evaluated[4][name], value) for name, value in evaluated[2].items())
+    left = trainer.decoder.state_dict()
+    assert all(torch.equal(left[name], value) for name, value in evaluated[2].items())
+
+
 def test_processes_add_noise_of_their_own(make_trainer, monkeypatch):
     seen = []
 
