@@ -170,6 +170,14 @@ def test_codebook_waits_for_the_continuous_steps(make_trainer, make_tokenizer):
 
 
 # Interrupted before, and after, the codebook is in use.
+def test_a_decoder_alone_always_trains_on_codes(make_trainer):
+    codes, features = (make_trainer(stage="decoder", continuous_steps=steps, max_steps=2) for steps in (0, 2))
+    for trainer in (codes, features):
+        trainer.train()
+    expected = codes.tokenizer.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in features.tokenizer.state_dict().items())
+
+
 class Epochs(list):
     """Items that note the epoch in which they are read."""
 

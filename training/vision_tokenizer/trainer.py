@@ -96,8 +96,8 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
 
     @property
     def quantizes(self) -> bool:
-        """Whether the codebook is in use yet."""
-        return self.state.global_step >= self.args.continuous_steps
+        """Whether the codebook is in use yet; one that does not train always is."""
+        return self.state.global_step >= self.args.continuous_steps or not self.args.trains_codebook
 
     def compute_loss(
         self,
