@@ -165,6 +165,25 @@ def test_processes_add_noise_of_their_own(make_trainer, monkeypatch):
     assert len(first) == len(second) and all(one != other for one, other in zip(first, second))
 
 
+@pytest.mark.process
+def test_processes_evaluate_each_image_once_by_noise_of_their_own(make_trainer, monkeypatch):
+    seen = []
+
+    def note(scheduler, latents, args):
+        seen.append(add_training_noise(scheduler, latents, args))
+        return seen[-1]
+
+    def evaluate() -> tuple[int, list]:
+        monkeypatch.setattr(module, "add_training_noise", note)
+        trainer = make_trainer(per_device_eval_batch_size=2)
+        trainer.eval_dataset = trainer.eval_dataset[:5]
+        output = trainer.evaluation_loop(trainer.get_eval_dataloader())
+        return output.num_samples, seen[0][1].tolist()
+
+    (count, noise), (other_count, other_noise) = in_processes(evaluate)
+    assert count == other_count == 5 and noise != other_noise
+
+
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(make_trainer, monkeypatch):
     trainer = make_trainer()
     before = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
