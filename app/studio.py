@@ -145,7 +145,8 @@ class Studio:
                     return
                 yield item
         except GeneratorExit:  # stop without waiting: the server's event loop may be closing this
-            self.stop(owner)
+            if self._running is running:  # not another request of the same owner
+                self.pipe._interrupt = True
             raise
 
     def _step(self, running: Iterator) -> Any:

@@ -21,7 +21,7 @@ MAX_SILENCE = 10.0  # seconds to wait for a connection, or for the next bytes
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 # IPv6 networks whose addresses stand for IPv4 ones, which may be private.
-_TRANSLATED = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")]
+_TRANSLATED = [ipaddress.ip_network(network) for network in ("::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")]
 
 
 def fetch(url: str, *, max_bytes: int, timeout: float, allow_private_addresses: bool = False) -> bytes:

@@ -119,7 +119,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, num_bytes = time.monotonic(), 0, 0
+        started, status, num_bytes = time.monotonic(), 500, 0  # what an error leaves to the server
 
         async def counting(message: Message) -> None:
             nonlocal status
@@ -136,13 +136,15 @@ class Guard:
             return message
 
         refusal = self._refuse(Headers(scope=scope), scope["path"])
-        if refusal is None:
-            await self.app(scope, limited, counting)
-        else:
-            await error_response(refusal)(scope, receive, counting)
-        route = getattr(scope.get("route"), "path", "other")
-        self.metrics.requests.labels(route, status).inc()
-        self.metrics.seconds.labels(route).observe(time.monotonic() - started)
+        try:
+            if refusal is None:
+                await self.app(scope, limited, counting)
+            else:
+                await error_response(refusal)(scope, receive, counting)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.seconds.labels(route).observe(time.monotonic() - started)
 
     def _refuse(self, headers: Headers, path: str) -> BadRequest | None:
         length = headers.get("content-length", "0")
@@ -325,7 +327,12 @@ class Api:
         if images:
             message["images"] = [{**part, "index": index} for index, part in enumerate(images)]
         usage = self._chat_usage(job, text)
-        choice = {"index": 0, "message": message, "finish_reason": self._finish(job, usage), "logprobs": None}
+        choice = {
+            "index": 0,
+            "message": message,
+            "finish_reason": self._finish(job, usage, len(images)),
+            "logprobs": None,
+        }
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
 
     async def _chat_parts(self, job: Any, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -369,7 +376,7 @@ class Api:
                     yield chunk({"images": [{**part, "index": num_images}]})
                     num_images += 1
         usage = self._chat_usage(job, text)
-        yield chunk({}, self._finish(job, usage))
+        yield chunk({}, self._finish(job, usage, num_images))
         if (body.stream_options or {}).get("include_usage"):
             yield _sse({**head, "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
@@ -378,9 +385,10 @@ class Api:
         given, made = self._num_tokens(_texts(job.messages)), self._num_tokens([text])
         return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
 
-    def _finish(self, job: Any, usage: dict[str, int]) -> str:
+    def _finish(self, job: Any, usage: dict[str, int], num_images: int) -> str:
         most = self.worker.pipe.get_text_settings(job.settings.get("max_new_tokens"))["max_new_tokens"]
-        return "length" if usage["completion_tokens"] >= most else "stop"
+        # Of that limit an image takes one token.
+        return "length" if usage["completion_tokens"] + num_images >= most else "stop"
 
     def _num_tokens(self, texts: list[str]) -> int:
         return sum(len(self.worker.pipe.processor.tokenizer.tokenize(text)) for text in texts)

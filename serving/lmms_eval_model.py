@@ -77,7 +77,7 @@ class NextFlow(lmms):
             [{"role": "user", "content": [*({"type": "image", "image": one} for one in images), _text(context)]}]
             for (context, *_), images in zip(batch, map(self._images, batch), strict=True)
         ]
-        sampling = {}
+        sampling: dict[str, Any] = {"do_sample": False}  # whatever the model's own default is
         if settings.get("temperature"):
             names = ("temperature", "top_p", "top_k")
             sampling = {name: settings[name] for name in names if settings.get(name) is not None}

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..processing.image_fetching_nextflow import fetch
 from ..processing.image_loading_nextflow import load_image, open_header
 
 
@@ -329,6 +330,8 @@ def read_mask(source: Any, limits: Limits) -> Image.Image:
     try:
         if isinstance(source, str) and DATA_URI.match(source):
             source = base64.b64decode(source.partition(",")[2], validate=True)
+        elif isinstance(source, str) and is_address(source):
+            source = fetch(source, max_bytes=limits.image_bytes, timeout=limits.fetch_seconds)
         if isinstance(source, bytes):
             with open_header(source, limits.image_pixels, **reading) as image:
                 if image.has_transparency_data:

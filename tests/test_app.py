@@ -133,6 +133,14 @@ def test_what_a_browser_leaves_behind_is_closed_by_the_next(studio):
     assert [one.scale for one in studio.generate(ImageRequest(prompt="a"))] == [1, 2, 3, 4]
 
 
+def test_what_is_left_does_not_stop_the_next_of_the_same_browser(studio):
+    left, following = (studio.generate(ImageRequest(prompt=prompt), owner="anna") for prompt in "ab")
+    next(left)
+    next(following)
+    left.close()
+    assert [one.scale for one in following] == [2, 3, 4]
+
+
 def test_an_error_ends_a_request_alone(studio):
     with pytest.raises(ValueError, match="aspect_ratio"):
         list(studio.generate(ImageRequest(prompt="a", aspect_ratio="wide"), owner="anna"))

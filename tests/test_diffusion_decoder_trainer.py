@@ -130,6 +130,23 @@ def test_resumed_training_is_uninterrupted_training(make_trainer, family, option
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}])
+def test_the_best_decoder_is_left_at_the_end(make_trainer, monkeypatch, options):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer, evaluated = make_trainer(**steps, load_best_model_at_end=True, **options), {}
+
+    def evaluate(*args):
+        step = trainer.state.global_step
+        evaluated[step] = {name: value.clone() for name, value in trainer.decoder.state_dict().items()}
+        return {"eval_loss": float(step != 2)}
+
+    monkeypatch.setattr(trainer, "_evaluate", evaluate)
+    trainer.train()
+    assert not all(torch.equal(evaluated[4][name], value) for name, value in evaluated[2].items())
+    left = trainer.decoder.state_dict()
+    assert all(torch.equal(left[name], value) for name, value in evaluated[2].items())
+
+
 def test_processes_add_noise_of_their_own(make_trainer, monkeypatch):
     seen = []
 
@@ -169,6 +186,25 @@ def test_processes_share_rows_that_are_grouped_by_length(make_trainer):
     first, second = in_processes(train)
     for epoch in (slice(0, 3), slice(3, 6)):
         assert {*first[epoch], *second[epoch]} == {*range(6)}
+
+
+@pytest.mark.process
+def test_processes_evaluate_each_image_once_by_noise_of_their_own(make_trainer, monkeypatch):
+    seen = []
+
+    def note(scheduler, latents, args):
+        seen.append(add_training_noise(scheduler, latents, args))
+        return seen[-1]
+
+    def evaluate() -> tuple[int, list]:
+        monkeypatch.setattr(module, "add_training_noise", note)
+        trainer = make_trainer(per_device_eval_batch_size=2)
+        trainer.eval_dataset = trainer.eval_dataset[:5]
+        output = trainer.evaluation_loop(trainer.get_eval_dataloader())
+        return output.num_samples, seen[0][1].tolist()
+
+    (count, noise), (other_count, other_noise) = in_processes(evaluate)
+    assert count == other_count == 5 and noise != other_noise
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(make_trainer, monkeypatch):

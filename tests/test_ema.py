@@ -50,14 +50,15 @@ class LineTrainer(AveragedWeightsMixin, Trainer):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(name: str, ema_decay: float | None = 0.5) -> LineTrainer:
+    def make(name: str, ema_decay: float | None = 0.5, eval_dataset=None, **options) -> LineTrainer:
+        options = {"save_steps": 2, **options}
         args = Arguments(
-            str(tmp_path / name), max_steps=4, save_steps=2, learning_rate=0.1, ema_decay=ema_decay, use_cpu=True,
-            per_device_train_batch_size=1, report_to="none", disable_tqdm=True,
+            str(tmp_path / name), max_steps=4, learning_rate=0.1, ema_decay=ema_decay, use_cpu=True,
+            per_device_train_batch_size=1, report_to="none", disable_tqdm=True, **options,
         )  # fmt: skip
         torch.manual_seed(0)
         rows = [{"x": torch.randn(3)} for _ in range(4)]
-        return LineTrainer(Line(PretrainedConfig()), args, train_dataset=rows)
+        return LineTrainer(Line(PretrainedConfig()), args, train_dataset=rows, eval_dataset=eval_dataset)
 
     return make
 
@@ -80,6 +81,25 @@ def test_the_average_is_saved_and_goes_on_from_a_checkpoint(make_trainer, tmp_pa
     assert torch.equal(load_file(tmp_path / "whole/model.safetensors")["weight"], average)
     assert torch.equal(load_file(tmp_path / "whole/checkpoint-4/model.safetensors")["weight"], raw)
     assert torch.equal(whole.model.weight, raw)
+
+
+def test_the_best_model_is_the_average_that_was_evaluated(make_trainer, tmp_path, monkeypatch):
+    evaluated = {}
+
+    def evaluate(trainer, *args, **kwargs):
+        step = trainer.state.global_step
+        with trainer.averaged_weights():
+            evaluated[step] = trainer.model.weight.detach().clone()
+        return {"eval_loss": float(step != 2)}
+
+    monkeypatch.setattr(LineTrainer, "_evaluate", evaluate)
+    trainer = make_trainer(
+        "best", save_steps=1, eval_steps=1, eval_strategy="steps", load_best_model_at_end=True, eval_dataset=[]
+    )
+    trainer.train()
+    trainer.save_model()
+    assert trainer.state.best_global_step == 2
+    assert torch.equal(load_file(tmp_path / "best/model.safetensors")["weight"], evaluated[2])
 
 
 @pytest.mark.parametrize("saved, wanted", [(0.5, None), (None, 0.5)])

@@ -59,8 +59,9 @@ def test_the_same_corpus_gives_the_same_ids(captions, tokenizer):
 
 
 def test_too_small_a_vocabulary_is_refused(captions):
-    with pytest.raises(ValueError, match="vocab_size is 200, expected at least 260"):
+    with pytest.raises(ValueError, match="vocab_size is 200, expected at least 263"):
         train_text_tokenizer(captions, 200)
+    assert len(train_text_tokenizer(captions, 263)) == 263
 
 
 def test_teacher_learns_from_what_its_collator_makes(tokenizer):

@@ -152,7 +152,8 @@ def test_private_addresses_are_refused(server, host):
         ("8.8.8.8", True), ("2606:4700::1", True), ("::ffff:8.8.8.8", True), ("10.0.0.1", False),
         ("100.64.0.1", False), ("172.16.0.1", False), ("192.168.0.1", False), ("224.0.0.1", False),
         ("255.255.255.255", False), ("fe80::1", False), ("fc00::1", False), ("fec0::1", False), ("ff02::1", False),
-        ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False), ("2002:7f00:1::", False), ("::", False),
+        ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False), ("::a00:1", False), ("2002:7f00:1::", False),
+        ("::", False),
     ],
 )  # fmt: skip
 def test_public_addresses(address, is_public):

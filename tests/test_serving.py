@@ -15,9 +15,10 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from toy_pipeline import spelling_pipeline, toy_pipeline
 
-from nextflow_hf.serving import worker
+from nextflow_hf.processing import image_loading_nextflow
+from nextflow_hf.serving import protocol, worker
 from nextflow_hf.serving.app import make_app
-from nextflow_hf.serving.protocol import Limits
+from nextflow_hf.serving.protocol import Limits, read_mask
 
 
 URL = "http://127.0.0.1"
@@ -113,6 +114,15 @@ def test_edits_take_several_images_and_a_mask(client, pipe):
                 alone(pipe, "a", image=[red()])[0])  # fmt: skip
 
 
+def test_a_mask_by_address_is_the_file_that_is_there(monkeypatch):
+    transparent = Image.new("RGB", (16, 16), "white")
+    transparent.putalpha(Image.linear_gradient("L").resize((16, 16)).point(lambda value: 255 * (value > 127)))
+    data = file_of(transparent)
+    for module in (image_loading_nextflow, protocol):
+        monkeypatch.setattr(module, "fetch", lambda address, **limits: data, raising=False)
+    assert same(read_mask("https://example.org/mask.png", LIMITS), read_mask(data, LIMITS))
+
+
 def test_images_are_streamed_scale_by_scale(client, pipe):
     body = {"prompt": "a", "seed": 1, "stream": True, "partial_images": 2}
     events = events_of(client.post(GENERATIONS, json=body).text)
@@ -132,6 +142,17 @@ def test_an_answer_that_ends_at_the_model_s_own_limit_says_so(client, pipe, monk
     monkeypatch.setattr(pipe.transformer.generation_config, "max_new_tokens", 3)
     body = {"messages": [{"role": "user", "content": "a"}], "temperature": 0}
     assert client.post(CHAT, json=body).json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_images_take_part_of_the_limit(client):
+    body = {"messages": [{"role": "user", "content": "a"}], "modalities": ["text", "image"], "max_images": 2}
+    body |= {"max_tokens": 8, "temperature": 1.0, "seed": 5}
+    answer = client.post(CHAT, json=body).json()
+    message = answer["choices"][0]["message"]
+    assert (len(message["content"]), len(message["images"])) == (6, 2)  # of one token each
+    assert answer["choices"][0]["finish_reason"] == "length"
+    chunks = events_of(client.post(CHAT, json={**body, "stream": True}).text)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
 def test_conversations(client, pipe):
@@ -282,6 +303,17 @@ def test_a_defect_is_not_told(client, pipe, monkeypatch):
     monkeypatch.setattr(type(pipe), "__call__", fail)
     answer = client.post(GENERATIONS, json={"prompt": "a"})
     assert answer.status_code == 500 and "secret" not in answer.text
+
+
+def test_an_answer_that_fails_outside_the_worker_is_counted(pipe, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(protocol, "encode_image", fail)
+    with TestClient(make_app(pipe, name="toy"), base_url=URL, raise_server_exceptions=False) as client:
+        assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 500
+        text = client.get("/metrics").text
+    assert 'nextflow_requests_total{route="/v1/images/generations",status="500"} 1.0' in text
 
 
 # ---- the queue

@@ -1,6 +1,7 @@
 """lmms-eval's own evaluator with the model `nextflow`, on a task of two rows. Its 90 packages are few people's."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,20 @@ def test_understanding(task_folder):
         assert answer == pipe.chat([{"role": "user", "content": content}], max_new_tokens=8)
     right = sum(color in answer for color, answer in zip(COLORS, said)) / len(COLORS)
     assert results["results"]["colors"]["right,none"] == right
+
+
+@pytest.mark.parametrize("temperature, asked", [(0, {"do_sample": False}), (0.5, {"temperature": 0.5})])
+def test_the_task_says_whether_answers_are_sampled(temperature, asked):
+    """Not the model's generation config, in which sampling may be the default."""
+    from nextflow_hf.serving.lmms_eval_model import NextFlow
+
+    def chat(conversations, *, max_new_tokens, **sampling):
+        assert sampling == asked
+        return ["red"]
+
+    model = object.__new__(NextFlow)
+    model.pipe = SimpleNamespace(chat=chat)
+    assert model._answer([("what", {"temperature": temperature}, None, 0, "task", "test")]) == ["red"]
 
 
 def test_generation(task_folder, tmp_path):

@@ -170,6 +170,45 @@ def test_codebook_waits_for_the_continuous_steps(make_trainer, make_tokenizer):
 
 
 # Interrupted before, and after, the codebook is in use.
+def test_a_decoder_alone_always_trains_on_codes(make_trainer):
+    codes, features = (make_trainer(stage="decoder", continuous_steps=steps, max_steps=2) for steps in (0, 2))
+    for trainer in (codes, features):
+        trainer.train()
+    expected = codes.tokenizer.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in features.tokenizer.state_dict().items())
+
+
+class Epochs(list):
+    """Items that note the epoch in which they are read."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.epoch, self.read = 0, []
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        self.read.append(self.epoch)
+        return super().__getitem__(index)
+
+
+def test_a_codebook_that_begins_in_a_later_epoch_leaves_it_to_the_training(make_trainer, items):
+    trainer = make_trainer(stage="pixel", continuous_steps=7, max_steps=9)  # of six steps an epoch
+    trainer.train_dataset = images = Epochs(items)
+    trainer.train()
+    assert images.read == sorted(images.read) and set(images.read) == {0, 1}
+
+
+def test_every_evaluation_is_of_the_same_images(make_trainer, items):
+    trainer = make_trainer(stage="pixel")
+    trainer.eval_dataset = images = Epochs(items[:7])
+    loader = trainer.get_eval_dataloader()  # one for all evaluations, where its workers are persistent
+    for _ in range(2):
+        trainer.evaluation_loop(loader)
+    assert images.read == [0] * 14
+
+
 @pytest.mark.parametrize("continuous_steps", [0, 2, 3])
 def test_resumed_training_is_uninterrupted_training(make_trainer, continuous_steps):
     options = {"save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, "dead_code_until": 1.0}

@@ -22,7 +22,12 @@ from nextflow_hf.training.data.images import NextFlowVisionTokenizerCollator
 from nextflow_hf.training.evaluation.reconstruction_report import measure_batch
 from nextflow_hf.training.vision_tokenizer import train
 from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
-from nextflow_hf.training.vision_tokenizer.recipe import ImageArguments, build_datasets
+from nextflow_hf.training.vision_tokenizer.recipe import (
+    ImageArguments,
+    VisionTokenizerArguments,
+    build_datasets,
+    build_tokenizer,
+)
 from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -151,8 +156,12 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 
 
 def train_one_of_two(folder: str) -> None:
-    trainer = make_trainer(Path(folder), ddp_backend="gloo")
+    options = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 3}
+    trainer, again = (make_trainer(Path(folder, name), **options) for name in ("whole", "again"))
     trainer.train()
+    again.train(resume_from_checkpoint=str(Path(folder, "whole/checkpoint-3")))
+    for name, value in state_of(trainer).items():
+        assert torch.equal(state_of(again)[name], value), name
     if trainer.is_world_process_zero():
         torch.save({"state": state_of(trainer), "losses": losses_of(trainer)}, Path(folder) / "result.pt")
 
@@ -250,6 +259,17 @@ def test_the_stages_by_recipe(tmp_path, monkeypatch):
     assert measured == pytest.approx(found.mean().item(), abs=1e-3)
     after = ["vision_tokenizer_name_or_path=merged", "output_dir=last", "config_overrides.codebook_size=10"]
     assert cli.main([*small("decoder"), *after]) == 0
+
+
+def test_an_encoder_of_a_rounded_teacher_trains_in_float32(tmp_path):
+    config = toy_vision_tokenizer().config
+    Siglip2VisionModel(Siglip2VisionConfig(**config.semantic_config.to_dict())).bfloat16().save_pretrained(tmp_path)
+    sizes = ("codebook_size", "latent_channels", "encoder_channels", "decoder_channels", "channel_multipliers")
+    sizes = {name: getattr(config, name) for name in sizes}
+    tokenizer, teacher = build_tokenizer(
+        VisionTokenizerArguments(semantic_teacher=str(tmp_path), config_overrides=sizes)
+    )
+    assert {one.dtype for one in (*tokenizer.parameters(), *teacher.parameters())} == {torch.float32}
 
 
 def test_a_ragged_last_batch(tmp_path):

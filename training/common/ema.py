@@ -96,6 +96,10 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
         with self.averaged_weights():
             super().save_model(output_dir)
 
+    def _load_best_model(self) -> None:
+        # With its average, which is what was evaluated, and in whatever format a subclass saves.
+        self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
+
     def own_state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides what `Trainer` does, as `torch.load(weights_only=True)` reads it."""
         return {"ema": None if self.ema is None else self.ema.state_dict()}
@@ -120,5 +124,6 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.load_weights(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, self.state_name)
-        state = torch.load(path, weights_only=True, map_location=self.args.device)
+        # By its kind: PyTorch restores nothing to "cpu:0", the device of several processes on CPUs.
+        state = torch.load(path, weights_only=True, map_location=self.args.device.type)
         self.load_own_state(state, path)

@@ -128,17 +128,18 @@ def train_text_tokenizer(
         model_max_length (`int`, *optional*, defaults to 1024): Longest sequence the tokenizer announces.
 
     Raises:
-        `ValueError`: If the special tokens and the bytes alone do not fit.
+        `ValueError`: If the special tokens, the bytes and the words of a chat alone do not fit.
     """
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(SPECIAL_TOKENS) + len(alphabet)
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size is {vocab_size}, expected at least {smallest}: special tokens and bytes")
+    vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS, *alphabet, *CHAT_WORDS]))
+    if vocab_size < len(vocabulary):
+        raise ValueError(
+            f"vocab_size is {vocab_size}, expected at least {len(vocabulary)}: special tokens, bytes and chat words"
+        )
 
     texts = list(texts)
     word_counts = Counter(piece for text in texts for piece, _ in pre_tokenizer.pre_tokenize_str(text))
-    vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS, *alphabet, *CHAT_WORDS]))
     # ties by spelling: the same corpus gives the same ids on every machine
     for word, _ in sorted(word_counts.items(), key=lambda item: (-item[1], item[0])):
         if len(vocabulary) < vocab_size and word not in vocabulary:

@@ -158,7 +158,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         codes_of_images = inputs["image_codes"].split(image_grids.prod(-1).sum(-1).tolist())
         with torch.no_grad():
             texts = self.pipeline.encode_prompt(captions)  # all at once, padded to one length
-        loss = 0.0
+        loss, of_images = 0.0, torch.zeros(num_images, device=image_grids.device)
         # Images of one schedule have one size: a stack without padding.
         for members in _groups(image_grids):
             grids = image_grids[members]
@@ -175,32 +175,32 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
             errors = (predicted - target).square().flatten(1).mean(1)
             # A mean over the images, into however many groups they fall.
             loss = loss + (weights * errors).sum() / num_images
+            of_images[members] = (weights * errors).detach()
         if model.training:
             self.watch(inputs, loss)
-        return (loss, {}) if return_outputs else loss
+        return (loss, {"losses": of_images}) if return_outputs else loss
 
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """The loss on held-out images, with the same noise at every call; of the averaged weights where there are."""
-        model, totals = self.model, torch.zeros(2, device=self.args.device)
+        model, losses = self.model, []
         was_training = model.training
         model.eval()
         # The same noise at every evaluation; the random numbers of the training stay where they are.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self.averaged_weights(), torch.random.fork_rng(devices):
-            torch.manual_seed(self.args.seed)
+            torch.manual_seed(self.args.seed + self.args.process_index)  # not one noise for the rows of all processes
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
-                size = len(batch["captions"])
                 with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, batch)
-                # Sums rather than means, as the last batch may be smaller.
-                totals += torch.stack([loss * size, loss.new_tensor(size)])
+                    _, outputs = self.compute_loss(model, batch, return_outputs=True)
+                # Of each image once: the last batches of several processes are filled up with the first ones.
+                losses.append(self.accelerator.gather_for_metrics(outputs["losses"]))
         model.train(was_training)
-        total, count = self.accelerator.reduce(totals, "sum").tolist()
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": total / count}, num_samples=int(count))
+        mean, count = torch.cat(losses).mean().item(), sum(map(len, losses))
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, num_samples=count)
 
     def on_step_begin(self) -> None:
         seed_process(self.args, self.state)  # for noise, times and dropped conditions

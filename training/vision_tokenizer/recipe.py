@@ -125,10 +125,12 @@ def build_image_processor(fields: dict | None) -> NextFlowImageProcessor:
 
 
 def load_teacher(source: str) -> Siglip2VisionModel:
-    """The vision part of a SigLIP2, which may be the whole model or the vision part alone."""
+    """The vision part of a SigLIP2 in float32; the source may be the whole model or the vision part alone."""
+    # An encoder that starts as a teacher of fewer bits would train in them, where most steps round to nothing.
+    options = {"dtype": torch.float32}
     if AutoConfig.from_pretrained(source).model_type == "siglip2":
-        return Siglip2Model.from_pretrained(source).vision_model
-    return Siglip2VisionModel.from_pretrained(source)
+        return Siglip2Model.from_pretrained(source, **options).vision_model
+    return Siglip2VisionModel.from_pretrained(source, **options)
 
 
 def build_datasets(

@@ -6,7 +6,7 @@ usage in the logs: codebook.py), losses on the pixels (losses.py, adversary.py) 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -96,8 +96,8 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
 
     @property
     def quantizes(self) -> bool:
-        """Whether the codebook is in use yet."""
-        return self.state.global_step >= self.args.continuous_steps
+        """Whether the codebook is in use yet; one that does not train always is."""
+        return self.state.global_step >= self.args.continuous_steps or not self.args.trains_codebook
 
     def compute_loss(
         self,
@@ -216,8 +216,10 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
     @torch.no_grad()
     def initialize_codebook(self) -> None:
         """Initialise the codebook from the features of the first `codebook_init_batches` batches of the data."""
-        batches = []
-        for index, batch in enumerate(self.get_train_dataloader()):
+        batches, loader = [], cast(Any, self.get_train_dataloader())
+        # A new loader would set its data set, that of the training, to the crops and flips of the first epoch.
+        loader.set_epoch(int(self.state.epoch))
+        for index, batch in enumerate(loader):
             if index == self.args.codebook_init_batches:
                 break
             batch = self._prepare_inputs(batch)
@@ -292,6 +294,8 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
         tokenizer.eval()
         usage = CodeUsage(tokenizer.config.codebook_size, self.accelerator)
         gathered: dict[str, list[torch.Tensor]] = {}
+        # Persistent workers keep their loader: its next epoch would have other images of rows that have several.
+        cast(Any, dataloader).set_epoch(0)
         with self.averaged_weights():
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
