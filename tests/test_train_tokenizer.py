@@ -20,6 +20,7 @@ from nextflow_hf.training.common.finite_steps import NotFiniteError
 from nextflow_hf.training.common.recipe import load_recipe, parse_recipe
 from nextflow_hf.training.vision_tokenizer import train
 from nextflow_hf.training.vision_tokenizer.arguments import NextFlowVisionTokenizerTrainingArguments
+from nextflow_hf.training.vision_tokenizer.recipe import build_image_processor
 from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
 
 
@@ -273,6 +274,13 @@ def test_sharded_parameters_are_refused_where_whole_ones_are_needed(tmp_path, ch
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=message):
         NextFlowVisionTokenizerTrainer(trainer.tokenizer, trainer.args, semantic_teacher=trainer.semantic_teacher)
+
+
+def test_a_resolution_that_the_schedule_lacks_is_no_bad_image():
+    fields = {"patch_size": 8, "scale_bases": [1, 3, 8], "bucket_area": 64}
+    with pytest.raises(ValueError, match=r"^resolution is 100, expected one of \[8, 24, 64\]"):
+        build_image_processor({**fields, "resolution": 100})
+    assert build_image_processor({**fields, "resolution": 24}).resolution == 24
 
 
 def test_joint_stage_wants_a_semantic_voice(tmp_path):
