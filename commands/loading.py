@@ -145,7 +145,9 @@ def _load_components(args: argparse.Namespace, found: str, without: Sequence[str
 
 
 def _place(source: str) -> str:
-    """A path that holds in every folder; a Hub id as it is."""
+    """A path that holds in every folder, that of a shipped model for its name; a Hub id as it is."""
+    if source in SHIPPED:
+        return str(hub_cards.shipped_model_path(source))
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 

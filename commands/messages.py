@@ -45,7 +45,7 @@ def _with_paths(content: str | list[dict[str, Any]], folder: Path) -> str | list
 
 def existing_file(path: Path) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"the image {path} does not exist")
+        raise FileNotFoundError(f"the image {path} " + ("is a folder" if path.is_dir() else "does not exist"))
     return path.resolve()
 
 

@@ -349,7 +349,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         decoding |= given(strength=decoder_strength, tile_size=decoder_tile_size)
         decoding |= given(prompt=decoder_prompt, generator=decoder_generator)
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        check_numbers(num_images_per_prompt=num_images_per_prompt, num_scales=num_steps, height=height, width=width)
+        check_numbers(num_scales=num_scales, num_inference_steps=num_inference_steps, height=height, width=width)
+        check_numbers(num_images_per_prompt=num_images_per_prompt)
         self.check_outputs(output_type, decoder, decoding, tensor_inputs, stream)
         if max_new_tokens is not None:
             self.check_thinking(think, max_new_tokens)

@@ -325,6 +325,7 @@ def test_the_diffusion_decoder(command_line, monkeypatch):
         (["generate", "--messages", "none.json"], "none.json"),
         (["edit", "a"], "got no image"),
         (["edit", "a", "--image", "none.png"], "none.png does not exist"),
+        (["edit", "a", "--image", "."], "the image . is a folder"),
     ],
 )
 def test_mistakes(command_line, model_folder, argv, message):
@@ -349,6 +350,11 @@ def test_mistakes_in_json(command_line, model_folder):
 def test_mistakes_in_a_conversation(command_line, model_folder, tmp_path, text, message):
     (tmp_path / "messages.json").write_text(text)
     assert message in command_line.mistake("generate", "--messages", "messages.json", "--model", model_folder)
+
+
+def test_a_shipped_model_is_named_for_its_parts_too(command_line):
+    said = command_line.mistake("generate", "a", "--vision-tokenizer", "nextflow-emoji")
+    assert "knows the codes of the vision tokenizer" in said  # it was loaded, and is not that of Shapes
 
 
 def test_a_model_that_is_none(command_line, tmp_path, monkeypatch):

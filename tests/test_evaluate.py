@@ -150,6 +150,9 @@ def test_processes_share_the_samples_and_leave_their_group(evaluate, tmp_path):
 
 def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "unexpected keyword argument 'size'" in evaluate("size=3", mistake=True)
+    assert "the suite shapes: got an unexpected keyword argument 'cuont'" in command_line.mistake(
+        "evaluate", "shapes", "nextflow-shapes", "cuont=1"
+    )
     assert "expected key=value" in evaluate("size", mistake=True)
     assert "there is no suite 'nonsense', expected" in command_line.mistake("evaluate", "nonsense", "model")
     assert "there is no suite 'toy_suite:other'" in command_line.mistake("evaluate", "toy_suite:other", "model")

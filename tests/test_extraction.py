@@ -104,6 +104,13 @@ def test_a_decoder_that_was_trained_on_keeps_its_codes(tmp_path):
     assert len(extract(tmp_path, vision_tokenizer=other)) == 10
 
 
+def test_a_finished_extraction_says_that_it_reads_nothing(tmp_path, caplog):
+    extract(tmp_path)
+    assert "stays as it is" not in caplog.text
+    extract(tmp_path)
+    assert f"{tmp_path} is finished and stays as it is; remove it if captions or images changed" in caplog.text
+
+
 def test_loading_an_empty_folder_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="extract the codes first"):
         load_codes(tmp_path)

@@ -464,6 +464,7 @@ WHITE = np.full((16, 16), 255, np.uint8)
     ("call", "message"),
     [
         ({"prompt": "a", "num_scales": 0}, "`num_scales` is 0, expected at least 1"),
+        ({"prompt": "a", "num_inference_steps": 0}, "`num_inference_steps` is 0, expected at least 1"),
         ({"prompt": "a", "num_scales": 5}, "`num_scales` is 5, expected at most 4"),
         ({"prompt": "a", "image_codes": CODES}, "go together, got no `image_grids`"),
         ({**GIVEN, "image_codes": CODES[:7]}, r"has the shape \(7,\), expected \(30,\)"),

@@ -59,12 +59,26 @@ def test_texts_and_captions_that_are_not_utf_8(tmp_path, streaming):
     (tmp_path / "texts.txt").write_bytes("eins\nzw\u00f6lf\n".encode() + "zw\u00f6lf\n".encode("latin-1"))
     good, errors = texts_and_errors({"path": str(tmp_path / "texts.txt"), "format": "text", "task": "text"}, streaming)
     assert good == ["eins", "zw\u00f6lf"] and len(errors) == 1 and "UnicodeDecodeError" in errors[0]
-    for name, caption in (("a", b"red"), ("b", b"\xff")):
+    for name, caption in (("a", b"red"), ("b", b"\xff"), ("c", None)):
         (tmp_path / f"{name}.png").write_bytes(picture(0))
-        (tmp_path / f"{name}.txt").write_bytes(caption)
+        if caption is not None:
+            (tmp_path / f"{name}.txt").write_bytes(caption)
     source = {"path": str(tmp_path), "format": "captioned_folder", "task": "text_to_image"}
     rows = list(load_mixture(MixtureArguments(sources=[source])))
-    assert [row["error"] is None for row in rows] == [True, False] and "UnicodeDecodeError" in rows[1]["error"]
+    assert [row["error"] is None for row in rows] == [True, False, False]
+    assert "b.txt' is not UTF-8, save it as such" in rows[1]["error"]
+    assert "c.png' has no caption, expected it in 'c.txt' beside it" in rows[2]["error"]
+
+
+def test_a_mark_before_the_text_is_no_text(tmp_path, streaming):
+    """Windows writes one at the beginning of a file."""
+    (tmp_path / "texts.txt").write_bytes("\ufeffone\r\ntw\u00f6\r\n".encode())
+    source = {"path": str(tmp_path / "texts.txt"), "format": "text", "task": "text"}
+    assert texts_and_errors(source, streaming) == (["one", "tw\u00f6"], [])
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "a.txt").write_bytes("\ufeffred\r\n".encode())
+    source = {"path": str(tmp_path), "format": "captioned_folder", "task": "text_to_image"}
+    assert texts_and_errors(source, streaming) == (["red"], [])
 
 
 def test_captions_of_parquet_that_are_not_utf_8(tmp_path, streaming):
@@ -119,6 +133,16 @@ def test_files_tell_their_format_by_their_names(tmp_path, streaming):
         (tmp_path / f"a.{suffix}").write_text(content)
     for suffix in ("parquet", *contents):
         assert texts_and_errors({"path": str(tmp_path / f"a.{suffix}"), "task": "text"}, streaming) == (["one"], [])
+
+
+def test_a_file_that_does_not_tell_its_format_is_not_looked_for_on_the_hub(tmp_path, streaming):
+    path = tmp_path / "rows.tsv"
+    path.write_text("caption\tother\nred\t1\n")
+    source = {"path": str(path), "task": "text"}
+    with pytest.raises(ValueError, match="rows.tsv does not tell its format by one of .*, as in format: csv"):
+        texts_and_errors(source, streaming)
+    source |= {"format": "csv", "options": {"sep": "\t"}, "columns": {"text": "caption"}}
+    assert texts_and_errors(source, streaming) == (["red"], [])
 
 
 def test_an_empty_file_is_named(tmp_path, streaming):

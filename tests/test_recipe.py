@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 from transformers import TrainingArguments
 
+from nextflow_hf.hub_cards import emoji_model_path, shapes_model_path
+from nextflow_hf.training.common import run
 from nextflow_hf.training.common.recipe import Recipe, load_recipe, load_yaml, override, parse_recipe, read_recipe
 from nextflow_hf.training.transformer.arguments import NextFlowTrainingArguments
 
@@ -93,6 +95,38 @@ def test_numbers_may_be_written_as_people_do(tmp_path):
     recipe = load_yaml("{rate: 1, steps: 1e3, numbers: [1, 2], shares: [1, 0.5], fields: {a: 1}}")
     (group,) = parse_recipe(recipe, [Group])
     assert (group.rate, group.steps, group.shares) == (1, 1000, [1, 0.5]) and type(group.steps) is int
+
+
+@dataclass
+class Placed:
+    output_dir: str = ""
+    model: str | None = None
+    vision_tokenizer_name_or_path: str | None = None
+    train_codes: list[str] = field(default_factory=list)
+
+
+def test_home_and_shipped_models_are_folders(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = {"output_dir": "~/runs/mine", "train_codes": ["~/codes", "codes"], "model": "nextflow-shapes"}
+    recipe["vision_tokenizer_name_or_path"] = "nextflow-emoji"
+    (group,) = parse_recipe(recipe, [Placed])
+    models = [str(shapes_model_path()), str(emoji_model_path())]
+    assert group == Placed("/home/me/runs/mine", *models, ["/home/me/codes", "codes"])
+    (group,) = parse_recipe({"output_dir": "nextflow-shapes"}, [Placed])
+    assert group.output_dir == "nextflow-shapes"  # of one's own
+
+
+def test_a_word_for_a_list_is_shown_in_brackets():
+    with pytest.raises(ValueError, match=r"train_codes is 'codes', expected list\[str\], such as \[codes\]"):
+        parse_recipe({"train_codes": "codes"}, [Placed])
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    recipe = Recipe({"output_dir": str(tmp_path), "report_to": "wandb"}, "mine.yaml")
+    with pytest.raises(ImportError, match=r"mine.yaml: report_to has \['wandb'\], not installed: .* report_to: none"):
+        run.resolve(recipe, [TrainingArguments])
+    run.resolve({**recipe, "report_to": "tensorboard"}, [TrainingArguments])
 
 
 @dataclass

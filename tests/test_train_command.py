@@ -303,6 +303,8 @@ def test_codes_of_two_tokenizers_are_refused(toy, tmp_path):
     extract_toy_codes(tmp_path / "other", pipe.processor, pipe.vision_tokenizer, rows=2)
     with pytest.raises(ValueError, match="different vision tokenizers"):
         train.check_same_codes([str(toy / "text"), str(tmp_path / "other")])
+    with pytest.raises(FileNotFoundError, match=f"no index.json in {tmp_path}: extract the codes first"):
+        train.check_same_codes([str(toy / "text"), str(tmp_path)])
 
 
 def test_weights_mix_the_folders(toy):
@@ -674,6 +676,9 @@ def test_an_adapter_is_a_start_as_a_model_is(toy, tmp_path):
     other = {"lora_dropout": 0.1, "lora_train_image_parts": True, "lora_target_modules": ["q_proj"]}
     with pytest.raises(ValueError, match=r"'lora_dropout': 0\.0, 'lora_train_image_parts': False, 'lora_target_m"):
         load_model(parse({**values, **other})[0])
+    with pytest.raises(ValueError, match="eval_strategy is 'steps', which needs eval_codes or eval_rows"):
+        refused = {"eval_strategy": "steps", "output_dir": str(tmp_path / "third")}
+        train.train(*parse({**values, **refused}))
     with pytest.raises(ValueError, match="use_muon is for the decoder's matrices"):
         refused = {"use_muon": True, "optim": "adamw_torch", "output_dir": str(tmp_path / "third")}
         train.train(*parse({**values, **refused}))

@@ -26,6 +26,7 @@ from nextflow_hf.training.vision_tokenizer.recipe import (
     ImageArguments,
     VisionTokenizerArguments,
     build_datasets,
+    build_image_processor,
     build_tokenizer,
 )
 from nextflow_hf.training.vision_tokenizer.trainer import NextFlowVisionTokenizerTrainer
@@ -303,6 +304,13 @@ def test_sharded_parameters_are_refused_where_whole_ones_are_needed(tmp_path, ch
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=message):
         NextFlowVisionTokenizerTrainer(trainer.tokenizer, trainer.args, semantic_teacher=trainer.semantic_teacher)
+
+
+def test_a_resolution_that_the_schedule_lacks_is_no_bad_image():
+    fields = {"patch_size": 8, "scale_bases": [1, 3, 8], "bucket_area": 64}
+    with pytest.raises(ValueError, match=r"^resolution is 100, expected one of \[8, 24, 64\]"):
+        build_image_processor({**fields, "resolution": 100})
+    assert build_image_processor({**fields, "resolution": 24}).resolution == 24
 
 
 def test_joint_stage_wants_a_semantic_voice(tmp_path):

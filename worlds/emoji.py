@@ -6,6 +6,7 @@ Microsoft (MIT); Firefox OS Emoji by Mozilla (Apache-2.0); all as packed by Icon
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -95,7 +96,8 @@ class Reward:
 
 def suite(folder: str = "data/emoji", judge: str = JUDGE, concepts: int | None = None, **options):
     """Make the suite of a world's folder and judge; `options` are those of [`~suite.WorldSuite`]."""
+    from ..training.evaluation.suite import bind
     from .judge import Judge
     from .suite import WorldSuite
 
-    return WorldSuite(load(Path(folder), concepts=concepts), Judge(Path(judge)), **options)
+    return bind("emoji", partial(WorldSuite, load(Path(folder), concepts=concepts), Judge(Path(judge))), options)

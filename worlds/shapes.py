@@ -193,6 +193,7 @@ def reward(images: Sequence[Image.Image], scenes: Sequence[Sequence[str]], **col
 
 def suite(**options):
     """Make the suite; `options` are those of [`~suite.WorldSuite`]."""
+    from ..training.evaluation.suite import bind
     from .suite import WorldSuite
 
-    return WorldSuite(load(), judge(), **options)
+    return bind("shapes", partial(WorldSuite, load(), judge()), options)

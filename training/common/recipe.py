@@ -7,6 +7,7 @@ kind, or of a file beside it. The YAML is that of version 1.2, as people write i
 
 import difflib
 import inspect
+import os
 import re
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +22,14 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
+from ...hub_cards import SHIPPED, shipped_model_path
+
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
 
+_MODELS = ("model", "vision_tokenizer", "processor")  # keys of models, beside those in `_name_or_path`
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -207,7 +211,7 @@ def check_recipe(recipe: dict[str, Any], groups: Iterable[type]) -> Recipe:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=3)
                 raise ValueError(f"{key} is unknown" + (f", near ones that exist: {near}" if near else ""))
-            values[key] = _typed(parser, actions[key], value, hints[key])
+            values[key] = _typed(parser, actions[key], _placed(key, value), hints[key])
         except ValueError as error:
             mistakes.append(f"{source}: {error}")
     needed = [f.name for group in groups for f in fields(group) if f.default is f.default_factory is MISSING]
@@ -224,11 +228,24 @@ def source_of(recipe: dict[str, Any]) -> str | Path:
     return getattr(recipe, "source", "the recipe")
 
 
+def _placed(key: str, value: Any) -> Any:
+    """A path below `~` in full, as the shell gives options, and the folder of a shipped model that `key` names."""
+    if isinstance(value, list):
+        return [_placed(key, entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if value in SHIPPED and (key in _MODELS or key.endswith("_name_or_path")):
+        return str(shipped_model_path(value))
+    return os.path.expanduser(value) if value.startswith("~/") else value
+
+
 def _typed(parser: "HfArgumentParser", action: Action, value: Any, hint: Any) -> Any:
     """`value` as the type that `hint` says; a word is read as on the command line."""
     kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
     choices = action.choices or [member.value for kind in kinds for member in kind]
     expected = f"one of {list(choices)}" if choices else hint.__name__ if isinstance(hint, type) else str(hint)
+    is_one_of_a_list = isinstance(value, str) and any(get_origin(kind) is list for kind in (hint, *get_args(hint)))
+    expected += f", such as [{value}]" if is_one_of_a_list else ""
     try:
         found = parser._get_value(action, value) if isinstance(value, str) else value
         if isinstance(found, bool) and bool not in (hint, *get_args(hint)) and str in (hint, *get_args(hint)):

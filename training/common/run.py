@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ...atomic import write_text
@@ -59,7 +60,16 @@ def resolve(recipe: Recipe, groups: Sequence[type]) -> tuple[Recipe, tuple[Any, 
         recipe["gradient_accumulation_steps"] = accumulation_steps(
             recipe["global_batch_size"], size, source_of(recipe)
         )
-    return recipe, parse_recipe(recipe, groups), said
+    instances = parse_recipe(recipe, groups)
+    check_trackers(getattr(instances[-1], "report_to", []), source_of(recipe))
+    return recipe, instances, said
+
+
+def check_trackers(names: Sequence[str], source: str | Path) -> None:
+    """Raises `ImportError` where a tracker of `report_to` is not installed: its callback would, without the key."""
+    missing = sorted(set(names) & set(INTEGRATION_TO_CALLBACK) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ImportError(f"{source}: report_to has {missing}, not installed: install them, or write report_to: none")
 
 
 def world_size() -> int:

@@ -82,6 +82,7 @@ def extract_rows(
     }
     check_manifest(output_dir, manifest, vision_tokenizer)
     if (output_dir / INDEX).exists():  # finished, maybe by other processes
+        logger.warning(f"{output_dir} is finished and stays as it is; remove it if captions or images changed since")
         return num_rows_of(output_dir)
     state = process_state()
     encoder, num_shards = RowEncoder(processor, vision_tokenizer, settings), 0

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ...processing.image_loading_nextflow import MAX_PIXELS
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
-from .messages import BadRowError, bad_row_reason, caption_of, check_on_bad_row, open_image
+from .messages import MEND, BadRowError, bad_row_reason, caption_of, check_on_bad_row, open_image
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class ImageRows(Dataset):
             except Exception as error:  # whatever this one row raises, as in the extraction of rows
                 message = f"row {candidate} ({_name(row)}) is bad: {bad_row_reason(error)}"
                 if self.on_bad_row == "raise":
-                    raise BadRowError(message) from error
+                    raise BadRowError(f"{message}. {MEND}") from error
                 logger.warning("%s; the next one takes its place", message)
                 self.is_bad[candidate] = True
         raise BadRowError(f"all {len(self)} rows are bad; see the log for the first causes")

@@ -67,6 +67,8 @@ def open_raw_rows(
     """The rows of a source, by the library that knows its format. Arguments are those of [`DataSource`]."""
     path, how = os.path.expanduser(path), {"split": split, "streaming": streaming}
     format = format or _guess_format(Path(path))
+    if format is None and os.path.isfile(path):
+        raise ValueError(f"{path} does not tell its format by one of {list(_SUFFIXES)}: set format, as in format: csv")
     if format == "captioned_folder":
         return _open_captioned_folder(Path(path))
     pattern = FORMATS.get(format)
@@ -124,7 +126,7 @@ def _open_tar_files(files: str, options: dict[str, Any], split: str, streaming: 
 
 
 def _open_captioned_folder(folder: Path) -> RawRows:
-    """Images below `folder` with the text of the `.txt` beside each; None where there is no such file."""
+    """Images below `folder` with the text of the `.txt` beside each."""
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS)
     if not images:
         raise FileNotFoundError(f"no images in {folder.absolute()}, expected some of {sorted(_EXTENSIONS)}")
@@ -161,7 +163,7 @@ def _json_object(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(values: dict[str, Any]) -> dict[str, Any]:
-    return {"text": values["text"].encode(_BYTES).decode()}
+    return {"text": values["text"].encode(_BYTES).decode("utf-8-sig")}
 
 
 def _members(values: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +180,12 @@ def _caption(values: dict[str, Any]) -> dict[str, Any]:
     if "text" not in values:
         return dict(values)
     path = Path(values["text"])
-    return {**values, "text": path.read_text(encoding="utf-8").strip() if path.is_file() else None}
+    if not path.is_file():
+        raise BadRowError(f"the image {values['image']!r} has no caption, expected it in {path.name!r} beside it")
+    try:
+        return {**values, "text": path.read_text(encoding="utf-8-sig").strip()}  # Windows begins a file with a mark
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"the caption {str(path)!r} is not UTF-8, save it as such: {error}") from error
 
 
 class _TarFiles(WebDataset):

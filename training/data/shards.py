@@ -217,14 +217,7 @@ def checked_files(
 ) -> list[Path]:
     """The shards of a finished extraction that hold rows. Arguments and refusals are those of [`load_codes`]."""
     folder = Path(folder)
-    if not (folder / INDEX).exists():
-        started = (folder / MANIFEST).exists()
-        raise FileNotFoundError(
-            f"no {INDEX} in {folder}: "
-            + ("its extraction has not finished, run it again to go on" if started else "extract the codes first")
-        )
-    manifest = json.loads((folder / MANIFEST).read_text())
-    found = manifest["vision_tokenizer"]["fingerprint"]
+    found = tokenizer_of(folder)
     if vision_tokenizer is not None:
         is_model = isinstance(vision_tokenizer, NextFlowVisionTokenizer)
         expected = vision_tokenizer.get_codes_fingerprint() if is_model else vision_tokenizer
@@ -241,6 +234,18 @@ def checked_files(
         for entry in index["shards"][rank::world_size]:
             _verify(folder / entry["file"], entry["sha256"])
     return [folder / entry["file"] for entry in index["shards"] if entry["num_rows"]]
+
+
+def tokenizer_of(folder: str | os.PathLike) -> str:
+    """Fingerprint of the vision tokenizer whose codes a finished extraction holds."""
+    folder = Path(folder)
+    if not (folder / INDEX).exists():
+        started = (folder / MANIFEST).exists()
+        raise FileNotFoundError(
+            f"no {INDEX} in {folder}: "
+            + ("its extraction has not finished, run it again to go on" if started else "extract the codes first")
+        )
+    return json.loads((folder / MANIFEST).read_text())["vision_tokenizer"]["fingerprint"]
 
 
 def _verify(path: Path, expected: str) -> None:

@@ -250,7 +250,7 @@ class OpenSource:
         path = image if isinstance(image, str) else image.get("path") if isinstance(image, dict) else None
         if path is None or "://" in path or path.startswith("data:") or (isinstance(image, dict) and image["bytes"]):
             return image
-        return os.path.join(self.source.image_root, path)
+        return os.path.join(os.path.expanduser(self.source.image_root), path)
 
     def _find_columns(self, names: list[str]) -> dict[str, str]:
         """Part in the task -> column. `ValueError` where a part has none."""

@@ -1,6 +1,5 @@
 """`nextflow-hf train transformer`: the transformer on rows of tokens and codes (§3.2)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ..common.run import BatchArguments, world_size
 from ..data.collator import PackingCollator
 from ..data.packing import EndlessPackedDataset, PackedDataset, PackedIterableDataset, check_fit, document_costs
 from ..data.packs import WINDOWS_AT_ONCE, PackingReport
-from ..data.shards import load_codes
+from ..data.shards import load_codes, tokenizer_of
 from ..data.streaming import RowStream
 from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
 from .callbacks import SampleImagesCallback
@@ -168,10 +167,7 @@ def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlo
 
 def check_same_codes(folders: Sequence[str]) -> None:
     """Refuse folders whose codes come from different vision tokenizers."""
-    fingerprints = {
-        folder: json.loads((Path(folder) / "manifest.json").read_text())["vision_tokenizer"]["fingerprint"]
-        for folder in folders
-    }
+    fingerprints = {folder: tokenizer_of(folder) for folder in folders}
     if len(set(fingerprints.values())) > 1:
         raise ValueError(f"the codes come from different vision tokenizers, expected one: {fingerprints}")
 
@@ -199,6 +195,8 @@ def train(
         raise ValueError(f"trainable is {args.trainable!r}, but an adapter trains its own matrices: leave it 'all'")
     if model_args.use_peft and args.use_muon:
         raise ValueError("use_muon is for the decoder's matrices, but use_peft trains an adapter: leave it false")
+    if args.eval_strategy != "no" and not (data_args.eval_codes or data_args.eval_rows):
+        raise ValueError(f"eval_strategy is {args.eval_strategy.value!r}, which needs eval_codes or eval_rows")
     set_seed(args.seed)
     model = load_model(model_args, in_bfloat16=args.bf16)
     set_trainable(model, args.trainable)

@@ -121,7 +121,10 @@ def build_image_processor(fields: dict | None) -> NextFlowImageProcessor:
     notes = {"auto_map", "image_processor_type", "processor_class"}  # of a saved one, whose fields may be given
     if unknown := sorted(set(fields or {}) - set(known) - notes):
         raise ValueError(f"image_processor has unknown keys {unknown}, expected some of {sorted(known)}")
-    return NextFlowImageProcessor(**(fields or {}))
+    processor = NextFlowImageProcessor(**(fields or {}))
+    if processor.resolution is not None:
+        processor.schedule.num_scales(processor.resolution)  # raises where there is no such
+    return processor
 
 
 def load_teacher(source: str) -> Siglip2VisionModel:
