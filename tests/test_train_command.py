@@ -355,7 +355,8 @@ def test_packs_that_cannot_be(toy, tmp_path, caplog):
     assert cli.main(["train", *arguments, "pack_max_length=50", "on_long_row=skip"]) == 0
     assert "rows fit into no pack and are left out: ['" in caplog.text
     for strategy in ("group_by_length", "batch_rebalance"):
-        grouped = ["pack_max_length=500", f"train_sampling_strategy={strategy}", "--fresh", "--debug"]
+        arguments = on_toys(toy, "pretrain_512", tmp_path / strategy)
+        grouped = ["pack_max_length=500", f"train_sampling_strategy={strategy}", "--debug"]
         with pytest.raises(ValueError, match=f"'{strategy}', but packs have no length"):
             cli.main(["train", *arguments, *grouped])
 
