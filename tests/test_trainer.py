@@ -69,6 +69,15 @@ def test_collator_pads_right_and_keeps_reading_order():
     assert set(NextFlowDataCollator(pad_token_id=PAD)([ROWS[2]])) == {"input_ids", "labels"}
 
 
+def test_rows_of_processors_with_other_numbers_of_scales_make_one_batch():
+    longer = {**ROWS[1], "image_grids": [[*grids, [0, 0]] for grids in ROWS[1]["image_grids"]]}
+    model = toy_model()
+    for collate in (NextFlowDataCollator(pad_token_id=PAD), PackingCollator(toy_config())):
+        batch, other = collate([ROWS[0], ROWS[1]]), collate([ROWS[0], longer])
+        assert other["image_grids"].shape[1] == batch["image_grids"].shape[1] + 1
+        assert model(**other).loss == model(**batch).loss
+
+
 def test_accumulating_gradients_equals_one_big_batch(tmp_path):
     big = train(ROWS, tmp_path / "big", per_device_train_batch_size=4, max_steps=1)
     small = train(ROWS, tmp_path / "small", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1)

@@ -84,8 +84,11 @@ class PackingCollator:
 def _images_and_names(rows: list[dict]) -> dict[str, torch.Tensor | list[str]]:
     batch = {}
     if images := [row for row in rows if len(row["image_grids"])]:
-        for name in ("image_codes", "image_target_codes", "image_grids"):
+        for name in ("image_codes", "image_target_codes"):
             batch[name] = torch.cat([torch.tensor(row[name]) for row in images])
+        # Rows of processors whose schedules have different numbers of scales: what is missing is zero.
+        grids = [grid for row in images for grid in torch.tensor(row["image_grids"])]
+        batch["image_grids"] = pad_sequence(grids, batch_first=True)
     if "row_id" in rows[0]:
         batch["row_ids"] = [str(row["row_id"]) for row in rows]
     return batch
