@@ -105,13 +105,13 @@ class Placed:
     train_codes: list[str] = field(default_factory=list)
 
 
-def test_home_and_shipped_models_are_folders(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_home_and_shipped_models_are_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     recipe = {"output_dir": "~/runs/mine", "train_codes": ["~/codes", "codes"], "model": "nextflow-shapes"}
     recipe["vision_tokenizer_name_or_path"] = "nextflow-emoji"
     (group,) = parse_recipe(recipe, [Placed])
     models = [str(shapes_model_path()), str(emoji_model_path())]
-    assert group == Placed("/home/me/runs/mine", *models, ["/home/me/codes", "codes"])
+    assert group == Placed(f"{tmp_path}/runs/mine", *models, [f"{tmp_path}/codes", "codes"])
     (group,) = parse_recipe({"output_dir": "nextflow-shapes"}, [Placed])
     assert group.output_dir == "nextflow-shapes"  # of one's own
 
