@@ -289,8 +289,8 @@ def top_codes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     places = np.concatenate([np.argpartition(block, -count)[:, -count:].copy() for block in blocks])
     best = np.take_along_axis(rows, places, -1)
     order = np.argsort(best)[:, ::-1]
-    best, places = (np.take_along_axis(found, order, -1).reshape(*scores.shape[:-1], count) for found in (best, places))
-    return torch.from_numpy(best), torch.from_numpy(places)
+    descending = [torch.from_numpy(np.take_along_axis(found, order, -1)) for found in (best, places)]
+    return descending[0].view(*scores.shape[:-1], count), descending[1].view(*scores.shape[:-1], count)
 
 
 def one_per_row(
