@@ -300,6 +300,7 @@ class NextFlowConversationMixin(NextFlowImageSteps):
             raise ValueError(f"got {unused} without sampling: leave them out, or pass `do_sample=True`")
         return {"max_new_tokens": max_new_tokens, **given(do_sample=do_sample), **(found if do_sample else {})}
 
+    @exclusively  # before a conversation changes the guidance of another thread's call
     def get_interleaved_settings(self, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """
         Settings of [`~NextFlowPipeline.interleave`] as the size of images, and as `generate` takes the others. Sets

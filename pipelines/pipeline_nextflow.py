@@ -50,6 +50,7 @@ from .prompts_nextflow import (
 CODES = ("codes", "latent")  # output without decoding
 OUTPUT_TYPES = ("pil", "np", "pt", *CODES)
 DECODERS = ("vq", "diffusion")
+GUIDANCE = ("guidance_scale", "image_guidance_scale")  # what a callback may change
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -490,7 +491,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                     progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
                     progress.update()
                     # A callback, or whoever reads the previews, may set other guidance before the next scale.
-                    guidance = self._guidance_scale, self._image_guidance_scale
+                    guidance = {name: getattr(self, name) for name in GUIDANCE}
                     if callback is not None:
                         call_back(callback, self, first_step + scale.index, scale, group, tensor_inputs)
                     # Before the `yield`: a preview is made from the codes of its prompts.
@@ -499,8 +500,10 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                     yield members, scale
                     if self._interrupt:  # the transformer then checks what it has sampled, and ends
                         del scale.plan[scale.index + 1 :]
-                    elif guidance != (self._guidance_scale, self._image_guidance_scale):
-                        scale.change_guidance(self._guidance_scale, self._image_guidance_scale)
+                    else:  # one that was left alone keeps its schedule
+                        now = {name: getattr(self, name) for name in GUIDANCE}
+                        changed = {name: value for name, value in now.items() if value != guidance[name]}
+                        scale.change_guidance(**changed)
                 first_step += group[0].num_scales or 0  # callbacks count steps through all groups
 
     # ---- 5. Decode

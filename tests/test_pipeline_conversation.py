@@ -302,6 +302,14 @@ def test_a_conversation_survives_an_error(pipe, monkeypatch):
     assert conversation.chat("b", max_new_tokens=4) == other.chat("b", max_new_tokens=4)
 
 
+def test_a_conversation_goes_on_outside_of_the_inference_mode_that_it_began_in(pipe):
+    inside, outside = pipe.start_conversation(), pipe.start_conversation()
+    with torch.inference_mode():
+        inside.generate_image("a", temperature=0)
+    outside.generate_image("a", temperature=0)
+    assert inside.chat("b", max_new_tokens=4) == outside.chat("b", max_new_tokens=4)
+
+
 # ---- thinking
 
 
