@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_no_gradient(batch, use_reentrant):
 
 def test_a_model_in_training_samples_with_gradient_checkpointing_too():
     model, prompt = toy_model(), torch.tensor([[5, 6, 7]])
-    options = {"do_sample": False, "max_new_tokens": 8, "target_grids": grids_tensor(SQUARE)}
+    options = {"do_sample": False, "max_new_tokens": 8, "image_temperature": 0.0, "target_grids": grids_tensor(SQUARE)}
     expected = [model.generate(prompt, generation_mode=mode, **options) for mode in ("image", "interleaved")]
     model.train().gradient_checkpointing_enable()
     found = [model.generate(prompt, generation_mode=mode, **options) for mode in ("image", "interleaved")]
