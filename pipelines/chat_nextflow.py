@@ -310,6 +310,8 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         text = {name: settings.pop(name, None) for name in ("max_new_tokens", "do_sample")}
         sampling = {name: settings.pop(f"text_{name}", None) for name in SAMPLING}
         text = self.get_text_settings(**text, prefix="text_", **sampling)
+        if (asked := settings.get("image_guidance_scale")) is not None:
+            raise ValueError(f"`image_guidance_scale` is {asked}, which guides images of `pipe(...)` alone")
         images = self.get_image_settings(**settings)
         self._guidance_scale, self._image_guidance_scale = images["guidance_scale"], 1.0
         # `generate` guides towards source images in "image" mode alone.

@@ -532,6 +532,10 @@ BAD_CALLS = {
         lambda pipe: pipe.start_conversation().generate_image("a", max_new_tokens=4),
         "`max_new_tokens` is 4 without `think=True`",
     ),
+    "image guidance": (
+        lambda pipe: pipe.start_conversation().generate_image("a", image_guidance_scale=1.5),
+        "`image_guidance_scale` is 1.5, which guides images of `pipe\\(...\\)` alone",
+    ),
     "frames": (lambda pipe: pipe.frames("a story"), "`num_frames` is missing"),
     "no frames": (lambda pipe: pipe.frames("a story", 0), "`num_frames` is 0, expected at least 1"),
     "frames of parts": (lambda pipe: pipe.frames(["a"], 2), "`num_frames` is 2 for a storyline of 1"),
