@@ -7,6 +7,8 @@ before, upsampled, through a connector; the positions, and the mask. Knows codes
 import functools
 import math
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -335,6 +337,19 @@ def _trains_with_others() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+@contextmanager
+def _without_recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Without gradients there is nothing to recompute, and layers that would do it drop their cache."""
+    recomputing = [layer for layer in layers if layer.gradient_checkpointing]
+    for layer in recomputing:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in recomputing:
+            layer.gradient_checkpointing = True
+
+
 class NextFlowModel(NextFlowInputs):
     """The decoder without its head. See [`NextFlowForCausalLM.forward`] for the inputs."""
 
@@ -414,16 +429,18 @@ class NextFlowModel(NextFlowInputs):
             text_positions = position_ids[0].long() if len(position_ids) == 4 else None
             position_embeddings = self.rotary_emb(hidden_states, position_ids[-3:])
         layers = self.layers[: self.config.num_hidden_layers]  # fewer where an early exit drafts
-        for layer, cache in zip(layers, caches_of_layers(past_key_values, len(layers))):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                position_ids=text_positions,
-                past_key_values=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
+        samples = self.training and not torch.is_grad_enabled()
+        with _without_recomputing(layers) if samples else nullcontext():
+            for layer, cache in zip(layers, caches_of_layers(past_key_values, len(layers))):
+                hidden_states = layer(
+                    hidden_states,
+                    attention_mask=mask,
+                    position_embeddings=position_embeddings,
+                    position_ids=text_positions,
+                    past_key_values=cache,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
         hidden_states = self.norm(hidden_states)
         if past_key_values is not None and position_ids is not None and not torch.compiler.is_compiling():
             # Not on a cache of text alone, which stays what other code expects: torch.export flattens its attributes.

@@ -133,8 +133,11 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
             return self._generate_image(kwargs.pop("input_ids", inputs), options)
         if generation_mode == "interleaved":
             return self._generate_interleaved(kwargs.pop("input_ids", inputs), options)
-        self._check_no_images(kwargs.get("input_ids", inputs), kwargs)
-        self._check_room(kwargs.get("input_ids", inputs), kwargs)
+        input_ids = kwargs.get("input_ids", inputs)
+        self._check_no_images(input_ids, kwargs)
+        self._check_room(input_ids, kwargs)
+        if input_ids is not None and input_ids.ndim == 2 and (input_ids[:, -1:] == self.config.boi_token_id).any():
+            raise ValueError('prompts end in <boi>, which an image follows: pass generation_mode="image"')
         if options.get("guidance_scale") is None:  # transformers would guide text by that of images
             options = self._without_image_guidance(options)
         options["logits_processor"] = LogitsProcessorList(

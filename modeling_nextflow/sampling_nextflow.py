@@ -151,15 +151,15 @@ class SampledScale:
     plan: list[ScaleStep]
     image_grids: torch.Tensor
 
-    def change_guidance(self, guidance_scale: PerScale, image_guidance_scale: PerScale) -> None:
-        """Sample the scales to come with other guidance: a number, or a list with an entry for each scale."""
+    def change_guidance(self, **scales: PerScale) -> None:
+        """
+        Sample the scales to come with another `guidance_scale` or `image_guidance_scale`: a number, or a list with an
+        entry for each scale.
+        """
         for index in range(self.index + 1, len(self.plan)):
-            scales = [
-                value[index] if isinstance(value, (list, tuple)) else value
-                for value in (guidance_scale, image_guidance_scale)
-            ]
-            text, image = (1.0 if scale is None else scale for scale in scales)
-            self.plan[index] = replace(self.plan[index], guidance_scale=text, image_guidance_scale=image)
+            own = {name: value[index] if isinstance(value, (list, tuple)) else value for name, value in scales.items()}
+            own = {name: 1.0 if scale is None else scale for name, scale in own.items()}
+            self.plan[index] = replace(self.plan[index], **own)
 
 
 @dataclass

@@ -300,6 +300,7 @@ class NextFlowConversationMixin(NextFlowImageSteps):
             raise ValueError(f"got {unused} without sampling: leave them out, or pass `do_sample=True`")
         return {"max_new_tokens": max_new_tokens, **given(do_sample=do_sample), **(found if do_sample else {})}
 
+    @exclusively  # before a conversation changes the guidance of another thread's call
     def get_interleaved_settings(self, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """
         Settings of [`~NextFlowPipeline.interleave`] as the size of images, and as `generate` takes the others. Sets
@@ -309,6 +310,8 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         text = {name: settings.pop(name, None) for name in ("max_new_tokens", "do_sample")}
         sampling = {name: settings.pop(f"text_{name}", None) for name in SAMPLING}
         text = self.get_text_settings(**text, prefix="text_", **sampling)
+        if (asked := settings.get("image_guidance_scale")) is not None:
+            raise ValueError(f"`image_guidance_scale` is {asked}, which guides images of `pipe(...)` alone")
         images = self.get_image_settings(**settings)
         self._guidance_scale, self._image_guidance_scale = images["guidance_scale"], 1.0
         # `generate` guides towards source images in "image" mode alone.

@@ -119,6 +119,7 @@ class NextFlowConversation:
 
     # ---- a turn
 
+    @torch.inference_mode(False)  # in it the cache could not grow outside of it, in a later turn
     @torch.no_grad()
     def _answer(
         self,

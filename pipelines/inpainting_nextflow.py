@@ -6,8 +6,10 @@ say.
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,14 @@ def keep_codes(
 
 def _load_mask(pipe: NextFlowImageSteps, mask: Image) -> PIL.Image.Image:
     pixels = pipe.processor.image_processor.process_image(mask, do_convert_rgb=True)  # (3, height, width), 8 bits
+    opened: Any = PIL.Image.open(mask) if isinstance(mask, (str, Path)) and os.path.isfile(mask) else mask
+    # On the white that images get, strokes of white on nothing would be white all over.
+    if isinstance(opened, PIL.Image.Image) and opened.has_transparency_data:
+        alpha: Any = opened.convert("RGBA").getchannel("A").getextrema()
+        if alpha[0] < 255:
+            raise ValueError(
+                "`mask_image` is transparent in part, expected white where the image changes, black elsewhere"
+            )
     return PIL.Image.fromarray(np.asarray(pixels).transpose(1, 2, 0)).convert("L")
 
 

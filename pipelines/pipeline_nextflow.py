@@ -50,6 +50,7 @@ from .prompts_nextflow import (
 CODES = ("codes", "latent")  # output without decoding
 OUTPUT_TYPES = ("pil", "np", "pt", *CODES)
 DECODERS = ("vq", "diffusion")
+GUIDANCE = ("guidance_scale", "image_guidance_scale")  # what a callback may change
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -362,7 +363,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             conversations, _ = self.processor.as_conversations(messages)
         names = "guidance_scale", "guidance_schedule", "image_guidance_scale", "temperature", "top_k", "top_p"
         values = guidance_scale, guidance_schedule, image_guidance_scale, temperature, top_k, top_p
-        settings = self.prepare_settings(conversations, dict(zip(names, values, strict=True)))
+        settings: dict[str, Any] = dict(zip(names, values, strict=True))
+        settings = self.prepare_settings(conversations, settings) if conversations else settings
 
         # 3. Encode prompts; without any, codes are only decoded
         if not conversations:
@@ -427,6 +429,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         if output_type not in OUTPUT_TYPES or (stream and output_type in CODES):
             expected = "'pil', 'np' or 'pt': a preview is an image" if stream else f"one of {list(OUTPUT_TYPES)}"
             raise ValueError(f"`output_type` is {output_type!r}, expected {expected}")
+        if output_type not in CODES and self.vision_tokenizer is None:
+            raise ValueError(f"`output_type` is {output_type!r}, expected 'codes': `vision_tokenizer` is None")
         if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {unknown}, expected some of {self._callback_tensor_inputs}"
@@ -453,7 +457,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 f"got {names} with `image_codes` and neither `prompt` nor `messages`: without them codes are only "
                 "decoded"
             )
-        images = given_images(image_codes, image_grids, len(image_grids), 1, self.transformer.config.codebook_size)
+        codebook_size = self.vision_tokenizer.config.codebook_size  # there need not be a transformer
+        images = given_images(image_codes, image_grids, len(image_grids), 1, codebook_size)
         nothing = image_grids.new_zeros(0)
         return [NextFlowImagePrompt(nothing, grids[None], nothing, prefix_codes=codes) for codes, grids in images]
 
@@ -490,7 +495,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                     progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
                     progress.update()
                     # A callback, or whoever reads the previews, may set other guidance before the next scale.
-                    guidance = self._guidance_scale, self._image_guidance_scale
+                    guidance = {name: getattr(self, name) for name in GUIDANCE}
                     if callback is not None:
                         call_back(callback, self, first_step + scale.index, scale, group, tensor_inputs)
                     # Before the `yield`: a preview is made from the codes of its prompts.
@@ -499,8 +504,10 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                     yield members, scale
                     if self._interrupt:  # the transformer then checks what it has sampled, and ends
                         del scale.plan[scale.index + 1 :]
-                    elif guidance != (self._guidance_scale, self._image_guidance_scale):
-                        scale.change_guidance(self._guidance_scale, self._image_guidance_scale)
+                    else:  # one that was left alone keeps its schedule
+                        now = {name: getattr(self, name) for name in GUIDANCE}
+                        changed = {name: value for name, value in now.items() if value != guidance[name]}
+                        scale.change_guidance(**changed)
                 first_step += group[0].num_scales or 0  # callbacks count steps through all groups
 
     # ---- 5. Decode

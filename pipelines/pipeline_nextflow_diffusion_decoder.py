@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -275,6 +276,8 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             images = init_image
             if any(isinstance(one, str) for one in images):
                 images = self.image_processor.fetch_images(images)
+            # diffusers would take palettes and grays for one channel, and alpha for a fourth.
+            images = [one.convert("RGB") if isinstance(one, PIL.Image.Image) else one for one in images]
             pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in images])
         else:
             codes = image_codes.to(device), image_grids.to(device)

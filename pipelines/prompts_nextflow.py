@@ -381,6 +381,8 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         Settings of sampling, as in [`~NextFlowPipeline.get_image_settings`]. Guidance towards images that a prompt
         does not have is a `ValueError` where the call asks for it, and left out where only the model does.
         """
+        if self.transformer is None:
+            raise ValueError("`transformer` is None: without it `image_codes` are decoded, and nothing is sampled")
         asked = settings["image_guidance_scale"]
         settings = self.transformer.get_image_settings(**settings)
         missing = 0
@@ -393,7 +395,6 @@ class NextFlowImageSteps(NextFlowBasePipeline):
             )
         if missing:
             settings["image_guidance_scale"] = 1.0
-        self._guidance_scale, self._image_guidance_scale = settings["guidance_scale"], settings["image_guidance_scale"]
         return settings
 
     def prepare_images(

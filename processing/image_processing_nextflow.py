@@ -132,6 +132,9 @@ class _NextFlowImageProcessing(BaseImageProcessor):
         return _schedule(*(tuple(value) if isinstance(value, list) else value for value in values))
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
+        for name in ("size", "crop_size"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"got a {name}, expected none: `resolution` says how large images become")
         # The base class wants a `size` and a `crop_size` for the flags we share with it: our sizes come from the
         # buckets.
         kwargs.update(do_resize=False, do_center_crop=False)

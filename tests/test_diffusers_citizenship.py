@@ -266,15 +266,17 @@ def in_a_thread(function) -> object:
 
 
 def test_a_second_thread_is_turned_away(pipe):
-    expected, errors = draw(pipe, guidance_scale=3.0), []
+    expected, errors = draw(pipe, guidance_scale=9.0), []
 
     def callback(pipe, step, scale, kwargs):
         errors.append(in_a_thread(lambda: pipe("b", guidance_scale=1.0)))
+        errors.append(in_a_thread(lambda: conversation.generate_image("b", guidance_scale=1.0)))
 
-    assert torch.equal(draw(pipe, guidance_scale=3.0, callback_on_step_end=callback), expected)
-    assert len(errors) == 4 and all(type(error) is RuntimeError for error in errors)
+    conversation = pipe.start_conversation()
+    assert torch.equal(draw(pipe, guidance_scale=9.0, callback_on_step_end=callback), expected)
+    assert len(errors) == 8 and all(type(error) is RuntimeError for error in errors)
     assert "NextFlowPipeline(**pipe.components)" in str(errors[0])
-    assert torch.equal(in_a_thread(lambda: draw(pipe, guidance_scale=3.0)), expected)  # afterwards it may
+    assert torch.equal(in_a_thread(lambda: draw(pipe, guidance_scale=9.0)), expected)  # afterwards it may
 
 
 def test_an_error_lets_the_next_thread_in(pipe):

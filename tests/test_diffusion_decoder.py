@@ -197,6 +197,8 @@ def test_strength_begins_with_the_vq_image_or_another(pipes, family, tmp_path, m
     torch.testing.assert_close(start, encode_latents(pipe.vae, vq))
     red = Image.new("RGB", (30, 18), "red")
     given = pipe.encode_start(codes, grids, init_image=[red])
+    for mode in ("P", "RGBA"):
+        torch.testing.assert_close(pipe.encode_start(codes, grids, init_image=[red.convert(mode)]), given)
     red.save(tmp_path / "red.png")
     path = str(tmp_path / "red.png")
     monkeypatch.setattr(pipe, "image_processor", toy_processor().image_processor)

@@ -512,6 +512,7 @@ BAD_CALLS = {
     "no negative": ({"guidance_scale": 2.0}, "needs negative_input_ids"),
     "generators": ({"generator": [torch.Generator()] * 2}, "got 2 generators for a batch of 1"),
     "mode": ({"generation_mode": "video"}, "'image' or 'interleaved', got 'video'"),
+    "text": ({"generation_mode": "text"}, 'end in <boi>, which an image follows: pass generation_mode="image"'),
     "beams": ({"num_beams": 2}, "'image' does not go with beams, got num_beams=2"),
     "streamer": ({"streamer": object()}, "'image' does not go with streamer"),
     "processors": ({"logits_processor": [object()]}, "'image' does not go with logits_processor"),

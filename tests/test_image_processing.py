@@ -336,6 +336,8 @@ def test_other_refusals(processor: NextFlowImageProcessorPil):
         processor(Image.new("L", (9, 9)), do_convert_rgb=False)
     with pytest.raises(Exception, match="colour_space"):
         processor(Image.new("L", (9, 9)), colour_space=3)
+    with pytest.raises(ValueError, match="got a size, expected none: `resolution` says how large"):
+        processor(Image.new("L", (9, 9)), size={"height": 32, "width": 32})
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tiff"])

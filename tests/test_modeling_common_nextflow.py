@@ -109,6 +109,17 @@ def test_gradient_checkpointing_changes_no_gradient(batch, use_reentrant):
     torch.testing.assert_close(*gradients)
 
 
+def test_a_model_in_training_samples_with_gradient_checkpointing_too():
+    model, prompt = toy_model(), torch.tensor([[5, 6, 7]])
+    options = {"do_sample": False, "max_new_tokens": 8, "image_temperature": 0.0, "target_grids": grids_tensor(SQUARE)}
+    expected = [model.generate(prompt, generation_mode=mode, **options) for mode in ("image", "interleaved")]
+    model.train().gradient_checkpointing_enable()
+    found = [model.generate(prompt, generation_mode=mode, **options) for mode in ("image", "interleaved")]
+    assert torch.equal(found[0].image_codes, expected[0].image_codes)
+    assert torch.equal(found[1].sequences, expected[1].sequences)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
 def test_embeddings_of_the_tokens_are_as_good_as_the_tokens(model, batch):
     expected = model(**batch, labels=batch["input_ids"])
     ids = batch.pop("input_ids")

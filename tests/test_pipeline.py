@@ -386,6 +386,20 @@ def test_components(pipe):
     assert all(other.components[name] is component for name, component in pipe.components.items())
 
 
+def test_one_pipeline_samples_codes_and_another_decodes_them(pipe):
+    whole = pipe("a", generator=seeded(0))
+    sampling = NextFlowPipeline(**{**pipe.components, "vision_tokenizer": None})
+    found = sampling("a", generator=seeded(0), output_type="codes")
+    assert torch.equal(found.image_codes, whole.image_codes)
+    decoding = NextFlowPipeline(**{**pipe.components, "transformer": None})
+    codes = {"image_codes": found.image_codes, "image_grids": found.image_grids}
+    assert decoding(**codes).images[0].tobytes() == whole.images[0].tobytes()
+    with pytest.raises(ValueError, match="`output_type` is 'pil', expected 'codes': `vision_tokenizer` is None"):
+        sampling("a")
+    with pytest.raises(ValueError, match="`transformer` is None: without it `image_codes` are decoded"):
+        decoding("a")
+
+
 def test_pipelines_on_shared_components_keep_their_dtypes():
     pipe = toy_whole_pipeline()
     pipe.transformer.to(torch.bfloat16)

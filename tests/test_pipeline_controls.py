@@ -173,6 +173,17 @@ def test_image_guidance_changed_by_the_callback(pipe):
     assert found == codes_of(pipe, **edit, **changed) != codes_of(pipe, **edit, image_guidance_scale=1.5)
 
 
+def test_image_guidance_that_changes_leaves_the_schedule_of_the_text(pipe):
+    def callback(pipe, step, scale, kwargs):
+        if scale == 1:
+            pipe._image_guidance_scale = 4.0
+
+    edit = {"prompt": "a", "image": picture()}
+    schedule = {"guidance_scale": 9.0, "guidance_schedule": "early", "image_guidance_scale": [1.5] * 4}
+    expected = codes_of(pipe, **edit, guidance_scale=[9, 9, 1, 1], image_guidance_scale=[1.5, 1.5, 4.0, 4.0])
+    assert codes_of(pipe, **edit, **schedule, callback_on_step_end=callback) == expected
+
+
 def test_image_guidance_needs_images_of_the_user(pipe):
     for call in (
         {"prompt": "a"},
@@ -449,6 +460,21 @@ def test_masks_of_every_kind_and_a_mask_a_prompt(pipe, earlier, tmp_path):
     alone = [codes_of(pipe, "b", **codes_in(earlier), mask_image=mask, seed=5) for mask in (array, white)]
     both = codes_of(pipe, ["b", "b"], **codes_in(earlier), mask_image=[array, white], seed=[5, 5])
     assert both == alone[0] + alone[1] and alone[0][0] == earlier.image_codes[0] != alone[1][0]
+
+
+def test_a_mask_that_is_transparent_in_part_is_refused(pipe, earlier, tmp_path):
+    array = np.zeros((16, 16, 4), np.uint8)
+    array[4:12, 4:12] = 255  # white strokes on nothing
+    Image.fromarray(array).save(tmp_path / "mask.png")
+    for mask in (Image.fromarray(array), tmp_path / "mask.png"):
+        with pytest.raises(ValueError, match="`mask_image` is transparent in part, expected white where"):
+            codes_of(pipe, "b", **codes_in(earlier), mask_image=mask)
+    array[..., 3] = 255
+    flat = Image.fromarray(array).convert("L")
+    found, expected = (
+        codes_of(pipe, "b", **codes_in(earlier), mask_image=mask) for mask in (Image.fromarray(array), flat)
+    )
+    assert found == expected
 
 
 # --- mistakes

@@ -302,6 +302,14 @@ def test_a_conversation_survives_an_error(pipe, monkeypatch):
     assert conversation.chat("b", max_new_tokens=4) == other.chat("b", max_new_tokens=4)
 
 
+def test_a_conversation_goes_on_outside_of_the_inference_mode_that_it_began_in(pipe):
+    inside, outside = pipe.start_conversation(), pipe.start_conversation()
+    with torch.inference_mode():
+        inside.generate_image("a", temperature=0)
+    outside.generate_image("a", temperature=0)
+    assert inside.chat("b", max_new_tokens=4) == outside.chat("b", max_new_tokens=4)
+
+
 # ---- thinking
 
 
@@ -523,6 +531,10 @@ BAD_CALLS = {
     "thoughtless talk": (
         lambda pipe: pipe.start_conversation().generate_image("a", max_new_tokens=4),
         "`max_new_tokens` is 4 without `think=True`",
+    ),
+    "image guidance": (
+        lambda pipe: pipe.start_conversation().generate_image("a", image_guidance_scale=1.5),
+        "`image_guidance_scale` is 1.5, which guides images of `pipe\\(...\\)` alone",
     ),
     "frames": (lambda pipe: pipe.frames("a story"), "`num_frames` is missing"),
     "no frames": (lambda pipe: pipe.frames("a story", 0), "`num_frames` is 0, expected at least 1"),

@@ -84,6 +84,15 @@ def test_guidance_can_change_between_previews(pipe):
     assert torch.equal(preview.image_codes, expected)
 
 
+def test_a_call_that_fails_between_previews_changes_nothing(pipe):
+    expected = pipe("a", generator=seeded(0), **GUIDED).image_codes
+    previews = pipe.preview("a", generator=seeded(0), **GUIDED)
+    next(previews)
+    with pytest.raises(FileNotFoundError):
+        pipe("b", image="missing.png", guidance_scale=1.0)
+    assert torch.equal([*previews][-1].image_codes, expected)
+
+
 def test_images_of_two_sizes_follow_each_other(pipe):
     steps = []
     call = {"prompt": ["a", "b", "c"], "image": [None, wide(), None]}
