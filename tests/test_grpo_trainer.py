@@ -239,6 +239,19 @@ def test_rewards_get_what_they_are_promised(tmp_path):
     assert trainer.state.log_history[0]["reward"] == pytest.approx(0.5)
 
 
+def test_rewards_get_source_images_that_rows_name_by_their_paths(tmp_path):
+    PILImage.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    seen = []
+
+    def reward(source_images, **columns):
+        seen.extend(one.getpixel((0, 0)) for row in source_images for one in row)
+        return [float(index % 4) for index in range(len(source_images))]
+
+    rows = Dataset.from_list([{"prompt": "paint it blue", "images": [str(tmp_path / "red.png")]}] * 4)
+    make_trainer(tmp_path, reward, rows).train()
+    assert seen == [(255, 0, 0)] * 8
+
+
 def test_a_failing_reward_is_reported_with_its_sample_and_left_out(tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr("nextflow_hf.training.rewards.checks.logger.warning", messages.append)

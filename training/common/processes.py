@@ -50,6 +50,12 @@ class OneOrderMixin:
             self._length_sampler = sampler
         return sampler
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.args.process_index > 0:
+            # A checkpoint of fewer processes has no random state for this one, which must not go on as another's.
+            torch.manual_seed(self.args.seed + self.args.process_index)
+        super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._length_sampler is not None:

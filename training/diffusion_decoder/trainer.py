@@ -263,6 +263,11 @@ def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDe
             module.requires_grad_(True)
     if args.bf16 or args.fp16:  # what trains does so in float32, whatever the frozen rest is
         cast_training_params(decoder, torch.float32)
+    elif args.lora_rank is not None and decoder.dtype != torch.float32:
+        raise ValueError(
+            f"the decoder is in {decoder.dtype} and bf16 is false, so that a LoRA would train in it, where most steps "
+            "round to nothing: set bf16: true, or frozen_dtype: float32"
+        )
 
 
 def visual_modules(decoder: NextFlowDiffusionDecoder) -> dict[str, nn.Module]:

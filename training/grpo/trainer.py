@@ -37,6 +37,7 @@ from trl.trainer.utils import use_adapter
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...pipelines.pipeline_nextflow import NextFlowPipeline
+from ...processing.image_loading_nextflow import load_image
 from ...processing.processing_nextflow import NextFlowProcessor
 from ...processing.scale_schedule_nextflow import num_cells
 from ..common.checkpoints import StagedCheckpointsMixin
@@ -206,7 +207,8 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             prompts.append(row["prompt"])
             completions.append([message("assistant", *text, {"type": "image", "image": image})])
             columns = {name: value for name, value in row.items() if name not in ("image", "images")}
-            given = {"images": image, "codes": rollout.codes, "source_images": conversation_of(row)[1]}
+            sources = list(map(load_image, conversation_of(row)[1]))
+            given = {"images": image, "codes": rollout.codes, "source_images": sources}
             rows.append({**columns, **given, "thoughts": thought})
         rewards = self._calculate_rewards(rows, prompts, completions, [r.codes.tolist() for r in rollouts])
         return rewards, images, self.reward_calls.masks
