@@ -193,6 +193,20 @@ def test_export_of_a_transformer(run, options, runs, converted, command_line):
     command_line.run("generate", "a", "--model", "exported", "--seed", "1", "--output", "drawn.png")
 
 
+def test_export_has_the_processor_that_the_recipe_names(converted, command_line, tmp_path):
+    processor = NextFlowPipeline.from_pretrained(converted).processor
+    usual, other = processor.image_processor.resolution, processor.image_processor.schedule.resolutions[0]
+    processor.image_processor.resolution = other
+    processor.save_pretrained(tmp_path / "processor")
+    recipe = {"processor_name_or_path": str(tmp_path / "processor")}
+    run = save_run(tmp_path / "run", "transformer", converted, **recipe)
+    changed(run, converted, 1)
+    for expected, options in ((other, []), (usual, ["--model", converted])):
+        command_line.run("export", run, "--output", str(expected), *options)
+        assert NextFlowPipeline.from_pretrained(str(expected)).processor.image_processor.resolution == expected
+    assert usual != other
+
+
 def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line, tmp_path):
     """A card of a model that ships: what people say of it, and the command and seconds of every stage."""
     tokenizer = save_run(tmp_path / "stages" / "tokenizer", "tokenizer", converted)
