@@ -187,7 +187,7 @@ def export_adapter_alone(args: argparse.Namespace, run: Run) -> None:
 
     if not run.is_adapter:
         raise ValueError(f"{run.result} is no adapter: leave out --adapter")
-    base = run.base_pipeline
+    base = args.model or run.base_pipeline
     if base is None or Path(base).exists():
         base = f"{PLACEHOLDER_OWNER}/{'BASE-MODEL' if base is None else Path(base).name}"
     export_adapter(

@@ -391,6 +391,27 @@ def hub(monkeypatch):
         yield hub
 
 
+def test_push_of_an_adapter_names_its_base(runs, command_line, hub):
+    command_line.run("export", runs["lora"], "--adapter", "--output", "nameless")
+    assert "an adapter of your-name/model, which is no repo" in command_line.mistake("push", "nameless", "toy/adapter")
+    command_line.run("export", runs["lora"], "--adapter", "--model", "toy/base", "--output", "adapter")
+    command_line.run("push", "adapter", "toy/adapter")
+    files = hub.files["toy/adapter"]
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "toy/base"
+    assert b"base_model: toy/base" in files["README.md"] and b"your-name" not in files["README.md"]
+
+
+def test_a_push_that_fails_leaves_the_card_for_another_name(runs, command_line, hub, monkeypatch):
+    command_line.run("export", runs["full"], "--output", "exported")
+
+    def refuse(*args, **options):
+        raise OSError("not logged in")
+
+    monkeypatch.setattr(hf_api.HfApi, "create_repo", refuse)
+    assert "not logged in" in command_line.mistake("push", "exported", "toy/wrong")
+    assert "your-name/exported" in Path("exported", "README.md").read_text()
+
+
 def test_push(runs, command_line, hub):
     command_line.run("export", runs["full"], "--output", "exported")
     assert f"{hub.url}/toy/drawn/commit/" in command_line.run("push", "exported", "toy/drawn", "--private")
