@@ -25,7 +25,7 @@ from ...pipelines.diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from ...pipelines.latents_nextflow import encode_latents
 from ...pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from ..common.ema import AveragedWeightsMixin
-from ..common.processes import check_processes, seed_process
+from ..common.processes import check_processes
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_trainer_options
 from ..data.decoder_rows import NextFlowDecoderCollator
 
@@ -201,9 +201,6 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         model.train(was_training)
         mean, count = torch.cat(losses).mean().item(), sum(map(len, losses))
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, num_samples=count)
-
-    def on_step_begin(self) -> None:
-        seed_process(self.args, self.state)  # for noise, times and dropped conditions
 
     # ---- Checkpoints ----
 

@@ -41,7 +41,7 @@ from ...processing.image_loading_nextflow import load_image
 from ...processing.processing_nextflow import NextFlowProcessor
 from ...processing.scale_schedule_nextflow import num_cells
 from ..common.checkpoints import StagedCheckpointsMixin
-from ..common.processes import check_processes, sum_in_float32
+from ..common.processes import check_processes
 from ..common.refusals import check_trainer_options
 from ..common.sharding import call_sharded, class_of_user
 from ..data.messages import message
@@ -176,10 +176,6 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         vision_tokenizer = vision_tokenizer.eval().requires_grad_(False).to(self.accelerator.device)
         # The policy with its adapters in it: `get_base_model` is the module they were put into.
         self.pipeline = NextFlowPipeline(policy, vision_tokenizer, processing_class)
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        sum_in_float32(self.accelerator)
 
     def _add_reference(self, reference: PreTrainedModel) -> None:
         add_policy_forward(reference, temperature=self.temperature, chunk_size=self.args.log_probs_chunk_size)
