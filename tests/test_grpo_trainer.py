@@ -20,10 +20,11 @@ from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from nextflow_hf.training.common.checkpoints import last_checkpoint
+from nextflow_hf.training.common.finite_steps import NotFiniteError
 from nextflow_hf.training.grpo import trainer as grpo_trainer
 from nextflow_hf.training.grpo import trl_contract as grpo_contract
 from nextflow_hf.training.grpo.config import REFUSED, SUPPORTED, refusal
-from nextflow_hf.training.grpo.objective import group_advantages, group_advantages_by_function
+from nextflow_hf.training.grpo.objective import clipped_loss, group_advantages, group_advantages_by_function
 from nextflow_hf.training.grpo.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
 
@@ -277,6 +278,17 @@ def test_a_failing_reward_is_reported_with_its_sample_and_left_out(tmp_path, mon
         make_trainer(tmp_path, hopeless).train()
     with pytest.raises(ZeroDivisionError):  # an exception is not swallowed
         make_trainer(tmp_path, lambda **columns: 1 / 0).train()
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        grpo_trainer, "clipped_loss", lambda *args, **options: clipped_loss(*args, **options) * math.nan
+    )
+    trainer = make_trainer(tmp_path)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(NotFiniteError, match="the loss of step 1 is not finite"):
+        trainer.train()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
 
 
 def test_groups_without_a_difference_teach_nothing(tmp_path):

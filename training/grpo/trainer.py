@@ -41,6 +41,7 @@ from ...processing.image_loading_nextflow import load_image
 from ...processing.processing_nextflow import NextFlowProcessor
 from ...processing.scale_schedule_nextflow import num_cells
 from ..common.checkpoints import StagedCheckpointsMixin
+from ..common.finite_steps import FiniteStepsMixin
 from ..common.processes import check_processes
 from ..common.refusals import check_trainer_options
 from ..common.sharding import call_sharded, class_of_user
@@ -77,9 +78,11 @@ REFUSED_OPTIONS = {
 OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
 
 
-class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
+class NextFlowGRPOTrainer(FiniteStepsMixin, StagedCheckpointsMixin, GRPOTrainer):
     """
     Aligns [`NextFlowForCausalLM`] with any reward of its images.
+
+    A step whose loss or gradient is not finite raises [`NotFiniteError`] before the weights change.
 
     Rows of the data sets have `prompt`, a text or messages, and optionally `images`, the images to edit (for image
     parts without data in messages). All other columns go to the rewards, see [`nextflow_hf.training.rewards`].
@@ -438,6 +441,8 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
                 divergence = divergence * ratio
             losses = losses + beta * divergence
         loss = (losses * weights).sum(1).mean()  # the weights of a sample's codes sum to 1
+        if mode == "train":
+            self.watch(inputs, loss)
 
         clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
         per_token = {"entropy": entropies, "clip_ratio": clipped.float(), "sampling_gap": logps.detach() + entropies}
