@@ -158,7 +158,8 @@ def install() -> None:
         "peft": register_with_peft,
         "liger_kernel.transformers.monkey_patch": register_with_liger,
     }
-    for name in [name for name in registrations if name in sys.modules]:
-        registrations.pop(name)()
-    if registrations:
-        sys.meta_path.insert(0, _RegisteringFinder(registrations))
+    imported = [registrations.pop(name) for name in [*registrations] if name in sys.modules]
+    # Before these: what registers with diffusers imports transformers, which may not be imported yet.
+    sys.meta_path.insert(0, _RegisteringFinder(registrations))
+    for register in imported:
+        register()

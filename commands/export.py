@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.common.folders import VISION_TOKENIZERS, Run, check_folder, kind_of, read_run
+from ..training.common.folders import TRANSFORMERS, VISION_TOKENIZERS, Run, check_folder, kind_of, read_run
 from .console import one_line_mistakes
 from .loading import find_model, load_transformer
 from .options import new_parser
@@ -18,15 +18,10 @@ if TYPE_CHECKING:
 
 # What has a part of a pipeline.
 EXPORTED = (
-    *(
-        "run of a transformer",
-        "run of an adapter",
-        "run of a diffusion decoder",
-        "transformer",
-        "adapter",
-        "diffusion decoder",
-    ),
+    *TRANSFORMERS,
     *VISION_TOKENIZERS,
+    "diffusion decoder",
+    "run of a diffusion decoder",
     "NextFlowDiffusionDecoderPipeline",
 )
 # Arguments of `create_card` that a file may give.
@@ -192,7 +187,7 @@ def export_adapter_alone(args: argparse.Namespace, run: Run) -> None:
 
     if not run.is_adapter:
         raise ValueError(f"{run.result} is no adapter: leave out --adapter")
-    base = run.base_pipeline
+    base = args.model or run.base_pipeline
     if base is None or Path(base).exists():
         base = f"{PLACEHOLDER_OWNER}/{'BASE-MODEL' if base is None else Path(base).name}"
     export_adapter(
@@ -221,7 +216,7 @@ def assemble_pipeline(args: argparse.Namespace, run: Run) -> "NextFlowPipeline":
         check_folder(args.vision_tokenizer, *VISION_TOKENIZERS, "pipeline")
     if vision_tokenizer := run.result if is_tokenizer else args.vision_tokenizer or named:
         parts["vision_tokenizer"] = load_vision_tokenizer(vision_tokenizer)
-    if base is None and (processor := run.recipe.get("processor_name_or_path")):
+    if args.model is None and (processor := run.recipe.get("processor_name_or_path")):
         parts["processor"] = load_processor(processor)
     if base is not None:
         pipeline = NextFlowPipeline.from_pretrained(base, **parts)

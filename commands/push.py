@@ -1,6 +1,7 @@
 """`nextflow-hf push`: a folder that `export` or `convert` wrote, as a repository on the Hub."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_repository(folder: Path) -> None:
     """Raises `ValueError` where a folder is not whole, or has no card."""
+    from ..hub_cards.cards import PLACEHOLDER_OWNER
     from .checkpoint import check_weights
 
     if not folder.is_dir():
@@ -49,5 +51,11 @@ def check_repository(folder: Path) -> None:
     if kind_of(folder) == "adapter":
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError(f"{folder} lacks adapter_model.safetensors")
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if str(base).startswith(f"{PLACEHOLDER_OWNER}/"):
+            raise ValueError(
+                f"{folder} is an adapter of {base}, which is no repository: push its base model, and export it again "
+                "with --adapter --model REPO_ID of that"
+            )
     else:
         check_weights(folder)

@@ -161,10 +161,11 @@ def push_folder(
         commit_message (`str`, *optional*): Message of the commit.
     """
     card = Path(folder, "README.md")
-    text = card.read_text(encoding="utf-8")
-    write_text(card, re.sub(rf"\b{PLACEHOLDER_OWNER}/[\w.-]+", repo_id, text))
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    # Only now: the card of a push that fails is left for another name.
+    text = card.read_text(encoding="utf-8")
+    write_text(card, re.sub(rf"\b{PLACEHOLDER_OWNER}/[\w.-]+", repo_id, text))
     return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
 

@@ -23,6 +23,7 @@ from nextflow_hf.training.diffusion_decoder.trainer import (
     NextFlowDiffusionDecoderTrainer,
     NextFlowDiffusionDecoderTrainingArguments,
     add_training_noise,
+    prepare_decoder,
     training_scheduler,
     visual_modules,
 )
@@ -147,8 +148,13 @@ def test_the_best_decoder_is_left_at_the_end(make_trainer, monkeypatch, options)
     assert all(torch.equal(left[name], value) for name, value in evaluated[2].items())
 
 
-def test_processes_add_noise_of_their_own(make_trainer, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("resumed", [False, True])
+def test_processes_add_noise_of_their_own(make_trainer, monkeypatch, resumed):
+    seen, checkpoint = [], None
+    if resumed:  # from a checkpoint of one process
+        saved = make_trainer(folder="one", max_steps=1, save_strategy="steps", save_steps=1)
+        saved.train()
+        checkpoint = f"{saved.args.output_dir}/checkpoint-1"
 
     def note(scheduler, latents, args):
         found = add_training_noise(scheduler, latents, args)
@@ -159,11 +165,11 @@ def test_processes_add_noise_of_their_own(make_trainer, monkeypatch):
         monkeypatch.setattr(module, "add_training_noise", note)
         trainer = make_trainer(max_steps=2, per_device_train_batch_size=1)
         trainer.train_dataset = trainer.train_dataset[::2]  # of one schedule: as many random numbers on each process
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint)
         return seen
 
     first, second = in_processes(train)
-    assert len(first) == len(second) and all(one != other for one, other in zip(first, second))
+    assert 0 < len(first) == len(second) and all(one != other for one, other in zip(first, second))
 
 
 @pytest.mark.process
@@ -324,6 +330,14 @@ def test_caption_of_messages():
 def test_bad_arguments_are_refused(arguments, changes, message):
     with pytest.raises(ValueError, match=message):
         arguments(**changes)
+
+
+def test_a_lora_trains_in_float32(arguments):
+    decoder = toy_decoder_pipeline("flux").diffusion_decoder.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="decoder is in torch.bfloat16 and bf16 is false"):
+        prepare_decoder(decoder, arguments(lora_rank=2))
+    prepare_decoder(decoder, arguments(lora_rank=2, bf16=True))
+    assert {parameter.dtype for parameter in decoder.parameters() if parameter.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from toy_pipeline import toy_pipeline
 from nextflow_hf.training.evaluation.card import _title
 from nextflow_hf.training.evaluation.report import _sheet, summarize, to_markdown, wilson_interval
 from nextflow_hf.training.evaluation.runner import EvaluationRun
-from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of
+from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of, make_suite
 
 
 TOY = """
@@ -150,18 +151,24 @@ def test_processes_share_the_samples_and_leave_their_group(evaluate, tmp_path):
 
 def test_mistakes_are_one_line(evaluate, command_line, tmp_path):
     assert "unexpected keyword argument 'size'" in evaluate("size=3", mistake=True)
-    assert "the suite shapes: got an unexpected keyword argument 'cuont'" in command_line.mistake(
-        "evaluate", "shapes", "nextflow-shapes", "cuont=1"
-    )
+    unknown = command_line.mistake("evaluate", "shapes", "nextflow-shapes", "cuont=1")
+    assert "the suite shapes, which takes (" in unknown and "got an unexpected keyword argument 'cuont'" in unknown
     assert "expected key=value" in evaluate("size", mistake=True)
     assert "there is no suite 'nonsense', expected" in command_line.mistake("evaluate", "nonsense", "model")
-    assert "there is no suite 'toy_suite:other'" in command_line.mistake("evaluate", "toy_suite:other", "model")
+    assert "toy_suite has no 'other', but [" in command_line.mistake("evaluate", "toy_suite:other", "model")
     assert "os:path is module, expected a function" in command_line.mistake("evaluate", "os:path", "model")
     assert "--seed: -1 is out of range, expected 0 to" in evaluate("--seed", "-1", mistake=True)
     assert "--seed: 99999999999999 is out of range" in evaluate("--seed", "99999999999999", mistake=True)
     assert "settings: got an unexpected keyword argument 'guidance'" in evaluate("--set", "guidance=3", mistake=True)
     assert "SUITE and MODEL are missing" in command_line.mistake("evaluate")
     assert "nextflow_hf.worlds.shapes:suite" in command_line.run("evaluate", "--list")
+
+
+def test_a_suite_may_be_a_file_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "suite_of_mine.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as an installed command has it
+    assert make_suite("suite_of_mine:suite", {"count": 1}).ids == ["image-0", "talk-0"]
 
 
 def test_a_models_card_gets_its_rates_and_sheets_and_none_of_other_weights(

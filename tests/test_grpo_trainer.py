@@ -20,10 +20,11 @@ from transformers.integrations import TensorBoardCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from nextflow_hf.training.common.checkpoints import last_checkpoint
+from nextflow_hf.training.common.finite_steps import NotFiniteError
 from nextflow_hf.training.grpo import trainer as grpo_trainer
 from nextflow_hf.training.grpo import trl_contract as grpo_contract
 from nextflow_hf.training.grpo.config import REFUSED, SUPPORTED, refusal
-from nextflow_hf.training.grpo.objective import group_advantages, group_advantages_by_function
+from nextflow_hf.training.grpo.objective import clipped_loss, group_advantages, group_advantages_by_function
 from nextflow_hf.training.grpo.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
 
@@ -239,6 +240,19 @@ def test_rewards_get_what_they_are_promised(tmp_path):
     assert trainer.state.log_history[0]["reward"] == pytest.approx(0.5)
 
 
+def test_rewards_get_source_images_that_rows_name_by_their_paths(tmp_path):
+    PILImage.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    seen = []
+
+    def reward(source_images, **columns):
+        seen.extend(one.getpixel((0, 0)) for row in source_images for one in row)
+        return [float(index % 4) for index in range(len(source_images))]
+
+    rows = Dataset.from_list([{"prompt": "paint it blue", "images": [str(tmp_path / "red.png")]}] * 4)
+    make_trainer(tmp_path, reward, rows).train()
+    assert seen == [(255, 0, 0)] * 8
+
+
 def test_a_failing_reward_is_reported_with_its_sample_and_left_out(tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr("nextflow_hf.training.rewards.checks.logger.warning", messages.append)
@@ -264,6 +278,17 @@ def test_a_failing_reward_is_reported_with_its_sample_and_left_out(tmp_path, mon
         make_trainer(tmp_path, hopeless).train()
     with pytest.raises(ZeroDivisionError):  # an exception is not swallowed
         make_trainer(tmp_path, lambda **columns: 1 / 0).train()
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        grpo_trainer, "clipped_loss", lambda *args, **options: clipped_loss(*args, **options) * math.nan
+    )
+    trainer = make_trainer(tmp_path)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(NotFiniteError, match="the loss of step 1 is not finite"):
+        trainer.train()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
 
 
 def test_groups_without_a_difference_teach_nothing(tmp_path):

@@ -168,6 +168,7 @@ for name in ("NextFlowForCausalLM", "NextFlowVisionTokenizer", "NextFlowProcesso
     "imports",
     [
         "import nextflow_hf, importlib.util; importlib.util.find_spec('transformers')",
+        "import diffusers, nextflow_hf",  # diffusers imports transformers later
         "import diffusers, transformers, nextflow_hf",
         "from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule",
         "from nextflow_hf.pipelines.pipeline_nextflow import NextFlowPipeline",

@@ -193,6 +193,20 @@ def test_export_of_a_transformer(run, options, runs, converted, command_line):
     command_line.run("generate", "a", "--model", "exported", "--seed", "1", "--output", "drawn.png")
 
 
+def test_export_has_the_processor_that_the_recipe_names(converted, command_line, tmp_path):
+    processor = NextFlowPipeline.from_pretrained(converted).processor
+    usual, other = processor.image_processor.resolution, processor.image_processor.schedule.resolutions[0]
+    processor.image_processor.resolution = other
+    processor.save_pretrained(tmp_path / "processor")
+    recipe = {"processor_name_or_path": str(tmp_path / "processor")}
+    run = save_run(tmp_path / "run", "transformer", converted, **recipe)
+    changed(run, converted, 1)
+    for expected, options in ((other, []), (usual, ["--model", converted])):
+        command_line.run("export", run, "--output", str(expected), *options)
+        assert NextFlowPipeline.from_pretrained(str(expected)).processor.image_processor.resolution == expected
+    assert usual != other
+
+
 def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line, tmp_path):
     """A card of a model that ships: what people say of it, and the command and seconds of every stage."""
     tokenizer = save_run(tmp_path / "stages" / "tokenizer", "tokenizer", converted)
@@ -375,6 +389,27 @@ def hub(monkeypatch):
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield hub
+
+
+def test_push_of_an_adapter_names_its_base(runs, command_line, hub):
+    command_line.run("export", runs["lora"], "--adapter", "--output", "nameless")
+    assert "an adapter of your-name/model, which is no repo" in command_line.mistake("push", "nameless", "toy/adapter")
+    command_line.run("export", runs["lora"], "--adapter", "--model", "toy/base", "--output", "adapter")
+    command_line.run("push", "adapter", "toy/adapter")
+    files = hub.files["toy/adapter"]
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "toy/base"
+    assert b"base_model: toy/base" in files["README.md"] and b"your-name" not in files["README.md"]
+
+
+def test_a_push_that_fails_leaves_the_card_for_another_name(runs, command_line, hub, monkeypatch):
+    command_line.run("export", runs["full"], "--output", "exported")
+
+    def refuse(*args, **options):
+        raise OSError("not logged in")
+
+    monkeypatch.setattr(hf_api.HfApi, "create_repo", refuse)
+    assert "not logged in" in command_line.mistake("push", "exported", "toy/wrong")
+    assert "your-name/exported" in Path("exported", "README.md").read_text()
 
 
 def test_push(runs, command_line, hub):

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ...atomic import flush, flush_tree, replaced_folder, write_file
 from .loss_plot import PLOT_FILE, LossPlotCallback
-from .processes import OneOrderMixin
+from .processes import ProcessesMixin
 
 
 logger = logging.get_logger(__name__)
@@ -32,11 +32,11 @@ STATE_FILE = "trainer_state.json"
 SECONDS = "train_seconds"
 
 
-class StagedCheckpointsMixin(OneOrderMixin):
+class StagedCheckpointsMixin(ProcessesMixin):
     """
     Before `Trainer` among the bases of a trainer: its checkpoints are written beside their place and moved there, a
     saved model replaces an older one as a whole, and nothing is trained after the last step. What is resumed reads the
-    rows in the order that it had ([`OneOrderMixin`]).
+    rows in the order that it had ([`ProcessesMixin`]).
     """
 
     _staging_folder: str | None = None  # while a checkpoint is written

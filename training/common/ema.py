@@ -11,11 +11,13 @@ from transformers import Trainer, TrainerCallback
 
 from .checkpoints import StagedCheckpointsMixin
 from .finite_steps import FiniteStepsMixin
+from .processes import seed_process
 
 
 class StepCallback(TrainerCallback):
     """
-    Calls the trainer's methods of the same names, without arguments: `Trainer` itself has none around a step.
+    Calls the trainer's methods of the same names, without arguments: `Trainer` itself has none around a step. When a
+    training begins it gives each process random numbers of its own.
 
     Args:
         trainer (`Trainer` with [`AveragedWeightsMixin`]): Its `args`, `state` and `control` are those of the event.
@@ -23,6 +25,9 @@ class StepCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, *_, **__) -> None:
+        seed_process(args)  # for noise
 
     def on_epoch_begin(self, *_, **__) -> None:
         self.trainer.on_epoch_begin()

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import torch
 from accelerate import Accelerator, PartialState
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
@@ -15,20 +15,22 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def seed_process(args: TrainingArguments, state: TrainerState) -> None:
+def seed_process(args: TrainingArguments) -> None:
     """
     Give each process random numbers of its own, when a training begins: `Trainer` seeds all alike, and they would add
-    the same noise to, or drop out the same places of, their own rows. A resumed run loads the random state of each.
+    the same noise to, or drop out the same places of, their own rows. A resumed run then loads the random state of
+    each process that the checkpoint knows.
     """
-    if state.global_step == 0 and args.process_index > 0:
+    if args.process_index > 0:
         torch.manual_seed(args.seed + args.process_index)
 
 
-class OneOrderMixin:
+class ProcessesMixin:
     """
-    Before `Trainer` among the bases: all processes shuffle the rows by `data_seed` (by default `seed`), in each epoch
-    anew. By default the order may come from the random numbers of whatever runs in a process: it would be another one
-    where these differ ([`seed_process`]), and in a run that is resumed after its first epoch.
+    Before `Trainer` among the bases: processes sum in float32, and all of them shuffle the rows by `data_seed` (by
+    default `seed`), in each epoch anew. By default the order may come from the random numbers of whatever runs in a
+    process: it would be another one where these differ ([`seed_process`]), and in a run that is resumed after its
+    first epoch.
     """
 
     _length_sampler: LengthGroupedSampler | None = None
@@ -36,6 +38,7 @@ class OneOrderMixin:
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.accelerator.dataloader_config.data_seed = self._data_seed
+        sum_in_float32(self.accelerator)
 
     @property
     def _data_seed(self) -> int:

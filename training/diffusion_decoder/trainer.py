@@ -25,7 +25,7 @@ from ...pipelines.diffusion_decoder_nextflow import NextFlowDiffusionDecoder
 from ...pipelines.latents_nextflow import encode_latents
 from ...pipelines.pipeline_nextflow_diffusion_decoder import NextFlowDiffusionDecoderPipeline
 from ..common.ema import AveragedWeightsMixin
-from ..common.processes import check_processes, seed_process
+from ..common.processes import check_processes
 from ..common.refusals import OWN_LOSS_AND_EVALUATION, check_arguments, check_numbers, check_trainer_options
 from ..data.decoder_rows import NextFlowDecoderCollator
 
@@ -202,9 +202,6 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         mean, count = torch.cat(losses).mean().item(), sum(map(len, losses))
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, num_samples=count)
 
-    def on_step_begin(self) -> None:
-        seed_process(self.args, self.state)  # for noise, times and dropped conditions
-
     # ---- Checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -263,6 +260,11 @@ def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDe
             module.requires_grad_(True)
     if args.bf16 or args.fp16:  # what trains does so in float32, whatever the frozen rest is
         cast_training_params(decoder, torch.float32)
+    elif args.lora_rank is not None and decoder.dtype != torch.float32:
+        raise ValueError(
+            f"the decoder is in {decoder.dtype} and bf16 is false, so that a LoRA would train in it, where most steps "
+            "round to nothing: set bf16: true, or frozen_dtype: float32"
+        )
 
 
 def visual_modules(decoder: NextFlowDiffusionDecoder) -> dict[str, nn.Module]:

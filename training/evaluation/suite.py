@@ -4,11 +4,13 @@ A suite is named by import path (`my_module:suite`): a function whose keyword ar
 command, and which returns a [`Suite`]. It knows no model and no files; the runner knows no suite.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from ..common.import_path import import_object
+from ..common.recipe import call_with
 
 
 Part = dict[str, Any]  # {"type": "text", "text": ...} or {"type": "image", "image": PIL image}
@@ -112,15 +114,9 @@ def text_of(parts: list[Part]) -> str:
 def find_suite(name: str) -> Callable[..., Suite]:
     """The function that makes a suite, by short name or by import path."""
     path = SUITES.get(name, name)
-    module, colon, attribute = path.partition(":")
-    if not colon:
+    if ":" not in path:
         raise ValueError(f"there is no suite {name!r}, expected module:function or one of {', '.join(SUITES)}")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or " "):
-            raise
-        raise ValueError(f"there is no suite {name!r}: {error}") from error
+    found = import_object(path)
     if not callable(found):
         raise ValueError(f"{name} is {type(found).__name__}, expected a function that makes a suite")
     return found
@@ -128,11 +124,7 @@ def find_suite(name: str) -> Callable[..., Suite]:
 
 def bind(name: str, function: Callable[..., Any], options: dict[str, Any]) -> Any:
     """`function(**options)`; options that it does not take are refused by name."""
-    try:
-        inspect.signature(function).bind(**options)
-    except TypeError as error:
-        raise ValueError(f"the suite {name}: {error}; it takes {inspect.signature(function)}") from error
-    return function(**options)
+    return call_with(function, options, f"the suite {name}, which takes {inspect.signature(function)}")
 
 
 def make_suite(name: str, options: dict[str, Any]) -> Suite:

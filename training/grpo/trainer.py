@@ -37,10 +37,12 @@ from trl.trainer.utils import use_adapter
 
 from ...modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from ...pipelines.pipeline_nextflow import NextFlowPipeline
+from ...processing.image_loading_nextflow import load_image
 from ...processing.processing_nextflow import NextFlowProcessor
 from ...processing.scale_schedule_nextflow import num_cells
 from ..common.checkpoints import StagedCheckpointsMixin
-from ..common.processes import check_processes, sum_in_float32
+from ..common.finite_steps import FiniteStepsMixin
+from ..common.processes import check_processes
 from ..common.refusals import check_trainer_options
 from ..common.sharding import call_sharded, class_of_user
 from ..data.messages import message
@@ -76,9 +78,11 @@ REFUSED_OPTIONS = {
 OWN_COLUMNS = {"codes", "source_images", "thoughts", "prompts", "report_masks"}
 
 
-class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
+class NextFlowGRPOTrainer(FiniteStepsMixin, StagedCheckpointsMixin, GRPOTrainer):
     """
     Aligns [`NextFlowForCausalLM`] with any reward of its images.
+
+    A step whose loss or gradient is not finite raises [`NotFiniteError`] before the weights change.
 
     Rows of the data sets have `prompt`, a text or messages, and optionally `images`, the images to edit (for image
     parts without data in messages). All other columns go to the rewards, see [`nextflow_hf.training.rewards`].
@@ -176,10 +180,6 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
         # The policy with its adapters in it: `get_base_model` is the module they were put into.
         self.pipeline = NextFlowPipeline(policy, vision_tokenizer, processing_class)
 
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        sum_in_float32(self.accelerator)
-
     def _add_reference(self, reference: PreTrainedModel) -> None:
         add_policy_forward(reference, temperature=self.temperature, chunk_size=self.args.log_probs_chunk_size)
         if self.is_deepspeed_enabled:
@@ -206,7 +206,8 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
             prompts.append(row["prompt"])
             completions.append([message("assistant", *text, {"type": "image", "image": image})])
             columns = {name: value for name, value in row.items() if name not in ("image", "images")}
-            given = {"images": image, "codes": rollout.codes, "source_images": conversation_of(row)[1]}
+            sources = list(map(load_image, conversation_of(row)[1]))
+            given = {"images": image, "codes": rollout.codes, "source_images": sources}
             rows.append({**columns, **given, "thoughts": thought})
         rewards = self._calculate_rewards(rows, prompts, completions, [r.codes.tolist() for r in rollouts])
         return rewards, images, self.reward_calls.masks
@@ -440,6 +441,8 @@ class NextFlowGRPOTrainer(StagedCheckpointsMixin, GRPOTrainer):
                 divergence = divergence * ratio
             losses = losses + beta * divergence
         loss = (losses * weights).sum(1).mean()  # the weights of a sample's codes sum to 1
+        if mode == "train":
+            self.watch(inputs, loss)
 
         clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
         per_token = {"entropy": entropies, "clip_ratio": clipped.float(), "sampling_gap": logps.detach() + entropies}

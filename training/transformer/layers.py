@@ -32,7 +32,7 @@ class LayersCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.start_clock()
-        seed_process(args, state)  # for dropout
+        seed_process(args)  # for dropout
         for layer in find_decoder(self.trainer.model).layers:
             if getattr(args, "selective_recomputation", False):  # `args` may be transformers' own
                 layer._gradient_checkpointing_func = functools.partial(

@@ -18,7 +18,7 @@ from ...modeling_nextflow.loss_nextflow import get_targets
 from ..common.checkpoints import StagedCheckpointsMixin
 from ..common.finite_steps import FiniteStepsMixin
 from ..common.flops import batch_flops, peak_flops
-from ..common.processes import check_processes, sum_in_float32
+from ..common.processes import check_processes
 from ..common.refusals import OWN_LOSS, check_arguments, check_trainer_options
 from ..common.sharding import class_of_user
 from ..data.collator import NextFlowDataCollator
@@ -74,7 +74,6 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        sum_in_float32(self.accelerator)
         if self.args.torch_compile:  # the layers alone are compiled: see `LayersCallback`
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 

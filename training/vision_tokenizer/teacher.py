@@ -28,7 +28,7 @@ from ...modeling_nextflow.vit_nextflow import patchify
 from ...processing.image_processing_nextflow import NextFlowImageProcessor
 from ..common.checkpoints import StagedCheckpointsMixin, train_to_the_end
 from ..common.folders import PROCESSORS, check_source
-from ..common.processes import check_processes, sum_in_float32
+from ..common.processes import check_processes
 from ..common.refusals import check_arguments, check_numbers
 from ..common.run import BatchArguments
 from ..data.description import load_captioned_images, read_description
@@ -128,14 +128,6 @@ class ContrastiveCollator:
 class TeacherTrainer(StagedCheckpointsMixin, Trainer):
     """transformers' Trainer with whole checkpoints."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        check_processes(self)
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        sum_in_float32(self.accelerator)
-
 
 def build_teacher(
     args: TeacherArguments, tokenizer: PreTrainedTokenizerBase, image_processor: NextFlowImageProcessor
@@ -204,6 +196,7 @@ def train(
         train_dataset=Subset(images, range(num_train)),
         processing_class=tokenizer,
     )
+    check_processes(trainer)
 
     def save() -> None:
         if teacher_args.num_eval and trainer.is_world_process_zero():
