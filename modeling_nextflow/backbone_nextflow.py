@@ -340,7 +340,7 @@ def _trains_with_others() -> bool:
 @contextmanager
 def _without_recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Without gradients there is nothing to recompute, and layers that would do it drop their cache."""
-    recomputing = [layer for layer in layers if layer.gradient_checkpointing]
+    recomputing: list[Any] = [layer for layer in layers if layer.gradient_checkpointing]
     for layer in recomputing:
         layer.gradient_checkpointing = False
     try:
