@@ -495,7 +495,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                     progress.set_postfix_str(f"{scale.step.grid[0]}x{scale.step.grid[1]}", refresh=False)
                     progress.update()
                     # A callback, or whoever reads the previews, may set other guidance before the next scale.
-                    guidance = {name: getattr(self, name) for name in GUIDANCE}
+                    guidance = self._guidance_scale, self._image_guidance_scale
                     if callback is not None:
                         call_back(callback, self, first_step + scale.index, scale, group, tensor_inputs)
                     # Before the `yield`: a preview is made from the codes of its prompts.
@@ -504,9 +504,9 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                     yield members, scale
                     if self._interrupt:  # the transformer then checks what it has sampled, and ends
                         del scale.plan[scale.index + 1 :]
-                    else:  # one that was left alone keeps its schedule
-                        now = {name: getattr(self, name) for name in GUIDANCE}
-                        changed = {name: value for name, value in now.items() if value != guidance[name]}
+                    elif guidance != (now := (self._guidance_scale, self._image_guidance_scale)):
+                        # One that was left alone keeps its schedule.
+                        changed = {name: new for name, old, new in zip(GUIDANCE, guidance, now) if new != old}
                         scale.change_guidance(**changed)
                 first_step += group[0].num_scales or 0  # callbacks count steps through all groups
 
