@@ -51,7 +51,7 @@ def check_repository(folder: Path) -> None:
     if kind_of(folder) == "adapter":
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError(f"{folder} lacks adapter_model.safetensors")
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         if str(base).startswith(f"{PLACEHOLDER_OWNER}/"):
             raise ValueError(
                 f"{folder} is an adapter of {base}, which is no repository: push its base model, and export it again "

@@ -36,7 +36,7 @@ else:
 
 logger = logging.get_logger(__name__)
 
-CHOICES_IN_CACHE = 2**19
+CHOICES_IN_CACHE = 2**19  # scores that are selected from at once on a CPU: 2 MiB, and 4 MiB of places
 GUIDANCE_SCHEDULES = ("constant", "linear", "early")
 PerScale = float | int | None | Sequence[float | int | None]
 

@@ -68,6 +68,7 @@ def keep_codes(
 
 def _load_mask(pipe: NextFlowImageSteps, mask: Image) -> PIL.Image.Image:
     pixels = pipe.processor.image_processor.process_image(mask, do_convert_rgb=True)  # (3, height, width), 8 bits
+    # An array or an address has no transparency that is known here.
     opened: Any = PIL.Image.open(mask) if isinstance(mask, (str, Path)) and os.path.isfile(mask) else mask
     # On the white that images get, strokes of white on nothing would be white all over.
     if isinstance(opened, PIL.Image.Image) and opened.has_transparency_data:
