@@ -82,9 +82,10 @@ def test_a_loss_is_better_when_it_is_lower_and_two_measures_of_one_arm_are_compa
     arms = {"new": [0.1, 0.12, 0.11], "old": [0.5, 0.52, 0.54]}
     claims = {"lower": {**CLAIM, "lower_is_better": True}, "higher": CLAIM}
     claims["same"] = {**CLAIM, "worse": "new", "worse_measure": "images/one/passed"}
-    found, _ = judged(claims, planted=None, arms=arms)
+    found, output = judged(claims, planted=None, arms=arms)
     assert [found[name]["verdict"] for name in ("lower", "higher")] == [CONFIRMED, CONTRADICTED]
     assert found["same"]["difference"] == 0
+    assert "with new by images/one/passed." in (output / "same.md").read_text()
 
 
 def test_at_equal_time_what_came_later_does_not_count(judged):

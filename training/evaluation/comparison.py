@@ -199,10 +199,12 @@ def in_words(name: str, found: dict[str, Any]) -> str:
     """A claim's verdict as Markdown."""
     better, worse = (found["values"][side] for side in ("better", "worse"))
     spreads = "the difference of one seed spreads" if found.get("paired") else "one run spreads"
+    against = found.get("worse_measure", "")  # two measures of one arm
     lines = [
         f"## {name}: {found['verdict']}",
         f"\n{found['claim']}\n",
-        f"{found['measure']}: {_numbers(better)} with {found['better']}, {_numbers(worse)} with {found['worse']}. "
+        f"{found['measure']}: {_numbers(better)} with {found['better']}, {_numbers(worse)} with {found['worse']}"
+        f"{against and f' by {against}'}. "
         f"The effect is {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}; "
         f"{spreads} by {found['spread']:.4f}. {len(better)} and {len(worse)} seeds confirm effects of "
         f"{found['visible']:.4f} and more four times in five.",
