@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from toy_codes import extract_toy_codes
 from toy_pipeline import toy_pipeline, toy_processor, toy_vision_tokenizer
 
 from nextflow_hf.commands.export import CARD_KEYS
+from nextflow_hf.commands.train import KINDS
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+from nextflow_hf.training.common.recipe import load_recipe
+from nextflow_hf.training.common.run import resolve
 from nextflow_hf.training.data.shards import load_codes
 
 
@@ -82,6 +86,21 @@ def test_recipes_are_those_that_the_makefile_names(example):
     for path in paths:
         recipe = yaml.safe_load(path.read_text())
         assert "base" in recipe or recipe["output_dir"].startswith(f"runs/{example}/")
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+@pytest.mark.parametrize("example", [*WORLDS, "ablations"])
+def test_every_training_understands_its_keys(tmp_path, monkeypatch, example, size):
+    is_world = example in WORLDS
+    targets = ["all"] if is_world else ["SEEDS=0", *make(tmp_path, example, "-s", "list").stdout.split()]
+    plan = make(tmp_path, example, "-n", f"SIZE={size}", *targets, nextflow="STAGE").stdout.replace("\\\n", "")
+    trainings = [shlex.split(line)[2:] for line in plan.splitlines() if line.startswith("STAGE train ")]
+    monkeypatch.chdir(EXAMPLES / example)
+    for kind, path, *assignments in trainings:
+        module = importlib.import_module(f"nextflow_hf.training.{KINDS[kind][0]}")
+        recipe, groups, _ = resolve(load_recipe(kind, path, assignments), module.GROUPS)
+        assert recipe["output_dir"].startswith(str(tmp_path)) and len(groups) == len(module.GROUPS)
+    assert {Path(path) for _, path, *_ in trainings} >= {*Path("recipes").glob("*.yaml")}
 
 
 # ---- the ablations

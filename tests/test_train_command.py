@@ -33,7 +33,7 @@ from transformers.integrations import TrackioCallback, WandbCallback
 from nextflow_hf import NextFlowConfig, NextFlowForCausalLM, cli
 from nextflow_hf.commands.train import KINDS
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
-from nextflow_hf.training.common import run
+from nextflow_hf.training.common import processes, run
 from nextflow_hf.training.common.flops import training_flops
 from nextflow_hf.training.common.keys import document_keys
 from nextflow_hf.training.common.recipe import RECIPES, load_recipe, override, parse_recipe, shipped_recipes
@@ -236,14 +236,18 @@ def test_the_batch_is_one_of_all_processes(monkeypatch):
 
 def test_what_a_machine_cannot_do_is_said(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    capability = "AVX512"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     recipe = {"attn_implementation": "flex_attention", "use_liger_kernel": True, "bf16": True}
     said = run.fall_back(recipe)
     assert recipe == {"attn_implementation": "sdpa", "use_liger_kernel": False, "bf16": True, "use_cpu": True}
     assert len(said) == 3 and "'sdpa' instead of 'flex_attention'" in said[1]
+    capability = "AVX2"
+    assert run.fall_back(recipe) == ["this CPU has no instructions for bfloat16: bf16 is False instead of True"]
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(run, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(processes, "is_torch_bf16_gpu_available", lambda: False)
     recipe = {"attn_implementation": "flex_attention", "bf16": True}
-    assert run.fall_back(recipe) == ["this GPU does not compute in bfloat16: bf16 is False instead of True"]
+    assert run.fall_back(recipe) == ["this GPU has no instructions for bfloat16: bf16 is False instead of True"]
     assert recipe == {"attn_implementation": "flex_attention", "bf16": False}
 
 

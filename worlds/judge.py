@@ -23,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..atomic import write_file, write_json, write_text
+from ..training.common.processes import computes_bfloat16
 from .edits import changed_boxes
 from .sampling import Context
 from .scene import BACKGROUNDS, CELLS, COLORS, Canvas, Scene, Thing, backdrop, box, canvases, fits, render
@@ -396,7 +397,8 @@ def _train_step(classifier: Classifier, crops: torch.Tensor, labels: torch.Tenso
     """Return the loss and the accuracy of the pairs; the loss of the tone counts only where there is a sprite."""
     classifier.train()
     crops = crops.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(crops.device.type, dtype=torch.bfloat16):
+    device = crops.device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=computes_bfloat16(device)):
         pairs, tones = (logits.float() for logits in classifier(crops))
     there = labels[:, 0] < pairs.shape[1] - 1
     loss = F.cross_entropy(pairs, labels[:, 0], label_smoothing=0.02)

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.utils import is_torch_bf16_gpu_available
 
 
 def process_state() -> PartialState:
@@ -58,6 +59,16 @@ class ProcessesMixin:
         if checkpoint is not None and self._length_sampler is not None:
             for _ in range(int(self.state.epoch)):
                 iter(self._length_sampler)  # shuffles, as at the start of each epoch
+
+
+def computes_bfloat16(device_type: str) -> bool:
+    """
+    Whether a device of this type has instructions for bfloat16, as far as can be known. An x86 processor without
+    AVX-512 has none: PyTorch then multiplies matrices many times slower in it than in float32.
+    """
+    if device_type == "cpu":
+        return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
+    return is_torch_bf16_gpu_available()
 
 
 def check_processes(trainer: Trainer, *, can_shard_weights: bool = True) -> None:

@@ -17,11 +17,12 @@ import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.utils import logging
 
 from ...atomic import write_text
 from .checkpoints import is_finished, last_checkpoint
 from .folders import RUN_FILE
+from .processes import computes_bfloat16
 from .recipe import Recipe, check_recipe, parse_recipe, read_recipe, source_of
 
 
@@ -105,8 +106,8 @@ def fall_back(recipe: dict[str, Any]) -> list[str]:
     if recipe.get("use_liger_kernel") and (on_cpu or find_spec("liger_kernel") is None):
         reason = "Liger's kernels need a GPU" if on_cpu else "liger-kernel is not installed"
         replace("use_liger_kernel", False, reason)
-    if recipe.get("bf16") and not on_cpu and not is_torch_bf16_gpu_available():
-        replace("bf16", False, "this GPU does not compute in bfloat16")
+    if recipe.get("bf16") and not computes_bfloat16("cpu" if on_cpu else "accelerator"):
+        replace("bf16", False, f"this {'CPU' if on_cpu else 'GPU'} has no instructions for bfloat16")
     return said
 
 
