@@ -141,6 +141,7 @@ def test_training_goes_on_to_the_same_weights(sprites, tmp_path, monkeypatch):
     assert len(calls) == 4 + 2
     whole, parts = (load_file(tmp_path / name / "judge.safetensors") for name in ("whole", "parts"))
     assert all((whole[name] == parts[name]).all() for name in whole)
+    train_judge(sprites, tmp_path / "ten", **options | {"steps": 10})  # fewer than a cycle needs to rise
     with pytest.raises(ValueError, match="of a judge of other sprites, or of other settings"):
         train_judge(sprites, tmp_path / "whole", **options, seed=1)
 

@@ -356,7 +356,8 @@ def train_judge(
     classifier = Classifier(len(crops.pairs), len(crops.tones))
     classifier = classifier.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), learning_rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    # A tenth of the steps must be two for the rate to rise.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 20), pct_start=0.1)
     parts = {"classifier": classifier, "optimizer": optimizer, "schedule": schedule}
     settings = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     settings |= {"pairs": crops.pairs, "tones": crops.tones}
