@@ -1,12 +1,15 @@
 """`nextflow-hf`: one sub-command per task. Knows only where each is; what it needs is imported when it runs."""
 
 import argparse
+import atexit
 import functools
 import importlib
 import importlib.metadata
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from packaging.requirements import Requirement
 
@@ -65,6 +68,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def run() -> NoReturn:
+    """
+    Run [`main`] as this process, and end it with the status.
+
+    One process of several ends without the interpreter's teardown: there the threads of its process group, which DDP
+    and DeepSpeed keep alive, may abort it, and a launcher would report a finished run as failed.
+    """
+    status = None
+
+    def leave() -> None:
+        if status is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    atexit.register(leave)  # the first, so it runs after the handlers of all that is imported later
+    status = main()
+    sys.exit(status)
+
+
 def extra_with(package: str | None) -> str | None:
     """How to install a package that an extra of this one brings; `None` where none does."""
     for line in importlib.metadata.requires("nextflow-hf") or []:
@@ -77,4 +100,4 @@ def extra_with(package: str | None) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -112,7 +112,7 @@ def train(module: ModuleType, args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def leave_processes() -> None:
-    """Destroy the process group, if there is one: its threads abort a process that ends while they still run."""
+    """Destroy the process group, if there is one: its threads may abort a process that ends while they still run."""
     import torch.distributed
     from accelerate import PartialState
 

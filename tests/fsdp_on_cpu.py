@@ -1,7 +1,5 @@
 """`nextflow-hf train` with accelerate's FSDP on CPU processes: accelerate looks for it beside accelerators alone."""
 
-import sys
-
 from accelerate.state import DistributedType, PartialState
 
 from nextflow_hf import cli
@@ -19,4 +17,4 @@ class CpuFsdpTrainer(NextFlowTrainer):
 
 if __name__ == "__main__":
     train.NextFlowTrainer = CpuFsdpTrainer
-    sys.exit(cli.main())
+    cli.run()

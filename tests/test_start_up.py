@@ -1,5 +1,7 @@
 """What a command imports before it has something to do: `--help` answers at once."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -31,3 +33,32 @@ def test_help_imports_no_torch(command):
 def test_help_names_every_command():
     result = subprocess.run([sys.executable, "-m", "nextflow_hf.cli", "--help"], capture_output=True, text=True)
     assert all(f"    {name}" in result.stdout for name in COMMANDS)
+
+
+ABORTED_AS_IT_ENDS = """
+import atexit, os, sys
+from nextflow_hf import cli
+
+class Thread:
+    def __del__(self):
+        os.abort()
+
+def main():
+    atexit.register(print, "what others do at the end")
+    print("finished")
+    return {status}
+
+sys.modules["group"] = Thread()  # goes when the interpreter takes down its modules
+cli.main = main
+cli.run()
+"""
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_one_process_of_several_is_not_aborted_as_it_ends(status):
+    command = [sys.executable, "-c", ABORTED_AS_IT_ENDS.format(status=status)]
+    for world_size, expected in (("2", status), ("1", -signal.SIGABRT)):
+        environment = {**os.environ, "WORLD_SIZE": world_size}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == expected, result.stderr
+        assert expected < 0 or result.stdout == "finished\nwhat others do at the end\n"
