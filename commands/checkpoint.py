@@ -169,7 +169,7 @@ def check_weights(folder: Path) -> None:
             continue
         module = _build(where, *entry)
         saved = {tensor: tuple(info.shape) for tensor, info in _tensors_in_files(where)}
-        tied = getattr(module, "_tied_weights_keys", None) or {}
+        tied = getattr(module, "all_tied_weights_keys", {})
         missing = [
             key
             for key, tensor in module.state_dict().items()

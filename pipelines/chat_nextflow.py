@@ -283,6 +283,8 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         How text is sampled, in `generate`'s words. `sampling` has `temperature`, `top_k` and `top_p`; `prefix` stands
         before their names in the call.
         """
+        if self.transformer is None:
+            raise ValueError("`transformer` is None: without it images are decoded, and no text is written")
         if max_new_tokens is None:
             max_new_tokens = self.transformer.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         check_numbers(max_new_tokens=max_new_tokens)

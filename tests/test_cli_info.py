@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import pixels, save_picture, use_pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from toy_decoder import toy_clip, toy_decoder, toy_scheduler, toy_vae
 from toy_hub import ToyHub
 from toy_pipeline import toy_pipeline
@@ -205,6 +206,17 @@ def test_how_an_image_was_made(command_line, model_folder):
     record = command_line.json("info", "a.png")["record"]
     assert record == json.loads(command_line.run("info", "a.png"))
     assert record["arguments"]["prompt"] == "a" and record["command"] == "generate"
+
+
+def test_a_head_of_its_own_is_not_taken_for_a_tied_one(tmp_path):
+    toy_pipeline().save_pretrained(tmp_path)
+    checkpoint.check_weights(tmp_path)
+    path = next(tmp_path.rglob("transformer/*.safetensors"), tmp_path / "model.safetensors")
+    weights = load_file(path)
+    del weights["lm_head.weight"]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="the files of the transformer in .* lack lm_head.weight"):
+        checkpoint.check_weights(tmp_path)
 
 
 # --- reconstruct

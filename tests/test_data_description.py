@@ -179,6 +179,13 @@ def test_rows_are_held_out_for_evaluation(tmp_path, streaming):
     assert not everything.has_evaluation and len(set(load_texts(everything, "evaluation"))) == 20
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_blank_lines_are_no_texts(tmp_path, streaming):
+    (tmp_path / "texts.txt").write_text("one\n\n  \ntwo\n")
+    source = {"path": str(tmp_path / "texts.txt"), "format": "text", "task": "text", "streaming": streaming}
+    assert sorted(load_texts(description(source))) == ["one", "two"]
+
+
 def test_a_mistake_is_said(tmp_path):
     (tmp_path / "texts.txt").write_text("one\n")
     source = {"path": str(tmp_path / "texts.txt"), "format": "text", "task": "text"}

@@ -338,6 +338,8 @@ def test_a_lora_trains_in_float32(arguments):
         prepare_decoder(decoder, arguments(lora_rank=2))
     prepare_decoder(decoder, arguments(lora_rank=2, bf16=True))
     assert {parameter.dtype for parameter in decoder.parameters() if parameter.requires_grad} == {torch.float32}
+    with pytest.raises(ValueError, match=r"\{'default': \(2, 2\)\}, expected .* lora_rank 2 and lora_alpha 4"):
+        prepare_decoder(decoder, arguments(lora_rank=2, lora_alpha=4, bf16=True))
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -398,6 +398,8 @@ def test_one_pipeline_samples_codes_and_another_decodes_them(pipe):
         sampling("a")
     with pytest.raises(ValueError, match="`transformer` is None: without it `image_codes` are decoded"):
         decoding("a")
+    with pytest.raises(ValueError, match="`transformer` is None: without it images are decoded, and no text"):
+        decoding.chat([{"role": "user", "content": "a"}])
 
 
 def test_pipelines_on_shared_components_keep_their_dtypes():

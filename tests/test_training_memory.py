@@ -27,6 +27,9 @@ def test_memory_of_the_7b():
     embeddings = 184834 * 3584 + 32768 * 40 + 18 * 3584
     small = memory.parameters - embeddings
     assert half.optimizer == half.paged_optimizer == pytest.approx(8 * embeddings + small * 2 * (1 + 4 / 256))
+    matrices = 28 * (3584 * (3584 + 512 + 512 + 3584) + 3 * 3584 * 18944)  # one state of Muon, two of AdamW
+    muon = training_memory(config, optim="paged_adamw_8bit", use_muon=True)
+    assert muon.optimizer == 2 * (2 * memory.parameters - matrices) and muon.paged_optimizer == 0
     assert half.fits(80) and training_memory(config, optim="adamw_8bit").fits(80)
     aligned = training_memory(config, trainable="alignment")
     assert aligned.trained_parameters == connector + 32770 * 3584

@@ -96,7 +96,6 @@ def open_raw_rows(
 def _open_json_lines(files: str, split: str, streaming: bool) -> RawRows:
     """Files of one JSON object a line."""
     rows = _open_text({split: files}, split=split, streaming=streaming)
-    rows = rows.filter(lambda lines: [bool(line.strip()) for line in lines], input_columns="text", batched=True)
     names = {}
     for row in itertools.islice(rows, _LOOKED_AT):
         try:
@@ -152,7 +151,8 @@ def _guess_format(folder: Path) -> str | None:
 
 def _open_text(files: dict[str, str], **options: Any) -> Dataset | IterableDataset:
     features = Features({"text": Value("string")})  # a stream of texts does not know its columns
-    return datasets.load_dataset("text", data_files=files, features=features, **{"encoding": _BYTES, **options})
+    rows = datasets.load_dataset("text", data_files=files, features=features, **{"encoding": _BYTES, **options})
+    return rows.filter(lambda lines: [bool(line.strip()) for line in lines], input_columns="text", batched=True)
 
 
 def _json_object(values: dict[str, Any]) -> dict[str, Any]:

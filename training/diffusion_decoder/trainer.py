@@ -243,15 +243,15 @@ def prepare_decoder(decoder: NextFlowDiffusionDecoder, args: NextFlowDiffusionDe
         from peft import LoraConfig
 
         decoder.requires_grad_(False)
+        alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
         if not decoder._hf_peft_config_loaded:
-            alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
             targets = args.lora_target_modules or LORA_TARGETS
             decoder.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=targets))
-        ranks = {name: config.r for name, config in decoder.peft_config.items()}
-        if ranks != {"default": args.lora_rank}:
+        found = {name: (config.r, config.lora_alpha) for name, config in decoder.peft_config.items()}
+        if found != {"default": (args.lora_rank, alpha)}:
             raise ValueError(
-                f"the decoder has LoRAs of the ranks {ranks}, expected none or one to train on, named 'default' and "
-                f"of lora_rank {args.lora_rank}"
+                f"the decoder has LoRAs of rank and alpha {found}, expected none or one to train on, named 'default', "
+                f"of lora_rank {args.lora_rank} and lora_alpha {alpha}"
             )
         # An adapter that was there already was frozen with the rest, above.
         for name, parameter in decoder.named_parameters():

@@ -88,6 +88,7 @@ def training_memory(
     *,
     trainable: str = "all",
     optim: str = "adamw_torch_fused",
+    use_muon: bool = False,
     dtype: str = "bfloat16",
     tokens: int = 16384,
     loss_chunk_size: int = NextFlowForCausalLM.loss_chunk_size,
@@ -100,6 +101,7 @@ def training_memory(
     Args:
         trainable (`str`): `"all"`, `"alignment"`, `"lora"` or `"qlora"` (4 bits).
         optim (`str`): One of `OPTIMIZERS`, by the names of `TrainingArguments.optim`.
+        use_muon (`bool`): Whether the matrices of the layers have Muon, and all else torch's AdamW.
         dtype (`str`): Dtype of the weights: `"bfloat16"`, or `"float32"` computed in bfloat16 (`bf16: true`).
         tokens (`int`): Tokens in a micro-batch.
         loss_chunk_size (`int`): Tokens whose logits exist at the same time.
@@ -121,14 +123,17 @@ def training_memory(
         layer += adapter_bytes_per_token(config)
     else:
         set_trainable(model, trainable)
-    optimizer = _optimizer_bytes(model, optim, trained_size)
+    optimizer = _optimizer_bytes(model, "adamw_torch" if use_muon else optim, trained_size)
+    if use_muon:  # one state, where AdamW has two
+        matrices = (weight for weight in model.model.layers.parameters() if weight.ndim == 2 and weight.requires_grad)
+        optimizer -= trained_size * sum(map(torch.numel, matrices))
     return TrainingMemory(
         parameters=parameters,
         trained_parameters=_count(model),
         weights=weights,
         gradients=_count(model) * trained_size,
         optimizer=optimizer,
-        paged_optimizer=optimizer if optim.startswith("paged") else 0,
+        paged_optimizer=optimizer if optim.startswith("paged") and not use_muon else 0,
         checkpoints=tokens * config.num_hidden_layers * kept_bytes_per_token(config, selective=selective),
         layer=tokens * layer,
         logits=min(tokens, loss_chunk_size) * logits_bytes_per_token(config)
@@ -246,6 +251,7 @@ def recipe_memory(
         config,
         trainable=trainable,
         optim=optim if optim in OPTIMIZERS else "adamw_torch_fused",
+        use_muon=args.use_muon,
         dtype=dtype,
         tokens=tokens,
         lora_r=model.lora_r,
