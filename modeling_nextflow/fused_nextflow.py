@@ -24,6 +24,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 from .attention_nextflow import RowRuns
 
 
+BLOCK = 512  # rows of a weight that a thread of a CPU multiplies at once
+
+
 class Decoder(Protocol):
     """What has layers to fuse."""
 
@@ -44,10 +47,37 @@ class FusedRMSNorm(Qwen2RMSNorm):
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+def linear_in_blocks(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """
+    `F.linear(states, weight)`. A CPU in float32 multiplies a weight of many rows in blocks of them, which stay in its
+    caches: for a head over 32,768 codes up to a third faster, with the same values.
+    """
+    rows = BLOCK * torch.get_num_threads()
+    if (
+        len(weight) < 2 * rows
+        or states.numel() == states.shape[-1]  # one token reads a weight once, whatever the order
+        or not weight.device.type == states.device.type == "cpu"
+        or not weight.dtype == states.dtype == torch.float32
+        or type(weight) not in (nn.Parameter, torch.Tensor)
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return F.linear(states, weight)
+    matrix = states.flatten(0, -2)
+    product = matrix.new_empty(len(matrix), len(weight))
+    for columns, block in zip(product.split(rows, dim=1), weight.split(rows)):
+        torch.mm(matrix, block.t(), out=columns)
+    return product.unflatten(0, states.shape[:-1])
+
+
 class FusedLinear(nn.Linear):
     """Linear layers of one input, joined: their weights are stacked by rows, `sizes` rows for each name."""
 
     sizes: dict[str, int]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear_in_blocks(input, self.weight) if self.bias is None else super().forward(input)
 
     @classmethod
     def of(cls, layers: dict[str, nn.Linear]) -> "FusedLinear":

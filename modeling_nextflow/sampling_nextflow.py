@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
+from .fused_nextflow import linear_in_blocks
 from .grids_nextflow import cell_coordinates, check_codes
 from .image_settings_nextflow import CONFIG_NAMES, IMAGE_DEFAULTS
 
@@ -459,13 +460,13 @@ class NextFlowSamplingInterface(Host):
         step = step + ahead
         return torch.stack([step, row.expand_as(step), column.expand_as(step)])
 
-    def image_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Scores (..., codebook_size) of the code rows of the head: no other row is multiplied."""
+    def image_logits(self, hidden_states: torch.Tensor, multiply: Callable = F.linear) -> torch.Tensor:
+        """Scores (..., codebook_size) by the code rows of the head alone, as `multiply(states, weight)` gives them."""
         codes = self.code_rows
         return with_weight(
             self.lm_head,
             hidden_states,
-            lambda hidden, weight: F.linear(hidden, weight[codes]),
+            lambda hidden, weight: multiply(hidden, weight[codes]),
             lambda hidden: self.lm_head(hidden)[..., codes],
         )
 
@@ -488,7 +489,7 @@ class NextFlowSamplingInterface(Host):
         guided = guide(
             scores, unconditional, step.guidance_scale, imageless=imageless, image_scale=step.image_guidance_scale
         )
-        return self.image_logits(guided) if guides_states else guided
+        return self.image_logits(guided, linear_in_blocks) if guides_states else guided
 
     def get_text_ids(self) -> torch.Tensor:
         """The tokens that text before an image is made of: text without the end of the turn, and `<boi>`, its end."""

@@ -15,7 +15,7 @@ from toy import BOI, SQUARE, WIDE, grids_tensor, image_tokens, needs_fused_atten
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
-from nextflow_hf.modeling_nextflow import graphs_nextflow
+from nextflow_hf.modeling_nextflow import fused_nextflow, graphs_nextflow
 from nextflow_hf.modeling_nextflow.graphs_nextflow import PassGraphs
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 
@@ -90,11 +90,36 @@ def test_images_are_those_of_transformers_layers(mode, kind, attention):
     assert torch.equal(codes, expected)
 
 
+@pytest.mark.parametrize("mode", IMAGES)
+def test_a_cpu_multiplies_many_rows_in_blocks(mode, monkeypatch):
+    expected, logits = sample(fused_model(), IMAGES[mode])
+    multiply, heights = torch.mm, []
+    monkeypatch.setattr(fused_nextflow, "BLOCK", 4)
+    monkeypatch.setattr(torch, "mm", lambda *args, out: heights.append(len(out)) or multiply(*args, out=out))
+    codes, own_logits = sample(fused_model(), IMAGES[mode])
+    torch.testing.assert_close(own_logits, logits, atol=1e-5 * float(logits.abs().max()), rtol=0)
+    assert torch.equal(codes, expected) and len(heights) > 10
+    assert min(heights) > 1  # one token alone is multiplied at once
+
+
+def test_training_and_half_precision_multiply_at_once(monkeypatch):
+    monkeypatch.setattr(fused_nextflow, "BLOCK", 1)
+    monkeypatch.setattr(torch, "mm", None)
+    states, weight = torch.randn(2, 3, 8), torch.nn.Parameter(torch.randn(8 * torch.get_num_threads(), 8))
+    assert fused_nextflow.linear_in_blocks(states, weight).grad_fn is not None
+    with torch.no_grad():
+        fused_nextflow.linear_in_blocks(states.bfloat16(), weight.bfloat16())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert fused_nextflow.linear_in_blocks(states, weight).dtype == torch.bfloat16
+        with pytest.raises(TypeError):
+            fused_nextflow.linear_in_blocks(states, weight)
+
+
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1), (torch.bfloat16, 2)])
 def test_in_float32_guidance_needs_one_product_of_the_head(dtype, rows):
     model, seen = fused_model().to(dtype), []
     head = model.image_logits
-    model.image_logits = lambda states: seen.append(len(states)) or head(states)
+    model.image_logits = lambda states, *product: seen.append(len(states)) or head(states, *product)
     model.generate_images(**{**ONE, **NEGATIVE, "generator": seeded(0)})
     assert set(seen) == {rows}
 
