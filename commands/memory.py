@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = load_recipe("transformer", args.recipe, args.assignments)
     recipe |= {"output_dir": recipe.get("output_dir") or "unused", "global_batch_size": None}
     _, (model, data, _, training), _ = resolve(recipe, GROUPS)
+    training.bf16 = bool(recipe.get("bf16"))  # the estimate is of a GPU, whatever this machine has
     config = memory.recipe_config(model)
     tokens = args.tokens or memory.micro_batch_tokens(config, data, training)
     rows = [("this recipe", memory.recipe_memory(config, model, training, tokens))]

@@ -291,8 +291,8 @@ def sample_scales(
     wait for an accelerator.
 
     Raises:
-        `ValueError`: on logits that are not finite. On a CPU at their scale, elsewhere before the last one is yielded:
-        looking at them earlier would make the host wait at every scale.
+        `ValueError`: on guidance that begins after the first scale; on logits that are not finite. On a CPU at their
+        scale, elsewhere before the last one is yielded: looking earlier would make the host wait at every scale.
     """
     batch, plan, workspaces = len(image_grids), list(plan), [rows.workspace for rows in row_sets]
     grids, is_synchronous = [step.grid for step in plan], image_grids.device.type in SYNCHRONOUS
@@ -301,10 +301,16 @@ def sample_scales(
         positions = model.get_block_positions(rows.boi_position + 1, grids[1:])  # (3, rows, cells)
         rows.embeddings = model.model.rotary_emb(rows.hidden_states, positions)
     codes, unchecked = image_grids.new_zeros(batch, 0), {}
+    conditions = sum(len(rows.boi_position if rows.sampling is None else rows.sampling) for rows in row_sets) // batch
     try:
         for index, own in enumerate(inputs):
             if index:
-                conditions = max(later.num_conditions for later in plan[index:])  # a later scale needs its keys
+                kept, conditions = conditions, max(later.num_conditions for later in plan[index:])  # for their keys
+                if conditions > kept:
+                    raise ValueError(
+                        f"guidance of scale {index + 1} compares {conditions} prompts, but only {kept} went through "
+                        "the scales before: guidance may change while it is on, but not begin after the first scale"
+                    )
                 embeds = model.embed_next_scale(codes, grids[index - 1], grids[index], terms[:, index])
                 row_sets = _append_scale(model, row_sets, embeds.repeat(conditions, 1, 1))  # conditions share codes
             step = plan[index]

@@ -321,8 +321,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 Called after each scale as `callback(pipe, step, scale, callback_kwargs)`: `step` counts all scales of
                 the call (up to `num_timesteps`), `scale` those of the images that are sampled together. It may set
                 `pipe._interrupt`, or `pipe._guidance_scale` for the scales to come: a number for all or a list with an
-                entry for each scale of the schedule (without effect where the call began without guidance), and
-                `pipe._image_guidance_scale` likewise. Codes that it returns are those that the next scale is
+                entry for each scale of the schedule (an error where no scale to come had any: its prompts are gone),
+                and `pipe._image_guidance_scale` likewise. Codes that it returns are those that the next scale is
                 sampled from; what was sampled from the scales before stays. A preview is
                 `pipe.decode_codes(image_codes.flatten(), image_grids, num_scales=scale + 1)`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):

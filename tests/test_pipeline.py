@@ -293,6 +293,16 @@ def test_guidance_changed_by_the_callback(pipe):
     assert codes_of(pipe, "a", callback_on_step_end=callback, **settings) == expected
 
 
+@pytest.mark.parametrize("guidance", [1.0, [3.0, 3.0, 1.0, 1.0]])
+def test_guidance_cannot_begin_after_the_first_scale(pipe, guidance):
+    def callback(pipe, step, scale, kwargs):
+        if scale == 2:
+            pipe._guidance_scale = 2.0
+
+    with pytest.raises(ValueError, match="guidance of scale 4 compares 2 prompts, but only 1 went through"):
+        pipe("a", guidance_scale=guidance, callback_on_step_end=callback)
+
+
 def test_progress_shows_the_grid(pipe, capfd):
     pipe.set_progress_bar_config()
     try:

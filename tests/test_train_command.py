@@ -249,6 +249,9 @@ def test_what_a_machine_cannot_do_is_said(monkeypatch):
     recipe = {"attn_implementation": "flex_attention", "bf16": True}
     assert run.fall_back(recipe) == ["this GPU has no instructions for bfloat16: bf16 is False instead of True"]
     assert recipe == {"attn_implementation": "flex_attention", "bf16": False}
+    recipe = {"bf16": True}
+    assert len(run.fall_back(recipe, ["bf16", "frozen_dtype"])) == 2
+    assert recipe == {"bf16": False, "frozen_dtype": "float32"}  # else a LoRA would train in bfloat16
 
 
 def test_fresh_begins_anew_and_deletes_nothing(toy, tmp_path, caplog, capsys):

@@ -7,7 +7,7 @@ A module of a training has `GROUPS` (dataclasses whose fields are a recipe's key
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +55,7 @@ def resolve(recipe: Recipe, groups: Sequence[type]) -> tuple[Recipe, tuple[Any, 
     recipe = check_recipe(recipe, groups)
     if not recipe.get("output_dir"):
         raise ValueError(f"{source_of(recipe)}: output_dir must be set: write it there, or output_dir=... behind it")
-    said = fall_back(recipe) if "use_cpu" in known else []
+    said = fall_back(recipe, known) if "use_cpu" in known else []
     if recipe.get("global_batch_size") is not None and recipe.get("gradient_accumulation_steps") is None:
         size = recipe.get("per_device_train_batch_size", known["per_device_train_batch_size"].default)
         recipe["gradient_accumulation_steps"] = accumulation_steps(
@@ -89,8 +89,8 @@ def accumulation_steps(global_batch_size: int, size: int, source: str | Path) ->
     return global_batch_size // at_once
 
 
-def fall_back(recipe: dict[str, Any]) -> list[str]:
-    """Replace, in place, what this machine cannot do; returns a sentence about each."""
+def fall_back(recipe: dict[str, Any], known: Container[str] = ()) -> list[str]:
+    """Replace, in place, what this machine cannot do; returns a sentence about each. `known` are the recipe's keys."""
     said = []
 
     def replace(key: str, value: Any, reason: str) -> None:
@@ -107,7 +107,10 @@ def fall_back(recipe: dict[str, Any]) -> list[str]:
         reason = "Liger's kernels need a GPU" if on_cpu else "liger-kernel is not installed"
         replace("use_liger_kernel", False, reason)
     if recipe.get("bf16") and not computes_bfloat16("cpu" if on_cpu else "accelerator"):
-        replace("bf16", False, f"this {'CPU' if on_cpu else 'GPU'} has no instructions for bfloat16")
+        reason = f"this {'CPU' if on_cpu else 'GPU'} has no instructions for bfloat16"
+        replace("bf16", False, reason)
+        if "frozen_dtype" in known and recipe.get("frozen_dtype") in (None, "bfloat16"):
+            replace("frozen_dtype", "float32", reason)
     return said
 
 
