@@ -42,8 +42,9 @@ from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig,
 from nextflow_hf.modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from nextflow_hf.processing.scale_schedule_nextflow import ScaleSchedule
 from nextflow_hf.training.common.flops import training_flops
+from nextflow_hf.training.data.collator import PackingCollator
 from nextflow_hf.training.data.encoding import ExtractionSettings, RowEncoder
-from nextflow_hf.training.data.packing import PackedDataset, PackingCollator
+from nextflow_hf.training.data.packing import PackedDataset
 from nextflow_hf.training.transformer.arguments import ModelArguments, NextFlowTrainingArguments
 from nextflow_hf.training.transformer.memory import training_memory
 from nextflow_hf.training.transformer.model_loading import add_adapter
