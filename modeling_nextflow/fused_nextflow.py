@@ -50,7 +50,7 @@ class FusedRMSNorm(Qwen2RMSNorm):
 def linear_in_blocks(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     `F.linear(states, weight)`. A CPU in float32 multiplies a weight of many rows in blocks of them, which stay in its
-    caches: for a head over 32,768 codes up to a third faster, with the same values.
+    caches (benchmarks/RESULTS.md has what that gives).
     """
     rows = BLOCK * torch.get_num_threads()
     if (

@@ -28,8 +28,7 @@ def test_memory_of_the_7b():
     small = memory.parameters - embeddings
     assert half.optimizer == half.paged_optimizer == pytest.approx(8 * embeddings + small * 2 * (1 + 4 / 256))
     matrices = 28 * (3584 * (3584 + 512 + 512 + 3584) + 3 * 3584 * 18944)  # one state of Muon, two of AdamW
-    muon = training_memory(config, optim="paged_adamw_8bit", use_muon=True)
-    assert muon.optimizer == 2 * (2 * memory.parameters - matrices) and muon.paged_optimizer == 0
+    assert training_memory(config, use_muon=True).optimizer == 2 * (2 * memory.parameters - matrices)
     assert half.fits(80) and training_memory(config, optim="adamw_8bit").fits(80)
     aligned = training_memory(config, trainable="alignment")
     assert aligned.trained_parameters == connector + 32770 * 3584
@@ -79,6 +78,9 @@ def test_the_command_prints_a_recipe_and_other_ways(capsys):
     assert cli.main(["memory", "sft_1024_24gb", "--gpu-gb", "24"]) == 0
     assert "20480 tokens a micro-batch" in (printed := capsys.readouterr().out)
     assert "| this recipe | 0.040B | 6.5 | 0.2 |" in printed and "| all, paged_adamw_8bit, bfloat16 |" in printed
+    muon = ["use_muon=true", "optim=adamw_torch"]
+    assert cli.main(["memory", "sft_1024_24gb", *muon]) == 2
+    assert "use_peft trains an adapter" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(["memory", "sft_1024", "--gpus", "0"])
     with pytest.raises(ValueError, match="expected one of"):

@@ -399,7 +399,7 @@ def _train_step(classifier: Classifier, crops: torch.Tensor, labels: torch.Tenso
     classifier.train()
     crops = crops.contiguous(memory_format=torch.channels_last)
     device = crops.device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=computes_bfloat16(device)):
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=computes_bfloat16(device == "cpu")):
         pairs, tones = (logits.float() for logits in classifier(crops))
     there = labels[:, 0] < pairs.shape[1] - 1
     loss = F.cross_entropy(pairs, labels[:, 0], label_smoothing=0.02)

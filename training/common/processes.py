@@ -61,12 +61,12 @@ class ProcessesMixin:
                 iter(self._length_sampler)  # shuffles, as at the start of each epoch
 
 
-def computes_bfloat16(device_type: str) -> bool:
+def computes_bfloat16(on_cpu: bool) -> bool:
     """
-    Whether a device of this type has instructions for bfloat16, as far as can be known. An x86 processor without
-    AVX-512 has none: PyTorch then multiplies matrices many times slower in it than in float32.
+    Whether the CPU, or else the accelerator, has instructions for bfloat16, as far as can be known. An x86 processor
+    without AVX-512 has none: PyTorch then multiplies matrices many times slower in it than in float32.
     """
-    if device_type == "cpu":
+    if on_cpu:
         return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
     return is_torch_bf16_gpu_available()
 

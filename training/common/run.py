@@ -106,7 +106,7 @@ def fall_back(recipe: dict[str, Any], known: Container[str] = ()) -> list[str]:
     if recipe.get("use_liger_kernel") and (on_cpu or find_spec("liger_kernel") is None):
         reason = "Liger's kernels need a GPU" if on_cpu else "liger-kernel is not installed"
         replace("use_liger_kernel", False, reason)
-    if recipe.get("bf16") and not computes_bfloat16("cpu" if on_cpu else "accelerator"):
+    if recipe.get("bf16") and not computes_bfloat16(bool(on_cpu)):
         reason = f"this {'CPU' if on_cpu else 'GPU'} has no instructions for bfloat16"
         replace("bf16", False, reason)
         if "frozen_dtype" in known and recipe.get("frozen_dtype") in (None, "bfloat16"):

@@ -211,3 +211,11 @@ def fsdp_recomputes(args: TrainingArguments) -> bool:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # by `accelerate launch`
         return os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
     return bool(args.fsdp) and str(args.fsdp_config.get("activation_checkpointing")).lower() == "true"
+
+
+def check_adapter(model: ModelArguments, args: NextFlowTrainingArguments) -> None:
+    """Raises `ValueError` where an adapter is to train, and something else is said to."""
+    if model.use_peft and args.trainable != "all":
+        raise ValueError(f"trainable is {args.trainable!r}, but an adapter trains its own matrices: leave it 'all'")
+    if model.use_peft and args.use_muon:
+        raise ValueError("use_muon is for the decoder's matrices, but use_peft trains an adapter: leave it false")

@@ -16,9 +16,10 @@ from ...modeling_nextflow.configuration_nextflow import NextFlowConfig
 from ...modeling_nextflow.modeling_nextflow import NextFlowForCausalLM
 from ..common.flops import training_flops
 from ..common.folders import TRANSFORMERS, check_source
-from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
+from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments, check_adapter
 from .freezing import set_trainable
 from .model_loading import add_adapter, saved_adapter
+from .muon import matrices_of
 
 
 # States of an optimizer for each parameter, and the bytes of one; None is the dtype of the weights, as in torch.
@@ -101,7 +102,7 @@ def training_memory(
     Args:
         trainable (`str`): `"all"`, `"alignment"`, `"lora"` or `"qlora"` (4 bits).
         optim (`str`): One of `OPTIMIZERS`, by the names of `TrainingArguments.optim`.
-        use_muon (`bool`): Whether the matrices of the layers have Muon, and all else torch's AdamW.
+        use_muon (`bool`): Whether the matrices of the layers have Muon; goes with all weights and torch's AdamW.
         dtype (`str`): Dtype of the weights: `"bfloat16"`, or `"float32"` computed in bfloat16 (`bf16: true`).
         tokens (`int`): Tokens in a micro-batch.
         loss_chunk_size (`int`): Tokens whose logits exist at the same time.
@@ -123,17 +124,16 @@ def training_memory(
         layer += adapter_bytes_per_token(config)
     else:
         set_trainable(model, trainable)
-    optimizer = _optimizer_bytes(model, "adamw_torch" if use_muon else optim, trained_size)
+    optimizer = _optimizer_bytes(model, optim, trained_size)
     if use_muon:  # one state, where AdamW has two
-        matrices = (weight for weight in model.model.layers.parameters() if weight.ndim == 2 and weight.requires_grad)
-        optimizer -= trained_size * sum(map(torch.numel, matrices))
+        optimizer -= trained_size * sum(map(torch.numel, matrices_of(model.model.layers)))
     return TrainingMemory(
         parameters=parameters,
         trained_parameters=_count(model),
         weights=weights,
         gradients=_count(model) * trained_size,
         optimizer=optimizer,
-        paged_optimizer=optimizer if optim.startswith("paged") and not use_muon else 0,
+        paged_optimizer=optimizer if optim.startswith("paged") else 0,
         checkpoints=tokens * config.num_hidden_layers * kept_bytes_per_token(config, selective=selective),
         layer=tokens * layer,
         logits=min(tokens, loss_chunk_size) * logits_bytes_per_token(config)
@@ -241,6 +241,7 @@ def recipe_memory(
     config: NextFlowConfig, model: ModelArguments, args: NextFlowTrainingArguments, tokens: int
 ) -> TrainingMemory:
     """The memory of a recipe's step, with `tokens` in a micro-batch."""
+    check_adapter(model, args)
     trainable = args.trainable
     if model.use_peft:
         trainable = "qlora" if model.load_in_4bit else "lora"

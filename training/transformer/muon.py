@@ -92,6 +92,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return matrix.grad.lerp(mean, momentum)
 
 
+def matrices_of(layers: nn.Module) -> list[nn.Parameter]:
+    """What Muon trains: the matrices of the layers. Embedding and head have a row for each token, as suits AdamW."""
+    return [weight for weight in layers.parameters() if weight.ndim == 2 and weight.requires_grad]
+
+
 def wide(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix or its transpose, a view: whichever has no more rows than columns."""
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix

@@ -19,7 +19,7 @@ from ..data.packing import EndlessPackedDataset, PackedDataset, PackedIterableDa
 from ..data.packs import WINDOWS_AT_ONCE, PackingReport
 from ..data.shards import load_codes, tokenizer_of
 from ..data.streaming import RowStream
-from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments
+from .arguments import DataArguments, ModelArguments, NextFlowTrainingArguments, check_adapter
 from .callbacks import SampleImagesCallback
 from .freezing import set_trainable
 from .memory import micro_batch_tokens, recipe_config, recipe_memory
@@ -191,10 +191,7 @@ def train(
             "ZeRO-3 shards the head, of which 'alignment' and lora_train_image_parts train some rows: use "
             "deepspeed_zero2.yaml, ddp.yaml or fsdp2.yaml, which few trained parameters let fit"
         )
-    if model_args.use_peft and args.trainable != "all":
-        raise ValueError(f"trainable is {args.trainable!r}, but an adapter trains its own matrices: leave it 'all'")
-    if model_args.use_peft and args.use_muon:
-        raise ValueError("use_muon is for the decoder's matrices, but use_peft trains an adapter: leave it false")
+    check_adapter(model_args, args)
     if args.eval_strategy != "no" and not (data_args.eval_codes or data_args.eval_rows):
         raise ValueError(f"eval_strategy is {args.eval_strategy.value!r}, which needs eval_codes or eval_rows")
     set_seed(args.seed)

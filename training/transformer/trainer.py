@@ -26,7 +26,7 @@ from ..data.packing import EndlessPackedDataset
 from .arguments import NextFlowTrainingArguments
 from .freezing import is_head_cut, join_head
 from .layers import LayersCallback, find_decoder
-from .muon import MuonWithAdamW
+from .muon import MuonWithAdamW, matrices_of
 
 
 ROW_IDS = "row_ids"  # of a batch, for the names of bad rows; no input of the model
@@ -89,9 +89,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         return super().create_optimizer(model)
 
     def _create_muon(self, model: torch.nn.Module) -> MuonWithAdamW:
-        layers = self.accelerator.unwrap_model(model).model.layers
-        # The matrices of the layers alone: embedding and head have a row for each token, which AdamW suits better.
-        matrices = [weight for weight in layers.parameters() if weight.ndim == 2 and weight.requires_grad]
+        matrices = matrices_of(self.accelerator.unwrap_model(model).model.layers)
         of_muon = {id(matrix) for matrix in matrices}
         names = self.get_decay_parameter_names(model)
         decayed, others = [], []
