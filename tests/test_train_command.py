@@ -262,6 +262,8 @@ def test_fresh_begins_anew_and_deletes_nothing(toy, tmp_path, caplog, capsys):
     shutil.copytree(toy / "transformer", tmp_path / "other")
     assert cli.main(["train", *arguments, "max_steps=4", f"model_name_or_path={tmp_path / 'other'}"]) == 2
     assert f"from {toy / 'transformer'}, but the recipe is of kind transformer from" in capsys.readouterr().err
+    assert cli.main(["train", *arguments, "max_steps=4", "learning_rate=0.5", "--resume"]) == 2
+    assert "learning_rate is 0.5, but the checkpoints in" in capsys.readouterr().err
     assert "resuming from" in caplog.text and (tmp_path / "run" / "checkpoint-3").is_dir()
     assert cli.main(["train", *arguments, "--fresh"]) == 0
     again = load_file(tmp_path / "run" / "model.safetensors")

@@ -28,6 +28,9 @@ from .recipe import Recipe, check_recipe, parse_recipe, read_recipe, source_of
 
 logger = logging.get_logger(__name__)
 
+# Keys of a recipe whose values a checkpoint holds, in its optimizer and its average, and brings back.
+HELD_BY_CHECKPOINT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "ema_decay")
+
 
 @dataclass
 class BatchArguments:
@@ -145,8 +148,11 @@ def begin(kind: str, recipe: Recipe, args: TrainingArguments, *, model: str | No
     checkpoint = None if mode == "fresh" else args.resume_from_checkpoint or last_checkpoint(folder)
     if checkpoint in ("true", "false"):
         raise ValueError(f"resume_from_checkpoint is {checkpoint!r}, expected a folder; --fresh begins anew")
-    if mode == "auto" and checkpoint is not None and not args.resume_from_checkpoint:
-        _check_same_model(folder, kind, model)
+    if checkpoint is not None and not args.resume_from_checkpoint and (folder / RUN_FILE).is_file():
+        earlier = read_recipe(folder / RUN_FILE)
+        if mode == "auto":
+            _check_same_model(folder, earlier, kind, model)
+        _check_same_optimizer(folder, earlier, args)
     if mode == "resume" and checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint to resume from: leave --resume out to begin")
     if args.process_index == 0:
@@ -156,15 +162,24 @@ def begin(kind: str, recipe: Recipe, args: TrainingArguments, *, model: str | No
     return True, checkpoint
 
 
-def _check_same_model(folder: Path, kind: str, model: str | None) -> None:
+def _check_same_model(folder: Path, earlier: Recipe, kind: str, model: str | None) -> None:
     """Refuse to go on from the checkpoint of another model: the recipe's would be neither trained nor missed."""
-    if (folder / RUN_FILE).is_file():
-        was = read_recipe(folder / RUN_FILE)
-        was_kind, was_model = was.get("kind"), was.get("model")
-        if (was_kind, was_model) != (kind, model):
+    was_kind, was_model = earlier.get("kind"), earlier.get("model")
+    if (was_kind, was_model) != (kind, model):
+        raise ValueError(
+            f"{folder} has checkpoints of a training of kind {was_kind} from {was_model}, but the recipe is of kind "
+            f"{kind} from {model}: --fresh begins anew, --resume goes on from them all the same"
+        )
+
+
+def _check_same_optimizer(folder: Path, earlier: Recipe, args: TrainingArguments) -> None:
+    """Refuse values that the optimizer's state in a checkpoint would replace by its own."""
+    for field in fields(args):
+        before, now = earlier.get("recipe", {}).get(field.name, field.default), getattr(args, field.name)
+        if field.name in HELD_BY_CHECKPOINT and before != now:
             raise ValueError(
-                f"{folder} has checkpoints of a training of kind {was_kind} from {was_model}, but the recipe is of "
-                f"kind {kind} from {model}: --fresh begins anew, --resume goes on from them all the same"
+                f"{field.name} is {now}, but the checkpoints in {folder} were made with {before} and keep it: set it "
+                "back, or begin from the weights of one in another output_dir"
             )
 
 
