@@ -123,6 +123,16 @@ def test_a_mask_by_address_is_the_file_that_is_there(monkeypatch):
     assert same(read_mask("https://example.org/mask.png", LIMITS), read_mask(data, LIMITS))
 
 
+def test_a_mask_is_turned_as_its_file_says():
+    white = Image.linear_gradient("L").resize((16, 8)).point(lambda value: 255 * (value > 127))
+    transparent = red(16, 8)
+    transparent.putalpha(white.point(lambda value: 255 - value))
+    turned = Image.Exif()
+    turned[0x112] = 6
+    masks = [read_mask(file_of(one, exif=turned), LIMITS) for one in (white, transparent)]
+    assert masks[0].size == (8, 16) and same(*masks)
+
+
 def test_images_are_streamed_scale_by_scale(client, pipe):
     body = {"prompt": "a", "seed": 1, "stream": True, "partial_images": 2}
     events = events_of(client.post(GENERATIONS, json=body).text)
@@ -262,6 +272,7 @@ def test_refusals(client, name):
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert message in error["message"] and error["type"] == "invalid_request_error"
+    assert error["param"] in (None, "image", "prompt", *body) or error["param"].startswith("messages.")
 
 
 def test_bytes_pixels_and_content_types(client):
