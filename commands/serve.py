@@ -84,6 +84,7 @@ def serve(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     host = f"[{args.host}]" if ":" in args.host else args.host
     console.show(f"{app.state.name} on {args.device} is at http://{host}:{args.port}/v1  (Ctrl-C stops it)")
     app.state.run(host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS)
+    app.state.worker.stop()  # after a second Ctrl-C it may still sample, and Python would abort in its midst
     cut = app.state.metrics.num_unanswered
     console.say(f"stopped, with {'all' if cut == 0 else f'all but {cut}'} requests answered")
     return {}

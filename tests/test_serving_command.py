@@ -44,15 +44,20 @@ def test_the_name_of_a_model_has_no_path(model, name, tmp_path):
     assert serve.served_name(model.format(folder=tmp_path)) == name
 
 
-def test_what_is_said_is_true(monkeypatch, capsys):
+def test_the_end_of_the_server_is_told_as_it_was(monkeypatch, capsys):
+    stops = []
     for cut, said in ((0, "with all requests answered"), (2, "with all but 2 requests answered")):
         state = types.SimpleNamespace(
-            name="toy", metrics=types.SimpleNamespace(num_unanswered=cut), run=lambda **_: None
+            name="toy",
+            run=lambda **options: None,
+            worker=types.SimpleNamespace(stop=lambda cut=cut: stops.append(cut)),
+            metrics=types.SimpleNamespace(num_unanswered=cut),
         )
         monkeypatch.setattr(serve, "load_app", lambda args, state=state: types.SimpleNamespace(state=state))
         assert serve.main(["--host", "::1"]) == 0
         output = capsys.readouterr()
         assert "http://[::1]:8000/v1" in output.out and said in output.err
+    assert stops == [0, 2]
 
 
 def test_sigterm_answers_what_waits(tmp_path):
