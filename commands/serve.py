@@ -20,6 +20,7 @@ from .options import SHIPPED_MODEL, add_model_options, new_parser, whole
 
 API_KEY = "NEXTFLOW_API_KEY"
 DRAIN_SECONDS = 60
+MAX_WAIT_MS = 60_000
 EXAMPLES = """\
   nextflow-hf serve
   NEXTFLOW_API_KEY=secret nextflow-hf serve path/to/pipeline --host 0.0.0.0 --device cuda
@@ -44,7 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-queue", type=whole(), default=64, metavar="N", help="most requests that wait; default: %(default)s"
     )
     group.add_argument(
-        "--max-batch", type=whole(), default=8, metavar="N", help="most images sampled at once; default: %(default)s"
+        "--max-batch",
+        type=whole(),
+        default=8,
+        metavar="N",
+        help="most images of several requests sampled at once; default: %(default)s",
     )
     group.add_argument(
         "--max-wait-ms",
@@ -76,9 +81,12 @@ def serve(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"--host {args.host} lets in everyone who reaches this machine: pass --api-key, or set {API_KEY}"
         )
     app = load_app(args)
-    console.show(f"{app.state.name} on {args.device} is at http://{args.host}:{args.port}/v1  (Ctrl-C stops it)")
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    console.show(f"{app.state.name} on {args.device} is at http://{host}:{args.port}/v1  (Ctrl-C stops it)")
     app.state.run(host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS)
-    console.say("stopped, with all requests answered")
+    app.state.worker.stop()  # after a second Ctrl-C it may still sample, and Python would abort in its midst
+    cut = app.state.metrics.num_unanswered
+    console.say(f"stopped, with {'all' if cut == 0 else f'all but {cut}'} requests answered")
     return {}
 
 
@@ -93,6 +101,8 @@ def load_app(args: argparse.Namespace) -> Any:
         raise ImportError(f'the server needs {error.name}: pip install "nextflow-hf[serve]"') from error
     if not args.timeout >= 1:
         raise ValueError(f"--timeout is {args.timeout}, expected at least 1")
+    if not 0 <= args.max_wait_ms <= MAX_WAIT_MS:
+        raise ValueError(f"--max-wait-ms is {args.max_wait_ms}, expected 0 to {MAX_WAIT_MS}")
     app = make_app(
         loading.load_pipeline(args),
         name=args.served_name or served_name(args.model),
@@ -101,7 +111,7 @@ def load_app(args: argparse.Namespace) -> Any:
         seconds=args.timeout,
         max_queue=args.max_queue,
         max_batch=args.max_batch,
-        max_wait=max(args.max_wait_ms, 0) / 1000,
+        max_wait=args.max_wait_ms / 1000,
         decodes_beside=not args.offload,
     )
     app.state.run = functools.partial(uvicorn.run, app)

@@ -7,12 +7,13 @@ Every answer is made by the [`Worker`] of the app; what is here reads requests a
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import protocol, worker
@@ -34,6 +36,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # how soon it is seen that a client went away
+MAX_READERS = 16  # requests whose images are fetched and decoded at once
 STATUSES = {worker.QueueFull: 429, worker.Stopped: 503, worker.OutOfTime: 504}
 
 
@@ -68,7 +71,7 @@ def make_app(
 
     app = FastAPI(title="NextFlow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     api = Api(own, metrics, name=name, limits=limits or Limits(), seconds=seconds)
-    app.state.worker, app.state.name = own, name
+    app.state.worker, app.state.metrics, app.state.name = own, metrics, name
     app.post("/v1/images/generations")(api.generate)
     app.post("/v1/images/edits")(api.edit)
     app.post("/v1/chat/completions")(api.chat)
@@ -78,7 +81,7 @@ def make_app(
     app.get("/metrics")(api.metrics)
     for kind in (BadRequest, HTTPException, worker.QueueFull, worker.Stopped):
         app.add_exception_handler(kind, lambda _, error: error_response(error))
-    app.add_exception_handler(ClientGone, lambda *_: Response(status_code=499))
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=499))
     app.add_middleware(Guard, api_key=api_key, max_bytes=api.limits.body_bytes, metrics=metrics)
     return app
 
@@ -87,12 +90,15 @@ def error_body(error: Exception) -> dict[str, Any]:
     """An error as OpenAI writes it. What is no mistake of the client's is not told: it may name files."""
     status = status_of(error)
     message = str(getattr(error, "detail", error)) if status != 500 else "internal error"
+    message = message.encode(errors="replace").decode()  # it may quote half of a surrogate pair
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": None}}
 
 
 def error_response(error: Exception) -> JSONResponse:
-    headers = {"Retry-After": str(error.seconds)} if isinstance(error, worker.QueueFull) else None
+    headers = error.headers if isinstance(error, HTTPException) else None
+    if isinstance(error, worker.QueueFull):
+        headers = {"Retry-After": str(error.seconds)}
     return JSONResponse(error_body(error), status_of(error), headers)
 
 
@@ -100,10 +106,6 @@ def status_of(error: Exception) -> int:
     if isinstance(error, (BadRequest, HTTPException)):
         return error.status if isinstance(error, BadRequest) else error.status_code
     return STATUSES.get(type(error), 400 if isinstance(error, worker.REFUSALS) else 500)
-
-
-class ClientGone(Exception):
-    """The client closed the connection before its answer was there."""
 
 
 class Guard:
@@ -119,7 +121,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, num_bytes = time.monotonic(), 500, 0  # what an error leaves to the server
+        started, status, num_bytes = time.monotonic(), None, 0
 
         async def counting(message: Message) -> None:
             nonlocal status
@@ -141,9 +143,13 @@ class Guard:
                 await self.app(scope, limited, counting)
             else:
                 await error_response(refusal)(scope, receive, counting)
+        except asyncio.CancelledError:  # the server stops, and waits no longer
+            self.metrics.num_unanswered += 1
+            if status is None:
+                await error_response(worker.Stopped("the server has stopped"))(scope, receive, counting)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, status).inc()
+            self.metrics.requests.labels(route, status or 500).inc()  # what an error leaves to the server
             self.metrics.seconds.labels(route).observe(time.monotonic() - started)
 
     def _refuse(self, headers: Headers, path: str) -> BadRequest | None:
@@ -155,18 +161,18 @@ class Guard:
         if self.api_key is None:
             # A page in a browser on this machine may be anyone's, and its name may lead here.
             try:
-                asking = [
-                    urlsplit(address).hostname
-                    for address in (headers.get("origin", ""), f"//{headers.get('host', '')}")
-                ]
+                # An origin without a host, such as "null", is that of a sandboxed frame.
+                asking = [urlsplit(origin).hostname or "?" for origin in headers.getlist("origin")]
+                asking += [urlsplit(f"//{host}").hostname or "" for host in headers.getlist("host")]
             except ValueError:  # no address at all
                 asking = ["?"]
             if any(host and not is_loopback(host) for host in asking):
                 return BadRequest("this server answers its own machine alone", status=403)
             return None
-        # Compared in constant time below, which tells nothing of the key.
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if path != "/health" and not hmac.compare_digest(given, self.api_key.encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Compared in constant time, which tells nothing of the key; as bytes, which starlette reads as Latin-1.
+        is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())
+        if path != "/health" and not (is_right and scheme.lower() == "bearer"):
             return BadRequest("the API key is missing or wrong: send `Authorization: Bearer KEY`", status=401)
         return None
 
@@ -181,6 +187,7 @@ class Api:
         self.limits = limits
         self.seconds = seconds
         self.created = int(time.time())
+        self.readers = anyio.CapacityLimiter(MAX_READERS)
 
     # ---- images
 
@@ -205,7 +212,7 @@ class Api:
             images = [protocol.read_image(one, self.limits, f"image {index + 1}") for index, one in enumerate(sources)]
             return images, None if mask is None else protocol.read_mask(mask, self.limits)
 
-        return await self._images(request, body, "image_edit", *await asyncio.to_thread(read))
+        return await self._images(request, body, "image_edit", *await self._read(read))
 
     async def _images(self, request: Request, body: Any, event: str, images: list, mask: Any) -> Response:
         if body.stream and body.n != 1:
@@ -219,19 +226,18 @@ class Api:
             **self._image_job(body, body.settings),
         )
         events = self._start(request, job)
-        first = await anext(events)
+        first = _checked(await anext(events))  # before a stream begins, as it has status 200
         if body.stream:
             return _stream(self._image_events(body, event, job, first, events))
         async with contextlib.aclosing(events):
-            answer = _checked(first)
-            files = [await self._encode(image, body) for image in answer.images]
+            files = [await self._encode(image, body) for image in first.images]
         self.numbers.images.inc(len(files))
         if body.response_format == "url":
             data = [{"url": f"data:image/{body.output_format};base64,{file}"} for file in files]
         else:
             data = [{"b64_json": file} for file in files]
-        common = {"created": int(time.time()), "seed": body.seed, "usage": self._image_usage(job, answer)}
-        return JSONResponse({"data": data, **common, **_described(body, answer.images[0])})
+        common = {"created": int(time.time()), "seed": body.seed, "usage": self._image_usage(job, first)}
+        return JSONResponse({"data": data, **common, **_described(body, first.images[0])})
 
     async def _encode(self, image: Any, body: Any) -> str:
         return await asyncio.to_thread(protocol.encode_image, image, body.output_format, body.output_compression)
@@ -297,7 +303,7 @@ class Api:
         protocol.check_counts(body, self.limits, body.num_images)
         if body.n != 1:
             raise BadRequest(f"n is {body.n}, expected 1 in a conversation", "n")
-        messages = await asyncio.to_thread(body.conversation, self.limits)
+        messages = await self._read(functools.partial(body.conversation, self.limits))
         if set(body.modalities) == {"image"}:
             # A schedule of its own keeps a conversation out of batches: its size follows from its images.
             job: Any = worker.ImageRequest(
@@ -312,12 +318,12 @@ class Api:
             )
         parts = self._chat_parts(job, self._start(request, job))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
-        first = await anext(parts)
+        first = _checked(await anext(parts))
         if body.stream:
             return _stream(self._chat_events(body, job, head, first, parts))
         texts_of_answer, images = [], []
         async with contextlib.aclosing(parts):
-            async for part in _after(_checked(first), parts):
+            async for part in _after(first, parts):
                 _checked(part)
                 if isinstance(part, worker.Done):
                     break
@@ -445,11 +451,18 @@ class Api:
                         sources.append(read)
                     elif name == "mask":
                         mask = read
+                    elif isinstance(read, str) and name.endswith("[]"):  # a list, an entry at a time
+                        fields.setdefault(name.removesuffix("[]"), []).append(read)
                     elif isinstance(read, bytes) or name in fields:
                         raise BadRequest(f"{name[:80]}: a file, or there twice", name[:80])
                     else:
                         fields[name] = read
         return fields, sources, mask
+
+    async def _read(self, read: Callable[[], Any]) -> Any:
+        """`read()` in a thread of its own kind: slow addresses must not hold the threads that write answers."""
+        with _in_time(self.seconds):
+            return await anyio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=self.readers)
 
     def _start(self, request: Request, job: Any) -> AsyncIterator[Any]:
         """Puts `job` into the queue; what the worker then emits. Ends, and cancels the work, when the client goes."""
@@ -472,8 +485,10 @@ class Api:
                 except TimeoutError:
                     # A client that has gone is noticed only when asked for.
                     if await request.is_disconnected():
-                        raise ClientGone from None
-                    continue
+                        raise ClientDisconnect from None
+                    if not job.is_over:
+                        continue
+                    found = worker.OutOfTime(job.seconds)  # the worker may be busy with another's answer
                 is_done = isinstance(found, (worker.Images, worker.Done, Exception))
                 yield found
         finally:
@@ -526,11 +541,11 @@ def _sse(data: dict[str, Any], event: str | None = None) -> str:
 def _stream(events: AsyncIterator[str]) -> StreamingResponse:
     async def until_gone() -> AsyncIterator[str]:
         async with contextlib.aclosing(events):
-            with contextlib.suppress(ClientGone):
+            with contextlib.suppress(ClientDisconnect):
                 async for event in events:
                     yield event
 
     return StreamingResponse(until_gone(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-__all__ = ["Api", "ClientGone", "Guard", "make_app"]
+__all__ = ["Api", "Guard", "make_app"]

@@ -23,6 +23,7 @@ class Metrics:
         self.batch = Histogram("batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64), **mine)
         self.cancelled = Counter("cancelled", "Requests whose client went away", **mine)
         self.waiting = Gauge("queue_requests", "Requests that wait", **mine)
+        self.num_unanswered = 0  # cut off where the server stops, when nobody reads the others any more
 
     def watch(self, worker: Worker) -> None:
         self.waiting.set_function(lambda: worker.num_waiting)

@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..processing.image_fetching_nextflow import fetch
@@ -284,7 +284,9 @@ def parse(kind: type[Body], data: Any) -> Any:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"][: 3 if first["loc"][:1] == ("messages",) else 2])
+        # Without what pydantic calls the kinds of a union, as in `temperature.constrained-float`.
+        where = first["loc"][:3] if first["loc"][:1] == ("messages",) else first["loc"][:1]
+        name = ".".join(map(str, where))
         message = "it is not known here" if first["type"] == "extra_forbidden" else first["msg"]
         raise BadRequest(f"{name or 'the request'}: {message}"[:300], name or None) from None
 
@@ -335,9 +337,9 @@ def read_mask(source: Any, limits: Limits) -> Image.Image:
         if isinstance(source, bytes):
             with open_header(source, limits.image_pixels, **reading) as image:
                 if image.has_transparency_data:
-                    alpha = image.convert("RGBA").getchannel("A")
+                    alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
                     return alpha.point(lambda value: 0 if value else 255)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # of Pillow: OSError, SyntaxError, struct.error, ...
         raise BadRequest(f"the mask: {error}"[:300], "mask") from error
     return read_image(source, limits, "the mask")
 

@@ -4,6 +4,7 @@ Requests with the same schedule and settings are sampled as one batch. Each imag
 it equals the image sampled alone. A second thread decodes images while the next batch is sampled. Knows no HTTP.
 """
 
+import contextlib
 import functools
 import logging
 import threading
@@ -41,7 +42,10 @@ class Stopped(Exception):
 
 
 class OutOfTime(Exception):
-    """A request was not answered within its time."""
+    """A request was not answered within its time, in seconds."""
+
+    def __init__(self, seconds: float):
+        super().__init__(f"the request was not answered within {seconds:g} s")
 
 
 @dataclass
@@ -224,13 +228,20 @@ class ChatRequest(Request):
         parts = pipe.interleave(
             request.messages, request.max_images, generator=generator, stream=True, **request.settings
         )
+
+        def check(*_: Any) -> None:
+            if request.is_over:
+                raise OutOfTime(request.seconds)
+
+        # Before every token and every scale: a part may take many of them.
+        hook = pipe.transformer.model.register_forward_pre_hook(check)
         try:
-            for part in parts:
-                if request.is_over:
-                    break
-                request.emit(part)
+            with contextlib.suppress(OutOfTime):
+                for part in parts:
+                    request.emit(part)
         finally:
             parts.close()  # returns when the pipeline is free
+            hook.remove()
         return [Done]
 
 
@@ -377,5 +388,5 @@ def _finish(request: Request, rest: Callable[[], Any]) -> None:
 def _ends(request: Request) -> bool:
     """Return whether a request is over; if so, emit [`OutOfTime`]."""
     if request.is_over:
-        request.emit(OutOfTime(f"the request was not answered within {request.seconds:g} s"))
+        request.emit(OutOfTime(request.seconds))
     return request.is_over

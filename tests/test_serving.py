@@ -2,10 +2,13 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -94,9 +97,9 @@ def test_low_quality_leaves_the_last_scale_out(client, pipe):
 def test_edits_take_several_images_and_a_mask(client, pipe):
     sources = [red(), red(8, 28)]
     files = [("image[]", (f"{index}.png", file_of(one))) for index, one in enumerate(sources)]
-    data = {"prompt": "a", "seed": "1", "image_guidance_scale": "1.5"}
+    data = {"prompt": "a", "seed": "1", "image_guidance_scale": "1.5", "guidance_scale[]": ["3", "2", "1", "1"]}
     answer = client.post(EDITS, data=data, files=files).json()
-    expected = alone(pipe, "a", image=sources, image_guidance_scale=1.5)[0]
+    expected = alone(pipe, "a", image=sources, image_guidance_scale=1.5, guidance_scale=[3, 2, 1, 1])[0]
     assert same(image_of(answer["data"][0]["b64_json"]), expected)
     # Where OpenAI's mask is transparent the image changes; one without alpha is white there.
     white = Image.new("L", (16, 16))
@@ -121,6 +124,16 @@ def test_a_mask_by_address_is_the_file_that_is_there(monkeypatch):
     for module in (image_loading_nextflow, protocol):
         monkeypatch.setattr(module, "fetch", lambda address, **limits: data, raising=False)
     assert same(read_mask("https://example.org/mask.png", LIMITS), read_mask(data, LIMITS))
+
+
+def test_a_mask_is_turned_as_its_file_says():
+    white = Image.linear_gradient("L").resize((16, 8)).point(lambda value: 255 * (value > 127))
+    transparent = red(16, 8)
+    transparent.putalpha(white.point(lambda value: 255 - value))
+    turned = Image.Exif()
+    turned[0x112] = 6
+    masks = [read_mask(file_of(one, exif=turned), LIMITS) for one in (white, transparent)]
+    assert masks[0].size == (8, 16) and same(*masks)
 
 
 def test_images_are_streamed_scale_by_scale(client, pipe):
@@ -220,6 +233,8 @@ def test_models_health_and_metrics(client):
 
 LONG, PRIVATE = "a" * 51, "http://127.0.0.1:1/a.png"
 IMAGE_PART = {"type": "image_url", "image_url": {"url": PRIVATE}}
+HALF = {"type": "image_url", "image_url": {"url": "http://\ud800"}}
+PER_SCALE = {"guidance_scale": [1] * 9, "stream": True}  # of four scales
 REFUSED = {
     "unknown field": (GENERATIONS, {"prompt": "a", "sampler": "euler"}, 400, "sampler"),
     "no prompt": (GENERATIONS, {}, 400, "prompt"),
@@ -251,6 +266,12 @@ REFUSED = {
     "part": (CHAT, {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, "'video_url'"),
     "private address in chat": (CHAT, {"messages": [{"role": "user", "content": [IMAGE_PART]}]}, 400, "not public"),
     "modality": (CHAT, {"messages": [{"role": "user", "content": "a"}], "modalities": ["audio"]}, 400, "modalities"),
+    "refusal of a stream": (GENERATIONS, {"prompt": "a", **PER_SCALE}, 400, "9 entries"),
+    "refusal of a stream in chat": (
+        CHAT, {"messages": [{"role": "user", "content": "a"}], "modalities": ["image", "text"], **PER_SCALE}, 400,
+        "9 entries",
+    ),
+    "surrogate in an address": (CHAT, {"messages": [{"role": "user", "content": [HALF]}]}, 400, "cannot be fetched"),
     "penalty": (CHAT, {"messages": [{"role": "user", "content": "a"}], "presence_penalty": 1}, 400, "presence_pen"),
 }  # fmt: skip
 
@@ -262,6 +283,7 @@ def test_refusals(client, name):
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert message in error["message"] and error["type"] == "invalid_request_error"
+    assert error["param"] in (None, "image", "prompt", *body) or error["param"].startswith("messages.")
 
 
 def test_bytes_pixels_and_content_types(client):
@@ -280,20 +302,24 @@ def test_bytes_pixels_and_content_types(client):
     assert client.post(GENERATIONS, content=b"{", headers={"content-type": "Application/JSON"}).status_code == 400
     assert client.post(GENERATIONS, content=b"{", headers={"content-type": "application/json"}).status_code == 400
     assert client.get("/nowhere").status_code == 404
+    assert client.get(GENERATIONS).headers["allow"] == "POST"
 
 
 def test_only_this_machine_or_a_key(pipe, client):
     assert client.get("/v1/models", headers={"origin": "http://evil.example"}).status_code == 403
     assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
-    for name, value in (("host", "[::1"), ("origin", "http://[")):  # no addresses
+    # No addresses, and the origins of sandboxed frames and of files.
+    for name, value in (("host", "[::1"), ("origin", "http://["), ("origin", "null"), ("origin", "file://")):
         assert client.get("/v1/models", headers={name: value}).status_code == 403
     assert client.get("/v1/models", headers={"content-length": "-"}).status_code == 400
-    with TestClient(make_app(pipe, name="toy", api_key="secret"), base_url="http://server.example") as guarded:
+    with TestClient(make_app(pipe, name="toy", api_key="sécret"), base_url="http://server.example") as guarded:
         assert guarded.get("/health").status_code == 200
         for route in ("/v1/models", "/metrics"):
             assert guarded.get(route).status_code == 401
             assert guarded.get(route, headers={"authorization": "Bearer wrong"}).status_code == 401
-            assert guarded.get(route, headers={"authorization": "Bearer secret"}).status_code == 200
+            assert guarded.get(route, headers={"authorization": "sécret".encode()}).status_code == 401
+            for scheme in ("Bearer", "bearer"):
+                assert guarded.get(route, headers={"authorization": f"{scheme} sécret".encode()}).status_code == 200
 
 
 def test_a_defect_is_not_told(client, pipe, monkeypatch):
@@ -443,22 +469,59 @@ def test_a_request_ends_in_time(pipe, monkeypatch):
     assert gate.scales == 1 and isinstance(requests.last(late), worker.OutOfTime)
 
 
+def test_a_request_that_waits_ends_in_time(pipe, monkeypatch):
+    gate = Gate(pipe, monkeypatch)
+    late = threading.Timer(10, gate.opened.set)
+    late.start()
+    with TestClient(make_app(pipe, name="toy", seconds=0.3), base_url=URL) as client:
+        answer = client.post(GENERATIONS, json={"prompt": "a"})
+        assert answer.status_code == 504 and not gate.opened.is_set()
+        late.cancel(), gate.opened.set()
+
+
+@pytest.mark.parametrize(("max_images", "cells"), [(0, 1), (3, 4)])
+def test_a_conversation_stops_at_a_token_or_a_scale(pipe, max_images, cells):
+    messages = [{"role": "user", "content": "a"}]
+    request = worker.ChatRequest(messages=messages, max_images=max_images, seed=5, settings={"text_temperature": 1.0})
+    sizes = []
+
+    def leave(module, args, kwargs):
+        inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        sizes.append(inputs.shape[1])
+        if len(sizes) > 1 and sizes[-1] == cells:
+            request.cancel()
+
+    hook = pipe.transformer.model.register_forward_pre_hook(leave, with_kwargs=True)
+    own = worker.Worker(pipe)
+    own.submit(request)
+    own.stop()
+    hook.remove()
+    assert sizes.index(cells, 1) >= len(sizes) - 2  # the next one does not run
+    assert pipe.chat(messages, max_new_tokens=2)  # and the pipeline is free
+
+
 # ---- over a socket
 
 
-@pytest.fixture(scope="module")
-def address(pipe):
-    """A server of uvicorn's, as `nextflow-hf serve` starts it."""
-    app = make_app(toy_pipeline(), name="toy", max_queue=4, max_wait=0.0)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+@contextlib.contextmanager
+def served(pipe, **options):
+    """A server of uvicorn's, as `nextflow-hf serve` starts it: its address, its application and itself."""
+    app = make_app(pipe, name="toy", max_queue=4, max_wait=0.0)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
         assert thread.is_alive()
-    yield f"{URL}:{server.servers[0].sockets[0].getsockname()[1]}", app.state.worker
+    yield f"{URL}:{server.servers[0].sockets[0].getsockname()[1]}", app, server
     server.should_exit = True
     thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def address():
+    with served(toy_pipeline()) as (url, app, _):
+        yield url, app.state.worker
 
 
 def test_openai_client_through_every_route(address):
@@ -516,3 +579,55 @@ def test_a_connection_that_closes_stops_its_work(address, monkeypatch):
             time.sleep(0.01)
         time.sleep(0.1)
         assert gate.scales == 1
+
+
+def test_a_client_that_leaves_during_its_upload_is_no_error(address, caplog):
+    host, port = address[0].removeprefix("http://").split(":")
+    with httpx.Client(base_url=address[0]) as client:
+
+        def counted() -> list[str]:
+            lines = client.get("/metrics").text.splitlines()
+            return [line for line in lines if line.startswith("nextflow_requests_total") and "/images/" in line]
+
+        before = counted()
+        with socket.create_connection((host, int(port))) as connection:
+            head = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 100"
+            connection.sendall(f"POST {GENERATIONS} HTTP/1.1\r\n{head}\r\n\r\n{{".encode())
+            time.sleep(0.2)
+        for _ in range(100):
+            if (after := counted()) != before:
+                break
+            time.sleep(0.02)
+        (found,) = set(after) - set(before)
+        assert 'status="499"' in found
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_slow_addresses_hold_no_other_answers(address, monkeypatch):
+    is_over = threading.Event()
+
+    def fetch(url, **limits):
+        is_over.wait(20)
+        raise ValueError("it takes too long")
+
+    monkeypatch.setattr(image_loading_nextflow, "fetch", fetch)
+    body = {"prompt": "a", "images": [{"image_url": "https://example.org/a.png"}]}
+    limits = httpx.Limits(max_connections=50)
+    with httpx.Client(base_url=address[0], timeout=60, limits=limits) as client, ThreadPoolExecutor(40) as pool:
+        slow = [pool.submit(client.post, EDITS, json=body) for _ in range(40)]
+        time.sleep(0.5)
+        answer = client.post(GENERATIONS, json={"prompt": "a"})
+        assert answer.status_code == 200 and not is_over.is_set() and not any(one.done() for one in slow)
+        is_over.set()
+        assert {one.result().status_code for one in slow} == {400}
+
+
+def test_what_the_end_of_the_server_cuts_off_is_said_and_counted(pipe, monkeypatch):
+    gate = Gate(pipe, monkeypatch)
+    with served(pipe, timeout_graceful_shutdown=1) as (url, app, server), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, url + GENERATIONS, json={"prompt": "a"}, timeout=30)
+        assert gate.reached.wait(20)
+        server.should_exit = True
+        assert answer.result().status_code == 503 and "stopped" in answer.result().text
+        gate.opened.set()
+    assert app.state.metrics.num_unanswered == 1

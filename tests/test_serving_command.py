@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 
 import pytest
@@ -18,6 +19,10 @@ def test_an_open_address_needs_a_key(command_line, monkeypatch):
     monkeypatch.delenv("NEXTFLOW_API_KEY", raising=False)
     assert "pass --api-key, or set NEXTFLOW_API_KEY" in command_line.mistake("serve", "--host", "0.0.0.0")
     assert "--max-queue: 0 is out of range, expected 1 to" in command_line.mistake("serve", "--max-queue", "0")
+    for wait in ("inf", "-1", "nan"):
+        assert f"--max-wait-ms is {float(wait)}, expected 0 to 60000" in command_line.mistake(
+            "serve", "--max-wait-ms", wait
+        )
 
 
 @pytest.mark.parametrize("command", ["serve", "app"])
@@ -37,6 +42,22 @@ def test_a_missing_package_names_the_extra(command_line, monkeypatch):
 def test_the_name_of_a_model_has_no_path(model, name, tmp_path):
     (tmp_path / "toy").mkdir()
     assert serve.served_name(model.format(folder=tmp_path)) == name
+
+
+def test_the_end_of_the_server_is_told_as_it_was(monkeypatch, capsys):
+    stops = []
+    for cut, said in ((0, "with all requests answered"), (2, "with all but 2 requests answered")):
+        state = types.SimpleNamespace(
+            name="toy",
+            run=lambda **options: None,
+            worker=types.SimpleNamespace(stop=lambda cut=cut: stops.append(cut)),
+            metrics=types.SimpleNamespace(num_unanswered=cut),
+        )
+        monkeypatch.setattr(serve, "load_app", lambda args, state=state: types.SimpleNamespace(state=state))
+        assert serve.main(["--host", "::1"]) == 0
+        output = capsys.readouterr()
+        assert "http://[::1]:8000/v1" in output.out and said in output.err
+    assert stops == [0, 2]
 
 
 def test_sigterm_answers_what_waits(tmp_path):
