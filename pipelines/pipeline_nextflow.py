@@ -300,8 +300,9 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One, or one for each image. Each image has a generator of its own, seeded with one number of the
                 given one: the first image of a batch with a single generator is the one it would be alone. In float32
-                an image with a generator to itself is the same in any batch. In bfloat16 and float16 the last bits of
-                the logits depend on the shapes of the batch, and a code changes where two are as close as that: images
+                the codes of an image with a generator to itself are the same in any batch, and its pixels but for the
+                rounding of the decoder (at most one of 255 levels). In bfloat16 and float16 the last bits of the
+                logits depend on the shapes of the batch, and a code changes where two are as close as that: images
                 are nearly always the same, which `benchmarks/batch_dependence.py` measures. With generators, the
                 global random state is neither read nor changed.
             decoder (`str`, *optional*, defaults to `"vq"`):

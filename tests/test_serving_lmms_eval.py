@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -123,4 +124,5 @@ def test_generation(task_folder, tmp_path):
         source = Image.open(sample["doc"]["image"]).convert("RGB")
         generator = torch.Generator().manual_seed(0)
         (expected,) = pipe(QUESTION, image=source, generator=generator).images
-        assert Image.open(path).tobytes() == expected.tobytes(), color
+        difference = np.asarray(Image.open(path), int) - np.asarray(expected, int)
+        assert abs(difference).max() <= 1, color  # a batch is decoded as one, which rounds in another order
