@@ -23,9 +23,9 @@ from .grids_nextflow import (
     get_image_layout,
     shared_schedule,
 )
+from .image_settings_nextflow import IMAGE_DEFAULTS
 from .sampling_nextflow import (
     NextFlowSamplingInterface,
-    PerScale,
     SampledScale,
     ScaleInput,
     ScaleStep,
@@ -423,13 +423,8 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
         prefix_codes: torch.Tensor | None = None,
         prefix_mask: torch.Tensor | None = None,
         num_scales: int | None = None,
-        guidance_scale: PerScale = None,
-        guidance_schedule: str | None = None,
-        image_guidance_scale: PerScale = None,
-        temperature: PerScale = None,
-        top_k: PerScale = None,
-        top_p: PerScale = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        **settings: Any,
     ) -> Iterator[SampledScale]:
         r"""
         [`~NextFlowGenerationMixin.generate_images`] step by step: an iterator over the scales, each sampled when it
@@ -451,14 +446,12 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
             prefix_mask (`torch.Tensor` of shape `(batch, codes)`, *optional*):
                 Which of `prefix_codes` are taken, all by default. The other cells of these scales are sampled.
             num_scales (`int`, *optional*): Sample only so many scales of the schedule: a preview.
-            guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
-                See [`ScaleStep`]. Default to the generation config's `guidance_scale`, `image_temperature`, ...
-            guidance_schedule (`str`, *optional*): `"constant"`, `"linear"` or `"early"`; see [`scale_plan`].
-            image_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
-                Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
             generator (`torch.Generator` or list of them, *optional*):
                 One, or one per row. With one per row, a row's codes do not depend on the other rows in float32; in
                 lower precision they change where rounding, which does, turns the two best codes of a cell.
+            settings:
+                Those of [`~NextFlowForCausalLM.get_image_settings`], such as `guidance_scale`: a number, or a list
+                with one entry per scale. By default the generation config's.
 
         Raises:
             `ValueError`: on what does not fit together, codes out of range, and logits that are not finite.
@@ -467,15 +460,7 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
         batch, boi = len(input_ids), self.config.boi_token_id
         grids, target_grids = shared_schedule(input_ids, image_grids, boi)
         cells = count_codes(grids[1:num_scales])  # to run: `<boi>` is scale 1
-        settings: dict[str, Any] = {
-            "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule,
-            "image_guidance_scale": image_guidance_scale,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        if any(value is None for value in settings.values()):
+        if any(settings.get(name) is None for name in IMAGE_DEFAULTS):
             is_guided = negative_input_ids is not None, imageless_input_ids is not None
             settings = self.get_image_settings(None, *is_guided, **settings)
         plan = scale_plan(grids, **settings)
