@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .image_settings_nextflow import CONFIG_NAMES, FORMAT, in_this_format
-from .sampling_nextflow import PerScale, scale_plan
+from .sampling_nextflow import scale_plan
 
 
 logger = logging.get_logger(__name__)
@@ -58,12 +58,6 @@ class NextFlowGenerationConfig(GenerationConfig):
     def __init__(
         self,
         *,
-        guidance_scale: PerScale = None,
-        guidance_schedule: str | None = None,
-        image_guidance_scale: PerScale = None,
-        image_temperature: PerScale = None,
-        image_top_k: PerScale = None,
-        image_top_p: PerScale = None,
         image_target_grids: Sequence[Sequence[int]] | None = None,
         max_images: int | None = None,
         nextflow_format: int = FORMAT,
@@ -71,15 +65,12 @@ class NextFlowGenerationConfig(GenerationConfig):
     ):
         if nextflow_format != FORMAT:
             raise ValueError(f"nextflow_format is {nextflow_format}, expected {FORMAT}: update nextflow-hf")
-        self.guidance_schedule = guidance_schedule
-        self.image_guidance_scale = image_guidance_scale
-        self.image_temperature = image_temperature
-        self.image_top_k = image_top_k
-        self.image_top_p = image_top_p
+        for name in CONFIG_NAMES.values():  # left in `kwargs`: transformers has a `guidance_scale`, too
+            setattr(self, name, kwargs.get(name))
         self.image_target_grids = image_target_grids
         self.max_images = max_images
         self.nextflow_format = nextflow_format
-        super().__init__(guidance_scale=guidance_scale, **kwargs)
+        super().__init__(**kwargs)
 
     def validate(self, *args, **kwargs) -> None:
         super().validate(*args, **kwargs)
@@ -90,7 +81,7 @@ class NextFlowGenerationConfig(GenerationConfig):
         }
         if len(set(lengths.values())) > 1:
             raise ValueError(f"image settings per scale must have one length, got {lengths}")
-        scale_plan([(1, 1)] * max(lengths.values(), default=1), names=CONFIG_NAMES, **settings)
+        scale_plan([(1, 1)] * max(lengths.values(), default=1), CONFIG_NAMES, **settings)
         if self.max_images is not None and self.max_images < 0:
             raise ValueError(f"max_images is {self.max_images}, expected at least 0")
         if self.image_target_grids is not None and list(self.image_target_grids[0]) != [1, 1]:

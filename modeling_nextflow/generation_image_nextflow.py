@@ -23,9 +23,9 @@ from .grids_nextflow import (
     get_image_layout,
     shared_schedule,
 )
+from .image_settings_nextflow import IMAGE_DEFAULTS
 from .sampling_nextflow import (
     NextFlowSamplingInterface,
-    PerScale,
     SampledScale,
     ScaleInput,
     ScaleStep,
@@ -125,19 +125,6 @@ def negative_rows(
     return PromptRows.of(input_ids, attention_mask, image_codes, image_grids, batch=len(rows.input_ids))
 
 
-def stack_rows(parts: Sequence[PromptRows], *, pad_token_id: int, multiple: int = 1) -> PromptRows:
-    """The rows of all parts, one part after the other, left-padded to one length, a `multiple` of this."""
-    lengths = [rows.input_ids.shape[1] for rows in parts]
-    # Left padding keeps every `<boi>` in the last column, which the first scale is read from.
-    missing = [math.ceil(max(lengths) / multiple) * multiple - length for length in lengths]
-    return PromptRows(
-        torch.cat([F.pad(rows.input_ids, (more, 0), value=pad_token_id) for rows, more in zip(parts, missing)]),
-        torch.cat([F.pad(rows.attention_mask, (more, 0)) for rows, more in zip(parts, missing)]),
-        torch.cat([rows.image_codes for rows in parts]),
-        torch.cat([rows.image_grids for rows in parts]),
-    )
-
-
 def check_context(config: NextFlowConfig, tokens: int, needed: int) -> None:
     """Raises `ValueError` where the model's context, with `tokens` in it, has no room for `needed` more."""
     limit = config.max_position_embeddings
@@ -223,21 +210,31 @@ class ImageRows:
         self.hidden_states = graphs.run(self.workspace, self.cache, run, mask, embeds, *embeddings)
 
 
-def prefill_rows(model: NextFlowSamplingInterface, rows: PromptRows, cells: int) -> ImageRows:
-    """Prompts that end in `<boi>`, in a cache of their own with room for `cells` of each image."""
-    length, workspace = rows.input_ids.shape[1] + cells, None
-    if model.graphs is not None and model.is_fused and model.config._attn_implementation == "sdpa":
-        workspace = model.graphs.take(model.config, len(rows.input_ids), length)
-    cache = reserved_cache(model.config, length) if workspace is None else workspace.cache
+def prefill_rows(
+    model: NextFlowSamplingInterface, parts: Sequence[PromptRows], cells: int, *, multiple: int = 1
+) -> ImageRows:
+    """
+    Prompts that end in `<boi>`, one part after the other, in a cache of their own with room for `cells` of each image:
+    left-padded to one length, a `multiple` of this. Raises `ValueError` where the context has no room for them.
+    """
+    lengths, pad = [rows.input_ids.shape[1] for rows in parts], model.config.pad_token_id or 0
+    length = math.ceil(max(lengths) / multiple) * multiple
+    # Left padding keeps every `<boi>` in the last column, which the first scale is read from.
+    ids = torch.cat([F.pad(rows.input_ids, (length - own, 0), value=pad) for rows, own in zip(parts, lengths)])
+    seen = torch.cat([F.pad(rows.attention_mask, (length - own, 0)) for rows, own in zip(parts, lengths)])
     # The host has to know the runs before the first scale, and waits for them here.
-    padding = (rows.attention_mask == 0).sum(1).tolist()
+    padding, workspace = (seen == 0).sum(1).tolist(), None
+    check_context(model.config, length - min(padding), cells)
+    if model.graphs is not None and model.is_fused and model.config._attn_implementation == "sdpa":
+        workspace = model.graphs.take(model.config, len(ids), length + cells)
+    cache = reserved_cache(model.config, length + cells) if workspace is None else workspace.cache
     # A recorded pass always takes a mask: the next prompts may need one.
-    mask = rows.attention_mask if any(padding) or workspace is not None else None
+    mask = seen if any(padding) or workspace is not None else None
     states = model.model(
-        input_ids=rows.input_ids,
+        input_ids=ids,
         attention_mask=mask,
-        image_codes=rows.image_codes,
-        image_grids=rows.image_grids,
+        image_codes=torch.cat([rows.image_codes for rows in parts]),
+        image_grids=torch.cat([rows.image_grids for rows in parts]),
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
@@ -423,13 +420,8 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
         prefix_codes: torch.Tensor | None = None,
         prefix_mask: torch.Tensor | None = None,
         num_scales: int | None = None,
-        guidance_scale: PerScale = None,
-        guidance_schedule: str | None = None,
-        image_guidance_scale: PerScale = None,
-        temperature: PerScale = None,
-        top_k: PerScale = None,
-        top_p: PerScale = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        **settings: Any,
     ) -> Iterator[SampledScale]:
         r"""
         [`~NextFlowGenerationMixin.generate_images`] step by step: an iterator over the scales, each sampled when it
@@ -451,14 +443,12 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
             prefix_mask (`torch.Tensor` of shape `(batch, codes)`, *optional*):
                 Which of `prefix_codes` are taken, all by default. The other cells of these scales are sampled.
             num_scales (`int`, *optional*): Sample only so many scales of the schedule: a preview.
-            guidance_scale, temperature, top_k, top_p (`float`, `int` or a list with one entry per scale, *optional*):
-                See [`ScaleStep`]. Default to the generation config's `guidance_scale`, `image_temperature`, ...
-            guidance_schedule (`str`, *optional*): `"constant"`, `"linear"` or `"early"`; see [`scale_plan`].
-            image_guidance_scale (`float` or list with one entry per scale, *optional*, defaults to 1.0):
-                Guidance towards the source images, see [`guide`]. With it, `guidance_scale` is that of the text.
             generator (`torch.Generator` or list of them, *optional*):
                 One, or one per row. With one per row, a row's codes do not depend on the other rows in float32; in
                 lower precision they change where rounding, which does, turns the two best codes of a cell.
+            settings:
+                Those of [`~NextFlowForCausalLM.get_image_settings`], such as `guidance_scale`: a number, or a list
+                with one entry per scale. By default the generation config's.
 
         Raises:
             `ValueError`: on what does not fit together, codes out of range, and logits that are not finite.
@@ -467,15 +457,7 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
         batch, boi = len(input_ids), self.config.boi_token_id
         grids, target_grids = shared_schedule(input_ids, image_grids, boi)
         cells = count_codes(grids[1:num_scales])  # to run: `<boi>` is scale 1
-        settings: dict[str, Any] = {
-            "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule,
-            "image_guidance_scale": image_guidance_scale,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        if any(value is None for value in settings.values()):
+        if any(settings.get(name) is None for name in IMAGE_DEFAULTS):
             is_guided = negative_input_ids is not None, imageless_input_ids is not None
             settings = self.get_image_settings(None, *is_guided, **settings)
         plan = scale_plan(grids, **settings)
@@ -507,7 +489,5 @@ class NextFlowImageGeneration(NextFlowSamplingInterface):
             )
             parts.append(negative_rows(rows, boi, *imageless, missing=missing))
         multiple = 1 if self.graphs is None else PROMPT_LENGTHS  # few lengths find recorded passes
-        rows = stack_rows(parts, pad_token_id=self.config.pad_token_id or 0, multiple=multiple)
-        check_context(self.config, int(rows.attention_mask.sum(1).max()), cells)
-
-        return sample_scales(self, [prefill_rows(self, rows, cells)], plan, target_grids, inputs)
+        rows = prefill_rows(self, parts, cells, multiple=multiple)
+        return sample_scales(self, [rows], plan, target_grids, inputs)

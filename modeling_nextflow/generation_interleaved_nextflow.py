@@ -193,8 +193,7 @@ class _Answers:
         if image_plan.negative is not None and any(step.guidance_scale != 1 for step in plan):
             # Anew for every image, in a cache of its own: the unconditional prompt has nothing of the answer.
             negative = _select_rows(image_plan.negative, rows, target_grids, self.model)
-            check_context(self.model.config, int(negative.attention_mask.sum(1).max()), cells)
-            row_sets.append(prefill_rows(self.model, negative, cells))
+            row_sets.append(prefill_rows(self.model, [negative], cells))
         inputs = [ScaleInput([image_plan.generators[row] for row in rows.tolist()]) for _ in plan]
         prepare_scales(inputs, plan, target_grids.device)
         *_, scale = sample_scales(self.model, row_sets, plan, target_grids, inputs)

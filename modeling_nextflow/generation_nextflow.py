@@ -247,7 +247,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         options = self._without_image_guidance({**options, "guidance_scale": None})  # text is unguided
 
         def plan_for(grids: Schedule) -> list[ScaleStep]:
-            return scale_plan(grids, names=CONFIG_NAMES, **image_settings)
+            return scale_plan(grids, CONFIG_NAMES, **image_settings)
 
         plans = [plan_for(grids) for grids in schedules_from_grids(target_grids)] if has_images else []
         image_plan = ImagePlan(

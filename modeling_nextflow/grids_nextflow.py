@@ -61,14 +61,6 @@ def count_codes(schedule: Schedule) -> int:
     return sum(height * width for height, width in schedule)
 
 
-def split_codes(image_codes: torch.Tensor, schedules: Sequence[Schedule]) -> tuple[torch.Tensor, ...]:
-    """Flat codes (total_codes,) as one tensor an image, or `ValueError` where they are too few or too many."""
-    sizes = [count_codes(schedule) for schedule in schedules]
-    if image_codes.ndim != 1 or image_codes.numel() != sum(sizes):
-        raise ValueError(f"image_codes has shape {tuple(image_codes.shape)}, image_grids asks for ({sum(sizes)},)")
-    return image_codes.split(sizes)
-
-
 def group_by_schedule(schedules: Iterable[Schedule]) -> dict[Schedule, list[int]]:
     """Indices of the images of each schedule, which are processed as one stack."""
     groups: dict[Schedule, list[int]] = {}

@@ -1,17 +1,29 @@
-"""Defaults for sampling images, and the names of these settings in a generation config.
+"""The settings of sampling images: defaults, ranges, and their names in a generation config.
 
-Knows numbers and names only; imports nothing, so that a file can be read without torch.
+Knows numbers and names only; imports no torch, so that a file can be read without it.
 """
 
-# Settings of images and their values where neither the call nor the generation config has any.
-IMAGE_DEFAULTS = {
-    "guidance_scale": 1.0,
-    "guidance_schedule": "constant",
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "image_guidance_scale": 1.0,
+import math
+from typing import NamedTuple
+
+
+class ImageSetting(NamedTuple):
+    """A setting of images: a number in [0, highest] for every scale, of the type of its default, or a word."""
+
+    default: float | int | str  # where neither the call nor the generation config has a value
+    highest: float = math.inf
+    words: tuple[str, ...] = ()
+
+
+IMAGE_SETTINGS = {
+    "guidance_scale": ImageSetting(1.0),
+    "guidance_schedule": ImageSetting("constant", words=("constant", "linear", "early")),
+    "temperature": ImageSetting(1.0),
+    "top_k": ImageSetting(0),
+    "top_p": ImageSetting(1.0, highest=1.0),
+    "image_guidance_scale": ImageSetting(1.0),
 }
+IMAGE_DEFAULTS = {name: setting.default for name, setting in IMAGE_SETTINGS.items()}
 # Names in the generation config, where `temperature`, `top_k` and `top_p` are transformers', for text.
 CONFIG_NAMES = {
     name: f"image_{name}" if name in ("temperature", "top_k", "top_p") else name for name in IMAGE_DEFAULTS

@@ -30,7 +30,6 @@ from .grids_nextflow import (
     count_codes,
     group_by_schedule,
     schedules_from_grids,
-    split_codes,
 )
 from .pixel_cnn_nextflow import NextFlowPixelDecoder, NextFlowPixelEncoder, NextFlowZeroConv2d, convolution_layout
 from .quantizer_nextflow import NextFlowMultiScaleQuantizer
@@ -505,9 +504,12 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         schedules = schedules_from_grids(image_grids)
         if num_scales is not None and num_scales < 1:
             raise ValueError(f"num_scales is {num_scales}, expected at least 1")
-        is_whole = image_codes.numel() == sum(map(count_codes, schedules))
-        given = schedules if is_whole else [schedule[:num_scales] for schedule in schedules]
-        per_image = split_codes(image_codes, given)
+        sizes = [count_codes(schedule) for schedule in schedules]
+        if image_codes.numel() != sum(sizes):  # of the first scales alone
+            sizes = [count_codes(schedule[:num_scales]) for schedule in schedules]
+        if image_codes.ndim != 1 or image_codes.numel() != sum(sizes):
+            raise ValueError(f"image_codes has shape {tuple(image_codes.shape)}, image_grids asks for ({sum(sizes)},)")
+        per_image = image_codes.split(sizes)
         check_codes(image_codes, self.config.codebook_size)
         maps, groups = [], group_by_schedule(schedules)
         for schedule, indices in groups.items():

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .configuration_nextflow import NextFlowConfig
 from .fused_nextflow import linear_in_blocks
 from .grids_nextflow import cell_coordinates, check_codes
-from .image_settings_nextflow import CONFIG_NAMES, IMAGE_DEFAULTS
+from .image_settings_nextflow import CONFIG_NAMES, IMAGE_DEFAULTS, IMAGE_SETTINGS
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ else:
 logger = logging.get_logger(__name__)
 
 CHOICES_IN_CACHE = 2**19  # scores that are selected from at once on a CPU: 2 MiB, and 4 MiB of places
-GUIDANCE_SCHEDULES = ("constant", "linear", "early")
 PerScale = float | int | None | Sequence[float | int | None]
 
 
@@ -62,18 +61,8 @@ class ScaleStep:
         return 1 if self.guidance_scale == 1 else 2
 
 
-def scale_plan(
-    grids: Sequence[tuple[int, int]],
-    *,
-    guidance_scale: PerScale = 1.0,
-    guidance_schedule: str = "constant",
-    temperature: PerScale = 1.0,
-    top_k: PerScale = 0,
-    top_p: PerScale = 1.0,
-    image_guidance_scale: PerScale = 1.0,
-    names: Mapping[str, str] = {},
-) -> list[ScaleStep]:
-    """Fan scalars or per-scale lists out to one [`ScaleStep`] a scale.
+def scale_plan(grids: Sequence[tuple[int, int]], names: Mapping[str, str] = {}, /, **settings: Any) -> list[ScaleStep]:
+    """Fan `settings`, those of [`IMAGE_SETTINGS`], out to one [`ScaleStep`] a scale: scalars or per-scale lists.
 
     `guidance_schedule="linear"` is VAR's ramp: a scalar guidance grows from 1 at the first scale to its value at the
     last (VAR's own `cfg` is this value minus 1). `"early"` leaves scalar guidance out on the last two scales, where
@@ -81,18 +70,15 @@ def scale_plan(
 
     Raises:
         `ValueError`: on lists of another length, and on entries that are no numbers of the setting's range.
+        `TypeError`: on a setting that there is not.
     """
-    if guidance_schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"guidance_schedule is {guidance_schedule!r}, expected one of {list(GUIDANCE_SCHEDULES)}")
-    last = len(grids) - 1
-    settings = {
-        "guidance_scale": guidance_scale,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "image_guidance_scale": image_guidance_scale,
-    }
-    plan = []
+    if unknown := settings.keys() - IMAGE_SETTINGS.keys():
+        raise TypeError(f"got {sorted(unknown)}, expected settings of images: {list(IMAGE_SETTINGS)}")
+    settings = {**IMAGE_DEFAULTS, **settings}
+    guidance_schedule, known = settings.pop("guidance_schedule"), IMAGE_SETTINGS["guidance_schedule"].words
+    if guidance_schedule not in known:
+        raise ValueError(f"guidance_schedule is {guidance_schedule!r}, expected one of {list(known)}")
+    last, plan = len(grids) - 1, []
     for index, grid in enumerate(grids):
         step = {name: _setting_of(name, value, index, len(grids), names) for name, value in settings.items()}
         for name in ("guidance_scale", "image_guidance_scale"):
@@ -114,7 +100,7 @@ def _setting_of(name: str, value: Any, index: int, count: int, names: Mapping[st
         if len(value) != count:
             raise ValueError(f"{shown} has {len(value)} entries, expected one for each of the {count} scales")
         value = value[index]
-    default, high = (0, math.inf) if name == "top_k" else (1.0, 1.0 if name == "top_p" else math.inf)
+    default, high, _ = IMAGE_SETTINGS[name]
     if value is None:
         return default
     # `bool` is a number to Python, and almost always a mistake here.
@@ -405,10 +391,9 @@ class NextFlowSamplingInterface(Host):
 
         Raises:
             `ValueError`: on a setting that is no number in its range.
+            `TypeError`: on a setting that there is not.
         """
-        if unknown := given.keys() - IMAGE_DEFAULTS.keys():
-            raise TypeError(f"got {sorted(unknown)}, expected settings of images: {list(IMAGE_DEFAULTS)}")
-        config, settings = self.generation_config if config is None else config, {}
+        config, settings = self.generation_config if config is None else config, {**IMAGE_DEFAULTS, **given}
         for name, default in IMAGE_DEFAULTS.items():
             candidates = (given.get(name), getattr(config, CONFIG_NAMES[name], None), default)
             settings[name] = next(value for value in candidates if value is not None)

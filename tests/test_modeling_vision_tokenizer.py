@@ -19,7 +19,7 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from nextflow_hf.modeling_nextflow.configuration_nextflow import NextFlowConfig, NextFlowVisionTokenizerConfig
-from nextflow_hf.modeling_nextflow.grids_nextflow import count_codes, schedules_from_grids, split_codes
+from nextflow_hf.modeling_nextflow.grids_nextflow import count_codes, schedules_from_grids
 from nextflow_hf.modeling_nextflow.modeling_nextflow_vision_tokenizer import NextFlowVisionTokenizer
 from nextflow_hf.modeling_nextflow.vit_nextflow import patchify
 
@@ -33,9 +33,10 @@ WIDE = [(1, 1), (1, 2), (2, 5), (3, 8), (5, 13)]
 def split_image_codes(image_codes: torch.Tensor, image_grids: torch.Tensor) -> list[list[torch.Tensor]]:
     """Flat codes (total_codes,) as one list an image of (height, width) maps, coarse to fine."""
     schedules = schedules_from_grids(image_grids)
+    per_image = image_codes.split([count_codes(schedule) for schedule in schedules])
     return [
         [scale.view(grid) for scale, grid in zip(codes.split([height * width for height, width in grids]), grids)]
-        for codes, grids in zip(split_codes(image_codes, schedules), schedules)
+        for codes, grids in zip(per_image, schedules)
     ]
 
 

@@ -122,6 +122,16 @@ def test_scale_plan_fans_out():
         scale_plan(SQUARE, guidance_schedule="cosine")
 
 
+def test_a_setting_that_there_is_not_names_those_there_are(model):
+    message = r"got \['top_q'\], expected settings of images: \['guidance_scale', .*'top_p'"
+    with pytest.raises(TypeError, match=message):
+        scale_plan(SQUARE, top_q=0.5)
+    with pytest.raises(TypeError, match=message):
+        model.get_image_settings(top_q=0.5)
+    with pytest.raises(TypeError, match=message):
+        model.generate_images(**PROMPT, top_q=0.5)
+
+
 def test_the_papers_guidance_is_vars():
     """VAR: `(1 + t) * logits - t * unconditional` with t from 0 to its cfg, 5 in the paper."""
     logits, unconditional = torch.randn(2, 1, 1, CODES, generator=seeded())
