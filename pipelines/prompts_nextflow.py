@@ -194,7 +194,7 @@ def user_message(text: str | list[dict[str, Any]], image: Any = None) -> dict[st
 def has_user_image(conversation: Conversation) -> bool:
     """Whether the user shows an image in the conversation."""
     return any(
-        part["type"] == "image"
+        part["type"] in ("image", "image_url")
         for message in conversation
         if message["role"] == "user" and not isinstance(message["content"], str)
         for part in message["content"]

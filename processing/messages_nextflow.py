@@ -17,7 +17,8 @@ from .image_processing_nextflow import flatten_images
 
 
 ROLES = ("system", "user", "assistant")
-TYPES = ("text", "image", "image_url")
+IMAGE_TYPES = ("image", "image_url")  # the second as OpenAI's clients write it
+TYPES = ("text", *IMAGE_TYPES)
 IMAGE_KEYS = ("image", "path", "url", "base64")
 # Cuts the rendered chat into pieces that are tokenized on their own. A Unicode noncharacter: no text may contain it.
 CUT = "\ufdd0"
@@ -87,7 +88,7 @@ def _check_part(part: Any, where: str, role: str, template: str) -> None:
         raise ValueError(f'{where} is {_shown(part)}, expected a part such as {{"type": "text", "text": "a"}}')
     kind = part.get("type")
     is_ours = isinstance(kind, str) and kind in TYPES
-    if not (is_ours or _is_known(kind, TYPES, template)) or (role == "system" and kind in TYPES[1:]):
+    if not (is_ours or _is_known(kind, TYPES, template)) or (role == "system" and kind in IMAGE_TYPES):
         expected = "'text'" if role == "system" else "'text' or 'image'"
         raise ValueError(f"{where} of the {role} has the type {kind!r}, expected {expected}")
     if kind == "text":
@@ -224,7 +225,8 @@ def unconditional_messages(
         # As training drops text: the words of the system and of the assistant stay.
         if message["role"] == "user":
             parts = [] if isinstance(message["content"], str) else message["content"]
-            kept = [part for part in parts if part["type"] != "text" and (keep_images or part["type"] != "image")]
+            dropped = ("text",) if keep_images else ("text", *IMAGE_TYPES)
+            kept = [part for part in parts if part["type"] not in dropped]
             message = {**message, "content": kept}
         messages.append(message)
     users = [message for message in messages if message["role"] == "user"]

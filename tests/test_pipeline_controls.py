@@ -144,7 +144,7 @@ def test_image_guidance_alone_and_equal_to_the_text(pipe):
     assert codes_of(pipe, **edit, image_guidance_scale=6.0) != expected
 
 
-def test_image_guidance_in_a_batch_and_in_a_conversation(pipe):
+def test_image_guidance_in_a_batch_and_in_a_conversation(pipe, tmp_path):
     images = [picture(seed=1), [picture(seed=2), picture(20, 12)]]
     alone = [
         codes_of(pipe, prompt, image=image, image_guidance_scale=2.0, negative_prompt="no", seed=seed)
@@ -160,6 +160,10 @@ def test_image_guidance_in_a_batch_and_in_a_conversation(pipe):
     ]
     guided = codes_of(pipe, messages=messages, image_guidance_scale=2.0)
     assert guided != codes_of(pipe, messages=messages)
+    # As OpenAI's clients write an image
+    picture(seed=1).save(tmp_path / "a.png")
+    messages[0]["content"][0] = {"type": "image_url", "image_url": {"url": str(tmp_path / "a.png")}}
+    assert codes_of(pipe, messages=messages, image_guidance_scale=2.0) == guided
 
 
 def test_image_guidance_changed_by_the_callback(pipe):
