@@ -126,6 +126,21 @@ def test_one_of_the_first_images_of_a_tar_file_may_lack_its_caption(tmp_path, st
     assert good == ["two"] and errors == ["a: a text is NoneType, expected a string"]
 
 
+def test_a_member_of_a_tar_file_names_its_row(tmp_path, streaming):
+    about = [json.dumps({"caption": f"row {i}", "id": f"n{i}"}).encode() for i in range(2)]
+    tar_file(
+        tmp_path / "a.tar",
+        [(f"{i}.{end}", [picture(i), about[i]][end == "json"]) for i in range(2) for end in ("png", "json")],
+    )
+    columns = {"id": "json.id", "text": "json.caption"}
+    source = {"path": str(tmp_path / "a.tar"), "task": "text_to_image", "columns": columns, "streaming": streaming}
+    mixture = MixtureArguments(sources=[{**source, "inversion_rate": 0, "label": "tars"}])
+    rows = list(load_mixture(mixture))
+    assert [(row["row_id"], row["error"]) for row in rows] == [("n0", None), ("n1", None)]
+    if not streaming:
+        assert MixtureRows(mixture)("tars", "n1")["messages"] == rows[1]["messages"]
+
+
 def test_files_tell_their_format_by_their_names(tmp_path, streaming):
     Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "a.parquet")
     contents = {"jsonl": '{"text": "one"}', "json": '[{"text": "one"}]', "csv": "text\none\n", "txt": "one\n"}

@@ -167,9 +167,11 @@ def _text(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _members(values: dict[str, Any]) -> dict[str, Any]:
-    if (error := values.pop(ERROR)) is not None:
+    # `values` stay as they are: a row whose id lies in a member is decoded for its name, too.
+    if (error := values.get(ERROR)) is not None:
         raise BadRowError(error)
-    return {name: _member(name, value) if isinstance(value, bytes) else value for name, value in values.items()}
+    members = {name: value for name, value in values.items() if name != ERROR}
+    return {name: _member(name, value) if isinstance(value, bytes) else value for name, value in members.items()}
 
 
 def _member(name: str, value: bytes) -> Any:
