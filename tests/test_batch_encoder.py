@@ -67,6 +67,8 @@ def test_rows_and_images_of_ones_own(folder):
     rows = encode({"messages": [row["messages"]], "images": [row["images"]], "row_id": ["mine"], "number": [0]})
     assert rows["row_id"] == ["mine"] and rows["image_codes"] == images["image_codes"][:1]
     assert set(images["fingerprint"]) == {encode.fingerprint} and images["image_grids"][0] == rows["image_grids"][0]
+    # Named and seeded by their pixels, in any batch
+    assert images["row_id"][0] != images["row_id"][1] == encode({"image": [{"bytes": picture(1)}]})["row_id"][0]
     table = encode(datasets.Dataset.from_dict({"id": [0, 5, 1]}).data.table)
     assert table.num_rows == 2 and table["image_codes"].to_pylist() == images["image_codes"]
     with pytest.raises(ValueError, match=r"the columns \['photo'\], expected id, messages or image"):

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
@@ -96,4 +97,20 @@ def _numbered_row(row: dict[str, Any]) -> tuple[int, dict]:
         return int(row["number"]), row
     # A row without a number is seeded by what it is: its place in a batch of an engine means nothing.
     named = json.dumps([row.get("source"), row.get("row_id"), row["messages"]], default=str)
-    return int.from_bytes(hashlib.sha256(named.encode()).digest()[:6]), row
+    digest = hashlib.sha256(named.encode())
+    # Rows without a name may differ in their images alone.
+    for image in row["images"] if row.get("row_id") is None else ():
+        digest.update(_content(image))
+    return int.from_bytes(digest.digest()[:6]), row
+
+
+def _content(image: Any) -> bytes:
+    """What tells an image from others: its file, the place of that, or its pixels."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        return image.encode(errors="surrogatepass")
+    try:
+        return image if isinstance(image, bytes) else np.asarray(image).tobytes()
+    except Exception:  # a broken file, which is a bad row once it is opened
+        return b""
