@@ -178,8 +178,14 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
         if self.num_fused_loras:
             raise ValueError(f"{sorted(self.fused_loras)} are fused already: call `unfuse_lora` first")
         # diffusers would scale the active adapters, whatever `adapter_names` says, and leave them so for good.
-        self._scale_adapters(lora_scale, adapter_names or self.get_active_adapters())
-        super().fuse_lora(components=list(components), safe_fusing=safe_fusing, adapter_names=adapter_names)
+        names = adapter_names or self.get_active_adapters()
+        self._scale_adapters(lora_scale, names)
+        try:
+            super().fuse_lora(components=list(components), safe_fusing=safe_fusing, adapter_names=adapter_names)
+        except Exception:
+            super().unfuse_lora(components=list(components))  # the layers before the one that was refused
+            self._scale_adapters(1 / lora_scale, names)
+            raise
         self._fused_scale = lora_scale
 
     def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
@@ -189,6 +195,12 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
         # Back from what `fuse_lora` multiplied, so that they weigh the same when they are active again.
         self._scale_adapters(1 / self._fused_scale, names)
         self._fused_scale = 1.0
+
+    def unload_lora_weights(self) -> None:
+        """Takes the adapters out of the transformer. What is fused stays in its weights for good."""
+        super().unload_lora_weights()
+        # Else the next adapter would count as fused, and `unfuse_lora` would change its weight.
+        self._merged_adapters, self._fused_scale = set(), 1.0
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters in use. Overwritten: diffusers 0.40 looks for them in its own models alone."""

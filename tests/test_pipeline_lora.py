@@ -152,6 +152,25 @@ def test_fusing_and_back(adapter, other, tmp_path):
     pipe.disable_lora()
     pipe.unload_lora_weights()
     assert_equal(pipe, {other: 1.0})  # its weight 2.0 of before, halved
+    assert pipe.num_fused_loras == 0
+    pipe.load_lora_weights(tmp_path / "second", adapter_name="second")
+    pipe.unfuse_lora()  # nothing
+    pipe.fuse_lora(lora_scale=0.5)
+    assert_equal(pipe, {other: 1.5})
+
+
+def test_a_refused_fusing_changes_nothing(adapter, tmp_path):
+    adapter.save_pretrained(tmp_path, save_embedding_layers=False)
+    pipe = toy_pipeline()
+    pipe.load_lora_weights(tmp_path)
+    expected = logits(pipe.transformer)
+    last = pipe.transformer.model.layers[-1].mlp.down_proj.lora_A["default_0"].weight
+    kept = last.detach().clone()
+    last.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs"):
+        pipe.fuse_lora(lora_scale=0.5, safe_fusing=True)
+    last.data.copy_(kept)
+    torch.testing.assert_close(logits(pipe.transformer), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_pipeline_is_saved_with_the_adapter_in_it_or_without(adapter, tmp_path):
