@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -273,11 +274,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         height, width = (int(cells) * self.pixels_per_cell for cells in image_grids[0].amax(0))
         device = self._execution_device
         if init_image is not None:
-            images = init_image
-            if any(isinstance(one, str) for one in images):
-                images = self.image_processor.fetch_images(images)
-            # diffusers would take palettes and grays for one channel, and alpha for a fourth.
-            images = [one.convert("RGB") if isinstance(one, PIL.Image.Image) else one for one in images]
+            images = [self._upright(one) if isinstance(one, (str, PIL.Image.Image)) else one for one in init_image]
             pixels = torch.cat([self.pixel_processor.preprocess(one, height, width) for one in images])
         else:
             codes = image_codes.to(device), image_grids.to(device)
@@ -285,6 +282,13 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
             if pixels.shape[2:] != (height, width):
                 pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
         return encode_latents(self.vae, pixels.to(device))
+
+    def _upright(self, image: Any) -> PIL.Image.Image:
+        """RGB as all images are read: diffusers ignores EXIF, takes grays for one channel and alpha for a fourth."""
+        if self.image_processor is None:  # of an image that is opened already
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        pixels = self.image_processor.process_image(image, do_convert_rgb=True)  # (3, height, width), 8 bits
+        return PIL.Image.fromarray(np.asarray(pixels).transpose(1, 2, 0))
 
     def prepare_latents(
         self,

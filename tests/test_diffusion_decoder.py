@@ -1,5 +1,6 @@
 """The diffusion decoder: its first step is the base model, its condition lies where the codes lie."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -203,7 +204,22 @@ def test_strength_begins_with_the_vq_image_or_another(pipes, family, tmp_path, m
     path = str(tmp_path / "red.png")
     monkeypatch.setattr(pipe, "image_processor", toy_processor().image_processor)
     assert torch.equal(pipe.encode_start(codes, grids, init_image=[path]), given)
+    # An opened file is what its path is: upright, and on white where it is transparent
+    tall = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 18, 4), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation
+    tall.save(path, exif=exif)
+    expected = pipe.encode_start(codes, grids, init_image=[path])
+    assert torch.equal(pipe.encode_start(codes, grids, init_image=[Image.open(path)]), expected)
     monkeypatch.setattr(pipe, "image_processor", None)
+    turned, exif[0x0112] = Image.new("RGB", (18, 30), "red"), 6
+    turned.paste("blue", (0, 0, 18, 15))
+    turned.save(path, exif=exif)
+    lying = [turned.transpose(Image.Transpose.ROTATE_270)]
+    assert torch.equal(
+        pipe.encode_start(codes, grids, init_image=[Image.open(path)]),
+        pipe.encode_start(codes, grids, init_image=lying),
+    )
     with pytest.raises(ValueError, match="which needs `image_processor`: pass a PIL image"):
         pipe(image_codes=codes, image_grids=grids, init_image=path, strength=0.5)
     pixels = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 12, 20)
