@@ -386,7 +386,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         groups = self.prepare_images(prompts, num_steps, is_limit=num_inference_steps is not None)
         scales = self.sample_images(prompts, groups, settings, generators, callback_on_step_end, tensor_inputs)
         if decoder == "diffusion":
-            decoding = self.prepare_decoding(decoding, prompt if image is None else None, generators, len(prompts))
+            counts = len(conversations) or len(prompts), len(prompts)
+            decoding = self.prepare_decoding(decoding, prompt if image is None else None, generators, *counts)
         if stream:
             return self._previews(prompts, groups, scales, decoder, decoding, output_type)
         for _ in scales:
@@ -486,8 +487,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 if group[0].codes is not None:  # all were given
                     continue
                 # A callback changes the guidance of one group; the next begins with that of the call.
-                self._guidance_scale = settings["guidance_scale"]
-                self._image_guidance_scale = settings["image_guidance_scale"]
+                self._guidance_scale, self._image_guidance_scale = (settings[name] for name in GUIDANCE)
                 transformer, device = loaded(self.transformer), self._execution_device
                 inputs: dict[str, Any] = collate_prompts(group, pad_token_id, device)
                 inputs["generator"] = None if generators is None else [generators[index] for index in members]
@@ -514,14 +514,15 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
     # ---- 5. Decode
 
     def prepare_decoding(
-        self, decoding: dict[str, Any], prompt: Any, generators: list[torch.Generator] | None, num_images: int
+        self, decoding: dict[str, Any], prompt: Any, generators: list | None, num_prompts: int, num_images: int
     ) -> dict[str, Any]:
         """Options of the diffusion decoder, with a caption and a generator for each image."""
         caption, generator = decoding.get("prompt"), decoding.get("generator")
         if caption is None and self.diffusion_decoder_pipeline.has_text_encoder:
             caption = prompt  # an instruction, of an edit, does not say what is to be seen
         if caption is not None:
-            count = len(caption) if isinstance(caption, (list, tuple)) else 1
+            is_own = isinstance(caption, (list, tuple)) and len(caption) == num_images
+            count = num_images if is_own else num_prompts
             caption = one_per_prompt("decoder_prompt", caption, count)
             caption = [one for one in caption for _ in range(num_images // count)]
         if generator is not None:

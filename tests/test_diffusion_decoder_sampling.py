@@ -225,7 +225,12 @@ def test_the_prompt_is_the_decoders_caption_but_an_instruction_is_not(whole, mon
     image = whole("a", num_images_per_prompt=2, generator=seed(), **options).images[0]
     whole("b", image=image, generator=seed(), **options)
     whole(["a", "b"], decoder_prompt=["b", "b a"], generator=seed(), **options)
-    assert seen == [["", "", "a", "a"], ["", ""], ["", "", "b", "b a"]]
+    each = {"num_images_per_prompt": 2, "decoder_prompt": ["a", "b", "a b", "b a"]}
+    whole(["a", "b"], **each, generator=seed(), **options)
+    assert seen == [["", "", "a", "a"], ["", ""], ["", "", "b", "b a"], [""] * 4 + each["decoder_prompt"]]
+    for prompts, captions in ((["a"] * 4, 2), (["a"] * 2, 3)):  # pairs of prompts had one caption, or none had any
+        with pytest.raises(ValueError, match=f"`decoder_prompt` has {captions} entries for {len(prompts)} prompts"):
+            whole(prompts, decoder_prompt=["b"] * captions, generator=seed(), **options)
 
 
 def test_codes_alone_are_decoded_by_the_diffusion_decoder(whole):
