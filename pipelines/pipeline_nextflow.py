@@ -477,14 +477,15 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         tensor_inputs: Sequence[str],
     ) -> Iterator[tuple[list[int], Any]]:
         """
-        Sample the images of each group together. Yields their indices and the transformer's scale after each one, and
-        leaves the codes so far with the prompts.
+        Sample the images of each group together. Yields their indices and the transformer's scale after each one (once
+        and `None` where all codes were given), and leaves the codes so far with the prompts.
         """
         first_step, pad_token_id = 0, self.processor.tokenizer.pad_token_id
         with self.progress_bar(total=self._num_timesteps) as progress:
             for members in groups:
                 group = [prompts[index] for index in members]
                 if group[0].codes is not None:  # all were given
+                    yield members, None
                     continue
                 # A callback changes the guidance of one group; the next begins with that of the call.
                 self._guidance_scale, self._image_guidance_scale = (settings[name] for name in GUIDANCE)
@@ -537,10 +538,10 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
         decoding: dict[str, Any],
         output_type: str,
     ) -> list | np.ndarray | torch.Tensor | None:
-        """The images of the codes so far, by the decoder that is named; `None` for `output_type="codes"`."""
+        """Images of the groups' codes so far, by the decoder that is named; `None` for `output_type="codes"`."""
         if output_type in CODES:
             return None
-        images: list[Any] = [None] * len(prompts)
+        images: dict[int, Any] = {}
         was_interrupted = self._interrupt
 
         # An interruption from before has shortened the codes already; one from now on stops the decoder.
@@ -562,7 +563,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                 decoded = self.decode_codes(codes, grids, **options)
             for index, image in zip(members, decoded, strict=True):
                 images[index] = image
-        return stack_equal(images)
+        return stack_equal([images[index] for index in sorted(images)])
 
     @torch.no_grad()
     def _previews(
@@ -584,10 +585,8 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
                     sampled = next(scales, None)
                     if sampled is None:
                         break
-                    members, scale = sampled
-                    grids = torch.stack([prompts[index].image_grids[-1] for index in members])
-                    options = {"num_scales": scale.index + 1, "output_type": output_type}
-                    images = self.decode_codes(scale.image_codes.flatten(), grids, **options)
+                    members, _ = sampled
+                    images = self.decode_images(prompts, [members], "vq", {}, output_type)
                 yield make_preview(prompts, members, images)
             if decoder == "diffusion":
                 images = self.decode_images(prompts, groups, decoder, decoding, output_type)

@@ -76,6 +76,14 @@ def test_a_preview_is_cancelled_and_finished_later(pipe):
     assert torch.equal(finished[-1].image_codes, pipe("a", **given, **settings).image_codes)
 
 
+def test_what_is_given_in_full_is_one_preview(pipe):
+    whole = pipe("a", generator=seeded(0))
+    given = {"image_codes": whole.image_codes, "image_grids": whole.image_grids}
+    for prompt in ({"prompt": "a"}, {}):
+        (preview,) = pipe.preview(**prompt, **given)
+        assert preview.images[0].tobytes() == whole.images[0].tobytes() and preview.scale == preview.num_scales == 4
+
+
 def test_guidance_can_change_between_previews(pipe):
     expected = pipe("a", generator=seeded(0), **{**GUIDED, "guidance_scale": [3.0, 3.0, 7.0, 7.0]}).image_codes
     for preview in pipe.preview("a", generator=seeded(0), **GUIDED):
