@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .helpers_nextflow import check_numbers, exclusive, given
-from .prompts_nextflow import generator_per_image, user_message
+from .prompts_nextflow import generator_per_image, guides, user_message
 
 
 class NextFlowConversation:
@@ -140,7 +140,8 @@ class NextFlowConversation:
             options = {"resolution": size.get("resolution")}  # of the given images
             if max_images and (given(**size).keys() - {"resolution"} or "image_grids" not in inputs):
                 inputs["target_grids"] = turn["target_grids"]  # else the image gets the size of the last one
-            if max_images and pipe.do_classifier_free_guidance:
+            # As settings say: the pipeline's own guidance may be that of another thread's call by now.
+            if max_images and guides(settings["guidance_scale"]):
                 inputs["negative_input_ids"] = self._negative(message, negative_prompt, **options)
 
             # 2. The answer. A cache that an error leaves half written is of no use

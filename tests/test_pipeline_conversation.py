@@ -290,6 +290,21 @@ def test_guidance_in_a_conversation_leads_away_from_it_without_the_users_text(pi
     assert conversation.messages[0]["role"] == "user"
 
 
+def test_a_call_between_two_steps_of_a_turn_leaves_its_guidance(pipe, monkeypatch):
+    """As another thread's call may be."""
+    expected = pipe.start_conversation().generate_image("a", **DRAWING, generator=seeded(0))
+    get_interleaved_settings = pipe.get_interleaved_settings
+
+    def interrupted(**settings):
+        found = get_interleaved_settings(**settings)
+        pipe("b", guidance_scale=1.0, output_type="codes")
+        return found
+
+    monkeypatch.setattr(pipe, "get_interleaved_settings", interrupted)
+    image = pipe.start_conversation().generate_image("a", **DRAWING, generator=seeded(0))
+    assert image.tobytes() == expected.tobytes()
+
+
 def test_a_conversation_survives_an_error(pipe, monkeypatch):
     conversation = pipe.start_conversation()
     conversation.generate_image("a", temperature=0)
