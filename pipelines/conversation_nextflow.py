@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .helpers_nextflow import check_numbers, exclusive, given
-from .prompts_nextflow import generator_per_image, guides, user_message
+from .prompts_nextflow import generator_per_image, guides, has_user_image, schedule_of, user_message
 
 
 class NextFlowConversation:
@@ -135,6 +135,8 @@ class NextFlowConversation:
             pipe.processor.as_conversations([message])
             pipe._begin()
             # 1. The turn, and what is known from those before
+            if max_images and not has_user_image([message]):
+                size = self._with_last_shape(size)
             turn = self._encode_turn(message, "interleaved" if max_images else "text", **size)
             inputs = self._joined(turn)
             options = {"resolution": size.get("resolution")}  # of the given images
@@ -161,6 +163,13 @@ class NextFlowConversation:
             self._cache = output.past_key_values
             self.messages += [message, {"role": "assistant", "content": parts}]
             return parts
+
+    def _with_last_shape(self, size: dict[str, Any]) -> dict[str, Any]:
+        """A `resolution` alone is that of the next image, in the shape of the last one."""
+        if given(**size).keys() != {"resolution"} or "image_grids" not in self._sequence:
+            return size
+        height, width = schedule_of(self._sequence["image_grids"][-1])[-1]
+        return {**size, "aspect_ratio": f"{width}:{height}"}
 
     def _joined(self, turn: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The whole sequence, the turn's behind that of the turns before."""

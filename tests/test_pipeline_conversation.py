@@ -290,6 +290,13 @@ def test_guidance_in_a_conversation_leads_away_from_it_without_the_users_text(pi
     assert conversation.messages[0]["role"] == "user"
 
 
+def test_a_resolution_alone_keeps_the_shape_of_the_last_image(pipe):
+    conversation = pipe.start_conversation()
+    sizes = [{"height": 12, "width": 20}, {}, {"resolution": 12}, {"resolution": 16}]
+    images = [conversation.generate_image("a", **size, guidance_scale=1.0) for size in sizes]
+    assert [image.size for image in images] == [(20, 12), (20, 12), (16, 8), (20, 12)]
+
+
 def test_a_call_between_two_steps_of_a_turn_leaves_its_guidance(pipe, monkeypatch):
     """As another thread's call may be."""
     expected = pipe.start_conversation().generate_image("a", **DRAWING, generator=seeded(0))
