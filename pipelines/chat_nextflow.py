@@ -246,7 +246,8 @@ class NextFlowConversationMixin(NextFlowImageSteps):
     ) -> tuple[list, list[str], list[str]]:
         """
         The prompts of images to sample, each with what the model writes before it; the reasoning and the final prompt
-        in that text. The model begins the image itself; after `max_new_tokens` it is begun for it.
+        in that text. The model begins the image itself; after `max_new_tokens`, or where it is interrupted, the image
+        is begun for it.
         """
         self._begin()
         text = self.get_text_settings(max_new_tokens)
@@ -272,6 +273,7 @@ class NextFlowConversationMixin(NextFlowImageSteps):
             thought.append(replace(prompt, input_ids=torch.cat([before, written.to(before.device), boi])))
             reasonings.append(reasoning or "")
             final_prompts.append(final_prompt)
+        self._current = thought  # their images belong to the same work
         return thought, reasonings, final_prompts
 
     # ---- steps

@@ -279,7 +279,8 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         # A component may have been assigned since (`pipe.transformer = ...`), which registers nothing.
         if any(one is not other for one, other in zip(components, self._checked, strict=True)):
             self.check_components()
-        self._interrupt = False
+        if work is None or work is not self._current:  # what interrupts the thinking interrupts its images, too
+            self._interrupt = False
         self._current = work
 
     def get_image_settings(self, **settings: Any) -> dict[str, Any]:

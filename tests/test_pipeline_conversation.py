@@ -1,5 +1,6 @@
 """Talking, drawing and thinking with the pipeline, against `generate` called by hand and whole forwards."""
 
+import functools
 import logging
 import threading
 
@@ -378,6 +379,21 @@ def test_thinking_is_returned_and_seen(pipe, monkeypatch):
     inputs |= {"negative_input_ids": without, "negative_attention_mask": torch.ones_like(without)}
     expected = pipe.transformer.generate(**inputs, generation_mode="image", **BY_HAND, generator=inner(2))
     assert torch.equal(output.image_codes, expected.image_codes)
+
+
+def test_thinking_that_is_interrupted_ends_the_call(pipe, monkeypatch):
+    """After the first scale, as an interruption that comes while images are sampled does at the latest."""
+
+    class Stop:
+        def is_set(self) -> bool:  # asked after each token
+            pipe._interrupt = True
+            return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "generate_answers", functools.partial(pipe.generate_answers, stop=Stop()))
+        output = pipe("a", think=True, max_new_tokens=20, **DRAWING, generator=seeded(0))
+    assert pipe.interrupt and len(output.image_codes) == 1
+    assert len(pipe("a", **DRAWING, generator=seeded(0)).image_codes) == 30 and not pipe.interrupt
 
 
 def test_thinking_of_a_batch_is_that_of_each(pipe, caplog, monkeypatch):
