@@ -292,6 +292,19 @@ def test_export_of_a_vision_tokenizer(runs, converted, command_line, tmp_path):
     assert command_line.json("info", "alone")["class"] == "NextFlowVisionTokenizer"
 
 
+@pytest.mark.parametrize(("run", "options"), [("lora", ["--adapter"]), ("tokenizer", [])])
+def test_a_part_alone_has_the_texts_of_its_card_and_refuses_what_it_would_ignore(run, options, runs, command_line):
+    card = write_yaml("card.yaml", {"title": "Mine", "limits": "Many.", "license": "mit"})
+    command_line.run("export", runs[run], *options, "--card", card, "--output", "alone")
+    text = Path("alone", "README.md").read_text()
+    assert "# Mine\n" in text and "## Limits\n\nMany." in text and "license: mit" in text and "## Licence" not in text
+    ignored = [("--set", "top_k=3"), ("--standalone",), ("--without-code",), ("--decoder", "x")]
+    ignored += [("--vision-tokenizer", "x"), *([("--dtype", "float32"), ("--transformer", "x")] if options else [])]
+    for option in ignored:
+        said = command_line.mistake("export", runs[run], *options, *option, "--output", "other")
+        assert f"alone, which takes no {option[0]}" in said and not Path("other").exists()
+
+
 @pytest.mark.parametrize("family", ["unet", "flux"])
 def test_export_of_a_diffusion_decoder(family, converted, command_line, tmp_path):
     """All of it, or a LoRA on its base model, as its training saves them."""
@@ -327,6 +340,9 @@ def test_export_of_a_diffusion_decoder(family, converted, command_line, tmp_path
     ]
     torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
     assert "no run.yaml" in command_line.mistake("export", "whole/diffusion_decoder", "--model", converted, "-o", "x")
+    assert "--decoder is other, but that is what" in command_line.mistake(
+        "export", run, "--decoder", "other", "-o", "x"
+    )
 
 
 def test_parts_in_the_place_of_the_models_own(runs, converted, command_line):
