@@ -190,6 +190,18 @@ def test_a_conversation_goes_on_from_its_folder(command_line, pipe, toy, story, 
     assert answer == pipe.chat([*shown, user("why")], max_new_tokens=9) + "\n"
 
 
+def test_an_answer_does_not_overwrite_the_conversation_that_it_goes_on_from(command_line, toy, story):
+    seed, _ = story
+    run = ["interleave", "tell", "--model", toy, "--seed", seed, "--max-images", 2, "--max-new-tokens", 16, *OPTIONS]
+    command_line.run(*run, "--text-temperature", 1, "--output", "story")
+    before = pixels("story/1.png")
+    on = ["interleave", "go on", "--messages", "story/messages.json", *run[2:], "--seed", seed + 1]
+    said = command_line.mistake(*on, "--text-temperature", 1, "--output", "story")
+    assert "--output is story, where 1.png is an image of the conversation" in said
+    assert pixels("story/1.png") == before
+    command_line.run(*on, "--text-temperature", 1, "--output", "story/more")
+
+
 def test_mistakes_in_an_answer(command_line, toy, tmp_path):
     assert "got no text" in command_line.mistake("interleave", "--model", toy)
     assert "got images without a text" in command_line.mistake("interleave", "--image", "a.png", "--model", toy)
