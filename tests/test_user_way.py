@@ -123,7 +123,8 @@ def save_run(folder: Path, kind: str, model: Path, **recipe) -> Path:
         "command": command,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(notes))
-    state = {"global_step": 7, "epoch": 1.5, "log_history": [{"loss": 3.0, "step": 1}, {"loss": 2.5, "step": 7}]}
+    history = [{"loss": 3.0, "step": 1}, {"loss": 2.5, "step": 7}, {"train_loss": 0.4, "step": 7}]  # a mean
+    state = {"global_step": 7, "epoch": 1.5, "log_history": history}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     return folder
 
@@ -189,6 +190,7 @@ def test_export_of_a_transformer(run, options, runs, converted, command_line):
     card = Path("exported", "README.md").read_text()
     assert "| Steps | 7, 1.5 epochs |" in card and "| Last `loss` | 2.5 |" in card and "| Data | `codes` |" in card
     assert "nextflow-hf train" in card and "## Licence" in card and "library_name: transformers" in card
+    assert "train_loss" not in card
     assert str(converted.parent) not in card
     command_line.run("generate", "a", "--model", "exported", "--seed", "1", "--output", "drawn.png")
 
