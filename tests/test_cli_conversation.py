@@ -225,6 +225,11 @@ def test_frames_of_texts(command_line, pipe, toy):
     assert command_line.json("frames", "--from-image", "each/2.png", "--output", "again.gif")["identical"] is True
 
 
+def test_frames_of_no_name_given_overwrite_nothing(command_line, toy):
+    run = ["frames", "a", "b", "--model", toy, "--seed", 5]
+    assert [command_line.json(*run, *more)["output"] for more in ([], OPTIONS)] == ["a-5.gif", "a-5-2.gif"]
+
+
 def test_frames_of_a_told_story_on_a_contact_sheet(command_line, pipe, toy):
     run = ["frames", "tell", "--num-frames", 3, "--model", toy, "--seed", 2, "--max-new-tokens", 20, *OPTIONS]
     said = command_line.json(*run, "--output", "sheet.png", "--columns", 2)

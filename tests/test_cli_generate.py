@@ -332,6 +332,12 @@ def test_mistakes(command_line, model_folder, argv, message):
     assert message in command_line.mistake(*argv, "--model", model_folder)
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_is_sampled(command_line, model_folder, tmp_path):
+    (tmp_path / "file").touch()
+    said = command_line.mistake("generate", "a", "--model", model_folder, "--output", "file")
+    assert "--output is the file file, expected a folder" in said
+
+
 def test_mistakes_in_json(command_line, model_folder):
     said = command_line.json("generate", "a", "--model", model_folder, "--height", 16, status=2)
     assert said["error"]["type"] == "ValueError" and "expected height and width" in said["error"]["message"]

@@ -257,6 +257,12 @@ def test_the_first_scales_beside_the_original(command_line, model_folder, tmp_pa
     assert "PSNR" in command_line.run(*run)
 
 
+def test_a_reconstruction_of_no_name_given_overwrites_nothing(command_line, model_folder, tmp_path):
+    run = ["reconstruct", save_picture(tmp_path / "a.png"), "--model", model_folder]
+    paths = [command_line.json(*run, *more)["images"][0]["path"] for more in ([], ["--num-scales", 2])]
+    assert paths == ["a-reconstructed.png", "a-reconstructed-2.png"]
+
+
 def test_one_bad_image_among_several_ends_nothing(command_line, model_folder, tmp_path):
     good = [save_picture(tmp_path / name) for name in ("a.png", "c.png")]
     bad = tmp_path / "b.png"
