@@ -67,9 +67,18 @@ def numbered(path: Path, number: int, count: int) -> Path:
     return path.with_name(f"{path.stem}-{str(number).zfill(len(str(count)))}{path.suffix}")
 
 
+def check_video(path: Path) -> None:
+    """Raises `ImportError` where `path` is an .mp4, and nothing here writes one."""
+    if path.suffix.lower() == ".mp4":
+        from ..pipelines.outputs_nextflow import check_video_writer
+
+        check_video_writer()
+
+
 def preview_path(path: Path, number: int = 1, count: int = 1) -> Path:
     if path.suffix.lower() not in (".gif", ".mp4", ".png"):
         raise ValueError(f"--preview is {path}, expected a .gif, a .mp4 or, for all scales side by side, a .png")
+    check_video(path)
     return numbered(path, number, count)
 
 

@@ -1,5 +1,6 @@
 """`nextflow-hf chat`, `interleave` and `frames`: what the pipeline says and draws, on the console and as files."""
 
+import importlib.util
 import inspect
 import io
 import json
@@ -228,6 +229,15 @@ def test_frames_of_texts(command_line, pipe, toy):
 def test_frames_of_no_name_given_overwrite_nothing(command_line, toy):
     run = ["frames", "a", "b", "--model", toy, "--seed", 5]
     assert [command_line.json(*run, *more)["output"] for more in ([], OPTIONS)] == ["a-5.gif", "a-5-2.gif"]
+
+
+def test_what_writes_no_video_is_said_before_frames_are_sampled(command_line, toy, monkeypatch):
+    find_spec, video = importlib.util.find_spec, ("imageio", "imageio_ffmpeg")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if name in video else find_spec(name, *of))
+    monkeypatch.setattr(NextFlowPipeline, "frames", lambda *args, **kwargs: pytest.fail("frames were sampled"))
+    monkeypatch.setattr(NextFlowPipeline, "__call__", lambda *args, **kwargs: pytest.fail("an image was sampled"))
+    for run in (["frames", "a", "b", "--output", "a.mp4"], ["generate", "a", "--preview", "a.mp4"]):
+        assert 'pip install "nextflow-hf[video]"' in command_line.mistake(*run, "--model", toy)
 
 
 def test_frames_of_a_told_story_on_a_contact_sheet(command_line, pipe, toy):
