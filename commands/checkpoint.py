@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
 
 from ..training.common.folders import check_folder
-from .loading import find_model
+from .loading import check_revision, find_model
 
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ ATTENTION = {
 def read_checkpoint(model: str | None, *, revision: str | None = None) -> Path:
     """The folder of a model: itself, or what the Hub has of it but the weights."""
     if model is not None and Path(model).is_dir():
+        check_revision(model, revision)
         alone = ("transformer", "run of a transformer", "vision tokenizer", "run of a vision tokenizer")
         check_folder(model, "pipeline", *alone)
         return Path(model)
     found = find_model(model)
     if Path(found).is_dir():
+        check_revision(found, revision)
         return Path(found)
     return Path(snapshot_download(found, revision=revision, allow_patterns=["*.json"]))
 

@@ -37,6 +37,14 @@ def find_model(model: str | None) -> str:
     return model
 
 
+def check_revision(found: str, revision: str | None) -> None:
+    """Refuse a revision of what lies in a folder: it would be ignored."""
+    if revision is not None and Path(found).is_dir():
+        raise ValueError(
+            f"--revision is {revision!r}, but {found} is a folder here and no model of the Hub: leave it out"
+        )
+
+
 def loaded(args: argparse.Namespace) -> dict[str, str]:
     """What [`load_pipeline`] chose, for the result of a command."""
     return {"model": args.model, "device": args.device, "dtype": args.loaded_dtype}
@@ -72,6 +80,7 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
         "transformer" in without and args.model is not None and kind_of(Path(args.model)) in VISION_TOKENIZERS
     )
     found = args.model if is_tokenizer else find_model(args.model)
+    check_revision(found, args.revision)
     import torch
 
     from ..modeling_nextflow.fused_nextflow import can_be_fused

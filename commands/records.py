@@ -313,6 +313,8 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
     if unknown := sorted(set(record.arguments) - set(names)):
         raise ValueError(f"the metadata of {args.from_image} has {unknown}, which this version does not know")
     given = given_arguments(args, names)
+    if given.get("model", record.arguments.get("model")) != record.arguments.get("model"):
+        record.arguments.pop("revision", None)  # it is one of the recorded model
     _check_sources(record.arguments, given, args)
     changes = {name for name, value in given.items() if not _same(value, record.arguments.get(name))}
     dropped = set(options.SIZE) if changes & set(options.SIZE) else set()  # of two sizes, the one that is given

@@ -318,6 +318,7 @@ def test_the_diffusion_decoder(command_line, monkeypatch):
         (["generate", "a", "--decoder", "diffusion"], "this pipeline has no diffusion decoder"),
         (["generate", "a", "--max-new-tokens", 3], "without `think=True`"),
         (["generate", "a", "--device", "cuda:7"], "--device is 'cuda:7', but here there is"),
+        (["generate", "a", "--revision", "v2"], "--revision is 'v2', but"),
         (["generate", "a", "--device", "toaster"], "--device is 'toaster', expected cpu, cuda"),
         (["generate", "a", "--device", "cpu", "--offload"], "--offload needs an accelerator"),
         (["generate", "a", "--prompts", "none.txt"], "--prompts goes with neither"),
