@@ -225,7 +225,7 @@ def _load_loras(pipe: "NextFlowPipeline", loras: Sequence[str]) -> list[str]:
             scale = float(number)
         except ValueError:
             raise ValueError(f"--lora is {lora!r}, expected PATH or PATH=SCALE, such as {path}=0.8") from None
-        places.append(f"{_place(path)}={scale:g}")
+        places.append(f"{_place(path)}={number}")
         # A file of `save_lora_weights` is named as a diffusion decoder's.
         check_folder(path, "adapter", "run of an adapter", "diffusion decoder")
         if _has_whole_weights(path):

@@ -268,6 +268,10 @@ def test_a_lora(command_line, model_folder, tmp_path):
     assert not torch.equal(plain, adapted)
     assert pixels("a.png")[1] == pipe("a", guidance_scale=2.0, generator=seeded(1)).images[0].tobytes()
     assert read_record("a.png").arguments["lora"] == [f"{tmp_path / 'lora'}=3.5"]
+    again = ["generate", "--from-image", "a.png", "--output", "b.png", "--lora"]
+    assert command_line.json(*again, "lora=3.5")["images"][0]["identical"] is True
+    assert command_line.json(*again, "lora=0.12345678")["images"][0]["identical"] is None  # another one is asked for
+    assert read_record("b.png").arguments["lora"] == [f"{tmp_path / 'lora'}=0.12345678"]
     assert "expected PATH or PATH=SCALE" in command_line.mistake(*run, "--lora", "lora=much")
 
 
