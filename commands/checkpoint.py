@@ -93,6 +93,8 @@ def describe(folder: Path, *, dtype: str | None = None) -> dict[str, Any]:
         described |= _describe_transformer(config)
         described["sampling"] = _sampling_defaults(where)
         saved = next(part["dtype"] for part in components if part["name"] == "transformer")
+        if "quantization_config" in config:  # the files have bytes, and it computes in what its configuration says
+            saved = config.get("dtype") or config.get("torch_dtype") or saved
         described["memory"]["kv_cache_bytes_per_token"] = _cache_bytes(config, dtype or saved)
     file = _component_folder(folder, "processor") / "processor_config.json"
     if file.is_file():

@@ -124,6 +124,21 @@ def test_a_dtype_to_load_in(command_line, model_folder):
         assert half["memory"][name] * 2 == saved["memory"][name]
 
 
+def test_the_cache_of_a_quantised_model_is_of_the_type_that_it_computes_in(command_line, tmp_path):
+    pipe = toy_pipeline()
+    pipe.transformer.bfloat16()
+    pipe.save_pretrained(tmp_path)
+    usual = command_line.json("info", tmp_path)["memory"]["kv_cache_bytes_per_token"]
+    folder = tmp_path / "transformer"
+    weights = load_file(folder / "model.safetensors")
+    packed = {name: weight.view(torch.uint8) if weight.ndim == 2 else weight for name, weight in weights.items()}
+    save_file(packed, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert command_line.json("info", tmp_path)["memory"]["kv_cache_bytes_per_token"] == usual
+
+
 def test_every_part_of_a_diffusion_decoder(command_line, tmp_path):
     text_encoder, tokenizer = toy_clip()
     parts = {
