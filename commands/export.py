@@ -174,7 +174,7 @@ def set_defaults(pipeline: "NextFlowPipeline", settings: dict[str, Any]) -> None
     if unknown := sorted({*settings} - {*CONFIG_NAMES, "resolution"}):
         raise ValueError(f"--set has {unknown}, expected some of {[*CONFIG_NAMES, 'resolution']}")
     image_processor = pipeline.processor.image_processor
-    if resolution := settings.get("resolution"):
+    if (resolution := settings.get("resolution")) is not None:
         image_processor.schedule.num_scales(resolution)  # refuses what it does not have
         image_processor.resolution = resolution
     of_config = {CONFIG_NAMES[name]: value for name, value in settings.items() if name in CONFIG_NAMES}

@@ -234,8 +234,13 @@ def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line
     assert str(tmp_path) not in text and "/data/codes" not in text
     command_line.run("export", runs["full"], "--vision-tokenizer", runs["tokenizer"], "--output", "other")
     assert "| `tokenizer` | tokenizer | 7 |" in Path("other", "README.md").read_text()
-    wrong = [("--card", write_yaml("wrong.yaml", {"colour": 1})), ("--set", "colour=1"), ("--set", "resolution=17")]
-    for option, said in zip(wrong, ("'colour'], expected some of", "'colour'], expected some of", "resolution is 17")):
+    wrong = {
+        ("--card", write_yaml("wrong.yaml", {"colour": 1})): "'colour'], expected some of",
+        ("--set", "colour=1"): "'colour'], expected some of",
+        ("--set", "resolution=17"): "resolution is 17",
+        ("--set", "resolution=0"): "resolution is 0",
+    }
+    for option, said in wrong.items():
         assert said in command_line.mistake("export", run, "--output", "wrong", *option)
         assert not Path("wrong").exists()
 
