@@ -193,7 +193,7 @@ def export_tokenizer_alone(args: argparse.Namespace, run: Run) -> None:
         import torch
 
         model = cast_copy(model, getattr(torch, args.dtype))
-    image_processor = load_image_processor(run.folder, model.config)
+    image_processor = load_image_processor(run.result, model.config)
     card = run_card("vision_tokenizer", args.output.name, run, **texts)
     export_vision_tokenizer(model, image_processor, args.output, card, max_shard_size=args.max_shard_size)
     print(f"written: {args.output.resolve()}, a vision tokenizer. With --model PIPELINE it is put into that")

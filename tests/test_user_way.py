@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -297,6 +298,16 @@ def test_export_of_a_vision_tokenizer(runs, converted, command_line, tmp_path):
         drawn.append(pixels(f"{index}.png"))
     assert drawn[0] == drawn[1] == drawn[2]
     assert command_line.json("info", "alone")["class"] == "NextFlowVisionTokenizer"
+
+
+def test_a_vision_tokenizer_of_an_unfinished_run_has_the_schedule_it_was_trained_with(
+    runs, converted, command_line, tmp_path
+):
+    """The checkpoint has it: the folder of a run gets its own at the end."""
+    run = save_run(tmp_path / "run", "tokenizer", converted)
+    shutil.copytree(runs["tokenizer"], run / "checkpoint-5", ignore=shutil.ignore_patterns("run.yaml"))
+    command_line.run("export", run, "--checkpoint", "5", "--output", "alone")
+    assert NextFlowImageProcessorPil.from_pretrained("alone").scale_bases == [*NUMBERS["scale_bases"]]
 
 
 @pytest.mark.parametrize(("run", "options"), [("lora", ["--adapter"]), ("tokenizer", [])])
