@@ -231,7 +231,7 @@ def assemble_pipeline(args: argparse.Namespace, run: Run) -> "NextFlowPipeline":
     parts: dict[str, Any] = {}
     if transformer := str(run.result) if is_transformer else args.transformer:
         parts["transformer"] = load_transformer(transformer)
-    named = run.recipe.get("vision_tokenizer_name_or_path") if is_transformer else None
+    named = run.recipe.get("vision_tokenizer_name_or_path") if is_transformer and args.model is None else None
     if args.vision_tokenizer is not None:
         check_folder(args.vision_tokenizer, *VISION_TOKENIZERS, "pipeline")
     if vision_tokenizer := run.result if is_tokenizer else args.vision_tokenizer or named:

@@ -210,6 +210,16 @@ def test_export_has_the_processor_that_the_recipe_names(converted, command_line,
     assert usual != other
 
 
+def test_export_has_the_vision_tokenizer_of_the_model_that_is_named(runs, converted, command_line, tmp_path):
+    run = save_run(tmp_path / "run", "transformer", converted, vision_tokenizer_name_or_path=str(runs["tokenizer"]))
+    changed(run, converted, 1)
+    trained = NextFlowVisionTokenizer.from_pretrained(runs["tokenizer"])
+    usual = NextFlowPipeline.from_pretrained(converted).vision_tokenizer
+    for name, expected, options in (("recipe", trained, []), ("model", usual, ["--model", converted])):
+        command_line.run("export", run, "--output", name, *options)
+        assert is_equal(NextFlowPipeline.from_pretrained(name).vision_tokenizer, expected)
+
+
 def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line, tmp_path):
     """A card of a model that ships: what people say of it, and the command and seconds of every stage."""
     tokenizer = save_run(tmp_path / "stages" / "tokenizer", "tokenizer", converted)
