@@ -459,6 +459,9 @@ def test_a_push_that_fails_leaves_the_card_for_another_name(runs, command_line, 
 def test_push(runs, command_line, hub):
     command_line.run("export", runs["full"], "--output", "exported")
     assert f"{hub.url}/toy/drawn/commit/" in command_line.run("push", "exported", "toy/drawn", "--private")
+    hub.files["toy/public"] = {}
+    assert "toy/public exists and is public" in command_line.mistake("push", "exported", "toy/public", "--private")
+    assert hub.files["toy/public"] == {}
     files = hub.files["toy/drawn"]
     assert {"model_index.json", "model.safetensors", "vision_tokenizer/model.safetensors"} <= set(files)
     assert b"toy/drawn" in files["README.md"] and b"your-name" not in files["README.md"]
