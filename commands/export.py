@@ -71,10 +71,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--decoder", type=Path, metavar="RUN", help="add the diffusion decoder of this run")
     parser.add_argument("--adapter", action="store_true", help="write the adapter alone, not merged")
-    parser.add_argument(
+    code = parser.add_mutually_exclusive_group()
+    code.add_argument(
         "--standalone",
         action="store_true",
         help="let diffusers' DiffusionPipeline load it without this package, with trust_remote_code=True",
+    )
+    code.add_argument(
+        "--without-code", action="store_true", help="leave out the code that loads the model without this package"
     )
     parser.add_argument(
         "--dtype",
@@ -93,9 +97,6 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="YAML",
         help="what the card says beyond the run: title, summary, use, limits, credits, license, ...",
-    )
-    parser.add_argument(
-        "--without-code", action="store_true", help="leave out the code that loads the model without this package"
     )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights; default: %(default)s"

@@ -250,6 +250,7 @@ def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line
         ("--set", "colour=1"): "'colour'], expected some of",
         ("--set", "resolution=17"): "resolution is 17",
         ("--set", "resolution=0"): "resolution is 0",
+        ("--standalone", "--without-code"): "not allowed with argument",
     }
     for option, said in wrong.items():
         assert said in command_line.mistake("export", run, "--output", "wrong", *option)
