@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
 
 from ..training.common.folders import check_folder
-from .loading import find_model
+from .loading import check_revision, find_model
 
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ ATTENTION = {
 def read_checkpoint(model: str | None, *, revision: str | None = None) -> Path:
     """The folder of a model: itself, or what the Hub has of it but the weights."""
     if model is not None and Path(model).is_dir():
+        check_revision(model, revision)
         alone = ("transformer", "run of a transformer", "vision tokenizer", "run of a vision tokenizer")
         check_folder(model, "pipeline", *alone)
         return Path(model)
     found = find_model(model)
     if Path(found).is_dir():
+        check_revision(found, revision)
         return Path(found)
     return Path(snapshot_download(found, revision=revision, allow_patterns=["*.json"]))
 
@@ -91,6 +93,8 @@ def describe(folder: Path, *, dtype: str | None = None) -> dict[str, Any]:
         described |= _describe_transformer(config)
         described["sampling"] = _sampling_defaults(where)
         saved = next(part["dtype"] for part in components if part["name"] == "transformer")
+        if "quantization_config" in config:  # the files have bytes, and it computes in what its configuration says
+            saved = config.get("dtype") or config.get("torch_dtype") or saved
         described["memory"]["kv_cache_bytes_per_token"] = _cache_bytes(config, dtype or saved)
     file = _component_folder(folder, "processor") / "processor_config.json"
     if file.is_file():

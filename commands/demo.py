@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..atomic import write_file
 from ..hub_cards import installed_models
 from .console import one_line_mistakes
-from .loading import find_model, silence_loading
+from .loading import choose_device, find_model, silence_loading
 from .options import SHIPPED_MODEL, new_parser, whole
 
 
@@ -79,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The demo; returns the exit status."""
     args = make_parser().parse_args(argv)
+    device = choose_device(args.device)
     for name in [args.model] if args.model else installed_models() or [SHIPPED_MODEL]:
         model = find_model(name)
         demo = read_demo(model)
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{name} has no {DEMO_FILE}, which says what a model is shown with: `{__name__}` describes it"
             )
-        show(model, demo, args.output_dir / Path(name).name, seed=args.seed, device=args.device)
+        show(model, demo, args.output_dir / Path(name).name, seed=args.seed, device=device)
     return 0
 
 

@@ -38,6 +38,8 @@ CARD_KEYS = (
     "datasets",
     "tags",
 )
+# Options of a pipeline, which a part alone does not have.
+OF_PIPELINES = ("transformer", "vision_tokenizer", "decoder", "standalone", "set", "without_code")
 EXAMPLES = """\
   nextflow-hf export runs/full --output my-model
   nextflow-hf export runs/lora --checkpoint 500 --output my-model
@@ -69,10 +71,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--decoder", type=Path, metavar="RUN", help="add the diffusion decoder of this run")
     parser.add_argument("--adapter", action="store_true", help="write the adapter alone, not merged")
-    parser.add_argument(
+    code = parser.add_mutually_exclusive_group()
+    code.add_argument(
         "--standalone",
         action="store_true",
         help="let diffusers' DiffusionPipeline load it without this package, with trust_remote_code=True",
+    )
+    code.add_argument(
+        "--without-code", action="store_true", help="leave out the code that loads the model without this package"
     )
     parser.add_argument(
         "--dtype",
@@ -91,9 +97,6 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="YAML",
         help="what the card says beyond the run: title, summary, use, limits, credits, license, ...",
-    )
-    parser.add_argument(
-        "--without-code", action="store_true", help="leave out the code that loads the model without this package"
     )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights; default: %(default)s"
@@ -130,11 +133,9 @@ def export_whole(args: argparse.Namespace, run: Run) -> None:
 
     from ..hub_cards.cards import run_card
     from ..hub_cards.export import export_pipeline
-    from ..training.common.recipe import parse_assignments, read_recipe
+    from ..training.common.recipe import parse_assignments
 
-    texts = {} if args.card is None else read_recipe(args.card)
-    if unknown := sorted({*texts} - {*CARD_KEYS}):
-        raise ValueError(f"{args.card} has {unknown}, expected some of {list(CARD_KEYS)}")
+    texts = read_texts(args.card)
     pipeline = assemble_pipeline(args, run)
     set_defaults(pipeline, parse_assignments(args.set))
     code = {"include_code": not args.without_code, "standalone": args.standalone}
@@ -151,6 +152,22 @@ def export_whole(args: argparse.Namespace, run: Run) -> None:
     print(f"written: {args.output.resolve()}, a pipeline: `nextflow-hf generate TEXT --model {args.output}` uses it")
 
 
+def read_texts(card: Path | None) -> dict[str, Any]:
+    """What `--card` says, as arguments of `create_card`."""
+    from ..training.common.recipe import read_recipe
+
+    texts = {} if card is None else read_recipe(card)
+    if unknown := sorted({*texts} - {*CARD_KEYS}):
+        raise ValueError(f"{card} has {unknown}, expected some of {list(CARD_KEYS)}")
+    return texts
+
+
+def refuse_options(args: argparse.Namespace, names: Sequence[str], what: str) -> None:
+    """Refuse options that an export would ignore."""
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]:
+        raise ValueError(f"{what}, which takes no {' and no '.join(given)}")
+
+
 def set_defaults(pipeline: "NextFlowPipeline", settings: dict[str, Any]) -> None:
     """Write into a pipeline how it samples images where a call does not say, by the names of its call."""
     from ..modeling_nextflow.image_settings_nextflow import CONFIG_NAMES
@@ -158,7 +175,7 @@ def set_defaults(pipeline: "NextFlowPipeline", settings: dict[str, Any]) -> None
     if unknown := sorted({*settings} - {*CONFIG_NAMES, "resolution"}):
         raise ValueError(f"--set has {unknown}, expected some of {[*CONFIG_NAMES, 'resolution']}")
     image_processor = pipeline.processor.image_processor
-    if resolution := settings.get("resolution"):
+    if (resolution := settings.get("resolution")) is not None:
         image_processor.schedule.num_scales(resolution)  # refuses what it does not have
         image_processor.resolution = resolution
     of_config = {CONFIG_NAMES[name]: value for name, value in settings.items() if name in CONFIG_NAMES}
@@ -170,13 +187,15 @@ def export_tokenizer_alone(args: argparse.Namespace, run: Run) -> None:
     from ..hub_cards.cards import run_card
     from ..hub_cards.export import cast_copy, export_vision_tokenizer
 
+    refuse_options(args, OF_PIPELINES, "without --model PIPELINE the vision tokenizer is exported alone")
+    texts = read_texts(args.card)
     model = load_vision_tokenizer(run.result)
     if args.dtype is not None:
         import torch
 
         model = cast_copy(model, getattr(torch, args.dtype))
-    image_processor = load_image_processor(run.folder, model.config)
-    card = run_card("vision_tokenizer", args.output.name, run)
+    image_processor = load_image_processor(run.result, model.config)
+    card = run_card("vision_tokenizer", args.output.name, run, **texts)
     export_vision_tokenizer(model, image_processor, args.output, card, max_shard_size=args.max_shard_size)
     print(f"written: {args.output.resolve()}, a vision tokenizer. With --model PIPELINE it is put into that")
 
@@ -187,12 +206,13 @@ def export_adapter_alone(args: argparse.Namespace, run: Run) -> None:
 
     if not run.is_adapter:
         raise ValueError(f"{run.result} is no adapter: leave out --adapter")
+    refuse_options(args, (*OF_PIPELINES, "dtype"), "--adapter writes the adapter alone")
+    texts = read_texts(args.card)
     base = args.model or run.base_pipeline
     if base is None or Path(base).exists():
         base = f"{PLACEHOLDER_OWNER}/{'BASE-MODEL' if base is None else Path(base).name}"
-    export_adapter(
-        run.result, args.output, run_card("adapter", args.output.name, run, base_model=base), base_model=base
-    )
+    card = run_card("adapter", args.output.name, run, base_model=base, **texts)
+    export_adapter(run.result, args.output, card, base_model=base)
     print(f"written: {args.output.resolve()}, an adapter: `nextflow-hf generate TEXT --lora {args.output}` uses it")
 
 
@@ -202,7 +222,8 @@ def assemble_pipeline(args: argparse.Namespace, run: Run) -> "NextFlowPipeline":
     from ..pipelines.pipeline_nextflow import NextFlowPipeline
 
     is_transformer, is_tokenizer = run.kind in ("transformer", "grpo"), run.kind == "tokenizer"
-    for own, name in ((is_transformer, "transformer"), (is_tokenizer, "vision_tokenizer")):
+    kinds = {"transformer": is_transformer, "vision_tokenizer": is_tokenizer, "decoder": run.kind == "decoder"}
+    for name, own in kinds.items():
         if own and getattr(args, name) is not None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}, but that is what {args.run} trained"
@@ -211,7 +232,7 @@ def assemble_pipeline(args: argparse.Namespace, run: Run) -> "NextFlowPipeline":
     parts: dict[str, Any] = {}
     if transformer := str(run.result) if is_transformer else args.transformer:
         parts["transformer"] = load_transformer(transformer)
-    named = run.recipe.get("vision_tokenizer_name_or_path") if is_transformer else None
+    named = run.recipe.get("vision_tokenizer_name_or_path") if is_transformer and args.model is None else None
     if args.vision_tokenizer is not None:
         check_folder(args.vision_tokenizer, *VISION_TOKENIZERS, "pipeline")
     if vision_tokenizer := run.result if is_tokenizer else args.vision_tokenizer or named:

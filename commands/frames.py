@@ -11,7 +11,7 @@ from . import options, records
 from .console import Console, run
 from .loading import loaded
 from .options import new_parser
-from .output import slug
+from .output import check_video, slug, unused
 
 
 EXAMPLES = """\
@@ -71,9 +71,10 @@ def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.columns == 0:
         raise ValueError("--columns is 0, expected at least 1")
     args.seed = options.choose_seed(args.seed)
-    output = args.output or Path(f"{slug(args.storyline[0])}-{args.seed}.gif")
+    output = args.output or unused(Path(f"{slug(args.storyline[0])}-{args.seed}.gif"))
     if output.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--output is {output}, expected one of {', '.join(SUFFIXES)}")
+    check_video(output)
 
     # 2. The model
     import torch

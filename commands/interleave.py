@@ -63,6 +63,7 @@ def interleave(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     messages = conversation(args.prompt, args.image, args.messages)
     args.seed = options.choose_seed(args.seed)
     folder = folder_for(args.output, slug(args.prompt))
+    _refuse_to_overwrite(messages, folder)
 
     # 2. The model
     import torch
@@ -101,6 +102,19 @@ def interleave(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         again = dict(enumerate(images, start=1)).get(recalled.record.results.get("number"))
         result["identical"] = recalled.compare(again, console)
     return result
+
+
+def _refuse_to_overwrite(messages: list[dict[str, Any]], folder: Path) -> None:
+    """An answer's images have numbers as names, and so have those of the answer that a conversation goes on from."""
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] != "image" or part["image"].parent != folder.resolve():
+                continue
+            if part["image"].suffix == ".png" and part["image"].stem.isdigit():
+                raise ValueError(
+                    f"--output is {folder}, where {part['image'].name} is an image of the conversation, which the "
+                    "answer may overwrite: name another folder"
+                )
 
 
 def _described(parts: list[dict[str, Any]], images: list) -> list[dict[str, Any]]:

@@ -37,6 +37,14 @@ def find_model(model: str | None) -> str:
     return model
 
 
+def check_revision(found: str, revision: str | None) -> None:
+    """Refuse a revision of what lies in a folder: it would be ignored."""
+    if revision is not None and Path(found).is_dir():
+        raise ValueError(
+            f"--revision is {revision!r}, but {found} is a folder here and no model of the Hub: leave it out"
+        )
+
+
 def loaded(args: argparse.Namespace) -> dict[str, str]:
     """What [`load_pipeline`] chose, for the result of a command."""
     return {"model": args.model, "device": args.device, "dtype": args.loaded_dtype}
@@ -72,6 +80,7 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
         "transformer" in without and args.model is not None and kind_of(Path(args.model)) in VISION_TOKENIZERS
     )
     found = args.model if is_tokenizer else find_model(args.model)
+    check_revision(found, args.revision)
     import torch
 
     from ..modeling_nextflow.fused_nextflow import can_be_fused
@@ -216,7 +225,7 @@ def _load_loras(pipe: "NextFlowPipeline", loras: Sequence[str]) -> list[str]:
             scale = float(number)
         except ValueError:
             raise ValueError(f"--lora is {lora!r}, expected PATH or PATH=SCALE, such as {path}=0.8") from None
-        places.append(f"{_place(path)}={scale:g}")
+        places.append(f"{_place(path)}={number}")
         # A file of `save_lora_weights` is named as a diffusion decoder's.
         check_folder(path, "adapter", "run of an adapter", "diffusion decoder")
         if _has_whole_weights(path):

@@ -32,7 +32,7 @@ class Output:
         if path is None:
             return
         if path.is_dir() or not path.suffix:
-            self.folder = path
+            self.folder = folder_for(path, "")
         elif path.suffix.lower() != ".png":
             raise ValueError(f"--output is {path}, expected a .png, which alone holds how it was made, or a folder")
         else:
@@ -43,17 +43,21 @@ class Output:
         self._given += 1
         if self.file is not None:
             return numbered(self.file, self._given, self.count)
-        name = f"{slug(prompt)}-{seed}"
-        path, number = self.folder / f"{name}.png", 2
-        while path.exists():
-            path, number = self.folder / f"{name}-{number}.png", number + 1
-        return path
+        return unused(self.folder / f"{slug(prompt)}-{seed}.png")
 
 
 def slug(text: str | None) -> str:
     """A file's name of a text."""
     words = re.sub(r"[^\w]+", "-", text or "", flags=re.UNICODE).strip("-_").lower()
     return words[:SLUG_LENGTH].rstrip("-") or "image"
+
+
+def unused(path: Path) -> Path:
+    """`path`, or where that exists `path-2`, `path-3`, ..."""
+    free, number = path, 2
+    while free.exists():
+        free, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
+    return free
 
 
 def numbered(path: Path, number: int, count: int) -> Path:
@@ -63,9 +67,18 @@ def numbered(path: Path, number: int, count: int) -> Path:
     return path.with_name(f"{path.stem}-{str(number).zfill(len(str(count)))}{path.suffix}")
 
 
+def check_video(path: Path) -> None:
+    """Raises `ImportError` where `path` is an .mp4, and nothing here writes one."""
+    if path.suffix.lower() == ".mp4":
+        from ..pipelines.outputs_nextflow import check_video_writer
+
+        check_video_writer()
+
+
 def preview_path(path: Path, number: int = 1, count: int = 1) -> Path:
     if path.suffix.lower() not in (".gif", ".mp4", ".png"):
         raise ValueError(f"--preview is {path}, expected a .gif, a .mp4 or, for all scales side by side, a .png")
+    check_video(path)
     return numbered(path, number, count)
 
 
@@ -87,7 +100,4 @@ def folder_for(path: Path | None, name: str) -> Path:
         if path.is_file():
             raise NotADirectoryError(f"--output is the file {path}, expected a folder")
         return path
-    folder, number = Path(name), 2
-    while folder.exists():
-        folder, number = Path(f"{name}-{number}"), number + 1
-    return folder
+    return unused(Path(name))

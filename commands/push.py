@@ -19,7 +19,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", type=Path, help="folder to upload, as `nextflow-hf export` writes it")
     parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; created where it does not exist")
-    parser.add_argument("--private", action="store_true", help="make the new repository private")
+    parser.add_argument(
+        "--private", action="store_true", help="make the new repository private; an old one that is public is refused"
+    )
     return parser
 
 

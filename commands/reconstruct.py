@@ -11,7 +11,7 @@ from . import loading, options, records
 from .console import Console, run
 from .messages import existing_file
 from .options import new_parser
-from .output import folder_for, numbered
+from .output import folder_for, numbered, unused
 
 
 if TYPE_CHECKING:
@@ -137,10 +137,11 @@ def _output_paths(output: Path | None, sources: Sequence[Path]) -> list[Path]:
             raise ValueError(f"--output is {output}, expected a .png or a folder")
         return [numbered(output, number, len(sources)) for number in range(1, len(sources) + 1)]
     folder = Path() if output is None else folder_for(output, "")
+    free = unused if output is None else Path
     names = [f"{source.stem}-reconstructed" for source in sources]
     # Sources of one name lie in different folders.
     return [
-        folder / (f"{name}.png" if names.count(name) == 1 else f"{name}-{number}.png")
+        free(folder / (f"{name}.png" if names.count(name) == 1 else f"{name}-{number}.png"))
         for number, name in enumerate(names, start=1)
     ]
 

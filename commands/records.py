@@ -313,8 +313,12 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
     if unknown := sorted(set(record.arguments) - set(names)):
         raise ValueError(f"the metadata of {args.from_image} has {unknown}, which this version does not know")
     given = given_arguments(args, names)
+    if given.get("model", record.arguments.get("model")) != record.arguments.get("model"):
+        record.arguments.pop("revision", None)  # it is one of the recorded model
     _check_sources(record.arguments, given, args)
     changes = {name for name, value in given.items() if not _same(value, record.arguments.get(name))}
+    if "lora" in given and _scales(given["lora"]) != _scales(record.arguments.get("lora", [])):
+        changes.add("scale of a LoRA")  # which no fingerprint of weights has
     dropped = set(options.SIZE) if changes & set(options.SIZE) else set()  # of two sizes, the one that is given
     if "decoder" in changes:
         dropped |= set(options.DECODING)
@@ -335,6 +339,11 @@ def _check_sources(recorded: Mapping[str, Any], given: Mapping[str, Any], args: 
             f"{args.from_image} was made with {wanted}: pass the ones to use, or --allow-model to load what the image "
             "names, if you trust where it is from"
         )
+
+
+def _scales(loras: Sequence[str]) -> list[str]:
+    """The scales of `PATH=SCALE`, as they are written."""
+    return [lora.rpartition("=")[2] if "=" in lora else "1" for lora in loras]
 
 
 def _same(given: Any, recorded: Any) -> bool:

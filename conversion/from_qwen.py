@@ -66,6 +66,9 @@ def check_source(config: PreTrainedConfig) -> None:
             f"the checkpoint's model_type is {config.model_type!r}, expected one of {', '.join(QWEN_MODEL_TYPES)}: "
             "others have layers that NextFlow has not"
         )
+    if (packing := getattr(config, "quantization_config", None)) is not None:
+        method = packing["quant_method"] if isinstance(packing, dict) else packing.quant_method
+        raise ValueError(f"the checkpoint is quantised ({method}): name the one in bfloat16 that it was made from")
     text = config.get_text_config()
     if getattr(text, "use_sliding_window", False):  # Qwen3-VL has no such field
         raise ValueError("sliding-window attention cannot see a whole image: use_sliding_window must be False")

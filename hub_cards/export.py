@@ -156,13 +156,18 @@ def push_folder(
     Args:
         folder (`str` or `Path`): Its card says the repository's name from then on.
         repo_id (`str`): `"user/name"`; created where it does not exist.
-        private (`bool`, *optional*): Whether a new repository is private.
+        private (`bool`, *optional*): Whether a new repository is private; an old one that is not is then refused.
         token (`str` or `bool`, *optional*): Defaults to the one of `hf auth login`.
         commit_message (`str`, *optional*): Message of the commit.
     """
     card = Path(folder, "README.md")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} exists and is public, and only a new repository is made private: nothing was uploaded. Make "
+            "it private on the Hub, or push without `private`"
+        )
     # Only now: the card of a push that fails is left for another name.
     text = card.read_text(encoding="utf-8")
     write_text(card, re.sub(rf"\b{PLACEHOLDER_OWNER}/[\w.-]+", repo_id, text))

@@ -43,6 +43,12 @@ class NextFlowPipelineOutput(BaseOutput):
     final_prompts: list[str] | None = None
 
 
+def check_video_writer() -> None:
+    """Raises `ImportError` where what writes an .mp4 is not installed: better before frames are sampled than after."""
+    if not all(importlib.util.find_spec(name) for name in ("imageio", "imageio_ffmpeg")):
+        raise ImportError('an .mp4 needs imageio and imageio-ffmpeg: pip install "nextflow-hf[video]"')
+
+
 @dataclass
 class NextFlowFramesOutput(BaseOutput):
     """
@@ -68,8 +74,7 @@ class NextFlowFramesOutput(BaseOutput):
         if suffix == ".gif":
             export_to_gif(self.frames, str(path), fps=fps)
         elif suffix == ".mp4":
-            if not all(importlib.util.find_spec(name) for name in ("imageio", "imageio_ffmpeg")):
-                raise ImportError('an .mp4 needs imageio and imageio-ffmpeg: pip install "nextflow-hf[video]"')
+            check_video_writer()
             export_to_video(self.frames, str(path), fps=fps)
         elif suffix in (".png", ".jpg", ".jpeg", ".webp"):
             self.contact_sheet(columns).save(path)

@@ -1,5 +1,6 @@
 """`nextflow-hf chat`, `interleave` and `frames`: what the pipeline says and draws, on the console and as files."""
 
+import importlib.util
 import inspect
 import io
 import json
@@ -190,6 +191,18 @@ def test_a_conversation_goes_on_from_its_folder(command_line, pipe, toy, story, 
     assert answer == pipe.chat([*shown, user("why")], max_new_tokens=9) + "\n"
 
 
+def test_an_answer_does_not_overwrite_the_conversation_that_it_goes_on_from(command_line, toy, story):
+    seed, _ = story
+    run = ["interleave", "tell", "--model", toy, "--seed", seed, "--max-images", 2, "--max-new-tokens", 16, *OPTIONS]
+    command_line.run(*run, "--text-temperature", 1, "--output", "story")
+    before = pixels("story/1.png")
+    on = ["interleave", "go on", "--messages", "story/messages.json", *run[2:], "--seed", seed + 1]
+    said = command_line.mistake(*on, "--text-temperature", 1, "--output", "story")
+    assert "--output is story, where 1.png is an image of the conversation" in said
+    assert pixels("story/1.png") == before
+    command_line.run(*on, "--text-temperature", 1, "--output", "story/more")
+
+
 def test_mistakes_in_an_answer(command_line, toy, tmp_path):
     assert "got no text" in command_line.mistake("interleave", "--model", toy)
     assert "got images without a text" in command_line.mistake("interleave", "--image", "a.png", "--model", toy)
@@ -211,6 +224,20 @@ def test_frames_of_texts(command_line, pipe, toy):
         assert pixels(path)[1] == frame.tobytes()
     assert Image.open("story.gif").n_frames == 3
     assert command_line.json("frames", "--from-image", "each/2.png", "--output", "again.gif")["identical"] is True
+
+
+def test_frames_of_no_name_given_overwrite_nothing(command_line, toy):
+    run = ["frames", "a", "b", "--model", toy, "--seed", 5]
+    assert [command_line.json(*run, *more)["output"] for more in ([], OPTIONS)] == ["a-5.gif", "a-5-2.gif"]
+
+
+def test_what_writes_no_video_is_said_before_frames_are_sampled(command_line, toy, monkeypatch):
+    find_spec, video = importlib.util.find_spec, ("imageio", "imageio_ffmpeg")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if name in video else find_spec(name, *of))
+    monkeypatch.setattr(NextFlowPipeline, "frames", lambda *args, **kwargs: pytest.fail("frames were sampled"))
+    monkeypatch.setattr(NextFlowPipeline, "__call__", lambda *args, **kwargs: pytest.fail("an image was sampled"))
+    for run in (["frames", "a", "b", "--output", "a.mp4"], ["generate", "a", "--preview", "a.mp4"]):
+        assert 'pip install "nextflow-hf[video]"' in command_line.mistake(*run, "--model", toy)
 
 
 def test_frames_of_a_told_story_on_a_contact_sheet(command_line, pipe, toy):

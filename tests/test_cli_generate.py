@@ -268,6 +268,10 @@ def test_a_lora(command_line, model_folder, tmp_path):
     assert not torch.equal(plain, adapted)
     assert pixels("a.png")[1] == pipe("a", guidance_scale=2.0, generator=seeded(1)).images[0].tobytes()
     assert read_record("a.png").arguments["lora"] == [f"{tmp_path / 'lora'}=3.5"]
+    again = ["generate", "--from-image", "a.png", "--output", "b.png", "--lora"]
+    assert command_line.json(*again, "lora=3.5")["images"][0]["identical"] is True
+    assert command_line.json(*again, "lora=0.12345678")["images"][0]["identical"] is None  # another one is asked for
+    assert read_record("b.png").arguments["lora"] == [f"{tmp_path / 'lora'}=0.12345678"]
     assert "expected PATH or PATH=SCALE" in command_line.mistake(*run, "--lora", "lora=much")
 
 
@@ -318,6 +322,7 @@ def test_the_diffusion_decoder(command_line, monkeypatch):
         (["generate", "a", "--decoder", "diffusion"], "this pipeline has no diffusion decoder"),
         (["generate", "a", "--max-new-tokens", 3], "without `think=True`"),
         (["generate", "a", "--device", "cuda:7"], "--device is 'cuda:7', but here there is"),
+        (["generate", "a", "--revision", "v2"], "--revision is 'v2', but"),
         (["generate", "a", "--device", "toaster"], "--device is 'toaster', expected cpu, cuda"),
         (["generate", "a", "--device", "cpu", "--offload"], "--offload needs an accelerator"),
         (["generate", "a", "--prompts", "none.txt"], "--prompts goes with neither"),
@@ -330,6 +335,12 @@ def test_the_diffusion_decoder(command_line, monkeypatch):
 )
 def test_mistakes(command_line, model_folder, argv, message):
     assert message in command_line.mistake(*argv, "--model", model_folder)
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_is_sampled(command_line, model_folder, tmp_path):
+    (tmp_path / "file").touch()
+    said = command_line.mistake("generate", "a", "--model", model_folder, "--output", "file")
+    assert "--output is the file file, expected a folder" in said
 
 
 def test_mistakes_in_json(command_line, model_folder):

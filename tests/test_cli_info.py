@@ -124,6 +124,21 @@ def test_a_dtype_to_load_in(command_line, model_folder):
         assert half["memory"][name] * 2 == saved["memory"][name]
 
 
+def test_the_cache_of_a_quantised_model_is_of_the_type_that_it_computes_in(command_line, tmp_path):
+    pipe = toy_pipeline()
+    pipe.transformer.bfloat16()
+    pipe.save_pretrained(tmp_path)
+    usual = command_line.json("info", tmp_path)["memory"]["kv_cache_bytes_per_token"]
+    folder = tmp_path / "transformer"
+    weights = load_file(folder / "model.safetensors")
+    packed = {name: weight.view(torch.uint8) if weight.ndim == 2 else weight for name, weight in weights.items()}
+    save_file(packed, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert command_line.json("info", tmp_path)["memory"]["kv_cache_bytes_per_token"] == usual
+
+
 def test_every_part_of_a_diffusion_decoder(command_line, tmp_path):
     text_encoder, tokenizer = toy_clip()
     parts = {
@@ -255,6 +270,12 @@ def test_the_first_scales_beside_the_original(command_line, model_folder, tmp_pa
         assert both.crop((16, 0, 32, 16)).tobytes() == expected.tobytes()
         assert both.crop((0, 0, 16, 16)).tobytes() == pixels(source)[1]
     assert "PSNR" in command_line.run(*run)
+
+
+def test_a_reconstruction_of_no_name_given_overwrites_nothing(command_line, model_folder, tmp_path):
+    run = ["reconstruct", save_picture(tmp_path / "a.png"), "--model", model_folder]
+    paths = [command_line.json(*run, *more)["images"][0]["path"] for more in ([], ["--num-scales", 2])]
+    assert paths == ["a-reconstructed.png", "a-reconstructed-2.png"]
 
 
 def test_one_bad_image_among_several_ends_nothing(command_line, model_folder, tmp_path):

@@ -334,6 +334,8 @@ def test_other_models_are_refused_by_name():
         config_from_qwen(Qwen2Config(**TEXT, rope_parameters=yarn), codebook_size=24)
     with pytest.raises(ValueError, match="use_sliding_window must be False"):
         config_from_qwen(Qwen3Config(**TEXT, use_sliding_window=True), codebook_size=24)
+    with pytest.raises(ValueError, match=r"the checkpoint is quantised \(fp8\): name the one in bfloat16"):
+        config_from_qwen(Qwen3Config(**TEXT, quantization_config={"quant_method": "fp8"}), codebook_size=24)
     with pytest.raises(ValueError, match="no image_token_id, and Qwen's own, 151655, is beyond its vocabulary of 100"):
         config_from_qwen(Qwen2Config(**TEXT), codebook_size=24)
 

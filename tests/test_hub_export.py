@@ -298,6 +298,8 @@ def test_demo_shows_only_what_the_model_is_said_to_do(shown, tmp_path, capsys):
     assert cli.main(["demo", "--model", str(shown), "--output-dir", str(tmp_path)]) == 0
     assert len(list((tmp_path / "nextflow-emoji").iterdir())) == 3
     assert "edits" not in "".join(capsys.readouterr())
+    assert cli.main(["demo", "--model", str(shown), "--output-dir", str(tmp_path), "--device", "cuda:99"]) == 2
+    assert "--device is 'cuda:99', but here there is" in capsys.readouterr().err
     (shown / "demo.json").unlink()
     assert cli.main(["demo", "--model", str(shown), "--output-dir", str(tmp_path)]) == 2
     assert "has no demo.json, which says what a model is shown with" in capsys.readouterr().err

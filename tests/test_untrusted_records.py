@@ -207,6 +207,23 @@ def test_a_record_does_not_choose_the_weights(command_line, sizes, tmp_path, mon
     assert loaded.pop()[name] == value
 
 
+def test_a_revision_is_one_of_the_recorded_model_alone(command_line, sizes, tmp_path, monkeypatch):
+    arguments = {**PLAIN["arguments"], "model": "somebody/model", "revision": "v2"}
+    write(tmp_path / "a.png", {**PLAIN, "arguments": arguments})
+    loaded = []
+
+    def load(args):
+        args.loaded_dtype = "float32"
+        loaded.append(args.revision)
+        return toy_pipeline()
+
+    monkeypatch.setattr("nextflow_hf.commands.loading.load_pipeline", load)
+    run = ["generate", "--from-image", "a.png", "--output", "b.png", "--model"]
+    assert "--revision 'v2': pass" in command_line.mistake(*run, "somebody/model") and not loaded
+    command_line.run(*run, "toy/other", status=1)
+    assert loaded == [None] and "revision" not in read_record(tmp_path / "b.png").arguments
+
+
 def test_a_record_opens_no_file_but_the_one_with_its_hash(command_line, sizes, tmp_path):
     other = save_picture(tmp_path / "other.png")
     content = [{"type": "image", "image": {"path": str(other), "sha256": "0" * 64}}, {"type": "text", "text": "a"}]

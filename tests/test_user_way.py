@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,8 @@ def save_run(folder: Path, kind: str, model: Path, **recipe) -> Path:
         "command": command,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(notes))
-    state = {"global_step": 7, "epoch": 1.5, "log_history": [{"loss": 3.0, "step": 1}, {"loss": 2.5, "step": 7}]}
+    history = [{"loss": 3.0, "step": 1}, {"loss": 2.5, "step": 7}, {"train_loss": 0.4, "step": 7}]  # a mean
+    state = {"global_step": 7, "epoch": 1.5, "log_history": history}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     return folder
 
@@ -189,6 +191,7 @@ def test_export_of_a_transformer(run, options, runs, converted, command_line):
     card = Path("exported", "README.md").read_text()
     assert "| Steps | 7, 1.5 epochs |" in card and "| Last `loss` | 2.5 |" in card and "| Data | `codes` |" in card
     assert "nextflow-hf train" in card and "## Licence" in card and "library_name: transformers" in card
+    assert "train_loss" not in card
     assert str(converted.parent) not in card
     command_line.run("generate", "a", "--model", "exported", "--seed", "1", "--output", "drawn.png")
 
@@ -205,6 +208,16 @@ def test_export_has_the_processor_that_the_recipe_names(converted, command_line,
         command_line.run("export", run, "--output", str(expected), *options)
         assert NextFlowPipeline.from_pretrained(str(expected)).processor.image_processor.resolution == expected
     assert usual != other
+
+
+def test_export_has_the_vision_tokenizer_of_the_model_that_is_named(runs, converted, command_line, tmp_path):
+    run = save_run(tmp_path / "run", "transformer", converted, vision_tokenizer_name_or_path=str(runs["tokenizer"]))
+    changed(run, converted, 1)
+    trained = NextFlowVisionTokenizer.from_pretrained(runs["tokenizer"])
+    usual = NextFlowPipeline.from_pretrained(converted).vision_tokenizer
+    for name, expected, options in (("recipe", trained, []), ("model", usual, ["--model", converted])):
+        command_line.run("export", run, "--output", name, *options)
+        assert is_equal(NextFlowPipeline.from_pretrained(name).vision_tokenizer, expected)
 
 
 def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line, tmp_path):
@@ -232,8 +245,14 @@ def test_export_with_texts_defaults_and_all_stages(runs, converted, command_line
     assert str(tmp_path) not in text and "/data/codes" not in text
     command_line.run("export", runs["full"], "--vision-tokenizer", runs["tokenizer"], "--output", "other")
     assert "| `tokenizer` | tokenizer | 7 |" in Path("other", "README.md").read_text()
-    wrong = [("--card", write_yaml("wrong.yaml", {"colour": 1})), ("--set", "colour=1"), ("--set", "resolution=17")]
-    for option, said in zip(wrong, ("'colour'], expected some of", "'colour'], expected some of", "resolution is 17")):
+    wrong = {
+        ("--card", write_yaml("wrong.yaml", {"colour": 1})): "'colour'], expected some of",
+        ("--set", "colour=1"): "'colour'], expected some of",
+        ("--set", "resolution=17"): "resolution is 17",
+        ("--set", "resolution=0"): "resolution is 0",
+        ("--standalone", "--without-code"): "not allowed with argument",
+    }
+    for option, said in wrong.items():
         assert said in command_line.mistake("export", run, "--output", "wrong", *option)
         assert not Path("wrong").exists()
 
@@ -292,6 +311,29 @@ def test_export_of_a_vision_tokenizer(runs, converted, command_line, tmp_path):
     assert command_line.json("info", "alone")["class"] == "NextFlowVisionTokenizer"
 
 
+def test_a_vision_tokenizer_of_an_unfinished_run_has_the_schedule_it_was_trained_with(
+    runs, converted, command_line, tmp_path
+):
+    """The checkpoint has it: the folder of a run gets its own at the end."""
+    run = save_run(tmp_path / "run", "tokenizer", converted)
+    shutil.copytree(runs["tokenizer"], run / "checkpoint-5", ignore=shutil.ignore_patterns("run.yaml"))
+    command_line.run("export", run, "--checkpoint", "5", "--output", "alone")
+    assert NextFlowImageProcessorPil.from_pretrained("alone").scale_bases == [*NUMBERS["scale_bases"]]
+
+
+@pytest.mark.parametrize(("run", "options"), [("lora", ["--adapter"]), ("tokenizer", [])])
+def test_a_part_alone_has_the_texts_of_its_card_and_refuses_what_it_would_ignore(run, options, runs, command_line):
+    card = write_yaml("card.yaml", {"title": "Mine", "limits": "Many.", "license": "mit"})
+    command_line.run("export", runs[run], *options, "--card", card, "--output", "alone")
+    text = Path("alone", "README.md").read_text()
+    assert "# Mine\n" in text and "## Limits\n\nMany." in text and "license: mit" in text and "## Licence" not in text
+    ignored = [("--set", "top_k=3"), ("--standalone",), ("--without-code",), ("--decoder", "x")]
+    ignored += [("--vision-tokenizer", "x"), *([("--dtype", "float32"), ("--transformer", "x")] if options else [])]
+    for option in ignored:
+        said = command_line.mistake("export", runs[run], *options, *option, "--output", "other")
+        assert f"alone, which takes no {option[0]}" in said and not Path("other").exists()
+
+
 @pytest.mark.parametrize("family", ["unet", "flux"])
 def test_export_of_a_diffusion_decoder(family, converted, command_line, tmp_path):
     """All of it, or a LoRA on its base model, as its training saves them."""
@@ -327,6 +369,9 @@ def test_export_of_a_diffusion_decoder(family, converted, command_line, tmp_path
     ]
     torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
     assert "no run.yaml" in command_line.mistake("export", "whole/diffusion_decoder", "--model", converted, "-o", "x")
+    assert "--decoder is other, but that is what" in command_line.mistake(
+        "export", run, "--decoder", "other", "-o", "x"
+    )
 
 
 def test_parts_in_the_place_of_the_models_own(runs, converted, command_line):
@@ -415,6 +460,9 @@ def test_a_push_that_fails_leaves_the_card_for_another_name(runs, command_line, 
 def test_push(runs, command_line, hub):
     command_line.run("export", runs["full"], "--output", "exported")
     assert f"{hub.url}/toy/drawn/commit/" in command_line.run("push", "exported", "toy/drawn", "--private")
+    hub.files["toy/public"] = {}
+    assert "toy/public exists and is public" in command_line.mistake("push", "exported", "toy/public", "--private")
+    assert hub.files["toy/public"] == {}
     files = hub.files["toy/drawn"]
     assert {"model_index.json", "model.safetensors", "vision_tokenizer/model.safetensors"} <= set(files)
     assert b"toy/drawn" in files["README.md"] and b"your-name" not in files["README.md"]

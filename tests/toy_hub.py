@@ -21,6 +21,7 @@ class ToyHub(ThreadingHTTPServer):
         self.files: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str]] = []
         self.cards: list[str] = []
+        self.private: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -69,6 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:3] == ["api", "repos", "create"]:
             request = json.loads(body)
             repo_id = f"{request.get('organization') or 'toy'}/{request['name']}"
+            if repo_id not in hub.files and request.get("visibility") == "private":
+                hub.private.add(repo_id)
             hub.files.setdefault(repo_id, {})
             self.answer(body={"url": f"{hub.url}/{repo_id}", "name": repo_id})
         elif parts[:2] == ["api", "validate-yaml"]:
@@ -104,7 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(404, {"error": f"{folder} not found"}, X_Error_Code="EntryNotFound")
         elif parts[0] == "api":
             siblings = [{"rfilename": name} for name in hub.files[repo_id]]
-            self.answer(body={"id": repo_id, "sha": hub.commit_of(repo_id), "siblings": siblings, "private": False})
+            about = {"sha": hub.commit_of(repo_id), "siblings": siblings, "private": repo_id in hub.private}
+            self.answer(body={"id": repo_id, **about})
         else:
             name, commit = "/".join(parts[4:]), hub.commit_of(repo_id)
             content = hub.files[repo_id].get(name)
