@@ -64,6 +64,7 @@ def numbered(path: Path, number: int, count: int) -> Path:
 
 
 def preview_path(path: Path, number: int = 1, count: int = 1) -> Path:
+    """Where the preview of image `number` of `count` goes; raises `ValueError` for other formats."""
     if path.suffix.lower() not in (".gif", ".mp4", ".png"):
         raise ValueError(f"--preview is {path}, expected a .gif, a .mp4 or, for all scales side by side, a .png")
     return numbered(path, number, count)

@@ -62,6 +62,7 @@ class NextFlowImageGenerationOutput:
     image_grids: torch.Tensor
 
     def to(self, device: torch.device | str) -> "NextFlowImageGenerationOutput":
+        """The same output on another device."""
         return NextFlowImageGenerationOutput(self.image_codes.to(device), self.image_grids.to(device))
 
 
@@ -367,7 +368,7 @@ def _append_scale(
 
 
 def _replaced(codes: torch.Tensor, others: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """`others` in the place of `codes`."""
+    """`others` instead of `codes`."""
     if others.shape != codes.shape:
         raise ValueError(f"image_codes were replaced by {tuple(others.shape)}, expected {tuple(codes.shape)}")
     return check_codes(others, codebook_size)

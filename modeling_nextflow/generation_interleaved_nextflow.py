@@ -82,6 +82,7 @@ class TextStreamer(BaseStreamer):
         self.is_text = is_text
 
     def put(self, value: torch.Tensor) -> None:
+        """Pass on the text of a prompt (1, length) or of new tokens (n,), without the tokens of images."""
         if value.ndim > 1 and len(value) > 1:
             raise ValueError(f"a streamer takes one row, got a batch of {len(value)}")
         text = value[self.is_text(value)]
@@ -89,11 +90,13 @@ class TextStreamer(BaseStreamer):
             self.streamer.put(text.view(1, -1) if value.ndim > 1 else text)
 
     def put_image(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> None:
+        """Give a sampled image to the streamer's `put_image`, where it has one."""
         put_image = getattr(self.streamer, "put_image", None)
         if put_image is not None:
             put_image(image_codes.cpu(), image_grids.cpu())
 
     def end(self) -> None:
+        """Tell the streamer that the answer is complete."""
         self.streamer.end()
 
 

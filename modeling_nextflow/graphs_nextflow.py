@@ -74,6 +74,7 @@ class PassGraphs:
         return workspace
 
     def give_back(self, workspace: Workspace) -> None:
+        """Keep a workspace, with its graphs, for the next call."""
         self.free.append(workspace)
         # Prompts of many lengths and batches of many sizes would fill the device with memory that nobody uses.
         del self.free[:-MAX_FREE]

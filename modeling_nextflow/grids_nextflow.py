@@ -39,6 +39,7 @@ def check_shape(image_grids: torch.Tensor) -> None:
 
 
 def check_image_count(is_boi: torch.Tensor, image_grids: torch.Tensor) -> None:
+    """Raise `ValueError` where there are not as many rows of `image_grids` as `<boi>` tokens."""
     if int(is_boi.sum()) != len(image_grids):
         raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
 
@@ -231,7 +232,7 @@ def get_position_ids(
     depend on t. Padding (`attention_mask == 0`) takes no step.
 
     Args:
-        token_positions: plain positions (batch, length) of packed documents, in the place of a mask: a document begins
+        token_positions: plain positions (batch, length) of packed documents, instead of a mask: a document begins
             wherever they do not go up by one, and its rotary axes start from its first position.
         layout: what [`get_image_layout`] gives for the same arguments, if it has been called.
         past_tokens, past_steps: how far the sequence has come before `input_ids`, on the plain position and on the

@@ -81,6 +81,12 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
             setattr(self, name, {*(getattr(self, name) or ()), *getattr(vision_tokenizer, name)})
 
     def train(self, mode: bool = True) -> "NextFlowForConditionalGeneration":
+        """
+        Set the mode of the transformer; the vision tokenizer stays frozen and in evaluation mode.
+
+        Raises:
+            `ValueError`: where parameters of the vision tokenizer require gradients.
+        """
         super().train(mode)
         if self.vision_tokenizer is not None:
             self.vision_tokenizer.eval()
@@ -175,7 +181,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
     ) -> torch.Tensor:
         """
         Pixels (images, 3, max_height, max_width) in [-1, 1] of codes and their grids, or of what `generate` returned,
-        which has both. With `num_scales` a preview at full size.
+        which has both. With `num_scales` a preview at full size. Raises `ValueError` for codes without grids.
         """
         if isinstance(image_tokens, torch.Tensor):
             image_codes = image_tokens

@@ -163,6 +163,7 @@ class NextFlowPixelEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels (n, 3, height, width) in [-1, 1] -> latents (n, latent_channels, rows, columns) of the last grid."""
         hidden_states = self.conv_in(pixel_values)
         for level in self.levels:
             hidden_states = level(hidden_states)
@@ -215,7 +216,7 @@ class NextFlowPixelDecoder(nn.Module):
         for module in self.modules():
             if isinstance(module, NextFlowGroupNorm):
                 module.compile(**options)
-        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # no overload says it
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # no overload takes it alone
         self.is_compiled = True
 
 

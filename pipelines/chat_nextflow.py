@@ -153,6 +153,9 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         Returns:
             `list[dict]`, parts `{"type": "text", "text": ...}` and `{"type": "image", "image": PIL image}`: content of
             an assistant's message. A list of those for a list of conversations, an iterator with `stream=True`.
+
+        Raises:
+            `ValueError`: for several conversations with `stream=True`, and for settings that do not fit together.
         """
         conversations, is_batched = self.processor.as_conversations(messages)
         check_numbers(0, max_images=max_images)
@@ -206,6 +209,10 @@ class NextFlowConversationMixin(NextFlowImageSteps):
 
         Returns:
             [`NextFlowFramesOutput`]: the frames, and the text in front of each.
+
+        Raises:
+            `TypeError`: where `storyline` is neither text nor a list of texts.
+            `ValueError`: one text without `num_frames`, or a list with another number or with settings of text.
         """
         is_told = isinstance(storyline, str)
         if not is_told and not (storyline and all(isinstance(text, str) for text in storyline)):

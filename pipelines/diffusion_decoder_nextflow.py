@@ -157,6 +157,9 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
             projection_dim (`int`, *optional*): Defaults to the width of the input layer.
             upscale_factor (`int`, *optional*, defaults to 1): See [`NextFlowDiffusionDecoder`].
             embedded_guidance (`float`, *optional*, defaults to 1.0): See [`NextFlowDiffusionDecoder`].
+
+        Raises:
+            `ValueError`: for a denoiser of another class.
         """
         name = type(denoiser).__name__
         if name not in FAMILIES:

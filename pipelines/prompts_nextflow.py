@@ -264,6 +264,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         return guides(self._guidance_scale) or guides(self._image_guidance_scale)
 
     def register_modules(self, **components: Any) -> None:
+        """diffusers' method, which also checks the components, see [`~NextFlowImageSteps.check_components`]."""
         super().register_modules(**components)
         self.check_components()
 

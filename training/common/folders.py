@@ -177,6 +177,7 @@ class Run:
 
     @property
     def is_adapter(self) -> bool:
+        """Whether the result is an adapter, and not a whole model."""
         return (self.result / "adapter_config.json").is_file()
 
     def ancestors(self) -> Iterator[str]:

@@ -117,7 +117,7 @@ class Benchmark:
         spec ([`Spec`]): Which benchmark.
         prompts (`str`, *optional*): Folder of its prompts, or a data set's name on the Hub.
         judge, judge_model (`str`, *optional*): See [`load_judge`].
-        judge_prompts (`str`, *optional*): Folder of official questions in the place of ours: NAME.txt, or
+        judge_prompts (`str`, *optional*): Folder of official questions instead of ours: NAME.txt, or
             `prompts.json` or `judge_prompt.json` with NAME -> text.
         samples (`int`, *optional*): Images of each prompt; the benchmark's number by default.
         count (`int`, *optional*): Only the first so many prompts.

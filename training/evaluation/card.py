@@ -207,7 +207,7 @@ def write_card(model: str, folders: Sequence[Path], output: Path, *, update: boo
         output (`Path`): Folder of the page.
         update (`bool`, *optional*, defaults to `False`):
             Put the `model-index` and a section "Evaluation", with its sheets, into the model's folder and its
-            `README.md`, in the place of older ones.
+            `README.md`, instead of older ones.
     """
     if not folders:
         raise ValueError(f"there are no evaluations of {model}: run `nextflow-hf evaluate SUITE {model}` first")

@@ -36,6 +36,7 @@ class FeatureStatistics:
 
     @property
     def mean(self) -> torch.DoubleTensor:
+        """Mean of the features (dim,), float64."""
         return self.total / self.count
 
     @property
