@@ -3,8 +3,8 @@
     python benchmarks/capabilities.py                          # the shipped Shapes model
     python benchmarks/capabilities.py --model path/to/model --device cuda --dtype bfloat16
 
-Each capability runs in a process of its own, so that none profits from what another left behind. Pictures that are
-given are plain (a disc on white), for the numbers do not depend on what is to be seen.
+Each capability runs in a process of its own, so that none profits from what another left behind. Source images
+are plain (a disc on white), as the numbers do not depend on what they show.
 
 - first: the first call after loading; warm: the median of `--repeats` calls after it.
 - loaded: memory with the model loaded and nothing done. Peak: the most during all calls. On a CPU both are of the

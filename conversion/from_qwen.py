@@ -183,7 +183,7 @@ def empty_model(config: NextFlowConfig) -> NextFlowForCausalLM:
     """The transformer without weights: names and shapes."""
     with torch.device("meta"):
         # transformers' mixin of `generate` declares what `PreTrainedModel` has.
-        return NextFlowForCausalLM(config)  # pyright: ignore[reportAbstractUsage]  # it is none
+        return NextFlowForCausalLM(config)  # pyright: ignore[reportAbstractUsage]  # the class is not abstract
 
 
 def convert_qwen(
