@@ -53,9 +53,9 @@ QWEN_PREFIXES = {
     "lm_head.": "lm_head.",
 }
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Here they have more rows than there.
+# Matrices that have more rows here than in the checkpoint.
 GROWN_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-# Here alone: modules that the checkpoint knows nothing of.
+# Modules that the checkpoint does not have.
 NEW_MODULES = ("model.image_codebook.", "model.connector.", "model.scale_embedding.")
 
 

@@ -260,7 +260,7 @@ def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTo
     for part in ("semantic_encoder", "semantic_decoder"):
         _convert_embeddings(converted, f"{part}.embeddings", math.isqrt(getattr(model, part).config.num_patches))
     for name in [name for name in converted if name.startswith("semantic_decoder.") and name.endswith("q_proj.bias")]:
-        # No bias: attention does not see one on the keys.
+        # No bias: on the keys it would cancel in the softmax.
         converted[name.replace("q_proj", "k_proj")] = torch.zeros_like(converted[name])
 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

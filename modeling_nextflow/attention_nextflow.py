@@ -365,7 +365,7 @@ class CachePlace:
 
     def steps_ahead(self, cache: Cache, batch: int) -> torch.Tensor | int:
         """Steps of the rotary text axis less tokens, (batch, 1)."""
-        # With the rotary axes alone (3), or other rows by now, nothing says how far each row is ahead.
+        # Without the token axis, or with other rows than before, it is not known how far each row is ahead.
         if len(self.position) == 4 and self.position.shape[1] == batch:
             ahead = (self.position[1] - self.position[0])[:, None]
             # Where no row is ahead there was no image, and cutting tokens changes nothing.

@@ -93,7 +93,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: NextFlowConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        # Who wraps by these names (FSDP) expects each of them in the model.
+        # FSDP wraps modules by these names, and expects each of them in the model.
         self._no_split_modules = ["Qwen3DecoderLayer" if config.qk_norm else "Qwen2DecoderLayer"]
 
     def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:

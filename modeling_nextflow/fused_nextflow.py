@@ -41,7 +41,7 @@ class Decoder(Protocol):
 
 
 class FusedRMSNorm(Qwen2RMSNorm):
-    """One kernel, which rounds once."""
+    """RMSNorm as one kernel, which rounds once."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)

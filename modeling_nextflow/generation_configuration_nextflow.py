@@ -101,7 +101,7 @@ class NextFlowGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_plain(cls, generation_config: GenerationConfig) -> "NextFlowGenerationConfig":
-        """The same settings as one of ours, which does not forget those of images when it is saved and loaded."""
+        """The same settings as an object of this class, which keeps those of images when it is saved and loaded."""
         return cls(**{**generation_config.to_dict(), "_from_model_config": None})
 
     @classmethod

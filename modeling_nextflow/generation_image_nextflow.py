@@ -88,7 +88,7 @@ class PromptRows:
         *,
         batch: int | None = None,
     ) -> "PromptRows":
-        """With the defaults of a call filled in, and `batch` rows of the one that there may be."""
+        """Fill in the defaults, and repeat a single prompt to `batch` rows. Raises `ValueError` for another number."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if not mask[:, -1].all():
             raise ValueError("prompts must be padded on the left: the last token of a row is padding")

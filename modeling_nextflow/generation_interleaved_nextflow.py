@@ -59,7 +59,7 @@ class NextFlowInterleavedGenerationOutput(ModelOutput):
     past_key_values: Cache | None = None
 
     def answer(self) -> "NextFlowInterleavedGenerationOutput":
-        """Only what was generated: what is shown to a user."""
+        """The output without the prompts: what is shown to a user."""
         assert self.sequences is not None and self.attention_mask is not None  # as all that `generate` returned has
         assert self.image_codes is not None and self.image_grids is not None and self.is_generated is not None
         sizes = self.image_grids.prod(-1).sum(-1).tolist()
@@ -363,7 +363,7 @@ def generate_interleaved(
 
 
 def keep_text(scores: torch.Tensor, config: NextFlowConfig, may_begin: torch.Tensor | None = None) -> torch.Tensor:
-    """Scores in which all is ruled out that is no text but, in rows that `may_begin` an image, `<boi>`."""
+    """Scores that leave text and, in rows that `may_begin` an image, `<boi>`; all other tokens are ruled out."""
     kept = scores.clone()
     kept[:, config.image_vocabulary] = kept[:, config.image_token_id] = -float("inf")
     if may_begin is not None:

@@ -21,7 +21,7 @@ def schedules_from_grids(image_grids: torch.Tensor) -> list[Schedule]:
     """Scale schedules, one tuple of (height, width) an image, from `image_grids` (n, max_scales, 2), zero-padded."""
     check_shape(image_grids)
     schedules = []
-    # One copy to the host; as tuples, schedules can be compared and are keys of groups.
+    # One copy to the host. Tuples can be compared, and are keys of groups.
     for index, rows in enumerate(image_grids.tolist()):
         grids = tuple((height, width) for height, width in rows if height or width)
         if not grids or min(min(grid) for grid in grids) < 1 or any(any(row) for row in rows[len(grids) :]):
@@ -71,7 +71,7 @@ def group_by_schedule(schedules: Iterable[Schedule]) -> dict[Schedule, list[int]
 
 
 def check_codes(codes: torch.Tensor, codebook_size: int, name: str = "image_codes") -> torch.Tensor:
-    """`codes`, or `ValueError` where they are no codes of the codebook. Looks at the numbers: the host waits."""
+    """`codes`; raises `ValueError` where one is outside the codebook. Reads the values, so the host waits."""
     if codes.is_floating_point() or codes.dtype == torch.bool:
         raise ValueError(f"{name} are {codes.dtype}, expected integers")
     # An index out of range would abort a CUDA process, or read another row of the joint vocabulary.

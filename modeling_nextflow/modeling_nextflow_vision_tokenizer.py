@@ -468,11 +468,11 @@ class NextFlowVisionTokenizer(PreTrainedModel):
     def _decode_pixels(self, quantized: torch.Tensor, **tiles: int) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
         pixel_map = quantized[:, self.config.semantic_code_dim :].to(self.post_quant_conv.weight.dtype)
-        # It lies as the codes were looked up, and so would the maps of the whole CNN.
+        # Looked-up codes are channels last in memory, and all maps of the CNN would take over that layout.
         layout = convolution_layout(pixel_map.device, compiled=self.pixel_decoder.is_compiled)
         pixel_map = pixel_map.contiguous(memory_format=layout)
         pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
-        # As many pixels as the stride gives, but for a fixed size, TokenFlow's.
+        # The stride decides the size, except where it is fixed (TokenFlow's).
         return pixels if self.config.image_size is None else _resize(pixels, self.pixel_size(quantized.shape[2:]))
 
     def pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:

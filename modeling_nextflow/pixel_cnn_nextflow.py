@@ -49,7 +49,7 @@ class NextFlowGroupNorm(nn.GroupNorm):
         """The norm of maps (n, channels, height, width), of operators that a compiler fuses."""
         # (n, groups, channels of a group, height, width); statistics in float32, as in PyTorch's norm
         groups = input.float().unflatten(1, (self.num_groups, -1))
-        # Of each channel first: read along the channels, in the order of memory where they lie last.
+        # Each channel first: with channels last this reads memory in order.
         variance, mean = torch.var_mean(groups, dim=(3, 4), correction=0, keepdim=True)
         center = mean.mean(2, keepdim=True)
         # The variance of a group is that within its channels plus that between their means.

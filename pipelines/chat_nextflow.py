@@ -234,13 +234,13 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         return NextFlowFramesOutput(images, list(storyline))
 
     def start_conversation(self, system: str | None = None, *, think: bool = False) -> NextFlowConversation:
-        """See [`NextFlowConversation`]."""
+        """Begin a conversation that keeps its cache from turn to turn, see [`NextFlowConversation`]."""
         return NextFlowConversation(self, system, think=think)
 
     # ---- thinking
 
     def check_thinking(self, think: bool, max_new_tokens: int | None) -> None:
-        """Raises `ValueError` where `max_new_tokens` is no length, or where nothing is written."""
+        """Raises `ValueError` where `max_new_tokens` is below 1, or given without `think`."""
         if max_new_tokens is not None and not think:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens} without `think=True`: nothing is written")
         check_numbers(max_new_tokens=max_new_tokens)

@@ -114,7 +114,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
                 "`hotswap=True`"
             )
 
-        # With hooks of offloading in place, new matrices would be put where the old ones are not.
+        # With the hooks of offloading, new matrices would lie on another device than the old ones.
         device = self._execution_device
         with_models, with_layers, with_groups = self._optionally_disable_offloading(self)
         try:

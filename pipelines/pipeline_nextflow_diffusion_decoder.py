@@ -574,7 +574,7 @@ def _split_codes(
 
 
 def _pick(images: Any, members: list[int], num_images: int) -> list:
-    """Entries `members` of one image for all, or of as many as there are."""
+    """Entries `members` of `images`; a single image stands for all."""
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     entries = list(images) if is_batch or isinstance(images, (list, tuple)) else [images] * num_images
     if len(entries) != num_images:

@@ -354,7 +354,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         return as_conversations(messages, self._resolve_chat_template(None))
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """`kwargs` sorted into ours, the tokenizer's and the image processor's; one nobody knows is an error."""
+        """`kwargs` sorted into ours, the tokenizer's and the image processor's. Raises `TypeError` for any other."""
         if unknown := sorted(set(kwargs) - _OPTIONS):
             raise TypeError(f"got unexpected options {unknown}")
         # Of the tokenizer's own settings, its `padding_side` must not undo ours.
@@ -477,7 +477,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model gets, for transformers."""
+        """Names of the model's inputs, which transformers asks for."""
         return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
 
 
