@@ -40,7 +40,7 @@ CAPABILITIES = {
     "frames": "a storyline of 3 images",
     "in-context": "one image after an example pair",
     "preview": "one image, decoded after every scale",
-    "redraw": "one image that keeps half the scales of another",
+    "keep scales": "one image that keeps half the scales of another",
     "regional edit": "the left half of an image anew",
     "reconstruct": "an image to codes and back",
     "diffusion decoder": "one image through the diffusion decoder",
@@ -78,7 +78,7 @@ def work_of(name: str, pipe: Any, image: Any, max_new_tokens: int) -> Callable[[
         "frames": lambda: pipe.frames(STORY, num_frames=3, generator=seeded(), **written),
         "in-context": lambda: pipe(messages=user(image, "is to", image, "as", image, "is to"), generator=seeded()),
         "preview": lambda: list(pipe.preview(PROMPT, generator=seeded())),
-        "redraw": lambda: pipe(
+        "keep scales": lambda: pipe(
             PROMPT, **codes(), keep_scales=schedule.num_scales(resolution) // 2, generator=seeded()
         ),
         "regional edit": lambda: pipe(PROMPT, **codes(), mask_image=half, generator=seeded()),

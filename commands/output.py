@@ -39,7 +39,7 @@ class Output:
             self.file = path
 
     def path(self, prompt: str | None, seed: int) -> Path:
-        """That of the next image."""
+        """The path of the next image."""
         self._given += 1
         if self.file is not None:
             return numbered(self.file, self._given, self.count)

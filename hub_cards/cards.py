@@ -1,4 +1,4 @@
-"""Model cards for everything that training makes: whole models, vision tokenizers, adapters, decoders, and Shapes.
+"""Model cards for everything that training makes: whole models, vision tokenizers, adapters and decoders.
 
 A card is a Jinja template (`<kind>_card.md` beside this file, all on `base_card.md`), metadata that the Hub sorts and
 filters by, and what was measured. Measured results are written once and stand in both.

@@ -42,7 +42,7 @@ class StagedCheckpointsMixin(ProcessesMixin):
     _staging_folder: str | None = None  # while a checkpoint is written
 
     def save_own_state(self, folder: str) -> None:
-        """What a subclass has to keep besides what `Trainer` does; every process comes here, the folder exists."""
+        """Write what a subclass keeps besides what `Trainer` does. Every process calls this; the folder exists."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer`'s method; the result replaces an older one as a whole."""

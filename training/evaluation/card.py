@@ -110,7 +110,7 @@ def _group_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, 
 
 
 def _notes(report: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
-    """What keeps the first row from being compared with the others."""
+    """Why the first row does not compare with the published ones."""
     provenance, notes = report["provenance"], []
     if not report["complete"]:
         notes.append(f"Not complete: {report['samples']} samples have a score. No figure of the benchmark.")
