@@ -154,6 +154,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
                 and the three rotary axes (scale, row, column). Derived from the tokens if absent. Where token
                 positions restart, a packed document begins; packed documents take no `attention_mask`. Sharded
                 training in half precision rounds inputs that are not integers: pass `(batch, length)` there.
+            past_key_values, inputs_embeds, use_cache (*optional*): As in transformers.
             image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*):
                 Input codes of all images in reading order: scale-major, row-major.
             image_grids (`torch.Tensor` of shape `(n_images, max_scales, 2)`, *optional*):
