@@ -127,7 +127,7 @@ class _Answers:
     def __init__(
         self,
         model: "NextFlowForCausalLM",
-        input_ids: torch.Tensor,
+        input_ids: torch.LongTensor,
         cache: DynamicCache,
         mask: torch.Tensor | None,
         position: torch.Tensor,
@@ -141,7 +141,7 @@ class _Answers:
         self.mask = mask  # (batch, cached), or None where nothing is padding
         self.position = position  # (batch, 1) on the first rotary axis, of the next token to run
         # Every row's own tokens, ending at the right edge: what processors and criteria read
-        self.ids: torch.Tensor = input_ids
+        self.ids: torch.LongTensor = input_ids  # the type that transformers' processors and criteria take
         self.length = input_ids.new_zeros(batch)  # of what was generated
         self.pending = input_ids.new_full((batch,), pad)  # a row's last token, where it has not run yet
         self.is_pending = torch.zeros_like(self.pending, dtype=torch.bool)
@@ -153,7 +153,7 @@ class _Answers:
         # All rows end at the right edge, where processors and criteria look.
         grown = torch.cat([self.ids, tokens], dim=1)
         moved = F.pad(self.ids, (count, 0), value=self.pad)
-        self.ids = torch.where(rows[:, None], grown, moved)
+        self.ids = torch.where(rows[:, None], grown, moved)  # pyright: ignore[reportAttributeAccessIssue]  # of longs
         self.length = self.length + count * rows
         self.pending = torch.where(rows, tokens[:, -1], self.pending)
 
@@ -268,7 +268,7 @@ class _Answers:
 
 def generate_interleaved(
     model: "NextFlowForCausalLM",
-    input_ids: torch.Tensor,
+    input_ids: torch.LongTensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,

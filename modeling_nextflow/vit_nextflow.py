@@ -37,7 +37,7 @@ class NextFlowViTEmbeddings(Siglip2VisionEmbeddings):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_layernorm else nn.Identity()
         )
 
-    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.LongTensor) -> torch.Tensor:
         # Cast to the dtype of the positions: a quantised patch embedding holds bytes, so its own dtype says nothing.
         patches = self.patch_embedding(pixel_values.to(self.position_embedding.weight.dtype))
         # SigLIP2 reads `.weight`; offloading loads an embedding's weights only while it is called.
