@@ -46,10 +46,12 @@ def write_file(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` to a file in UTF-8, see [`write_file`]."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` to a file as indented JSON, see [`write_file`]."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -164,6 +166,7 @@ def _merge(new: Path, folder: Path, without: Collection[str]) -> None:
 
 
 def flush_tree(folder: Path) -> None:
+    """Wait until a folder, with all files and folders in it, is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         flush(path)
 

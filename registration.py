@@ -13,6 +13,7 @@ from types import ModuleType
 
 
 def register_with_transformers() -> None:
+    """Enter the classes into transformers' auto classes."""
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
@@ -61,6 +62,7 @@ def register_with_transformers() -> None:
 
 
 def register_with_diffusers() -> None:
+    """Let diffusers' loader and its namespace know the pipelines and their components."""
     import diffusers
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
     from transformers import ImageProcessingMixin, PreTrainedModel, ProcessorMixin
@@ -81,16 +83,18 @@ def register_with_diffusers() -> None:
 
 
 def register_with_auto_pipelines() -> None:
+    """Enter the pipeline into diffusers' `AutoPipelineForText2Image` and `AutoPipelineForImage2Image`."""
     from diffusers.pipelines import auto_pipeline
 
     from .pipelines.pipeline_nextflow import NextFlowPipeline
 
-    # One class draws and edits. diffusers looks a class up by its name, through all tables, for its key in this one.
+    # One class samples and edits. diffusers looks a class up by its name, through all tables, for its key in this one.
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nextflow"] = NextFlowPipeline
     auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["nextflow"] = NextFlowPipeline
 
 
 def register_with_peft() -> None:
+    """Tell PEFT which matrices a `LoraConfig()` without `target_modules` adapts."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # Every matrix of the decoder, for a `LoraConfig()` that names none. Not the connector, which is small and new and
@@ -100,6 +104,7 @@ def register_with_peft() -> None:
 
 
 def register_with_liger() -> None:
+    """Let Liger's `apply_liger_kernel` know the model type."""
     from .training.transformer.liger import MODEL_TYPE, apply_liger_kernel_to_nextflow
 
     # Not by import: this runs at the end of that module's own, before its package has it as an attribute.
@@ -118,7 +123,7 @@ class _RegisteringLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader  # the module shall not see the detour
+        module.__spec__.loader = module.__loader__ = self.loader  # hide this loader from the module
         self.loader.exec_module(module)
         self.register()
 
@@ -128,8 +133,9 @@ class _RegisteringFinder(MetaPathFinder):
     Lets a registration run at the end of the import of its library, where that was not imported before.
 
     Sound because `transformers` and `diffusers` are lazy packages: where their `__init__` ends, none of their
-    submodules is half imported. Of ours, only the `__init__` of an island can be: each opens with the import of the
-    library that it registers with (tests/test_packaging.py checks it), so that its modules are still untouched.
+    submodules is half imported. Of ours, only the `__init__` of modeling, processing or pipelines can be: each opens
+    with the import of the library that it registers with (tests/test_packaging.py checks it), so its own modules are
+    not imported yet.
     """
 
     def __init__(self, pending: dict[str, Callable[[], None]]):

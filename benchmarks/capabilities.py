@@ -3,8 +3,8 @@
     python benchmarks/capabilities.py                          # the shipped Shapes model
     python benchmarks/capabilities.py --model path/to/model --device cuda --dtype bfloat16
 
-Each capability runs in a process of its own, so that none profits from what another left behind. Pictures that are
-given are plain (a disc on white), for the numbers do not depend on what is to be seen.
+Each capability runs in a process of its own, so that none profits from what another left behind. Source images
+are plain (a disc on white), as the numbers do not depend on what they show.
 
 - first: the first call after loading; warm: the median of `--repeats` calls after it.
 - loaded: memory with the model loaded and nothing done. Peak: the most during all calls. On a CPU both are of the
@@ -40,7 +40,7 @@ CAPABILITIES = {
     "frames": "a storyline of 3 images",
     "in-context": "one image after an example pair",
     "preview": "one image, decoded after every scale",
-    "redraw": "one image that keeps half the scales of another",
+    "keep scales": "one image that keeps half the scales of another",
     "regional edit": "the left half of an image anew",
     "reconstruct": "an image to codes and back",
     "diffusion decoder": "one image through the diffusion decoder",
@@ -78,7 +78,7 @@ def work_of(name: str, pipe: Any, image: Any, max_new_tokens: int) -> Callable[[
         "frames": lambda: pipe.frames(STORY, num_frames=3, generator=seeded(), **written),
         "in-context": lambda: pipe(messages=user(image, "is to", image, "as", image, "is to"), generator=seeded()),
         "preview": lambda: list(pipe.preview(PROMPT, generator=seeded())),
-        "redraw": lambda: pipe(
+        "keep scales": lambda: pipe(
             PROMPT, **codes(), keep_scales=schedule.num_scales(resolution) // 2, generator=seeded()
         ),
         "regional edit": lambda: pipe(PROMPT, **codes(), mask_image=half, generator=seeded()),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 LEFT_OUT = {"tests", "benchmarks", "docs", "examples", "integrations", "build", "dist"}
-ISLANDS = ("modeling_nextflow", "conversion", "processing", "pipelines")
+TYPED_PACKAGES = ("modeling_nextflow", "conversion", "processing", "pipelines")
 MOST_LINES, MOST_BASES = 600, 2
 
 
@@ -133,7 +133,7 @@ def main() -> None:
         code[module.room] += module.code
     complexities = sorted(((complexity(node), node.name) for node in functions), reverse=True)
     above_15, above_20 = (sum(number > limit for number, _ in complexities) for limit in (15, 20))
-    types = json.loads(output_of("basedpyright", "--outputjson", *ISLANDS, root=root) or "{}")
+    types = json.loads(output_of("basedpyright", "--outputjson", *TYPED_PACKAGES, root=root) or "{}")
     comments = sum(module.comments for module in modules)
     total = sum(code.values())
     rows = {

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def chat(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Answer one question or hold a conversation; returns what `--json` prints."""
     history = None if args.messages is None else read_messages(args.messages)
     if args.system is not None:
         if history is not None:

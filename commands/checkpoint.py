@@ -75,7 +75,8 @@ def describe(folder: Path, *, dtype: str | None = None) -> dict[str, Any]:
     What the model in `folder` is, in JSON.
 
     Args:
-        dtype (`str`, *optional*): That it is to be loaded in, for the memory it takes. By default as it is saved.
+        folder (`Path`): A pipeline, or one of its components.
+        dtype (`str`, *optional*): The dtype that memory is stated for. By default that of the files.
     """
     index, class_name = _model_index(folder)
     components = [_describe_component(folder, name, *entry) for name, entry in index.items()]

@@ -35,6 +35,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Says a mistake in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and the message in one line, without the usage."""
         self.exit(MISTAKE, f"{self.prog}: {message}\n")
 
 
@@ -69,9 +70,11 @@ class Console:
             self.warn(text)
 
     def warn(self, text: str) -> None:
+        """Print a line to standard error, whatever `--quiet` says."""
         print(f"nextflow-hf {self.name}: {text}", file=sys.stderr, flush=True)
 
     def write_json(self, value: Any) -> None:
+        """Print `value` as one line of JSON where `--json` asks for it."""
         if self.is_json:
             print(json.dumps(value), file=self._output, flush=True)
 

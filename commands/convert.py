@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert_tokenflow(args: argparse.Namespace) -> None:
+    """`convert tokenflow`: a TokenFlow checkpoint as a folder of our vision tokenizer."""
     import torch
 
     from ..conversion import from_tokenflow as conversion
@@ -115,6 +116,7 @@ def convert_tokenflow(args: argparse.Namespace) -> None:
 
 
 def convert_qwen(args: argparse.Namespace) -> None:
+    """`convert qwen`: a Qwen and a vision tokenizer as a pipeline folder, or with `--dry-run` the plan of it."""
     from transformers import AutoConfig
 
     from ..conversion import assemble
@@ -157,6 +159,7 @@ def convert_qwen(args: argparse.Namespace) -> None:
 
 
 def plan_qwen(args: argparse.Namespace, source: object, fields: dict) -> None:
+    """Print where each tensor of the checkpoint would go, without reading weights."""
     import torch
 
     from ..conversion import from_qwen as conversion
@@ -209,6 +212,7 @@ def print_plan(rows: Iterable[tuple[str, Sequence[int], str]]) -> None:
 
 
 def print_size(parameters: Iterable["torch.nn.Parameter"]) -> None:
+    """Print the number of parameters and their size in GB."""
     count = size = 0
     for parameter in parameters:
         count += parameter.numel()

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def edit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Change the images; returns what `--json` prints."""
     if not args.image and args.from_image is None:
         raise ValueError("got no image: name what to change with --image, or use `nextflow-hf generate`")
     return generate_images(args, console)

@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export_whole(args: argparse.Namespace, run: Run) -> None:
+    """Write a run as a pipeline folder with a model card."""
     import torch
 
     from ..hub_cards.cards import run_card
@@ -183,6 +184,7 @@ def set_defaults(pipeline: "NextFlowPipeline", settings: dict[str, Any]) -> None
 
 
 def export_tokenizer_alone(args: argparse.Namespace, run: Run) -> None:
+    """Write a run of the vision tokenizer as a folder of its own."""
     from ..conversion.assemble import load_image_processor, load_vision_tokenizer
     from ..hub_cards.cards import run_card
     from ..hub_cards.export import cast_copy, export_vision_tokenizer
@@ -201,6 +203,7 @@ def export_tokenizer_alone(args: argparse.Namespace, run: Run) -> None:
 
 
 def export_adapter_alone(args: argparse.Namespace, run: Run) -> None:
+    """Write the adapter of a run, without the model that it adapts."""
     from ..hub_cards.cards import PLACEHOLDER_OWNER, run_card
     from ..hub_cards.export import export_adapter
 

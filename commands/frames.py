@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def frames(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Sample a sequence of images; returns what `--json` prints."""
     # 1. What to sample
     args.storyline = args.storyline or None
     recalled = records.recall(args, "frames", RECORDED)

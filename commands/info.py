@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Describe a model, or print the record of an image; returns what `--json` prints."""
     if args.model is not None and Path(args.model).is_file():
         record = asdict(records.read_record(Path(args.model)))
         console.show(json.dumps(record, indent=2, ensure_ascii=False))
@@ -54,7 +55,7 @@ def info(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _lines(described: Mapping[str, Any]) -> list[str]:
-    """The description for people."""
+    """The description as lines of text."""
     lines = [f"{described['model']}: {described['class']}", "", "components"]
     for part in described["components"]:
         line = f"  {part['name']:<18} {part['class']}"
@@ -94,7 +95,7 @@ def _lines(described: Mapping[str, Any]) -> list[str]:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes with its unit."""
     for unit, worth in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= worth:
             return f"{count / worth:.3g} {unit}"

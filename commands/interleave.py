@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def interleave(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Answer in text and images; returns what `--json` prints."""
     # 1. What is asked
     if args.messages is not None:
         args.messages = read_messages(args.messages)

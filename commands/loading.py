@@ -119,7 +119,7 @@ def silence_loading() -> None:
 
 
 def _load_components(args: argparse.Namespace, found: str, without: Sequence[str]) -> "NextFlowPipeline":
-    """The pipeline `found`, with the parts of `--transformer` and `--vision-tokenizer` in the place of its own."""
+    """The pipeline `found`, with the parts of `--transformer` and `--vision-tokenizer` instead of its own."""
     import torch
 
     from .. import NextFlowPipeline

@@ -44,12 +44,14 @@ def _with_paths(content: str | list[dict[str, Any]], folder: Path) -> str | list
 
 
 def existing_file(path: Path) -> Path:
+    """The absolute path of an image; raises `FileNotFoundError` where there is no such file."""
     if not path.is_file():
         raise FileNotFoundError(f"the image {path} " + ("is a folder" if path.is_dir() else "does not exist"))
     return path.resolve()
 
 
 def user_message(text: str, images: list[Path] | None) -> dict[str, Any]:
+    """The user's message of a text and the images before it, as the pipeline takes it."""
     parts = [{"type": "image", "image": existing_file(image)} for image in images or ()]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 

@@ -200,10 +200,12 @@ def add_recall_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_no_metadata(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add `--no-metadata`."""
     parser.add_argument("--no-metadata", action="store_true", help="do not record in the images how they were made")
 
 
 def add_console_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--json` and `--quiet`, which [`Console`] follows."""
     group = parser.add_argument_group("console")
     group.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     group.add_argument("--quiet", action="store_true", help="print no progress")

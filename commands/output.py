@@ -39,7 +39,7 @@ class Output:
             self.file = path
 
     def path(self, prompt: str | None, seed: int) -> Path:
-        """That of the next image."""
+        """The path of the next image."""
         self._given += 1
         if self.file is not None:
             return numbered(self.file, self._given, self.count)
@@ -76,6 +76,7 @@ def check_video(path: Path) -> None:
 
 
 def preview_path(path: Path, number: int = 1, count: int = 1) -> Path:
+    """Where the preview of image `number` of `count` goes; raises `ValueError` for other formats."""
     if path.suffix.lower() not in (".gif", ".mp4", ".png"):
         raise ValueError(f"--preview is {path}, expected a .gif, a .mp4 or, for all scales side by side, a .png")
     check_video(path)

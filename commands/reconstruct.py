@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Encode and decode images; returns what `--json` prints."""
     # 1. What to encode
     # One image that is not there is a mistake at once; among several, it is left out like any bad one.
     sources = [existing_file(path) if len(args.image) == 1 else path.resolve() for path in args.image]

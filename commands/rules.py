@@ -27,12 +27,14 @@ class Rule(NamedTuple):
 
 
 def integer(low: int, high: int) -> Rule:
+    """Integers from `low` to `high`; no booleans."""
     return Rule(
         f"an integer from {low} to {high}", lambda value: type(value) is int and low <= value <= high, {"type": int}
     )
 
 
 def number(low: float, high: float) -> Rule:  # NaN is in no range
+    """Integers and floats from `low` to `high`."""
     return Rule(
         f"a number from {low} to {high}",
         lambda value: type(value) in (int, float) and low <= value <= high,
@@ -41,12 +43,14 @@ def number(low: float, high: float) -> Rule:  # NaN is in no range
 
 
 def one_of(*values: str) -> Rule:
+    """One of these words."""
     return Rule(
         f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values, {"choices": values}
     )
 
 
 def text(longest: int, pattern: str = r"[^\x00\ud800-\udfff]*") -> Rule:  # surrogates cannot be written again
+    """Text of at most `longest` characters that `pattern` matches as a whole."""
     shape = re.compile(pattern, re.DOTALL)
     return Rule(
         f"text of at most {longest} characters",
@@ -55,10 +59,12 @@ def text(longest: int, pattern: str = r"[^\x00\ud800-\udfff]*") -> Rule:  # surr
 
 
 def either(*rules: Rule) -> Rule:
+    """Whatever one of the rules accepts."""
     return Rule(" or ".join(rule.expected for rule in rules), lambda value: any(rule.accepts(value) for rule in rules))
 
 
 def listed(rule: Rule, most: int, least: int = 0) -> Rule:
+    """Lists of `least` to `most` entries that `rule` accepts."""
     return Rule(
         f"a list of {least} to {most} entries, each {rule.expected}",
         lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(rule.accepts, value)),
@@ -67,6 +73,7 @@ def listed(rule: Rule, most: int, least: int = 0) -> Rule:
 
 
 def mapping(rule: Rule, most: int) -> Rule:
+    """Objects of at most `most` entries, whose values `rule` accepts."""
     return Rule(
         f"an object of at most {most} entries, each {rule.expected}",
         lambda value: isinstance(value, dict) and len(value) <= most and all(map(rule.accepts, value.values())),
@@ -74,6 +81,7 @@ def mapping(rule: Rule, most: int) -> Rule:
 
 
 def table(**rules: Rule) -> Rule:
+    """Objects with exactly these keys, each with a rule of its own."""
     return Rule(
         "an object with " + ", ".join(f"{name}: {rule.expected}" for name, rule in rules.items()),
         lambda value: (

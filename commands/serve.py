@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Serve until a signal ends it; returns what `--json` prints."""
     args.api_key = args.api_key or os.environ.get(API_KEY)
     if args.api_key is None and not is_loopback(args.host):
         raise ValueError(

@@ -121,6 +121,7 @@ def leave_processes() -> None:
 
 
 def list_recipes(kinds: Sequence[str]) -> int:
+    """Print the shipped recipes of each kind, and what they start from."""
     from ..training.common.recipe import load_recipe, shipped_recipes
 
     for kind in kinds:
@@ -136,6 +137,7 @@ def list_recipes(kinds: Sequence[str]) -> int:
 
 
 def print_keys(kind: str, module: ModuleType) -> int:
+    """Print every key of a recipe of this kind, with its type and default."""
     from ..training.common.keys import document_keys
 
     print(
@@ -148,6 +150,7 @@ def print_keys(kind: str, module: ModuleType) -> int:
 
 
 def print_plan(module: ModuleType, recipe: dict, groups: Sequence) -> int:
+    """`--dry-run`: print the resolved recipe, the steps, the data and the memory."""
     import yaml
     from transformers import TrainingArguments
 

@@ -53,9 +53,9 @@ QWEN_PREFIXES = {
     "lm_head.": "lm_head.",
 }
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Here they have more rows than there.
+# Matrices that have more rows here than in the checkpoint.
 GROWN_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-# Here alone: modules that the checkpoint knows nothing of.
+# Modules that the checkpoint does not have.
 NEW_MODULES = ("model.image_codebook.", "model.connector.", "model.scale_embedding.")
 
 
@@ -186,7 +186,7 @@ def empty_model(config: NextFlowConfig) -> NextFlowForCausalLM:
     """The transformer without weights: names and shapes."""
     with torch.device("meta"):
         # transformers' mixin of `generate` declares what `PreTrainedModel` has.
-        return NextFlowForCausalLM(config)  # pyright: ignore[reportAbstractUsage]  # it is none
+        return NextFlowForCausalLM(config)  # pyright: ignore[reportAbstractUsage]  # the class is not abstract
 
 
 def convert_qwen(

@@ -120,7 +120,7 @@ def from_tokenflow(
             SigLIP. Their position tables are resized to it once, here.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Codebooks stay float32.
         config_overrides (`dict`, *optional*):
-            Fields of [`NextFlowVisionTokenizerConfig`] in the place of those read off the checkpoint.
+            Fields of [`NextFlowVisionTokenizerConfig`] instead of those read off the checkpoint.
 
     Raises:
         `ValueError`: on a file that is not such a tokenizer, or not a whole one, naming what is missing.
@@ -141,7 +141,7 @@ def empty_tokenizer(config: NextFlowVisionTokenizerConfig) -> NextFlowVisionToke
 def cast(model: NextFlowVisionTokenizer, dtype: torch.dtype) -> NextFlowVisionTokenizer:
     """`model` itself in `dtype`, its codebooks in float32."""
     model.quantizer.float()  # which stays where it is when the rest is cast
-    model.to(dtype)  # pyright: ignore[reportArgumentType]  # by its decorator in transformers it seems unbound
+    model.to(dtype)  # pyright: ignore[reportArgumentType]  # transformers' decorator hides that it is bound
     model.config.dtype = dtype
     return model
 
@@ -260,7 +260,7 @@ def convert_tokenflow(state: Mapping[str, torch.Tensor], model: NextFlowVisionTo
     for part in ("semantic_encoder", "semantic_decoder"):
         _convert_embeddings(converted, f"{part}.embeddings", math.isqrt(getattr(model, part).config.num_patches))
     for name in [name for name in converted if name.startswith("semantic_decoder.") and name.endswith("q_proj.bias")]:
-        # No bias: attention does not see one on the keys.
+        # No bias: on the keys it would cancel in the softmax.
         converted[name.replace("q_proj", "k_proj")] = torch.zeros_like(converted[name])
 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

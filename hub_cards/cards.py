@@ -1,4 +1,4 @@
-"""Model cards for everything that training makes: whole models, vision tokenizers, adapters, decoders, and Shapes.
+"""Model cards for everything that training makes: whole models, vision tokenizers, adapters and decoders.
 
 A card is a Jinja template (`<kind>_card.md` beside this file, all on `base_card.md`), metadata that the Hub sorts and
 filters by, and what was measured. Measured results are written once and stand in both.
@@ -81,7 +81,7 @@ def create_card(
         title (`str`, *optional*): Defaults to the repository's name.
         summary (`str`, *optional*): First paragraph, Markdown. A line on the kind by default.
         example (`str`, *optional*, defaults to `"a red circle"`): Prompt of the snippet.
-        use (`str`, *optional*): How it is loaded and called, Markdown, in the place of the snippet of its kind.
+        use (`str`, *optional*): How it is loaded and called, Markdown, instead of the snippet of its kind.
         facts (`Mapping[str, str]`, *optional*): Rows of the table on the model, such as [`pipeline_facts`].
         training (`str`, *optional*): How it was trained, Markdown.
         results (`Sequence[EvalResult]`, *optional*): What was measured: a table, and the Hub's `model-index`.

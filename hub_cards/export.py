@@ -41,7 +41,7 @@ AUTO_CLASSES = {
     "AutoModelForMultimodalLM": NextFlowForConditionalGeneration,
     "AutoModelForImageTextToText": NextFlowForConditionalGeneration,
 }
-ISLANDS = ("modeling_nextflow", "processing", "pipelines")
+HUB_PACKAGES = ("modeling_nextflow", "processing", "pipelines")
 
 
 def export_pipeline(
@@ -209,8 +209,8 @@ def export_adapter(
 
 
 def code_files() -> dict[str, Path]:
-    """Every module of the islands by its name. One flat folder holds them: no two have one name."""
-    paths = [Path(str(path)) for island in ISLANDS for path in files(f"nextflow_hf.{island}").iterdir()]
+    """Every module of these packages by its file name, which is unique: one flat folder holds them all."""
+    paths = [Path(str(path)) for package in HUB_PACKAGES for path in files(f"nextflow_hf.{package}").iterdir()]
     return {path.name: path for path in paths if path.suffix == ".py" and path.name != "__init__.py"}
 
 

@@ -52,6 +52,9 @@ class RowRuns:
     runs: tuple[tuple[int, int, int], ...]
 
     def split(self, query: torch.Tensor, *keys_and_values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """
+        `query` and each of `keys_and_values`, run by run: the rows of a run, keys and values without its padding.
+        """
         # The padding of a run has one length: cut off the keys, it leaves nothing to mask.
         for first, end, padding in self.runs:
             yield query[first:end], *(states[first:end, :, padding:] for states in keys_and_values)
@@ -181,6 +184,7 @@ class NextFlowRotaryEmbedding(UnroundedModule, Qwen2RotaryEmbedding):
 
     @staticmethod
     def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies (head_dim / 2,), and the factor of cos and sin."""
         # Overwritten to count in integers: while DeepSpeed shards what is made, `torch.arange` rounds floats.
         exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
         parameters: dict[str, Any] = dict(config.rope_parameters or {})
@@ -241,6 +245,7 @@ class NextFlowCacheLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values (batch, heads, new, head_dim) in place; returns those of all tokens so far."""
         start, end = self.length, self.length + key_states.shape[2]
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -271,9 +276,11 @@ class NextFlowCacheLayer(DynamicLayer):
         self.length = self.num_values = length
 
     def get_seq_length(self) -> int:
+        """Number of tokens whose keys are in the cache."""
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens, as in transformers; the memory stays reserved."""
         # transformers cuts the tensors. The setters take the new length from that; the memory itself stays reserved.
         memory = self._keys, self._values
         super().crop(tokens_to_remove)
@@ -347,6 +354,7 @@ class CachePlace:
 
     @classmethod
     def of(cls, cache: Cache | None) -> "CachePlace | None":
+        """The place that a cache was marked with, or `None`."""
         return getattr(cache, PLACE, None)
 
     @classmethod
@@ -357,7 +365,7 @@ class CachePlace:
 
     def steps_ahead(self, cache: Cache, batch: int) -> torch.Tensor | int:
         """Steps of the rotary text axis less tokens, (batch, 1)."""
-        # With the rotary axes alone (3), or other rows by now, nothing says how far each row is ahead.
+        # Without the token axis, or with other rows than before, it is not known how far each row is ahead.
         if len(self.position) == 4 and self.position.shape[1] == batch:
             ahead = (self.position[1] - self.position[0])[:, None]
             # Where no row is ahead there was no image, and cutting tokens changes nothing.

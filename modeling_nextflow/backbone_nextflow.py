@@ -61,6 +61,11 @@ class NextFlowConnector(nn.Sequential):
 
 
 class NextFlowPreTrainedModel(PreTrainedModel):
+    """
+    What the transformer's classes share: which modules are quantised, sharded and compiled, fused layers, and how
+    weights begin. See [`~transformers.PreTrainedModel`] for loading and saving.
+    """
+
     config: NextFlowConfig
     base_model_prefix = "model"
     input_modalities = ["image", "text"]
@@ -88,7 +93,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: NextFlowConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        # Who wraps by these names (FSDP) expects each of them in the model.
+        # FSDP wraps modules by these names, and expects each of them in the model.
         self._no_split_modules = ["Qwen3DecoderLayer" if config.qk_norm else "Qwen2DecoderLayer"]
 
     def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
@@ -174,10 +179,12 @@ class NextFlowPreTrainedModel(PreTrainedModel):
         return isinstance(self.base_model.layers[0], FusedDecoderLayer)
 
     def load_adapter(self, *args, **kwargs):
+        """transformers' method, which unfuses the layers first."""
         self.unfuse_qkv_projections()  # an adapter knows Qwen's names
         return super().load_adapter(*args, **kwargs)
 
     def add_adapter(self, *args, **kwargs) -> None:
+        """transformers' method, which unfuses the layers first."""
         self.unfuse_qkv_projections()
         super().add_adapter(*args, **kwargs)
 
@@ -357,7 +364,7 @@ class NextFlowModel(NextFlowInputs):
         super().__init__(config)
         layer_class = Qwen3DecoderLayer if config.qk_norm else Qwen2DecoderLayer
         self.layers = nn.ModuleList(
-            layer_class(config, layer_idx)  # pyright: ignore[reportArgumentType]  # it has Qwen3's fields, too
+            layer_class(config, layer_idx)  # pyright: ignore[reportArgumentType]  # our config has Qwen3's fields
             for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -379,6 +386,20 @@ class NextFlowModel(NextFlowInputs):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """
+        The hidden states after the last norm. Arguments are those of [`NextFlowForCausalLM.forward`], and:
+
+        Args:
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                cos and sin, each (batch, length, head_dim), instead of positions: for a block on top of a cache.
+
+        Returns:
+            `BaseModelOutputWithPast`: `last_hidden_state` (batch, length, hidden) and `past_key_values`.
+
+        Raises:
+            `ValueError`: where not exactly one of `input_ids` and `inputs_embeds` is given, for `pixel_values`, and
+            where images in the tokens and `image_grids` do not fit each other.
+        """
         if kwargs.get("pixel_values") is not None:  # a trainer's loss of its own calls this module by itself
             raise ValueError(
                 "got pixel_values, but the transformer reads image_codes: train and call "
@@ -458,10 +479,12 @@ class NextFlowModel(NextFlowInputs):
         token_positions: torch.Tensor | None = None,
         layout: ImageLayout | None = None,
     ) -> torch.Tensor:
-        """Positions (4, batch, length) from the tokens alone; see [`grids_nextflow.get_position_ids`].
+        """
+        Positions (4, batch, length) from the tokens alone; see [`grids_nextflow.get_position_ids`].
 
         On top of a cache the tokens continue where it ends, which is not its length: an image took one step a scale.
-        `token_positions` say themselves where their tokens stand.
+        `token_positions` say themselves where their tokens stand. Raises `ValueError` without `input_ids` and
+        `inputs_embeds`.
         """
         if input_ids is None:  # only its shape is read
             if inputs_embeds is None:

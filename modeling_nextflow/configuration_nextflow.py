@@ -159,6 +159,7 @@ class NextFlowVisionTokenizerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:
+        """The fields as a dictionary, with an `auto_map` that loads outside of the package."""
         output = super().to_dict()
         # transformers takes a class with "Tokenizer" in its name for one of text, and maps it to (slow, fast) classes.
         for name, reference in output.get("auto_map", {}).items():
@@ -233,7 +234,7 @@ class NextFlowConfig(Qwen2Config):
         head_dim (`int`, *optional*):
             Width of an attention head. Defaults to `hidden_size // num_attention_heads`.
         qk_norm (`bool`, *optional*, defaults to `False`):
-            Whether the layers are Qwen3's, which norm queries and keys, in the place of Qwen2.5's.
+            Whether the layers are Qwen3's, which norm queries and keys, instead of Qwen2.5's.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether Qwen3's projections have a bias. Qwen2.5's queries, keys and values always have one.
         text_vocab_size (`int`, *optional*, defaults to 152064):
@@ -360,6 +361,7 @@ class NextFlowConfig(Qwen2Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The configuration of a file; one from before `scale_length_counts_repeats` counts repeats."""
         # Overwritten: what was saved without the field is a model that was trained with repeats counted.
         return super().from_dict({"scale_length_counts_repeats": True, **config_dict}, **kwargs)
 

@@ -41,7 +41,7 @@ class Decoder(Protocol):
 
 
 class FusedRMSNorm(Qwen2RMSNorm):
-    """One kernel, which rounds once."""
+    """RMSNorm as one kernel, which rounds once."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
@@ -81,6 +81,7 @@ class FusedLinear(nn.Linear):
 
     @classmethod
     def of(cls, layers: dict[str, nn.Linear]) -> "FusedLinear":
+        """One layer of these layers of equal input, in their order, by name."""
         first, *_ = layers.values()
         sizes = {name: layer.out_features for name, layer in layers.items()}
         # On meta, so the rows put in below are its only memory.
@@ -92,6 +93,7 @@ class FusedLinear(nn.Linear):
         return joined
 
     def parts(self) -> dict[str, nn.Linear]:
+        """The layers that this one was made of, by name; each with memory of its own."""
         parts, start = {}, 0
         for name, size in self.sizes.items():
             parts[name] = part = nn.Linear(self.in_features, size, bias=self.bias is not None, device="meta")
@@ -113,6 +115,8 @@ class ResidualLinear(nn.Linear):
 
 
 class FusedAttention(Qwen2Attention):
+    """Qwen's attention with one product for queries, keys and values; the residual is added in the last product."""
+
     qkv_proj: FusedLinear
     q_norm: nn.Module  # Qwen3's
     k_norm: nn.Module
@@ -156,6 +160,8 @@ class FusedAttention(Qwen2Attention):
 
 
 class FusedMLP(Qwen2MLP):
+    """Qwen's MLP with one product for gate and up; the residual is added in the last product."""
+
     gate_up_proj: FusedLinear
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -165,6 +171,8 @@ class FusedMLP(Qwen2MLP):
 
 
 class FusedDecoderLayer(Qwen2DecoderLayer):
+    """A layer of Qwen's decoder whose parts add their own residuals."""
+
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
         hidden_states, _ = self.self_attn(hidden_states=normed, residual=hidden_states, **kwargs)
@@ -207,6 +215,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def can_be_fused(decoder: Decoder) -> bool:
+    """Whether all modules of the layers are plain: not quantised, adapted, sharded, offloaded or hooked."""
     return all(is_plain(module) for part in (*decoder.layers, decoder.norm) for module in part.modules())
 
 

@@ -73,6 +73,13 @@ class NextFlowGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, *args, **kwargs) -> None:
+        """
+        Check the settings, those of images included.
+
+        Raises:
+            `ValueError`: for a setting out of its range, for lists per scale of different lengths, for a negative
+            `max_images`, and for `image_target_grids` that do not begin with a single cell.
+        """
         super().validate(*args, **kwargs)
         settings = {name: getattr(self, own) for name, own in CONFIG_NAMES.items()}
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -89,11 +96,12 @@ class NextFlowGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "NextFlowGenerationConfig":
+        """transformers' method, with a result of this class."""
         return cls.from_plain(GenerationConfig.from_model_config(model_config))
 
     @classmethod
     def from_plain(cls, generation_config: GenerationConfig) -> "NextFlowGenerationConfig":
-        """The same settings as one of ours, which does not forget those of images when it is saved and loaded."""
+        """The same settings as an object of this class, which keeps those of images when it is saved and loaded."""
         return cls(**{**generation_config.to_dict(), "_from_model_config": None})
 
     @classmethod
@@ -107,7 +115,7 @@ class NextFlowGenerationConfig(GenerationConfig):
             if (scale := config_dict.get("guidance_scale")) not in (None, 1):
                 logger.warning(f"left out guidance_scale={scale} of an old generation config: pass it to `generate`")
         config = super().from_dict(in_this_format(config_dict), **kwargs)
-        return config  # pyright: ignore[reportReturnType]  # transformers makes one of `cls`, and says less
+        return config  # pyright: ignore[reportReturnType]  # it is a `cls`
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Without what is unset; transformers does that for its own names only."""

@@ -62,6 +62,7 @@ class NextFlowImageGenerationOutput:
     image_grids: torch.Tensor
 
     def to(self, device: torch.device | str) -> "NextFlowImageGenerationOutput":
+        """The same output on another device."""
         return NextFlowImageGenerationOutput(self.image_codes.to(device), self.image_grids.to(device))
 
 
@@ -87,7 +88,7 @@ class PromptRows:
         *,
         batch: int | None = None,
     ) -> "PromptRows":
-        """With the defaults of a call filled in, and `batch` rows of the one that there may be."""
+        """Fill in the defaults, and repeat a single prompt to `batch` rows. Raises `ValueError` for another number."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if not mask[:, -1].all():
             raise ValueError("prompts must be padded on the left: the last token of a row is padding")
@@ -367,7 +368,7 @@ def _append_scale(
 
 
 def _replaced(codes: torch.Tensor, others: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """`others` in the place of `codes`."""
+    """`others` instead of `codes`."""
     if others.shape != codes.shape:
         raise ValueError(f"image_codes were replaced by {tuple(others.shape)}, expected {tuple(codes.shape)}")
     return check_codes(others, codebook_size)

@@ -59,7 +59,7 @@ class NextFlowInterleavedGenerationOutput(ModelOutput):
     past_key_values: Cache | None = None
 
     def answer(self) -> "NextFlowInterleavedGenerationOutput":
-        """Only what was generated: what is shown to a user."""
+        """The output without the prompts: what is shown to a user."""
         assert self.sequences is not None and self.attention_mask is not None  # as all that `generate` returned has
         assert self.image_codes is not None and self.image_grids is not None and self.is_generated is not None
         sizes = self.image_grids.prod(-1).sum(-1).tolist()
@@ -82,6 +82,7 @@ class TextStreamer(BaseStreamer):
         self.is_text = is_text
 
     def put(self, value: torch.Tensor) -> None:
+        """Pass on the text of a prompt (1, length) or of new tokens (n,), without the tokens of images."""
         if value.ndim > 1 and len(value) > 1:
             raise ValueError(f"a streamer takes one row, got a batch of {len(value)}")
         text = value[self.is_text(value)]
@@ -89,11 +90,13 @@ class TextStreamer(BaseStreamer):
             self.streamer.put(text.view(1, -1) if value.ndim > 1 else text)
 
     def put_image(self, image_codes: torch.Tensor, image_grids: torch.Tensor) -> None:
+        """Give a sampled image to the streamer's `put_image`, where it has one."""
         put_image = getattr(self.streamer, "put_image", None)
         if put_image is not None:
             put_image(image_codes.cpu(), image_grids.cpu())
 
     def end(self) -> None:
+        """Tell the streamer that the answer is complete."""
         self.streamer.end()
 
 
@@ -138,7 +141,7 @@ class _Answers:
         self.mask = mask  # (batch, cached), or None where nothing is padding
         self.position = position  # (batch, 1) on the first rotary axis, of the next token to run
         # Every row's own tokens, ending at the right edge: what processors and criteria read
-        self.ids: torch.LongTensor = input_ids
+        self.ids: torch.LongTensor = input_ids  # the type that transformers' processors and criteria take
         self.length = input_ids.new_zeros(batch)  # of what was generated
         self.pending = input_ids.new_full((batch,), pad)  # a row's last token, where it has not run yet
         self.is_pending = torch.zeros_like(self.pending, dtype=torch.bool)
@@ -360,7 +363,7 @@ def generate_interleaved(
 
 
 def keep_text(scores: torch.Tensor, config: NextFlowConfig, may_begin: torch.Tensor | None = None) -> torch.Tensor:
-    """Scores in which all is ruled out that is no text but, in rows that `may_begin` an image, `<boi>`."""
+    """Scores that leave text and, in rows that `may_begin` an image, `<boi>`; all other tokens are ruled out."""
     kept = scores.clone()
     kept[:, config.image_vocabulary] = kept[:, config.image_token_id] = -float("inf")
     if may_begin is not None:

@@ -68,6 +68,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
     """`generate` in three modes."""
 
     def adjust_generation_fn(self, generation_config: GenerationConfig | None = None, *args, **kwargs) -> None:
+        """transformers' method, which leaves a [`NextFlowGenerationConfig`] on the model."""
         # Overwritten: what transformers loads is a plain `GenerationConfig`, with the names that its file has.
         if generation_config is not None:
             generation_config = NextFlowGenerationConfig.from_plain(generation_config)
@@ -117,6 +118,10 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         Returns:
             In `"image"` mode [`NextFlowImageGenerationOutput`], in `"interleaved"` mode
             [`NextFlowInterleavedGenerationOutput`]: token ids alone would lose the images.
+
+        Raises:
+            `ValueError`: for an unknown `generation_mode`, for options that the mode does not take, and where prompts
+            end in `<boi>` in another mode than `"image"`.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be 'text', 'image' or 'interleaved', got {generation_mode!r}")
@@ -375,6 +380,7 @@ class NextFlowGenerationMixin(NextFlowImageGeneration, GenerationMixin):
         use_cache=True,
         **kwargs,
     ):
+        """transformers' method; images that the cache does not hold yet come with their tokens."""
         image_grids = kwargs.get("image_grids")
         if image_grids is not None and not is_first_iteration and use_cache:
             # An assistant model's first iteration does not count as one: then nothing is in its cache.

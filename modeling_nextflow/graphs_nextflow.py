@@ -74,6 +74,7 @@ class PassGraphs:
         return workspace
 
     def give_back(self, workspace: Workspace) -> None:
+        """Keep a workspace, with its graphs, for the next call."""
         self.free.append(workspace)
         # Prompts of many lengths and batches of many sizes would fill the device with memory that nobody uses.
         del self.free[:-MAX_FREE]
@@ -83,7 +84,7 @@ class PassGraphs:
     ) -> torch.Tensor:
         """`function(*inputs)`, which appends to rows of the workspace's keys and values, by its graph."""
         length, cells = cache.get_seq_length(), inputs[1].shape[1]
-        # A graph has its shapes and the place that it writes to built in.
+        # A graph is bound to its shapes and to the place that it writes to.
         key = (len(inputs[0]), cells, length)
         if key not in workspace.passes:
             start = time.perf_counter()

@@ -21,7 +21,7 @@ def schedules_from_grids(image_grids: torch.Tensor) -> list[Schedule]:
     """Scale schedules, one tuple of (height, width) an image, from `image_grids` (n, max_scales, 2), zero-padded."""
     check_shape(image_grids)
     schedules = []
-    # One copy to the host; as tuples, schedules can be compared and are keys of groups.
+    # One copy to the host. Tuples can be compared, and are keys of groups.
     for index, rows in enumerate(image_grids.tolist()):
         grids = tuple((height, width) for height, width in rows if height or width)
         if not grids or min(min(grid) for grid in grids) < 1 or any(any(row) for row in rows[len(grids) :]):
@@ -39,6 +39,7 @@ def check_shape(image_grids: torch.Tensor) -> None:
 
 
 def check_image_count(is_boi: torch.Tensor, image_grids: torch.Tensor) -> None:
+    """Raise `ValueError` where there are not as many rows of `image_grids` as `<boi>` tokens."""
     if int(is_boi.sum()) != len(image_grids):
         raise ValueError(f"input_ids hold {int(is_boi.sum())} <boi> tokens, image_grids has {len(image_grids)} rows")
 
@@ -70,7 +71,7 @@ def group_by_schedule(schedules: Iterable[Schedule]) -> dict[Schedule, list[int]
 
 
 def check_codes(codes: torch.Tensor, codebook_size: int, name: str = "image_codes") -> torch.Tensor:
-    """`codes`, or `ValueError` where they are no codes of the codebook. Looks at the numbers: the host waits."""
+    """`codes`; raises `ValueError` where one is outside the codebook. Reads the values, so the host waits."""
     if codes.is_floating_point() or codes.dtype == torch.bool:
         raise ValueError(f"{name} are {codes.dtype}, expected integers")
     # An index out of range would abort a CUDA process, or read another row of the joint vocabulary.
@@ -231,7 +232,7 @@ def get_position_ids(
     depend on t. Padding (`attention_mask == 0`) takes no step.
 
     Args:
-        token_positions: plain positions (batch, length) of packed documents, in the place of a mask: a document begins
+        token_positions: plain positions (batch, length) of packed documents, instead of a mask: a document begins
             wherever they do not go up by one, and its rotary axes start from its first position.
         layout: what [`get_image_layout`] gives for the same arguments, if it has been called.
         past_tokens, past_steps: how far the sequence has come before `input_ids`, on the plain position and on the

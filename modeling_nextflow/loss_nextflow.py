@@ -226,6 +226,6 @@ class TokenLosses(torch.autograd.Function):
 def mean_by_scale(losses: torch.Tensor, scale: torch.Tensor, max_scales: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of `losses` (tokens,) at scale 0 (text) and at each image scale, (max_scales + 1,), and their counts."""
     count = torch.bincount(scale, minlength=max_scales + 1)
-    # A scale without tokens has mean 0, and its count says so.
+    # A scale without tokens has mean 0 and count 0.
     total = torch.zeros(max_scales + 1, device=losses.device).index_add_(0, scale, losses.detach().float())
     return total / count.clamp(min=1), count

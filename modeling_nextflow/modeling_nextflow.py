@@ -154,6 +154,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
                 and the three rotary axes (scale, row, column). Derived from the tokens if absent. Where token
                 positions restart, a packed document begins; packed documents take no `attention_mask`. Sharded
                 training in half precision rounds inputs that are not integers: pass `(batch, length)` there.
+            past_key_values, inputs_embeds, use_cache (*optional*): As in transformers.
             image_codes (`torch.Tensor` of shape `(total_codes,)`, *optional*):
                 Input codes of all images in reading order: scale-major, row-major.
             image_grids (`torch.Tensor` of shape `(n_images, max_scales, 2)`, *optional*):
@@ -172,7 +173,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             fused_lm_head (`bool`, *optional*, defaults to `False`):
                 Return [`NextFlowTokenScores`], as TRL's `SFTTrainer` asks for; needs labels.
             kwargs:
-                Those of transformers; among them `shift_labels`, in the place of `labels`: the same, one place
+                Those of transformers; among them `shift_labels`, instead of `labels`: the same, one place
                 earlier, at the tokens that predict them.
 
         Raises:
@@ -250,7 +251,10 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         image_grids: torch.Tensor | None = None,
         is_shifted: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Target id, loss weight and scale (0 for text) of every position, each (batch, length)."""
+        """
+        Target id, loss weight and scale (0 for text) of every position, each (batch, length). Raises `ValueError`
+        where there are images but no `input_ids`.
+        """
         layout = None
         if image_grids is not None:
             if input_ids is None:

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 VISION_TOKENIZER = "vision_tokenizer"
 TOKENIZER_ATTENTION = (None, "eager", "sdpa")
-# Arguments of `from_pretrained` that are the repository's, and so for both parts.
+# Arguments of `from_pretrained` about the repository, which both parts get.
 _REPOSITORY_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -76,11 +76,17 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
             )
         self.vision_tokenizer = vision_tokenizer.eval().requires_grad_(False)
         self.config.vision_tokenizer_config = vision_tokenizer.config
-        # What `post_init` gathers from parts that are there by then
+        # `post_init` gathers these from the parts that exist when it runs.
         for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_no_split_modules"):
             setattr(self, name, {*(getattr(self, name) or ()), *getattr(vision_tokenizer, name)})
 
     def train(self, mode: bool = True) -> "NextFlowForConditionalGeneration":
+        """
+        Set the mode of the transformer; the vision tokenizer stays frozen and in evaluation mode.
+
+        Raises:
+            `ValueError`: where parameters of the vision tokenizer require gradients.
+        """
         super().train(mode)
         if self.vision_tokenizer is not None:
             self.vision_tokenizer.eval()
@@ -175,7 +181,7 @@ class NextFlowForConditionalGeneration(NextFlowForCausalLM, NextFlowGenerationMi
     ) -> torch.Tensor:
         """
         Pixels (images, 3, max_height, max_width) in [-1, 1] of codes and their grids, or of what `generate` returned,
-        which has both. With `num_scales` a preview at full size.
+        which has both. With `num_scales` a preview at full size. Raises `ValueError` for codes without grids.
         """
         if isinstance(image_tokens, torch.Tensor):
             image_codes = image_tokens
@@ -305,7 +311,7 @@ def _check_fingerprint(expected: str | None, vision_tokenizer: NextFlowVisionTok
 
 
 def _compute_device(model: PreTrainedModel) -> torch.device:
-    """Where `model` computes. Offloaded, its parameters are elsewhere, and accelerate's hooks know."""
+    """The device that `model` computes on. Parameters that are offloaded are elsewhere: accelerate's hooks know it."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((device for device in devices if device is not None), model.device))

@@ -24,13 +24,7 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVisionTokenizerConfig
-from .grids_nextflow import (
-    Schedule,
-    check_codes,
-    count_codes,
-    group_by_schedule,
-    schedules_from_grids,
-)
+from .grids_nextflow import Schedule, check_codes, count_codes, group_by_schedule, schedules_from_grids
 from .pixel_cnn_nextflow import NextFlowPixelDecoder, NextFlowPixelEncoder, NextFlowZeroConv2d, convolution_layout
 from .quantizer_nextflow import NextFlowMultiScaleQuantizer
 from .vit_nextflow import NextFlowViT, patchify
@@ -209,6 +203,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' method; for a folder of another kind, the error names what is in it."""
         path = pretrained_model_name_or_path
         if path is not None and os.path.isdir(path) and kwargs.get("config") is None:
             _check_folder(Path(path), kwargs.get("subfolder") or "")
@@ -219,6 +214,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         return loaded
 
     def load_state_dict(self, *args, **kwargs):
+        """PyTorch's method; the fingerprint of the codes is computed anew after it."""
         self._codes_fingerprint = None
         return super().load_state_dict(*args, **kwargs)
 
@@ -231,7 +227,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
     functools.update_wrapper(save_pretrained, PreTrainedModel.save_pretrained)
 
     def get_image_grids(self, num_images: int = 1) -> torch.Tensor:
-        """`image_grids` of that many images for a tokenizer of fixed size: the schedule it was trained with."""
+        """Grids (num_images, max_scales, 2) of a tokenizer of fixed size; raises `ValueError` for any other."""
         if self.config.scale_sides is None:
             raise ValueError("config.scale_sides is None: this tokenizer has no schedule of its own, pass image_grids")
         sides = torch.tensor(self.config.scale_sides)
@@ -247,6 +243,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
+        """Undo [`~NextFlowVisionTokenizer.enable_slicing`]."""
         self.use_slicing = False
 
     def enable_tiling(self, tile_size: int = 640, tile_overlap: float = 0.2) -> None:
@@ -261,6 +258,9 @@ class NextFlowVisionTokenizer(PreTrainedModel):
                 Largest side of a tile in pixels; smaller images are decoded whole.
             tile_overlap (`float`, *optional*, defaults to 0.2):
                 Share of a tile that it has in common with the next, where the two are blended.
+
+        Raises:
+            `ValueError`: where `tile_size` is below two cells or `tile_overlap` not from 0 to 0.5.
         """
         if tile_size < 2 * self.config.patch_size:
             raise ValueError(f"tile_size is {tile_size}, expected at least two cells: {2 * self.config.patch_size}")
@@ -270,6 +270,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
         self.use_tiling = True
 
     def disable_tiling(self) -> None:
+        """Undo [`~NextFlowVisionTokenizer.enable_tiling`]."""
         self.use_tiling = False
 
     def compile_sampling(self, *, dynamic: bool | None = True, **compile_options) -> None:
@@ -352,10 +353,7 @@ class NextFlowVisionTokenizer(PreTrainedModel):
     def decode_features(
         self, image_codes: torch.Tensor, image_grids: torch.Tensor, *, num_scales: int | None = None
     ) -> NextFlowVisionTokenizerFeatures:
-        """
-        The maps behind the codes, for a diffusion decoder (§2.3). Arguments and errors as in
-        [`~NextFlowVisionTokenizer.decode`].
-        """
+        """The maps behind the codes (§2.3). Arguments and errors as in [`~NextFlowVisionTokenizer.decode`]."""
         maps, groups = self._decode_codes(image_codes, image_grids, num_scales)
         semantic_dim = self.config.semantic_code_dim
         features = [
@@ -470,15 +468,15 @@ class NextFlowVisionTokenizer(PreTrainedModel):
     def _decode_pixels(self, quantized: torch.Tensor, **tiles: int) -> torch.Tensor:
         """Quantised map (n, code_dim, rows, columns) to pixels (n, 3, height, width), unclamped."""
         pixel_map = quantized[:, self.config.semantic_code_dim :].to(self.post_quant_conv.weight.dtype)
-        # It lies as the codes were looked up, and so would the maps of the whole CNN.
+        # Looked-up codes are channels last in memory, and all maps of the CNN would take over that layout.
         layout = convolution_layout(pixel_map.device, compiled=self.pixel_decoder.is_compiled)
         pixel_map = pixel_map.contiguous(memory_format=layout)
         pixels = self.pixel_decoder(self.post_quant_conv(pixel_map), **tiles)
-        # As many pixels as the stride gives, but for a fixed size, TokenFlow's.
+        # The stride decides the size, except where it is fixed (TokenFlow's).
         return pixels if self.config.image_size is None else _resize(pixels, self.pixel_size(quantized.shape[2:]))
 
     def pixel_size(self, grid: Sequence[int]) -> tuple[int, int]:
-        """(height, width) of an image whose last grid is `grid`."""
+        """(height, width) of an image whose last grid is `grid`; raises `ValueError` where a fixed size differs."""
         if self.config.image_size is None:
             rows, columns = grid
             return self.patch_size * rows, self.patch_size * columns

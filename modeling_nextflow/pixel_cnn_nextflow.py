@@ -49,7 +49,7 @@ class NextFlowGroupNorm(nn.GroupNorm):
         """The norm of maps (n, channels, height, width), of operators that a compiler fuses."""
         # (n, groups, channels of a group, height, width); statistics in float32, as in PyTorch's norm
         groups = input.float().unflatten(1, (self.num_groups, -1))
-        # Of each channel first: read along the channels, in the order of memory where they lie last.
+        # Each channel first: with channels last this reads memory in order.
         variance, mean = torch.var_mean(groups, dim=(3, 4), correction=0, keepdim=True)
         center = mean.mean(2, keepdim=True)
         # The variance of a group is that within its channels plus that between their means.
@@ -163,6 +163,7 @@ class NextFlowPixelEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels (n, 3, height, width) in [-1, 1] -> latents (n, latent_channels, rows, columns) of the last grid."""
         hidden_states = self.conv_in(pixel_values)
         for level in self.levels:
             hidden_states = level(hidden_states)
@@ -215,7 +216,7 @@ class NextFlowPixelDecoder(nn.Module):
         for module in self.modules():
             if isinstance(module, NextFlowGroupNorm):
                 module.compile(**options)
-        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # no overload says it
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # no overload takes it alone
         self.is_compiled = True
 
 

@@ -58,7 +58,7 @@ def find_target_grids(
 
 
 def _without_repeat(image_grids: torch.Tensor) -> torch.Tensor:
-    """A schedule (max_scales, 2) whose last grid may stand there twice, to show the codes of its last scale, once."""
+    """A schedule (max_scales, 2) without the repeat of its last grid, which shows the codes of the last scale."""
     count = int((image_grids[:, 0] > 0).sum())
     if count > 1 and torch.equal(image_grids[count - 1], image_grids[count - 2]):
         image_grids = image_grids.clone()

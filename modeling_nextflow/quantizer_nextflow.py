@@ -80,7 +80,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
-            # Not `codebook()`: where weights are offloaded, an embedding has them in its call alone.
+            # Not `codebook()`: where weights are offloaded, an embedding has them only while it is called.
             codebook = self.lookup(torch.arange(self.config.codebook_size, device=features.device))
             target = features.detach()  # (n, code_dim, height, width)
             residual, total = features, torch.zeros_like(target)  # the residual keeps its gradient, for the commitment
@@ -184,7 +184,7 @@ class NextFlowMultiScaleQuantizer(UnroundedModule):
         codebook = codebook.detach().T
         inputs, targets = [], []
         for start in range(0, len(weighted), self.config.search_chunk_size):
-            # A similarity matrix is (cells, codebook_size): of a batch of large images it would not fit.
+            # A similarity matrix is (cells, codebook_size): for a batch of large images it would not fit.
             cells = slice(start, start + self.config.search_chunk_size)
             similarity = weighted[cells] @ codebook
             nearest = similarity.argmax(-1)

@@ -84,7 +84,7 @@ def scale_plan(grids: Sequence[tuple[int, int]], names: Mapping[str, str] = {}, 
         for name in ("guidance_scale", "image_guidance_scale"):
             if isinstance(settings[name], (list, tuple)):
                 continue
-            # Lists say themselves what each scale has.
+            # A list has a value for each scale already.
             if guidance_schedule == "early" and index >= max(1, last - 1):
                 step[name] = 1.0
             elif guidance_schedule == "linear" and name == "guidance_scale":
@@ -200,7 +200,7 @@ def split_prefix(
         raise ValueError(f"prefix_codes are {tuple(codes.shape)}, expected {batch} rows of one of {ends} codes")
     if mask is not None and (mask.shape != codes.shape or mask.dtype != torch.bool):
         raise ValueError(f"prefix_mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(codes.shape)}")
-    # What is sampled again need not be a code.
+    # Places that are sampled again may hold anything.
     check_codes(codes if mask is None else codes[mask], codebook_size, "prefix_codes")
     ends = ends[: ends.index(codes.shape[1])]
     scales = codes.tensor_split(ends, dim=1)
@@ -285,7 +285,7 @@ def top_codes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 def one_per_row(
     generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
 ) -> list[torch.Generator | None]:
-    """A generator for each row; one that is not a list is that of them all."""
+    """A generator for each row: those of the list, or the same one for all."""
     generators: list[torch.Generator | None]
     generators = [*generator] if isinstance(generator, Sequence) else [generator] * batch
     if len(generators) != batch:

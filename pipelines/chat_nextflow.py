@@ -153,6 +153,9 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         Returns:
             `list[dict]`, parts `{"type": "text", "text": ...}` and `{"type": "image", "image": PIL image}`: content of
             an assistant's message. A list of those for a list of conversations, an iterator with `stream=True`.
+
+        Raises:
+            `ValueError`: for several conversations with `stream=True`, and for settings that do not fit together.
         """
         conversations, is_batched = self.processor.as_conversations(messages)
         check_numbers(0, max_images=max_images)
@@ -206,6 +209,10 @@ class NextFlowConversationMixin(NextFlowImageSteps):
 
         Returns:
             [`NextFlowFramesOutput`]: the frames, and the text in front of each.
+
+        Raises:
+            `TypeError`: where `storyline` is neither text nor a list of texts.
+            `ValueError`: one text without `num_frames`, or a list with another number or with settings of text.
         """
         is_told = isinstance(storyline, str)
         if not is_told and not (storyline and all(isinstance(text, str) for text in storyline)):
@@ -227,13 +234,13 @@ class NextFlowConversationMixin(NextFlowImageSteps):
         return NextFlowFramesOutput(images, list(storyline))
 
     def start_conversation(self, system: str | None = None, *, think: bool = False) -> NextFlowConversation:
-        """See [`NextFlowConversation`]."""
+        """Begin a conversation that keeps its cache from turn to turn, see [`NextFlowConversation`]."""
         return NextFlowConversation(self, system, think=think)
 
     # ---- thinking
 
     def check_thinking(self, think: bool, max_new_tokens: int | None) -> None:
-        """Raises `ValueError` where `max_new_tokens` is no length, or where nothing is written."""
+        """Raises `ValueError` where `max_new_tokens` is below 1, or given without `think`."""
         if max_new_tokens is not None and not think:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens} without `think=True`: nothing is written")
         check_numbers(max_new_tokens=max_new_tokens)

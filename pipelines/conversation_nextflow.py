@@ -109,6 +109,7 @@ class NextFlowConversation:
     ) -> list[dict[str, Any]]:
         """
         An answer of text and `min_images` to `max_images` images. `settings` as in [`~NextFlowPipeline.interleave`].
+        Raises `ValueError` unless 0 <= `min_images` <= `max_images`.
         """
         check_numbers(0, min_images=min_images, max_images=max_images)
         if not min_images <= max_images:

@@ -157,6 +157,9 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
             projection_dim (`int`, *optional*): Defaults to the width of the input layer.
             upscale_factor (`int`, *optional*, defaults to 1): See [`NextFlowDiffusionDecoder`].
             embedded_guidance (`float`, *optional*, defaults to 1.0): See [`NextFlowDiffusionDecoder`].
+
+        Raises:
+            `ValueError`: for a denoiser of another class.
         """
         name = type(denoiser).__name__
         if name not in FAMILIES:
@@ -190,7 +193,7 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @property
     def family(self) -> DenoiserFamily:
-        """That of the denoiser's class."""
+        """How the denoiser's class takes in the condition and captions."""
         return FAMILIES[self.config.denoiser_class]
 
     @property
@@ -365,7 +368,7 @@ def _projection(projection_type: str, channels: int, projection_dim: int) -> nn.
 
 
 def _widened(layer: nn.Linear | nn.Conv2d, extra: int) -> nn.Linear | nn.Conv2d:
-    """The same layer with `extra` more inputs, to which it does not listen yet."""
+    """The same layer with `extra` more inputs, whose weights are zero."""
     options = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
     out_channels, in_channels = layer.weight.shape[:2]
     if isinstance(layer, nn.Linear):

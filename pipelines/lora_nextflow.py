@@ -78,8 +78,8 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
                 alone do not tell their scale: without a configuration it is 1.
             adapter_name (`str`, *optional*): For `set_adapters`. By default `"default_0"`, `"default_1"`, ...
             hotswap (`bool`, *optional*, defaults to `False`):
-                Put the matrices in the place of those of the adapter `adapter_name`, which a compiled transformer does
-                not notice. Where ranks or scales differ, call `enable_lora_hotswap` before the first is loaded.
+                Replace the matrices of the adapter `adapter_name`; a compiled transformer is not compiled again. Where
+                ranks or scales differ, call `enable_lora_hotswap` before the first is loaded.
             kwargs: `weight_name`, `subfolder`, `revision` and the like, as for diffusers' other pipelines.
 
         Raises:
@@ -114,7 +114,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
                 "`hotswap=True`"
             )
 
-        # With hooks of offloading in place, new matrices would be put where the old ones are not.
+        # With the hooks of offloading, new matrices would lie on another device than the old ones.
         device = self._execution_device
         with_models, with_layers, with_groups = self._optionally_disable_offloading(self)
         try:
@@ -145,6 +145,9 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
             target_rank (`int`, *optional*, defaults to 128): The highest rank of them all.
             check_compiled (`str`, *optional*, defaults to `"error"`):
                 What to do about a transformer that is compiled already: `"error"`, `"warn"` or `"ignore"`.
+
+        Raises:
+            `ValueError`: where an adapter is loaded already.
         """
         _require_peft()
         if loaded := self.get_list_adapters().get("transformer", []):
@@ -174,6 +177,9 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
             lora_scale (`float`, *optional*, defaults to 1.0): On top of the weights that `set_adapters` gave.
             safe_fusing (`bool`, *optional*, defaults to `False`): Refuse weights that are not finite.
             adapter_names (`list[str]`, *optional*): By default those that are active.
+
+        Raises:
+            `ValueError`: where adapters are fused already.
         """
         if self.num_fused_loras:
             raise ValueError(f"{sorted(self.fused_loras)} are fused already: call `unfuse_lora` first")
@@ -219,7 +225,7 @@ class NextFlowLoraLoaderMixin(CogVideoXLoraLoaderMixin, NextFlowBasePipeline):
                     module.scaling[name] *= scale
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """As [`~diffusers.DiffusionPipeline.save_pretrained`], of a pipeline without adapters."""
+        """As [`~diffusers.DiffusionPipeline.save_pretrained`]. Raises `ValueError` where adapters are loaded."""
         if self.get_list_adapters():
             # Of a model with adapters, transformers would save these alone.
             raise ValueError(
@@ -318,7 +324,7 @@ def _check_names(expected: Iterable[str], found: Iterable[str]) -> None:
 
 
 def _swap_adapter(model: Any, config: Any, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
-    """Put `state_dict` in the place of the adapter's matrices; PEFT checks before it changes any."""
+    """Replace the adapter's matrices by those of `state_dict`; PEFT checks before it changes any."""
     from peft import get_peft_model_state_dict
     from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
 

@@ -65,7 +65,8 @@ class NextFlowFramesOutput(BaseOutput):
     def save(self, path: str | Path, *, fps: int = 2, columns: int = 4) -> Path:
         """
         All frames in one file: `.gif` or `.mp4` show them one after the other, `fps` a second; `.png`, `.jpg` and
-        `.webp` side by side, `columns` a row.
+        `.webp` side by side, `columns` a row. Raises `ValueError` for another suffix or without frames, and
+        `ImportError` where an `.mp4` lacks the extra `video`.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -83,7 +84,7 @@ class NextFlowFramesOutput(BaseOutput):
         return path
 
     def contact_sheet(self, columns: int = 4) -> PIL.Image.Image:
-        """All frames side by side on white, `columns` a row."""
+        """All frames side by side on white, `columns` a row. Raises `ValueError` without frames or columns."""
         if not self.frames or columns < 1:
             raise ValueError(f"got {len(self.frames or ())} frames and {columns} columns, expected at least 1 of each")
         columns = min(columns, len(self.frames))

@@ -177,7 +177,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
 
     @property
     def diffusion_decoder_pipeline(self) -> NextFlowDiffusionDecoderPipeline:
-        """The diffusion decoder as a pipeline of its own, of the same components."""
+        """The diffusion decoder as a pipeline of its own, of the same components. Raises `ValueError` without one."""
         if self.diffusion_decoder is None or self.decoder_scheduler is None:
             raise ValueError(
                 f"`diffusion_decoder` is {type(self.diffusion_decoder).__name__} and `decoder_scheduler` "
@@ -452,7 +452,7 @@ class NextFlowPipeline(NextFlowLoraLoaderMixin, NextFlowConversationMixin):
     def given_prompts(
         self, image_codes: Any, image_grids: Any, num_images_per_prompt: int, others: dict[str, Any]
     ) -> list[NextFlowImagePrompt]:
-        """Images whose codes are all there is: they are only decoded, and `others` may say no more."""
+        """`image_codes` alone, which are only decoded: raises `ValueError` where `others` ask for sampling."""
         names = [*others, *(["num_images_per_prompt"] if num_images_per_prompt != 1 else [])]
         if names:
             raise ValueError(

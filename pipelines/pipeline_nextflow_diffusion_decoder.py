@@ -119,6 +119,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         self.pixel_processor = VaeImageProcessor(vae_scale_factor=1)
 
     def register_modules(self, **components: Any) -> None:
+        """diffusers' method; raises `ValueError` where decoder and vision tokenizer do not know the same codes."""
         super().register_modules(**components)
         if self.diffusion_decoder is not None and self.vision_tokenizer is not None:
             self.diffusion_decoder.check_codes(self.vision_tokenizer)
@@ -140,7 +141,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
 
     @property
     def has_text_encoder(self) -> bool:
-        """Whether captions can be read. Half of a set of text encoders is refused."""
+        """Whether captions can be read. Raises `ValueError` where only some of the text encoders are there."""
         suffixes = self.diffusion_decoder.family.text_encoders
         names = [f"{kind}{suffix}" for suffix in suffixes for kind in ("text_encoder", "tokenizer")]
         missing = [name for name in names if getattr(self, name) is None]
@@ -166,7 +167,7 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         negative_prompt: str | list[str] | None = None,
         **others: Any,
     ) -> None:
-        """Whether the decoder can do what a call asks for. `others` cannot be wrong, or show where they are used."""
+        """Raises `ValueError` where the decoder cannot do what a call asks for. `others` are checked where used."""
         self.check_components()
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text is not None and not self.has_text_encoder:
@@ -301,7 +302,10 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
         noise: torch.Tensor | None = None,
         start: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Noise as the scheduler begins with it or, with `start`, latents noised up to `timestep`."""
+        """
+        Noise as the scheduler begins with it or, with `start`, latents noised up to `timestep`. Raises `ValueError`
+        for `latents` of another shape.
+        """
         device = self._execution_device
         shape = (num_images, self.diffusion_decoder.latent_channels, *size)
         if noise is None:
@@ -412,7 +416,8 @@ class NextFlowDiffusionDecoderPipeline(NextFlowBasePipeline, CogVideoXLoraLoader
     ) -> None:
         """
         Loads what [`NextFlowDiffusionDecoderTrainer`] saved: a LoRA of the denoiser and, in full, the projection of
-        the condition with the input layer. These two stay when the LoRA is unloaded.
+        the condition with the input layer. These two stay when the LoRA is unloaded. Raises `ValueError` for weights
+        of another model.
         """
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
@@ -573,7 +578,7 @@ def _split_codes(
 
 
 def _pick(images: Any, members: list[int], num_images: int) -> list:
-    """Entries `members` of one image for all, or of as many as there are."""
+    """Entries `members` of `images`; a single image stands for all."""
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     entries = list(images) if is_batch or isinstance(images, (list, tuple)) else [images] * num_images
     if len(entries) != num_images:

@@ -68,7 +68,7 @@ class NextFlowImagePrompt:
 
 
 def one_per_prompt(name: str, value: Any, num_prompts: int) -> list:
-    """A list with an entry for each prompt; anything but a list is that of them all."""
+    """A list with an entry for each prompt; anything but a list counts for all prompts."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * num_prompts
     if len(values) != num_prompts:
         raise ValueError(f"`{name}` has {len(values)} entries for {num_prompts} prompts, expected one for each")
@@ -255,7 +255,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
 
     @property
     def image_guidance_scale(self) -> PerScale:
-        """Guidance towards the source images, likewise."""
+        """Guidance towards the source images, in the current call or the last one."""
         return self._image_guidance_scale
 
     @property
@@ -264,6 +264,7 @@ class NextFlowImageSteps(NextFlowBasePipeline):
         return guides(self._guidance_scale) or guides(self._image_guidance_scale)
 
     def register_modules(self, **components: Any) -> None:
+        """diffusers' method, which also checks the components, see [`~NextFlowImageSteps.check_components`]."""
         super().register_modules(**components)
         self.check_components()
 

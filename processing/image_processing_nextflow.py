@@ -253,6 +253,13 @@ class _NextFlowImageProcessing(BaseImageProcessor):
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`: 8-bit RGB; `"np"`: float32 (height, width, 3) in [0, 1]; `"pt"`: float32 (3, height, width)
                 in [0, 1].
+
+        Returns:
+            `list`: one image of `output_type` for each.
+
+        Raises:
+            `ValueError`: for another `output_type`, for grids that do not fit the pixels, and for values that are not
+            finite.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f'output_type is {output_type!r}, expected "pil", "np" or "pt"')

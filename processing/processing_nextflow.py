@@ -243,6 +243,13 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
                 of the one that is there. The unconditional prompts are those without thinking.
             kwargs: Options of `__call__`, such as `generation_mode`, `height`, `width`, `resolution`; variables of a
                 custom template.
+
+        Returns:
+            `str` without `tokenize`, `list` of ids without `return_dict`, else `BatchFeature`: `input_ids` and
+            `attention_mask` (batch, length), with images also `pixel_values` and `image_grids` in reading order.
+
+        Raises:
+            `ValueError`: where messages, images, size and options do not fit together.
         """
         template = self._resolve_chat_template(chat_template)
         kwargs |= processor_kwargs or {}
@@ -347,7 +354,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         return as_conversations(messages, self._resolve_chat_template(None))
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """`kwargs` sorted into ours, the tokenizer's and the image processor's; one nobody knows is an error."""
+        """`kwargs` sorted into ours, the tokenizer's and the image processor's. Raises `TypeError` for any other."""
         if unknown := sorted(set(kwargs) - _OPTIONS):
             raise TypeError(f"got unexpected options {unknown}")
         # Of the tokenizer's own settings, its `padding_side` must not undo ours.
@@ -396,7 +403,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
         **kwargs,
     ) -> list[str] | list[Any] | list[list[dict[str, Any]]]:
         """
-        What a model generated, for people.
+        Text and images from what a model generated.
 
         Args:
             generated_outputs (`torch.Tensor`, `np.ndarray` or `list`):
@@ -411,6 +418,12 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
             image_grids (`torch.Tensor` of shape `(images, max_scales, 2)`, *optional*):
                 Schedules of the images, to crop the padding. Without it nothing is cropped.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"` images.
+
+        Returns:
+            `list`: one entry for each row, or for `"image"` one for each image.
+
+        Raises:
+            `ValueError`: for another `generation_mode`, and where the number of images is not that of the tokens.
         """
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(
@@ -464,7 +477,7 @@ class NextFlowProcessor(NextFlowSequenceProcessor):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model gets, for transformers."""
+        """Names of the model's inputs, which transformers asks for."""
         return ["input_ids", "attention_mask", "pixel_values", "image_grids"]
 
 

@@ -96,6 +96,7 @@ def error_body(error: Exception) -> dict[str, Any]:
 
 
 def error_response(error: Exception) -> JSONResponse:
+    """The answer to a request that failed, in OpenAI's shape."""
     headers = error.headers if isinstance(error, HTTPException) else None
     if isinstance(error, worker.QueueFull):
         headers = {"Retry-After": str(error.seconds)}
@@ -103,6 +104,7 @@ def error_response(error: Exception) -> JSONResponse:
 
 
 def status_of(error: Exception) -> int:
+    """The HTTP status of an error: its own, 400 for what the pipeline refuses, else 500."""
     if isinstance(error, (BadRequest, HTTPException)):
         return error.status if isinstance(error, BadRequest) else error.status_code
     return STATUSES.get(type(error), 400 if isinstance(error, worker.REFUSALS) else 500)

@@ -63,6 +63,7 @@ class NextFlow(lmms):
         self.options = options
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answers to the requests, in their order: texts, or paths of sampled images."""
         answer = self._answer if self.mode == "understanding" else self._sample
         answers: list[str] = []
         with tqdm(total=len(requests), disable=self.rank != 0) as progress:
@@ -108,9 +109,11 @@ class NextFlow(lmms):
         return list(doc_to_visual(self.task_dict[task][split][doc_id]) or []) if doc_to_visual is not None else []
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Raises `NotImplementedError`."""
         raise NotImplementedError("the model nextflow has no loglikelihood: use tasks that generate")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Raises `NotImplementedError`."""
         raise NotImplementedError("the model nextflow has no rounds: use tasks of a single one")
 
 

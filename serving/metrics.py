@@ -26,9 +26,11 @@ class Metrics:
         self.num_unanswered = 0  # cut off where the server stops, when nobody reads the others any more
 
     def watch(self, worker: Worker) -> None:
+        """Report the length of this worker's queue."""
         self.waiting.set_function(lambda: worker.num_waiting)
 
     def on_batch(self, batch: list[Request]) -> None:
+        """Count a batch that begins: its images, and how long its requests waited."""
         self.batch.observe(sum(request.count for request in batch))
         for request in batch:
             self.waited.observe(time.monotonic() - request.submitted)

@@ -103,10 +103,12 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def leave_out_nulls(cls, data: Any) -> Any:
+        """Treat a field that is null as one that is not given."""
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     @property
     def height_and_width(self) -> tuple[int, int] | None:
+        """`size` as (height, width) in pixels, or `None` for `"auto"`; raises [`BadRequest`] for anything else."""
         if self.size == "auto":
             return None
         match = SIZE.fullmatch(self.size)
@@ -150,10 +152,12 @@ class ImageOptions(Body):
 
     @property
     def texts(self) -> list[str]:
+        """All text of the request, whose length is limited."""
         return [self.prompt]
 
     @property
     def settings(self) -> dict[str, Any]:
+        """The settings of sampling that were given, by the names of the pipeline's arguments."""
         return self.sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
@@ -172,10 +176,13 @@ class EditBody(ImageOptions):
 
 
 class TextPart(BaseModel):
+    """A text of a message."""
+
     type: Literal["text"]
     text: str
 
     def load(self, limits: Limits) -> dict[str, Any]:
+        """The part as the pipeline's messages have it."""
         return self.model_dump()
 
 
@@ -186,11 +193,16 @@ class ImagePart(BaseModel):
     image_url: dict[str, Any] | str
 
     def load(self, limits: Limits) -> dict[str, Any]:
+        """
+        The part as the pipeline's messages have it, with its image read; raises [`BadRequest`] where it cannot be.
+        """
         address = self.image_url if isinstance(self.image_url, str) else self.image_url.get("url")
         return {"type": "image", "image": read_image(address, limits, "an image of the messages")}
 
 
 class Message(BaseModel):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     images: list[ImagePart] = []  # where an answer of ours comes back, beside its text
@@ -199,7 +211,7 @@ class Message(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def as_parts(cls, data: Any) -> Any:
-        """A text is one part, and no content is none."""
+        """Turn a text into a list of one part, and missing content into an empty list."""
         if not isinstance(data, dict):
             return data
         content = data.get("content") or []
@@ -208,6 +220,7 @@ class Message(BaseModel):
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
+        """Its texts and images; an earlier answer has its images after the text."""
         return [*self.content, *self.images]
 
 
@@ -236,10 +249,12 @@ class ChatBody(Body):
 
     @property
     def texts(self) -> list[str]:
+        """All text of the request, whose length is limited."""
         return [part.text for message in self.messages for part in message.parts if isinstance(part, TextPart)]
 
     @property
     def num_images(self) -> int:
+        """Number of images in all messages."""
         return sum(isinstance(part, ImagePart) for message in self.messages for part in message.parts)
 
     def conversation(self, limits: Limits) -> list[dict[str, Any]]:
@@ -254,6 +269,7 @@ class ChatBody(Body):
 
     @property
     def image_settings(self) -> dict[str, Any]:
+        """The settings of sampling images that were given, by the names of the pipeline's arguments."""
         return self.sampling(temperature=self.image_temperature, top_k=self.image_top_k, top_p=self.image_top_p)
 
     def interleave_settings(self, limits: Limits) -> dict[str, Any]:
@@ -266,6 +282,7 @@ class ChatBody(Body):
         return {**self.text_settings(limits), **self.image_settings, "negative_prompt": self.negative_prompt}
 
     def text_settings(self, limits: Limits) -> dict[str, Any]:
+        """The settings of text that were given, by the names of `interleave`'s arguments."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         if self.temperature == 0:
             given = {"temperature": 0.0}  # the best token, of which no share or rank takes anything away
@@ -345,6 +362,7 @@ def read_mask(source: Any, limits: Limits) -> Image.Image:
 
 
 def is_address(text: str) -> bool:
+    """Whether `text` is a web address or a data URI."""
     return text.lower().startswith(("http://", "https://")) or DATA_URI.match(text) is not None
 
 

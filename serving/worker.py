@@ -98,6 +98,7 @@ class Request:
 
     @property
     def is_over(self) -> bool:
+        """Whether nobody waits for it: it was cancelled, or its time is up."""
         return self._is_cancelled or time.monotonic() - self.submitted > self.seconds
 
     @property
@@ -285,10 +286,12 @@ class Worker:
 
     @property
     def num_waiting(self) -> int:
+        """Number of requests in the queue."""
         return len(self._waiting)
 
     @property
     def is_alive(self) -> bool:
+        """Whether the thread that owns the pipeline runs."""
         return self._thread.is_alive()
 
     def submit(self, request: Request) -> None:
@@ -355,7 +358,7 @@ class Worker:
         try:
             rest = type(batch[0]).run(self.pipe, batch)
         except Exception as error:
-            if not isinstance(error, REFUSALS):  # a defect, or an accelerator without memory; the server goes on
+            if not isinstance(error, REFUSALS):  # a defect, or an accelerator without memory; the server continues
                 logger.exception("a batch of %d requests failed", len(batch))
             if len(batch) == 1:
                 batch[0].emit(error)

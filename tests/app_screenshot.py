@@ -1,8 +1,8 @@
-"""The picture of the app in the README, taken while it draws with the shipped model:
+"""An image of the app, taken while it samples with the shipped model:
 
     python tests/app_screenshot.py --output hub_cards/app.png
 
-Needs the extra `test`, and chromium. Same model, same pictures.
+Needs the extra `test`, and chromium. Same model, same images.
 """
 
 import argparse

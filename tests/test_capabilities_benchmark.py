@@ -40,7 +40,7 @@ def test_what_each_capability_gives(pipe):
     assert len(given["preview"]()) == 4
     assert {part["type"] for part in given["interleave"]()} <= {"text", "image"}
     codes, _ = pipe.encode_images(image)
-    kept = given["redraw"]().image_codes
+    kept = given["keep scales"]().image_codes
     assert kept[:5].equal(codes[:5]) and not kept.equal(codes)  # two of four scales
     part = given["regional edit"]().image_codes[14:].view(4, 4)
     assert part[:, 2:].equal(codes[14:].view(4, 4)[:, 2:]) and not part[:, :2].equal(codes[14:].view(4, 4)[:, :2])

@@ -19,15 +19,15 @@ from nextflow_hf import cli, hub_cards
 
 
 ROOT = Path(__file__).parents[1]
-ISLANDS = ("modeling_nextflow", "processing", "pipelines")
+HUB_PACKAGES = ("modeling_nextflow", "processing", "pipelines")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYPROJECT = PROJECT["tool"]["setuptools"]
 # Folders of the clone that are no part of the package.
 NOT_SHIPPED = {"tests", "benchmarks", "docs", "examples", "integrations", "build", "dist", "runs"}
 
 
-def island_modules(*islands: str) -> list[Path]:
-    return [path for island in islands for path in sorted((ROOT / island).glob("*.py"))]
+def modules_of(*packages: str) -> list[Path]:
+    return [path for package in packages for path in sorted((ROOT / package).glob("*.py"))]
 
 
 def run_python(code: str, cwd: Path) -> str:
@@ -62,10 +62,10 @@ def test_the_lowest_versions_that_are_tested_are_those_that_are_declared():
         assert Requirement(line).name in {*tested, "nextflow-hf"}
 
 
-def test_islands_import_siblings_by_name_and_nothing_else_of_ours():
+def test_these_packages_import_siblings_by_name_and_nothing_else_of_ours():
     """`from .sibling import name` is the form that the Hub's remote code copies; `ast.walk` enters functions, too."""
-    ours = {"nextflow_hf", "training", "hub_cards", *ISLANDS}
-    for path in island_modules(*ISLANDS):
+    ours = {"nextflow_hf", "training", "hub_cards", *HUB_PACKAGES}
+    for path in modules_of(*HUB_PACKAGES):
         tree = ast.parse(path.read_text())
         for_checkers = [
             node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
@@ -83,19 +83,19 @@ def test_islands_import_siblings_by_name_and_nothing_else_of_ours():
 
 
 @pytest.mark.parametrize(
-    ("island", "library"),
+    ("package", "library"),
     [("modeling_nextflow", "transformers"), ("processing", "transformers"), ("pipelines", "diffusers")],
 )
-def test_an_island_first_imports_the_library_that_it_registers_with(island, library):
+def test_a_package_first_imports_the_library_that_it_registers_with(package, library):
     """registration.py relies on it: see `_RegisteringFinder`."""
-    tree = ast.parse((ROOT / island / "__init__.py").read_text())
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
     first = next(node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     assert isinstance(first, ast.Import) and [alias.name for alias in first.names] == [library]
 
 
-def test_module_names_are_unique_across_islands():
+def test_module_names_are_unique_across_these_packages():
     """The Hub's remote code is one flat folder."""
-    counts = Counter(path.name for path in island_modules(*ISLANDS) if path.name != "__init__.py")
+    counts = Counter(path.name for path in modules_of(*HUB_PACKAGES) if path.name != "__init__.py")
     assert not [name for name, count in counts.items() if count > 1]
 
 

@@ -57,10 +57,6 @@ def inputs_of(pipe, messages, mode, **options) -> dict:
     return inputs
 
 
-def texts_of(pipe, output) -> list[str]:
-    return pipe.processor.tokenizer.decode(output.answer().sequences, skip_special_tokens=True)
-
-
 def comparable(parts) -> list:
     return [part["text"] if part["type"] == "text" else part["image"].tobytes() for part in parts]
 

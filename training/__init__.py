@@ -1,1 +1,1 @@
-"""Training of NextFlow: the trainers, their data, the Shapes world and the evaluations. Import the sub-packages."""
+"""Training of NextFlow: the trainers, their data, rewards and evaluations. Import the sub-packages."""

@@ -65,7 +65,7 @@ def write_edition(sprites: Sprites, folder: Path, sizes: list[Canvas], *, count:
 
 
 def _sample(context: Context, kind: str) -> tuple[str, tuple[Scene, ...], Scene]:
-    """One whose answer is a held-out scene, which no training saw."""
+    """An instruction, its sources and its target, a held-out scene that no training saw."""
     while True:
         if kind == "subject":
             subject = sample_subject(context)

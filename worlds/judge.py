@@ -119,7 +119,7 @@ class Judge:
         wanted = [thing.sprite for thing in scene.things]
         placed = [look.sprite.concept == sprite.concept for look, sprite in zip(looks, wanted)]
         checks = {
-            "concept": all(placed) or not Counter(s.concept for s in wanted) - self._concepts_anywhere(pixels, looks),
+            "concept": all(placed) or not Counter(s.concept for s in wanted) - self._concepts_anywhere(pixels),
             "place": all(placed),
             "style": all(look.sprite.style == sprite.style for look, sprite in zip(looks, wanted)),
             "size": all(self._extends(mask, place, sprite) for place, sprite in zip(boxes, wanted)),
@@ -148,7 +148,7 @@ class Judge:
         kept = checks["place"] and checks["style"] if boxes is None else kept_psnr(pixels, before, boxes) >= KEPT_PSNR
         return {"changed": checks["passed"], "kept": kept, "passed": checks["passed"] and kept}
 
-    def _concepts_anywhere(self, pixels: np.ndarray, looks: list[Look]) -> Counter:
+    def _concepts_anywhere(self, pixels: np.ndarray) -> Counter:
         """Count the concepts in all boxes of the lattice; of overlapping boxes, only the surest counts."""
         canvas = pixels.shape[:2]
         things = [Thing(Sprite("", ""), place, size) for place in CELLS for size in self.sizes]

@@ -49,7 +49,7 @@ class WorldSuite:
         wordings (`Sequence[str]`, *optional*): Clean, and as people write.
         split (`str`, *optional*, defaults to `"test"`): "held_out" asks for pairs that no training saw.
         categories (`Sequence[str]`, *optional*): Ask only for rows of these categories, such as "single".
-        sizes (`Sequence[Canvas]`, *optional*): Heights and widths of the images, in the place of the world's ratios.
+        sizes (`Sequence[Canvas]`, *optional*): Heights and widths of the images, instead of the world's ratios.
         seed (`int`, *optional*, defaults to 0): Seed of the samples, not of the model.
     """
 

@@ -1,4 +1,4 @@
-"""`nextflow-hf` with a transformer that sees accumulated features: VAR's input, in the place of the paper's (§2.2).
+"""`nextflow-hf` with a transformer that sees accumulated features: VAR's input, instead of the paper's (§2.2).
 
     python accumulated.py train transformer recipes/transformer.yaml ...
     python accumulated.py evaluate emoji runs/ablations/pipeline ...
@@ -31,7 +31,7 @@ def accumulated(model: Model, codes: torch.Tensor, next_side: int) -> torch.Tens
 
 
 def embed_cells(model: Model, codes: torch.Tensor, images: Sequence[tuple[tuple, int]]) -> torch.Tensor:
-    """In the place of `NextFlowModel._embed_cells`; images that are complete have one schedule."""
+    """Replaces `NextFlowModel._embed_cells`; images that are complete have one schedule."""
     per_image = codes.split([count for _, count in images])
     embedded: list[torch.Tensor] = []
     for grids in dict.fromkeys(grids for grids, _ in images):
@@ -46,7 +46,7 @@ def embed_cells(model: Model, codes: torch.Tensor, images: Sequence[tuple[tuple,
 def embed_next_scale(
     model: NextFlowForCausalLM, codes: torch.Tensor, grid: tuple, next_grid: tuple, terms: torch.Tensor
 ) -> torch.Tensor:
-    """In the place of `NextFlowForCausalLM.embed_next_scale`."""
+    """Replaces `NextFlowForCausalLM.embed_next_scale`."""
     embeds = model.model.connector(accumulated(model.model, codes, next_grid[0]))
     return (embeds + terms[:, None]).to(model.model.norm.weight.dtype)
 

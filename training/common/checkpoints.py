@@ -42,9 +42,10 @@ class StagedCheckpointsMixin(ProcessesMixin):
     _staging_folder: str | None = None  # while a checkpoint is written
 
     def save_own_state(self, folder: str) -> None:
-        """What a subclass has to keep besides what `Trainer` does; every process comes here, the folder exists."""
+        """Write what a subclass keeps besides what `Trainer` does. Every process calls this; the folder exists."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer`'s method; the result replaces an older one as a whole."""
         if _internal_call:  # into a checkpoint
             super().save_model(output_dir, _internal_call=True)
             return
@@ -53,6 +54,7 @@ class StagedCheckpointsMixin(ProcessesMixin):
             super().save_model(str(staging))
 
     def save_state(self) -> None:
+        """`Trainer`'s method, whose file replaces an older one as a whole."""
         if self.is_world_process_zero():
             write_file(Path(self.args.output_dir, STATE_FILE), self.state.save_to_json)
 

@@ -63,6 +63,7 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
 
     @property
     def averaged_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters of the moving average, in a fixed order."""
         return list(self.accelerator.unwrap_model(self.model).parameters())
 
     def on_epoch_begin(self) -> None:
@@ -110,7 +111,10 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
         return {"ema": None if self.ema is None else self.ema.state_dict()}
 
     def load_own_state(self, state: dict[str, Any], path: str) -> None:
-        """Continue from the [`~AveragedWeightsMixin.own_state`] of the file `path`."""
+        """
+        Continue from the [`~AveragedWeightsMixin.own_state`] of the file `path`. Raises `ValueError` where the average
+        was begun or left out since.
+        """
         if (state["ema"] is None) != (self.ema is None):
             held = "no average" if state["ema"] is None else "an average"
             raise ValueError(f"{path} has {held} of the weights (ema), but ema_decay is {self.args.ema_decay}")
@@ -119,6 +123,7 @@ class AveragedWeightsMixin(FiniteStepsMixin, StagedCheckpointsMixin):
             self.ema.to(self.args.device)
 
     def save_own_state(self, folder: str) -> None:
+        """Write what [`~AveragedWeightsMixin.own_state`] returns into a checkpoint."""
         if self.args.should_save:
             torch.save(self.own_state(), os.path.join(folder, self.state_name))
 

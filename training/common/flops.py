@@ -87,7 +87,7 @@ def batch_flops(config: NextFlowConfig, batch: dict[str, torch.Tensor], *, froze
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by its data sheet; None of one that is not in the table."""
+    """Dense bfloat16 FLOP/s of a GPU by its data sheet, or None where it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 

@@ -177,6 +177,7 @@ class Run:
 
     @property
     def is_adapter(self) -> bool:
+        """Whether the result is an adapter, and not a whole model."""
         return (self.result / "adapter_config.json").is_file()
 
     def ancestors(self) -> Iterator[str]:
@@ -207,7 +208,7 @@ class Run:
         return next((_read_json(file) for file in files if file.is_file()), {})
 
     def stage(self) -> Stage:
-        """It alone, as a stage of what starts from it."""
+        """This run as a stage of the runs that start from it."""
         state, plot = self.state(), self.folder / "loss.png"
         return Stage(
             name=self.folder.name,
@@ -300,7 +301,7 @@ def _run(folder: Path, result: Path) -> Run:
 
 
 def _notes(result: Path) -> dict[str, Any]:
-    """What is written down of the run that the weights in `result` are of; of an adapter alone, its base."""
+    """The contents of `run.yaml` of the run that saved the weights in `result`; for an adapter alone, its base."""
     for file in (result / RUN_FILE, result.parent / RUN_FILE):
         if file.is_file():
             from .recipe import read_recipe  # not above: `--help` of a command would wait for the Hub's library

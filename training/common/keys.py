@@ -15,7 +15,7 @@ _ENTRY = re.compile(r"\s*(\w+(?:, \w+)*)\s*(?:\(.*?\)\s*)?:(?:\s+(.*))?$")
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a recipe, for people."""
+    """A key of a recipe, as `--help` prints it."""
 
     name: str
     type: str

@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Of two equal keys PyYAML takes the last, whatever the first one was for."""
+        """Raise where a key is given twice: PyYAML would silently take the last."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1

@@ -50,7 +50,7 @@ class ModelArguments:
     Args:
         model (`str`, *optional*):
             Folder or Hub id of a pipeline: its processor (at the root or in `processor/`) and vision tokenizer.
-        vision_tokenizer, processor (`str`, *optional*): Folders or Hub ids in the place of those of `model`.
+        vision_tokenizer, processor (`str`, *optional*): Folders or Hub ids instead of those of `model`.
         revision (`str`, *optional*): Revision of `model`, `vision_tokenizer` and `processor` on the Hub.
         output_dir (`str`, *optional*): Folder of the shards.
         dtype (`str`, *optional*, defaults to `"float32"`):

@@ -105,7 +105,7 @@ class _Item:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around what is done to this row alone, with no model: whatever that raises makes it a bad row."""
+        """Wraps work on this row alone, without a model: whatever that raises makes it a bad row."""
         try:
             yield
         except MemoryError:
@@ -154,7 +154,7 @@ class RowEncoder:
             yield good, [item.describe() for item in bad]
 
     def _prepare_ahead(self, numbered_rows: Iterable[tuple[int, dict]]) -> Iterator[_Item]:
-        """The rows as tokens and pixels, in order, some batches ahead: nothing but the encoder is on this thread."""
+        """The rows as tokens and pixels, in order, some batches ahead. This thread runs nothing but the encoder."""
         with ThreadPoolExecutor(self.settings.decoding_threads) as threads, ThreadPoolExecutor(1) as reader:
             # Rows are read on one thread, in order, as an iterator demands; they are decoded on several.
             rows = iter(numbered_rows)

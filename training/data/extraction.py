@@ -142,7 +142,7 @@ def _read_stream(
 
 
 def _until_it_breaks(rows: IterableDataset) -> Iterator[dict]:
-    """The rows of a stream. There is no way on behind one that is not read: that is an error, not a bad row."""
+    """The rows of a stream. None can be read behind one that fails, so that is an error and not a bad row."""
     number = -1
     try:
         for number, row in enumerate(rows):  # noqa: B007

@@ -70,7 +70,7 @@ class ImageRows(Dataset):
         return first
 
     def set_epoch(self, epoch: int) -> None:
-        """The loader calls it."""
+        """Set the epoch, by which the images of a row take turns; the loader calls it."""
         self.epoch[0] = epoch
 
     @property
@@ -149,7 +149,7 @@ class NextFlowImageDataset(Dataset):
         return self.images.first_good(index, self._pixels)
 
     def set_epoch(self, epoch: int) -> None:
-        """Other crops and flips."""
+        """Set the epoch, on which crops and flips depend."""
         self.images.set_epoch(epoch)
 
     def _pixels(self, item: dict[str, Any], index: int) -> dict[str, torch.Tensor | str]:

@@ -168,6 +168,7 @@ class EndlessPackedDataset(Dataset):
         return [self.rows[int(row)] for row in self._plan(block)[place]]
 
     def sampler(self) -> "PackSampler":
+        """A sampler that gives the packs in their order."""
         return PackSampler(self)
 
     def num_packs(self, block: int) -> int:

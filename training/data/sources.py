@@ -23,8 +23,8 @@ from .raw_files import ERROR, FORMATS, open_raw_rows
 from .tasks import TASKS
 
 
-# What a mixture's rows have. `extras` holds the source's `extra_columns` as JSON. `error` says why a row is none: then
-# it has neither messages nor images.
+# What a mixture's rows have. `extras` holds the source's `extra_columns` as JSON. `error` says why a
+# row is bad: then it has neither messages nor images.
 ROW_FEATURES = Features(
     {
         "messages": List(

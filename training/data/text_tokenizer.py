@@ -86,7 +86,7 @@ def train(args: TextTokenizerArguments) -> PreTrainedTokenizerFast | NextFlowPro
 
 
 def plan(args: TextTokenizerArguments) -> list[str]:
-    """What it would be made of, for `--dry-run`."""
+    """The texts that it would be made of, for `--dry-run`."""
     texts = itertools.islice(load_texts(read_description(args.data)), args.max_texts)
     return [f"data    {args.data}: {sum(1 for _ in texts):,} texts"]
 

@@ -123,6 +123,7 @@ def make_denoiser(options: dict[str, Any]) -> ModelMixin:
 
 
 def class_of_diffusers(name: str | None) -> type:
+    """diffusers' class of this name; raises `ValueError` where there is none."""
     if name is None or not hasattr(diffusers, name):
         raise ValueError(f"class is {name!r}, expected the name of a class of diffusers")
     return getattr(diffusers, name)

@@ -138,10 +138,12 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
 
     @property
     def decoder(self) -> NextFlowDiffusionDecoder:
+        """The decoder that is trained, without what wraps it."""
         return self.accelerator.unwrap_model(self.model).decoder
 
     @property
     def averaged_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the moving average: those that are trained."""
         return [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
 
     def compute_loss(
@@ -151,6 +153,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
+        """`Trainer`'s method: the loss of the denoiser at random noise levels (§3.3)."""
         image_grids, num_images = inputs["image_grids"], len(inputs["captions"])
         # Both conditions go together, as guidance leads away from an image that has neither.
         dropped = torch.rand(num_images) < (self.args.condition_dropout if model.training else 0)
@@ -218,6 +221,7 @@ class NextFlowDiffusionDecoderTrainer(AveragedWeightsMixin, Trainer):
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def load_weights(self, folder: str, model: nn.Module | None) -> None:
+        """Read the weights of a checkpoint: the whole decoder, or its LoRA."""
         if self.args.lora_rank is None:
             self.decoder.load_state_dict(NextFlowDiffusionDecoder.from_pretrained(folder).state_dict())
             return

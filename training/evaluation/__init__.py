@@ -1,1 +1,1 @@
-"""Evaluations of trained models. Every module here can be run: `python -m nextflow_hf.training.evaluation.<name>`."""
+"""Evaluations of trained models. `nextflow-hf evaluate` runs them; `comparison` is a command of its own."""

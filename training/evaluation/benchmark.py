@@ -117,7 +117,7 @@ class Benchmark:
         spec ([`Spec`]): Which benchmark.
         prompts (`str`, *optional*): Folder of its prompts, or a data set's name on the Hub.
         judge, judge_model (`str`, *optional*): See [`load_judge`].
-        judge_prompts (`str`, *optional*): Folder of official questions in the place of ours: NAME.txt, or
+        judge_prompts (`str`, *optional*): Folder of official questions instead of ours: NAME.txt, or
             `prompts.json` or `judge_prompt.json` with NAME -> text.
         samples (`int`, *optional*): Images of each prompt; the benchmark's number by default.
         count (`int`, *optional*): Only the first so many prompts.
@@ -195,7 +195,7 @@ class Benchmark:
             raise ValueError(f"--judge-prompts has no {question.name}.txt, which {self.name} asks for")
         fillings = dict.fromkeys(PROMPT_PLACES, request.prompt) | {"<question>": question.text}
         fillings |= {f"<{name}>": str(value) for name, value in request.row.items()}
-        # In one pass: a filling may hold what looks like a place.
+        # In one pass: a value may itself contain the text of a placeholder.
         places = "|".join(map(re.escape, fillings))
         return re.sub(places, lambda found: fillings[found.group()], self.texts[question.name])
 
@@ -291,7 +291,7 @@ def open_files(*paths: Path) -> list[Image.Image]:
 
 
 def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean; NaN of nothing."""
+    """The arithmetic mean; NaN without values."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
 

@@ -110,7 +110,7 @@ def _group_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, 
 
 
 def _notes(report: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
-    """What keeps the first row from being compared with the others."""
+    """Why the first row does not compare with the published ones."""
     provenance, notes = report["provenance"], []
     if not report["complete"]:
         notes.append(f"Not complete: {report['samples']} samples have a score. No figure of the benchmark.")
@@ -207,7 +207,7 @@ def write_card(model: str, folders: Sequence[Path], output: Path, *, update: boo
         output (`Path`): Folder of the page.
         update (`bool`, *optional*, defaults to `False`):
             Put the `model-index` and a section "Evaluation", with its sheets, into the model's folder and its
-            `README.md`, in the place of older ones.
+            `README.md`, instead of older ones.
     """
     if not folders:
         raise ValueError(f"there are no evaluations of {model}: run `nextflow-hf evaluate SUITE {model}` first")

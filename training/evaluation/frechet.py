@@ -35,11 +35,12 @@ class FeatureStatistics:
         self.products = self.products + features.T @ features
 
     @property
-    def mean(self) -> torch.DoubleTensor:
+    def mean(self) -> torch.Tensor:
+        """Mean of the features (dim,), float64."""
         return self.total / self.count
 
     @property
-    def covariance(self) -> torch.DoubleTensor:
+    def covariance(self) -> torch.Tensor:
         """Unbiased, as numpy's and every FID's."""
         if self.count < 2:
             raise ValueError(f"got the features of {self.count} images, expected at least 2")

@@ -154,7 +154,7 @@ class EvaluationRun:
             os.fsync(file.fileno())
 
     def _save(self, sample: Sample, seed: int, number: int, parts: list[dict]) -> list[dict]:
-        """The parts with files in the place of images; a file says how its image was made."""
+        """The parts with files instead of images; a file says how its image was made."""
         prompt = " / ".join(
             text_of(message["content"]) for turn in sample.turns[: number + 1] for message in turn.messages
         )

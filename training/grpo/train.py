@@ -39,7 +39,7 @@ class GRPOArguments:
             are such functions. A module may be a file in the working directory. `reward_weights` are their weights.
         reward_options (`dict`, *optional*):
             Import path -> arguments of the class or function, which then returns the reward.
-        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter in the place of the model.
+        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter instead of the model.
         lora_r, lora_alpha, lora_dropout, lora_target_modules (*optional*): Fields of PEFT's `LoraConfig`.
     """
 
@@ -109,6 +109,7 @@ def make_trainer(args: GRPOArguments, config: NextFlowGRPOConfig) -> NextFlowGRP
 
 
 def lora_config(args: GRPOArguments) -> "LoraConfig | None":
+    """PEFT's configuration by the recipe, or `None` where all weights are trained."""
     if not args.use_peft:
         return None
     from peft import LoraConfig

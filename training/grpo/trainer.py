@@ -531,6 +531,7 @@ class NextFlowGRPOTrainer(FiniteStepsMixin, StagedCheckpointsMixin, GRPOTrainer)
             self._logs["images"].extend(gather_object([[_thumbnail(image)] for image in images]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's method, which also gives sampled images to TensorBoard."""
         if self.log_completions and self._logs["images"] and self.accelerator.is_main_process:
             self._log_to_tensorboard([row[0] for row in list(self._logs["images"])[:16]])
         super().log(logs, start_time)

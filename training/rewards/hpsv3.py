@@ -83,16 +83,19 @@ class HPSv3Reward(HubReward):
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The base model's tokenizer with the token that the reward is read at."""
         tokenizer = AutoTokenizer.from_pretrained(self.processor_id, padding_side="right")
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         return tokenizer
 
     @cached_property
     def processor(self) -> Any:
+        """The base model's image processor."""
         return AutoImageProcessor.from_pretrained(self.processor_id)
 
     @cached_property
     def model(self) -> nn.Module:
+        """The base model with the head of the reward, loaded on first use."""
         is_folder = os.path.isdir(self.model_id)
         path = os.path.join(self.model_id, WEIGHTS) if is_folder else hf_hub_download(self.model_id, WEIGHTS)
         base, head = {}, {}
@@ -113,6 +116,7 @@ class HPSv3Reward(HubReward):
         return model.eval().requires_grad_(False).to(self._device)
 
     def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        """One number for each pair of an image and a text, (n,)."""
         patches = self.processor.merge_size**2
         factor = self.processor.patch_size * self.processor.merge_size
         pixels = NUM_IMAGE_TOKENS * factor**2

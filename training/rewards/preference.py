@@ -44,10 +44,12 @@ class HubReward:
 
     @cached_property
     def processor(self) -> Any:
+        """The processor, loaded on first use."""
         return AutoProcessor.from_pretrained(self.processor_id)
 
     @cached_property
     def model(self) -> torch.nn.Module:
+        """The model, loaded on first use."""
         options = {} if self.dtype is None else {"dtype": self.dtype}
         model = self.auto_class.from_pretrained(self.model_id, **options, **self.kwargs)
         return model.eval().requires_grad_(False).to(self._device)
@@ -71,6 +73,7 @@ class HubReward:
         return scores
 
     def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        """One number for each pair of an image and a text, (n,). A subclass says how."""
         raise NotImplementedError
 
 
@@ -94,6 +97,7 @@ class CLIPReward(HubReward):
         self.scaled = scaled
 
     def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        """Cosine of the embeddings of each pair, (n,); times the learned scale where `scaled`."""
         # SigLIP reads a text at its last place, which padding to the longest of a batch would move.
         padding: dict[str, Any] = {"padding": True}
         if self.model.config.model_type.startswith("siglip"):
@@ -123,6 +127,7 @@ class ImageScoreReward(HubReward):
         self.label = label
 
     def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+        """The logit of the only label, or the probability of `label`, for each image, (n,)."""
         labels = self.model.config.id2label
         if self.label is None and len(labels) != 1:
             raise ValueError(f"{self.model_id} has the labels {sorted(labels.values())}: name one with `label`")

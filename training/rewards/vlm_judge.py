@@ -47,7 +47,7 @@ def parse_score(answer: str) -> float:
 
 
 def answer_text(answer: bytes) -> str:
-    """The text of a chat completion, without thoughts before it. Raises `ValueError` where `answer` is none."""
+    """The text of a chat completion, without thoughts before it. Raises `ValueError` for anything else."""
     try:
         text = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:

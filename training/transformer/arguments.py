@@ -31,7 +31,7 @@ class ModelArguments:
             trained; under an adapter, whose base is frozen, bfloat16 with `bf16: true`. A model whose float32 copy
             does not fit is best in bfloat16.
         attn_implementation (`str`, *optional*): As in `from_pretrained`.
-        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter in the place of the model.
+        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter instead of the model.
         lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save, use_rslora, use_dora:
             Fields of PEFT's `LoraConfig`. By default it adapts every matrix of the decoder's layers.
         lora_train_image_parts (`bool`, *optional*, defaults to `False`):
@@ -124,6 +124,7 @@ class DataArguments:
 
     @property
     def is_packed(self) -> bool:
+        """Whether rows are packed."""
         return self.pack_max_length is not None or self.pack_max_flops is not None
 
     def __post_init__(self):
@@ -166,7 +167,7 @@ class NextFlowTrainingArguments(TrainingArguments):
             Prompts of which an image is sampled at every evaluation, with the same seed every time.
         sample_seed (`int`, *optional*, defaults to 0): Prompt i uses `sample_seed + i`.
         sample_settings (`dict`, *optional*):
-            Arguments of the pipeline's call (`guidance_scale`, `top_k`, `height`...), in the place of its defaults.
+            Arguments of the pipeline's call (`guidance_scale`, `top_k`, `height`...), instead of its defaults.
     """
 
     trainable: str = field(default="all", metadata={"choices": list(TRAINABLE)})

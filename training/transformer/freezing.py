@@ -62,6 +62,7 @@ def set_trainable(model: PreTrainedModel, trainable: str) -> None:
 
 
 def is_head_cut(model: nn.Module) -> bool:
+    """Whether the head is kept as two parts, of which one is trained."""
     return parametrize.is_parametrized(model.get_output_embeddings(), "weight")
 
 

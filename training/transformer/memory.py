@@ -66,6 +66,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> float:
+        """Bytes at the peak of a step."""
         # The loss is done with its logits before a layer is recomputed.
         working = max(self.layer, self.logits)
         return self.weights + self.gradients + self.optimizer + self.checkpoints + working
@@ -81,6 +82,7 @@ class TrainingMemory:
         return replace(self, **{name: getattr(self, name) / processes for name in names})
 
     def fits(self, gigabytes: float) -> bool:
+        """Whether it fits into a GPU of so many gigabytes, with [`HEADROOM`] left."""
         return self.total_on_gpu <= gigabytes * 1e9 * (1 - HEADROOM)
 
 

@@ -91,7 +91,7 @@ def check_sources(args: ModelArguments) -> None:
 
 
 def saved_adapter(name_or_path: str) -> "LoraConfig | None":
-    """The configuration of the adapter that a folder or a repository holds in the place of a model."""
+    """The configuration of the adapter that a folder or a repository holds instead of a model."""
     if find_adapter_config_file(name_or_path) is None:
         return None
     return import_peft().PeftConfig.from_pretrained(name_or_path)
@@ -146,6 +146,7 @@ def new_transformer(
 
 
 def quantization_config(args: ModelArguments, dtype: str) -> BitsAndBytesConfig | None:
+    """bitsandbytes' configuration by the recipe, or `None` where nothing is quantised."""
     if args.load_in_4bit:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -158,6 +159,7 @@ def quantization_config(args: ModelArguments, dtype: str) -> BitsAndBytesConfig 
 
 
 def import_peft() -> ModuleType:
+    """PEFT; raises `ImportError` with the command that installs it."""
     try:
         import peft
     except ImportError as error:

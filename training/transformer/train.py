@@ -223,6 +223,7 @@ def train(
 def sampling_callback(
     trainer: NextFlowTrainer, model_args: ModelArguments, args: NextFlowTrainingArguments
 ) -> SampleImagesCallback:
+    """The callback that samples `sample_prompts`; raises `ValueError` where a part to decode codes is missing."""
     if not (model_args.processor_name_or_path and model_args.vision_tokenizer_name_or_path):
         raise ValueError(
             "sample_prompts need processor_name_or_path and vision_tokenizer_name_or_path: they make images of codes"
@@ -255,4 +256,5 @@ def plan(
 
 
 def count_rows(folder: str) -> str:
+    """The number of rows in a folder of codes, in words."""
     return f"{len(load_codes(folder)):,} rows" if Path(folder, "manifest.json").is_file() else "not there yet"

@@ -84,6 +84,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         return isinstance(self.args, NextFlowTrainingArguments) and self.args.use_muon
 
     def create_optimizer(self, model=None):
+        """`Trainer`'s method; with `use_muon` the optimizer is [`MuonWithAdamW`]."""
         if self.optimizer is None and self._wants_muon:
             self.optimizer = self._create_muon(self.model if model is None else model)
         return super().create_optimizer(model)
@@ -147,6 +148,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
     # --- losses
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """`Trainer`'s method; an error of a batch names its rows."""
         known = {name: value for name, value in inputs.items() if name != ROW_IDS}
         try:
             loss, outputs = super().compute_loss(
@@ -165,11 +167,13 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """`Trainer`'s method, without logits where only the loss is asked for."""
         if prediction_loss_only:  # the loss does without the logits of the whole sequence
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`Trainer`'s method, with the losses of text and of each scale, and the speed."""
         if "loss" in logs:
             _, parts = self._training_losses.pop(self.accelerator)
             logs.update(parts)
@@ -177,6 +181,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """`Trainer`'s method; the loss is the mean over all tokens, and not over batches."""
         self._evaluation_losses = _LossSums()
         with self._untimed():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -201,6 +206,7 @@ class NextFlowTrainer(FiniteStepsMixin, StagedCheckpointsMixin, Trainer):
         return not layers[0].mlp.down_proj.weight.requires_grad
 
     def store_flos(self) -> None:
+        """`Trainer`'s method, with the operations that were counted since it was last called."""
         before = self.state.total_flos
         # `Trainer` adds this up over the processes: `total_flos` and the difference below are those of all.
         self.current_flos, self._flops = float(self._flops), 0.0

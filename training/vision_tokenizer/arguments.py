@@ -93,4 +93,5 @@ class NextFlowVisionTokenizerTrainingArguments(TrainingArguments):
 
     @property
     def trains_codebook(self) -> bool:
+        """Whether this stage trains the codebook."""
         return self.stage != "decoder"

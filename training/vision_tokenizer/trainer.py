@@ -92,6 +92,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
 
     @property
     def tokenizer(self) -> NextFlowVisionTokenizer:
+        """The model that is trained, without what wraps it."""
         return self.accelerator.unwrap_model(self.model)
 
     @property
@@ -175,6 +176,7 @@ class NextFlowVisionTokenizerTrainer(AveragedWeightsMixin, Trainer):
             self.logged_values.setdefault(name, []).append(value.detach())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`Trainer`'s method, with the means of all parts of the loss and the use of the codes."""
         if "loss" in logs and self.logged_values:
             # All processes have the same names in the same order: one reduction for all of them.
             means = torch.stack([torch.stack(values).float().mean() for values in self.logged_values.values()])
