@@ -319,7 +319,7 @@ def recall(args: argparse.Namespace, command: str, names: Sequence[str]) -> Reca
     _check_sources(record.arguments, given, args)
     changes = {name for name, value in given.items() if not _same(value, record.arguments.get(name))}
     if "lora" in given and _scales(given["lora"]) != _scales(record.arguments.get("lora", [])):
-        changes.add("scale of a LoRA")  # which no fingerprint of weights has
+        changes.add("scale of a LoRA")  # the fingerprint is that of its file alone
     dropped = set(options.SIZE) if changes & set(options.SIZE) else set()  # of two sizes, the one that is given
     if "decoder" in changes:
         dropped |= set(options.DECODING)

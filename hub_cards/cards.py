@@ -188,7 +188,7 @@ def _training_section(run: "Run", ancestors: list[str]) -> str:
     losses: dict[str, float] = {}  # the last of each
     for entry in state.get("log_history", ()):
         losses |= {key: value for key, value in entry.items() if "loss" in key and isinstance(value, (int, float))}
-    losses.pop("train_loss", None)  # no last one: `Trainer`'s mean since its last start
+    losses.pop("train_loss", None)  # `Trainer`'s mean since it was last started, not a last loss
     rows |= {f"Last `{key}`": f"{value:.4g}" for key, value in losses.items()}
     lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
     stages = run.stages()

@@ -368,7 +368,7 @@ def _append_scale(
 
 
 def _replaced(codes: torch.Tensor, others: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """`others` instead of `codes`."""
+    """Check `others`, which replace `codes`."""
     if others.shape != codes.shape:
         raise ValueError(f"image_codes were replaced by {tuple(others.shape)}, expected {tuple(codes.shape)}")
     return check_codes(others, codebook_size)

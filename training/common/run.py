@@ -28,7 +28,7 @@ from .recipe import Recipe, check_recipe, parse_recipe, read_recipe, source_of
 
 logger = logging.get_logger(__name__)
 
-# Keys of a recipe whose values a checkpoint holds, in its optimizer and its average, and brings back.
+# Keys of a recipe that a checkpoint overrides: its optimizer and its average hold their values.
 HELD_BY_CHECKPOINT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "ema_decay")
 
 
@@ -175,8 +175,10 @@ def _check_same_model(folder: Path, earlier: Recipe, kind: str, model: str | Non
 def _check_same_optimizer(folder: Path, earlier: Recipe, args: TrainingArguments) -> None:
     """Refuse values that the optimizer's state in a checkpoint would replace by its own."""
     for field in fields(args):
+        if field.name not in HELD_BY_CHECKPOINT:
+            continue
         before, now = earlier.get("recipe", {}).get(field.name, field.default), getattr(args, field.name)
-        if field.name in HELD_BY_CHECKPOINT and before != now:
+        if before != now:
             raise ValueError(
                 f"{field.name} is {now}, but the checkpoints in {folder} were made with {before} and keep it: set it "
                 "back, or begin from the weights of one in another output_dir"

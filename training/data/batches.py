@@ -105,7 +105,7 @@ def _numbered_row(row: dict[str, Any]) -> tuple[int, dict]:
 
 
 def _content(image: Any) -> bytes:
-    """What tells an image from others: its file, the place of that, or its pixels."""
+    """Bytes that identify an image: those of its file, else its path, else its pixels."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str):
