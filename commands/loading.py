@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,26 @@ def load_pipeline(args: argparse.Namespace, *, without: Sequence[str] = ()) -> "
         pipe.to(args.device)
     pipe.set_progress_bar_config(desc="scale", disable=args.quiet)
     args.loaded_dtype = str(pipe.dtype).removeprefix("torch.")
+    if args.device == "cpu" and args.dtype == "auto" and not args.quiet:
+        _warn_of_bfloat16(pipe)
     return pipe
+
+
+def _warn_of_bfloat16(pipe: "NextFlowPipeline") -> None:
+    """Say that this CPU is slow in the type that weights were saved in."""
+    import torch
+
+    parts = [getattr(part, "dtype", None) for part in pipe.components.values()]
+    if torch.bfloat16 not in parts:
+        return
+    from ..training.common.processes import computes_bfloat16
+
+    if not computes_bfloat16(on_cpu=True):
+        print(
+            "nextflow-hf: this CPU has no instructions for bfloat16, in which the weights were saved: --dtype float32 "
+            "is many times faster, and rounds otherwise",
+            file=sys.stderr,
+        )
 
 
 def silence_loading() -> None:

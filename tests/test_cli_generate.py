@@ -77,6 +77,20 @@ def test_the_command_line_and_python_load_what_was_saved(command_line, tmp_path)
     assert pixels("a.png") == (expected.size, expected.tobytes())
 
 
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_cpu_that_is_slow_in_bfloat16_is_said(command_line, tmp_path, monkeypatch, saved, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    toy_pipeline().to(saved).save_pretrained(tmp_path / "saved")
+    run = ["generate", "a", "--model", tmp_path / "saved", "--device", "cpu", "--output", "a.png"]
+    command_line.run(*run)
+    is_slow = saved == torch.bfloat16 and capability == "AVX2"
+    assert ("no instructions for bfloat16" in command_line.errors) == is_slow
+    for answer in (["--dtype", "float32"], ["--quiet"]):
+        command_line.run(*run, *answer)
+        assert "instructions" not in command_line.errors
+
+
 def test_json(command_line, model_folder):
     said = command_line.json("generate", "a", "--model", model_folder, "--seed", 1, "--output", "a.png")
     assert {name: type(value) for name, value in said.items()} == {
