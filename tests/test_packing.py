@@ -167,15 +167,17 @@ def test_report_by_hand():
 
 
 def test_report_of_padding_by_hand():
-    # Two ranks, two documents each: (6, 4) and (8, 8), padded to 6 and 8; the fifth makes no step.
+    # Two ranks, batches of two, one and two documents: (6, 4), (8,), (8, 2) and (4,), padded to 6, 8, 8 and 4.
     report = PackingReport.of_padding(
-        [6, 4, 8, 8, 3], [36.0, 16.0, 64.0, 64.0, 9.0], batch_size=2, padding_flops=10.0, num_ranks=2
+        [6, 4, 8, 8, 2, 4],
+        [36.0, 16.0, 64.0, 64.0, 4.0, 16.0],
+        [[0, 1], [2], [3, 4], [5]],
+        padding_flops=10.0,
+        num_ranks=2,
     )
-    assert (report.num_documents, report.num_packs, report.num_tokens) == (4, 2, 26)
-    assert report.padding == pytest.approx(2 / 28)
-    assert report.balance == pytest.approx((72 + 128) / 2 / 128)
-    with pytest.raises(ValueError, match="3 documents make no step of 2 ranks with 2 each"):
-        PackingReport.of_padding([1] * 3, [1.0] * 3, batch_size=2, padding_flops=1.0, num_ranks=2)
+    assert (report.num_documents, report.num_packs, report.num_tokens) == (6, 4, 32)
+    assert report.padding == pytest.approx(8 / 40)
+    assert report.balance == pytest.approx((72 + 64 + 128 + 16) / 2 / (72 + 128))
 
 
 def test_equal_computation_balances_ranks_better_than_equal_length():

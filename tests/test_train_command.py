@@ -353,8 +353,23 @@ def test_what_padding_costs_is_said(toy, caplog):
     share = 1 - lengths.sum() / (batches.max(axis=1).sum() * 6)
     assert f"in batches of 6 rows in random order, {share:.1%} of the tokens are padding" in caplog.text
     caplog.clear()
-    train.report_padding(rows, toy_config(), replace(args, train_sampling_strategy="batch_rebalance"))
+    train.report_padding(rows, toy_config(), replace(args, train_sampling_strategy="group_by_length"))
     assert not caplog.text
+
+
+def test_what_padding_costs_by_length_is_said(toy, caplog):
+    rows = train.load_rows([toy / "text", toy / "interleaved"])
+    shares = []
+    for steps, batch_size in ((1, 12), (12, 1)):
+        caplog.clear()
+        keys = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
+        args = parse({**BASE, **keys, "train_sampling_strategy": "batch_rebalance"})[-1]
+        train.report_padding(rows, toy_config(), args)
+        said = f"in steps of {steps} batches of about {batch_size} rows by length, "
+        assert said in caplog.text and "more gradient_accumulation_steps" in caplog.text
+        shares.append(float(caplog.text.split(said)[1].split("%")[0]))
+    lengths = np.array(rows["length"])
+    assert shares[0] == pytest.approx(100 - 100 * lengths.mean() / lengths.max(), abs=0.06) and shares[1] == 0
 
 
 def test_packs_that_cannot_be(toy, tmp_path, caplog):

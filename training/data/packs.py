@@ -185,19 +185,23 @@ class PackingReport:
         cls,
         lengths: Sequence[int],
         flops: Sequence[float],
+        batches: Sequence[Sequence[int]],
         *,
-        batch_size: int,
         padding_flops: float,
         num_ranks: int = 1,
     ) -> "PackingReport":
-        """Batches of documents in the given order, each padded to its longest, a token of it at `padding_flops`."""
-        whole = len(lengths) // (batch_size * num_ranks) * batch_size * num_ranks
-        if not whole:
-            raise ValueError(f"{len(lengths)} documents make no step of {num_ranks} ranks with {batch_size} each")
-        lengths, work = (np.asarray(values)[:whole].reshape(-1, batch_size) for values in (lengths, flops))
-        padding = lengths.max(axis=1) * batch_size - lengths.sum(axis=1)
-        work = work.sum(axis=1) + padding * padding_flops
-        return cls._of_work(whole, lengths.sum(axis=1), padding, work, num_ranks)
+        """
+        Batches of documents, those of the ranks of a step after each other, each padded to its longest, a token of it
+        at `padding_flops`.
+        """
+        sizes = np.array([len(batch) for batch in batches])
+        documents = np.concatenate([np.asarray(batch) for batch in batches])
+        starts = np.cumsum(sizes) - sizes
+        lengths, flops = np.asarray(lengths)[documents], np.asarray(flops)[documents]
+        tokens = np.add.reduceat(lengths, starts)
+        padding = np.maximum.reduceat(lengths, starts) * sizes - tokens
+        work = np.add.reduceat(flops, starts) + padding * padding_flops
+        return cls._of_work(len(documents), tokens, padding, work, num_ranks)
 
     @classmethod
     def _of_work(

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.utils import logging
 
 from ...conversion.assemble import load_processor, load_vision_tokenizer
@@ -148,20 +149,36 @@ def pack_rows(
 
 def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlowTrainingArguments) -> None:
     """Log what padding costs without packs, estimated from at most 4,096 rows."""
-    ranks, batch_size = args.world_size, args.per_device_train_batch_size
-    in_random_order = args.train_sampling_strategy == "random"
-    if not in_random_order or not args.should_log or len(rows) < ranks * batch_size or ranks * batch_size == 1:
+    ranks, batch_size, steps = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
+    at_once = ranks * batch_size
+    if args.train_sampling_strategy == "random":
+        kind = f"in batches of {batch_size} rows in random order"
+        advice = "pack_max_length, pack_max_flops or train_sampling_strategy=batch_rebalance help"
+    elif args.train_sampling_strategy == "batch_rebalance":
+        at_once *= steps
+        kind = f"in steps of {steps} batches of about {batch_size} rows by length"
+        advice = "more gradient_accumulation_steps of fewer rows pad less"
+    else:
+        return
+    if not args.should_log or len(rows) < at_once or at_once == 1:
         return
     sampled = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
     lengths, flops = document_costs(rows.select(sampled), config)
-    padding_flops = training_flops(config, 1) - training_flops(config, 0)
+    batches = np.arange(len(lengths) // at_once * at_once).reshape(-1, batch_size)
+    if args.train_sampling_strategy == "batch_rebalance":
+        options = {"dp_size": ranks, "grad_accum": steps, "shuffle": False}
+        samplers = [BatchRebalanceSampler(list(lengths), at_once, rank=rank, **options) for rank in range(ranks)]
+        batches = [batch for of_ranks in zip(*samplers, strict=True) for batch in of_ranks]
     report = PackingReport.of_padding(
-        lengths, flops, batch_size=batch_size, padding_flops=padding_flops, num_ranks=ranks
+        lengths,
+        flops,
+        batches,
+        padding_flops=training_flops(config, 1) - training_flops(config, 0),
+        num_ranks=ranks,
     )
     logger.warning(
-        f"in batches of {batch_size} rows in random order, {report.padding:.1%} of the tokens are padding; of a step, "
-        f"processes wait {1 - report.balance:.1%} for the busiest: pack_max_length, pack_max_flops or "
-        "train_sampling_strategy=batch_rebalance help"
+        f"{kind}, {report.padding:.1%} of the tokens are padding; of a step, processes wait {1 - report.balance:.1%} "
+        f"for the busiest: {advice}"
     )
 
 
