@@ -75,7 +75,8 @@ def generate_images(args: argparse.Namespace, console: Console) -> dict[str, Any
     prompts = _read_prompts(args)
     args.seed = options.choose_seed(args.seed)
     count = args.num_images or 1
-    output = Output(args.output, count=count * len(prompts))
+    sources = [*(args.image or ()), *filter(None, [getattr(args, "mask_image", None)])]
+    output = Output(args.output, count=count * len(prompts), sources=sources)
     if args.preview is not None and preview_path(args.preview) == args.output:
         raise ValueError(f"--output and --preview are both {args.output}: give them different names")
 

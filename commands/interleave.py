@@ -71,38 +71,45 @@ def interleave(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     pipe, recorder, settings = records.begin("interleave", args, RECORDED, SETTINGS, recalled)
 
-    # 3. The answer, as it comes
+    # 3. The answer, as it comes; what there is of one that is interrupted is kept
     start = time.perf_counter()
     parts: list[dict[str, Any]] = []
     images = []
     generator = torch.Generator().manual_seed(args.seed)
-    for part in pipe.interleave(copy.deepcopy(messages), generator=generator, stream=True, **settings):
-        if part["type"] == "image":
-            images.append(part["image"])
-            path = folder / f"{len(images)}.png"
-            recorder.save(part["image"], path, results={"number": len(images)}, **settings)
-            console.show(f"[{path}]")
-            parts.append({"type": "image", "image": path})
-            continue
-        console.show(part["text"], end="")
-        if parts and parts[-1]["type"] == "text":
+    try:
+        for part in pipe.interleave(copy.deepcopy(messages), generator=generator, stream=True, **settings):
+            if part["type"] == "image":
+                images.append(part["image"])
+                path = folder / f"{len(images)}.png"
+                recorder.save(part["image"], path, results={"number": len(images)}, **settings)
+                console.show(f"[{path}]")
+                parts.append({"type": "image", "image": path})
+                continue
+            console.show(part["text"], end="")
+            if not parts or parts[-1]["type"] == "image":
+                parts.append({"type": "text", "text": ""})
             parts[-1]["text"] += part["text"]
-        else:
-            parts.append(dict(part))
-    console.show("")
-
-    # 4. As a folder
-    write_messages([*messages, {"role": "assistant", "content": parts}], folder / "messages.json")
-    pieces = [one["text"].strip() if one["type"] == "text" else f"![]({one['image'].name})" for one in parts]
-    write_text(folder / "answer.md", "\n\n".join(pieces) + "\n")
-    console.say(f"written: {folder / 'answer.md'}")
+    except BaseException:
+        if parts:
+            _write(parts, messages, folder, console)
+        raise
+    _write(parts, messages, folder, console)
     seconds = round(time.perf_counter() - start, 3)
-    described = _described(parts, images)
-    result = {**loaded(args), "seed": args.seed, "seconds": seconds, "output": str(folder), "parts": described}
+    result = {**loaded(args), "seed": args.seed, "seconds": seconds, "output": str(folder)}
+    result["parts"] = _described(parts, images)
     if recalled is not None:
         again = dict(enumerate(images, start=1)).get(recalled.record.results.get("number"))
         result["identical"] = recalled.compare(again, console)
     return result
+
+
+def _write(parts: list[dict[str, Any]], messages: list[dict[str, Any]], folder: Path, console: Console) -> None:
+    """Write the answer for readers, and the conversation with it for the next command."""
+    console.show("")
+    write_messages([*messages, {"role": "assistant", "content": parts}], folder / "messages.json")
+    pieces = [one["text"].strip() if one["type"] == "text" else f"![]({one['image'].name})" for one in parts]
+    write_text(folder / "answer.md", "\n\n".join(pieces) + "\n")
+    console.say(f"written: {folder / 'answer.md'}")
 
 
 def _refuse_to_overwrite(messages: list[dict[str, Any]], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Where images go: names that say what they are, and nothing overwritten that was not named."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,10 @@ class Output:
         path (`Path`, *optional*): A .png, numbered where there are several images, or a folder. By default names are
             made of prompt and seed, in this folder.
         count (`int`): How many images there will be.
+        sources (`Sequence[Path]`): Images that they are made of, which none may overwrite.
     """
 
-    def __init__(self, path: Path | None, *, count: int):
+    def __init__(self, path: Path | None, *, count: int, sources: Sequence[Path] = ()):
         self.count = count
         self.folder, self.file = Path(), None
         self._given = 0
@@ -37,6 +39,11 @@ class Output:
             raise ValueError(f"--output is {path}, expected a .png, which alone holds how it was made, or a folder")
         else:
             self.file = path
+            files = {numbered(path, number, count).resolve() for number in range(1, count + 1)}
+            if overwritten := [source for source in sources if source.resolve() in files]:
+                raise ValueError(
+                    f"--output is {path}, which would overwrite the source {overwritten[0]}: name another"
+                )
 
     def path(self, prompt: str | None, seed: int) -> Path:
         """The path of the next image."""

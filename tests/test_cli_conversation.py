@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 
 import pytest
@@ -157,6 +158,22 @@ def test_an_answer_of_text_and_images(command_line, toy, story):
 
     shown = command_line.run(*run, "--text-temperature", 1, "--output", "other")
     assert "[other/1.png]" in shown and "[other/2.png]" in shown
+
+
+def test_an_interrupted_answer_keeps_what_there_is_of_it(command_line, toy, monkeypatch, tmp_path):
+    def answer(*args, **kwargs):
+        yield {"type": "text", "text": "a"}
+        yield {"type": "text", "text": "b"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NextFlowPipeline, "interleave", answer)
+    command_line.run("interleave", "tell", "--model", toy, "--output", "story", status=130)
+    assert (tmp_path / "story" / "answer.md").read_text() == "ab\n"
+    messages = json.loads((tmp_path / "story" / "messages.json").read_text())
+    assert messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": "ab"}]}
+    monkeypatch.setattr(NextFlowPipeline, "interleave", lambda *args, **kwargs: itertools.islice(answer(), 2, None))
+    command_line.run("interleave", "tell", "--model", toy, "--output", "empty", status=130)
+    assert not (tmp_path / "empty").exists()
 
 
 def test_an_answer_is_repeated_from_any_of_its_images(command_line, toy, story):

@@ -241,6 +241,15 @@ def test_an_edit_of_two_images(command_line, model_folder, tmp_path):
     assert pixels("a.png") == ((20, 12), expected.tobytes())
 
 
+def test_an_edit_does_not_overwrite_its_source(command_line, model_folder, tmp_path):
+    image, mask = (save_picture(tmp_path / f"{name}.png") for name in ("a-2", "mask"))
+    run = ["edit", "a", "--model", model_folder, "--image", "a-2.png", "--mask-image", "mask.png", "--output"]
+    for wrong, source, more in (("./a-2.png", "a-2", []), ("a.png", "a-2", ["--num-images", 2]), (mask, "mask", [])):
+        said = command_line.mistake(*run, wrong, *more)
+        assert f"which would overwrite the source {source}.png" in said
+    command_line.run("edit", "a", "--model", model_folder, "--image", image, "--output", "a.png")
+
+
 def test_an_edit_of_a_part(command_line, model_folder, tmp_path):
     source = save_picture(tmp_path / "source.png")
     mask = Image.new("L", (16, 16))

@@ -16,6 +16,7 @@ from toy_qwen import save_qwen
 from nextflow_hf import cli
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_adapter, export_pipeline, export_vision_tokenizer
+from nextflow_hf.training.common.folders import Run
 
 
 def note(folder: Path, kind: str, model: Path | None = None, recipe: dict | None = None) -> None:
@@ -225,3 +226,21 @@ def test_a_damaged_note_of_a_run_is_one_line(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("kind: [")
     assert cli.main(["export", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "run.yaml: this is no YAML" in capsys.readouterr().err
+
+
+def test_stages_in_folders_of_one_name_have_names_of_their_own(tmp_path):
+    """Of three trainings in folders that are called `run`, each keeps its plot on a card."""
+    before = None
+    for place in ("a", "b", "c"):
+        folder = tmp_path / place / "run"
+        folder.mkdir(parents=True)
+        note(folder, "transformer", before, {"max_steps": place})
+        (folder / "loss.png").write_text(place)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": ord(place)}))
+        before = folder
+    stages = Run(folder=before, result=before, kind="transformer", model=str(tmp_path / "b" / "run")).stages()
+    assert [(stage.name, stage.plot_name, stage.plot.read_text()) for stage in stages] == [
+        ("run", "loss_run.png", "a"),
+        ("run_2", "loss_run_2.png", "b"),
+        ("run_3", "loss_run_3.png", "c"),
+    ]

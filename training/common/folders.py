@@ -200,7 +200,13 @@ class Run:
         """The trainings that it is made of, by what their recipes name, each after those it needs; itself last."""
         found: list[Stage] = []
         _add_stages(self, found, set())
-        return found
+        named: dict[str, Stage] = {}
+        for stage in found:
+            name, number = stage.name, 2
+            while name in named:  # folders of one name in different places: their plots lie beside each other
+                name, number = f"{stage.name}_{number}", number + 1
+            named[name] = replace(stage, name=name)
+        return list(named.values())
 
     def state(self) -> dict[str, Any]:
         """`Trainer`'s record of its steps and losses; empty where there is none."""
