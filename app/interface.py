@@ -154,7 +154,7 @@ class App:
     # ---- conversations
 
     def chat(
-        self, said: dict[str, Any], max_images: float, messages: list[dict[str, Any]], request: gr.Request
+        self, said: dict[str, Any], max_images: float, messages: "Conversation", request: gr.Request
     ) -> Iterator[tuple]:
         """(text box, conversation as shown, messages), as the answer comes and at the end."""
         text, paths = (said["text"] or "").strip(), list(said["files"] or ())
@@ -172,6 +172,8 @@ class App:
                 asked, max_images=int(max_images), seed=secrets.randbelow(SEEDS), owner=request.session_hash
             )
             for part in parts:
+                if messages.is_over:
+                    break
                 if part["type"] == "image":
                     answer.append({"type": "image", "image": self._save(part["image"])})
                 elif answer and answer[-1]["type"] == "text":
@@ -182,8 +184,17 @@ class App:
         except USER_ERRORS as error:
             yield said, chat_of(messages), gr.skip()
             raise gr.Error(str(error), title="Cannot answer that", print_exception=False) from error
+        if messages.is_over:
+            yield gr.skip(), gr.skip(), gr.skip()  # Gradio shows what comes last a second time
+            return
         answered = [*asked, {"role": "assistant", "content": answer or [{"type": "text", "text": ""}]}]
-        yield gr.skip(), chat_of(answered), answered
+        yield gr.skip(), chat_of(answered), Conversation(answered)
+
+    def begin_conversation(self, messages: "Conversation", request: gr.Request) -> tuple:
+        """(conversation as shown, messages), both empty; an answer that is still coming ends."""
+        messages.is_over = True
+        self.studio.stop(request.session_hash)
+        return [], Conversation()
 
     # ---- both
 
@@ -378,13 +389,26 @@ class App:
                 api_visibility="private",
             )
         uploads_only(box)
-        messages = gr.State([])
+        messages = gr.State(Conversation())
         box.submit(
             self.chat, [box, max_images, messages], [box, chat, messages], show_progress="minimal", **MODEL, **PRIVATE
         )
         stop.click(self.stop, show_progress="hidden", **PRIVATE)  # in a queue of its own
-        # The conversation's own button empties what is shown
-        gr.on([clear.click, chat.clear], lambda: ([], []), None, [chat, messages], show_progress="hidden", **PRIVATE)
+        # The conversation's own button empties what is shown. In a queue of its own.
+        gr.on(
+            [clear.click, chat.clear],
+            self.begin_conversation,
+            messages,
+            [chat, messages],
+            show_progress="hidden",
+            **PRIVATE,
+        )
+
+
+class Conversation(list):
+    """Messages of a pipeline; `is_over` once their browser has begun another conversation."""
+
+    is_over = False
 
 
 def uploads_only(component: gr.components.Component) -> None:

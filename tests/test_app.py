@@ -16,7 +16,7 @@ from toy_pipeline import toy_pipeline
 
 from nextflow_hf import NextFlowPipeline
 from nextflow_hf.app import command
-from nextflow_hf.app.interface import App, chat_of
+from nextflow_hf.app.interface import App, Conversation, chat_of
 from nextflow_hf.app.server import is_loopback, serve, warnings_about
 from nextflow_hf.app.studio import ImageRequest, Studio
 from nextflow_hf.app.uploads import MAX_IMAGES, check_image, check_images
@@ -238,7 +238,7 @@ def test_a_stopped_drawing_says_so(app, monkeypatch):
 
 def test_an_answer_comes_in_parts(app, tmp_path):
     shown = picture(tmp_path / "shown.png")
-    steps = list(app.chat({"text": "what is <b>it</b>?", "files": [shown]}, 1, [], ANNA))
+    steps = list(app.chat({"text": "what is <b>it</b>?", "files": [shown]}, 1, Conversation(), ANNA))
     box, chat, _ = steps[0]
     assert box == {"text": "", "files": []}
     assert chat == [{"role": "user", "content": [{"path": shown}, "what is &lt;b&gt;it&lt;/b&gt;?"]}]
@@ -255,9 +255,9 @@ def test_an_answer_comes_in_parts(app, tmp_path):
 
 def test_a_failed_answer_gives_the_words_back(app, tmp_path):
     with pytest.raises(gr.Error, match="Say something"):
-        next(app.chat({"text": "", "files": []}, 1, [], ANNA))
+        next(app.chat({"text": "", "files": []}, 1, Conversation(), ANNA))
     words = {"text": "hello", "files": [bomb(tmp_path / "bomb.png", 100_000, 100_000)]}
-    steps, seen = app.chat(words, 1, [], ANNA), []
+    steps, seen = app.chat(words, 1, Conversation(), ANNA), []
     with pytest.raises(gr.Error, match="decompression bomb"):
         seen.extend(iter(steps.__next__, None))
     assert seen[-1][:2] == (words, []) and not said(seen[-1][2])

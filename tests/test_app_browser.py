@@ -199,6 +199,20 @@ def test_a_conversation_of_text_and_images(page, served, gate, tmp_path):
     page.wait(lambda: "no more" not in page.text("#chat"))
 
 
+def test_a_new_conversation_ends_the_answer_to_the_old_one(page, gate):
+    gate.close()
+    page.tab("Chat")
+    page.type("#chat-box textarea", "tell\n")
+    page.wait_for_text("#chat", "first, a ")
+    page.click("#chat-clear")
+    page.wait(lambda: "first, a " not in page.text("#chat"))
+    gate.open()
+    page.settle()
+    assert "tell" not in page.text("#chat") and "no more" not in page.text("#chat")
+    page.type("#chat-box textarea", "hello\n")
+    assert "tell" not in page.wait_for_text("#chat", "and no more")
+
+
 def test_a_phone_shows_it_all(page):
     size = page.chromium.get_window_size()
     try:
