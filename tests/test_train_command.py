@@ -357,7 +357,8 @@ def test_what_padding_costs_is_said(toy, caplog):
     assert not caplog.text
 
 
-def test_what_padding_costs_by_length_is_said(toy, caplog):
+def test_what_padding_costs_by_length_is_said(toy, caplog, monkeypatch):
+    monkeypatch.setattr(train, "SAMPLED_ROWS", 4)  # fewer than a step has
     rows = train.load_rows([toy / "text", toy / "interleaved"])
     shares = []
     for steps, batch_size in ((1, 12), (12, 1)):

@@ -30,6 +30,8 @@ from .trainer import NextFlowTrainer
 
 logger = logging.get_logger(__name__)
 
+SAMPLED_ROWS = 4096  # that padding is estimated from
+
 GROUPS = (ModelArguments, DataArguments, BatchArguments, NextFlowTrainingArguments)
 MODEL = "model_name_or_path"
 
@@ -148,27 +150,26 @@ def pack_rows(
 
 
 def report_padding(rows: datasets.Dataset, config: NextFlowConfig, args: NextFlowTrainingArguments) -> None:
-    """Log what padding costs without packs, estimated from at most 4,096 rows."""
+    """Log what padding costs without packs, estimated from some of the rows, at least those of a step."""
     ranks, batch_size, steps = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
-    at_once = ranks * batch_size
-    if args.train_sampling_strategy == "random":
-        kind = f"in batches of {batch_size} rows in random order"
-        advice = "pack_max_length, pack_max_flops or train_sampling_strategy=batch_rebalance help"
-    elif args.train_sampling_strategy == "batch_rebalance":
-        at_once *= steps
-        kind = f"in steps of {steps} batches of about {batch_size} rows by length"
-        advice = "more gradient_accumulation_steps of fewer rows pad less"
-    else:
+    by_length = args.train_sampling_strategy == "batch_rebalance"
+    if not by_length and args.train_sampling_strategy != "random":
         return
+    at_once = ranks * batch_size * (steps if by_length else 1)
     if not args.should_log or len(rows) < at_once or at_once == 1:
         return
-    sampled = np.random.default_rng(args.seed).permutation(len(rows))[:4096]
+    sampled = np.random.default_rng(args.seed).permutation(len(rows))[: max(SAMPLED_ROWS, at_once)]
     lengths, flops = document_costs(rows.select(sampled), config)
-    batches = np.arange(len(lengths) // at_once * at_once).reshape(-1, batch_size)
-    if args.train_sampling_strategy == "batch_rebalance":
+    if by_length:
         options = {"dp_size": ranks, "grad_accum": steps, "shuffle": False}
         samplers = [BatchRebalanceSampler(list(lengths), at_once, rank=rank, **options) for rank in range(ranks)]
         batches = [batch for of_ranks in zip(*samplers, strict=True) for batch in of_ranks]
+        kind = f"in steps of {steps} batches of about {batch_size} rows by length"
+        advice = "more gradient_accumulation_steps of fewer rows pad less"
+    else:
+        batches = np.arange(len(lengths) // at_once * at_once).reshape(-1, batch_size)
+        kind = f"in batches of {batch_size} rows in random order"
+        advice = "pack_max_length, pack_max_flops or train_sampling_strategy=batch_rebalance help"
     report = PackingReport.of_padding(
         lengths,
         flops,
