@@ -58,6 +58,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--judge-model", metavar="NAME", help="name of the judge's model on its server")
     parser.add_argument("--judge-prompts", metavar="FOLDER", help="ask the benchmark's own questions instead of ours")
+    parser.add_argument(
+        "--sheet-samples",
+        type=whole(1),
+        default=36,
+        metavar="N",
+        help="how many samples of a group its contact sheet shows; default: %(default)s",
+    )
     parser.add_argument("--seed", type=whole(0), default=0, help="seed of the sampling; default: %(default)s")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--generate-only", action="store_true", help="write the answers, and score none")
@@ -117,7 +124,7 @@ def _evaluate(args: argparse.Namespace, options: dict[str, Any], folder: Path) -
     if not args.generate_only:
         run.score(scoring, _judged_by(suite))
         if run.state.is_main_process:
-            _, written = write_report(run, description, args.command)
+            _, written = write_report(run, description, args.command, args.sheet_samples)
             print(written[1].read_text(encoding="utf-8"))
             files += written
     leave_processes()

@@ -15,12 +15,21 @@ from processes import in_processes
 from toy_pipeline import toy_pipeline
 
 from nextflow_hf.training.evaluation.card import _title
-from nextflow_hf.training.evaluation.report import _sheet, summarize, to_markdown, wilson_interval
+from nextflow_hf.training.evaluation.report import (
+    FRAME,
+    TILE,
+    TRUE_COLOR,
+    _sheet,
+    summarize,
+    to_markdown,
+    wilson_interval,
+)
 from nextflow_hf.training.evaluation.runner import EvaluationRun
 from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of, make_suite
 
 
 TOY = """
+from PIL import Image
 from nextflow_hf.training.evaluation.suite import Sample, Turn, images_of, text_of
 
 def say(text):
@@ -35,7 +44,9 @@ class Toy:
         turns = [Turn("image", say(f"a red circle {number}"))]
         if kind == "talk":
             turns += [Turn("text", say("what is it")), Turn("image", say("make it blue"))]
-        return Sample(id, turns, kind, settings={"height": 16, "width": 16, "max_new_tokens": 2})
+        true = [Image.new("RGB", (16, 16), "lime")] if kind == "image" else []
+        settings = {"height": 16, "width": 16, "max_new_tokens": 2}
+        return Sample(id, turns, kind, settings=settings, true_images=true)
     def score(self, sample, answer):
         (image,) = images_of(answer[0])
         return {"passed": len(answer) == len(sample.turns), "corner": image.getpixel((0, 0))[0]}
@@ -98,6 +109,22 @@ def test_sheets_have_room_for_long_prompts_and_rows_as_high_as_their_highest():
     sheet = _sheet([*tiles, *[tiles[0]] * 6])
     assert sheet.height == 200 + 90 and sheet.getpixel((128, 199)) == (0, 128, 0)
     assert sheet.getpixel((0, 201)) == (255, 0, 0) and sheet.getpixel((0, 199)) == (255, 255, 255)
+
+
+def test_sheets_show_what_is_true_beside_as_many_samples_as_asked_for(evaluate, tmp_path):
+    folder = tmp_path / "out"
+
+    def widths(*argv):
+        evaluate("--output-dir", folder, *argv)
+        with Image.open(folder / "image.png") as sheet:
+            pixels = np.asarray(sheet.convert("RGB"))
+        lime = (pixels[FRAME + TILE // 2] == (0, 255, 0)).all(axis=1).sum()
+        blue = (pixels[FRAME + TILE // 2] == TRUE_COLOR).all(axis=1).sum()
+        return lime, blue
+
+    assert widths() == (2 * TILE, 4 * FRAME)  # two samples, each with its true image in a blue frame
+    assert widths("--score-only", "--sheet-samples", "1") == (TILE, 2 * FRAME)
+    assert "--sheet-samples: 0 is out of range" in evaluate("--sheet-samples", "0", mistake=True)
 
 
 def test_generate_only_then_score_only_is_the_whole(evaluate, tmp_path):

@@ -155,6 +155,8 @@ def test_the_suite_passes_true_answers_and_fails_others():
             for parts in expected
         ]
         assert suite.score(sample, true)["passed"]
+        images = [image for answer in true for image in images_of(answer)]
+        assert [np.asarray(one).tolist() for one in sample.true_images] == [np.asarray(one).tolist() for one in images]
         blank = Image.new("RGB", (64, 64), "white")
         wrong = [
             [{**p, "image": blank} if p["type"] == "image" else {**p, "text": "nothing"} for p in a] for a in true

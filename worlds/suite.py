@@ -98,7 +98,7 @@ class WorldSuite:
             return Sample(id, [turn], task, row.category, settings, (task, row.scenes, []))
         messages, encoded = _TO_MESSAGES[TASKS[task].format](values)
         images = iter([Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in encoded])
-        turns, expected, pending = [], [], []
+        turns, expected, true_images, pending = [], [], [], []
         for message in messages:
             parts = [
                 {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
@@ -106,6 +106,7 @@ class WorldSuite:
             if message["role"] == "assistant":
                 turns.append(Turn(_ability(message["content"]), pending))
                 expected.append(message["content"])
+                true_images += images_of(parts)
                 pending = []
             else:
                 pending.append({**message, "content": parts})
@@ -115,7 +116,7 @@ class WorldSuite:
         settings = {"height": height, "width": width, **longest}
         group = f"{task}, {wording}"
         category = "conversation" if task == "conversation" else values["category"]
-        return Sample(id, turns, group, category, settings, (task, scenes, expected))
+        return Sample(id, turns, group, category, settings, (task, scenes, expected), true_images)
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
         """Return the judge's checks over all images, "text" over all answers in words, and "passed": all of them."""

@@ -32,7 +32,10 @@ HUB_TASKS = {
 }
 # Options of a world's suite that tell one evaluation of it from another.
 TELLING = ("concepts", "resolution", "sizes", "split", "categories")
-SHEET_CAPTION = "the first samples, none left out: what passed in green, what did not in red, what was given in grey"
+SHEET_CAPTION = (
+    "the first samples, none left out: what passed in green, what did not in red, what was given in grey, "
+    "what is true in blue"
+)
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:

@@ -16,9 +16,9 @@ from .suite import images_of, text_of
 
 PASSED = "passed"
 ORIGIN = "origin.json"  # what the command writes of what answers: command, weights, hardware
-SHEET_SAMPLES, SHEET_COLUMNS = 36, 6
+SHEET_COLUMNS = 6
 TILE, FRAME, TEXT_HEIGHT, LINE_HEIGHT, MOST_LINES = 128, 4, 54, 13, 12
-PASS_COLOR, FAIL_COLOR, GIVEN_COLOR = (40, 170, 70), (215, 40, 40), (200, 200, 200)
+PASS_COLOR, FAIL_COLOR, GIVEN_COLOR, TRUE_COLOR = (40, 170, 70), (215, 40, 40), (200, 200, 200), (60, 110, 230)
 
 
 def wilson_interval(passed: float, total: int) -> tuple[float, float]:
@@ -83,10 +83,12 @@ def to_markdown(title: str, summary: dict) -> str:
     return "\n".join(lines)
 
 
-def write_report(run: EvaluationRun, description: dict, command: Sequence[str]) -> tuple[dict, list[Path]]:
+def write_report(
+    run: EvaluationRun, description: dict, command: Sequence[str], sheet_samples: int
+) -> tuple[dict, list[Path]]:
     """
-    Writes `report.json`, `report.md` and a contact sheet of each group with images; what it says, and the files.
-    `command` is that of the scores.
+    Writes `report.json`, `report.md` and a contact sheet of each group with images, of its first `sheet_samples`; what
+    it says, and the files. `command` is that of the scores.
     """
     results = run.rows("results")
     ordered = [results[id] for id in run.suite.ids if id in results]
@@ -99,7 +101,7 @@ def write_report(run: EvaluationRun, description: dict, command: Sequence[str]) 
     write_text(files[1], to_markdown(title, summary))
     answers = run.rows("answers")
     for group in summary["groups"]:
-        shown = [row for row in ordered if row["group"] == group][:SHEET_SAMPLES]
+        shown = [row for row in ordered if row["group"] == group][:sheet_samples]
         tiles = [_draw_tile(run, answers[row["id"]], row) for row in shown]
         if any(tile.width > 1 for tile in tiles):
             files.append(run.folder / f"{group.replace(' ', '_').replace(',', '')}.png")
@@ -123,7 +125,10 @@ def _provenance(run: EvaluationRun) -> dict:
 
 
 def _draw_tile(run: EvaluationRun, answer: dict, result: dict) -> Image.Image:
-    """What was given in grey frames, what was answered in a green (passed) or red one, over the words of both."""
+    """
+    What was given in grey frames, what was answered in a green (passed) or red one, and what is true in a blue one,
+    over the words.
+    """
     sample = run.suite.sample(answer["id"])
     messages = [message for turn in sample.turns for message in turn.messages if message["role"] == "user"]
     given = [image for message in messages for image in images_of(message["content"])]
@@ -131,6 +136,7 @@ def _draw_tile(run: EvaluationRun, answer: dict, result: dict) -> Image.Image:
     framed = [(image, GIVEN_COLOR) for image in given] + [
         (image, outcome) for parts in run.load(answer) for image in images_of(parts)
     ]
+    framed += [(image, TRUE_COLOR) for image in sample.true_images]
     words = [text_of(message["content"]) for message in messages]
     words += [f"-> {text}" for parts in answer["answer"] if (text := text_of(parts))]
     columns = max(1, len(framed))

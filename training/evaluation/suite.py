@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from PIL import Image
+
 from ..common.import_path import import_object
 from ..common.recipe import call_with
 
@@ -64,6 +66,7 @@ class Sample:
         category (`str`, *optional*): Its row in the table.
         settings (`dict`, *optional*): Passed to the pipeline's calls, such as `guidance_scale`.
         reference (*optional*): What `score` needs to know.
+        true_images (`list[PIL.Image.Image]`, *optional*): What would be right, where that is known; sheets show it.
     """
 
     id: str
@@ -72,6 +75,7 @@ class Sample:
     category: str = "all"
     settings: dict[str, Any] = field(default_factory=dict)
     reference: Any = None
+    true_images: list[Image.Image] = field(default_factory=list)
 
 
 class Suite(Protocol):
