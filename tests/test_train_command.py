@@ -861,3 +861,13 @@ def test_a_head_that_is_untied_begins_as_the_embedding_and_one_of_its_own_is_not
     untied.save_pretrained(tmp_path / "trained")
     again = load("trained", False)
     assert torch.equal(again.lm_head.weight, head) and torch.equal(again.model.embed_tokens.weight, embedding)
+
+
+def test_overrides_change_the_config_and_leave_the_generation_config_alone(tmp_path):
+    toy_model().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    overrides = {"scale_loss_alpha": 0.25, "initializer_range": 0.5}
+    model = load_model(ModelArguments(model_name_or_path=str(tmp_path), config_overrides=overrides))
+    assert (model.config.scale_loss_alpha, model.config.initializer_range) == (0.25, 0.5)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == saved

@@ -45,13 +45,15 @@ def load_model(args: ModelArguments, *, in_bfloat16: bool = False) -> PreTrained
         return add_adapter(model, args) if args.use_peft else model
     adapter = saved_adapter(args.model_name_or_path)
     base = args.model_name_or_path if adapter is None else adapter.base_model_name_or_path
+    subfolder = subfolder_of(base, "transformer")
     model = NextFlowForCausalLM.from_pretrained(
         base,
-        **subfolder_of(base, "transformer"),
+        **subfolder,
+        # As keywords of this call, its fields would become settings of the generation config, too.
+        config=NextFlowConfig.from_pretrained(base, **subfolder, **args.config_overrides or {}),
         dtype=dtype,
         attn_implementation=args.attn_implementation,
         quantization_config=quantization_config(args, dtype),
-        **args.config_overrides or {},
     )
     _check_head(model, base)
     if adapter is None:
