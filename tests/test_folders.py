@@ -2,6 +2,7 @@
 with the command that makes a model of it or that uses it."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ from toy_qwen import save_qwen
 from nextflow_hf import cli
 from nextflow_hf.hub_cards.cards import create_card
 from nextflow_hf.hub_cards.export import export_adapter, export_pipeline, export_vision_tokenizer
-from nextflow_hf.training.common.folders import Run
+from nextflow_hf.training.common.folders import Run, read_run
+from nextflow_hf.training.common.run import write_run
 
 
 def note(folder: Path, kind: str, model: Path | None = None, recipe: dict | None = None) -> None:
@@ -226,6 +228,21 @@ def test_a_damaged_note_of_a_run_is_one_line(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("kind: [")
     assert cli.main(["export", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "run.yaml: this is no YAML" in capsys.readouterr().err
+
+
+def test_a_run_is_exported_from_another_directory_than_it_was_trained_in(folders, tmp_path, monkeypatch):
+    """The names of its recipe are relative to the directory of the training; a long text is no name."""
+    shutil.copytree(folders / "run of a transformer", tmp_path / "run")
+    recipe = {"processor_name_or_path": "processor", "model_name_or_path": "exported pipeline", "note": "long " * 100}
+    monkeypatch.chdir(folders)
+    write_run(tmp_path / "run", "transformer", recipe, model="exported pipeline", command=["nextflow-hf", "train"])
+    monkeypatch.chdir(tmp_path)
+    run = read_run("run")
+    assert run.base_pipeline == str(folders / "exported pipeline")
+    assert run.recipe == {**recipe, **{name: str(folders / recipe[name]) for name in (*recipe,)[:2]}}
+    assert cli.main(["export", "run", "--output", "out"]) == 0
+    assert str(folders) not in (tmp_path / "out" / "README.md").read_text()
+    assert str(folders) not in (tmp_path / "out" / "stages.json").read_text()
 
 
 def test_stages_in_folders_of_one_name_have_names_of_their_own(tmp_path):

@@ -4,6 +4,7 @@ Reads configurations alone; weights and torch stay where they are.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -236,9 +237,8 @@ def _seconds(history: Sequence[Mapping[str, Any]]) -> str:
 
 def _add_stages(run: Run, found: list[Stage], seen: set[Path]) -> None:
     seen.add(run.folder.resolve())
-    for source in filter(None, (run.model, *run.recipe.values())):
-        folder = Path(source) if isinstance(source, str) else None
-        if folder is None or folder.resolve() in seen:
+    for source in (run.model, *run.recipe.values()):
+        if not _is_folder(source) or (folder := Path(source)).resolve() in seen:
             continue
         if (folder / STAGES_FILE).is_file():
             found += [stage for stage in _read_stages(folder) if stage not in found]
@@ -312,10 +312,25 @@ def _notes(result: Path) -> dict[str, Any]:
         if file.is_file():
             from .recipe import read_recipe  # not above: `--help` of a command would wait for the Hub's library
 
-            return read_recipe(file)
+            notes = read_recipe(file)
+            directory, recipe = notes.get("directory"), notes.get("recipe") or {}
+            found = {name: _from_here(value, directory) for name, value in recipe.items()}
+            return {**notes, "recipe": found, "model": _from_here(notes.get("model"), directory)}
     if (result / "adapter_config.json").is_file():
         return {"model": _read_json(result / "adapter_config.json").get("base_model_name_or_path")}
     return {}
+
+
+def _from_here(name: Any, directory: str | None) -> Any:
+    """The name of a folder, which was relative to the training's working directory, as it is from this one."""
+    if directory is None or not isinstance(name, str) or _is_folder(name):
+        return name
+    there = os.path.join(directory, name)
+    return there if _is_folder(there) else name
+
+
+def _is_folder(name: Any) -> bool:
+    return isinstance(name, str) and os.path.isdir(name)  # of any text: `Path` raises for a long one
 
 
 def checkpoints(folder: Path) -> list[int]:

@@ -194,6 +194,6 @@ def move_aside(folder: Path) -> None:
 
 
 def write_run(folder: Path, kind: str, recipe: Recipe, *, model: str | None, command: list[str]) -> None:
-    """Write `run.yaml`: the kind, the recipe, the model that it starts from, and the command."""
-    values = {"kind": kind, "recipe": dict(recipe), "model": model, "command": command}
+    """Write `run.yaml`: the kind, the recipe, the model that it starts from, the command, and where that was given."""
+    values = {"kind": kind, "recipe": dict(recipe), "model": model, "command": command, "directory": os.getcwd()}
     write_text(folder / RUN_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
