@@ -321,9 +321,9 @@ def _notes(result: Path) -> dict[str, Any]:
     return {}
 
 
-def _from_here(name: Any, directory: str | None) -> Any:
+def _from_here(name: Any, directory: Any) -> Any:
     """The name of a folder, which was relative to the training's working directory, as it is from this one."""
-    if directory is None or not isinstance(name, str) or _is_folder(name):
+    if not isinstance(directory, str) or not isinstance(name, str) or _is_folder(name):
         return name
     there = os.path.join(directory, name)
     return there if _is_folder(there) else name

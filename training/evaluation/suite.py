@@ -66,7 +66,7 @@ class Sample:
         category (`str`, *optional*): Its row in the table.
         settings (`dict`, *optional*): Passed to the pipeline's calls, such as `guidance_scale`.
         reference (*optional*): What `score` needs to know.
-        true_images (`list[PIL.Image.Image]`, *optional*): What would be right, where that is known; sheets show it.
+        true_images (`list[PIL.Image.Image]`, *optional*): Right ones, where they are known; contact sheets show them.
     """
 
     id: str
