@@ -144,13 +144,14 @@ def _generate(run: "EvaluationRun", args: argparse.Namespace) -> None:
     device = pipe._execution_device
     reset_peak_memory(device)
     # A model of the same name may have been trained on: its answers are not mixed with older ones.
-    origin = {"command": args.command, **_origin(pipe), "environment": environment()}
+    origin = _origin(pipe, run.settings.get("decoder"))
+    origin = {"command": args.command, **origin, "environment": environment()}
     run.claim(ORIGIN, origin, decides=["weights"])
     run.generate(lambda sample, seed: answer_sample(pipe, sample, seed, run.settings), lambda: peak_memory(device)[0])
 
 
-def _origin(pipe: "NextFlowPipeline") -> dict[str, Any]:
-    """What the figures are of: the weights and the hardware."""
+def _origin(pipe: "NextFlowPipeline", decoder: str | None) -> dict[str, Any]:
+    """What the figures are of: the weights, with those of a decoder that is asked for, and the hardware."""
     import torch
 
     from .loading import image_modules, weights_fingerprint
@@ -158,7 +159,7 @@ def _origin(pipe: "NextFlowPipeline") -> dict[str, Any]:
 
     device = pipe._execution_device
     return {
-        "weights": {name: weights_fingerprint(module) for name, module in image_modules(pipe).items()},
+        "weights": {name: weights_fingerprint(module) for name, module in image_modules(pipe, decoder).items()},
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "memory_of": peak_memory(device)[1],
     }
@@ -212,7 +213,7 @@ def _check_weights(args: argparse.Namespace, evaluated: Sequence[Path]) -> None:
     reports = {folder: json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in evaluated}
     for dtype in {report.get("dtype") for report in reports.values()}:
         args.dtype = dtype
-        weights = _origin(load_pipeline(args))["weights"]
+        weights = _origin(load_pipeline(args), "diffusion")["weights"]
         for folder, report in reports.items():
             measured = report["provenance"].get("weights", {})
             if report.get("dtype") == dtype and not measured.items() <= weights.items():

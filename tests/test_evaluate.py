@@ -12,8 +12,10 @@ from command_line import use_pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from processes import in_processes
+from toy_decoder import toy_whole_pipeline
 from toy_pipeline import toy_pipeline
 
+from nextflow_hf.training.evaluation.answering import answer_sample
 from nextflow_hf.training.evaluation.card import _title
 from nextflow_hf.training.evaluation.report import (
     FRAME,
@@ -341,3 +343,36 @@ def test_reconstruction_is_what_the_tokenizer_gives_back(command_line, tmp_path,
     assert report["groups"]["reconstruction"]["total"] == 2 and not report["complete"]
     left = np.mean([expected[0], expected[2]])
     assert report["groups"]["reconstruction"]["values"]["psnr"] == pytest.approx(left, abs=0.02)
+
+
+def test_a_decoder_of_twice_the_size_is_compared_with_the_enlarged_images_of_the_tokenizer(
+    command_line, tmp_path, monkeypatch
+):
+    pipe = toy_whole_pipeline()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    turn = Turn("reconstruct", [{"role": "user", "content": [{"type": "image", "image": image}]}])
+    sample = Sample("a", [turn], "reconstruction", settings={"resolution": 16, "upscale_factor": 2})
+    codes, grids = pipe.encode_images(image, resolution=16)
+    true, enlarged = images_of(answer_sample(pipe, sample, 3, {})[0])
+    assert true.tobytes() == image.tobytes()
+    assert enlarged == pipe.decode_codes(codes, grids)[0].resize((32, 32), Image.Resampling.BICUBIC)
+    settings = {"decoder": "diffusion", "decoder_num_inference_steps": 2, "decoder_strength": 0.5}
+    again, decoded = images_of(answer_sample(pipe, sample, 3, settings)[0])
+    (expected,) = pipe.diffusion_decoder_pipeline(
+        codes, grids, num_inference_steps=2, strength=0.5, generator=torch.Generator().manual_seed(3)
+    ).images
+    assert again == true and decoded == expected.resize((32, 32), Image.Resampling.BICUBIC) != enlarged
+    for wrong in ({"decoder": "vae"}, {"decoder_strength": 0.5}):
+        with pytest.raises(ValueError, match="expected decoder=diffusion with decoder_strength and the like"):
+            answer_sample(pipe, sample, 3, wrong)
+    # The figures are those of this decoder.
+    use_pipeline(monkeypatch, pipe)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "NextFlowPipeline"}')
+    (tmp_path / "images").mkdir()
+    image.save(tmp_path / "images" / "0.png")
+    evaluation = ["evaluate", "reconstruction", "model", "data=images", "upscale_factor=2", "--output-dir", "out"]
+    evaluation += ["--set", "decoder=diffusion", "decoder_num_inference_steps=2"]
+    command_line.run(*evaluation)
+    pipe.diffusion_decoder.condition_projection.weight.data.add_(0.1)
+    assert "other values of weights" in command_line.mistake(*evaluation)

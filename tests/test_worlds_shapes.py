@@ -214,3 +214,9 @@ def test_true_images_through_the_vision_tokenizer_are_judged():
     ]
     near, wrong = (suite.score(sample, [answer]) for answer in answers)
     assert near["passed"] and not wrong["passed"] and near["psnr"] > 35 > wrong["psnr"]
+    suite = shapes.suite(count=1, tasks=["reconstruction", "text_to_image"], wordings=["clean"], upscale_factor=2)
+    true, drawn = map(suite.sample, suite.ids)  # twice the side for what is decoded, the codes' own for what is drawn
+    assert images_of(true.turns[0].messages[0]["content"])[0].size == (128, 128)
+    assert true.settings["resolution"] == drawn.settings["width"] == 64
+    with pytest.raises(ValueError, match="upscale_factor is 1.5, expected a whole number of at least 1"):
+        shapes.suite(upscale_factor=1.5)

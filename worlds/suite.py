@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..processing.messages_nextflow import split_reasoning
 from ..training.data import tasks as row_formats
-from ..training.evaluation.suite import Answer, Part, Sample, Turn, images_of, text_of
+from ..training.evaluation.suite import Answer, Part, Sample, Turn, check_upscale_factor, images_of, text_of
 from .captions import read_caption
 from .dataset import TASKS, finish_row, sample_row, shares, test_splits
 from .judge import Judge, kept_psnr
@@ -51,6 +51,9 @@ class WorldSuite:
         categories (`Sequence[str]`, *optional*): Ask only for rows of these categories, such as "single".
         sizes (`Sequence[Canvas]`, *optional*): Heights and widths of the images, instead of the world's ratios.
         seed (`int`, *optional*, defaults to 0): Seed of the samples, not of the model.
+        upscale_factor (`int`, *optional*, defaults to 1):
+            Side of the images that "reconstruction" draws and judges, in units of what the vision tokenizer decodes
+            to; decoded images of another size are resized bicubically.
     """
 
     name = "world"
@@ -68,6 +71,7 @@ class WorldSuite:
         categories: Sequence[str] | None = None,
         sizes: Sequence[Canvas] | None = None,
         seed: int = 0,
+        upscale_factor: int = 1,
     ):
         possible = [name for name in shares(sprites) if TASKS[name].tests]
         known = {"tasks": (tasks, [*possible, _RECONSTRUCTION]), "wordings": (wordings, WORDINGS)}
@@ -76,6 +80,7 @@ class WorldSuite:
                 raise ValueError(f"{name} has {unknown}, expected some of {list(names)}")
         self.sprites, self.judge, self.split, self.seed = sprites, judge, split, seed
         self.categories, self.resolution = categories, resolution
+        self.upscale_factor = check_upscale_factor(upscale_factor)
         self.canvases = [tuple(size) for size in sizes or canvases(resolution, sprites.dialect.ratios)]
         self.without = ("transformer",) if tasks and {*tasks} == {_RECONSTRUCTION} else ()
         names = [(task, wording) for wording in wordings for task in tasks or possible]
@@ -85,16 +90,17 @@ class WorldSuite:
 
     def _sample(self, id: str) -> Sample:
         task, wording, number = id.split("-")
-        shown = "text_to_image" if task == _RECONSTRUCTION else task
+        shown, factor = ("text_to_image", self.upscale_factor) if task == _RECONSTRUCTION else (task, 1)
+        sizes = [(height * factor, width * factor) for height, width in self.canvases]
         key, people = f"{self.seed}/evaluation/{int(number)}", wording == "people"
         row, context = sample_row(
-            self.sprites, shown, key, self.canvases, split=self.split, people=people, categories=self.categories
+            self.sprites, shown, key, sizes, split=self.split, people=people, categories=self.categories
         )
         values = finish_row(self.sprites, shown, row, context)
         if task == _RECONSTRUCTION:
             image = Image.open(io.BytesIO(values["image"]["bytes"])).convert("RGB")
             turn = Turn("reconstruct", [{"role": "user", "content": [{"type": "image", "image": image}]}])
-            settings = {"resolution": self.resolution}
+            settings = {"resolution": self.resolution, "upscale_factor": self.upscale_factor}
             return Sample(id, [turn], task, row.category, settings, (task, row.scenes, []))
         messages, encoded = _TO_MESSAGES[TASKS[task].format](values)
         images = iter([Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in encoded])

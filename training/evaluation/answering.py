@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from ...processing.messages_nextflow import join_reasoning
 from ..common.recipe import call_with
@@ -53,15 +54,23 @@ def _interleave(pipe: "NextFlowPipeline", messages: list[dict], generator: torch
 
 @torch.no_grad()
 def _reconstruct(pipe: "NextFlowPipeline", messages: list[dict], generator: torch.Generator, settings: dict):
-    tokenizer, processor = pipe.vision_tokenizer, pipe.processor.image_processor
+    """The true image and the decoded one, bicubically resized where its decoder makes another size."""
+    processor, factor = pipe.processor.image_processor, settings.get("upscale_factor", 1)
     (image,) = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-    inputs = processor(image, return_tensors="pt", **settings).to(tokenizer.device)
-    pixels, grids = inputs["pixel_values"].to(tokenizer.dtype), inputs["image_grids"]
-    decoded = tokenizer.decode(tokenizer.encode(pixels, grids).image_codes, grids)
-    pairs = (
-        processor.post_process_images(values.float(), grids, output_type="pil")[0] for values in (pixels, decoded)
-    )
-    return [{"type": "image", "image": image} for image in pairs]
+    resolution = settings.get("resolution", processor.resolution)
+    larger = {"resolution": resolution * factor, "patch_size": processor.patch_size * factor}
+    (true,) = processor.post_process_images(processor(image, return_tensors="pt", **larger)["pixel_values"])
+    codes, grids = pipe.encode_images(image, resolution=resolution)
+    decoder, options = settings.get("decoder", "vq"), _without(settings, "upscale_factor", "resolution", "decoder")
+    if decoder == "diffusion":
+        options = {name.removeprefix("decoder_"): value for name, value in options.items()}
+        given = {"image_codes": codes, "image_grids": grids, "generator": generator}
+        (decoded,) = call_with(pipe.diffusion_decoder_pipeline, given | options, "settings").images
+    elif decoder != "vq" or options:
+        raise ValueError(f"settings are {settings}, expected decoder=diffusion with decoder_strength and the like")
+    else:
+        (decoded,) = pipe.decode_codes(codes, grids)
+    return [{"type": "image", "image": one} for one in (true, decoded.resize(true.size, Image.Resampling.BICUBIC))]
 
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a vision tokenizer makes of images: PSNR, SSIM, GMSD and sharpness of each; LPIPS and r-FID where asked for.
 
     nextflow-hf evaluate reconstruction MODEL data=path/to/images [count=1000] [resolution=512] [features=inception]
-        [perceptual=lpips-alex]
+        [perceptual=lpips-alex] [upscale_factor=2] [--set decoder=diffusion decoder_strength=0.5]
 
 `data` is a description of data (a YAML file, as `nextflow-hf extract` reads it; its rows for evaluation), a folder of
 images, or a data set with a column `image`.
@@ -17,7 +17,7 @@ from ..data.description import load_images, read_description
 from ..vision_tokenizer.losses import load_perceptual_loss
 from .frechet import FeatureStatistics, frechet_distance, load_feature_model
 from .reconstruction import edge_steepness, fidelity
-from .suite import Answer, Sample, Turn, UnscoredError, images_of
+from .suite import Answer, Sample, Turn, UnscoredError, check_upscale_factor, images_of
 
 
 class ReconstructionSuite:
@@ -31,6 +31,9 @@ class ReconstructionSuite:
         features (`str`, *optional*): For r-FID: "inception", or a vision model by folder or Hub id.
         perceptual (`str`, *optional*): "lpips-alex", "lpips-vgg" (LPIPS, by the package lpips, which needs
             torchvision), or a vision model by folder or Hub id: see [`load_perceptual_loss`].
+        upscale_factor (`int`, *optional*, defaults to 1):
+            Side of the images that are compared, in units of what the vision tokenizer decodes to; decoded images of
+            another size are resized bicubically.
     """
 
     name = "reconstruction"
@@ -43,11 +46,13 @@ class ReconstructionSuite:
         resolution: int | None = None,
         features: str | None = None,
         perceptual: str | None = None,
+        upscale_factor: int = 1,
     ):
         self.rows = load_images(read_description(data), "evaluation")
         self.features = features
         self.distance = None if perceptual is None else load_perceptual_loss(perceptual)
-        self.settings = {} if resolution is None else {"resolution": resolution}
+        self.settings = {"upscale_factor": check_upscale_factor(upscale_factor)}
+        self.settings |= {} if resolution is None else {"resolution": resolution}
         total = len(self.rows)
         self.ids = [f"{index:08d}" for index in range(total if count is None else min(count, total))]
 

@@ -46,7 +46,7 @@ class Turn:
 
     Args:
         ability (`str`): Which answer: "image", "text", "think" (thoughts and an image), "interleave" (text and
-            images), or "reconstruct" (the image itself, resized, and what the vision tokenizer makes of it).
+            images), or "reconstruct" (the image itself, resized, and what is decoded of its codes).
         messages (`list[dict]`): Follow the turns before and their answers; image parts carry PIL images.
     """
 
@@ -113,6 +113,13 @@ def images_of(parts: list[Part]) -> list:
 def text_of(parts: list[Part]) -> str:
     """The text of an answer."""
     return " ".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def check_upscale_factor(factor: Any) -> int:
+    """The side of compared images in units of what the vision tokenizer decodes to; raises `ValueError`."""
+    if type(factor) is not int or factor < 1:
+        raise ValueError(f"upscale_factor is {factor!r}, expected a whole number of at least 1")
+    return factor
 
 
 def find_suite(name: str) -> Callable[..., Suite]:
